@@ -1,0 +1,57 @@
+"""PC/SC smart cards that survive ``fork()``.
+
+Import :mod:`pcsc_safe.scard` in place of ``smartcard.scard``; that is the whole adoption.  This package's own names
+are loaded when they are first asked for, so that ``import pcsc_safe`` costs nothing and loads no native library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._settings import configure, settings
+    from .errors import ForkedHandleError, ForkUnsafeError, PcscSafeError, SettingsError
+    from .policy import Cards, Policy, Settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cards",
+    "ForkUnsafeError",
+    "ForkedHandleError",
+    "PcscSafeError",
+    "Policy",
+    "Settings",
+    "SettingsError",
+    "__version__",
+    "configure",
+    "settings",
+]
+
+_HOME = {
+    "configure": "_settings",
+    "settings": "_settings",
+    "ForkUnsafeError": "errors",
+    "ForkedHandleError": "errors",
+    "PcscSafeError": "errors",
+    "SettingsError": "errors",
+    "Cards": "policy",
+    "Policy": "policy",
+    "Settings": "policy",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at its first use (PEP 562)."""
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

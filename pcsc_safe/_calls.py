@@ -1,0 +1,100 @@
+"""The table of PC/SC functions: where a handle stands in the arguments, and what a failed call answers.
+
+A new SCard function is a row here.  Nothing in this module changes, or can be in the way, at a fork.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
+
+from .policy import Role
+
+__all__ = ["CALLS", "Call", "Kind"]
+
+
+class Kind(enum.Enum):
+    """What a handle stands for."""
+
+    CONTEXT = "SCARDCONTEXT"
+    CARD = "SCARDHANDLE"
+
+
+class Call(NamedTuple):
+    """One PC/SC function.
+
+    :ivar name: as PC/SC spells it.
+    :ivar takes: what its first argument is a handle of; None if it is not a handle.
+    :ivar failed: what stands beside the code in a failed answer; None where the answer is the bare code.
+    :ivar role: what it means to a process that inherited the handle.
+    :ivar discloses: whether pyscard's failed answer can hold memory that nobody wrote (DESIGN, hazard 11).
+    """
+
+    name: str
+    takes: Optional[Kind]
+    failed: Optional[tuple[Any, ...]] = None
+    role: Role = Role.USE
+    discloses: bool = False
+
+    def failure(self, hresult: int, arguments: Sequence[Any] = ()) -> Any:
+        """The answer of a call that failed with ``hresult``, in the shape that pyscard gives it.
+
+        :param hresult: the PC/SC code.
+        :param arguments: those behind the handle; SCardGetStatusChange gives the states back that it was given.
+        """
+        if self.failed is None:
+            return hresult
+        if self.name == "SCardGetStatusChange":
+            return [hresult, _unchanged(arguments[-1])]
+        return [hresult, *(list(value) if isinstance(value, list) else value for value in self.failed)]
+
+
+def _unchanged(states: Any) -> list[tuple[Any, ...]]:
+    if not isinstance(states, list):
+        return []
+    return [
+        (state[0], state[1], list(state[2]) if len(state) > 2 else []) for state in states if isinstance(state, tuple)
+    ]
+
+
+def _context(
+    name: str, failed: Optional[tuple[Any, ...]] = None, role: Role = Role.USE, discloses: bool = False
+) -> Call:
+    return Call(name, Kind.CONTEXT, failed, role, discloses)
+
+
+def _card(name: str, failed: Optional[tuple[Any, ...]] = None, role: Role = Role.USE, discloses: bool = False) -> Call:
+    return Call(name, Kind.CARD, failed, role, discloses)
+
+
+CALLS: dict[str, Call] = {
+    call.name: call
+    for call in (
+        Call("SCardEstablishContext", None, (0,)),
+        Call("SCardGetErrorMessage", None),
+        Call("SCARD_CTL_CODE", None),
+        _context("SCardIsValidContext", role=Role.VALIDITY),
+        _context("SCardReleaseContext", role=Role.CLEANUP),
+        _context("SCardCancel", role=Role.CANCEL),
+        _context("SCardListReaders", ([],)),
+        _context("SCardListReaderGroups", ([],)),
+        _context("SCardGetStatusChange", ([],)),
+        _context("SCardConnect", (0, 0), discloses=True),
+        _context("SCardAddReaderToGroup"),
+        _context("SCardForgetReader"),
+        _context("SCardForgetReaderGroup"),
+        _context("SCardIntroduceReader"),
+        _context("SCardIntroduceReaderGroup"),
+        _context("SCardRemoveReaderFromGroup"),
+        _card("SCardReconnect", (0,), Role.RECONNECT, discloses=True),
+        _card("SCardDisconnect", role=Role.CLEANUP),
+        _card("SCardBeginTransaction"),
+        _card("SCardEndTransaction", role=Role.CLEANUP),
+        _card("SCardStatus", ("", 0, 0, []), discloses=True),
+        _card("SCardTransmit", ([],), discloses=True),
+        _card("SCardControl", ([],), discloses=True),
+        _card("SCardGetAttrib", ([],), discloses=True),
+        _card("SCardSetAttrib"),
+    )
+}

@@ -1,0 +1,228 @@
+"""Contexts and cards, who owns them, and the registry that finds them by their handles.
+
+A record keeps the *number* that the application was given, which never changes, apart from the *real* handle, which a
+re-establishment replaces.  The registry holds every record until it is released, as libpcsclite does; what a forked
+child inherited stays referenced and disarmed, for a finalizer that talked to the owner's peer would be worse than a
+kilobyte.
+
+Invariant: a record is live in exactly one process, that whose epoch is its ``owner``; everywhere else it is inherited.
+At a fork the child replaces every lock and every connection to pcscd that it inherited; owners stay.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import Any, Optional, Union
+
+from . import _native, _process
+from ._calls import Kind
+from .errors import PcscSafeError
+from .policy import Settings
+
+__all__ = ["Card", "Context", "cards", "contexts", "family", "find", "load", "outside_frame"]
+
+family = os.urandom(16)
+"""The same in every process that was forked since pcsc_safe was imported."""
+
+
+class Context:
+    """A PC/SC context.
+
+    :ivar safe: the proxy that the application holds.
+    :ivar number: what the proxy counts as; the first real handle.
+    :ivar real: the native handle in the process that owns it.
+    :ivar owner: the epoch in which it is live.
+    :ivar descriptor: its connection to pcscd in this process: the owner's, or the dead socket in its place.
+    :ivar established_at: ``file:line`` in the application.
+    :ivar overrides: settings of this context alone.
+    :ivar cards: those connected through it and not yet disconnected, by number.
+    :ivar lock: held while this process gets its own; a new one after every fork.
+    """
+
+    kind = Kind.CONTEXT
+    __slots__ = (
+        "cards",
+        "descriptor",
+        "established_at",
+        "key",
+        "lock",
+        "number",
+        "overrides",
+        "owner",
+        "real",
+        "released",
+        "safe",
+        "scope",
+    )
+
+    def __init__(self, real: int, scope: int, descriptor: Optional[_native.Descriptor]) -> None:
+        self.safe: Any = None
+        self.number = self.real = real
+        self.scope = scope
+        self.descriptor = descriptor
+        self.owner = _process.current()
+        self.established_at = outside_frame()
+        self.overrides: dict[str, Any] = {}
+        self.cards: dict[int, Card] = {}
+        self.lock = threading.RLock()
+        self.key = os.urandom(8)
+        self.released = False
+
+    @property
+    def context(self) -> Context:
+        """Itself, so that a context and a card can be asked alike."""
+        return self
+
+    def settings(self, process: Settings) -> Settings:
+        """Those of the process with this context's own."""
+        return process._replace(**self.overrides) if self.overrides else process
+
+    def forget(self) -> None:
+        """Drop it, and its cards, from this process's registry."""
+        for card in list(self.cards.values()):
+            card.forget()
+        self.released = True
+        _drop(contexts, self)
+
+
+class Card:
+    """A connection to a card.
+
+    :ivar context: through which it was connected.
+    :ivar reader: the reader's name.
+    :ivar share_mode: SCARD_SHARE_* as last asked for.
+    :ivar protocol: SCARD_PROTOCOL_* that was agreed on, or what was asked for where none was (SCARD_SHARE_DIRECT).
+    :ivar transactions: how many SCardBeginTransaction are open.
+    :ivar warned: the epoch in which its loss by a fork was logged.
+    """
+
+    kind = Kind.CARD
+    __slots__ = (
+        "context",
+        "key",
+        "number",
+        "owner",
+        "protocol",
+        "reader",
+        "real",
+        "released",
+        "safe",
+        "share_mode",
+        "transactions",
+        "warned",
+    )
+
+    def __init__(self, real: int, context: Context, reader: str, share_mode: int, protocol: int) -> None:
+        self.safe: Any = None
+        self.number = self.real = real
+        self.context = context
+        self.owner = context.owner
+        self.reader = reader
+        self.share_mode = share_mode
+        self.protocol = protocol
+        self.transactions = 0
+        self.warned: Optional[_process.Epoch] = None
+        self.key = os.urandom(8)
+        self.released = False
+
+    @property
+    def established_at(self) -> str:
+        """Where its context was established."""
+        return self.context.established_at
+
+    def forget(self) -> None:
+        """Drop it from this process's registry."""
+        self.released = True
+        self.context.cards.pop(self.number, None)
+        _drop(cards, self)
+
+
+Record = Union[Context, Card]
+
+# Keyed by the proxy, which hashes and compares as its number: a proxy is found by identity, a plain integer by value.
+contexts: dict[Any, Context] = {}
+cards: dict[Any, Card] = {}
+
+
+def _drop(registry: dict[Any, Any], record: Record) -> None:
+    if registry.get(record.number) is record:
+        registry.pop(record.number, None)
+
+
+def register(record: Record) -> Any:
+    """Give the record its proxy and enter it in the registry.
+
+    :return: the proxy, for the application.
+    """
+    from ._proxies import SafeCard, SafeContext
+
+    if isinstance(record, Context):
+        record.safe = SafeContext(record)
+        contexts.pop(record.number, None)  # keys are kept when a value is replaced, and the key is the proxy
+        contexts[record.safe] = record
+    else:
+        record.safe = SafeCard(record)
+        cards.pop(record.number, None)
+        cards[record.safe] = record
+        record.context.cards[record.number] = record
+    return record.safe
+
+
+def find(kind: Kind, handle: object) -> Optional[Record]:
+    """The record that a handle stands for: a proxy's own, or that of a plain integer.
+
+    :param kind: as what the called function takes it; only a plain integer needs it.
+    :return: None for anything that is not a handle of ours.
+    """
+    own = getattr(handle, "_self_record", None)
+    if isinstance(own, (Context, Card)):
+        return own
+    if not isinstance(handle, int):
+        return None
+    return contexts.get(handle) if kind is Kind.CONTEXT else cards.get(handle)
+
+
+def load(from_family: bytes, kind: Kind, key: bytes, description: str) -> Any:
+    """The proxy in this process of what was pickled in another.
+
+    :raises PcscSafeError: this process was not forked from the one that had it, or has it no longer.
+    """
+    registry: dict[Any, Any] = contexts if kind is Kind.CONTEXT else cards
+    if from_family == family:
+        for record in list(registry.values()):
+            if record.key == key:
+                return record.safe
+        state = f"is not (or no longer) known in process {os.getpid()}, which did not inherit it"
+    else:
+        state = f"belongs to another family of processes than {os.getpid()}, which was not forked from it"
+    raise PcscSafeError(f"{description} {state}", remedy="a handle is no use elsewhere: establish a context here")
+
+
+def outside_frame() -> str:
+    """``file:line`` of the innermost caller outside pcsc_safe and pyscard."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _is_library(module: str) -> bool:
+    return module.partition(".")[0] in ("pcsc_safe", "smartcard") and not module.startswith("pcsc_safe.testing")
+
+
+def _after_fork_in_child() -> None:
+    left = _process.here
+    disarmed = []
+    for context in contexts.values():
+        context.lock = threading.RLock()
+        if context.owner is left and context.descriptor is not None:
+            disarmed.append(context)
+    if disarmed:
+        inherited = [context.descriptor for context in disarmed if context.descriptor is not None]
+        for context, dead in zip(disarmed, _native.neutralise(inherited)):
+            context.descriptor = dead
+
+
+_process.at_fork(_after_fork_in_child)

@@ -1,0 +1,191 @@
+"""What a call gets on a context or card that another process owns.
+
+:func:`answer` is the one place where a verdict of :mod:`policy` becomes a return code, an exception, or a context of
+this process's own.  Cleanup never reaches the owner's session, under every policy.  Locks held here belong to records,
+and are new ones after every fork.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Optional
+
+from . import _native, _process
+from ._calls import Call
+from ._handles import Card, Context, Record
+from ._settings import settings
+from .errors import ForkedHandleError, ForkUnsafeError
+from .policy import Role, Verdict, decide, native_works_after_fork
+
+__all__ = ["INVALID_HANDLE", "SUCCESS", "answer", "require_native"]
+
+SUCCESS = _native.SUCCESS
+INVALID_HANDLE: int = _native.public["SCARD_E_INVALID_HANDLE"]
+RESET_CARD: int = _native.public["SCARD_W_RESET_CARD"]
+LEAVE_CARD: int = _native.public["SCARD_LEAVE_CARD"]
+
+
+def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
+    """The answer to a call on what this process inherited.
+
+    :param call: the function.
+    :param record: live in another process.
+    :param arguments: those behind the handle.
+    :return: the answer, or None: the record is this process's own now, and the call can be made.
+    :raises ForkedHandleError: policy ``raise``.
+    :raises ForkUnsafeError: this process cannot use PC/SC.
+    """
+    verdict = decide(
+        record.context.settings(settings()),
+        call.role,
+        card=isinstance(record, Card),
+        in_transaction=isinstance(record, Card) and record.transactions > 0,
+    )
+    if verdict is Verdict.FORGET:
+        return _forget(call, record)
+    if verdict is Verdict.SUCCEED:
+        return SUCCESS
+    if verdict is Verdict.RAISE:
+        raise _forked_handle(call.name, record)
+    if verdict is Verdict.INVALID:
+        return call.failure(INVALID_HANDLE, arguments)
+    if verdict is Verdict.RESET:
+        _warn_of_reset(call, record)
+        return call.failure(RESET_CARD, arguments)
+    if verdict is Verdict.RECONNECT:
+        return _reconnect(call, record, arguments)
+    hresult = _own(call, record)
+    return None if hresult == SUCCESS else call.failure(hresult, arguments)
+
+
+def _forget(call: Call, record: Record) -> int:
+    """Drop this process's copy only."""
+    if call.name == "SCardEndTransaction":
+        assert isinstance(record, Card)
+        record.transactions = 0
+        return SUCCESS
+    record.forget()
+    if isinstance(record, Context):
+        _release_dead(record)
+    return SUCCESS
+
+
+def _release_dead(context: Context) -> None:
+    dead, context.descriptor = context.descriptor, None
+    if native_works_after_fork(sys.platform):
+        _native.release_dead(context.real, dead)
+
+
+def _own(call: Call, record: Record) -> int:
+    """Give this process a context, or a context and a connection to the card, of its own.
+
+    :return: SCARD_S_SUCCESS, or why there is none; the next call tries again.
+    """
+    context = record.context
+    if call.role is Role.VALIDITY and not native_works_after_fork(sys.platform):
+        return INVALID_HANDLE
+    require_native(call.name, context)
+    with context.lock:
+        hresult = _own_context(context)
+        if hresult == SUCCESS and isinstance(record, Card) and record.owner is not context.owner:
+            hresult, _ = _own_connection(record, record.share_mode, record.protocol, LEAVE_CARD)
+        return hresult
+
+
+def _own_context(context: Context) -> int:
+    here = _process.current()
+    if context.owner is here:
+        return SUCCESS
+    owner_pid = context.owner.pid
+    _release_dead(context)
+    result, descriptor = _native.establish(context.scope)
+    if result[0] == SUCCESS:
+        # The owner last: a fork in another thread must find the connection recorded, or the context not ours.
+        context.descriptor, context.real = descriptor, result[1]
+        context.owner = here
+        _log().info("process %d has a context of its own in the place of process %d's", here.pid, owner_pid)
+    return int(result[0])
+
+
+def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> tuple[int, int]:
+    connect, reconnect = _native.functions["SCardConnect"], _native.functions["SCardReconnect"]
+    hresult, real, protocol = connect(card.context.real, card.reader, share_mode, protocols)
+    if hresult == SUCCESS and initialization != LEAVE_CARD:
+        hresult, protocol = reconnect(real, share_mode, protocols, initialization)
+        if hresult != SUCCESS:
+            _native.functions["SCardDisconnect"](real, LEAVE_CARD)
+    if hresult == SUCCESS:
+        card.real, card.share_mode, card.protocol = real, share_mode, protocol or protocols
+        card.transactions = 0
+        card.owner = card.context.owner
+    return hresult, protocol
+
+
+def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
+    """SCardReconnect gives an inherited handle a connection of this process's own."""
+    assert isinstance(card, Card)
+    require_native(call.name, card.context)
+    with card.context.lock:
+        hresult, protocol = _own_context(card.context), 0
+        if hresult == SUCCESS and card.owner is card.context.owner:
+            return None
+        if hresult == SUCCESS:
+            hresult, protocol = _own_connection(card, *arguments)
+    return [hresult, protocol] if hresult == SUCCESS else call.failure(hresult)
+
+
+def require_native(function: str, context: Optional[Context]) -> None:
+    """Refuse a call where the native library can't be used.
+
+    :param function: the PC/SC function that was called.
+    :param context: the one that it was called on, if any.
+    :raises ForkUnsafeError: it can't be used in this process.
+    """
+    here = _process.current()
+    if here.parent is None or native_works_after_fork(sys.platform):
+        return
+    raise ForkUnsafeError(
+        f"process {here.pid} was forked from {here.parent.pid}, and on {sys.platform} a fork cannot use PC/SC",
+        remedy="exec a program of its own there, or use multiprocessing's 'spawn'",
+        function=function,
+        owner_pid=context.owner.pid if context else None,
+        pid=here.pid,
+        established_at=context.established_at if context else None,
+    )
+
+
+def _forked_handle(function: str, record: Record) -> ForkedHandleError:
+    here, owner = _process.current(), record.owner
+    thing = "PC/SC context" if isinstance(record, Context) else "card handle's PC/SC context"
+    relation = "forked child" if here.parent is owner else "forked descendant"
+    return ForkedHandleError(
+        f"this {thing} was established by process {owner.pid} ({record.established_at}) and this is its {relation} "
+        f"{here.pid}",
+        remedy="establish one here, or use policy 'reestablish'",
+        function=function,
+        owner_pid=owner.pid,
+        pid=here.pid,
+        established_at=record.established_at,
+        hresult=INVALID_HANDLE,
+    )
+
+
+def _warn_of_reset(call: Call, card: Record) -> None:
+    assert isinstance(card, Card)
+    here = _process.current()
+    if card.warned is here:
+        return
+    card.warned = here
+    _log().warning(
+        "%s answers SCARD_W_RESET_CARD because this process (%d) was forked from the one that connected (%d), not "
+        "because of the card: call SCardReconnect here, or configure cards='reconnect'",
+        call.name,
+        here.pid,
+        card.owner.pid,
+    )
+
+
+def _log() -> Any:
+    from . import _log  # imported, by the owner, when it established the context
+
+    return _log

@@ -1,0 +1,202 @@
+"""PC/SC in this process: the only importer of ``smartcard.scard``, and the keeper of libpcsclite's descriptors.
+
+libpcsclite talks to pcscd over one Unix socket a context.  A forked child inherits it, and with it the power to read
+its parent's answers and to keep its parent's locks alive; so in the child each is replaced by a dead socket, at the
+fork.  It is replaced only where the descriptor still is that socket: an application may have closed it, and the number
+may be a database connection's by now.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import threading
+import types
+from collections.abc import Iterable
+from typing import Any, Callable, NamedTuple, Optional
+
+import smartcard.scard as _smartcard_scard
+from smartcard.scard import _scard
+
+from . import _process
+from ._calls import CALLS, Call
+
+__all__ = ["Descriptor", "establish", "functions", "neutralise", "public", "release_dead"]
+
+SUCCESS: int = _smartcard_scard.SCARD_S_SUCCESS
+
+public: dict[str, Any] = {
+    name: value
+    for name, value in vars(_smartcard_scard).items()
+    if not name.startswith("_") and not isinstance(value, types.ModuleType)
+}
+"""Every public name of the installed ``smartcard.scard``, with its value."""
+
+
+class Descriptor(NamedTuple):
+    """A descriptor together with what it stood for when it was recorded."""
+
+    number: int
+    device: int
+    inode: int
+
+    def is_intact(self) -> bool:
+        """Whether the number still stands for the same file."""
+        try:
+            now = os.fstat(self.number)
+        except OSError:
+            return False
+        return now.st_ino == self.inode and now.st_dev == self.device
+
+
+def _silenced(call: Call, native: Callable[..., Any]) -> Callable[..., Any]:
+    """``native``, but a failed call answers nothing that pyscard did not get from PC/SC (hazard 11)."""
+
+    def silenced(*arguments: Any) -> Any:
+        result = native(*arguments)
+        return result if result[0] == SUCCESS else call.failure(result[0])
+
+    return silenced
+
+
+def _bound(name: str) -> Callable[..., Any]:
+    # The C function and not pyscard's wrapper of it: the wrapper looks it up anew, and would find our retrofit there.
+    call = CALLS.get(name)
+    native: Callable[..., Any] = getattr(_scard, name)
+    return _silenced(call, native) if call is not None and call.discloses else native
+
+
+functions: dict[str, Callable[..., Any]] = {name: _bound(name) for name in public if name in CALLS}
+"""The functions of the native gateway, by PC/SC's name; they take real handles."""
+
+
+_ATTEMPTS_TO_FIND_ONE = 20
+_establishing = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _establishing
+    _establishing = threading.RLock()
+
+
+_process.at_fork(_renew_lock)
+
+
+def establish(scope: Any) -> tuple[Any, Optional[Descriptor]]:
+    """SCardEstablishContext, and the descriptor of its connection where there is one.
+
+    :param scope: SCARD_SCOPE_*.
+    :return: pyscard's answer, and the descriptor; None on macOS, where PC/SC has no descriptor, and on failure.
+    """
+    # libpcsclite serialises this call too; ours also covers the look at the descriptors, so that two don't mix.
+    with _establishing:
+        before = _sockets()
+        result = functions["SCardEstablishContext"](scope)
+        return result, (_new_connection(before) if result[0] == SUCCESS else None)
+
+
+def _new_connection(before: set[Descriptor]) -> Optional[Descriptor]:
+    """The connection to pcscd that was not there before."""
+    import socket
+
+    if not hasattr(socket, "AF_UNIX") or sys.platform == "darwin":
+        return None  # macOS' PC/SC talks over Mach ports, which a fork does not inherit
+    found: list[tuple[bool, Descriptor]] = []
+    for _ in range(_ATTEMPTS_TO_FIND_ONE):
+        found = [(_is_pcscd(peer), new) for new in _sockets() - before if (peer := _peer(new)) is not None]
+        # Another thread's SCardCancel has a connection of its own, for a moment.
+        if sum(likely for likely, _ in found) == 1 or len(found) == 1:
+            break
+    return max(found)[1] if found else None
+
+
+def _is_pcscd(peer: str) -> bool:
+    # Only the last part: the path that pcscd was bound to need not be ours (containers, symbolic links).
+    return os.path.basename(peer) == os.path.basename(os.environ.get("PCSCLITE_CSOCK_NAME") or "pcscd.comm")
+
+
+def _peer(descriptor: Descriptor) -> Optional[str]:
+    """The path that a Unix socket is connected to; None for any other descriptor."""
+    import socket
+
+    try:
+        connection = socket.socket(fileno=descriptor.number)
+    except OSError:
+        return None
+    try:
+        peer = connection.getpeername() if connection.family == socket.AF_UNIX else None
+    except OSError:
+        return None
+    finally:
+        connection.detach()
+    return peer if isinstance(peer, str) and peer else None
+
+
+def _sockets() -> set[Descriptor]:
+    """Every socket of this process."""
+    try:
+        numbers: Iterable[int] = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:  # no /proc, or no descriptor left to read it with
+        numbers = range(1024)
+    found = set()
+    for number in numbers:
+        try:
+            status = os.fstat(number)
+        except OSError:
+            continue
+        if stat.S_ISSOCK(status.st_mode):
+            found.add(Descriptor(number, status.st_dev, status.st_ino))
+    return found
+
+
+def neutralise(inherited: list[Descriptor]) -> list[Optional[Descriptor]]:
+    """Put a dead socket in the place of each inherited connection; runs at the fork, in the child.
+
+    :param inherited: the connections of contexts that this process does not own.
+    :return: for each the dead socket that is there now; None where the number was somebody else's already.
+    """
+    theirs = [descriptor if descriptor.is_intact() else None for descriptor in inherited]
+    first = next((descriptor for descriptor in theirs if descriptor is not None), None)
+    if first is None:
+        return [None] * len(inherited)
+    dead = _dead_socket(first.number)
+    try:
+        status = os.fstat(dead)
+        return [_replaced(descriptor, dead, status) for descriptor in theirs]
+    finally:
+        if dead != first.number:
+            os.close(dead)
+
+
+def _dead_socket(expendable: int) -> int:
+    """A socket that was never connected: it can neither send nor receive."""
+    import socket
+
+    try:
+        return socket.socket(socket.AF_UNIX).detach()
+    except OSError:
+        # No descriptor is free. The inherited one has to go anyway, and makes room.
+        os.close(expendable)
+        return socket.socket(socket.AF_UNIX).detach()
+
+
+def _replaced(descriptor: Optional[Descriptor], dead: int, status: os.stat_result) -> Optional[Descriptor]:
+    if descriptor is None:
+        return None
+    if descriptor.number != dead:
+        os.dup2(dead, descriptor.number, inheritable=False)
+    return Descriptor(descriptor.number, status.st_dev, status.st_ino)
+
+
+def release_dead(real: int, dead: Optional[Descriptor]) -> None:
+    """Free what libpcsclite keeps for an inherited context, and its descriptor.
+
+    Without this a chain of forks would gather one dead descriptor a generation.  libpcsclite closes the number it
+    knows, so it may only be asked while the dead socket is there.
+
+    :param real: the inherited native context.
+    :param dead: what :func:`neutralise` put in the place of its connection.
+    """
+    if dead is not None and dead.is_intact():
+        functions["SCardReleaseContext"](real)

@@ -1,0 +1,81 @@
+"""The wrapt proxies that an application holds instead of integers.
+
+They behave as the integer did, and record who owns what it stands for.  wrapt takes longer to import than pyscard, so
+this module is imported when the first context is established, which is before any child could need it.  A fork changes
+nothing in a proxy; pyscard refuses one (TypeError, it wants an int), so one that slips past us is never misused.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any, Callable
+
+import wrapt
+
+from . import _handles
+
+__all__ = ["SafeCard", "SafeContext"]
+
+if TYPE_CHECKING:
+    _IntegerProxy = wrapt.ObjectProxy[int]
+else:
+    _IntegerProxy = wrapt.ObjectProxy  # generic since wrapt 2.0
+
+
+class _SafeHandle(_IntegerProxy):
+    """An integer that knows its record."""
+
+    __slots__ = ("_self_record",)
+
+    def __init__(self, record: _handles.Record) -> None:
+        super().__init__(record.number)
+        self._self_record = record
+
+    @property
+    def owner_pid(self) -> int:
+        """The PID of the process in which it is live."""
+        return int(self._self_record.owner.pid)
+
+    @property
+    def established_at(self) -> str:
+        """``file:line`` where its context was established."""
+        return str(self._self_record.established_at)
+
+    def __repr__(self) -> str:
+        return repr(self._self_record.number)
+
+    def __copy__(self) -> _SafeHandle:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SafeHandle:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        record = self._self_record
+        description = f"{record.kind.value} {record.number} of process {record.owner.pid}"
+        return _handles.load, (_handles.family, record.kind, record.key, description)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.__reduce_ex__(2)
+
+
+class SafeContext(_SafeHandle):
+    """A SCARDCONTEXT."""
+
+    __slots__ = ()
+
+
+class SafeCard(_SafeHandle):
+    """A SCARDHANDLE."""
+
+    __slots__ = ()
+
+
+def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    # wrapt's own would change the wrapped integer, and with it everybody's handle.
+    return lambda self, other: operation(self.__wrapped__, other)
+
+
+for _name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "lshift", "rshift", "and", "or", "xor"):
+    _operation = getattr(operator, f"__{_name}__")
+    setattr(_SafeHandle, f"__i{_name}__", _in_place(_operation))

@@ -1,0 +1,61 @@
+"""The settings that are in force: of this process, and of single contexts.
+
+They are plain values, replaced whole and inherited over a fork as any other; a child may change its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Union
+
+from . import _handles
+from ._calls import Kind
+from .errors import SettingsError
+from .policy import Cards, Policy, Settings, from_environment
+
+__all__ = ["configure", "settings"]
+
+_settings: Optional[Settings] = None
+
+
+def settings() -> Settings:
+    """The settings of this process; before :func:`configure`, those of the environment (``PCSC_SAFE_*``).
+
+    :raises SettingsError: the environment holds a value that makes no sense.
+    """
+    global _settings
+    if _settings is None:
+        _settings = from_environment()
+    return _settings
+
+
+def configure(
+    *,
+    policy: Union[Policy, str, None] = None,
+    cards: Union[Cards, str, None] = None,
+    context: Any = None,
+) -> Settings:
+    """Say what a process gets that uses a context or card which it inherited over a fork.
+
+    It can be called at any time, in the parent or in the child, and counts from the next call on.  What is not given
+    stays as it was.
+
+    :param policy: ``auto`` (the default), ``reestablish``, ``raise`` or ``invalid``.
+    :param cards: what an inherited card handle does meanwhile: ``reset`` (the default) or ``reconnect``.
+    :param context: a context, for settings that are to count for it and its cards alone.
+    :return: the settings that are in force now, for that context if one was given.
+    :raises SettingsError: a value is not one of these, or ``context`` is no context of this process.
+    """
+    global _settings
+    given = {name: value for name, value in (("policy", policy), ("cards", cards)) if value is not None}
+    changed = settings().changed(**given)
+    if context is None:
+        _settings = changed
+        return changed
+    record = _handles.find(Kind.CONTEXT, context)
+    if not isinstance(record, _handles.Context) or record.released:
+        raise SettingsError(
+            "context is not a context that SCardEstablishContext gave",
+            remedy="pass one that is not released, or leave it out to configure the process",
+        )
+    record.overrides = {**record.overrides, **{name: getattr(changed, name) for name in given}}
+    return record.settings(settings())

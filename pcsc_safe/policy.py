@@ -1,0 +1,137 @@
+"""Settings, and the pure decision what a process gets that uses what it inherited.
+
+Nothing here touches PC/SC, a lock or a descriptor: :func:`decide` is a function of its arguments, so that the table of
+DESIGN section 3 can be read, and tested, in one place.  At a fork the settings are inherited as any other value.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .errors import SettingsError
+
+__all__ = ["Cards", "Policy", "Role", "Settings", "Verdict", "decide", "from_environment", "native_works_after_fork"]
+
+
+class Policy(str, enum.Enum):
+    """What the first use of an inherited context gives."""
+
+    AUTO = "auto"
+    REESTABLISH = "reestablish"
+    RAISE = "raise"
+    INVALID = "invalid"
+
+
+class Cards(str, enum.Enum):
+    """What an inherited card handle does while its context may be re-established."""
+
+    RESET = "reset"
+    RECONNECT = "reconnect"
+
+
+class Settings(NamedTuple):
+    """How this process treats what it inherits; see :func:`pcsc_safe.configure`."""
+
+    policy: Policy = Policy.AUTO
+    cards: Cards = Cards.RESET
+
+    def changed(self, **values: Any) -> Settings:
+        """These settings with some replaced.
+
+        :raises SettingsError: a value is not one that the setting can have.
+        """
+        return self._replace(**{name: parse(name, value) for name, value in values.items()})
+
+
+_KINDS: dict[str, type[enum.Enum]] = {"policy": Policy, "cards": Cards}
+
+
+def parse(setting: str, value: Any, called: str = "") -> Any:
+    """The value that a setting gets.
+
+    :param setting: a field of :class:`Settings`.
+    :param value: a member of its kind, or that member's value.
+    :param called: what the user knows the setting as, for the error.
+    :raises SettingsError: it is neither.
+    """
+    kind = _KINDS[setting]
+    try:
+        return kind(value)
+    except ValueError:
+        choices = ", ".join(repr(member.value) for member in kind)
+        raise SettingsError(f"{called or setting} cannot be {value!r}", remedy=f"use one of {choices}") from None
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
+    """The defaults, with what PCSC_SAFE_POLICY and PCSC_SAFE_CARDS say; an empty variable says nothing.
+
+    :raises SettingsError: a variable has a value that its setting cannot have.
+    """
+    given = {}
+    for setting in _KINDS:
+        variable = f"PCSC_SAFE_{setting.upper()}"
+        if environment.get(variable):
+            given[setting] = parse(setting, environment[variable], variable)
+    return Settings()._replace(**given)
+
+
+class Role(enum.Enum):
+    """What a PC/SC function means to a process that inherited its handle."""
+
+    USE = enum.auto()
+    CLEANUP = enum.auto()
+    CANCEL = enum.auto()
+    VALIDITY = enum.auto()
+    RECONNECT = enum.auto()
+
+
+class Verdict(enum.Enum):
+    """What to do with a call on an inherited handle."""
+
+    FORGET = enum.auto()  # this process's copy only; answer SCARD_S_SUCCESS
+    SUCCEED = enum.auto()  # answer SCARD_S_SUCCESS, do nothing
+    RAISE = enum.auto()  # ForkedHandleError
+    INVALID = enum.auto()  # answer SCARD_E_INVALID_HANDLE
+    REESTABLISH = enum.auto()  # a context of this process's own, then the call
+    RESET = enum.auto()  # answer SCARD_W_RESET_CARD
+    RECONNECT = enum.auto()  # a connection as SCardReconnect asks for
+    CONNECT = enum.auto()  # a connection as the inherited one was, then the call
+
+
+def decide(settings: Settings, role: Role, *, card: bool, in_transaction: bool = False) -> Verdict:
+    """What a call on an inherited handle gets.
+
+    :param settings: of this process, or of this context.
+    :param role: what the called function means.
+    :param card: the handle is a card's, not a context's.
+    :param in_transaction: the owner was inside a transaction when the process forked.
+    """
+    if role is Role.CLEANUP:
+        return Verdict.FORGET
+    if role is Role.CANCEL:
+        return Verdict.SUCCEED
+    if settings.policy is Policy.INVALID or (settings.policy is Policy.RAISE and role is Role.VALIDITY):
+        return Verdict.INVALID
+    if settings.policy is Policy.RAISE:
+        return Verdict.RAISE
+    if not card:
+        return Verdict.REESTABLISH
+    if role is Role.RECONNECT:
+        return Verdict.RECONNECT
+    if settings.cards is Cards.RECONNECT and not in_transaction:
+        return Verdict.CONNECT
+    return Verdict.RESET
+
+
+def native_works_after_fork(platform: str) -> bool:
+    """Whether a forked process may use the native library on this platform.
+
+    Not on macOS: an inherited context dies of SIGSEGV in libdispatch since Yosemite, and since El Capitan even a fresh
+    SCardEstablishContext answers SCARD_E_NO_SERVICE (LudovicRousseau/pyscard#73).
+
+    :param platform: as ``sys.platform`` spells it.
+    """
+    return platform != "darwin"

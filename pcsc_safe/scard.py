@@ -1,0 +1,10 @@
+"""``smartcard.scard``, safe to use on both sides of a fork.
+
+Import it in place of ``smartcard.scard``: the same functions, constants and ``error``, with the same results.  In a
+process that never forks only one thing differs: a failed call answers no uninitialised memory.
+"""
+
+from ._router import public as _public
+
+globals().update(_public)
+__all__ = list(_public)
