@@ -1,0 +1,74 @@
+"""One path per process by which libpcsclite finds whichever stack is active.
+
+libpcsclite reads PCSCLITE_CSOCK_NAME once and keeps it for the life of the process.  So that several stacks can follow
+each other in one process, the variable names a symbolic link, the same for the life of the process, which points to the
+socket of the stack activated last.
+
+Invariant: the link exists only while a stack is active, and only the process that made it changes it.
+
+At a fork: the child goes on using the parent's path, and changes nothing; a stack that it starts itself gets a path of
+its own, which helps only if the process had not used PC/SC before it forked.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Optional
+
+from ._daemon import short_temporary_path
+
+VARIABLE = "PCSCLITE_CSOCK_NAME"
+
+
+class Switch:
+    """The link of one process, and the stacks that are active, the one that counts last."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self.path = short_temporary_path() + ".comm"
+        self._lock = threading.Lock()
+        self._active: list[str] = []
+        self._before: Optional[str] = None
+
+    def activate(self, socket_path: str) -> None:
+        """Point the link to a stack's socket, and the environment to the link."""
+        with self._lock:
+            if not self._active:
+                self._before = os.environ.get(VARIABLE)
+            self._active.append(socket_path)
+            self._point()
+            os.environ[VARIABLE] = self.path
+
+    def deactivate(self, socket_path: str) -> None:
+        """Undo one `activate`: back to the stack active before it, or to the environment there was."""
+        if self.owner != os.getpid():
+            return
+        with self._lock:
+            last = len(self._active) - 1 - self._active[::-1].index(socket_path)
+            del self._active[last]
+            if self._active:
+                self._point()
+                return
+            if os.path.islink(self.path):
+                os.unlink(self.path)
+            if self._before is None:
+                os.environ.pop(VARIABLE, None)
+            else:
+                os.environ[VARIABLE] = self._before
+
+    def _point(self) -> None:
+        fresh = self.path + ".new"
+        os.symlink(self._active[-1], fresh)
+        os.replace(fresh, self.path)
+
+
+_switch = Switch()
+
+
+def switch() -> Switch:
+    """Return the switch of this process; a forked child gets a new one."""
+    global _switch  # one per process, because libpcsclite's memory is
+    if _switch.owner != os.getpid():
+        _switch = Switch()
+    return _switch

@@ -1,0 +1,142 @@
+"""One private pcscd: its directory, its configuration, and the keeper that runs it.
+
+Invariant: the directory, pcscd and the keeper are gone when `Daemon.close` has returned, and soon after this process
+died without calling it.
+
+At a fork: only the process that made a Daemon talks to the keeper; the child's copy of the connection is never used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import _keeper
+from ._errors import PcscStackError
+from ._install import Installed
+
+_SUN_PATH_MAX = 107
+_KEEPER = os.path.abspath(_keeper.__file__)
+
+
+def short_temporary_path() -> str:
+    """A path nobody else uses, short enough for a socket in it; nothing is created."""
+    name = f"pcsc-safe-{os.getpid()}-{secrets.token_hex(4)}"
+    usual = os.path.join(tempfile.gettempdir(), name)
+    return usual if len(os.fsencode(usual)) + 16 <= _SUN_PATH_MAX else os.path.join("/tmp", name)  # noqa: S108 - the name is a secret, and mkdir refuses one that exists
+
+
+class Daemon:
+    """A pcscd that can be started, killed and started again.
+
+    :param installed: the programs.
+    :param link: the symbolic link that may come to point to this daemon's socket; removed when this process dies.
+    :param timeout: seconds that the keeper may take for anything.
+    """
+
+    def __init__(self, installed: Installed, link: str, timeout: float) -> None:
+        self.home = short_temporary_path()
+        self.path = os.path.join(self.home, _keeper.SOCKET_NAME)
+        self.pid = 0
+        self._installed = installed
+        self._control, theirs = socket.socketpair()
+        self._control.settimeout(timeout)
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own script
+                [sys.executable, "-I", "-S", _KEEPER, self.home, link, str(os.getpid()), *self._command()],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # out of reach of the terminal's Ctrl-C, which is for the test to handle first
+                start_new_session=True,
+            )
+        except BaseException:
+            self._control.close()
+            raise
+        finally:
+            theirs.close()
+        try:
+            self._reply()
+        except BaseException:
+            self.close()
+            raise
+
+    def configure(self, devices: Sequence[tuple[str, int]]) -> None:
+        """Write reader.conf.d.
+
+        :param devices: friendly name and first TCP port of each vpcd device.
+        """
+        config = Path(self.home, "reader.conf.d")
+        config.mkdir(exist_ok=True)
+        lines = []
+        for number, (name, port) in enumerate(devices):
+            lines.append(f'FRIENDLYNAME "{name}"\nDEVICENAME /dev/null:{port:#x}')
+            lines.append(f"LIBPATH {self._driver(number)}\nCHANNELID {port:#x}\n")
+        Path(config, "vpcd").write_text("\n".join(lines))
+
+    def start(self) -> None:
+        """Start pcscd; one that runs is killed first."""
+        self.pid = 0
+        self.pid = int(self._request(b"s").split()[1])
+
+    def kill(self) -> None:
+        """SIGKILL pcscd and wait for its end."""
+        self.pid = 0
+        self._request(b"k")
+
+    def log(self) -> str:
+        """What pcscd has logged, over all its starts."""
+        try:
+            return Path(self.home, _keeper.LOG_NAME).read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def close(self) -> None:
+        """Kill pcscd, remove the directory, wait for the keeper."""
+        self.pid = 0
+        # the end of the connection is the end of the keeper, also where a child holds a copy of it
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait()
+        finally:
+            self._control.close()
+
+    def _command(self) -> list[str]:
+        config = os.path.join(self.home, "reader.conf.d")
+        command = [self._installed.pcscd, "--foreground", "--info", "--config", config]
+        # whoever runs the tests may use the readers of the tests
+        return [*command, "--disable-polkit"] if self._installed.polkit else command
+
+    def _driver(self, number: int) -> str:
+        """The driver has room for one device, so each device after the first gets a copy of its own."""
+        if not number:
+            return self._installed.driver
+        copy = os.path.join(self.home, f"libifdvpcd-{number}.so")
+        if not os.path.exists(copy):
+            shutil.copyfile(self._installed.driver, copy)
+        return copy
+
+    def _request(self, request: bytes) -> str:
+        self._control.sendall(request)
+        return self._reply()
+
+    def _reply(self) -> str:
+        line = b""
+        while not line.endswith(b"\n"):
+            more = self._control.recv(4096)
+            if not more:
+                raise PcscStackError("the process that keeps pcscd has died", remedy="leave the with block")
+            line += more
+        answer = line.decode().rstrip()
+        if answer.startswith("error"):
+            raise PcscStackError(f"pcscd's keeper: {answer}", remedy="see that TMPDIR is a writable directory")
+        return answer

@@ -1,0 +1,14 @@
+"""The one error of the virtual stack.
+
+Invariant: its text says what is wrong and what to do about it, and never holds a byte of an APDU.
+
+At a fork: nothing.
+"""
+
+from __future__ import annotations
+
+from ..errors import PcscSafeError
+
+
+class PcscStackError(PcscSafeError):
+    """The virtual PC/SC stack can't do what it was asked; says what to do about it."""

@@ -1,0 +1,69 @@
+"""What of the virtual stack is installed on this machine: pcscd, its options, and the vpcd driver.
+
+Invariant: finding out changes nothing, and costs one run of ``pcscd --version`` per process.
+
+At a fork: nothing; a child inherits what its parent found out.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Union
+
+_PACKAGES = (
+    "install it (Debian, Ubuntu: apt-get install pcscd vsmartcard-vpcd; elsewhere: pcsc-lite, and vpcd from "
+    "https://frankmorgner.github.io/vsmartcard)"
+)
+_DRIVERS = (
+    "/usr/lib/pcsc/drivers/serial/libifdvpcd.so*",
+    "/usr/lib*/pcsc/drivers/serial/libifdvpcd.so*",
+    "/usr/lib/*/pcsc/drivers/serial/libifdvpcd.so*",
+    "/usr/local/lib*/pcsc/drivers/serial/libifdvpcd.so*",
+)
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The programs of the virtual stack.
+
+    :param pcscd: path of the daemon.
+    :param version: its version, "1.9.9".
+    :param polkit: whether it asks polkit who may use it.
+    :param driver: path of the vpcd driver.
+    """
+
+    pcscd: str
+    version: str
+    polkit: bool
+    driver: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why there can't be a virtual stack here, and what to do about it."""
+
+    problem: str
+    remedy: str
+
+
+@cache
+def look() -> Union[Installed, Missing]:
+    """Look for pcscd and the vpcd driver."""
+    if not sys.platform.startswith("linux"):
+        return Missing(f"the virtual PC/SC stack runs on Linux only, this is {sys.platform}", "use a Linux machine")
+    pcscd = shutil.which("pcscd", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/sbin:/sbin")
+    if pcscd is None:
+        return Missing("pcscd, which the virtual PC/SC stack needs, is not installed", _PACKAGES)
+    drivers = [path for pattern in _DRIVERS for path in sorted(glob.glob(pattern))]
+    if not drivers:
+        return Missing("the vpcd driver, which the virtual PC/SC stack needs, is not installed", _PACKAGES)
+    # the path is pcscd's own
+    words = subprocess.run([pcscd, "--version"], capture_output=True, text=True, check=False).stdout.split()  # noqa: S603
+    version = words[2].rstrip(".") if len(words) > 2 else "of unknown version"
+    return Installed(os.path.abspath(pcscd), version, "polkit" in words, os.path.realpath(drivers[0]))

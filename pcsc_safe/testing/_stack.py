@@ -1,0 +1,350 @@
+"""`VirtualPcsc`: a whole PC/SC stack of one's own, readers, cards and all.
+
+Invariant: everything that a stack started or created is gone when it is closed, and soon after its process died.
+
+At a fork: the stack belongs to the process that started it.  Its children may use it as PC/SC clients and read its
+properties; everything that would change it raises PcscStackError there, and leaving its with block does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Optional
+
+from . import _activation, _install
+from ._daemon import Daemon
+from ._errors import PcscStackError
+from ._nudge import nudge
+from ._vpcd import PortPair, Slot
+from ._wire import MAX_READERS, Probe, ReaderState
+from .cards import VirtualCard
+
+__all__ = ["Reader", "VirtualPcsc"]
+
+_CURES = {
+    "cannot create /": "without root pcscd needs its run directory, once: sudo mkdir -p /run/pcscd",
+    "failed to map segment": "more than two readers need a TMPDIR that is not mounted noexec",
+}
+_LOG_TAIL = 2000  # characters
+
+
+class Reader:
+    """A virtual reader; made by VirtualPcsc."""
+
+    def __init__(self, stack: VirtualPcsc, name: str, slot: Slot) -> None:
+        self.name = name
+        """The name by which PC/SC lists it."""
+        self._stack = stack
+        self._slot = slot
+
+    def __repr__(self) -> str:
+        return f"<Reader {self.name!r}: {self.card!r}>"
+
+    @property
+    def card(self) -> Optional[VirtualCard]:
+        """The card in the reader."""
+        return self._slot.card
+
+    def insert(self, card: VirtualCard) -> None:
+        """Put a card in; returns when pcscd has noticed and powered it up.
+
+        While pcscd is down (after `VirtualPcsc.kill`) the card sits there until it is up again.
+
+        :param card: one that is in no reader.
+        :raises PcscStackError: there is a card in the reader, or pcscd does not see this one.
+        """
+        with self._stack._exclusive() as stack:
+            if self.card is not None:
+                raise PcscStackError(f"there is a card in {self.name!r}", remedy="remove() it first")
+            if any(reader.card is card for reader in stack.readers):
+                raise PcscStackError("this card is in another reader", remedy="remove() it there first")
+            self._slot.card = card
+            stack._cards_seen.append(card)
+            try:
+                stack._plug([self])
+            except BaseException:
+                self._take_out()
+                raise
+
+    def remove(self) -> VirtualCard:
+        """Pull the card out; returns it when pcscd has noticed.
+
+        :raises PcscStackError: there is no card in the reader, or pcscd goes on seeing it.
+        """
+        with self._stack._exclusive() as stack:
+            card = self.card
+            if card is None:
+                raise PcscStackError(f"there is no card in {self.name!r}", remedy="insert() one first")
+            self._take_out()
+            if stack.pid:
+                with stack._explained():
+                    stack._await({self.name: False})
+            return card
+
+    def _take_out(self) -> None:
+        try:
+            self._slot.unplug()
+        finally:
+            self._slot.card = None
+
+    def reset(self) -> None:
+        """Reset the card as another application would: whoever else is connected gets SCARD_W_RESET_CARD.
+
+        :raises PcscStackError: there is no card, or an application holds it exclusively or in a transaction.
+        """
+        with self._stack._exclusive() as stack, stack._explained(), stack._probe() as probe:
+            probe.reset(self.name)
+
+
+class VirtualPcsc:
+    """A private pcscd with virtual readers; a context manager.
+
+    It needs no hardware, no root and no system pcscd, and any number can run side by side.  Cards run in threads of
+    this process.  While the block runs, PC/SC calls of this process and its children reach this stack (unless
+    ``activate=False``, see `activated`).
+
+    :param readers: how many readers, 1 to 16.  vpcd's readers come in pairs: for an odd number pcscd lists one more,
+        always empty.
+    :param cards: cards to start with, for the first readers; None leaves a reader empty.
+    :param activate: whether PC/SC calls in this process shall find this stack.
+    :param timeout: seconds that pcscd may take for anything it is asked.
+    :raises ValueError: a number of readers that can't be.
+    :raises PcscStackError: when the block is entered: pcscd or vpcd is not installed, or does not start; says what to
+        do.  When it is left: a card's own code raised (the cause of this error); not if the block itself raised.
+    """
+
+    def __init__(
+        self,
+        readers: int = 2,
+        cards: Sequence[Optional[VirtualCard]] = (),
+        *,
+        activate: bool = True,
+        timeout: float = 20.0,
+    ) -> None:
+        if not 1 <= readers <= MAX_READERS:
+            raise ValueError(f"pcscd serves 1 to {MAX_READERS} readers, not {readers}; start several stacks for more")
+        if len(cards) > readers:
+            raise ValueError(f"{len(cards)} cards for {readers} readers; ask for more readers")
+        self.readers: tuple[Reader, ...] = ()
+        """The readers, in the order in which PC/SC lists them; none outside the block."""
+        self._count = readers
+        self._first_cards = tuple(cards)
+        self._activate = activate
+        self._timeout = timeout
+        self._owner = os.getpid()
+        self._lock = threading.RLock()
+        self._daemon: Optional[Daemon] = None
+        self._cards_seen: list[VirtualCard] = []
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> VirtualPcsc:
+        if self._daemon is not None:
+            raise PcscStackError("this virtual PC/SC stack is running", remedy="make another VirtualPcsc")
+        self._owner = os.getpid()
+        self._cards_seen = []
+        with contextlib.ExitStack() as undo:
+            self._build(undo)
+            self.start()
+            if self._activate:
+                undo.enter_context(self.activated())
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        if os.getpid() != self._owner:
+            return
+        with self._lock:
+            self._undo.close()
+        if error is None:
+            self._report()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Environment for a subprocess that shall use this stack: a copy of this process's."""
+        return {**os.environ, _activation.VARIABLE: self._running().path}
+
+    @property
+    def pid(self) -> int:
+        """Process id of pcscd; 0 while it is down."""
+        return self._running().pid
+
+    @property
+    def log(self) -> str:
+        """What pcscd has logged since the block was entered, over all restarts; no APDUs."""
+        return self._running().log()
+
+    def clients(self) -> int:
+        """How many connections pcscd serves now: one for each PC/SC context that is established.
+
+        pcscd notices a little later that a context is gone: see `wait_for_clients`.
+        """
+        path = self._running().path
+        # no lock in a child: a thread that it does not have may have held it at the fork
+        with self._lock if os.getpid() == self._owner else contextlib.nullcontext():
+            return _connections(path)
+
+    def wait_for_clients(self, count: int, timeout: float = 10.0) -> None:
+        """Wait until pcscd serves just so many connections.
+
+        :param count: how many.
+        :param timeout: seconds.
+        :raises TimeoutError: it serves more or fewer.
+        """
+        deadline = time.monotonic() + timeout
+        while (now := self.clients()) != count:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {timeout:g} s for pcscd to have {count} clients: it has {now}")
+            # the kernel has no event for it
+            time.sleep(0.002)
+
+    def kill(self) -> None:
+        """SIGKILL pcscd.  Until `start`, PC/SC calls fail; cards stay in their readers, without power."""
+        with self._exclusive():
+            self._running().kill()
+            self._unplug()
+
+    def start(self) -> None:
+        """Start pcscd after `kill`, or after it died by itself; returns when it has seen the readers and the cards.
+
+        :raises PcscStackError: it does not start; with the end of its log.
+        """
+        with self._exclusive(), self._explained():
+            self._unplug()
+            self._running().start()
+            with self._probe() as probe:
+                self._check_readers(probe.states())
+            self._plug([reader for reader in self.readers if reader.card is not None])
+
+    def restart(self) -> None:
+        """`kill` and `start`: every session is lost, the cards are reset."""
+        with self._exclusive():
+            self.kill()
+            self.start()
+
+    @contextlib.contextmanager
+    def activated(self) -> Iterator[VirtualPcsc]:
+        """Let PC/SC calls of this process find this stack, by PCSCLITE_CSOCK_NAME in os.environ, while a block runs.
+
+        libpcsclite reads the variable once in the life of a process, at the first PC/SC call.  It is therefore given
+        one path for the whole process, a symbolic link to the stack activated last: stacks may follow each other, or
+        be nested.  A process that has used PC/SC before its first stack can't be redirected any more.
+        """
+        with self._exclusive():
+            switch, path = _activation.switch(), self._running().path
+            switch.activate(path)
+        try:
+            yield self
+        finally:
+            switch.deactivate(path)
+
+    def _build(self, undo: contextlib.ExitStack) -> None:
+        """Everything but pcscd itself."""
+        installed = _find()
+        ports = []
+        for _ in range(0, self._count, 2):
+            ports.append(PortPair())
+            undo.callback(ports[-1].close)
+        devices = [(f"Virtual PCD {number}", pair.port) for number, pair in enumerate(ports)]
+        undo.callback(self._forget)
+        self._daemon = Daemon(installed, _activation.switch().path, self._timeout)
+        undo.callback(self._daemon.close)
+        self._daemon.configure(devices)
+        readers = []
+        for index in range(self._count):
+            (name, port), number = devices[index // 2], index % 2
+            readers.append(Reader(self, f"{name} 00 {number:02X}", Slot(port + number)))
+        self.readers = tuple(readers)
+        undo.callback(self._unplug)
+        for reader, card in zip(self.readers, self._first_cards):
+            reader._slot.card = card
+            if card is not None:
+                self._cards_seen.append(card)
+
+    def _forget(self) -> None:
+        self._daemon = None
+        self.readers = ()
+
+    def _running(self) -> Daemon:
+        if self._daemon is None:
+            raise PcscStackError("this virtual PC/SC stack is not running", remedy="use it in a with block")
+        return self._daemon
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[VirtualPcsc]:
+        """For everything that changes the stack: one thread at a time, and never a forked child."""
+        if os.getpid() != self._owner:
+            problem = f"this virtual PC/SC stack is process {self._owner}'s, this is its forked child {os.getpid()}"
+            raise PcscStackError(problem, remedy="change it there, or start a stack of your own")
+        with self._lock:
+            yield self
+
+    def _plug(self, readers: Sequence[Reader]) -> None:
+        if not self.pid or not readers:
+            return
+        with self._explained():
+            for reader in readers:
+                reader._slot.plug()
+            self._await({reader.name: True for reader in readers})
+
+    def _unplug(self) -> None:
+        for reader in self.readers:
+            reader._slot.unplug()
+
+    def _probe(self) -> Probe:
+        return Probe(self._running().path, self._timeout)
+
+    def _await(self, wanted: dict[str, bool]) -> None:
+        """Wait until pcscd sees cards where there are some, and none where there are none."""
+
+        def as_wanted(states: Sequence[ReaderState]) -> bool:
+            return all(wanted.get(state.name, state.present) == state.present for state in states)
+
+        with self._probe() as probe:
+            probe.wait(as_wanted, hurry=lambda: nudge(self.pid))
+
+    def _check_readers(self, states: Sequence[ReaderState]) -> None:
+        missing = {reader.name for reader in self.readers} - {state.name for state in states}
+        if missing:
+            raise ConnectionError(f"no reader {', '.join(sorted(missing))}")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn failures to reach pcscd into an error that quotes its log."""
+        try:
+            yield
+        except OSError as error:
+            log = self.log
+            remedy = "see the end of its log:\n" + log[-_LOG_TAIL:]
+            for symptom, cure in _CURES.items():
+                remedy = f"{cure}; {remedy}" if symptom in log else remedy
+            raise PcscStackError(f"pcscd does not serve the virtual readers ({error})", remedy=remedy) from error
+
+    def _report(self) -> None:
+        for card in self._cards_seen:
+            if card.errors:
+                problem = f"{type(card).__name__} raised {type(card.errors[0]).__name__} in its own code"
+                raise PcscStackError(problem, remedy="see the cause; card.errors has all") from card.errors[0]
+
+
+def _find() -> _install.Installed:
+    found = _install.look()
+    if isinstance(found, _install.Missing):
+        raise PcscStackError(found.problem, remedy=found.remedy)
+    return found
+
+
+def _connections(path: str) -> int:
+    """Connections to a listening Unix socket that its server has not closed; state 03 in /proc is "connected"."""
+    with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as table:
+        rows = [line.split(maxsplit=7) for line in table]
+    return sum(len(row) == 8 and row[5] == "03" and row[7].rstrip("\n") == path for row in rows)

@@ -1,0 +1,160 @@
+"""The reader side of the vpcd driver: its ports, and the connection by which a card is in a reader.
+
+vpcd listens on a TCP port for each of its two slots, and whoever connects there is the card: two bytes of length, big
+endian, then the message.  (It can also connect to us, but vpcd 3.3 can't do that twice: FD_SET(-1), and pcscd aborts.)
+
+Invariant: a port that `PortPair` reserved can't be had by anybody but our vpcd, from before it starts until `close`,
+over every restart.  A card is in a reader exactly as long as its connection lives; the connection ends by reset or
+shutdown, which work however many forked children hold a copy of the socket.
+
+At a fork: the thread that serves the card stays in the parent.  The child's copies of the sockets are never used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from typing import Optional
+
+from ._errors import PcscStackError
+from ._libc import abort_connection
+from .cards import VirtualCard
+
+_LOCALHOST = "127.0.0.1"
+_LENGTH = struct.Struct(">H")
+_QUICK_ACK = getattr(socket, "TCP_QUICKACK", None)
+
+
+class PortPair:
+    """Two neighbouring TCP ports, as one vpcd device wants them.
+
+    vpcd sets SO_REUSEADDR, so on Linux it can listen on ports that we hold bound but don't listen on; nobody else is
+    given them.
+    """
+
+    def __init__(self) -> None:
+        for _ in range(200):
+            self._sockets = [socket.socket(), socket.socket()]
+            try:
+                self._sockets[0].bind(("", 0))
+                self.port: int = self._sockets[0].getsockname()[1]
+                self._sockets[1].bind(("", self.port + 1))
+            except (OSError, OverflowError):
+                self.close()
+                continue
+            for held in self._sockets:
+                # not before bind(), which would then be content with a port that others share, and vpcd would not
+                held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            return
+        raise PcscStackError("no two neighbouring TCP ports are free", remedy="see who uses them all: ss -tan")
+
+    def close(self) -> None:
+        """Give the ports back."""
+        for held in self._sockets:
+            held.close()
+
+
+class Slot:
+    """One slot of the driver, and the card in it, if any.
+
+    :param port: where vpcd listens for this slot.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.card: Optional[VirtualCard] = None
+        self._socket: Optional[socket.socket] = None
+        self._thread: Optional[threading.Thread] = None
+        self._lock = threading.Lock()
+
+    def plug(self) -> None:
+        """Connect the card to vpcd, which must be listening; pcscd will notice in its own time."""
+        card = self.card
+        assert card is not None
+        self._connect()
+        name = f"pcsc_safe virtual card on port {self.port}"
+        self._thread = threading.Thread(target=self._serve, args=(card,), name=name, daemon=True)
+        self._thread.start()
+
+    def unplug(self, timeout: float = 10.0) -> None:
+        """End the connection and the thread that serves it.
+
+        :param timeout: seconds to wait for the card's own code to return.
+        :raises PcscStackError: it does not.
+        """
+        self._disconnect()
+        thread, self._thread = self._thread, None
+        # a card may pull itself out
+        if thread is None or thread is threading.current_thread():
+            return
+        thread.join(timeout)
+        if thread.is_alive():
+            problem = f"{type(self.card).__name__} has been in its own code for {timeout:g} seconds"
+            raise PcscStackError(problem, remedy="let apdu() and the hooks return")
+
+    def _connect(self) -> None:
+        connection = socket.create_connection((_LOCALHOST, self.port))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = connection
+
+    def _disconnect(self) -> None:
+        with self._lock:
+            connection, self._socket = self._socket, None
+        if connection is None:
+            return
+        # vpcd takes any end before an answer for an empty answer, and reports success; only where the answer has begun,
+        # and the connection is reset, does it report the failure that a card pulled out in the middle of a command is
+        with contextlib.suppress(OSError):
+            connection.send(_LENGTH.pack(2), socket.MSG_DONTWAIT)
+        if not abort_connection(connection):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        # the thread that reads from it closes it: nobody else may, or it could read from another file of that number
+
+    def _reconnect(self, lost: socket.socket) -> bool:
+        """After vpcd hung up: be there for it again, unless it is gone, or the card was pulled out."""
+        lost.close()
+        with self._lock:
+            if self._socket is not lost:
+                return False
+            self._socket = None
+            try:
+                self._connect()
+            except OSError:
+                return False
+        return True
+
+    def _serve(self, card: VirtualCard) -> None:
+        """Answer the reader until the connection ends for good."""
+        connection = self._socket
+        while connection is not None:
+            _converse(connection, card)
+            card._lose_power()
+            connection = self._socket if self._reconnect(connection) else None
+
+
+def _converse(connection: socket.socket, card: VirtualCard) -> None:
+    try:
+        while True:
+            (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
+            answer = card._answer(_read(connection, length))
+            if answer is not None:
+                connection.sendall(_LENGTH.pack(len(answer)) + answer)
+    except (EOFError, OSError):
+        return
+
+
+def _read(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        if _QUICK_ACK is not None:
+            # vpcd 3.3 writes length and message apart, and its kernel holds the second back until the first is
+            # acknowledged; Linux forgets this option, so it is set again for each read
+            connection.setsockopt(socket.IPPROTO_TCP, _QUICK_ACK, 1)
+        more = connection.recv(count - len(data))
+        if not more:
+            raise EOFError
+        data += more
+    return data

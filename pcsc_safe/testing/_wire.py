@@ -1,0 +1,150 @@
+"""pcscd's own client protocol, as little of it as the stack needs: what is in the readers, and a card reset.
+
+The stack looks at pcscd from outside without loading libpcsclite: a context of its own in the test process would be one
+more thing that the code under test can meet.
+
+Invariant: when `Probe.close` returns, pcscd has forgotten the connection: it is never in the count of clients.
+
+At a fork: a probe lives within one call, under the stack's lock; a child inherits none that it could use.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ._errors import PcscStackError
+
+PRESENT = 0x0004
+MAX_READERS = 16
+
+# seconds; a fraction of the 400 ms that pcscd takes when nobody hurries it
+_HURRY_INTERVAL = 0.01
+_NAME_LENGTH = 128
+_STATE = struct.Struct(f"={_NAME_LENGTH}sIIi33s3xII")
+_HEADER = struct.Struct("=II")
+_ESTABLISH, _CONNECT, _DISCONNECT = 0x01, 0x04, 0x06
+_VERSION, _GET_STATES, _WAIT_CHANGE = 0x11, 0x12, 0x13
+_SHARED, _ANY_PROTOCOL, _RESET_CARD = 2, 3, 1
+_SHARING_VIOLATION, _NO_CARD, _REMOVED = 0x8010000B, 0x8010000C, 0x80100069
+
+
+@dataclass(frozen=True)
+class ReaderState:
+    """What pcscd says about one reader: its name, whether a powered-up card with an ATR is in it."""
+
+    name: str
+    present: bool
+
+
+class Probe:
+    """One short-lived connection to pcscd.
+
+    :param path: pcscd's socket.
+    :param timeout: seconds that everything done with this probe may take together.
+    :raises ConnectionError: nobody serves that socket.
+    :raises TimeoutError: the time is up.
+    """
+
+    def __init__(self, path: str, timeout: float) -> None:
+        self._deadline = time.monotonic() + timeout
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.connect(path)
+            # the answer tells which version pcscd speaks; ours has not changed since pcsc-lite 1.8.24
+            self._ask(_VERSION, struct.pack("=iiI", 4, 4, 0), 12)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up, and wait until pcscd has too."""
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+            while self._receive_some(4096):
+                pass
+        except OSError:
+            pass
+        finally:
+            self._socket.close()
+
+    def states(self) -> list[ReaderState]:
+        """What is in the readers now."""
+        return _parse(self._ask(_GET_STATES, b"", _STATE.size * MAX_READERS))
+
+    def wait(self, satisfied: Callable[[list[ReaderState]], bool], hurry: Callable[[], None]) -> None:
+        """Wait for the readers to be as wanted, woken by pcscd's own events.
+
+        :param satisfied: whether they are.
+        :param hurry: makes pcscd look; called now and then until they are.
+        :raises TimeoutError: they are not, and the time is up.
+        """
+        while not satisfied(_parse(self._ask(_WAIT_CHANGE, b"", _STATE.size * MAX_READERS))):
+            hurry()
+            while not select.select([self._socket], [], [], min(_HURRY_INTERVAL, self._left()))[0]:
+                hurry()
+            self._receive(8)
+
+    def reset(self, reader: str) -> None:
+        """Reset the card as another application would: connect shared, disconnect with SCARD_RESET_CARD.
+
+        :raises PcscStackError: there is no card, or an application holds it exclusively or in a transaction.
+        """
+        context = struct.unpack("=III", self._ask(_ESTABLISH, struct.pack("=III", 2, 0, 0), 12))[1]
+        request = struct.pack("=I128sIIiII", context, reader.encode(), _SHARED, _ANY_PROTOCOL, 0, 0, 0)
+        *_, card, _, result = struct.unpack("=I128sIIiII", self._ask(_CONNECT, request, len(request)))
+        if not result:
+            request = struct.pack("=iII", card, _RESET_CARD, 0)
+            result = struct.unpack("=iII", self._ask(_DISCONNECT, request, 12))[2]
+        if result:
+            raise PcscStackError(f"the card in {reader!r} can't be reset (0x{result:08X})", remedy=_reason(result))
+
+    def _ask(self, command: int, body: bytes, answer: int) -> bytes:
+        self._socket.settimeout(self._left())
+        self._socket.sendall(_HEADER.pack(len(body), command) + body)
+        return self._receive(answer)
+
+    def _receive(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            more = self._receive_some(count - len(data))
+            if not more:
+                raise ConnectionResetError("pcscd hung up")
+            data += more
+        return data
+
+    def _receive_some(self, count: int) -> bytes:
+        self._socket.settimeout(self._left())
+        return self._socket.recv(count)
+
+    def _left(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("pcscd did not answer in time")
+        return left
+
+
+def _parse(data: bytes) -> list[ReaderState]:
+    states = []
+    for name, _, state, _, _, atr_length, _ in _STATE.iter_unpack(data):
+        if name[0]:
+            states.append(ReaderState(name.split(b"\0")[0].decode(), bool(state & PRESENT and atr_length)))
+    return states
+
+
+def _reason(result: int) -> str:
+    if result == _SHARING_VIOLATION:
+        return "an application holds it exclusively or in a transaction: let it disconnect first"
+    if result in (_NO_CARD, _REMOVED):
+        return "there is no card in the reader: insert one"
+    return "see VirtualPcsc.log"

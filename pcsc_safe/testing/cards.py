@@ -1,0 +1,236 @@
+"""Virtual cards: what is on the other side of the reader, scripted in Python.
+
+Invariant: whatever a card's own code does, the reader gets an answer, and what went wrong is kept in
+`VirtualCard.errors`.  No APDU is kept, logged or shown.
+
+At a fork: a card lives in the process that started the stack.  A child has a copy that nobody serves; reading its
+counts is harmless there, and they stay what they were when the process forked.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import Optional, Union
+
+from ._errors import PcscStackError
+
+__all__ = ["DEFAULT_ATR", "CardEvent", "EchoCard", "VirtualCard"]
+
+DEFAULT_ATR = bytes.fromhex("3B80800101")
+"""The shortest ATR that offers T=0 and T=1."""
+
+# vpcd's messages carry their length in two bytes
+LONGEST_MESSAGE = 0xFFFF
+_FAILED = b"\x6f\x00"
+
+
+class CardEvent(Enum):
+    """What can happen to a card.
+
+    A card that is pulled out, or whose pcscd dies, loses its power: that is a POWER_OFF too, if it had any.
+    """
+
+    POWER_ON = "power-on"
+    POWER_OFF = "power-off"
+    RESET = "reset"
+    APDU = "apdu"
+
+
+class VirtualCard:
+    """A card: give it a function, or subclass it and override `apdu`.
+
+    :param atr: answer to reset, 2 to 33 bytes.
+    :param apdu: takes a command APDU and returns the response APDU, status word included.  Called in a thread of the
+        stack's, one command after the other.
+    :raises ValueError: the ATR has no possible length.
+
+    What the card's code raises is answered with 6F00 and kept in `errors`.
+
+    vpcd carries at most 65,535 bytes, status word included, in either direction; and it can't tell a command of one
+    byte from a message of its own.  pcscd powers a card that no application uses off after some 400 ms.
+    """
+
+    def __init__(self, atr: bytes = DEFAULT_ATR, apdu: Optional[Callable[[bytes], bytes]] = None) -> None:
+        if not 2 <= len(atr) <= 33:
+            raise ValueError(f"an ATR has 2 to 33 bytes, not {len(atr)}; DEFAULT_ATR is one")
+        self.atr = bytes(atr)
+        self.errors: list[BaseException] = []
+        """What the card's own code raised, in order.  Leaving the stack raises PcscStackError if there is anything
+        here; a test that expects errors clears it."""
+        self._script = apdu
+        self._record: list[CardEvent] = []
+        self._changed = threading.Condition()
+        self._powered = False
+
+    def apdu(self, command: bytes) -> bytes:
+        """Answer one command APDU; to be overridden.
+
+        :param command: the APDU as the application sent it, two bytes at least.
+        :returns: the response: data and status word, 2 to 65,535 bytes.
+        """
+        return b"\x6d\x00" if self._script is None else self._script(command)
+
+    def power_on(self) -> None:
+        """Called when the reader powers the card up; to be overridden."""
+
+    def power_off(self) -> None:
+        """Called when the card loses its power; to be overridden."""
+
+    def reset(self) -> None:
+        """Called at a warm reset; to be overridden."""
+
+    @property
+    def record(self) -> tuple[CardEvent, ...]:
+        """All that happened to the card, in order."""
+        return tuple(self._record)
+
+    def count(self, event: CardEvent) -> int:
+        """How many times something happened to the card."""
+        return self.record.count(event)
+
+    @property
+    def power_ons(self) -> int:
+        """How many times the card was powered up."""
+        return self.count(CardEvent.POWER_ON)
+
+    @property
+    def power_offs(self) -> int:
+        """How many times the card lost its power."""
+        return self.count(CardEvent.POWER_OFF)
+
+    @property
+    def resets(self) -> int:
+        """How many warm resets the card had."""
+        return self.count(CardEvent.RESET)
+
+    @property
+    def apdus(self) -> int:
+        """How many commands the card answered."""
+        return self.count(CardEvent.APDU)
+
+    def wait_for(self, event: Union[CardEvent, str], count: int = 1, timeout: float = 10.0) -> None:
+        """Wait until something has happened to the card.
+
+        :param event: what; a CardEvent, or its value ("power-on", "power-off", "reset", "apdu").
+        :param count: how many times altogether, since the card was made.
+        :param timeout: seconds.
+        :raises TimeoutError: it has not; says what has.
+        """
+        event = CardEvent(event)
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.count(event) >= count, timeout):
+                raise TimeoutError(f"waited {timeout:g} s for {event.value} number {count}: {self!r}")
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{event.value} {self.count(event)}" for event in CardEvent)
+        return f"<{type(self).__name__}: {counts}>"
+
+    def _answer(self, message: bytes) -> Optional[bytes]:
+        """What the reader gets for one vpcd message: bytes, or nothing."""
+        if len(message) != 1:
+            answer = self._guard(lambda: self._checked(self.apdu(message)), _FAILED)
+            self._happened(CardEvent.APDU)
+            return answer
+        if message == b"\x04":
+            return self.atr
+        if message == b"\x00":
+            self._lose_power()
+        elif message == b"\x01":
+            self._guard(self.power_on, None)
+            self._powered = True
+            self._happened(CardEvent.POWER_ON)
+        elif message == b"\x02":
+            self._guard(self.reset, None)
+            self._happened(CardEvent.RESET)
+        return None
+
+    def _lose_power(self) -> None:
+        if self._powered:
+            self._powered = False
+            self._guard(self.power_off, None)
+            self._happened(CardEvent.POWER_OFF)
+
+    def _checked(self, response: object) -> bytes:
+        if not isinstance(response, (bytes, bytearray)):
+            raise PcscStackError(f"apdu() returned {type(response).__name__}", remedy="return bytes")
+        if not 2 <= len(response) <= LONGEST_MESSAGE:
+            remedy = f"return data and status word, 2 to {LONGEST_MESSAGE} bytes, vpcd carries no more"
+            raise PcscStackError(f"apdu() returned {len(response)} bytes", remedy=remedy)
+        return bytes(response)
+
+    def _guard(self, code: Callable[[], Optional[bytes]], otherwise: Optional[bytes]) -> Optional[bytes]:
+        try:
+            return code()
+        # pytest.fail() and the like are no Exceptions; the test shall see them all the same
+        except BaseException as error:
+            self.errors.append(error)
+            return otherwise
+
+    def _happened(self, event: CardEvent) -> None:
+        with self._changed:
+            self._record.append(event)
+            self._changed.notify_all()
+
+
+class EchoCard(VirtualCard):
+    """The card of our own tests.  The class byte is ignored; short and extended length are understood.
+
+    ======  ==================================================================================================
+    INS     answer (with 9000)
+    ======  ==================================================================================================
+    01      the data of the command
+    02      the same, after P1 times 10 milliseconds
+    20      nothing: "verify PIN", any PIN is right
+    30      01 if a PIN was verified since the card last lost its power or was reset, else 00
+    40      P1*256+P2 bytes (65,533 at most, else 6700), counting 00, 01, ... FF, 00, ...
+    other   6D00
+    ======  ==================================================================================================
+    """
+
+    def __init__(self, atr: bytes = DEFAULT_ATR) -> None:
+        super().__init__(atr)
+        self.verified = False
+
+    def apdu(self, command: bytes) -> bytes:
+        """Answer one command, see the class."""
+        if len(command) < 4:
+            return b"\x67\x00"
+        ins, p1, p2 = command[1:4]
+        data = _data_of(command)
+        if ins == 0x02:
+            time.sleep(p1 * 0.01)
+        elif ins == 0x20:
+            self.verified, data = True, b""
+        elif ins == 0x30:
+            data = bytes([self.verified])
+        elif ins == 0x40:
+            return _counting(p1 << 8 | p2)
+        elif ins != 0x01:
+            return b"\x6d\x00"
+        return data + b"\x90\x00"
+
+    def power_on(self) -> None:
+        """Forget the PIN."""
+        self.verified = False
+
+    power_off = reset = power_on
+
+
+def _counting(length: int) -> bytes:
+    if length + 2 > LONGEST_MESSAGE:
+        return b"\x67\x00"
+    return (bytes(range(256)) * (length // 256 + 1))[:length] + b"\x90\x00"
+
+
+def _data_of(command: bytes) -> bytes:
+    """The data field of a command APDU (ISO 7816-4), short or extended length."""
+    body = command[4:]
+    if len(body) <= 1:
+        return b""
+    if body[0]:
+        return body[1 : 1 + body[0]]
+    # 00 Le Le is case 2E, no data; anything longer starts with 00 Lc Lc
+    return body[3 : 3 + int.from_bytes(body[1:3], "big")] if len(body) > 3 else b""
