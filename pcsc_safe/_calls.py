@@ -51,11 +51,10 @@ class Call(NamedTuple):
 
 
 def _unchanged(states: Any) -> list[tuple[Any, ...]]:
+    """The states that were passed in as pyscard gives them back: no event, and the ATR as it came."""
     if not isinstance(states, list):
         return []
-    return [
-        (state[0], state[1], list(state[2]) if len(state) > 2 else []) for state in states if isinstance(state, tuple)
-    ]
+    return [(state[0], 0, list(state[2]) if len(state) > 2 else []) for state in states if isinstance(state, tuple)]
 
 
 def _context(

@@ -1,0 +1,96 @@
+"""What every test may use: a fork helper, a program helper, and sessions on the virtual stack.
+
+Every fork of the suite goes through :mod:`forking`: a session of its own, a watchdog that dumps stacks, ``os._exit``.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import forking
+import pytest
+
+import pcsc_safe
+from pcsc_safe import _settings
+from pcsc_safe import scard as safe
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+ECHO = [0x80, 0x01, 0x00, 0x00, 0x03, 1, 2, 3]
+VERIFY = [0x80, 0x20, 0x00, 0x00, 0x00]
+IS_VERIFIED = [0x80, 0x30, 0x00, 0x00, 0x00]
+
+
+@pytest.fixture(scope="session")
+def shared_stack() -> Iterator[VirtualPcsc]:
+    """One stack for the tests that leave pcscd, the readers and the cards as they found them."""
+    with VirtualPcsc(2, [EchoCard(), EchoCard()]) as stack:
+        yield stack
+
+
+@pytest.fixture(autouse=True)
+def default_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test begins and ends with the default settings, whatever the environment says."""
+    for name in ("POLICY", "CARDS"):
+        monkeypatch.delenv(f"PCSC_SAFE_{name}", raising=False)
+    _settings._settings = None
+    yield
+    _settings._settings = None
+
+
+class Session:
+    """A context and a card connection of this process, with the PIN verified: what a fork must not spoil."""
+
+    def __init__(self, share_mode: int = safe.SCARD_SHARE_SHARED) -> None:
+        hresult, self.context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+        assert hresult == safe.SCARD_S_SUCCESS
+        hresult, readers = safe.SCardListReaders(self.context, [])
+        assert hresult == safe.SCARD_S_SUCCESS
+        self.reader = readers[0]
+        hresult, self.card, self.protocol = safe.SCardConnect(
+            self.context, self.reader, share_mode, safe.SCARD_PROTOCOL_ANY
+        )
+        assert hresult == safe.SCARD_S_SUCCESS
+        assert self.transmit(VERIFY) == [safe.SCARD_S_SUCCESS, [0x90, 0x00]]
+
+    def transmit(self, command: list[int]) -> Any:
+        """SCardTransmit on this session's card."""
+        return safe.SCardTransmit(self.card, safe.SCARD_PCI_T1, command)
+
+    def assert_untouched(self) -> None:
+        """The session goes on: same context, same connection, PIN still verified."""
+        assert safe.SCardIsValidContext(self.context) == safe.SCARD_S_SUCCESS
+        assert self.transmit(IS_VERIFIED) == [safe.SCARD_S_SUCCESS, [1, 0x90, 0x00]]
+        assert self.transmit(ECHO) == [safe.SCARD_S_SUCCESS, [1, 2, 3, 0x90, 0x00]]
+
+    def close(self) -> None:
+        """Power the card off, so that the next test finds it without a PIN."""
+        safe.SCardDisconnect(self.card, safe.SCARD_UNPOWER_CARD)
+        safe.SCardReleaseContext(self.context)
+
+
+@pytest.fixture
+def session(shared_stack: VirtualPcsc) -> Iterator[Session]:
+    """A session on the shared stack; it must survive the test."""
+    session = Session()
+    yield session
+    gc.collect()
+    session.assert_untouched()
+    session.close()
+
+
+@pytest.fixture
+def in_child() -> Any:
+    """:func:`forking.in_child`."""
+    return forking.in_child
+
+
+def pytest_report_header() -> str:
+    """Name what is under test."""
+    import importlib.metadata as metadata
+
+    return (
+        f"pcsc_safe {pcsc_safe.__version__} from {pcsc_safe.__path__[0]}, "
+        f"pyscard {metadata.version('pyscard')}, wrapt {metadata.version('wrapt')}"
+    )

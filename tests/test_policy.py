@@ -1,0 +1,99 @@
+"""What a process gets that uses what it inherited: the table of DESIGN section 3, as rows."""
+
+from __future__ import annotations
+
+import pytest
+
+import pcsc_safe
+from pcsc_safe.errors import SettingsError
+from pcsc_safe.policy import Cards, Policy, Role, Settings, Verdict, decide, from_environment, native_works_after_fork
+
+OWN = (Policy.AUTO, Policy.REESTABLISH)
+
+
+@pytest.mark.parametrize("policy", Policy)
+@pytest.mark.parametrize("cards", Cards)
+@pytest.mark.parametrize("card", [False, True])
+@pytest.mark.parametrize("in_transaction", [False, True])
+def test_cleanup_and_cancel_never_depend_on_the_policy(
+    policy: Policy, cards: Cards, card: bool, in_transaction: bool
+) -> None:
+    """Cleanup forgets and a cancel succeeds, whatever is configured."""
+    settings = Settings(policy, cards)
+    assert decide(settings, Role.CLEANUP, card=card, in_transaction=in_transaction) is Verdict.FORGET
+    assert decide(settings, Role.CANCEL, card=card, in_transaction=in_transaction) is Verdict.SUCCEED
+
+
+@pytest.mark.parametrize(
+    ("policies", "cards", "role", "card", "in_transaction", "expected"),
+    [
+        ((Policy.RAISE,), Cards, Role.USE, False, False, Verdict.RAISE),
+        ((Policy.RAISE,), Cards, Role.USE, True, True, Verdict.RAISE),
+        ((Policy.RAISE,), Cards, Role.RECONNECT, True, False, Verdict.RAISE),
+        ((Policy.RAISE,), Cards, Role.VALIDITY, False, False, Verdict.INVALID),
+        ((Policy.INVALID,), Cards, Role.USE, False, False, Verdict.INVALID),
+        ((Policy.INVALID,), Cards, Role.USE, True, False, Verdict.INVALID),
+        ((Policy.INVALID,), Cards, Role.RECONNECT, True, False, Verdict.INVALID),
+        ((Policy.INVALID,), Cards, Role.VALIDITY, False, False, Verdict.INVALID),
+        (OWN, Cards, Role.USE, False, False, Verdict.REESTABLISH),
+        (OWN, Cards, Role.VALIDITY, False, False, Verdict.REESTABLISH),
+        (OWN, Cards, Role.RECONNECT, True, False, Verdict.RECONNECT),
+        (OWN, Cards, Role.RECONNECT, True, True, Verdict.RECONNECT),
+        (OWN, (Cards.RESET,), Role.USE, True, False, Verdict.RESET),
+        (OWN, (Cards.RESET,), Role.USE, True, True, Verdict.RESET),
+        (OWN, (Cards.RECONNECT,), Role.USE, True, False, Verdict.CONNECT),
+        (OWN, (Cards.RECONNECT,), Role.USE, True, True, Verdict.RESET),
+    ],
+)
+def test_the_table(policies, cards, role, card, in_transaction, expected) -> None:  # type: ignore[no-untyped-def]
+    """Each row of the contract gives its verdict."""
+    for policy in policies:
+        for what in cards:
+            assert decide(Settings(policy, what), role, card=card, in_transaction=in_transaction) is expected
+
+
+def test_only_macos_forbids_the_native_library_after_a_fork() -> None:
+    """The platform is asked in one place."""
+    assert not native_works_after_fork("darwin")
+    assert native_works_after_fork("linux")
+    assert native_works_after_fork("freebsd14")
+
+
+def test_the_environment_sets_the_defaults() -> None:
+    """PCSC_SAFE_* give the settings; an empty variable is as good as none."""
+    assert from_environment({}) == Settings(Policy.AUTO, Cards.RESET)
+    assert from_environment({"PCSC_SAFE_POLICY": "", "PCSC_SAFE_CARDS": "reconnect"}).cards is Cards.RECONNECT
+    assert from_environment({"PCSC_SAFE_POLICY": "raise"}).policy is Policy.RAISE
+
+
+def test_a_variable_that_makes_no_sense_is_refused_by_name() -> None:
+    """The error names the variable, its value and the values that would do."""
+    with pytest.raises(SettingsError) as caught:
+        from_environment({"PCSC_SAFE_POLICY": "rase"})
+    assert str(caught.value) == (
+        "PCSC_SAFE_POLICY cannot be 'rase'; use one of 'auto', 'reestablish', 'raise', 'invalid'"
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"policy": "always"}, {"cards": "keep"}, {"cards": 7}, {"policy": ["raise"]}])
+def test_configure_refuses_by_name_and_changes_nothing(wrong) -> None:  # type: ignore[no-untyped-def]
+    """A value that a setting cannot have leaves every setting as it was."""
+    pcsc_safe.configure(policy="raise", cards="reconnect")
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} cannot be .*; use one of "):
+        pcsc_safe.configure(**wrong)
+    assert pcsc_safe.settings() == Settings(Policy.RAISE, Cards.RECONNECT)
+
+
+def test_configure_leaves_what_is_not_given() -> None:
+    """Settings are changed one by one, by name or by member."""
+    assert pcsc_safe.configure(cards=Cards.RECONNECT) == Settings(Policy.AUTO, Cards.RECONNECT)
+    assert pcsc_safe.configure(policy="invalid") == Settings(Policy.INVALID, Cards.RECONNECT)
+    assert pcsc_safe.settings() == Settings(Policy.INVALID, Cards.RECONNECT)
+    with pytest.raises(TypeError):
+        pcsc_safe.configure(polcy="raise")  # type: ignore[call-arg]
+
+
+def test_configure_wants_a_context_of_ours() -> None:
+    """Settings for one context need one."""
+    with pytest.raises(SettingsError, match="context is not a context that SCardEstablishContext gave"):
+        pcsc_safe.configure(policy="raise", context=4711)

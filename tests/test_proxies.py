@@ -1,0 +1,186 @@
+"""The proxies: they behave as the integers did, know their owner, and are refused where they don't belong."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import operator
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import smartcard.scard as raw
+from conftest import Session
+from forking import in_child
+
+from pcsc_safe import _handles
+from pcsc_safe import scard as safe
+from pcsc_safe._calls import Kind
+from pcsc_safe.errors import PcscSafeError
+
+
+@pytest.fixture(params=["context", "card"])
+def handle(request: pytest.FixtureRequest, session: Session) -> Any:
+    """A context's and a card's proxy in turn."""
+    return getattr(session, request.param)
+
+
+def test_it_counts_as_its_integer(handle: Any) -> None:
+    """Comparison, hash, conversion, format, arithmetic and isinstance are the integer's."""
+    number = int(handle)
+    assert type(number) is int
+    assert handle == number
+    assert number == handle
+    assert not handle != number
+    assert handle != number + 1
+    assert handle < number + 1
+    assert handle >= number
+    assert hash(handle) == hash(number)
+    assert {number: "found"}[handle] == {handle: "found"}[number] == "found"
+    assert isinstance(handle, int)
+    assert bool(handle) is True
+    assert (str(handle), repr(handle), f"{handle:x}", "%d %x" % (handle, handle), hex(handle)) == (
+        str(number),
+        repr(number),
+        f"{number:x}",
+        "%d %x" % (number, number),
+        hex(number),
+    )
+    assert (handle + 1, 1 + handle, handle & 0xFFFF, -handle, handle >> 8) == (
+        number + 1,
+        1 + number,
+        number & 0xFFFF,
+        -number,
+        number >> 8,
+    )
+    assert struct.pack("Q", handle) == struct.pack("Q", number)
+    assert handle.bit_length() == number.bit_length()
+
+
+@pytest.mark.parametrize("name", ["iadd", "isub", "imul", "ifloordiv", "itruediv", "imod", "ipow", "ilshift", "irshift", "iand", "ior", "ixor"])
+def test_an_in_place_operation_leaves_the_handle_alone(handle: Any, name: str) -> None:
+    """``handle += 1`` gives a new integer, as it does with one."""
+    number = int(handle)
+    result = getattr(operator, name)(handle, 2)
+    assert type(result) in (int, float)
+    assert result == getattr(operator, name)(number, 2)
+    assert int(handle) == number
+
+
+def test_it_knows_its_owner(handle: Any) -> None:
+    """The PID and the place where the context was established can be asked for, in a child too."""
+    assert handle.owner_pid == os.getpid()
+    file, line = handle.established_at.rsplit(":", 1)
+    assert Path(file).name == "conftest.py"
+    assert "SCardEstablishContext" in Path(file).read_text().splitlines()[int(line) - 1]
+    assert in_child(lambda: (handle.owner_pid, handle.established_at)) == (os.getpid(), handle.established_at)
+
+
+def test_a_copy_is_the_handle_itself(handle: Any) -> None:
+    """Copying an integer gives the integer."""
+    assert copy.copy(handle) is handle
+    assert copy.deepcopy([handle])[0] is handle
+
+
+def test_it_comes_back_from_a_pickle(handle: Any) -> None:
+    """Pickled and loaded in one process, it is the same object, by every protocol."""
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(handle, protocol)) is handle
+
+
+def test_a_pickle_gives_a_child_its_own_proxy(session: Session) -> None:
+    """Loaded in a forked child, it is the proxy that the child inherited, whether used before or after."""
+    data = pickle.dumps((session.context, session.card))
+
+    def child() -> tuple[bool, bool, int]:
+        context, card = pickle.loads(data)
+        return context is session.context, card is session.card, safe.SCardListReaders(context, [])[0]
+
+    assert in_child(child) == (True, True, safe.SCARD_S_SUCCESS)
+
+
+def test_a_childs_handle_is_refused_in_its_parent(session: Session) -> None:
+    """A process that did not inherit a context cannot load it, and is told so."""
+
+    def child() -> bytes:
+        _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+        return pickle.dumps(context)
+
+    data = in_child(child)
+    with pytest.raises(PcscSafeError, match=r"SCARDCONTEXT \d+ of process \d+ is not .* known in process") as caught:
+        pickle.loads(data)
+    assert "establish a context here" in str(caught.value)
+
+
+def _load(data: bytes) -> str:
+    try:
+        pickle.loads(data)
+    except PcscSafeError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_another_family_refuses_a_pickle(session: Session) -> None:
+    """A spawned process shares nothing with us, and says so."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        text = pool.apply(_load, (pickle.dumps(session.card),))
+    assert text.startswith(f"SCARDHANDLE {int(session.card)} of process {os.getpid()} belongs to another family")
+
+
+def test_a_released_handle_is_not_loaded(session: Session) -> None:
+    """What was released is gone."""
+    _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    data = pickle.dumps(context)
+    safe.SCardReleaseContext(context)
+    with pytest.raises(PcscSafeError, match="no longer"):
+        pickle.loads(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "which", "arguments"),
+    [
+        ("SCardListReaderGroups", "context", []),
+        ("SCardIsValidContext", "context", []),
+        ("SCardReleaseContext", "context", []),
+        ("SCardCancel", "context", []),
+        ("SCardTransmit", "card", [2, [0, 0, 0, 0]]),
+        ("SCardDisconnect", "card", [0]),
+    ],
+)
+def test_the_raw_module_refuses_it(session: Session, name: str, which: str, arguments: list[Any]) -> None:
+    """A proxy that slips past us raises TypeError there; the session is not touched."""
+    with pytest.raises(TypeError, match="Expected a python long"):
+        getattr(raw, name)(getattr(session, which), *arguments)
+
+
+def test_it_keeps_its_identity_over_a_re_establishment(session: Session) -> None:
+    """In the child it is the same object with the same number and hash, though the native context is a new one."""
+    before = (int(session.context), hash(session.context), id(session.context))
+
+    def child() -> tuple[Any, ...]:
+        assert safe.SCardListReaders(session.context, [])[0] == safe.SCARD_S_SUCCESS
+        record = _handles.find(Kind.CONTEXT, session.context)
+        assert record is not None
+        assert record.real != record.number
+        assert session.context.owner_pid == os.getpid()
+        return int(session.context), hash(session.context), id(session.context)
+
+    assert in_child(child) == before
+
+
+def test_a_plain_integer_leads_a_child_to_its_own_context(session: Session) -> None:
+    """An application that kept int(handle) is as safe as one that kept the handle."""
+    plain = int(session.context)
+    assert in_child(lambda: safe.SCardListReaders(plain, []))[0] == safe.SCARD_S_SUCCESS
+
+
+def test_a_handle_of_the_other_kind_is_invalid(session: Session) -> None:
+    """A card is no context and a context no card, in the owner as in a child."""
+    assert safe.SCardListReaders(session.card, []) == [safe.SCARD_E_INVALID_HANDLE, []]
+    assert safe.SCardStatus(session.context) == [safe.SCARD_E_INVALID_HANDLE, "", 0, 0, []]
+    assert safe.SCardDisconnect(session.context, 0) == safe.SCARD_E_INVALID_HANDLE
+    assert in_child(lambda: safe.SCardReleaseContext(session.card)) == safe.SCARD_E_INVALID_HANDLE
+    assert in_child(lambda: safe.SCardDisconnect(session.context, 0)) == safe.SCARD_E_INVALID_HANDLE
