@@ -23,7 +23,7 @@ from typing import Any, Optional
 TIMEOUT = 30
 
 
-class ChildFailed(AssertionError):
+class ChildFailedError(AssertionError):
     """A forked child did not return: it raised, hung, or died."""
 
 
@@ -46,7 +46,7 @@ def in_child(function: Callable[..., Any], *arguments: Any, fork: Callable[[], i
 
     :param fork: how to fork.
     :return: what it returned.
-    :raises ChildFailed: it raised, died, or took longer than 30 s; its traceback is in the text or on stderr.
+    :raises ChildFailedError: it raised, died, or took longer than 30 s; its traceback is in the text or on stderr.
     """
     return wait_for(start(function, *arguments, fork=fork))
 
@@ -87,10 +87,10 @@ def wait_for(child: tuple[int, int]) -> Any:
         data = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if not data:
-        raise ChildFailed(f"the child said nothing and ended with status {status}")
+        raise ChildFailedError(f"the child said nothing and ended with status {status}")
     returned, value = pickle.loads(data)
     if not returned:
-        raise ChildFailed(value)
+        raise ChildFailedError(value)
     assert status == 0
     return value
 
@@ -117,7 +117,7 @@ def in_program(
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGABRT)
         output, errors = process.communicate(timeout=5)
-        raise ChildFailed(f"{function.__name__} did not end in {timeout} s:\n{output}\n{errors}") from None
+        raise ChildFailedError(f"{function.__name__} did not end in {timeout} s:\n{output}\n{errors}") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

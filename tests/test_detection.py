@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import ECHO, Session
-from forking import ChildFailed, in_child, in_program
+from forking import ChildFailedError, in_child, in_program
 
 from pcsc_safe import _process
 from pcsc_safe import scard as safe
@@ -79,7 +79,7 @@ def test_a_fork_in_a_thread(session: Session) -> None:
 
 
 def test_grandchildren(session: Session) -> None:
-    """Each of five generations, forked before or after its parent used PC/SC, gets its own; no ancestor's is touched."""
+    """Each of five generations, forked before or after its parent used PC/SC, gets its own."""
 
     def generation(depth: int, uses_first: bool) -> list[Any]:
         own = []
@@ -144,7 +144,7 @@ def test_a_fork_from_c(shared_stack: VirtualPcsc) -> None:
 
 @pytest.mark.skipif(SYS_CLONE is None, reason=f"the number of clone(2) on {platform.machine()} is not in this test")
 def test_a_raw_clone(shared_stack: VirtualPcsc) -> None:
-    """A process made with no hook at all, of libc's or Python's, as by a server that embeds Python, is noticed as well."""
+    """A process made with no hook at all, of libc's or Python's, as by a server that embeds Python, is noticed."""
     run_unhooked(shared_stack, "raw_clone", "page")
 
 
@@ -240,9 +240,9 @@ def threads_come_first() -> None:
 
 def test_the_helper_sees_a_child_that_dies() -> None:
     """The fork helper can fail: a child's exception, exit and death by a signal are all reported."""
-    with pytest.raises(ChildFailed, match="ZeroDivisionError"):
+    with pytest.raises(ChildFailedError, match="ZeroDivisionError"):
         in_child(lambda: 1 / 0)
-    with pytest.raises(ChildFailed, match="status 7"):
+    with pytest.raises(ChildFailedError, match="status 7"):
         in_child(os._exit, 7)
-    with pytest.raises(ChildFailed, match="status -9"):
+    with pytest.raises(ChildFailedError, match="status -9"):
         in_child(lambda: os.kill(os.getpid(), 9))

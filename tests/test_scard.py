@@ -106,8 +106,8 @@ HANDLES = st.one_of(
 WRONG = st.sampled_from([0, 12345, -1, True, 5.0, None, "handle", b"handle", [], (), 1j])
 CONTEXT = st.one_of(st.tuples(st.just("context"), st.integers(0, 3)), HANDLES, WRONG)
 CARD = st.one_of(st.tuples(st.just("card"), st.integers(0, 3)), HANDLES, WRONG)
-# pyscard frees an uninitialised pointer when it refuses an argument of these three (2.3.1: "Failed to SCardFreeMemory!",
-# then SIGSEGV), so there is nothing to compare: they get integers only.
+# pyscard 2.3.1 frees an uninitialised pointer when it refuses an argument of these three and may die of
+# SIGSEGV, so there is nothing to compare: they get integers only.
 INTEGERS = st.one_of(HANDLES, st.sampled_from([12345, -1, True]))
 READER_NAME = "Virtual PCD 0 00 00"
 READER = st.sampled_from([READER_NAME, "Virtual PCD 0 00 01", "No Such Reader", "", "\0", 7, None])
