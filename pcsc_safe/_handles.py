@@ -21,7 +21,7 @@ from ._calls import Kind
 from .errors import PcscSafeError
 from .policy import Settings
 
-__all__ = ["Card", "Context", "cards", "contexts", "family", "find", "load", "outside_frame"]
+__all__ = ["Card", "Context", "cards", "contexts", "family", "find", "load", "prepare", "register"]
 
 family = os.urandom(16)
 """The same in every process that was forked since pcsc_safe was imported."""
@@ -63,7 +63,7 @@ class Context:
         self.scope = scope
         self.descriptor = descriptor
         self.owner = _process.current()
-        self.established_at = outside_frame()
+        self.established_at = _outside_frame()
         self.overrides: dict[str, Any] = {}
         self.cards: dict[int, Card] = {}
         self.lock = threading.RLock()
@@ -151,19 +151,28 @@ def _drop(registry: dict[Any, Any], record: Record) -> None:
         registry.pop(record.number, None)
 
 
+_proxies: Any = None
+
+
+def prepare() -> None:
+    """Import the proxies, and wrapt with them, so that nothing need be imported in a child or at interpreter exit."""
+    global _proxies
+    from . import _proxies as module
+
+    _proxies = module
+
+
 def register(record: Record) -> Any:
     """Give the record its proxy and enter it in the registry.
 
     :return: the proxy, for the application.
     """
-    from ._proxies import SafeCard, SafeContext
-
     if isinstance(record, Context):
-        record.safe = SafeContext(record)
+        record.safe = _proxies.SafeContext(record)
         contexts.pop(record.number, None)  # keys are kept when a value is replaced, and the key is the proxy
         contexts[record.safe] = record
     else:
-        record.safe = SafeCard(record)
+        record.safe = _proxies.SafeCard(record)
         cards.pop(record.number, None)
         cards[record.safe] = record
         record.context.cards[record.number] = record
@@ -200,7 +209,7 @@ def load(from_family: bytes, kind: Kind, key: bytes, description: str) -> Any:
     raise PcscSafeError(f"{description} {state}", remedy="a handle is no use elsewhere: establish a context here")
 
 
-def outside_frame() -> str:
+def _outside_frame() -> str:
     """``file:line`` of the innermost caller outside pcsc_safe and pyscard."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Optional
 
-from . import _native, _process
+from . import _log, _native, _process
 from ._calls import Call
 from ._handles import Card, Context, Record
 from ._settings import settings
@@ -103,7 +103,7 @@ def _own_context(context: Context) -> int:
         # The owner last: a fork in another thread must find the connection recorded, or the context not ours.
         context.descriptor, context.real = descriptor, result[1]
         context.owner = here
-        _log().info("process %d has a context of its own in the place of process %d's", here.pid, owner_pid)
+        _log.info("process %d has a context of its own in the place of process %d's", here.pid, owner_pid)
     return int(result[0])
 
 
@@ -176,16 +176,10 @@ def _warn_of_reset(call: Call, card: Record) -> None:
     if card.warned is here:
         return
     card.warned = here
-    _log().warning(
+    _log.warning(
         "%s answers SCARD_W_RESET_CARD because this process (%d) was forked from the one that connected (%d), not "
         "because of the card: call SCardReconnect here, or configure cards='reconnect'",
         call.name,
         here.pid,
         card.owner.pid,
     )
-
-
-def _log() -> Any:
-    from . import _log  # imported, by the owner, when it established the context
-
-    return _log

@@ -22,7 +22,18 @@ from smartcard.scard import _scard
 from . import _process
 from ._calls import CALLS, Call
 
-__all__ = ["Descriptor", "establish", "functions", "neutralise", "public", "release_dead"]
+__all__ = ["Descriptor", "establish", "functions", "neutralise", "prepare", "public", "release_dead"]
+
+_socket: Any = None
+
+
+def prepare() -> None:
+    """Import what a fork takes, so that nothing need be imported in a child or at interpreter exit."""
+    global _socket
+    import socket
+
+    _socket = socket
+
 
 SUCCESS: int = _smartcard_scard.SCARD_S_SUCCESS
 
@@ -98,9 +109,7 @@ def establish(scope: Any) -> tuple[Any, Optional[Descriptor]]:
 
 def _new_connection(before: set[Descriptor]) -> Optional[Descriptor]:
     """The connection to pcscd that was not there before."""
-    import socket
-
-    if not hasattr(socket, "AF_UNIX") or sys.platform == "darwin":
+    if not hasattr(_socket, "AF_UNIX") or sys.platform == "darwin":
         return None  # macOS' PC/SC talks over Mach ports, which a fork does not inherit
     found: list[tuple[bool, Descriptor]] = []
     for _ in range(_ATTEMPTS_TO_FIND_ONE):
@@ -118,14 +127,12 @@ def _is_pcscd(peer: str) -> bool:
 
 def _peer(descriptor: Descriptor) -> Optional[str]:
     """The path that a Unix socket is connected to; None for any other descriptor."""
-    import socket
-
     try:
-        connection = socket.socket(fileno=descriptor.number)
+        connection = _socket.socket(fileno=descriptor.number)
     except OSError:
         return None
     try:
-        peer = connection.getpeername() if connection.family == socket.AF_UNIX else None
+        peer = connection.getpeername() if connection.family == _socket.AF_UNIX else None
     except OSError:
         return None
     finally:
@@ -171,14 +178,12 @@ def neutralise(inherited: list[Descriptor]) -> list[Optional[Descriptor]]:
 
 def _dead_socket(expendable: int) -> int:
     """A socket that was never connected: it can neither send nor receive."""
-    import socket
-
     try:
-        return socket.socket(socket.AF_UNIX).detach()
+        return int(_socket.socket(_socket.AF_UNIX).detach())
     except OSError:
         # No descriptor is free. The inherited one has to go anyway, and makes room.
         os.close(expendable)
-        return socket.socket(socket.AF_UNIX).detach()
+        return int(_socket.socket(_socket.AF_UNIX).detach())
 
 
 def _replaced(descriptor: Optional[Descriptor], dead: int, status: os.stat_result) -> Optional[Descriptor]:

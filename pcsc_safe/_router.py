@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Optional
 
-from . import _handles, _inherited, _native, _process
+from . import _handles, _inherited, _log, _native, _process
 from ._calls import CALLS, Call, Kind
 from ._handles import Card, Context, Record
 from ._inherited import INVALID_HANDLE, SUCCESS
@@ -78,8 +78,8 @@ _AFTER: dict[str, _After] = {
 
 
 def _establish(scope: Any) -> Any:
-    from . import _log, _proxies  # noqa: F401  # from here on a child needs to import nothing
-
+    for module in (_log, _native, _handles):
+        module.prepare()
     settings()
     _notice()
     _inherited.require_native("SCardEstablishContext", None)
@@ -137,8 +137,6 @@ def _notice() -> _process.Epoch:
     if here is not _announced:
         _announced = here
         if here.parent is not None and _handles.contexts:
-            from . import _log
-
             _log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
     return here
 
