@@ -1,0 +1,99 @@
+"""The shape of the library: which module may import which, and what importing it does."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pcsc_safe
+
+PACKAGE = Path(pcsc_safe.__file__).parent
+MAY_IMPORT = {
+    "__init__": {"_settings", "errors", "policy"},
+    "errors": set(),
+    "policy": {"errors"},
+    "_process": set(),
+    "_log": {"_process"},
+    "_calls": {"policy"},
+    "_native": {"_calls", "_process"},
+    "_handles": {"_calls", "_native", "_process", "_proxies", "errors", "policy"},
+    "_proxies": {"_handles"},
+    "_settings": {"_calls", "_handles", "errors", "policy"},
+    "_inherited": {"_calls", "_handles", "_log", "_native", "_process", "_settings", "errors", "policy"},
+    "_router": {"_calls", "_handles", "_inherited", "_log", "_native", "_process", "_settings"},
+    "scard": {"_router"},
+}
+"""DESIGN section 6 as data: application > scard > router > gateway > PC/SC, and never back."""
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """The modules of the package, and the others, that a module imports anywhere in it."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            others.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            own.update([node.module] if node.module else [alias.name for alias in node.names])
+        elif isinstance(node, ast.ImportFrom):
+            others.add(node.module or "")
+    return {name.partition(".")[0] for name in own}, others
+
+
+def test_the_import_table() -> None:
+    """Each core module imports what the table gives it and no more, and each has a row."""
+    modules = {path.stem: imports_of(path)[0] for path in PACKAGE.glob("*.py") if path.stem != "__main__"}
+    assert modules == MAY_IMPORT
+
+
+def test_only_the_native_gateway_imports_smartcard_scard() -> None:
+    """The untyped world has one door (pyscard's exception base is the other thing that is taken from it)."""
+    importers = {
+        path.stem: {name for name in imports_of(path)[1] if name.startswith("smartcard")}
+        for path in PACKAGE.glob("*.py")
+    }
+    assert {stem: names for stem, names in importers.items() if names} == {
+        "_native": {"smartcard.scard"},
+        "errors": {"smartcard.Exceptions"},
+    }
+
+
+def test_the_core_does_not_know_the_rest() -> None:
+    """Test kit, demonstration and command line build on the library; nothing leads back."""
+    for path in PACKAGE.glob("_[a-z]*.py"):
+        assert not imports_of(path)[0] & {"testing", "demo", "__main__"}, path
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    """``import pcsc_safe`` loads neither pyscard nor wrapt; ``pcsc_safe.scard`` nothing that only a use needs."""
+    code = (
+        "import sys, pcsc_safe\n"
+        "assert not {'smartcard', 'wrapt', 'logging'} & set(sys.modules), sorted(sys.modules)\n"
+        "import pcsc_safe.scard\n"
+        "assert not {'wrapt', 'logging', 'socket', 'asyncio', 'inspect'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{code}"], check=True, timeout=30
+    )
+
+
+def test_the_hooks_are_registered_once() -> None:
+    """Importing everything, also twice, runs one callback a fork: at-fork hooks cannot be taken back."""
+    calls = []
+    for path in PACKAGE.rglob("*.py"):
+        calls += [
+            (path.stem, node.lineno)
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and node.attr == "register_at_fork"
+        ]
+    assert [stem for stem, _ in calls] == ["_process"]
+
+
+def test_public_modules_say_what_is_public() -> None:
+    """Each module has a docstring and ``__all__``, and what stands in it exists."""
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+    for name in pcsc_safe.__all__:
+        assert getattr(pcsc_safe, name) is not None
