@@ -1,0 +1,104 @@
+"""A card service that opens the card in the foreground and serves it from the background.
+
+What it shows: a daemon may open its readers before it forks, so that a missing card is reported on the terminal, and
+go on using them afterwards.  The connection that it inherited answers SCARD_W_RESET_CARD once, PC/SC's way to say "this
+is not the session you knew"; SCardReconnect gives it one of its own, as it would after any other reset of the card.  No
+PIN is verified and no applet selected then: that has to be done there.
+
+Run it, and ask it over its socket; each line is a command in hex, each answer a line::
+
+    python examples/daemon.py /tmp/card.sock       # prints the daemon's PID
+    echo 80010000021234 | nc -UN /tmp/card.sock
+    kill PID
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+
+from pcsc_safe import scard
+
+
+def main(path):
+    context, card = open_card()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)
+        # Whatever this process cleans up now is its own: the daemon gets a context and a connection for itself.
+        scard.SCardDisconnect(card, scard.SCARD_LEAVE_CARD)
+        scard.SCardReleaseContext(context)
+        return
+    status = 1
+    try:
+        detach()
+        serve(listener, card)
+        status = 0
+    finally:
+        os.unlink(path)
+        scard.SCardReleaseContext(context)
+        os._exit(status)
+
+
+def open_card():
+    """A context, and a connection to the card in the first reader; ends the program if there is none."""
+    hresult, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
+    check("SCardEstablishContext", hresult)
+    hresult, readers = scard.SCardListReaders(context, [])
+    check("SCardListReaders", hresult)
+    hresult, card, _ = scard.SCardConnect(context, readers[0], scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1)
+    check("SCardConnect", hresult)
+    return context, card
+
+
+def check(function, hresult):
+    if hresult != scard.SCARD_S_SUCCESS:
+        sys.exit(f"{function}: {scard.SCardGetErrorMessage(hresult)}")
+
+
+def detach():
+    """Leave the terminal, and end in an orderly way when told to."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+
+
+def serve(listener, card):
+    """Answer commands, one client after the other, until SIGTERM."""
+    with contextlib.suppress(SystemExit):
+        while True:
+            client, _ = listener.accept()
+            # A client may hang up when it likes, and may send no text at all.
+            with client, client.makefile(encoding="ascii", errors="replace") as lines, contextlib.suppress(OSError):
+                for line in lines:
+                    client.sendall(f"{answer(card, line)}\n".encode())
+
+
+def answer(card, line):
+    """The card's answer to a command, both in hex, or what went wrong."""
+    try:
+        command = list(bytes.fromhex(line))
+    except ValueError:
+        return "error: not a command in hex"
+    hresult, response = scard.SCardTransmit(card, scard.SCARD_PCI_T1, command)
+    if hresult == scard.SCARD_W_RESET_CARD:
+        hresult, _ = scard.SCardReconnect(
+            card, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1, scard.SCARD_LEAVE_CARD
+        )
+        if hresult == scard.SCARD_S_SUCCESS:
+            hresult, response = scard.SCardTransmit(card, scard.SCARD_PCI_T1, command)
+    if hresult != scard.SCARD_S_SUCCESS:
+        return f"error: {scard.SCardGetErrorMessage(hresult)}"
+    return bytes(response).hex()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: daemon.py SOCKET")
+    main(sys.argv[1])

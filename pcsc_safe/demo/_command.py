@@ -1,0 +1,136 @@
+"""``python -m pcsc_safe demo``: its arguments, its exit status, its JSON.
+
+The raw and the safe run of a hazard go at the same time, each on its own stack in its own thread; the threads only
+watch.  Nothing here forks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn, Optional
+
+from ._judge import Outcome, Run, Verdict, conclude
+from ._run import run
+from ._view import Live, Row, table, wants_colour
+from .hazards import Hazard, load
+
+__all__ = ["EPILOG", "add_arguments", "main"]
+
+EPILOG = """exit status: 0 if pcsc_safe let no hazard through, 1 if it did (or nothing could be said of one),
+2 if the demo could not run"""
+
+RAW = "smartcard.scard"
+_Pair = tuple[tuple[Run, Verdict], tuple[Run, Verdict]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--only", nargs="+", default=[], metavar="N", help="show these hazards only, by their numbers")
+    parser.add_argument("--json", action="store_true", help="print every observation, for programs")
+    # For our own tests: what would the demo say if pcsc_safe let a hazard through?
+    parser.add_argument("--safe-module", default="pcsc_safe.scard", help=argparse.SUPPRESS)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the demo.
+
+    :return: the exit status, see :data:`EPILOG`.
+    """
+    try:
+        from pcsc_safe.testing import PcscStackError, VirtualPcsc
+    except ImportError as error:
+        print(
+            f"the demo cannot run: {error}; install pcsc_safe with what it needs: pip install pcsc-safe",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        hazards = load(options.only)
+        signal.signal(signal.SIGTERM, _terminated)
+        with VirtualPcsc(activate=False):
+            pass  # so that a machine without one is told so before anything else
+        return _show(hazards, options.safe_module, options.json)
+    except (ValueError, PcscStackError) as error:
+        print(f"the demo cannot run: {error}", file=sys.stderr)
+        return 2
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    # As an exception, so that stacks and sacrificial processes are cleared away.
+    raise SystemExit(128 + number)
+
+
+def _show(hazards: Sequence[Hazard], safe: str, as_json: bool) -> int:
+    from .. import __version__
+
+    live: Optional[Live] = None
+    if not as_json:
+        print(f"Each hazard runs on {RAW} and on {safe} (pcsc_safe {__version__}), in processes that may die,")
+        print("each on a private pcscd with virtual cards.\n")
+        live = Live(sys.stdout)
+        live.heading(RAW, safe)
+    results = list(_results(hazards, safe, live))
+    rows = [Row(hazard, raw[1], own[1]) for hazard, (raw, own) in results]
+    let_through = [row.hazard.NUMBER for row in rows if row.safe.outcome is not Outcome.SAFE]
+    if as_json:
+        print(json.dumps(_as_json(results, safe, let_through), indent=2))
+    else:
+        print(f"\n{table(rows, RAW, safe, wants_colour(sys.stdout))}")
+        print(_summary(rows, safe, let_through))
+    return 1 if let_through else 0
+
+
+def _results(hazards: Sequence[Hazard], safe: str, live: Optional[Live]) -> Iterator[tuple[Hazard, _Pair]]:
+    stop = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            for hazard in hazards:
+                if live:
+                    live.begin(hazard)
+                raw = pool.submit(_judged, hazard, RAW, True, stop, live)
+                own = pool.submit(_judged, hazard, safe, False, stop, live)
+                yield hazard, (raw.result(), own.result())
+        finally:
+            stop.set()
+
+
+def _judged(hazard: Hazard, module: str, raw: bool, stop: threading.Event, live: Optional[Live]) -> tuple[Run, Verdict]:
+    seen = run(hazard, module, stop)
+    verdict = conclude(hazard.judge(seen), seen)
+    if live:
+        live.result(raw, verdict)
+    return seen, verdict
+
+
+def _summary(rows: Sequence[Row], safe: str, let_through: Sequence[str]) -> str:
+    shown = sum(row.raw.outcome is Outcome.HAZARD for row in rows)
+    said = f"{RAW}: {shown} of {len(rows)} hazards seen here.\n{safe}: "
+    if let_through:
+        return f"{said}NOT SAFE in {len(let_through)} of {len(rows)}: {', '.join(let_through)}."
+    return f"{said}SAFE in all {len(rows)}."
+
+
+def _as_json(results: Sequence[tuple[Hazard, _Pair]], safe: str, let_through: Sequence[str]) -> dict[str, Any]:
+    from ..__main__ import versions
+
+    return {
+        "versions": versions(),
+        "modules": {"raw": RAW, "safe": safe},
+        "hazards": [
+            {"number": hazard.NUMBER, "name": hazard.NAME, "raw": _run_as_json(*raw), "safe": _run_as_json(*own)}
+            for hazard, (raw, own) in results
+        ],
+        "let_through": list(let_through),
+    }
+
+
+def _run_as_json(seen: Run, verdict: Verdict) -> dict[str, Any]:
+    observed = seen._asdict()
+    observed["observations"] = observed.pop("reported")
+    return {"outcome": verdict.outcome.value, "says": verdict.says, **observed}

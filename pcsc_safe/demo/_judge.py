@@ -1,0 +1,111 @@
+"""What was observed of one run, and the sentence that may be said of it.
+
+Invariant: a sentence is made of observations, nothing else.  What no process reported, and what the demo did not see
+from outside, is never said; a run of which too little is known gets the outcome ``unknown``, not the benefit of the
+doubt.  Nothing here starts a process or is touched by a fork.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+from typing import Any, NamedTuple, Optional
+
+__all__ = ["Finding", "Outcome", "Run", "Verdict", "conclude", "death"]
+
+
+class Outcome(str, enum.Enum):
+    """What a run showed."""
+
+    HAZARD = "hazard"
+    SAFE = "safe"
+    UNKNOWN = "unknown"
+
+
+class Run(NamedTuple):
+    """Everything that was observed of one hazard program.
+
+    :ivar module: the scard module that it used.
+    :ivar reported: what its processes reported, by process: ``{"child": {"wrong": 3}}``.
+    :ivar exit_status: of the program, if it ended by itself.
+    :ivar killed_by: the signal that ended it, if one did that was not the demo's.
+    :ivar timed_out: the seconds that it was given, if it needed more.
+    :ivar seconds: how long it took.
+    :ivar log: the end of what it wrote to stderr.
+    """
+
+    module: str
+    reported: dict[str, dict[str, Any]]
+    exit_status: Optional[int] = None
+    killed_by: Optional[int] = None
+    timed_out: Optional[float] = None
+    seconds: float = 0.0
+    log: str = ""
+
+    def of(self, process: str, *names: str) -> list[Any]:
+        """What ``process`` reported under ``names``; None for each that it did not report."""
+        reported = self.reported.get(process, {})
+        return [reported.get(name) for name in names]
+
+
+class Finding(NamedTuple):
+    """What a hazard's own judgement makes of what was reported.
+
+    :ivar harm: sentences that show the hazard.
+    :ivar proof: sentences that show its absence; empty where too little was reported to say so.
+    """
+
+    harm: list[str]
+    proof: list[str]
+
+
+class Verdict(NamedTuple):
+    """The outcome of a run, and the sentence for it."""
+
+    outcome: Outcome
+    says: str
+
+
+def conclude(finding: Finding, run: Run) -> Verdict:
+    """Add to a finding how the program ended.
+
+    :param finding: of the hazard's own ``judge``.
+    :param run: what it judged.
+    """
+    ending, clean = _ending(run)
+    if finding.harm or (ending and not clean):
+        return Verdict(Outcome.HAZARD, _sentence([*finding.harm, *ending]))
+    if finding.proof and not ending:
+        return Verdict(Outcome.SAFE, _sentence(finding.proof))
+    return Verdict(Outcome.UNKNOWN, _sentence(ending or ["it did not report enough to say"]))
+
+
+def _ending(run: Run) -> tuple[list[str], bool]:
+    """How the program ended, if not well; and whether that says nothing about the hazard."""
+    if run.timed_out is not None:
+        return [f"did not finish in {run.timed_out:g} s"], False
+    if run.killed_by is not None:
+        return [f"the program died of {_signal(run.killed_by)}"], False
+    if run.exit_status:
+        return [f"the program failed with status {run.exit_status}"], True
+    return [], True
+
+
+def death(who: str, status: Optional[int]) -> list[str]:
+    """A clause if a process died of a signal.
+
+    :param who: "the child".
+    :param status: as ``os.waitstatus_to_exitcode`` gives it; None if nobody saw it end.
+    """
+    return [f"{who} died of {_signal(-status)}"] if status is not None and status < 0 else []
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _sentence(clauses: list[str]) -> str:
+    return "; ".join(clauses)

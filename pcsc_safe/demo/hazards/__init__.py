@@ -1,0 +1,49 @@
+"""The hazards that the demo shows: one module each, found by being here.
+
+A module ``hNN_name`` has ``NUMBER`` (as in the README), ``NAME``, ``SECONDS`` (that a run may take),
+``program(stage)``, which runs in a sacrificial process and reports what it sees, and ``judge(run)``, a pure function of
+what was reported.
+Importing one uses no PC/SC.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Collection
+from typing import Protocol
+
+from .._judge import Finding, Run
+from .._stage import Stage
+
+__all__ = ["Hazard", "load"]
+
+
+class Hazard(Protocol):
+    """What a hazard's module has to have."""
+
+    __name__: str
+    NUMBER: str
+    NAME: str
+    SECONDS: float
+
+    def program(self, stage: Stage) -> None:
+        """Bring the hazard about and report what is seen."""
+
+    def judge(self, run: Run) -> Finding:
+        """What the reports show."""
+
+
+def load(only: Collection[str] = ()) -> list[Hazard]:
+    """The hazards in the order of their modules' names.
+
+    :param only: their numbers; all if empty.
+    :raises ValueError: a number that none has; lists those that there are.
+    """
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name[0] == "h")
+    every: list[Hazard] = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    unknown = set(only) - {hazard.NUMBER for hazard in every}
+    if unknown:
+        known = ", ".join(hazard.NUMBER for hazard in every)
+        raise ValueError(f"no hazard {', '.join(sorted(unknown))} is shown; there are {known}")
+    return [hazard for hazard in every if not only or hazard.NUMBER in only]

@@ -1,0 +1,84 @@
+"""The command line: what ``python -m pcsc_safe`` answers, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import pcsc_safe
+from pcsc_safe import __main__ as cli
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pcsc_safe", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_version_names_everything_that_a_bug_report_wants() -> None:
+    """``version`` tells the versions of pcsc_safe, Python, pyscard and wrapt, and the platform, a line each."""
+    done = run("version")
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(told) == ["pcsc_safe", "python", "pyscard", "wrapt", "platform"]
+    assert told["pcsc_safe"] == pcsc_safe.__version__
+    assert told["python"] == platform.python_version()
+
+
+def test_version_json_says_the_same() -> None:
+    """``version --json`` is one object with the same keys and values."""
+    assert json.loads(run("version", "--json").stdout) == cli.versions()
+
+
+def test_version_works_where_a_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not installed is said to be so, and not a crash: such an installation is what one asks about."""
+    import importlib.metadata as metadata
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert cli.versions()["pyscard"] == "not installed"
+
+
+def test_version_loads_no_pcsc() -> None:
+    """``version`` loads neither pyscard nor wrapt, so a broken installation can't keep it from working."""
+    code = (
+        "import sys; from pcsc_safe.__main__ import main; main(['version']); "
+        "sys.exit(any(name in sys.modules for name in ('smartcard', 'wrapt')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.COMMANDS)])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command explains itself and ends with 0; the list of commands has each of them."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert said.startswith("usage: python -m pcsc_safe")
+    assert all(name in said for name in (cli.COMMANDS if len(arguments) == 1 else arguments[:1]))
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["version", "--no-such-option"]])
+def test_a_wrong_call_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A call that makes no sense ends with 2 and says how it is used, on stderr."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C gives the status a shell expects."""
+
+    def interrupted(options: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "version", cli.COMMANDS["version"]._replace(run=interrupted))
+    assert cli.main(["version"]) == 130

@@ -1,0 +1,390 @@
+"""The demo: it shows the hazards, it says only what it observed, and it can fail."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+
+from pcsc_safe.demo import _run, _view
+from pcsc_safe.demo._judge import Finding, Outcome, Run, Verdict, conclude, death
+from pcsc_safe.demo.hazards import load
+from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc
+
+NUMBERS = ["1", "2", "5", "9", "10", "11"]
+SAFE, HAZARD, UNKNOWN = Outcome.SAFE, Outcome.HAZARD, Outcome.UNKNOWN
+
+
+@pytest.fixture(scope="session")
+def _a_stack_can_be_had() -> None:
+    try:
+        with VirtualPcsc(cards=[EchoCard()], activate=False):
+            pass
+    except PcscStackError as error:
+        pytest.skip(str(error))
+
+
+needs_stack = pytest.mark.usefixtures("_a_stack_can_be_had")
+
+
+def demo(*arguments: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pcsc_safe", "demo", *arguments]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def program(code: str, seconds: float = 5.0) -> Any:
+    """A hazard module with this program."""
+    return types.SimpleNamespace(__name__=code, NUMBER="0", NAME="a test's own", SECONDS=seconds)
+
+
+@needs_stack
+def test_every_hazard_shows_raw_and_none_on_pcsc_safe() -> None:
+    """The whole demo: every hazard is SAFE on pcsc_safe, every one is seen on raw pyscard, and the status is 0."""
+    done = demo("--json")
+    assert done.stderr == ""
+    told = json.loads(done.stdout)
+    by_number = {hazard["number"]: hazard for hazard in told["hazards"]}
+    assert list(by_number) == NUMBERS
+    assert {number: hazard["safe"]["outcome"] for number, hazard in by_number.items()} == dict.fromkeys(NUMBERS, "safe")
+    assert {number: hazard["raw"]["outcome"] for number, hazard in by_number.items()} == dict.fromkeys(
+        NUMBERS, "hazard"
+    )
+    assert told["let_through"] == []
+    assert done.returncode == 0
+
+
+@needs_stack
+def test_status_1_if_pcsc_safe_lets_one_through() -> None:
+    """With raw pyscard in the place of pcsc_safe the demo finds out, names the hazards, and ends with 1."""
+    done = demo("--only", "10", "9", "--safe-module", "smartcard.scard")
+    assert done.returncode == 1
+    assert "NOT SAFE in 2 of 2: 9, 10." in done.stdout
+    assert "739184" not in done.stdout + done.stderr
+
+
+@needs_stack
+def test_json_keys() -> None:
+    """The keys of the JSON are a promise to programs."""
+    told = json.loads(demo("--only", "10", "--json").stdout)
+    assert list(told) == ["versions", "modules", "hazards", "let_through"]
+    (hazard,) = told["hazards"]
+    assert list(hazard) == ["number", "name", "raw", "safe"]
+    keys = ["outcome", "says", "module", "exit_status", "killed_by", "timed_out", "seconds", "log", "observations"]
+    assert [list(hazard[side]) for side in ("raw", "safe")] == [keys, keys]
+
+
+@needs_stack
+def test_settings_of_the_user_change_nothing() -> None:
+    """The demo shows the defaults, whatever PCSC_SAFE_POLICY says."""
+    assert demo("--only", "10", PCSC_SAFE_POLICY="raise").returncode == 0
+
+
+def test_an_unknown_hazard_is_refused() -> None:
+    """``--only`` with a number that is not shown ends with 2 and lists those that are."""
+    done = demo("--only", "99")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"there are {', '.join(NUMBERS)}" in done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it is not pcscd that is missing")
+def test_status_2_where_there_is_no_stack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without pcscd or vpcd it ends with 2 and names the packages."""
+    import shutil
+
+    from pcsc_safe.__main__ import main
+    from pcsc_safe.testing import _install
+
+    monkeypatch.setattr(shutil, "which", lambda *given, **named: None)
+    _install.look.cache_clear()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["demo"]) == 2
+    finally:
+        _install.look.cache_clear()
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "pcscd vsmartcard-vpcd" in said.err
+
+
+def test_status_2_on_macos(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On macOS it ends with 2 and says that the virtual stack needs Linux."""
+    from pcsc_safe.__main__ import main
+    from pcsc_safe.testing import _install
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    _install.look.cache_clear()
+    try:
+        assert main(["demo"]) == 2
+    finally:
+        _install.look.cache_clear()
+        signal.signal(signal.SIGTERM, before)
+    assert "Linux" in capsys.readouterr().err
+
+
+# One run, seen from outside.
+
+
+@pytest.fixture
+def sacrifice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the body of a hazard program, without a stack."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+    def run(body: str, seconds: float = 5.0, stop: Optional[threading.Event] = None) -> Run:
+        lines = "".join(f"    {line}\n" for line in body.splitlines())
+        (tmp_path / "a_hazard.py").write_text(f"import os, signal, time\ndef program(stage):\n{lines}")
+        return _run._sacrifice(program("a_hazard", seconds), "math", dict(os.environ), stop or threading.Event())
+
+    return run
+
+
+def test_reports_of_a_program_that_dies_are_kept(sacrifice: Any) -> None:
+    """What a program reported before it died is known, and so is the signal it died of."""
+    seen = sacrifice("stage.report('child', wrong=1)\nstage.report('child', wrong=2)\nos.kill(os.getpid(), 11)")
+    assert seen.reported == {"child": {"wrong": 2}}
+    assert (seen.exit_status, seen.killed_by, seen.timed_out) == (None, signal.SIGSEGV, None)
+
+
+def test_a_program_that_hangs_is_given_up(sacrifice: Any) -> None:
+    """A program that does not end is killed when its time is over, and where it hung is in the log."""
+    started = time.monotonic()
+    seen = sacrifice("stage.report('parent', alive=True)\ntime.sleep(60)", seconds=0.7)
+    assert (seen.exit_status, seen.killed_by, seen.timed_out) == (None, None, 0.7)
+    assert "in program" in seen.log
+    assert time.monotonic() - started < 20
+
+
+def test_nothing_of_a_program_is_left(sacrifice: Any) -> None:
+    """A child that the program forgot is killed with it."""
+    seen = sacrifice("stage.report('parent', child=stage.fork(lambda: time.sleep(60)))")
+    child = seen.reported["parent"]["child"]
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
+        with open(f"/proc/{child}/stat", encoding="ascii", errors="replace") as file:
+            if file.read().rpartition(")")[2].split()[0] in "ZX":  # killed; whoever reaps orphans here is slow
+                break
+        time.sleep(0.01)
+    else:
+        assert not os.path.exists(f"/proc/{child}")
+
+
+def test_a_program_that_fails_says_why(sacrifice: Any) -> None:
+    """An exception in the program is its failure, not a hazard: the status and the traceback are kept."""
+    seen = sacrifice("raise RuntimeError('no card')")
+    assert seen.exit_status == 1
+    assert "no card" in seen.log
+    assert conclude(Finding([], ["all is well"]), seen) == (UNKNOWN, "the program failed with status 1")
+
+
+def test_an_interrupted_run_is_no_result(sacrifice: Any) -> None:
+    """When the demo is interrupted a run ends at once, and nothing is said of it."""
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(_run.Stopped):
+        sacrifice("time.sleep(60)", stop=stop)
+
+
+# What is said of what was seen.
+
+
+@pytest.mark.parametrize(
+    ("finding", "ending", "verdict"),
+    [
+        (Finding([], []), {"exit_status": 0}, (UNKNOWN, "it did not report enough to say")),
+        (Finding([], ["fine"]), {"exit_status": 0}, (SAFE, "fine")),
+        (Finding(["bad", "worse"], []), {"exit_status": 0}, (HAZARD, "bad; worse")),
+        (Finding(["bad"], ["fine"]), {"exit_status": 0}, (HAZARD, "bad")),
+        (Finding([], ["fine"]), {"timed_out": 8.0}, (HAZARD, "did not finish in 8 s")),
+        (Finding([], ["fine"]), {"killed_by": 11}, (HAZARD, "the program died of SIGSEGV")),
+        (Finding(["bad"], []), {"killed_by": 6}, (HAZARD, "bad; the program died of SIGABRT")),
+        (Finding([], []), {"exit_status": 3}, (UNKNOWN, "the program failed with status 3")),
+        (Finding(["bad"], []), {"exit_status": 3}, (HAZARD, "bad; the program failed with status 3")),
+    ],
+)
+def test_a_verdict_counts_how_the_program_ended(finding: Finding, ending: Any, verdict: Any) -> None:
+    """No program that hung, died or failed is SAFE, and of too few reports nothing is concluded."""
+    assert conclude(finding, Run("scard", {}, **ending)) == verdict
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_nothing_is_said_of_nothing(number: str) -> None:
+    """Without reports no hazard says anything, neither that it was seen nor that it was not."""
+    (hazard,) = load([number])
+    assert hazard.judge(Run("scard", {})) == Finding([], [])
+
+
+OK = "SCARD_S_SUCCESS"
+JUDGEMENTS: list[tuple[str, dict[str, dict[str, Any]], list[str], bool]] = [
+    # hazard, reports, words that its harm has to hold, whether it is proven safe
+    ("1", {"parent": {"readers": 2, "clients": 1, "child_ended": -11}}, ["child died of SIGSEGV"], False),
+    ("1", {"parent": {"readers": 2, "child_ended": 1}, "child": {"code": "SCARD_E_X"}}, ["answered SCARD_E_X"], False),
+    (
+        "1",
+        {
+            "parent": {"readers": 2, "clients": 1, "child_ended": 0, "code_afterwards": OK},
+            "child": {"code": OK, "readers": 2, "parents_socket": True, "clients": 1},
+        },
+        ["over its parent's own connection"],
+        False,
+    ),
+    (
+        "1",
+        {
+            "parent": {"readers": 2, "clients": 1, "child_ended": 0, "code_afterwards": OK},
+            "child": {"code": OK, "readers": 2, "parents_socket": None, "clients": 2},
+        },
+        [],
+        False,  # the parent's connection was not found, so nothing is known of it
+    ),
+    ("2", {"parent 0": {"asked": 3, "wrong": 2, "failed": 1, "ended": 0}}, ["2 answers were", "1 calls failed"], False),
+    ("2", {"parent 0": {"asked": 0, "ended": 0}, "child 0": {"ended": -11}}, ["1 process died of SIGSEGV"], False),
+    ("2", {"parent 0": {"asked": 25, "ended": 0}, "child 0": {"asked": 24, "ended": 0}}, [], False),
+    ("2", {"parent 0": {"asked": 25, "ended": 0}, "child 0": {"asked": 25, "ended": 0}}, [], True),
+    ("5", {"owner": {"code": OK, "killed": True}, "other": {"code": OK, "waited": 0.1, "idle_alive": True}}, [], True),
+    (
+        "5",
+        {"owner": {"code": OK, "killed": True}, "other": {"code": OK, "waited": 0.1, "idle_alive": False}},
+        [],
+        False,
+    ),
+    ("5", {"owner": {"code": "SCARD_E_X", "killed": True}, "other": {"code": "SCARD_E_X", "waited": 1.0}}, [], False),
+    ("9", {"daemon": {"database_received": 51, "database_has_pin": True}}, ["received the PIN"], False),
+    ("9", {"daemon": {"database_received": 5, "database_has_pin": False}}, ["received 5 bytes"], False),
+    ("9", {"daemon": {"database_received": 0, "database_open": False}}, ["closed the database"], False),
+    ("9", {"daemon": {"database_received": 0, "database_open": True, "code_at_last": OK}}, [], False),
+    (
+        "10",
+        {"parent": {"verified": True, "child_ended": 0, "code_afterwards": OK, "verified_afterwards": True}},
+        [],
+        False,
+    ),
+    (
+        "10",
+        {
+            "parent": {"verified": True, "child_ended": 0, "code_afterwards": OK, "verified_afterwards": False},
+            "child": {"disconnect": OK},
+        },
+        ["ended the parent's PIN session"],
+        False,
+    ),
+    (
+        "11",
+        {
+            "child": {"calls": 20, "codes": [OK], "failed": 0, "filled": 0, "held_secret": 0},
+            "pcscd": {"calls": 20, "codes": [OK], "failed": 0, "filled": 0, "held_secret": 0},
+        },
+        [],
+        False,  # no call failed, so none could show it
+    ),
+    (
+        "11",
+        {"child": {"calls": 20, "codes": ["X"], "failed": 20, "filled": 3, "held_secret": 1}},
+        ["3 answered memory of the process, 1 of them"],
+        False,
+    ),
+]
+
+
+@pytest.mark.parametrize(("number", "reported", "harm", "proven"), JUDGEMENTS)
+def test_a_judgement_says_what_was_reported(number: str, reported: Any, harm: list[str], proven: bool) -> None:
+    """Harm is said with the reported figures; safety only when everything that it takes was reported."""
+    (hazard,) = load([number])
+    finding = hazard.judge(Run("scard", reported))
+    assert bool(finding.harm) == bool(harm)
+    assert all(words in "; ".join(finding.harm) for words in harm)
+    assert bool(finding.proof) == proven
+
+
+def test_a_death_is_said_only_of_who_died() -> None:
+    """An orderly end, and one that nobody saw, give no sentence."""
+    assert [death("it", status) for status in (None, 0, 1, -9)] == [[], [], [], ["it died of SIGKILL"]]
+
+
+# What it looks like.
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def row(raw: Outcome = HAZARD, safe: Outcome = SAFE) -> _view.Row:
+    return _view.Row(load(["5"])[0], Verdict(raw, "raw said this " * 6), Verdict(safe, "safe said that " * 6))
+
+
+@pytest.mark.parametrize(
+    ("stream", "environment", "wanted"),
+    [
+        (Terminal(), {}, True),
+        (Terminal(), {"NO_COLOR": "1"}, False),
+        (Terminal(), {"NO_COLOR": ""}, True),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {}, False),
+    ],
+)
+def test_colour_only_where_it_is_wanted(stream: Any, environment: dict[str, str], wanted: bool) -> None:
+    """Colour on a terminal only, and not where NO_COLOR has a value."""
+    assert _view.wants_colour(stream, environment) is wanted
+
+
+def test_the_table_holds_every_word_and_fits() -> None:
+    """Sentences are wrapped, not cut, and no line is longer than the terminal."""
+    text = _view.table([row()], "raw", "safe", colour=False, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert (text.count("said this"), text.count("said that")) != (0, 0)
+    assert text.split().count("this") == text.split().count("that") == 6
+    assert "\033" not in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (row(), ["HAZARD:", "SAFE:"]),
+        (row(raw=SAFE), ["not seen:", "SAFE:"]),
+        (row(safe=HAZARD), ["HAZARD:", "HAZARD:"]),
+        (row(safe=UNKNOWN), ["HAZARD:", "UNKNOWN:"]),
+    ],
+)
+def test_the_table_names_outcomes(rows: _view.Row, words: list[str]) -> None:
+    """A hazard that did not show raw is "not seen", not "safe"; what is not known is said to be so."""
+    text = _view.table([rows], "raw", "safe", colour=False, width=100)
+    assert all(text.count(word) >= words.count(word) for word in words)
+
+
+def test_live_lines_without_a_terminal() -> None:
+    """Written to a file, each hazard is one plain line, written when both runs have ended."""
+    stream = io.StringIO()
+    live = _view.Live(stream)
+    live.begin(row().hazard)
+    live.result(False, row().safe)
+    assert stream.getvalue() == ""
+    live.result(True, row().raw)
+    assert stream.getvalue().split()[-2:] == ["HAZARD", "SAFE"]
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_live_lines_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal the line of a hazard is there at once and is filled in from either side."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    live = _view.Live(stream)
+    live.begin(row().hazard)
+    live.result(True, row().raw)
+    live.result(False, row().safe)
+    states = [state.split()[-2:] for state in stream.getvalue().split("\r\033[K")[1:]]
+    assert states == [["...", "..."], ["HAZARD", "..."], ["HAZARD", "SAFE"]]
