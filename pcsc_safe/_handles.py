@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from typing import Any, Optional, Union
 
-from . import _native, _process
+from . import _native, _process, _turns
 from ._calls import Kind
 from .errors import PcscSafeError
 from .policy import Settings
@@ -38,16 +37,18 @@ class Context:
     :ivar established_at: ``file:line`` in the application.
     :ivar overrides: settings of this context alone.
     :ivar cards: those connected through it and not yet disconnected, by number.
-    :ivar lock: held while this process gets its own; a new one after every fork.
+    :ivar turn: held by the thread that uses it, or gets this process its own; a new one after every fork.
+    :ivar transactions: the card of this context that is in a transaction, by reader.
+    :ivar context: itself, so that a context and a card can be asked alike.
     """
 
     kind = Kind.CONTEXT
     __slots__ = (
         "cards",
+        "context",
         "descriptor",
         "established_at",
         "key",
-        "lock",
         "number",
         "overrides",
         "owner",
@@ -55,6 +56,8 @@ class Context:
         "released",
         "safe",
         "scope",
+        "transactions",
+        "turn",
     )
 
     def __init__(self, real: int, scope: int, descriptor: Optional[_native.Descriptor]) -> None:
@@ -66,14 +69,11 @@ class Context:
         self.established_at = _outside_frame()
         self.overrides: dict[str, Any] = {}
         self.cards: dict[int, Card] = {}
-        self.lock = threading.RLock()
+        self.transactions: dict[str, Card] = {}
+        self.turn = _turns.Turn()
+        self.context = self
         self.key = os.urandom(8)
         self.released = False
-
-    @property
-    def context(self) -> Context:
-        """Itself, so that a context and a card can be asked alike."""
-        return self
 
     def settings(self, process: Settings) -> Settings:
         """Those of the process with this context's own."""
@@ -132,9 +132,21 @@ class Card:
         """Where its context was established."""
         return self.context.established_at
 
+    def begin_transaction(self) -> None:
+        """One more is open."""
+        self.transactions += 1
+        self.context.transactions[self.reader] = self
+
+    def end_transactions(self, how_many: int = sys.maxsize) -> None:
+        """So many less are open."""
+        self.transactions = max(0, self.transactions - how_many)
+        if not self.transactions and self.context.transactions.get(self.reader) is self:
+            del self.context.transactions[self.reader]
+
     def forget(self) -> None:
         """Drop it from this process's registry."""
         self.released = True
+        self.end_transactions()
         self.context.cards.pop(self.number, None)
         _drop(cards, self)
 
@@ -221,11 +233,11 @@ def _is_library(module: str) -> bool:
     return module.partition(".")[0] in ("pcsc_safe", "smartcard") and not module.startswith("pcsc_safe.testing")
 
 
-def _after_fork_in_child() -> None:
+def _after_fork_in_child(epoch: _process.Epoch) -> None:
     left = _process.here
     disarmed = []
     for context in contexts.values():
-        context.lock = threading.RLock()
+        context.turn = _turns.Turn()
         if context.owner is left and context.descriptor is not None:
             disarmed.append(context)
     if disarmed:

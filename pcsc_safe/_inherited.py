@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Optional
 
-from . import _log, _native, _process
+from . import _gate, _log, _native, _process
 from ._calls import Call
 from ._handles import Card, Context, Record
 from ._settings import settings
@@ -62,7 +62,7 @@ def _forget(call: Call, record: Record) -> int:
     """Drop this process's copy only."""
     if call.name == "SCardEndTransaction":
         assert isinstance(record, Card)
-        record.transactions = 0
+        record.end_transactions()
         return SUCCESS
     record.forget()
     if isinstance(record, Context):
@@ -72,8 +72,13 @@ def _forget(call: Call, record: Record) -> int:
 
 def _release_dead(context: Context) -> None:
     dead, context.descriptor = context.descriptor, None
-    if native_works_after_fork(sys.platform):
+    if _native_works():
         _native.release_dead(context.real, dead)
+
+
+def _native_works() -> bool:
+    here = _process.current()
+    return here.parent is None or (here.unquiet is None and native_works_after_fork(sys.platform))
 
 
 def _own(call: Call, record: Record) -> int:
@@ -82,10 +87,10 @@ def _own(call: Call, record: Record) -> int:
     :return: SCARD_S_SUCCESS, or why there is none; the next call tries again.
     """
     context = record.context
-    if call.role is Role.VALIDITY and not native_works_after_fork(sys.platform):
+    if call.role is Role.VALIDITY and not _native_works():
         return INVALID_HANDLE
     require_native(call.name, context)
-    with context.lock:
+    with context.turn.lock:
         hresult = _own_context(context)
         if hresult == SUCCESS and isinstance(record, Card) and record.owner is not context.owner:
             hresult, _ = _own_connection(record, record.share_mode, record.protocol, LEAVE_CARD)
@@ -98,26 +103,30 @@ def _own_context(context: Context) -> int:
         return SUCCESS
     owner_pid = context.owner.pid
     _release_dead(context)
-    result, descriptor = _native.establish(context.scope)
-    if result[0] == SUCCESS:
+
+    def keep(real: int, descriptor: Optional[_native.Descriptor]) -> None:
         # The owner last: a fork in another thread must find the connection recorded, or the context not ours.
-        context.descriptor, context.real = descriptor, result[1]
+        context.descriptor, context.real = descriptor, real
         context.owner = here
+
+    hresult = int(_native.establish(context.scope, keep)[0])
+    if hresult == SUCCESS:
         _log.info("process %d has a context of its own in the place of process %d's", here.pid, owner_pid)
-    return int(result[0])
+    return hresult
 
 
 def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> tuple[int, int]:
-    connect, reconnect = _native.functions["SCardConnect"], _native.functions["SCardReconnect"]
-    hresult, real, protocol = connect(card.context.real, card.reader, share_mode, protocols)
-    if hresult == SUCCESS and initialization != LEAVE_CARD:
-        hresult, protocol = reconnect(real, share_mode, protocols, initialization)
-        if hresult != SUCCESS:
-            _native.functions["SCardDisconnect"](real, LEAVE_CARD)
-    if hresult == SUCCESS:
-        card.real, card.share_mode, card.protocol = real, share_mode, protocol or protocols
-        card.transactions = 0
-        card.owner = card.context.owner
+    functions = _native.functions
+    with _gate.run("SCardConnect"):
+        hresult, real, protocol = functions["SCardConnect"](card.context.real, card.reader, share_mode, protocols)
+        if hresult == SUCCESS and initialization != LEAVE_CARD:
+            hresult, protocol = functions["SCardReconnect"](real, share_mode, protocols, initialization)
+            if hresult != SUCCESS:
+                functions["SCardDisconnect"](real, LEAVE_CARD)
+        if hresult == SUCCESS:
+            card.real, card.share_mode, card.protocol = real, share_mode, protocol or protocols
+            card.end_transactions()
+            card.owner = card.context.owner
     return hresult, protocol
 
 
@@ -125,7 +134,7 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """SCardReconnect gives an inherited handle a connection of this process's own."""
     assert isinstance(card, Card)
     require_native(call.name, card.context)
-    with card.context.lock:
+    with card.context.turn.lock:
         hresult, protocol = _own_context(card.context), 0
         if hresult == SUCCESS and card.owner is card.context.owner:
             return None
@@ -141,17 +150,25 @@ def require_native(function: str, context: Optional[Context]) -> None:
     :param context: the one that it was called on, if any.
     :raises ForkUnsafeError: it can't be used in this process.
     """
-    here = _process.current()
-    if here.parent is None or native_works_after_fork(sys.platform):
+    if _native_works():
         return
+    here = _process.current()
     raise ForkUnsafeError(
-        f"process {here.pid} was forked from {here.parent.pid}, and on {sys.platform} a fork cannot use PC/SC",
-        remedy="exec a program of its own there, or use multiprocessing's 'spawn'",
+        f"PC/SC can't be used in process {here.pid}: {_why_not(here)}",
+        remedy="exec a program of its own here, or use multiprocessing's 'spawn'"
+        + ("; or fork when no call takes longer than quiesce_timeout" if here.unquiet else ""),
         function=function,
         owner_pid=context.owner.pid if context else None,
         pid=here.pid,
         established_at=context.established_at if context else None,
     )
+
+
+def _why_not(here: _process.Epoch) -> str:
+    if here.unquiet is None:
+        return f"it was forked, and on {sys.platform} a forked process has none"
+    function, thread, seconds = here.unquiet
+    return f"it, or an ancestor, was forked while thread {thread} was inside {function}, for {seconds:.1f} s already"
 
 
 def _forked_handle(function: str, record: Record) -> ForkedHandleError:

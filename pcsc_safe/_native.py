@@ -19,7 +19,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import smartcard.scard as _smartcard_scard
 from smartcard.scard import _scard
 
-from . import _process
+from . import _gate, _process
 from ._calls import CALLS, Call
 
 __all__ = ["Descriptor", "establish", "functions", "neutralise", "prepare", "public", "release_dead"]
@@ -86,7 +86,7 @@ _ATTEMPTS_TO_FIND_ONE = 20
 _establishing = threading.RLock()
 
 
-def _renew_lock() -> None:
+def _renew_lock(epoch: _process.Epoch) -> None:
     global _establishing
     _establishing = threading.RLock()
 
@@ -94,17 +94,21 @@ def _renew_lock() -> None:
 _process.at_fork(_renew_lock)
 
 
-def establish(scope: Any) -> tuple[Any, Optional[Descriptor]]:
-    """SCardEstablishContext, and the descriptor of its connection where there is one.
+def establish(scope: Any, keep: Callable[[int, Optional[Descriptor]], Any]) -> Any:
+    """SCardEstablishContext.
 
     :param scope: SCARD_SCOPE_*.
-    :return: pyscard's answer, and the descriptor; None on macOS, where PC/SC has no descriptor, and on failure.
+    :param keep: called with the context and the descriptor of its connection (None on macOS, where PC/SC has none),
+        before any other thread can fork: a connection that nobody knows of would live on in the child.
+    :return: pyscard's answer, with what ``keep`` returned in the place of the context.
     """
     # libpcsclite serialises this call too; ours also covers the look at the descriptors, so that two don't mix.
-    with _establishing:
+    with _establishing, _gate.run("SCardEstablishContext"):
         before = _sockets()
         result = functions["SCardEstablishContext"](scope)
-        return result, (_new_connection(before) if result[0] == SUCCESS else None)
+        if result[0] == SUCCESS:
+            result[1] = keep(result[1], _new_connection(before))
+        return result
 
 
 def _new_connection(before: set[Descriptor]) -> Optional[Descriptor]:
@@ -204,4 +208,5 @@ def release_dead(real: int, dead: Optional[Descriptor]) -> None:
     :param dead: what :func:`neutralise` put in the place of its connection.
     """
     if dead is not None and dead.is_intact():
-        functions["SCardReleaseContext"](real)
+        with _gate.run("SCardReleaseContext"):
+            functions["SCardReleaseContext"](real)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from typing import Callable, Optional, Protocol
+from typing import Any, Callable, Optional, Protocol
 
 __all__ = ["Epoch", "at_fork", "current", "here", "sentinel"]
 
@@ -34,15 +34,17 @@ class Epoch:
     :ivar number: how many forks lie between it and the process that imported pcsc_safe.
     :ivar noticed_by: the layer that noticed its beginning: ``import``, ``hook``, ``page`` or ``pid``.
     :ivar parent: the epoch that it was forked from.
+    :ivar unquiet: who was inside the native library when it, or an ancestor, was forked; None after a quiet fork.
     """
 
-    __slots__ = ("_lock", "_successors", "noticed_by", "number", "parent", "pid")
+    __slots__ = ("_lock", "_successors", "noticed_by", "number", "parent", "pid", "unquiet")
 
     def __init__(self, parent: Optional[Epoch], noticed_by: str) -> None:
         self.pid = os.getpid()
         self.number: int = parent.number + 1 if parent else 0
         self.noticed_by = noticed_by
         self.parent = parent
+        self.unquiet: Any = parent.unquiet if parent else None
         self._lock = threading.Lock()
         self._successors: dict[tuple[int, int], Epoch] = {}
 
@@ -102,16 +104,31 @@ here = Epoch(None, "import")
 _page = _wiped_page()
 sentinel: _Sentinel = _page or _PidSentinel()
 sentinel[0] = 1
-_callbacks: list[Callable[[], None]] = []
+_callbacks: list[Callable[[Epoch], None]] = []
+_before: list[Callable[[], None]] = []
+_in_parent: list[Callable[[], None]] = []
 
 
-def at_fork(callback: Callable[[], None]) -> None:
-    """Have ``callback()`` run in every new process, before anything else of ours does.
+def at_fork(
+    in_child: Callable[[Epoch], None],
+    *,
+    before: Optional[Callable[[], None]] = None,
+    in_parent: Optional[Callable[[], None]] = None,
+) -> None:
+    """Have ``in_child(epoch)`` run in every new process, before anything else of ours does.
 
     It runs in the at-fork hook, or, after a fork that ran none, before the first call; :data:`here` is then still the
     epoch that was forked from.  It may assign and close, nothing else: most children exec at once.
+
+    :param in_child: called with the epoch that begins.
+    :param before: called in the parent before a fork that runs hooks.
+    :param in_parent: called there after it, also if it failed.
     """
-    _callbacks.append(callback)
+    _callbacks.append(in_child)
+    if before is not None:
+        _before.append(before)
+    if in_parent is not None:
+        _in_parent.append(in_parent)
 
 
 def current() -> Epoch:
@@ -137,10 +154,17 @@ def _begin_hooked() -> None:
 def _begin(epoch: Epoch) -> None:
     global here
     for callback in _callbacks:
-        callback()
+        callback(epoch)
     here = epoch
     sentinel[0] = 1
 
 
+def _run(callbacks: list[Callable[[], None]]) -> None:
+    for callback in callbacks:
+        callback()
+
+
 if FORKS:
-    os.register_at_fork(after_in_child=_begin_hooked)
+    os.register_at_fork(
+        before=lambda: _run(_before), after_in_parent=lambda: _run(_in_parent), after_in_child=_begin_hooked
+    )

@@ -7,10 +7,13 @@ apart by the epoch of its record, never by a flag that somebody would have to re
 
 from __future__ import annotations
 
+from _thread import get_ident
+from time import monotonic, sleep
 from typing import Any, Callable, Optional
 
-from . import _handles, _inherited, _log, _native, _process
+from . import _gate, _handles, _inherited, _log, _native, _process, _turns
 from ._calls import CALLS, Call, Kind
+from ._gate import InFlight
 from ._handles import Card, Context, Record
 from ._inherited import INVALID_HANDLE, SUCCESS
 from ._settings import settings
@@ -52,13 +55,13 @@ def _reconnected(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
 
 def _began(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     if result == SUCCESS and isinstance(card, Card):
-        card.transactions += 1
+        card.begin_transaction()
     return result
 
 
 def _ended(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     if result == SUCCESS and isinstance(card, Card):
-        card.transactions = max(0, card.transactions - 1)
+        card.end_transactions(1)
     return result
 
 
@@ -83,19 +86,26 @@ def _establish(scope: Any) -> Any:
     settings()
     _notice()
     _inherited.require_native("SCardEstablishContext", None)
-    result, descriptor = _native.establish(scope)
-    if result[0] != SUCCESS:
-        return result
-    return [result[0], _handles.register(Context(result[1], scope, descriptor))]
+    return _native.establish(scope, lambda real, descriptor: _handles.register(Context(real, scope, descriptor)))
 
 
 def _routed(call: Call) -> Callable[..., Any]:
-    """The function that takes the application's call, as short a way as there is."""
-    if call.name == "SCardEstablishContext":
-        return _establish
-    native, after = _native.functions[call.name], _AFTER.get(call.name)
+    """The function that takes the application's call."""
+    special: dict[str, Callable[[Call], Callable[..., Any]]] = {
+        "SCardEstablishContext": lambda call: _establish,
+        "SCardGetStatusChange": _routed_wait,
+        "SCardCancel": _routed_cancel,
+        "SCardIsValidContext": _routed_without_turn,
+    }
+    return special.get(call.name, _routed_in_turn)(call)
+
+
+def _routed_in_turn(call: Call) -> Callable[..., Any]:
+    """In the owner: get the turn, enter the native library, note the outcome; in as few steps as there are."""
+    name, native, after = call.name, _native.functions[call.name], _AFTER.get(call.name)
     registry: dict[Any, Any] = _handles.contexts if call.takes is Kind.CONTEXT else _handles.cards
-    process, sentinel = _process, _process.sentinel
+    process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
+    polls = name in _WAIT_FOR_TRANSACTIONS
 
     def route(handle: Any, *arguments: Any) -> Any:
         try:
@@ -103,28 +113,138 @@ def _routed(call: Call) -> Callable[..., Any]:
         except TypeError:  # unhashable, so no handle; pyscard has its own words for it
             record = None
         if record is None or record.safe is not handle or not sentinel[0] or record.owner is not process.here:
-            return _route_slowly(call, handle, arguments)
-        result = native(record.real, *arguments)
-        return after(record, arguments, result) if after else result
+            return _route_slowly(call, route, handle, arguments)
+        context = record.context
+        turn = context.turn
+        if not turn.lock.acquire(False):
+            turn.take()
+        if polls and context.transactions.get(record.reader, record) is not record:
+            turn.lock.release()
+            _wait_for_transaction(record)
+            return route(handle, *arguments)
+        ident = get_ident()
+        before = inside.get(ident)
+        try:
+            inside[ident] = entry = InFlight(name, monotonic())
+            if closers:
+                _gate.through(ident, entry)
+            # Nothing between this look and the native call can run other code: a fork in a signal handler is seen.
+            if sentinel[0] and record.owner is process.here:
+                result = native(record.real, *arguments)
+                return after(record, arguments, result) if after else result
+        finally:
+            _gate.leave(ident, before)
+            turn.lock.release()
+        return _route_slowly(call, route, handle, arguments)
 
     return route
 
 
-def _route_slowly(call: Call, handle: Any, arguments: tuple[Any, ...]) -> Any:
+_WAIT_FOR_TRANSACTIONS = ("SCardBeginTransaction", "SCardReconnect", "SCardStatus", "SCardTransmit")
+_TRANSACTION_POLL = 0.002  # s
+_CHECKS_EVERY = 50
+
+
+def _wait_for_transaction(card: Card) -> None:
+    """Wait, without the turn, while another handle of this context has a transaction on the same reader.
+
+    libpcsclite would wait for its end inside the call, and with the turn held the end could not come.
+    """
+    context, reader, polls = card.context, card.reader, 0
+    while context.transactions.get(reader, card) is not card and card.owner is _process.current():
+        sleep(_TRANSACTION_POLL)
+        polls += 1
+        if polls % _CHECKS_EVERY == 0 and public["SCardListReaders"](context.safe, [])[0] != SUCCESS:
+            context.transactions.pop(reader, None)  # pcscd is gone, and the transaction with it
+
+
+def _routed_without_turn(call: Call) -> Callable[..., Any]:
+    """For what libpcsclite answers at once, whatever else the context is used for."""
+    name, native = call.name, _native.functions[call.name]
+    contexts, process, sentinel, inside, closers = (
+        _handles.contexts,
+        _process,
+        _process.sentinel,
+        _gate.inside,
+        _gate.closers,
+    )
+
+    def route(handle: Any) -> Any:
+        try:
+            context = contexts.get(handle)
+        except TypeError:
+            context = None
+        if context is None or context.safe is not handle or not sentinel[0] or context.owner is not process.here:
+            return _route_slowly(call, route, handle, ())
+        ident = get_ident()
+        before = inside.get(ident)
+        try:
+            inside[ident] = entry = InFlight(name, monotonic())
+            if closers:
+                _gate.through(ident, entry)
+            if sentinel[0] and context.owner is process.here:
+                return native(context.real)
+        finally:
+            _gate.leave(ident, before)
+        return _route_slowly(call, route, handle, ())
+
+    return route
+
+
+def _routed_cancel(call: Call) -> Callable[..., Any]:
+    def route(handle: Any) -> Any:
+        context = _owned(handle)
+        if context is None:
+            return _route_slowly(call, route, handle, ())
+        return _turns.cancel(context.turn, context.real)
+
+    return route
+
+
+def _routed_wait(call: Call) -> Callable[..., Any]:
+    in_turn = _routed_in_turn(call)
+
+    def route(handle: Any, timeout: Any, states: Any) -> Any:
+        context = _owned(handle)
+        if context is None or type(timeout) is not int or not 0 < timeout <= _turns.INFINITE:
+            return in_turn(handle, timeout, states)
+        answer = _turns.await_change(
+            context.turn,
+            lambda: bool(_process.sentinel[0]) and context.owner is _process.here,
+            context.real,
+            timeout,
+            states,
+            call.failure(_turns.CANCELLED, (timeout, states)),
+        )
+        return answer if answer is not None else _route_slowly(call, route, handle, (timeout, states))
+
+    return route
+
+
+def _owned(handle: Any) -> Optional[Context]:
+    """The context that ``handle`` stands for, if this process owns it."""
+    record = _handles.find(Kind.CONTEXT, handle) if _process.sentinel[0] else None
+    if isinstance(record, Context) and not record.released and record.owner is _process.here:
+        return record
+    return None
+
+
+def _route_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
+    """For plain integers, what is no handle of ours, and what was inherited."""
     assert call.takes is not None
     here = _notice()
     record = _handles.find(call.takes, handle)
-    if record is None:
-        return _native.functions[call.name](handle, *arguments)
+    if record is None or (record.owner is here and (record.released or record.kind is not call.takes)):
+        _inherited.require_native(call.name, None)
+        with _gate.run(call.name):
+            return _native.functions[call.name](handle if record is None else record.real, *arguments)
+    if record.kind is not call.takes or record.released:
+        return call.failure(INVALID_HANDLE, arguments)
     if record.owner is not here:
-        if record.kind is not call.takes or record.released:
-            return call.failure(INVALID_HANDLE, arguments)
         answer = _inherited.answer(call, record, arguments)
         if answer is not None:
             return answer
-    result = _native.functions[call.name](record.real, *arguments)
-    after = _AFTER.get(call.name)
-    return after(record, arguments, result) if after and record.kind is call.takes and not record.released else result
+    return route(record.safe, *arguments)
 
 
 _announced: Optional[_process.Epoch] = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Optional, Union
 
-from . import _handles
+from . import _gate, _handles
 from ._calls import Kind
 from .errors import SettingsError
 from .policy import Cards, Policy, Settings, from_environment
@@ -22,16 +22,21 @@ def settings() -> Settings:
 
     :raises SettingsError: the environment holds a value that makes no sense.
     """
+    return _settings if _settings is not None else _put_in_force(from_environment())
+
+
+def _put_in_force(new: Settings) -> Settings:
     global _settings
-    if _settings is None:
-        _settings = from_environment()
-    return _settings
+    _settings = new
+    _gate.quiesce_timeout = new.quiesce_timeout
+    return new
 
 
 def configure(
     *,
     policy: Union[Policy, str, None] = None,
     cards: Union[Cards, str, None] = None,
+    quiesce_timeout: Union[float, str, None] = None,
     context: Any = None,
 ) -> Settings:
     """Say what a process gets that uses a context or card which it inherited over a fork.
@@ -41,16 +46,21 @@ def configure(
 
     :param policy: ``auto`` (the default), ``reestablish``, ``raise`` or ``invalid``.
     :param cards: what an inherited card handle does meanwhile: ``reset`` (the default) or ``reconnect``.
+    :param quiesce_timeout: seconds that a fork waits, at most, for the calls that other threads have in flight.
     :param context: a context, for settings that are to count for it and its cards alone.
     :return: the settings that are in force now, for that context if one was given.
-    :raises SettingsError: a value is not one of these, or ``context`` is no context of this process.
+    :raises SettingsError: a value is not one of these, or ``context`` is no context of this process, or the setting is
+        one that a context can't have for itself.
     """
-    global _settings
-    given = {name: value for name, value in (("policy", policy), ("cards", cards)) if value is not None}
+    wanted = {"policy": policy, "cards": cards, "quiesce_timeout": quiesce_timeout}
+    given = {name: value for name, value in wanted.items() if value is not None}
     changed = settings().changed(**given)
     if context is None:
-        _settings = changed
-        return changed
+        return _put_in_force(changed)
+    if quiesce_timeout is not None:
+        raise SettingsError(
+            "quiesce_timeout cannot be set for one context", remedy="a fork waits for all: configure the process"
+        )
     record = _handles.find(Kind.CONTEXT, context)
     if not isinstance(record, _handles.Context) or record.released:
         raise SettingsError(

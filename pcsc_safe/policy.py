@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from .errors import SettingsError
 
@@ -37,6 +37,7 @@ class Settings(NamedTuple):
 
     policy: Policy = Policy.AUTO
     cards: Cards = Cards.RESET
+    quiesce_timeout: float = 1.0
 
     def changed(self, **values: Any) -> Settings:
         """These settings with some replaced.
@@ -46,36 +47,60 @@ class Settings(NamedTuple):
         return self._replace(**{name: parse(name, value) for name, value in values.items()})
 
 
-_KINDS: dict[str, type[enum.Enum]] = {"policy": Policy, "cards": Cards}
+def _member_of(kind: type[enum.Enum]) -> Callable[[Any], Any]:
+    def convert(value: Any) -> Any:
+        try:
+            return kind(value)
+        except ValueError:
+            choices = ", ".join(repr(member.value) for member in kind)
+            raise ValueError(f"use one of {choices}") from None
+
+    return convert
+
+
+def _seconds(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 <= seconds <= _LONGEST_TIMEOUT or isinstance(value, bool):
+        raise ValueError(f"use a number of seconds from 0 to {_LONGEST_TIMEOUT}")
+    return seconds
+
+
+_LONGEST_TIMEOUT = 86400
+_CONVERT: dict[str, Callable[[Any], Any]] = {
+    "policy": _member_of(Policy),
+    "cards": _member_of(Cards),
+    "quiesce_timeout": _seconds,
+}
 
 
 def parse(setting: str, value: Any, called: str = "") -> Any:
     """The value that a setting gets.
 
     :param setting: a field of :class:`Settings`.
-    :param value: a member of its kind, or that member's value.
+    :param value: what a user gave, as the thing itself or as text.
     :param called: what the user knows the setting as, for the error.
-    :raises SettingsError: it is neither.
+    :raises SettingsError: the setting cannot have this value.
     """
-    kind = _KINDS[setting]
     try:
-        return kind(value)
-    except ValueError:
-        choices = ", ".join(repr(member.value) for member in kind)
-        raise SettingsError(f"{called or setting} cannot be {value!r}", remedy=f"use one of {choices}") from None
+        return _CONVERT[setting](value)
+    except ValueError as error:
+        raise SettingsError(f"{called or setting} cannot be {value!r}", remedy=str(error)) from None
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
-    """The defaults, with what PCSC_SAFE_POLICY and PCSC_SAFE_CARDS say; an empty variable says nothing.
+    """The defaults, with what the variables PCSC_SAFE_* say; an empty variable says nothing.
 
     :raises SettingsError: a variable has a value that its setting cannot have.
     """
     given = {}
-    for setting in _KINDS:
+    for setting in Settings._fields:
         variable = f"PCSC_SAFE_{setting.upper()}"
         if environment.get(variable):
             given[setting] = parse(setting, environment[variable], variable)
-    return Settings()._replace(**given)
+    return Settings(**given)
 
 
 class Role(enum.Enum):

@@ -15,8 +15,8 @@ import pytest
 import pcsc_safe
 from pcsc_safe import _settings
 from pcsc_safe import scard as safe
-from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc
-from pcsc_safe.testing._install import find
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+from pcsc_safe.testing._install import Missing, look
 
 ECHO = [0x80, 0x01, 0x00, 0x00, 0x03, 1, 2, 3]
 VERIFY = [0x80, 0x20, 0x00, 0x00, 0x00]
@@ -26,10 +26,9 @@ IS_VERIFIED = [0x80, 0x30, 0x00, 0x00, 0x00]
 @pytest.fixture(scope="session")
 def shared_stack() -> Iterator[VirtualPcsc]:
     """One stack for the tests that leave pcscd, the readers and the cards as they found them."""
-    try:
-        find()
-    except PcscStackError as error:
-        pytest.skip(str(error))
+    found = look()
+    if isinstance(found, Missing):
+        pytest.skip(f"{found.problem}; {found.remedy}")
     with VirtualPcsc(2, [EchoCard(), EchoCard()]) as stack:
         yield stack
 

@@ -64,6 +64,7 @@ def test_the_environment_sets_the_defaults() -> None:
     assert from_environment({}) == Settings(Policy.AUTO, Cards.RESET)
     assert from_environment({"PCSC_SAFE_POLICY": "", "PCSC_SAFE_CARDS": "reconnect"}).cards is Cards.RECONNECT
     assert from_environment({"PCSC_SAFE_POLICY": "raise"}).policy is Policy.RAISE
+    assert from_environment({"PCSC_SAFE_QUIESCE_TIMEOUT": "0.25"}).quiesce_timeout == 0.25
 
 
 def test_a_variable_that_makes_no_sense_is_refused_by_name() -> None:
@@ -75,11 +76,20 @@ def test_a_variable_that_makes_no_sense_is_refused_by_name() -> None:
     )
 
 
-@pytest.mark.parametrize("wrong", [{"policy": "always"}, {"cards": "keep"}, {"cards": 7}, {"policy": ["raise"]}])
+WRONG = [
+    {"policy": "always"},
+    {"cards": "keep"},
+    {"cards": 7},
+    {"policy": ["raise"]},
+    *({"quiesce_timeout": value} for value in (-1, "soon", float("nan"), float("inf"), True, [1])),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
 def test_configure_refuses_by_name_and_changes_nothing(wrong) -> None:  # type: ignore[no-untyped-def]
-    """A value that a setting cannot have leaves every setting as it was."""
+    """A value that a setting cannot have is refused, and leaves every setting as it was."""
     pcsc_safe.configure(policy="raise", cards="reconnect")
-    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} cannot be .*; use one of "):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} cannot be .*; use (one of|a number of seconds)"):
         pcsc_safe.configure(**wrong)
     assert pcsc_safe.settings() == Settings(Policy.RAISE, Cards.RECONNECT)
 
