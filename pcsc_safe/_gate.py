@@ -19,7 +19,7 @@ from typing import NamedTuple, Optional, Protocol
 
 from . import _process
 
-__all__ = ["InFlight", "Unquiet", "closers", "inside", "leave", "run", "through"]
+__all__ = ["InFlight", "Unquiet", "closers", "inside", "leave", "run", "through", "wake"]
 
 
 class Interruptible(Protocol):
@@ -29,17 +29,8 @@ class Interruptible(Protocol):
         """Have it leave the native library, for now."""
 
 
-class InFlight(NamedTuple):
-    """A call that is inside the native library.
-
-    :ivar function: PC/SC's name of it.
-    :ivar since: ``time.monotonic()`` when it began.
-    :ivar wait: what can be interrupted, if it is a wait for events.
-    """
-
-    function: str
-    since: float
-    wait: Optional[Interruptible] = None
+InFlight = tuple[str, float, Optional[Interruptible]]
+"""A call that is inside: PC/SC's name, ``time.monotonic()`` when it began, and what to interrupt if it is a wait."""
 
 
 class Unquiet(NamedTuple):
@@ -94,8 +85,13 @@ def leave(ident: int, before: Optional[InFlight]) -> None:
     else:
         inside[ident] = before
     if closers:
-        with _changed:
-            _changed.notify_all()
+        wake()
+
+
+def wake() -> None:
+    """Have a pending fork look again whether it is quiet."""
+    with _changed:
+        _changed.notify_all()
 
 
 class run:  # noqa: N801  # a function in all but that it is a context manager
@@ -104,7 +100,7 @@ class run:  # noqa: N801  # a function in all but that it is a context manager
     __slots__ = ("_before", "_entry", "_ident")
 
     def __init__(self, function: str, wait: Optional[Interruptible] = None) -> None:
-        self._entry = InFlight(function, time.monotonic(), wait)
+        self._entry = (function, time.monotonic(), wait)
 
     def __enter__(self) -> None:
         self._ident = threading.get_ident()
@@ -140,7 +136,7 @@ def _quiesce(ident: int, deadline: float) -> None:
     interrupter = None
     try:
         while _others(ident) and time.monotonic() < deadline:
-            if interrupter is None and any(entry.wait for entry in _others(ident)):
+            if interrupter is None and any(wait for _, _, wait in _others(ident)):
                 interrupter = _Interrupter(ident)
                 interrupter.start()
             with _changed:
@@ -166,15 +162,15 @@ class _Interrupter(threading.Thread):
         """Interrupt whoever waits, until stopped."""
         pause = _FIRST_PAUSE
         while True:
-            for entry in _others(self._forking):
-                if entry.wait is None:
+            for _, _, wait in _others(self._forking):
+                if wait is None:
                     continue
                 with _changed:
                     if self._stopped:
                         return
-                    inside[threading.get_ident()] = InFlight("SCardCancel", time.monotonic())
+                    inside[threading.get_ident()] = ("SCardCancel", time.monotonic(), None)
                 try:
-                    entry.wait.interrupt()
+                    wait.interrupt()
                 finally:
                     leave(threading.get_ident(), None)
             with _changed:
@@ -205,9 +201,8 @@ def _after_fork_in_child(epoch: _process.Epoch) -> None:
     ident = threading.get_ident()
     others = [(thread, entry) for thread, entry in inside.items() if thread != ident]
     if others:
-        thread, entry = others[0]
-        name = _thread_names.get(thread, str(thread))
-        epoch.unquiet = Unquiet(entry.function, name, time.monotonic() - entry.since)
+        thread, (function, since, _) = others[0]
+        epoch.unquiet = Unquiet(function, _thread_names.get(thread, str(thread)), time.monotonic() - since)
     inside.clear()
     closers.clear()
     _interrupted.clear()

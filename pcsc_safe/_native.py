@@ -104,24 +104,58 @@ def establish(scope: Any, keep: Callable[[int, Optional[Descriptor]], Any]) -> A
     """
     # libpcsclite serialises this call too; ours also covers the look at the descriptors, so that two don't mix.
     with _establishing, _gate.run("SCardEstablishContext"):
-        before = _sockets()
+        before = _open_numbers()
         result = functions["SCardEstablishContext"](scope)
         if result[0] == SUCCESS:
             result[1] = keep(result[1], _new_connection(before))
         return result
 
 
-def _new_connection(before: set[Descriptor]) -> Optional[Descriptor]:
+def _new_connection(before: set[str]) -> Optional[Descriptor]:
     """The connection to pcscd that was not there before."""
     if not hasattr(_socket, "AF_UNIX") or sys.platform == "darwin":
         return None  # macOS' PC/SC talks over Mach ports, which a fork does not inherit
     found: list[tuple[bool, Descriptor]] = []
     for _ in range(_ATTEMPTS_TO_FIND_ONE):
-        found = [(_is_pcscd(peer), new) for new in _sockets() - before if (peer := _peer(new)) is not None]
+        now = _open_numbers()
+        found = _connections(now - before) or _connections(now)  # the latter: the number was in use, and freed since
         # Another thread's SCardCancel has a connection of its own, for a moment.
         if sum(likely for likely, _ in found) == 1 or len(found) == 1:
             break
-    return max(found)[1] if found else None
+    if not found:
+        return None
+    new = max(found)[1]
+    _known[new.number] = new
+    return new
+
+
+_known: dict[int, Descriptor] = {}
+"""The connections found so far, by number; a closed one stays until its number is found again."""
+
+
+def _open_numbers() -> set[str]:
+    """The open descriptors, by their names; opening none but to look."""
+    try:
+        return set(os.listdir("/proc/self/fd"))
+    except OSError:  # no /proc, or no descriptor left to read it with
+        return {str(number) for number in range(1024)}
+
+
+def _connections(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
+    """The connected Unix sockets among these that we don't know; with each, whether it leads to pcscd."""
+    found = []
+    for number in map(int, numbers):
+        try:
+            status = os.fstat(number)
+        except OSError:
+            continue
+        descriptor = Descriptor(number, status.st_dev, status.st_ino)
+        if not stat.S_ISSOCK(status.st_mode) or _known.get(number) == descriptor:
+            continue
+        peer = _peer(descriptor)
+        if peer is not None:
+            found.append((_is_pcscd(peer), descriptor))
+    return found
 
 
 def _is_pcscd(peer: str) -> bool:
@@ -142,23 +176,6 @@ def _peer(descriptor: Descriptor) -> Optional[str]:
     finally:
         connection.detach()
     return peer if isinstance(peer, str) and peer else None
-
-
-def _sockets() -> set[Descriptor]:
-    """Every socket of this process."""
-    try:
-        numbers: Iterable[int] = [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:  # no /proc, or no descriptor left to read it with
-        numbers = range(1024)
-    found = set()
-    for number in numbers:
-        try:
-            status = os.fstat(number)
-        except OSError:
-            continue
-        if stat.S_ISSOCK(status.st_mode):
-            found.add(Descriptor(number, status.st_dev, status.st_ino))
-    return found
 
 
 def neutralise(inherited: list[Descriptor]) -> list[Optional[Descriptor]]:

@@ -13,7 +13,6 @@ from typing import Any, Callable, Optional
 
 from . import _gate, _handles, _inherited, _log, _native, _process, _turns
 from ._calls import CALLS, Call, Kind
-from ._gate import InFlight
 from ._handles import Card, Context, Record
 from ._inherited import INVALID_HANDLE, SUCCESS
 from ._settings import settings
@@ -125,7 +124,7 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
         ident = get_ident()
         before = inside.get(ident)
         try:
-            inside[ident] = entry = InFlight(name, monotonic())
+            inside[ident] = entry = (name, monotonic(), None)
             if closers:
                 _gate.through(ident, entry)
             # Nothing between this look and the native call can run other code: a fork in a signal handler is seen.
@@ -133,7 +132,12 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
                 result = native(record.real, *arguments)
                 return after(record, arguments, result) if after else result
         finally:
-            _gate.leave(ident, before)
+            if before is None:
+                inside.pop(ident, None)
+            else:
+                inside[ident] = before
+            if closers:
+                _gate.wake()
             turn.lock.release()
         return _route_slowly(call, route, handle, arguments)
 
@@ -179,13 +183,18 @@ def _routed_without_turn(call: Call) -> Callable[..., Any]:
         ident = get_ident()
         before = inside.get(ident)
         try:
-            inside[ident] = entry = InFlight(name, monotonic())
+            inside[ident] = entry = (name, monotonic(), None)
             if closers:
                 _gate.through(ident, entry)
             if sentinel[0] and context.owner is process.here:
                 return native(context.real)
         finally:
-            _gate.leave(ident, before)
+            if before is None:
+                inside.pop(ident, None)
+            else:
+                inside[ident] = before
+            if closers:
+                _gate.wake()
         return _route_slowly(call, route, handle, ())
 
     return route
