@@ -117,9 +117,9 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
         turn = context.turn
         if not turn.lock.acquire(False):
             turn.take()
-        if polls and context.transactions.get(record.reader, record) is not record:
+        if polls and context.transactions and _must_wait(record, arguments):
             turn.lock.release()
-            _wait_for_transaction(record)
+            _wait_for_transaction(record, arguments)
             return route(handle, *arguments)
         ident = get_ident()
         before = inside.get(ident)
@@ -144,22 +144,39 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
     return route
 
 
-_WAIT_FOR_TRANSACTIONS = ("SCardBeginTransaction", "SCardReconnect", "SCardStatus", "SCardTransmit")
+# pcscd's or libpcsclite's loops that wait for the end of a transaction inside the call.
+_WAIT_FOR_TRANSACTIONS = frozenset(
+    (
+        "SCardBeginTransaction",
+        "SCardConnect",
+        "SCardDisconnect",
+        "SCardReconnect",
+        "SCardStatus",
+        "SCardTransmit",
+    )
+)
 _TRANSACTION_POLL = 0.002  # s
 _CHECKS_EVERY = 50
 
 
-def _wait_for_transaction(card: Card) -> None:
-    """Wait, without the turn, while another handle of this context has a transaction on the same reader.
+def _must_wait(record: Record, arguments: tuple[Any, ...]) -> bool:
+    """Whether another handle of the same context has a transaction on the reader that the call is for."""
+    if isinstance(record, Card):
+        return record.context.transactions.get(record.reader, record) is not record
+    return isinstance(arguments[0], str) and arguments[0] in record.transactions
 
-    libpcsclite would wait for its end inside the call, and with the turn held the end could not come.
+
+def _wait_for_transaction(record: Record, arguments: tuple[Any, ...]) -> None:
+    """Wait, without the turn, for the end of a transaction in this process.
+
+    Inside the call pcscd would wait for it, and with the turn held the end could not come.
     """
-    context, reader, polls = card.context, card.reader, 0
-    while context.transactions.get(reader, card) is not card and card.owner is _process.current():
+    context, polls = record.context, 0
+    while _must_wait(record, arguments) and context.owner is _process.current():
         sleep(_TRANSACTION_POLL)
         polls += 1
         if polls % _CHECKS_EVERY == 0 and public["SCardListReaders"](context.safe, [])[0] != SUCCESS:
-            context.transactions.pop(reader, None)  # pcscd is gone, and the transaction with it
+            context.transactions.clear()  # pcscd is gone, and the transactions with it
 
 
 def _routed_without_turn(call: Call) -> Callable[..., Any]:

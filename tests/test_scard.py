@@ -196,6 +196,8 @@ class Run:
         return result
 
     def close(self) -> None:
+        if self.transaction is not None:
+            self.scard.SCardEndTransaction(self.transaction, self.scard.SCARD_LEAVE_CARD)
         for card in self.handles["card"]:
             self.scard.SCardDisconnect(card, self.scard.SCARD_UNPOWER_CARD)
         for context in self.handles["context"]:

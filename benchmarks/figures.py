@@ -1,0 +1,130 @@
+"""From pairs of samples to a line of the table: medians, their spread, and whether a target is met.
+
+A pair is one sample of raw pyscard and one of pcsc_safe, taken right after each other in the same run.  Differences and
+ratios are taken inside each pair, before the median, so that whatever slows the machine down for a while slows both.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+__all__ = ["Figure", "Interval", "figure", "table"]
+
+
+class Interval(NamedTuple):
+    """A median, and between what it lies with 95 % confidence (order statistics; no assumption on the shape)."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Interval:
+        """That of some samples."""
+        ordered, half = sorted(samples), 0.98 * math.sqrt(len(samples))
+        low = max(0, math.floor(len(samples) / 2 - half))
+        high = min(len(samples) - 1, math.ceil(len(samples) / 2 + half))
+        return cls(statistics.median(ordered), ordered[low], ordered[high])
+
+
+class Figure(NamedTuple):
+    """One line of the table; times in microseconds.
+
+    :ivar name: what was measured.
+    :ivar against: what it is compared with, "raw pyscard" or a variant of it.
+    :ivar raw: that.
+    :ivar safe: pcsc_safe.
+    :ivar more: how much longer pcsc_safe takes, pair by pair.
+    :ivar ratio: how many times as long, pair by pair.
+    :ivar most: the target for one of them; None where there is none.
+    :ivar target_is_ratio: which.
+    :ivar rounds: how many pairs.
+    """
+
+    name: str
+    against: str
+    raw: Interval
+    safe: Interval
+    more: Interval
+    ratio: Interval
+    most: Optional[float]
+    target_is_ratio: bool
+    rounds: int
+
+    @property
+    def judged(self) -> Interval:
+        """What the target is for: the ratio, or the difference."""
+        return self.ratio if self.target_is_ratio else self.more
+
+    @property
+    def met(self) -> str:
+        """Whether the target is met; "unclear" if it lies within the spread."""
+        if self.most is None:
+            return "-"
+        if self.judged.high <= self.most:
+            return "met"
+        return "NOT MET" if self.judged.low > self.most else "unclear"
+
+    @property
+    def target(self) -> str:
+        """The target in words."""
+        if self.most is None:
+            return "none"
+        return f"<= x {self.most:g}" if self.target_is_ratio else f"<= +{_time(self.most)}"
+
+    def as_json(self) -> dict[str, object]:
+        """For programs; intervals become {"median", "low", "high"}."""
+        plain = {
+            key: value._asdict() if isinstance(value, Interval) else value for key, value in self._asdict().items()
+        }
+        return {**plain, "target": self.target, "met": self.met}
+
+
+def figure(
+    name: str,
+    pairs: Sequence[tuple[float, float]],
+    *,
+    against: str = "raw pyscard",
+    more: Optional[float] = None,
+    ratio: Optional[float] = None,
+) -> Figure:
+    """What pairs of (raw, safe) say.
+
+    :param pairs: in microseconds.
+    :param more: the target, if it is one for the difference, in microseconds.
+    :param ratio: the target, if it is one for the ratio.
+    """
+    return Figure(
+        name,
+        against,
+        Interval.of([raw for raw, _ in pairs]),
+        Interval.of([safe for _, safe in pairs]),
+        Interval.of([safe - raw for raw, safe in pairs]),
+        Interval.of([safe / raw for raw, safe in pairs]),
+        more if ratio is None else ratio,
+        ratio is not None,
+        len(pairs),
+    )
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """All of them, for people."""
+    rows = [("what", "compared with", "raw", "pcsc_safe", "more", "ratio", "95 % interval", "target", "")]
+    for line in figures:
+        low, high = line.judged.low, line.judged.high
+        spread = f"x {low:.3f} to {high:.3f}" if line.target_is_ratio else f"{_time(low, '+')} to {_time(high, '+')}"
+        more, ratio = _time(line.more.median, "+"), f"x {line.ratio.median:.3f}"
+        raw, safe = _time(line.raw.median), _time(line.safe.median)
+        rows.append((line.name, line.against, raw, safe, more, ratio, spread, line.target, line.met))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _time(microseconds: float, sign: str = "") -> str:
+    if abs(microseconds) >= 10_000:
+        return f"{microseconds / 1000:{sign}.1f} ms"
+    return f"{microseconds:{sign}.{2 if abs(microseconds) < 10 else 1 if abs(microseconds) < 100 else 0}f} us"

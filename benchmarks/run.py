@@ -1,0 +1,226 @@
+"""What pcsc_safe costs more than smartcard.scard, measured here and now: ``python benchmarks/run.py``.
+
+Needs what the tests need (pcscd, vpcd); brings its own virtual PC/SC stacks up.  Raw pyscard is measured in the same
+run, always by turns with pcsc_safe.  Not with pyperf: it measures one thing to the end before it begins the next, and
+on a machine that others use too, what changes meanwhile is more than what we look for.
+
+Exit status: 0, whatever the figures are; it measures, it does not judge a machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from figures import Figure, figure, table
+
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+HERE = Path(__file__).parent
+OPEN_FILES = 200
+EXPLANATION = f"""
+Times are medians of many samples; "more" and "ratio" are medians of differences and ratios inside pairs of samples
+taken right after each other; the 95 % interval is that of the ratio where the target is a ratio, else of "more".
+"unclear": the target lies inside the interval.
+
+calls            both modules in one process that never forks, on one session; the card is a Python thread elsewhere
+{OPEN_FILES} more files   SCardEstablishContext looks for its connection among the descriptors of the process
+import           a whole "python -c", from start to end; "net": less an empty "python -c pass" of the same round
+first establish  the first SCardEstablishContext of a process: wrapt, and with it asyncio, is imported there, not before
+fork             os.fork() until it returns in the parent; "to reaped": until a child that does nothing but _exit is
+                 reaped. A bigger process takes longer to fork, whatever made it bigger: "raw pyscard" has nothing else
+                 loaded, "raw, wrapt imported" has also imported wrapt, logging and socket as pcsc_safe has, so the
+                 difference to the latter is what pcsc_safe's own work at a fork costs, and the difference to the former
+                 is all that a user notices
+first use        in a forked child: SCardListReaders on the inherited context, which gets a context of its own first; on
+                 raw pyscard SCardEstablishContext and SCardListReaders
+"""
+
+
+class Effort(NamedTuple):
+    """How many rounds of each."""
+
+    calls: int
+    imports: int
+    processes: int
+    forks: int
+    children: int
+
+
+THOROUGH = Effort(calls=1500, imports=60, processes=20, forks=400, children=150)
+FAST = Effort(calls=40, imports=3, processes=2, forks=10, children=5)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of the processes that are measured: the usual one, with .pyc files and the default settings."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PCSC_SAFE_") and name != "PYTHONDONTWRITEBYTECODE"
+    }
+    return {**kept, **more}
+
+
+def stack(undo: contextlib.ExitStack) -> dict[str, str]:
+    """A PC/SC stack; returns the environment to reach it with."""
+    running = undo.enter_context(VirtualPcsc(1, [EchoCard()], activate=False))
+    return environment(PCSCLITE_CSOCK_NAME=running.env["PCSCLITE_CSOCK_NAME"])
+
+
+class Process:
+    """A worker.py."""
+
+    def __init__(self, variant: str, env: dict[str, str]) -> None:
+        command = [sys.executable, str(HERE / "worker.py"), variant]
+        self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=30)
+
+    def ask(self, *command: Any) -> list[float]:
+        """Have one thing measured."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        answer: list[float] = json.loads(self._process.stdout.readline())
+        return answer
+
+
+def calls(effort: Effort) -> Iterator[Figure]:
+    """What a call costs more when nothing forked."""
+    more, ratio = {"SCardIsValidContext": 1.0}, {"SCardTransmit, 8 bytes": 1.01}
+    with contextlib.ExitStack() as undo:
+        command = [sys.executable, str(HERE / "calls.py"), str(effort.calls), str(OPEN_FILES)]
+        output = subprocess.run(command, env=stack(undo), check=True, stdout=subprocess.PIPE, timeout=300).stdout
+    for name, pairs in json.loads(output).items():
+        yield figure(name, pairs, more=more.get(name), ratio=ratio.get(name))
+
+
+def imports(effort: Effort) -> Iterator[Figure]:
+    """What an import costs, as a whole process, and less the start of the interpreter."""
+    programs = ("pass", "import smartcard.scard", "import pcsc_safe.scard")
+    rounds = []
+    for number in range(-1, effort.imports):  # the first one writes the .pyc files
+        taken = {}
+        for program in programs if number % 2 else reversed(programs):
+            start = time.perf_counter_ns()
+            subprocess.run([sys.executable, "-c", program], env=environment(), check=True)
+            taken[program] = (time.perf_counter_ns() - start) / 1000
+        rounds.append([taken[program] for program in programs])
+    del rounds[0]
+    yield figure("import, whole process", [(raw, safe) for _, raw, safe in rounds], ratio=1.3)
+    yield figure("import, net", [(raw - bare, safe - bare) for bare, raw, safe in rounds], ratio=1.3)
+
+
+def first_establish(effort: Effort) -> Iterator[Figure]:
+    """What the first context of a process costs."""
+    rounds = []
+    with contextlib.ExitStack() as undo:
+        env = stack(undo)
+        for _ in range(effort.processes):
+            pair = []
+            for variant in ("raw", "safe"):
+                with Process(variant, env) as process:
+                    pair.append(process.ask("first_establish")[0])
+            rounds.append((pair[0], pair[1]))
+    yield figure("first SCardEstablishContext", rounds)
+
+
+RAW, WRAPT, SAFE = "raw", "raw, wrapt imported", "safe"
+
+
+def forks(effort: Effort) -> Iterator[Figure]:
+    """What a fork costs, with few and with many contexts."""
+    with contextlib.ExitStack() as undo:
+        # One stack each: pcscd serves 200 contexts.
+        processes = {v: undo.enter_context(Process(v, stack(undo))) for v in (RAW, WRAPT, SAFE)}
+        for count, target in ((1, 1.05), (100, 1.2)):
+            for process in processes.values():
+                process.ask("contexts_are", count)
+            rounds = by_turns(processes, ("fork",), effort.forks)
+            for what, column in (("os.fork()", 0), ("fork to reaped", 1)):
+                for against in (WRAPT, RAW):
+                    pairs = [(taken[against][column], taken[SAFE][column]) for taken in rounds]
+                    name = f"{what}, {count} context{'s' if count > 1 else ''}"
+                    yield figure(name, pairs, against="raw pyscard" if against is RAW else against, ratio=target)
+
+
+def first_use(effort: Effort) -> Iterator[Figure]:
+    """What a forked child waits for its first answer."""
+    with contextlib.ExitStack() as undo:
+        env = stack(undo)
+        processes = {v: undo.enter_context(Process(v, env)) for v in (RAW, WRAPT, SAFE)}
+        for process in processes.values():
+            process.ask("contexts_are", 1)
+        rounds = by_turns(processes, ("first_use_in_child",), effort.children)
+        for against in (WRAPT, RAW):
+            pairs = [(taken[against][0], taken[SAFE][0]) for taken in rounds]
+            yield figure("first use in a child", pairs, against="raw pyscard" if against is RAW else against)
+
+
+def by_turns(processes: dict[str, Process], command: Sequence[Any], rounds: int) -> list[dict[str, list[float]]]:
+    """Ask each process once a round, in an order that changes."""
+    names, found = list(processes), []
+    for number in range(rounds):
+        shift = number % len(names)
+        order = names[shift:] + names[:shift]
+        found.append({name: processes[name].ask(*command) for name in order})
+    return found
+
+
+MEASURES = {
+    "calls": calls,
+    "imports": imports,
+    "first-establish": first_establish,
+    "forks": forks,
+    "first-use": first_use,
+}
+
+
+def machine() -> dict[str, Any]:
+    """Where this was measured."""
+    return {
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("pcsc-safe", "pyscard", "wrapt")},
+    }
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure what pcsc_safe costs more than smartcard.scard.")
+    parser.add_argument("--fast", action="store_true", help="a few rounds only: to see that it runs, not what it says")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--only", metavar="MEASURE", action="append", choices=MEASURES, help=", ".join(MEASURES))
+    options = parser.parse_args(arguments)
+    where = machine()
+    figures: list[Figure] = []
+    print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
+    for name, measure in MEASURES.items():
+        if not options.only or name in options.only:
+            print(f"measuring {name} ...", file=sys.stderr, flush=True)
+            figures += measure(FAST if options.fast else THOROUGH)
+    print(EXPLANATION)
+    print(table(figures))
+    if options.json:
+        document = {"machine": where, "fast": options.fast, "figures": [line.as_json() for line in figures]}
+        Path(options.json).write_text(json.dumps(document, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

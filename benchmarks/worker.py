@@ -1,0 +1,117 @@
+"""A process that measures itself when it is told to: ``python worker.py VARIANT``, one command a line on stdin.
+
+The benchmark keeps one for each variant and asks them by turns.  A command is a JSON list, the name of a function of
+:class:`Worker` and its arguments; the answer is a JSON list of times in microseconds.
+
+Every fork here is ended with ``os._exit`` and waited for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import struct
+import sys
+import time
+from typing import Any, Callable
+
+VARIANTS = {
+    "raw": ("smartcard.scard", ()),
+    "raw, wrapt imported": ("smartcard.scard", ("wrapt", "logging", "socket")),
+    "safe": ("pcsc_safe.scard", ()),
+}
+"""Which module it uses, and what else it has imported: a process with more in it takes longer to fork."""
+
+clock = time.perf_counter_ns
+
+
+class Worker:
+    """What can be measured.
+
+    :param variant: one of VARIANTS.
+    """
+
+    def __init__(self, variant: str) -> None:
+        module, more = VARIANTS[variant]
+        for name in more:
+            importlib.import_module(name)
+        self.scard: Any = importlib.import_module(module)
+        self.inherits = variant == "safe"
+        self.contexts: list[Any] = []
+
+    def contexts_are(self, count: int) -> list[float]:
+        """Hold so many contexts, idle."""
+        while len(self.contexts) < count:
+            self.contexts.append(self._establish())
+        while len(self.contexts) > count:
+            self.scard.SCardReleaseContext(self.contexts.pop())
+        return []
+
+    def first_establish(self) -> list[float]:
+        """The first SCardEstablishContext of this process, with all that it loads; then the second one."""
+        times = []
+        for _ in range(2):
+            start = clock()
+            self.contexts.append(self._establish())
+            times.append((clock() - start) / 1000)
+        return times
+
+    def fork(self) -> list[float]:
+        """os.fork() as the parent sees it, and from there until a child that does nothing is reaped."""
+        start = clock()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        forked = clock()
+        os.waitpid(pid, 0)
+        return [(forked - start) / 1000, (clock() - start) / 1000]
+
+    def first_use_in_child(self) -> list[float]:
+        """A forked child's first answer from a context of its own; the second, for comparison.
+
+        With pcsc_safe that is any call on the context it inherited; on raw pyscard it has to establish one first.
+        """
+
+        def ask() -> None:
+            context = self.contexts[0] if self.inherits else self._establish()
+            self._must(self.scard.SCardListReaders(context, []))
+
+        return self._in_child(ask)
+
+    def _in_child(self, ask: Callable[[], None]) -> list[float]:
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                start = clock()
+                ask()
+                os.write(write_end, struct.pack("d", (clock() - start) / 1000))
+            finally:
+                os._exit(0)
+        os.close(write_end)
+        data = os.read(read_end, 8)
+        os.close(read_end)
+        os.waitpid(pid, 0)
+        return list(struct.unpack("d", data))
+
+    def _establish(self) -> Any:
+        return self._must(self.scard.SCardEstablishContext(self.scard.SCARD_SCOPE_SYSTEM))[1]
+
+    def _must(self, result: Any) -> Any:
+        if result[0] != self.scard.SCARD_S_SUCCESS:
+            raise RuntimeError(self.scard.SCardGetErrorMessage(result[0]))
+        return result
+
+
+def main() -> None:
+    """Obey until stdin ends."""
+    worker = Worker(sys.argv[1])
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        print(json.dumps(getattr(worker, name)(*arguments)), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What a type checker knows of pcsc_safe: as much as there is, and nothing that there is not."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import smartcard.scard as raw
+
+import pcsc_safe
+
+STUB = ast.parse(Path(pcsc_safe.__path__[0], "scard.pyi").read_text())
+VERSION = [int(part) for part in importlib.metadata.version("pyscard").split(".") if part.isdigit()]
+OLDER = VERSION < [2, 3, 1] or not sys.platform.startswith("linux")
+"""Than the pyscard that the stub describes, or another one's."""
+FUNCTIONS = {name: value for name, value in vars(raw).items() if inspect.isfunction(value) and name[0] != "_"}
+CONSTANTS = {name: value for name, value in vars(raw).items() if isinstance(value, (int, str)) and name[0] != "_"}
+
+USER_PROGRAM = '''
+"""A program whose author runs mypy --strict."""
+
+from typing import Optional
+
+import pcsc_safe
+from pcsc_safe import Cards, Policy, Settings, configure, errors, scard, settings
+from pcsc_safe.scard import SCARD_PROTOCOL_ANY, SCARD_S_SUCCESS, SCARD_SCOPE_USER, SCARD_SHARE_SHARED
+from pcsc_safe.scard import SCardConnect, SCardEstablishContext, SCardTransmit
+from pcsc_safe.testing import CardEvent, EchoCard, Reader, VirtualCard, VirtualPcsc
+
+
+def first_reader(context: int) -> Optional[str]:
+    hresult, readers = scard.SCardListReaders(context, [])
+    return readers[0] if hresult == SCARD_S_SUCCESS and readers else None
+
+
+def ask(reader: str, command: list[int]) -> bytes:
+    hresult, context = SCardEstablishContext(SCARD_SCOPE_USER)
+    hresult, card, protocol = SCardConnect(context, reader, SCARD_SHARE_SHARED, SCARD_PROTOCOL_ANY)
+    if hresult != SCARD_S_SUCCESS:
+        raise scard.error(scard.SCardGetErrorMessage(hresult))
+    hresult, response = SCardTransmit(card, protocol, command)
+    hresult, name, state, protocol, atr = scard.SCardStatus(card)
+    hresult, states = scard.SCardGetStatusChange(context, scard.INFINITE, [(name, scard.SCARD_STATE_UNAWARE)])
+    hresult, states = scard.SCardGetStatusChange(context, 0, states)
+    hresult, attribute = scard.SCardGetAttrib(card, scard.SCARD_ATTR_ATR_STRING)
+    hresult = scard.SCardDisconnect(card, scard.SCARD_LEAVE_CARD) or scard.SCardReleaseContext(context)
+    return bytes(response + atr + attribute)
+
+
+def forked() -> Settings:
+    configure(policy=Policy.REESTABLISH, cards="reconnect")
+    chosen: Cards = settings().cards
+    try:
+        ask("", [chosen is Cards.RESET])
+    except pcsc_safe.ForkedHandleError as error:
+        return configure(policy=str(error.hresult), context=error.owner_pid)
+    except errors.PcscSafeError as error:
+        print(error.function, error.remedy, pcsc_safe.__version__)
+    return settings()
+
+
+class Card(VirtualCard):
+    def apdu(self, command: bytes) -> bytes:
+        return command
+
+
+with VirtualPcsc(2, [EchoCard(), Card()]) as stack:
+    reader: Reader = stack.readers[0]
+    print(ask(reader.name, [0, 1, 0, 0]), stack.readers[1].remove().count(CardEvent.APDU))
+'''
+
+WRONG_PROGRAM = """
+from pcsc_safe import scard
+
+hresult, context = scard.SCardEstablishContext("user")
+hresult, card = scard.SCardConnect(context, "reader", 2, 3)
+scard.SCardTransmit(context, 2, b"command")
+scard.SCardNoSuchFunction(context)
+"""
+
+
+def test_the_stub_has_the_functions_of_pyscard_with_their_parameters() -> None:
+    """Every function of the installed smartcard.scard is there, its parameters as pyscard names them.
+
+    An older pyscard may lack some: those of reader groups came after 2.0.
+    """
+    declared = {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in STUB.body
+        if isinstance(node, ast.FunctionDef)
+    }
+    installed = {name: list(inspect.signature(function).parameters) for name, function in FUNCTIONS.items()}
+    assert declared.items() >= installed.items() if OLDER else declared == installed
+
+
+def test_the_stub_has_the_constants_of_pyscard_with_their_types() -> None:
+    """Every constant of the installed smartcard.scard is there with its type, and, from 2.3.1 on, no other."""
+    declared = {
+        node.target.id: ast.unparse(node.annotation)
+        for node in STUB.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    installed = {name: type(value).__name__ for name, value in CONSTANTS.items()}
+    assert declared.items() >= installed.items()
+    assert OLDER or declared == installed
+
+
+def test_the_stub_has_everything_else_of_pyscard() -> None:
+    """Besides functions and constants, smartcard.scard has one exception."""
+    classes = {node.name for node in STUB.body if isinstance(node, ast.ClassDef)}
+    assert classes == {name for name, value in vars(raw).items() if inspect.isclass(value)} == {"error"}
+
+
+def check(program: str, tmp_path: Path) -> list[str]:
+    """What mypy --strict finds in a user's program: ``line: code``."""
+    pytest.importorskip("mypy")
+    (tmp_path / "program.py").write_text(textwrap.dedent(program))
+    (tmp_path / "mypy.ini").write_text("[mypy]\n")  # none of the checkout's own settings
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "program.py"]
+    result = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=300)
+    lines = result.stdout.splitlines()
+    errors = [line for line in lines if ": error: " in line]
+    assert lines, result
+    assert all(line.startswith("program.py:") for line in errors), errors
+    return [f"{line.split(':')[1]}: {line.rpartition('[')[2].rstrip(']')}" for line in errors]
+
+
+def test_a_strictly_typed_program_passes(tmp_path: Path) -> None:
+    """``mypy --strict`` has nothing against a program that uses every part of the public interface."""
+    assert check(USER_PROGRAM, tmp_path) == []
+
+
+def test_a_wrong_program_does_not_pass(tmp_path: Path) -> None:
+    """A wrong argument, a wrong number of results, bytes for a list, and a function that is not there are found."""
+    assert check(WRONG_PROGRAM, tmp_path) == ["4: arg-type", "5: misc", "6: arg-type", "7: attr-defined"]
