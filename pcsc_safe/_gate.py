@@ -57,6 +57,7 @@ closers: dict[int, bool] = {}
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02
 _changed = threading.Condition()
+_waiting: list[None] = []  # one for each thread that is kept out
 _thread_names: dict[int, str] = {}
 _interrupted: set[int] = set()
 
@@ -70,8 +71,12 @@ def through(ident: int, entry: InFlight) -> None:
         with _changed:
             inside.pop(ident, None)
             _changed.notify_all()
-            while closers:
-                _changed.wait()
+            _waiting.append(None)
+            try:
+                while closers:
+                    _changed.wait()
+            finally:
+                _waiting.pop()
         inside[ident] = entry
 
 
@@ -118,6 +123,8 @@ def _others(ident: int) -> list[InFlight]:
 
 
 def _before_fork() -> None:
+    if not _process.sentinel[0]:
+        return  # a child that never used PC/SC: whoever is in the table was inside in its parent
     ident = threading.get_ident()
     closers[ident] = True
     if not _others(ident):
@@ -189,24 +196,29 @@ class _Interrupter(threading.Thread):
 def _after_fork_in_parent() -> None:
     ident = threading.get_ident()
     closers.pop(ident, None)
-    with _changed:
-        _changed.notify_all()
+    if _waiting:
+        wake()
     if ident in _interrupted:
         _interrupted.discard(ident)
         interrupt_main()
 
 
-def _after_fork_in_child(epoch: _process.Epoch) -> None:
+def _after_fork_in_child() -> None:
+    if inside:
+        inside.pop(threading.get_ident(), None)  # the fork was made in the middle of a call, by a finalizer
+
+
+def _begin(epoch: _process.Epoch) -> None:
+    """Judge whether the fork was quiet, and make a new gate."""
     global _changed
     ident = threading.get_ident()
     others = [(thread, entry) for thread, entry in inside.items() if thread != ident]
     if others:
         thread, (function, since, _) = others[0]
         epoch.unquiet = Unquiet(function, _thread_names.get(thread, str(thread)), time.monotonic() - since)
-    inside.clear()
-    closers.clear()
-    _interrupted.clear()
+    for table in (inside, closers, _interrupted, _thread_names, _waiting):
+        table.clear()
     _changed = threading.Condition()
 
 
-_process.at_fork(_after_fork_in_child, before=_before_fork, in_parent=_after_fork_in_parent)
+_process.at_fork(before=_before_fork, in_parent=_after_fork_in_parent, in_child=_after_fork_in_child, at_begin=_begin)

@@ -6,7 +6,7 @@ child inherited stays referenced and disarmed, for a finalizer that talked to th
 kilobyte.
 
 Invariant: a record is live in exactly one process, that whose epoch is its ``owner``; everywhere else it is inherited.
-At a fork the child replaces every lock and every connection to pcscd that it inherited; owners stay.
+A child's first call gives new turns to what it inherited; owners stay.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Context:
     :ivar number: what the proxy counts as; the first real handle.
     :ivar real: the native handle in the process that owns it.
     :ivar owner: the epoch in which it is live.
-    :ivar descriptor: its connection to pcscd in this process: the owner's, or the dead socket in its place.
+    :ivar descriptor: its connection to pcscd, as the owner recorded it; in its place a child has a dead socket.
     :ivar established_at: ``file:line`` in the application.
     :ivar overrides: settings of this context alone.
     :ivar cards: those connected through it and not yet disconnected, by number.
@@ -84,6 +84,7 @@ class Context:
         for card in list(self.cards.values()):
             card.forget()
         self.released = True
+        _native.forget(self.descriptor)
         _drop(contexts, self)
 
 
@@ -233,17 +234,9 @@ def _is_library(module: str) -> bool:
     return module.partition(".")[0] in ("pcsc_safe", "smartcard") and not module.startswith("pcsc_safe.testing")
 
 
-def _after_fork_in_child(epoch: _process.Epoch) -> None:
-    left = _process.here
-    disarmed = []
+def _begin(epoch: _process.Epoch) -> None:
     for context in contexts.values():
         context.turn = _turns.Turn()
-        if context.owner is left and context.descriptor is not None:
-            disarmed.append(context)
-    if disarmed:
-        inherited = [context.descriptor for context in disarmed if context.descriptor is not None]
-        for context, dead in zip(disarmed, _native.neutralise(inherited)):
-            context.descriptor = dead
 
 
-_process.at_fork(_after_fork_in_child)
+_process.at_fork(at_begin=_begin)

@@ -8,6 +8,7 @@ may be a database connection's by now.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
@@ -22,18 +23,7 @@ from smartcard.scard import _scard
 from . import _gate, _process
 from ._calls import CALLS, Call
 
-__all__ = ["Descriptor", "establish", "functions", "neutralise", "prepare", "public", "release_dead"]
-
-_socket: Any = None
-
-
-def prepare() -> None:
-    """Import what a fork takes, so that nothing need be imported in a child or at interpreter exit."""
-    global _socket
-    import socket
-
-    _socket = socket
-
+__all__ = ["Descriptor", "establish", "forget", "functions", "prepare", "public", "raw", "release_dead"]
 
 SUCCESS: int = _smartcard_scard.SCARD_S_SUCCESS
 
@@ -71,27 +61,18 @@ def _silenced(call: Call, native: Callable[..., Any]) -> Callable[..., Any]:
     return silenced
 
 
-def _bound(name: str) -> Callable[..., Any]:
-    # The C function and not pyscard's wrapper of it: the wrapper looks it up anew, and would find our retrofit there.
-    call = CALLS.get(name)
-    native: Callable[..., Any] = getattr(_scard, name)
-    return _silenced(call, native) if call is not None and call.discloses else native
+# The C functions and not pyscard's wrappers of them: a wrapper looks its own up anew, and would find a retrofit there.
+raw: dict[str, Callable[..., Any]] = {name: getattr(_scard, name) for name in public if name in CALLS}
+"""The functions of pyscard, by PC/SC's name; they take real handles."""
 
-
-functions: dict[str, Callable[..., Any]] = {name: _bound(name) for name in public if name in CALLS}
-"""The functions of the native gateway, by PC/SC's name; they take real handles."""
+functions: dict[str, Callable[..., Any]] = {
+    name: _silenced(CALLS[name], native) if CALLS[name].discloses else native for name, native in raw.items()
+}
+"""The functions of the native gateway: those of pyscard, but for what a failed call discloses."""
 
 
 _ATTEMPTS_TO_FIND_ONE = 20
 _establishing = threading.RLock()
-
-
-def _renew_lock(epoch: _process.Epoch) -> None:
-    global _establishing
-    _establishing = threading.RLock()
-
-
-_process.at_fork(_renew_lock)
 
 
 def establish(scope: Any, keep: Callable[[int, Optional[Descriptor]], Any]) -> Any:
@@ -125,20 +106,24 @@ def _new_connection(before: set[str]) -> Optional[Descriptor]:
     if not found:
         return None
     new = max(found)[1]
-    _known[new.number] = new
+    _connected[new.number] = new
     return new
 
 
-_known: dict[int, Descriptor] = {}
-"""The connections found so far, by number; a closed one stays until its number is found again."""
+_connected: dict[int, Descriptor] = {}
+"""The connections of this process's contexts, by number."""
 
 
 def _open_numbers() -> set[str]:
-    """The open descriptors, by their names; opening none but to look."""
+    """The open descriptors, by their names; without the one that it takes to look."""
     try:
-        return set(os.listdir("/proc/self/fd"))
+        listing = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
     except OSError:  # no /proc, or no descriptor left to read it with
         return {str(number) for number in range(1024)}
+    try:
+        return set(os.listdir(listing)) - {str(listing)}
+    finally:
+        os.close(listing)
 
 
 def _connections(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
@@ -150,7 +135,7 @@ def _connections(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
         except OSError:
             continue
         descriptor = Descriptor(number, status.st_dev, status.st_ino)
-        if not stat.S_ISSOCK(status.st_mode) or _known.get(number) == descriptor:
+        if not stat.S_ISSOCK(status.st_mode) or _connected.get(number) == descriptor:
             continue
         peer = _peer(descriptor)
         if peer is not None:
@@ -178,52 +163,89 @@ def _peer(descriptor: Descriptor) -> Optional[str]:
     return peer if isinstance(peer, str) and peer else None
 
 
-def neutralise(inherited: list[Descriptor]) -> list[Optional[Descriptor]]:
-    """Put a dead socket in the place of each inherited connection; runs at the fork, in the child.
-
-    :param inherited: the connections of contexts that this process does not own.
-    :return: for each the dead socket that is there now; None where the number was somebody else's already.
-    """
-    theirs = [descriptor if descriptor.is_intact() else None for descriptor in inherited]
-    first = next((descriptor for descriptor in theirs if descriptor is not None), None)
-    if first is None:
-        return [None] * len(inherited)
-    dead = _dead_socket(first.number)
-    try:
-        status = os.fstat(dead)
-        return [_replaced(descriptor, dead, status) for descriptor in theirs]
-    finally:
-        if dead != first.number:
-            os.close(dead)
+def forget(connection: Optional[Descriptor]) -> None:
+    """The context of this connection is released, or was never this process's."""
+    if connection is not None and _connected.get(connection.number) == connection:
+        del _connected[connection.number]
 
 
-def _dead_socket(expendable: int) -> int:
+# What a forked child does with its parent's connections.
+
+_socket: Any = None
+_dead: Optional[Descriptor] = None
+_dead_ones: set[tuple[int, int]] = set()
+
+
+def prepare() -> None:
+    """Import and open what a fork takes, so that nothing need be imported in a child or at interpreter exit."""
+    global _socket
+    import socket
+
+    _socket = socket
+    if _process.FORKS and hasattr(socket, "AF_UNIX") and (_dead is None or not _dead.is_intact()):
+        _make_dead_socket()
+
+
+def _make_dead_socket() -> Descriptor:
     """A socket that was never connected: it can neither send nor receive."""
-    try:
-        return int(_socket.socket(_socket.AF_UNIX).detach())
-    except OSError:
-        # No descriptor is free. The inherited one has to go anyway, and makes room.
-        os.close(expendable)
-        return int(_socket.socket(_socket.AF_UNIX).detach())
+    global _dead
+    number = int(_socket.socket(_socket.AF_UNIX).detach())
+    status = os.fstat(number)
+    _dead = Descriptor(number, status.st_dev, status.st_ino)
+    _dead_ones.add((status.st_dev, status.st_ino))
+    return _dead
 
 
-def _replaced(descriptor: Optional[Descriptor], dead: int, status: os.stat_result) -> Optional[Descriptor]:
-    if descriptor is None:
-        return None
-    if descriptor.number != dead:
-        os.dup2(dead, descriptor.number, inheritable=False)
-    return Descriptor(descriptor.number, status.st_dev, status.st_ino)
+def _disarm() -> None:
+    """Put a dead socket in the place of each inherited connection; runs at the fork, in the child."""
+    if not _connected:
+        return
+    dead = _dead if _dead is not None and _dead.is_intact() else None
+    for connection in _connected.values():
+        number, device, inode = connection
+        try:
+            status = os.fstat(number)
+        except OSError:
+            continue
+        if status.st_ino != inode or status.st_dev != device:
+            continue  # somebody else's by now
+        if dead is not None:
+            os.dup2(dead.number, number, inheritable=False)
+            continue
+        try:
+            dead = _make_dead_socket()
+            os.dup2(dead.number, number, inheritable=False)
+        except OSError:
+            # No descriptor is free. The inherited one has to go anyway; it may become the dead socket itself.
+            os.close(number)
+            with contextlib.suppress(OSError):
+                dead = _make_dead_socket()
 
 
-def release_dead(real: int, dead: Optional[Descriptor]) -> None:
+def release_dead(real: int, inherited: Optional[Descriptor]) -> None:
     """Free what libpcsclite keeps for an inherited context, and its descriptor.
 
     Without this a chain of forks would gather one dead descriptor a generation.  libpcsclite closes the number it
     knows, so it may only be asked while the dead socket is there.
 
     :param real: the inherited native context.
-    :param dead: what :func:`neutralise` put in the place of its connection.
+    :param inherited: its connection, as the owner recorded it.
     """
-    if dead is not None and dead.is_intact():
+    if inherited is None:
+        return
+    try:
+        status = os.fstat(inherited.number)
+    except OSError:
+        return
+    if (status.st_dev, status.st_ino) in _dead_ones:
         with _gate.run("SCardReleaseContext"):
             functions["SCardReleaseContext"](real)
+
+
+def _begin(epoch: _process.Epoch) -> None:
+    global _establishing
+    _establishing = threading.RLock()
+    _connected.clear()
+
+
+_process.at_fork(in_child=_disarm, at_begin=_begin)

@@ -9,8 +9,8 @@ a child in a new PID namespace can have its parent's.  Three layers notice that 
 3. elsewhere, ``os.getpid()``.
 
 Invariant: ``sentinel[0]`` is true only in the process that :data:`here` describes, so one subscript (33 ns) is all that
-a call pays for detection.  At a fork the hook, or the first caller of :func:`current`, begins a new epoch and runs the
-callbacks of :func:`at_fork`, which may assign and close, nothing else.
+a call pays for detection.  At a fork the hook closes what must not stay open, no more; the new epoch begins with the
+child's first call, hook or no hook.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Epoch:
     :ivar pid: the PID it had when the epoch began.
     :ivar number: how many forks lie between it and the process that imported pcsc_safe.
     :ivar noticed_by: the layer that noticed its beginning: ``import``, ``hook``, ``page`` or ``pid``.
-    :ivar parent: the epoch that it was forked from.
+    :ivar parent: the epoch that it was forked from; that of an older ancestor if those between never used PC/SC.
     :ivar unquiet: who was inside the native library when it, or an ancestor, was forked; None after a quiet fork.
     """
 
     __slots__ = ("_lock", "_successors", "noticed_by", "number", "parent", "pid", "unquiet")
 
-    def __init__(self, parent: Optional[Epoch], noticed_by: str) -> None:
+    def __init__(self, parent: Optional[Epoch], noticed_by: str, forks: int = 0) -> None:
         self.pid = os.getpid()
-        self.number: int = parent.number + 1 if parent else 0
+        self.number: int = parent.number + forks if parent else 0
         self.noticed_by = noticed_by
         self.parent = parent
         self.unquiet: Any = parent.unquiet if parent else None
@@ -51,10 +51,10 @@ class Epoch:
     def __repr__(self) -> str:
         return f"<Epoch {self.number} of process {self.pid}, noticed by {self.noticed_by}>"
 
-    def successor(self, noticed_by: str) -> Epoch:
+    def successor(self, noticed_by: str, forks: int) -> Epoch:
         """The one epoch that follows this one in this very process, whichever thread asks first."""
         # dict.setdefault is atomic, so no lock is needed that a fork could have caught held.
-        return self._successors.setdefault(_process_key(), Epoch(self, noticed_by))
+        return self._successors.setdefault(_process_key(), Epoch(self, noticed_by, forks))
 
 
 def _process_key() -> tuple[int, int]:
@@ -67,6 +67,8 @@ def _process_key() -> tuple[int, int]:
 
 
 class _Sentinel(Protocol):
+    """Two cells: whether the process is the one that :data:`here` describes, and whether it ran the at-fork hook."""
+
     def __getitem__(self, index: int, /) -> int: ...
 
     def __setitem__(self, index: int, value: int, /) -> None: ...
@@ -75,11 +77,14 @@ class _Sentinel(Protocol):
 class _PidSentinel:
     """Layer 3, where no page is wiped."""
 
+    def __init__(self) -> None:
+        self._set_by = [0, 0]
+
     def __getitem__(self, index: int, /) -> int:
-        return os.getpid() == here.pid
+        return self._set_by[index] == os.getpid()
 
     def __setitem__(self, index: int, value: int, /) -> None:
-        pass
+        self._set_by[index] = os.getpid() if value else 0
 
 
 def _wiped_page() -> Optional[_Sentinel]:
@@ -100,71 +105,78 @@ def _wiped_page() -> Optional[_Sentinel]:
     return None  # an emulator that accepts any advice, and so follows none
 
 
+_HERE, _HOOKED = 0, 1
 here = Epoch(None, "import")
 _page = _wiped_page()
 sentinel: _Sentinel = _page or _PidSentinel()
-sentinel[0] = 1
-_callbacks: list[Callable[[Epoch], None]] = []
+sentinel[_HERE] = 1
+_hooks_run = 0  # since here began
 _before: list[Callable[[], None]] = []
 _in_parent: list[Callable[[], None]] = []
+_in_child: list[Callable[[], None]] = []
+_at_begin: list[Callable[[Epoch], None]] = []
 
 
 def at_fork(
-    in_child: Callable[[Epoch], None],
     *,
     before: Optional[Callable[[], None]] = None,
     in_parent: Optional[Callable[[], None]] = None,
+    in_child: Optional[Callable[[], None]] = None,
+    at_begin: Optional[Callable[[Epoch], None]] = None,
 ) -> None:
-    """Have ``in_child(epoch)`` run in every new process, before anything else of ours does.
+    """Have functions called around every fork.
 
-    It runs in the at-fork hook, or, after a fork that ran none, before the first call; :data:`here` is then still the
-    epoch that was forked from.  It may assign and close, nothing else: most children exec at once.
-
-    :param in_child: called with the epoch that begins.
-    :param before: called in the parent before a fork that runs hooks.
-    :param in_parent: called there after it, also if it failed.
+    :param before: in the parent before a fork that runs hooks.
+    :param in_parent: there after it, also if it failed.
+    :param in_child: in the child, by the hook; after a fork that ran none, at the first use.  It may close, nothing
+        else: most children exec at once, and every page that is written to is copied first (about 4 us each).
+    :param at_begin: in the child at its first use of PC/SC, with the epoch that begins; :data:`here` is then still the
+        one that was left.  It may replace locks and tables, and must not wait for one.
     """
-    _callbacks.append(in_child)
-    if before is not None:
-        _before.append(before)
-    if in_parent is not None:
-        _in_parent.append(in_parent)
+    for functions, function in ((_before, before), (_in_parent, in_parent), (_in_child, in_child)):
+        if function is not None:
+            functions.append(function)
+    if at_begin is not None:
+        _at_begin.append(at_begin)
 
 
 def current() -> Epoch:
-    """The epoch of this process; notices a fork that ran no hook."""
-    if not sentinel[0]:
-        _begin_unhooked()
+    """The epoch of this process, which begins with the first call."""
+    if not sentinel[_HERE]:
+        left = here
+        epoch = left.successor("hook" if sentinel[_HOOKED] else "page" if _page else "pid", max(1, _hooks_run))
+        # Made in this process by the line above, so nobody can have held this lock at the fork.
+        with epoch._lock:
+            if here is left:
+                _begin(epoch)
     return here
 
 
-def _begin_unhooked() -> None:
-    left = here
-    epoch = left.successor("page" if _page else "pid")
-    # Made in this process by the line above, so nobody can have held this lock at the fork.
-    with epoch._lock:
-        if here is left:
-            _begin(epoch)
-
-
-def _begin_hooked() -> None:
-    _begin(Epoch(here, "hook"))
-
-
 def _begin(epoch: Epoch) -> None:
-    global here
-    for callback in _callbacks:
-        callback(epoch)
+    global here, _hooks_run
+    if epoch.noticed_by != "hook":
+        _run(_in_child)
+    for function in _at_begin:
+        function(epoch)
+    _hooks_run = 0
     here = epoch
-    sentinel[0] = 1
+    sentinel[_HERE] = 1
 
 
-def _run(callbacks: list[Callable[[], None]]) -> None:
-    for callback in callbacks:
-        callback()
+def _hook_in_child() -> None:
+    global _hooks_run
+    _hooks_run += 1
+    sentinel[_HERE] = 0
+    sentinel[_HOOKED] = 1
+    _run(_in_child)
+
+
+def _run(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
 
 
 if FORKS:
     os.register_at_fork(
-        before=lambda: _run(_before), after_in_parent=lambda: _run(_in_parent), after_in_child=_begin_hooked
+        before=lambda: _run(_before), after_in_parent=lambda: _run(_in_parent), after_in_child=_hook_in_child
     )

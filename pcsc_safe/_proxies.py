@@ -44,6 +44,9 @@ class _SafeHandle(_IntegerProxy):
     def __repr__(self) -> str:
         return repr(self._self_record.number)
 
+    def __format__(self, specification: str) -> str:
+        return format(self._self_record.number, specification)  # wrapt before 1.15 has none
+
     def __copy__(self) -> _SafeHandle:
         return self
 

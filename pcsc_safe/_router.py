@@ -101,7 +101,7 @@ def _routed(call: Call) -> Callable[..., Any]:
 
 def _routed_in_turn(call: Call) -> Callable[..., Any]:
     """In the owner: get the turn, enter the native library, note the outcome; in as few steps as there are."""
-    name, native, after = call.name, _native.functions[call.name], _AFTER.get(call.name)
+    name, native, after, discloses = call.name, _native.raw[call.name], _AFTER.get(call.name), call.discloses
     registry: dict[Any, Any] = _handles.contexts if call.takes is Kind.CONTEXT else _handles.cards
     process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
     polls = name in _WAIT_FOR_TRANSACTIONS
@@ -130,6 +130,8 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
             # Nothing between this look and the native call can run other code: a fork in a signal handler is seen.
             if sentinel[0] and record.owner is process.here:
                 result = native(record.real, *arguments)
+                if discloses and result[0] != SUCCESS:
+                    return call.failure(result[0])
                 return after(record, arguments, result) if after else result
         finally:
             if before is None:

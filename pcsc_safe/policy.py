@@ -4,8 +4,6 @@ Nothing here touches PC/SC, a lock or a descriptor: :func:`decide` is a function
 DESIGN section 3 can be read, and tested, in one place.  At a fork the settings are inherited as any other value.
 """
 
-from __future__ import annotations
-
 import enum
 import os
 from collections.abc import Mapping
@@ -39,7 +37,7 @@ class Settings(NamedTuple):
     cards: Cards = Cards.RESET
     quiesce_timeout: float = 1.0
 
-    def changed(self, **values: Any) -> Settings:
+    def changed(self, **values: Any) -> "Settings":
         """These settings with some replaced.
 
         :raises SettingsError: a value is not one that the setting can have.

@@ -4,7 +4,10 @@ Import it in place of ``smartcard.scard``: the same functions, constants and ``e
 process that never forks only one thing differs: a failed call answers no uninitialised memory.
 """
 
+import sys as _sys
+
 from ._router import public as _public
 
 globals().update(_public)
+scard = _sys.modules[__name__]  # some import the module smartcard.scard.scard from smartcard.scard
 __all__ = list(_public)

@@ -350,7 +350,7 @@ def test_the_first_stack_is_no_precondition(shared_stack: VirtualPcsc) -> None:
     """A process that was forked before anything was established is an owner like any other."""
 
     def child() -> Any:
-        assert _process.here.number == 1
+        assert _process.current().number == 1
         own = Session()
         own.assert_untouched()
         result = in_child(own.transmit, ECHO)
