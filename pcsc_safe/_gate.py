@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
+from _thread import _count as _count_threads  # of Python's threads, without the main one
 from _thread import interrupt_main
 from typing import NamedTuple, Optional, Protocol
 
@@ -123,6 +124,11 @@ def _others(ident: int) -> list[InFlight]:
 
 
 def _before_fork() -> None:
+    if inside or _count_threads():
+        _close()
+
+
+def _close() -> None:
     if not _process.sentinel[0]:
         return  # a child that never used PC/SC: whoever is in the table was inside in its parent
     ident = threading.get_ident()
@@ -193,7 +199,7 @@ class _Interrupter(threading.Thread):
             _changed.notify_all()
 
 
-def _after_fork_in_parent() -> None:
+def _open() -> None:
     ident = threading.get_ident()
     closers.pop(ident, None)
     if _waiting:
@@ -221,4 +227,5 @@ def _begin(epoch: _process.Epoch) -> None:
     _changed = threading.Condition()
 
 
-_process.at_fork(before=_before_fork, in_parent=_after_fork_in_parent, in_child=_after_fork_in_child, at_begin=_begin)
+_process.around_fork(_before_fork, _open, closers)
+_process.at_fork(in_child=_after_fork_in_child, at_begin=_begin)

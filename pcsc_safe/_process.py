@@ -18,9 +18,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Sized
 from typing import Any, Callable, Optional, Protocol
 
-__all__ = ["Epoch", "at_fork", "current", "here", "sentinel"]
+__all__ = ["Epoch", "around_fork", "at_fork", "current", "here", "sentinel"]
 
 FORKS = hasattr(os, "register_at_fork")
 _MADV_WIPEONFORK = 18  # linux/mman.h, since Linux 4.14
@@ -111,31 +112,38 @@ _page = _wiped_page()
 sentinel: _Sentinel = _page or _PidSentinel()
 sentinel[_HERE] = 1
 _hooks_run = 0  # since here began
-_before: list[Callable[[], None]] = []
-_in_parent: list[Callable[[], None]] = []
+_before: Optional[Callable[[], None]] = None
+_in_parent: Optional[Callable[[], None]] = None
+_closed: Sized = ()
 _in_child: list[Callable[[], None]] = []
 _at_begin: list[Callable[[Epoch], None]] = []
 
 
-def at_fork(
-    *,
-    before: Optional[Callable[[], None]] = None,
-    in_parent: Optional[Callable[[], None]] = None,
-    in_child: Optional[Callable[[], None]] = None,
-    at_begin: Optional[Callable[[Epoch], None]] = None,
-) -> None:
-    """Have functions called around every fork.
+def around_fork(before: Callable[[], None], in_parent: Callable[[], None], closed: Sized) -> None:
+    """Have functions called in the parent, around every fork that runs hooks.
 
-    :param before: in the parent before a fork that runs hooks.
-    :param in_parent: there after it, also if it failed.
-    :param in_child: in the child, by the hook; after a fork that ran none, at the first use.  It may close, nothing
-        else: most children exec at once, and every page that is written to is copied first (about 4 us each).
-    :param at_begin: in the child at its first use of PC/SC, with the epoch that begins; :data:`here` is then still the
-        one that was left.  It may replace locks and tables, and must not wait for one.
+    As little as can be, since each page that is written to after a fork costs a fault, 2 us and more, and Python writes
+    to every object that it looks at.
+
+    :param before: called before the fork.
+    :param in_parent: called after it, also if it failed, but only if ``closed`` is not empty then.
     """
-    for functions, function in ((_before, before), (_in_parent, in_parent), (_in_child, in_child)):
-        if function is not None:
-            functions.append(function)
+    global _before, _in_parent, _closed
+    _before, _in_parent, _closed = before, in_parent, closed
+
+
+def at_fork(
+    *, in_child: Optional[Callable[[], None]] = None, at_begin: Optional[Callable[[Epoch], None]] = None
+) -> None:
+    """Have functions called in every forked child.
+
+    :param in_child: by the hook; after a fork that ran none, at the first use.  It may close, nothing else: most
+        children exec at once.
+    :param at_begin: at the first use of PC/SC, with the epoch that begins; :data:`here` is then still the one that was
+        left.  It may replace locks and tables, and must not wait for one.
+    """
+    if in_child is not None:
+        _in_child.append(in_child)
     if at_begin is not None:
         _at_begin.append(at_begin)
 
@@ -171,12 +179,20 @@ def _hook_in_child() -> None:
     _run(_in_child)
 
 
+def _hook_before() -> None:
+    if _before is not None:
+        _before()
+
+
+def _hook_in_parent() -> None:
+    if _closed and _in_parent is not None:
+        _in_parent()
+
+
 def _run(functions: list[Callable[[], None]]) -> None:
     for function in functions:
         function()
 
 
 if FORKS:
-    os.register_at_fork(
-        before=lambda: _run(_before), after_in_parent=lambda: _run(_in_parent), after_in_child=_hook_in_child
-    )
+    os.register_at_fork(before=_hook_before, after_in_parent=_hook_in_parent, after_in_child=_hook_in_child)
