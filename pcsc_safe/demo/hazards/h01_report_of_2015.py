@@ -34,20 +34,23 @@ def program(stage: Stage) -> None:
 
 
 def _sockets() -> set[str]:
-    """Every socket of this process, by inode."""
+    """Every connected Unix socket of this process, by inode."""
     links = set()
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             links.add(os.readlink(f"/proc/self/fd/{name}"))
-    return {link for link in links if link.startswith("socket:")}
+    return links & {f"socket:[{row[6]}]" for row in _connections()}
 
 
 def _clients() -> int:
-    """The connections that the virtual pcscd has accepted, as the kernel lists them."""
-    path = os.environ["PCSCLITE_CSOCK_NAME"]
+    """The connections that the virtual pcscd has accepted."""
+    return sum(len(row) == 8 and row[7].rstrip("\n") == os.environ["PCSCLITE_CSOCK_NAME"] for row in _connections())
+
+
+def _connections() -> list[list[str]]:
+    """The connected Unix sockets, as the kernel lists them: ..., state, inode, and the path if it has one."""
     with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as table:
-        rows = [line.split(maxsplit=7) for line in table]
-    return sum(len(row) == 8 and row[5] == "03" and row[7].rstrip("\n") == path for row in rows)
+        return [row for row in (line.split(maxsplit=7) for line in table) if row[5] == "03"]
 
 
 def judge(run: Run) -> Finding:
