@@ -3,8 +3,6 @@
 A new SCard function is a row here.  Nothing in this module changes, or can be in the way, at a fork.
 """
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional

@@ -10,8 +10,6 @@ of that table whether its fork was quiet, so a fork that ran no hook is judged t
 native library.  Nothing here stays closed or held in a child: it gets a new gate.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from _thread import _count as _count_threads  # of Python's threads, without the main one

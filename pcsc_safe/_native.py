@@ -6,8 +6,6 @@ fork.  It is replaced only where the descriptor still is that socket: an applica
 may be a database connection's by now.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import stat
