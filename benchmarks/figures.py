@@ -35,10 +35,11 @@ class Figure(NamedTuple):
 
     :ivar name: what was measured.
     :ivar against: what it is compared with, "raw pyscard" or a variant of it.
-    :ivar raw: that.
+    :ivar raw: that; None if it froze in every round.
     :ivar safe: pcsc_safe.
-    :ivar more: how much longer pcsc_safe takes, pair by pair.
-    :ivar ratio: how many times as long, pair by pair.
+    :ivar more: how much longer pcsc_safe takes, pair by pair; None if raw froze.
+    :ivar ratio: how many times as long, pair by pair; None if raw froze.
+    :ivar froze: in how many rounds raw froze; what it did in the others is in :attr:`raw`.
     :ivar most: the target for one of them; None where there is none.
     :ivar target_is_ratio: which.
     :ivar rounds: how many pairs.
@@ -46,16 +47,17 @@ class Figure(NamedTuple):
 
     name: str
     against: str
-    raw: Interval
+    raw: Optional[Interval]
     safe: Interval
-    more: Interval
-    ratio: Interval
+    more: Optional[Interval]
+    ratio: Optional[Interval]
+    froze: int
     most: Optional[float]
     target_is_ratio: bool
     rounds: int
 
     @property
-    def judged(self) -> Interval:
+    def judged(self) -> Optional[Interval]:
         """What the target is for: the ratio, or the difference."""
         return self.ratio if self.target_is_ratio else self.more
 
@@ -64,6 +66,8 @@ class Figure(NamedTuple):
         """Whether the target is met; "unclear" if it lies within the spread."""
         if self.most is None:
             return "-"
+        if self.judged is None:
+            return "met"  # what never ends is slower than any target
         if self.judged.high <= self.most:
             return "met"
         return "NOT MET" if self.judged.low > self.most else "unclear"
@@ -85,7 +89,7 @@ class Figure(NamedTuple):
 
 def figure(
     name: str,
-    pairs: Sequence[tuple[float, float]],
+    pairs: Sequence[tuple[Optional[float], float]],
     *,
     against: str = "raw pyscard",
     more: Optional[float] = None,
@@ -93,17 +97,19 @@ def figure(
 ) -> Figure:
     """What pairs of (raw, safe) say.
 
-    :param pairs: in microseconds.
+    :param pairs: in microseconds; None where raw froze.
     :param more: the target, if it is one for the difference, in microseconds.
     :param ratio: the target, if it is one for the ratio.
     """
+    whole = [(raw, safe) for raw, safe in pairs if raw is not None]
     return Figure(
         name,
         against,
-        Interval.of([raw for raw, _ in pairs]),
+        Interval.of([raw for raw, _ in whole]) if whole else None,
         Interval.of([safe for _, safe in pairs]),
-        Interval.of([safe - raw for raw, safe in pairs]),
-        Interval.of([safe / raw for raw, safe in pairs]),
+        Interval.of([safe - raw for raw, safe in whole]) if whole else None,
+        Interval.of([safe / raw for raw, safe in whole]) if whole else None,
+        len(pairs) - len(whole),
         more if ratio is None else ratio,
         ratio is not None,
         len(pairs),
@@ -113,15 +119,22 @@ def figure(
 def table(figures: Sequence[Figure]) -> str:
     """All of them, for people."""
     rows = [("what", "compared with", "raw", "pcsc_safe", "more", "ratio", "95 % interval", "target", "")]
-    for line in figures:
-        low, high = line.judged.low, line.judged.high
-        spread = f"x {low:.3f} to {high:.3f}" if line.target_is_ratio else f"{_time(low, '+')} to {_time(high, '+')}"
-        more, ratio = _time(line.more.median, "+"), f"x {line.ratio.median:.3f}"
-        raw, safe = _time(line.raw.median), _time(line.safe.median)
-        rows.append((line.name, line.against, raw, safe, more, ratio, spread, line.target, line.met))
+    rows += [_row(line) for line in figures]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _row(line: Figure) -> tuple[str, ...]:
+    if line.raw is None or line.more is None or line.ratio is None or line.judged is None:
+        compared = ("froze", _time(line.safe.median), "-", "-", "-")
+    else:
+        low, high = line.judged.low, line.judged.high
+        spread = f"x {low:.3f} to {high:.3f}" if line.target_is_ratio else f"{_time(low, '+')} to {_time(high, '+')}"
+        raw = _time(line.raw.median) + (f" (froze {line.froze} times)" if line.froze else "")
+        more, ratio = _time(line.more.median, "+"), f"x {line.ratio.median:.3f}"
+        compared = (raw, _time(line.safe.median), more, ratio, spread)
+    return (line.name, line.against, *compared, line.target, line.met)
 
 
 def _time(microseconds: float, sign: str = "") -> str:

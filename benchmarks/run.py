@@ -42,6 +42,14 @@ fork             os.fork() until it returns in the parent; "to reaped": until a 
                  loaded, "raw, wrapt imported" has also imported wrapt, logging and socket as pcsc_safe has, so the
                  difference to the latter is what pcsc_safe's own work at a fork costs, and the difference to the former
                  is all that a user notices
+held up          os.fork() in the parent while its other threads are in PC/SC: waiting for events that don't come, or
+                 exchanging APDUs of 10 ms, each on a context and a reader of its own. pcsc_safe's waits until they are
+                 out; raw pyscard's doesn't, and a child that does more than _exit may hang
+8 threads        microseconds a call, of all threads together: their throughput, upside down. All exchange APDUs;
+                 "10 ms": that is what a card takes, else it answers at once. "2 on one": two of them use one context,
+                 which is always busy with APDUs of 10 ms. "monitored": one waits for events on a context that another
+                 uses. Both modules by turns in one process on the same sessions, but for the last two: there raw may
+                 freeze, and has processes of its own
 first use        in a forked child: SCardListReaders on the inherited context, which gets a context of its own first; on
                  raw pyscard SCardEstablishContext and SCardListReaders
 """
@@ -55,10 +63,13 @@ class Effort(NamedTuple):
     processes: int
     forks: int
     children: int
+    held_up: int
+    phases: int
+    crowds: int
 
 
-THOROUGH = Effort(calls=1500, imports=60, processes=20, forks=400, children=150)
-FAST = Effort(calls=40, imports=3, processes=2, forks=10, children=5)
+THOROUGH = Effort(calls=1500, imports=60, processes=20, forks=400, children=150, held_up=60, phases=100, crowds=3)
+FAST = Effort(calls=40, imports=3, processes=2, forks=10, children=5, held_up=5, phases=4, crowds=1)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -71,9 +82,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, **more}
 
 
-def stack(undo: contextlib.ExitStack) -> dict[str, str]:
+def stack(undo: contextlib.ExitStack, readers: int = 1) -> dict[str, str]:
     """A PC/SC stack; returns the environment to reach it with."""
-    running = undo.enter_context(VirtualPcsc(1, [EchoCard()], activate=False))
+    running = undo.enter_context(VirtualPcsc(readers, [EchoCard() for _ in range(readers)], activate=False))
     return environment(PCSCLITE_CSOCK_NAME=running.env["PCSCLITE_CSOCK_NAME"])
 
 
@@ -172,6 +183,64 @@ def first_use(effort: Effort) -> Iterator[Figure]:
             yield figure("first use in a child", pairs, against="raw pyscard" if against is RAW else against)
 
 
+def held_up(effort: Effort) -> Iterator[Figure]:
+    """How long a fork takes while other threads are in PC/SC."""
+    for what, count, name in (
+        ("wait", 1, "1 thread waiting for events"),
+        ("wait", 4, "4 threads waiting for events"),
+        ("exchange", 1, "10 ms APDUs in 1 thread"),
+        ("exchange", 4, "10 ms APDUs in 4 threads"),
+    ):
+        with contextlib.ExitStack() as undo:
+            # One stack each: two of them would wait for each other's cards.
+            processes = {v: undo.enter_context(Process(v, stack(undo, 4))) for v in (RAW, SAFE)}
+            for process in processes.values():
+                process.ask("busy", what, count)
+            rounds = by_turns(processes, ("fork_among_threads",), effort.held_up)
+        yield figure(f"os.fork(), {name}", [(taken[RAW][0], taken[SAFE][0]) for taken in rounds])
+
+
+FREEZES = 10  # seconds; a process that takes longer is given up
+
+
+def crowd(env: dict[str, str], scene: str, rounds: int, seconds: float, *variants: str) -> list[dict[str, Any]]:
+    """What threads.py says, or that what it was to measure froze."""
+    command = [sys.executable, str(HERE / "threads.py"), scene, str(rounds), str(seconds), *variants]
+    try:
+        done = subprocess.run(
+            command, env=env, check=True, stdout=subprocess.PIPE, timeout=FREEZES + 3 * rounds * seconds
+        )
+    except subprocess.TimeoutExpired:
+        return [dict.fromkeys(variants)]
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def threads(effort: Effort) -> Iterator[Figure]:
+    """What eight threads get done."""
+    with contextlib.ExitStack() as undo:
+        env = stack(undo, 8)
+        for scene, name, share, seconds in (
+            ("own", "8 threads, 8 contexts", 1, 0.04),
+            ("slow-cards", "8 threads, 8 contexts, 10 ms", 10, 0.15),
+        ):
+            rounds = crowd(env, scene, max(2, effort.phases // share), seconds, RAW, SAFE)
+            # 5 % less throughput is 1 / 0.95 of the time.
+            yield figure(name, [(taken[RAW], taken[SAFE]) for taken in rounds], ratio=1.053)
+        for scene, name in (
+            ("shared", "8 threads, 2 on one busy context"),
+            ("monitored", "8 threads, 1 context monitored"),
+        ):
+            pairs = []
+            for number in range(effort.crowds):
+                order = (RAW, SAFE) if number % 2 else (SAFE, RAW)
+                taken = {variant: crowd(env, scene, 1, 0.2, variant)[0][variant] for variant in order}
+                if taken[SAFE] is None:
+                    raise RuntimeError(f"pcsc_safe froze: {name}")
+                pairs.append((taken[RAW], taken[SAFE]))
+            yield figure(name, pairs, ratio=1)
+
+
 def by_turns(processes: dict[str, Process], command: Sequence[Any], rounds: int) -> list[dict[str, list[float]]]:
     """Ask each process once a round, in an order that changes."""
     names, found = list(processes), []
@@ -187,6 +256,8 @@ MEASURES = {
     "imports": imports,
     "first-establish": first_establish,
     "forks": forks,
+    "held-up": held_up,
+    "threads": threads,
     "first-use": first_use,
 }
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import struct
 import sys
+import threading
 import time
+import warnings
 from typing import Any, Callable
 
 VARIANTS = {
@@ -23,6 +26,7 @@ VARIANTS = {
 }
 """Which module it uses, and what else it has imported: a process with more in it takes longer to fork."""
 
+IN_10_MS = [0x80, 0x02, 0x01, 0x00, 0x03, 1, 2, 3]
 clock = time.perf_counter_ns
 
 
@@ -67,6 +71,34 @@ class Worker:
         os.waitpid(pid, 0)
         return [(forked - start) / 1000, (clock() - start) / 1000]
 
+    def busy(self, what: str, count: int) -> list[float]:
+        """Keep so many threads busy from now on, each on a context and a reader of its own: ``wait`` or ``exchange``.
+
+        They wait for events that don't come, or exchange APDUs of 10 ms, one after the other.
+        """
+        self.contexts_are(count)
+        _, readers = self._must(self.scard.SCardListReaders(self.contexts[0], []))
+        begin = {"wait": self._wait, "exchange": self._exchange}[what]
+        for context, reader in zip(self.contexts, readers):
+            threading.Thread(target=begin, args=(context, reader), daemon=True).start()
+        return []
+
+    def fork_among_threads(self) -> list[float]:
+        """os.fork() as the parent sees it, at any moment of what its other threads do."""
+        time.sleep(random.uniform(0.005, 0.02))
+        return self.fork()[:1]
+
+    def _wait(self, context: Any, reader: str) -> None:
+        scard = self.scard
+        _, states = self._must(scard.SCardGetStatusChange(context, 0, [(reader, scard.SCARD_STATE_UNAWARE)]))
+        self._must(scard.SCardGetStatusChange(context, scard.INFINITE, [(name, state) for name, state, _ in states]))
+
+    def _exchange(self, context: Any, reader: str) -> None:
+        scard = self.scard
+        _, card, _ = self._must(scard.SCardConnect(context, reader, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1))
+        while True:
+            self._must(scard.SCardTransmit(card, scard.SCARD_PCI_T1, IN_10_MS))
+
     def first_use_in_child(self) -> list[float]:
         """A forked child's first answer from a context of its own; the second, for comparison.
 
@@ -106,6 +138,7 @@ class Worker:
 
 def main() -> None:
     """Obey until stdin ends."""
+    warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
     worker = Worker(sys.argv[1])
     for line in sys.stdin:
         name, *arguments = json.loads(line)

@@ -21,7 +21,7 @@ from pcsc_safe.demo._judge import Finding, Outcome, Run, Verdict, conclude, deat
 from pcsc_safe.demo.hazards import load
 from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc
 
-NUMBERS = ["1", "2", "5", "9", "10", "11"]
+NUMBERS = ["1", "2", "5", "6", "7", "9", "10", "11"]
 SAFE, HAZARD, UNKNOWN = Outcome.SAFE, Outcome.HAZARD, Outcome.UNKNOWN
 
 
@@ -226,6 +226,11 @@ def test_nothing_is_said_of_nothing(number: str) -> None:
 
 
 OK = "SCARD_S_SUCCESS"
+TEN = {f"child {number}": {"code": OK, "ended": 0} for number in range(10)}
+NONE_STUCK = {"calls": 30, "failed": 0, "stuck": 0}
+IN_TIME = {"code": OK, "seconds": 0.001}
+FOUR = {"wait": {"code": "SCARD_E_CANCELLED"}, **dict.fromkeys(("same context", "other context", "cancel"), IN_TIME)}
+WATCHED = {"program": {"watched": 1.5}}
 JUDGEMENTS: list[tuple[str, dict[str, dict[str, Any]], list[str], bool]] = [
     # hazard, reports, words that its harm has to hold, whether it is proven safe
     ("1", {"parent": {"readers": 2, "clients": 1, "child_ended": -11}}, ["child died of SIGSEGV"], False),
@@ -260,6 +265,18 @@ JUDGEMENTS: list[tuple[str, dict[str, dict[str, Any]], list[str], bool]] = [
         False,
     ),
     ("5", {"owner": {"code": "SCARD_E_X", "killed": True}, "other": {"code": "SCARD_E_X", "waited": 1.0}}, [], False),
+    ("6", {**TEN, "child 3": {"ended": -14}, "parent": NONE_STUCK}, ["1 of 10 children hung"], False),
+    ("6", {**TEN, "child 3": {"ended": -11}, "parent": NONE_STUCK}, ["1 of 10 children died"], False),
+    ("6", {**TEN, "child 3": {"code": "SCARD_E_X", "ended": 0}, "parent": NONE_STUCK}, ["refused: SCARD_E_X"], False),
+    ("6", {**TEN, "parent": {"calls": 30, "failed": 2, "stuck": 1}}, ["2 of the threads' 30 calls", "1 of the"], False),
+    ("6", {**TEN, "parent": {"calls": 0, "failed": 0, "stuck": 0}}, [], False),  # no thread was ever busy
+    ("6", {**TEN, "child 3": {"ended": 1}, "parent": NONE_STUCK}, [], False),
+    ("6", {**TEN, "parent": NONE_STUCK}, [], True),
+    ("7", {**FOUR, "cancel": {}, **WATCHED}, ["still frozen after 1.5 s: SCardCancel"], False),
+    ("7", {**FOUR, "other context": {"code": "SCARD_E_X"}, **WATCHED}, ["another context answered SCARD_E_X"], False),
+    ("7", {**FOUR, "wait": {"code": OK}, **WATCHED}, [], False),  # it did not wait for its end
+    ("7", FOUR, [], False),
+    ("7", {**FOUR, **WATCHED}, [], True),
     ("9", {"daemon": {"database_received": 51, "database_has_pin": True}}, ["received the PIN"], False),
     ("9", {"daemon": {"database_received": 5, "database_has_pin": False}}, ["received 5 bytes"], False),
     ("9", {"daemon": {"database_received": 0, "database_open": False}}, ["closed the database"], False),

@@ -120,7 +120,7 @@ def test_daemon(pcsc_stack: VirtualPcsc, daemon: Daemon) -> None:
     assert pcsc_stack.clients() == 1
     assert daemon.stop()
     assert not os.path.exists(daemon.path)
-    assert pcsc_stack.clients() == 0
+    pcsc_stack.wait_for_clients(0)
 
 
 def test_daemon_goes_on_after_a_reset_by_somebody_else(pcsc_stack: VirtualPcsc, daemon: Daemon) -> None:

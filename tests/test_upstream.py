@@ -39,12 +39,7 @@ EXAMPLES = (
 
 TEST_CASES = (
     "testcase_getatr",
-    pytest.param(
-        "testcase_getattrib",
-        marks=pytest.mark.xfail(
-            reason="it wants the module smartcard.scard.scard, and pcsc_safe.scard has no name 'scard'", strict=True
-        ),
-    ),
+    "testcase_getattrib",
     "testcase_geterrormessage",
     "testcase_locatecards",
     "testcase_readergroups",

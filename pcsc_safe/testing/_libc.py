@@ -15,7 +15,7 @@ from functools import cache
 def signal_thread(pid: int, thread: int, number: int) -> bool:
     """Send a signal to one thread of a process, for itself alone: tgkill(2), in glibc since 2.30.
 
-    :returns: whether it was sent.
+    :return: whether it was sent.
     """
     tgkill = getattr(_library(), "tgkill", None)
     return tgkill is not None and tgkill(pid, thread, number) == 0
@@ -26,7 +26,7 @@ def abort_connection(connection: socket.socket) -> bool:
 
     connect(2) with AF_UNSPEC does it; Linux refuses while a thread waits in recv() there.
 
-    :returns: whether it was done.
+    :return: whether it was done.
     """
     # an address of family 0, which is AF_UNSPEC
     nowhere = bytes(16)

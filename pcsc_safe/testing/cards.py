@@ -69,7 +69,7 @@ class VirtualCard:
         """Answer one command APDU; to be overridden.
 
         :param command: the APDU as the application sent it, two bytes at least.
-        :returns: the response: data and status word, 2 to 65,535 bytes.
+        :return: the response: data and status word, 2 to 65,535 bytes.
         """
         return b"\x6d\x00" if self._script is None else self._script(command)
 
