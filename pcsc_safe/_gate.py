@@ -5,20 +5,21 @@ ever; so a fork waits until nobody is inside (it is *quiet*), at most for :data:
 out meanwhile.  Threads that wait for events are cancelled, again and again until they are out: a cancel that comes
 before the wait has begun is lost.  :mod:`_turns` sends them back in afterwards.
 
-Invariant: a thread is in :data:`inside` while it is in the native library, and only then.  The child judges by its copy
-of that table whether its fork was quiet, so a fork that ran no hook is judged too.  An unquiet child never enters the
-native library.  Nothing here stays closed or held in a child: it gets a new gate.
+Invariant: a thread is in :data:`inside` while it is in the native library, and only then; also if a signal handler
+raises in the middle, which is why nothing here is a context manager written in Python.  The child judges by its copy of
+that table whether its fork was quiet, so a fork that ran no hook is judged too.  An unquiet child never enters the
+native library.  In a child nothing here stays closed or held.
 """
 
 import threading
 import time
 from _thread import _count as _count_threads  # of Python's threads, without the main one
-from _thread import interrupt_main
-from typing import NamedTuple, Optional, Protocol
+from _thread import interrupt_main, start_new_thread
+from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 from . import _process
 
-__all__ = ["InFlight", "Unquiet", "closers", "inside", "leave", "run", "through", "wake"]
+__all__ = ["InFlight", "Unquiet", "closers", "enter", "inside", "through", "wait_until_open"]
 
 
 class Interruptible(Protocol):
@@ -52,13 +53,10 @@ inside: dict[int, InFlight] = {}
 """Who is inside, by the thread's identifier."""
 
 closers: dict[int, bool] = {}
-"""The threads that are about to fork. While there are any, nobody else may enter."""
+"""The thread that is about to fork. While there is one, nobody else may enter."""
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02
-_changed = threading.Condition()
-_waiting: list[None] = []  # one for each thread that is kept out
+_PAUSE = 0.001  # s
 _thread_names: dict[int, str] = {}
-_interrupted: set[int] = set()
 
 
 def through(ident: int, entry: InFlight) -> None:
@@ -67,54 +65,35 @@ def through(ident: int, entry: InFlight) -> None:
     A thread that is itself forking passes: it may be in another library's hook, and it can't be inside at the fork.
     """
     while closers and ident not in closers:
-        with _changed:
-            inside.pop(ident, None)
-            _changed.notify_all()
-            _waiting.append(None)
-            try:
-                while closers:
-                    _changed.wait()
-            finally:
-                _waiting.pop()
+        inside.pop(ident, None)
+        wait_until_open(ident)
         inside[ident] = entry
 
 
-def leave(ident: int, before: Optional[InFlight]) -> None:
-    """Leave.
+def wait_until_open(ident: int) -> None:
+    """Wait until no other thread is about to fork."""
+    while closers and ident not in closers:
+        time.sleep(_PAUSE)
 
-    :param before: what the thread was in when it entered: a finalizer may make a call in the middle of another.
+
+def enter(function: str, native: Callable[..., Any], *arguments: Any, wait: Optional[Interruptible] = None) -> Any:
+    """``native(*arguments)``, which is inside the native library.
+
+    :param function: PC/SC's name of the call.
+    :param wait: what can be interrupted, if it is a wait for events.
     """
-    if before is None:
-        inside.pop(ident, None)
-    else:
-        inside[ident] = before
-    if closers:
-        wake()
-
-
-def wake() -> None:
-    """Have a pending fork look again whether it is quiet."""
-    with _changed:
-        _changed.notify_all()
-
-
-class run:  # noqa: N801  # a function in all but that it is a context manager
-    """``with run("SCardConnect"):`` marks the block as being inside the native library."""
-
-    __slots__ = ("_before", "_entry", "_ident")
-
-    def __init__(self, function: str, wait: Optional[Interruptible] = None) -> None:
-        self._entry = (function, time.monotonic(), wait)
-
-    def __enter__(self) -> None:
-        self._ident = threading.get_ident()
-        self._before = inside.get(self._ident)
-        inside[self._ident] = self._entry
+    ident = threading.get_ident()
+    before = inside.get(ident)  # a finalizer may make a call in the middle of another
+    try:
+        inside[ident] = entry = (function, time.monotonic(), wait)
         if closers:
-            through(self._ident, self._entry)
-
-    def __exit__(self, *error: object) -> None:
-        leave(self._ident, self._before)
+            through(ident, entry)
+        return native(*arguments)
+    finally:
+        if before is None:
+            inside.pop(ident, None)
+        else:
+            inside[ident] = before
 
 
 def _others(ident: int) -> list[InFlight]:
@@ -130,16 +109,19 @@ def _close() -> None:
     if not _process.sentinel[0]:
         return  # a child that never used PC/SC: whoever is in the table was inside in its parent
     ident = threading.get_ident()
+    deadline = time.monotonic() + quiesce_timeout
+    while closers and ident not in closers and time.monotonic() < deadline:
+        time.sleep(_PAUSE)
     closers[ident] = True
-    if not _others(ident):
-        return
     try:
-        _quiesce(ident, time.monotonic() + quiesce_timeout)
+        _quiesce(ident, deadline)
     except KeyboardInterrupt:
         # A hook can't raise. The fork goes on at once, and the interrupt comes after it.
-        _interrupted.add(ident)
-    if _others(ident):
-        _thread_names.update({thread.ident or 0: thread.name for thread in threading.enumerate()})
+        start_new_thread(_interrupt_later, ())
+    finally:
+        closers[ident] = True
+        if _others(ident):
+            _thread_names.update({thread.ident or 0: thread.name for thread in threading.enumerate()})
 
 
 def _quiesce(ident: int, deadline: float) -> None:
@@ -149,81 +131,61 @@ def _quiesce(ident: int, deadline: float) -> None:
         while _others(ident) and time.monotonic() < deadline:
             if interrupter is None and any(wait for _, _, wait in _others(ident)):
                 interrupter = _Interrupter(ident)
-                interrupter.start()
-            with _changed:
-                if _others(ident):
-                    _changed.wait(min(_LONGEST_PAUSE, max(0.0, deadline - time.monotonic())))
+                start_new_thread(interrupter.run, ())
+            time.sleep(_PAUSE)
+            closers[ident] = True  # a signal handler may have forked meanwhile
     finally:
         if interrupter is not None:
-            interrupter.stop()
+            interrupter.stopped = True
+    while _others(ident) and time.monotonic() < deadline:
+        time.sleep(_PAUSE)  # the interrupter, on its way out
 
 
-class _Interrupter(threading.Thread):
+class _Interrupter:
     """Interrupts the waits for events.
 
     In a thread of its own, since SCardCancel asks pcscd, which may not answer, and a fork waits no longer than it says.
     """
 
     def __init__(self, forking: int) -> None:
-        super().__init__(name="pcsc_safe interrupter", daemon=True)
         self._forking = forking
-        self._stopped = False
+        self.stopped = False
 
     def run(self) -> None:
         """Interrupt whoever waits, until stopped."""
-        pause = _FIRST_PAUSE
-        while True:
+        ident = threading.get_ident()
+        while not self.stopped:
             for _, _, wait in _others(self._forking):
-                if wait is None:
-                    continue
-                with _changed:
-                    if self._stopped:
-                        return
-                    inside[threading.get_ident()] = ("SCardCancel", time.monotonic(), None)
+                # Entered before the look, as everybody does: a fork that does not see us will be seen.
+                inside[ident] = ("SCardCancel", time.monotonic(), None)
                 try:
-                    wait.interrupt()
+                    if wait is not None and not self.stopped:
+                        wait.interrupt()
                 finally:
-                    leave(threading.get_ident(), None)
-            with _changed:
-                _changed.wait(pause)
-                if self._stopped:
-                    return
-            pause = min(2 * pause, _LONGEST_PAUSE)
-
-    def stop(self) -> None:
-        """Begin no other SCardCancel."""
-        with _changed:
-            self._stopped = True
-            _changed.notify_all()
+                    inside.pop(ident, None)
+            time.sleep(_PAUSE)
 
 
-def _open() -> None:
-    ident = threading.get_ident()
-    closers.pop(ident, None)
-    if _waiting:
-        wake()
-    if ident in _interrupted:
-        _interrupted.discard(ident)
-        interrupt_main()
+def _interrupt_later() -> None:
+    while closers:
+        time.sleep(_PAUSE)
+    interrupt_main()
 
 
-def _after_fork_in_child() -> None:
+def _in_hook() -> None:
     if inside:
         inside.pop(threading.get_ident(), None)  # the fork was made in the middle of a call, by a finalizer
 
 
 def _begin(epoch: _process.Epoch) -> None:
-    """Judge whether the fork was quiet, and make a new gate."""
-    global _changed
-    ident = threading.get_ident()
-    others = [(thread, entry) for thread, entry in inside.items() if thread != ident]
-    if others:
-        thread, (function, since, _) = others[0]
+    """Judge whether the fork was quiet, and open the gate."""
+    # Whoever is in the table: a thread of this process may have got the number of one of its parent's.
+    for thread, (function, since, _) in inside.items():
         epoch.unquiet = Unquiet(function, _thread_names.get(thread, str(thread)), time.monotonic() - since)
-    for table in (inside, closers, _interrupted, _thread_names, _waiting):
+    for table in (inside, closers, _thread_names):
         table.clear()
-    _changed = threading.Condition()
 
 
-_process.around_fork(_before_fork, _open, closers)
-_process.at_fork(in_child=_after_fork_in_child, at_begin=_begin)
+# To open is one step that nothing can interrupt. A hook in Python could be left by what a signal handler raises.
+_process.around_fork(_before_fork, closers.clear)
+_process.at_fork(in_hook=_in_hook, at_begin=_begin)

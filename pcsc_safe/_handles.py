@@ -11,6 +11,7 @@ A child's first call gives new turns to what it inherited; owners stay.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from typing import Any, Optional, Union
@@ -38,7 +39,6 @@ class Context:
     :ivar overrides: settings of this context alone.
     :ivar cards: those connected through it and not yet disconnected, by number.
     :ivar turn: held by the thread that uses it, or gets this process its own; a new one after every fork.
-    :ivar transactions: the card of this context that is in a transaction, by reader.
     :ivar context: itself, so that a context and a card can be asked alike.
     """
 
@@ -56,20 +56,18 @@ class Context:
         "released",
         "safe",
         "scope",
-        "transactions",
         "turn",
     )
 
-    def __init__(self, real: int, scope: int, descriptor: Optional[_native.Descriptor]) -> None:
+    def __init__(self, real: int, scope: int, descriptor: Optional[_native.Descriptor], owner: _process.Epoch) -> None:
         self.safe: Any = None
         self.number = self.real = real
         self.scope = scope
         self.descriptor = descriptor
-        self.owner = _process.current()
+        self.owner = owner
         self.established_at = _outside_frame()
         self.overrides: dict[str, Any] = {}
         self.cards: dict[int, Card] = {}
-        self.transactions: dict[str, Card] = {}
         self.turn = _turns.Turn()
         self.context = self
         self.key = os.urandom(8)
@@ -78,6 +76,12 @@ class Context:
     def settings(self, process: Settings) -> Settings:
         """Those of the process with this context's own."""
         return process._replace(**self.overrides) if self.overrides else process
+
+    def bury(self) -> None:
+        """Mark it and its cards as released; their numbers stay known, for libpcsclite may know them still."""
+        self.released = True
+        for card in list(self.cards.values()):
+            card.bury()
 
     def forget(self) -> None:
         """Drop it, and its cards, from this process's registry."""
@@ -133,21 +137,15 @@ class Card:
         """Where its context was established."""
         return self.context.established_at
 
-    def begin_transaction(self) -> None:
-        """One more is open."""
-        self.transactions += 1
-        self.context.transactions[self.reader] = self
-
-    def end_transactions(self, how_many: int = sys.maxsize) -> None:
-        """So many less are open."""
-        self.transactions = max(0, self.transactions - how_many)
-        if not self.transactions and self.context.transactions.get(self.reader) is self:
-            del self.context.transactions[self.reader]
+    def bury(self) -> None:
+        """Mark it as released; its number stays known, for libpcsclite may know it still."""
+        self.released = True
+        self.transactions = 0
 
     def forget(self) -> None:
         """Drop it from this process's registry."""
         self.released = True
-        self.end_transactions()
+        self.transactions = 0
         self.context.cards.pop(self.number, None)
         _drop(cards, self)
 
@@ -170,9 +168,11 @@ _proxies: Any = None
 def prepare() -> None:
     """Import the proxies, and wrapt with them, so that nothing need be imported in a child or at interpreter exit."""
     global _proxies
-    from . import _proxies as module
+    if _proxies is None:
+        from . import _proxies as module
 
-    _proxies = module
+        _proxies = module
+        atexit.register(_at_exit)
 
 
 def register(record: Record) -> Any:
@@ -235,8 +235,14 @@ def _is_library(module: str) -> bool:
 
 
 def _begin(epoch: _process.Epoch) -> None:
-    for context in contexts.values():
+    for context in list(contexts.values()):
         context.turn = _turns.Turn()
+
+
+def _at_exit() -> None:
+    _native.exit_without_turns()
+    for context in list(contexts.values()):
+        context.turn = _turns.NoTurn()
 
 
 _process.at_fork(at_begin=_begin)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Optional
 
-from . import _gate, _log, _native, _process
+from . import _gate, _log, _native, _process, _transactions
 from ._calls import Call
 from ._handles import Card, Context, Record
 from ._settings import settings
@@ -58,22 +58,28 @@ def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     return None if hresult == SUCCESS else call.failure(hresult, arguments)
 
 
-def _forget(call: Call, record: Record) -> int:
-    """Drop this process's copy only."""
-    if call.name == "SCardEndTransaction":
-        assert isinstance(record, Card)
-        record.end_transactions()
-        return SUCCESS
-    record.forget()
-    if isinstance(record, Context):
-        _release_dead(record)
+def _forget(call: Call, record: Record) -> Optional[int]:
+    """Drop this process's copy only.
+
+    :return: SCARD_S_SUCCESS; None if another thread has made the record this process's own meanwhile.
+    """
+    context = record.context
+    with context.turn.lock:
+        if record.owner is _process.current():
+            return None
+        if call.name == "SCardEndTransaction":
+            assert isinstance(record, Card)
+            record.transactions = 0
+        elif isinstance(record, Context) and _release_dead(record):
+            record.forget()
+        else:
+            record.bury()
     return SUCCESS
 
 
-def _release_dead(context: Context) -> None:
+def _release_dead(context: Context) -> bool:
     dead, context.descriptor = context.descriptor, None
-    if _native_works():
-        _native.release_dead(context.real, dead)
+    return _native_works() and _native.release_dead(context.real, dead)
 
 
 def _native_works() -> bool:
@@ -90,51 +96,69 @@ def _own(call: Call, record: Record) -> int:
     if call.role is Role.VALIDITY and not _native_works():
         return INVALID_HANDLE
     require_native(call.name, context)
+    if isinstance(record, Card):
+        _transactions.wait(record, (), _status)
     with context.turn.lock:
+        context.turn.evict()
         hresult = _own_context(context)
         if hresult == SUCCESS and isinstance(record, Card) and record.owner is not context.owner:
             hresult, _ = _own_connection(record, record.share_mode, record.protocol, LEAVE_CARD)
         return hresult
 
 
-def _own_context(context: Context) -> int:
-    here = _process.current()
-    if context.owner is here:
-        return SUCCESS
-    owner_pid = context.owner.pid
-    _release_dead(context)
+def _status(safe: Any) -> Any:
+    """SCardStatus, of a card that this process owns."""
+    record = safe._self_record
+    with record.context.turn.lock:
+        record.context.turn.evict()
+        return _gate.enter("SCardStatus", _native.functions["SCardStatus"], record.real)
 
-    def keep(real: int, descriptor: Optional[_native.Descriptor]) -> None:
+
+def _own_context(context: Context) -> int:
+    owner_pid = context.owner.pid
+
+    def keep(real: int, descriptor: Optional[_native.Descriptor], owner: _process.Epoch) -> None:
         # The owner last: a fork in another thread must find the connection recorded, or the context not ours.
         context.descriptor, context.real = descriptor, real
-        context.owner = here
+        context.owner = owner
 
-    hresult = int(_native.establish(context.scope, keep)[0])
-    if hresult == SUCCESS:
-        _log.info("process %d has a context of its own in the place of process %d's", here.pid, owner_pid)
-    return hresult
+    # Again, if a signal handler has forked meanwhile, and this is the child.
+    while context.owner is not _process.current():
+        _release_dead(context)
+        hresult = int(_native.establish(context.scope, keep)[0])
+        if hresult != SUCCESS:
+            return hresult
+        _log.info("process %d has a context of its own in the place of process %d's", context.owner.pid, owner_pid)
+    return SUCCESS
 
 
 def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> tuple[int, int]:
-    functions = _native.functions
-    with _gate.run("SCardConnect"):
-        hresult, real, protocol = functions["SCardConnect"](card.context.real, card.reader, share_mode, protocols)
+    functions, context = _native.functions, card.context
+
+    def connect() -> tuple[int, int]:
+        owner = context.owner
+        hresult, real, protocol = functions["SCardConnect"](context.real, card.reader, share_mode, protocols)
         if hresult == SUCCESS and initialization != LEAVE_CARD:
             hresult, protocol = functions["SCardReconnect"](real, share_mode, protocols, initialization)
             if hresult != SUCCESS:
                 functions["SCardDisconnect"](real, LEAVE_CARD)
         if hresult == SUCCESS:
             card.real, card.share_mode, card.protocol = real, share_mode, protocol or protocols
-            card.end_transactions()
-            card.owner = card.context.owner
-    return hresult, protocol
+            card.transactions = 0
+            card.owner = owner
+        return hresult, protocol
+
+    answer: tuple[int, int] = _gate.enter("SCardConnect", connect)
+    return answer
 
 
 def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """SCardReconnect gives an inherited handle a connection of this process's own."""
     assert isinstance(card, Card)
     require_native(call.name, card.context)
+    _transactions.wait(card, (), _status)
     with card.context.turn.lock:
+        card.context.turn.evict()
         hresult, protocol = _own_context(card.context), 0
         if hresult == SUCCESS and card.owner is card.context.owner:
             return None

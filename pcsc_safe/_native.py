@@ -21,7 +21,17 @@ from smartcard.scard import _scard
 from . import _gate, _process
 from ._calls import CALLS, Call
 
-__all__ = ["Descriptor", "establish", "forget", "functions", "prepare", "public", "raw", "release_dead"]
+__all__ = [
+    "Descriptor",
+    "establish",
+    "exit_without_turns",
+    "forget",
+    "functions",
+    "prepare",
+    "public",
+    "raw",
+    "release_dead",
+]
 
 SUCCESS: int = _smartcard_scard.SCARD_S_SUCCESS
 
@@ -73,21 +83,34 @@ _ATTEMPTS_TO_FIND_ONE = 20
 _establishing = threading.RLock()
 
 
-def establish(scope: Any, keep: Callable[[int, Optional[Descriptor]], Any]) -> Any:
+def establish(scope: Any, keep: Callable[[int, Optional[Descriptor], _process.Epoch], Any]) -> Any:
     """SCardEstablishContext.
 
     :param scope: SCARD_SCOPE_*.
-    :param keep: called with the context and the descriptor of its connection (None on macOS, where PC/SC has none),
-        before any other thread can fork: a connection that nobody knows of would live on in the child.
+    :param keep: called with the context, the descriptor of its connection (None on macOS, where PC/SC has none) and the
+        epoch in which it was established, before any other thread can fork: a connection that nobody knows of would
+        live on in the child.
     :return: pyscard's answer, with what ``keep`` returned in the place of the context.
     """
     # libpcsclite serialises this call too; ours also covers the look at the descriptors, so that two don't mix.
-    with _establishing, _gate.run("SCardEstablishContext"):
-        before = _open_numbers()
-        result = functions["SCardEstablishContext"](scope)
-        if result[0] == SUCCESS:
-            result[1] = keep(result[1], _new_connection(before))
-        return result
+    with _establishing:
+        return _gate.enter("SCardEstablishContext", _establish, scope, keep)
+
+
+def _establish(scope: Any, keep: Callable[[int, Optional[Descriptor], _process.Epoch], Any]) -> Any:
+    owner = _process.current()
+    before = _open_numbers()
+    result = functions["SCardEstablishContext"](scope)
+    if result[0] == SUCCESS:
+        connection = _new_connection(before)
+        forked = _process.current() is not owner  # in a signal handler since, and this is the child
+        if connection is not None:
+            _connected[connection.number] = connection
+            if forked:
+                _disarm()
+                forget(connection)
+        result[1] = keep(result[1], connection, owner)
+    return result
 
 
 def _new_connection(before: set[str]) -> Optional[Descriptor]:
@@ -101,11 +124,7 @@ def _new_connection(before: set[str]) -> Optional[Descriptor]:
         # Another thread's SCardCancel has a connection of its own, for a moment.
         if sum(likely for likely, _ in found) == 1 or len(found) == 1:
             break
-    if not found:
-        return None
-    new = max(found)[1]
-    _connected[new.number] = new
-    return new
+    return max(found)[1] if found else None
 
 
 _connected: dict[int, Descriptor] = {}
@@ -199,7 +218,7 @@ def _disarm() -> None:
     if not _connected:
         return
     dead = _dead if _dead is not None and _dead.is_intact() else None
-    for connection in _connected.values():
+    for connection in list(_connected.values()):
         number, device, inode = connection
         try:
             status = os.fstat(number)
@@ -220,7 +239,7 @@ def _disarm() -> None:
                 dead = _make_dead_socket()
 
 
-def release_dead(real: int, inherited: Optional[Descriptor]) -> None:
+def release_dead(real: int, inherited: Optional[Descriptor]) -> bool:
     """Free what libpcsclite keeps for an inherited context, and its descriptor.
 
     Without this a chain of forks would gather one dead descriptor a generation.  libpcsclite closes the number it
@@ -228,16 +247,24 @@ def release_dead(real: int, inherited: Optional[Descriptor]) -> None:
 
     :param real: the inherited native context.
     :param inherited: its connection, as the owner recorded it.
+    :return: whether libpcsclite has forgotten the context and its cards.
     """
     if inherited is None:
-        return
+        return False
     try:
         status = os.fstat(inherited.number)
     except OSError:
-        return
-    if (status.st_dev, status.st_ino) in _dead_ones:
-        with _gate.run("SCardReleaseContext"):
-            functions["SCardReleaseContext"](real)
+        return False
+    if (status.st_dev, status.st_ino) not in _dead_ones:
+        return False
+    _gate.enter("SCardReleaseContext", functions["SCardReleaseContext"], real)
+    return True
+
+
+def exit_without_turns() -> None:
+    """At interpreter exit: a thread that establishes may never run again."""
+    global _establishing
+    _establishing = contextlib.nullcontext()  # type: ignore[assignment]  # it is entered and left, no more
 
 
 def _begin(epoch: _process.Epoch) -> None:

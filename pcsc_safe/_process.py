@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Sized
 from typing import Any, Callable, Optional, Protocol
 
 __all__ = ["Epoch", "around_fork", "at_fork", "current", "here", "sentinel"]
@@ -26,6 +25,9 @@ __all__ = ["Epoch", "around_fork", "at_fork", "current", "here", "sentinel"]
 FORKS = hasattr(os, "register_at_fork")
 _MADV_WIPEONFORK = 18  # linux/mman.h, since Linux 4.14
 _NO_SUCH_ADVICE = 0x7FFF
+
+
+_at_begin: list[Callable[[Epoch], None]] = []
 
 
 class Epoch:
@@ -38,7 +40,7 @@ class Epoch:
     :ivar unquiet: who was inside the native library when it, or an ancestor, was forked; None after a quiet fork.
     """
 
-    __slots__ = ("_lock", "_successors", "noticed_by", "number", "parent", "pid", "unquiet")
+    __slots__ = ("_lock", "_successors", "_to_do", "noticed_by", "number", "parent", "pid", "unquiet")
 
     def __init__(self, parent: Optional[Epoch], noticed_by: str, forks: int = 0) -> None:
         self.pid = os.getpid()
@@ -46,7 +48,8 @@ class Epoch:
         self.noticed_by = noticed_by
         self.parent = parent
         self.unquiet: Any = parent.unquiet if parent else None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._to_do = list(_at_begin)
         self._successors: dict[tuple[int, int], Epoch] = {}
 
     def __repr__(self) -> str:
@@ -113,35 +116,41 @@ sentinel: _Sentinel = _page or _PidSentinel()
 sentinel[_HERE] = 1
 _hooks_run = 0  # since here began
 _before: Optional[Callable[[], None]] = None
-_in_parent: Optional[Callable[[], None]] = None
-_closed: Sized = ()
+_in_hook: list[Callable[[], None]] = []
 _in_child: list[Callable[[], None]] = []
-_at_begin: list[Callable[[Epoch], None]] = []
 
 
-def around_fork(before: Callable[[], None], in_parent: Callable[[], None], closed: Sized) -> None:
+def around_fork(before: Callable[[], None], in_parent: Callable[[], None]) -> None:
     """Have functions called in the parent, around every fork that runs hooks.
 
     As little as can be, since each page that is written to after a fork costs a fault, 2 us and more, and Python writes
     to every object that it looks at.
 
     :param before: called before the fork.
-    :param in_parent: called after it, also if it failed, but only if ``closed`` is not empty then.
+    :param in_parent: called after it, also if it failed; one that nothing can interrupt, so not a function in Python.
     """
-    global _before, _in_parent, _closed
-    _before, _in_parent, _closed = before, in_parent, closed
+    global _before
+    _before = before
+    if FORKS:
+        os.register_at_fork(after_in_parent=in_parent)
 
 
 def at_fork(
-    *, in_child: Optional[Callable[[], None]] = None, at_begin: Optional[Callable[[Epoch], None]] = None
+    *,
+    in_hook: Optional[Callable[[], None]] = None,
+    in_child: Optional[Callable[[], None]] = None,
+    at_begin: Optional[Callable[[Epoch], None]] = None,
 ) -> None:
     """Have functions called in every forked child.
 
+    :param in_hook: by the hook, in the thread that forked, if its process had used PC/SC itself.
     :param in_child: by the hook; after a fork that ran none, at the first use.  It may close, nothing else: most
         children exec at once.
     :param at_begin: at the first use of PC/SC, with the epoch that begins; :data:`here` is then still the one that was
         left.  It may replace locks and tables, and must not wait for one.
     """
+    if in_hook is not None:
+        _in_hook.append(in_hook)
     if in_child is not None:
         _in_child.append(in_child)
     if at_begin is not None:
@@ -164,8 +173,9 @@ def _begin(epoch: Epoch) -> None:
     global here, _hooks_run
     if epoch.noticed_by != "hook":
         _run(_in_child)
-    for function in _at_begin:
-        function(epoch)
+    # A finalizer that runs in the middle comes here too; it finishes what is left, and does nothing again.
+    while epoch._to_do:
+        epoch._to_do.pop(0)(epoch)
     _hooks_run = 0
     here = epoch
     sentinel[_HERE] = 1
@@ -176,6 +186,8 @@ def _hook_in_child() -> None:
     _hooks_run += 1
     sentinel[_HERE] = 0
     sentinel[_HOOKED] = 1
+    if _hooks_run == 1:
+        _run(_in_hook)
     _run(_in_child)
 
 
@@ -184,15 +196,10 @@ def _hook_before() -> None:
         _before()
 
 
-def _hook_in_parent() -> None:
-    if _closed and _in_parent is not None:
-        _in_parent()
-
-
 def _run(functions: list[Callable[[], None]]) -> None:
     for function in functions:
         function()
 
 
 if FORKS:
-    os.register_at_fork(before=_hook_before, after_in_parent=_hook_in_parent, after_in_child=_hook_in_child)
+    os.register_at_fork(before=_hook_before, after_in_child=_hook_in_child)

@@ -11,7 +11,7 @@ from _thread import get_ident
 from time import monotonic, sleep
 from typing import Any, Callable, Optional
 
-from . import _gate, _handles, _inherited, _log, _native, _process, _turns
+from . import _gate, _handles, _inherited, _log, _native, _process, _transactions, _turns
 from ._calls import CALLS, Call, Kind
 from ._handles import Card, Context, Record
 from ._inherited import INVALID_HANDLE, SUCCESS
@@ -54,16 +54,19 @@ def _reconnected(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
 
 def _began(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     if result == SUCCESS and isinstance(card, Card):
-        card.begin_transaction()
+        _transactions.began(card)
     return result
 
 
 def _ended(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
-    if result == SUCCESS and isinstance(card, Card):
-        card.end_transactions(1)
+    if isinstance(card, Card):
+        # Any other failure says that the transaction went with the session, the card or pcscd.
+        refused = result in _REFUSED
+        _transactions.ended(card, 1 if result == SUCCESS else 0 if refused else card.transactions)
     return result
 
 
+_REFUSED = tuple(_native.public[name] for name in ("SCARD_E_INVALID_VALUE", "SCARD_E_SHARING_VIOLATION"))
 _After = Callable[[Record, "tuple[Any, ...]", Any], Any]
 
 _AFTER: dict[str, _After] = {
@@ -85,7 +88,9 @@ def _establish(scope: Any) -> Any:
     settings()
     _notice()
     _inherited.require_native("SCardEstablishContext", None)
-    return _native.establish(scope, lambda real, descriptor: _handles.register(Context(real, scope, descriptor)))
+    return _native.establish(
+        scope, lambda real, descriptor, owner: _handles.register(Context(real, scope, descriptor, owner))
+    )
 
 
 def _routed(call: Call) -> Callable[..., Any]:
@@ -99,12 +104,15 @@ def _routed(call: Call) -> Callable[..., Any]:
     return special.get(call.name, _routed_in_turn)(call)
 
 
+_GIVES_WAY = 0.0005  # s
+
+
 def _routed_in_turn(call: Call) -> Callable[..., Any]:
     """In the owner: get the turn, enter the native library, note the outcome; in as few steps as there are."""
     name, native, after, discloses = call.name, _native.raw[call.name], _AFTER.get(call.name), call.discloses
     registry: dict[Any, Any] = _handles.contexts if call.takes is Kind.CONTEXT else _handles.cards
     process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
-    polls = name in _WAIT_FOR_TRANSACTIONS
+    polls, holders = name in _transactions.WAITING, _transactions.holders
 
     def route(handle: Any, *arguments: Any) -> Any:
         try:
@@ -113,72 +121,37 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
             record = None
         if record is None or record.safe is not handle or not sentinel[0] or record.owner is not process.here:
             return _route_slowly(call, route, handle, arguments)
-        context = record.context
-        turn = context.turn
-        if not turn.lock.acquire(False):
-            turn.take()
-        if polls and context.transactions and _must_wait(record, arguments):
-            turn.lock.release()
-            _wait_for_transaction(record, arguments)
-            return route(handle, *arguments)
-        ident = get_ident()
-        before = inside.get(ident)
-        try:
-            inside[ident] = entry = (name, monotonic(), None)
-            if closers:
-                _gate.through(ident, entry)
-            # Nothing between this look and the native call can run other code: a fork in a signal handler is seen.
-            if sentinel[0] and record.owner is process.here:
-                result = native(record.real, *arguments)
-                if discloses and result[0] != SUCCESS:
-                    return call.failure(result[0])
-                return after(record, arguments, result) if after else result
-        finally:
-            if before is None:
-                inside.pop(ident, None)
-            else:
-                inside[ident] = before
-            if closers:
-                _gate.wake()
-            turn.lock.release()
+        if closers:
+            _gate.wait_until_open(get_ident())
+        if polls and holders:
+            _transactions.wait(record, arguments, public["SCardStatus"])
+        turn = record.context.turn
+        if turn.waits and turn.current is None:
+            sleep(_GIVES_WAY)  # a wait for events wants to go on; beside a busy thread it never could
+        with turn.lock:
+            if turn.current is not None:
+                turn.evict()
+            ident = get_ident()
+            before = inside.get(ident)
+            try:
+                inside[ident] = (name, monotonic(), None)
+                in_the_way = closers and ident not in closers
+                if polls and holders and not in_the_way:
+                    in_the_way = _transactions.in_the_way(record, arguments) is not None
+                # Nothing between this look and the native call can run other code: a fork in a handler is seen.
+                if not in_the_way and sentinel[0] and record.owner is process.here:
+                    result = native(record.real, *arguments)
+                    if discloses and result[0] != SUCCESS:
+                        return call.failure(result[0])
+                    return after(record, arguments, result) if after else result
+            finally:
+                if before is None:
+                    inside.pop(ident, None)
+                else:
+                    inside[ident] = before
         return _route_slowly(call, route, handle, arguments)
 
     return route
-
-
-# pcscd's or libpcsclite's loops that wait for the end of a transaction inside the call.
-_WAIT_FOR_TRANSACTIONS = frozenset(
-    (
-        "SCardBeginTransaction",
-        "SCardConnect",
-        "SCardDisconnect",
-        "SCardReconnect",
-        "SCardStatus",
-        "SCardTransmit",
-    )
-)
-_TRANSACTION_POLL = 0.002  # s
-_CHECKS_EVERY = 50
-
-
-def _must_wait(record: Record, arguments: tuple[Any, ...]) -> bool:
-    """Whether another handle of the same context has a transaction on the reader that the call is for."""
-    if isinstance(record, Card):
-        return record.context.transactions.get(record.reader, record) is not record
-    return isinstance(arguments[0], str) and arguments[0] in record.transactions
-
-
-def _wait_for_transaction(record: Record, arguments: tuple[Any, ...]) -> None:
-    """Wait, without the turn, for the end of a transaction in this process.
-
-    Inside the call pcscd would wait for it, and with the turn held the end could not come.
-    """
-    context, polls = record.context, 0
-    while _must_wait(record, arguments) and context.owner is _process.current():
-        sleep(_TRANSACTION_POLL)
-        polls += 1
-        if polls % _CHECKS_EVERY == 0 and public["SCardListReaders"](context.safe, [])[0] != SUCCESS:
-            context.transactions.clear()  # pcscd is gone, and the transactions with it
 
 
 def _routed_without_turn(call: Call) -> Callable[..., Any]:
@@ -212,8 +185,6 @@ def _routed_without_turn(call: Call) -> Callable[..., Any]:
                 inside.pop(ident, None)
             else:
                 inside[ident] = before
-            if closers:
-                _gate.wake()
         return _route_slowly(call, route, handle, ())
 
     return route
@@ -264,14 +235,17 @@ def _route_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments:
     record = _handles.find(call.takes, handle)
     if record is None or (record.owner is here and (record.released or record.kind is not call.takes)):
         _inherited.require_native(call.name, None)
-        with _gate.run(call.name):
-            return _native.functions[call.name](handle if record is None else record.real, *arguments)
+        real = handle if record is None else record.real
+        return _gate.enter(call.name, _native.functions[call.name], real, *arguments)
     if record.kind is not call.takes or record.released:
         return call.failure(INVALID_HANDLE, arguments)
     if record.owner is not here:
         answer = _inherited.answer(call, record, arguments)
         if answer is not None:
             return answer
+    if (_handles.contexts if record.kind is Kind.CONTEXT else _handles.cards).get(record.number) is not record:
+        # pcscd was restarted, and has given the number to somebody else since.
+        return _gate.enter(call.name, _native.functions[call.name], record.real, *arguments)
     return route(record.safe, *arguments)
 
 

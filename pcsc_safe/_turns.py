@@ -5,19 +5,23 @@ the whole process: one thread that waits for events then freezes every other, SC
 context take turns here.  A wait for events gives way to any other call and to a fork, and goes on afterwards with the
 time that was left, without its caller noticing; an SCardCancel of the application's own still arrives, once.
 
+A wait holds no lock while it waits; who has the turn evicts it.
+
 Invariant: at most one thread is in the native library with a context, not counting SCardCancel and SCardIsValidContext,
 which libpcsclite answers without that context's lock.  A child gets new turns; nobody who waited is there any more.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
 from typing import Any, Callable, Optional
 
 from . import _gate, _native
 
-__all__ = ["Turn", "await_change", "cancel"]
+__all__ = ["NoTurn", "Turn", "await_change", "cancel"]
 
 CANCELLED: int = _native.public["SCARD_E_CANCELLED"]
 TIMED_OUT: int = _native.public["SCARD_E_TIMEOUT"]
@@ -25,48 +29,54 @@ INFINITE: int = _native.public["INFINITE"]
 _CHANGED: int = _native.public["SCARD_STATE_CHANGED"]
 _NEW_READERS = "\\\\?pnp?\\notification"  # pcsc-lite: a change in the list of readers
 _SLICE = 100  # ms; how long one of several waits on a context has it
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.05  # s
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02  # s
+_BETWEEN_SLICES = 0.003  # s; longer than who waits for the turn pauses
 
 
 class Turn:
     """The turn on one context.
 
-    :ivar lock: held by the thread whose turn it is.
+    :ivar lock: held by the thread whose turn it is; not by one that waits for events.
     :ivar waits: the waits for events on this context, as their callers see it.
-    :ivar current: the one among them that is in the native library, or about to be.
+    :ivar current: the one among them that is in the native library, or about to be; set with the lock held.
     """
 
-    __slots__ = ("_wanted", "current", "lock", "waits")
+    __slots__ = ("current", "lock", "waits")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.waits: list[Wait] = []
         self.current: Optional[Wait] = None
-        self._wanted: list[None] = []  # one for each thread in take(); append and pop are atomic
 
-    @property
-    def wanted(self) -> bool:
-        """Whether somebody is waiting for the turn who does not wait for events."""
-        return bool(self._wanted)
-
-    def take(self) -> None:
-        """Get the turn, as soon as the call that has it ends; a wait for events is interrupted."""
-        self._wanted.append(None)
-        try:
-            pause = _FIRST_PAUSE
-            while not self.lock.acquire(timeout=pause):
-                current = self.current
-                if current is not None:
-                    with _gate.run("SCardCancel"):
-                        current.interrupt()
+    def evict(self) -> None:
+        """Have the wait for events leave the native library; it can't come back while the caller holds the lock."""
+        pause = _FIRST_PAUSE
+        while True:
+            current = self.current
+            # One of this very thread's is below us: we are in a signal handler or a finalizer. And at interpreter exit
+            # the thread of a wait may be one that never runs again.
+            if current is None or current.thread == threading.get_ident() or sys.is_finalizing():
+                return
+            _gate.enter("SCardCancel", current.interrupt)
+            if self.current is current:  # cancelled before it had begun
+                time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-        finally:
-            self._wanted.pop()
+
+
+class NoTurn(Turn):
+    """At interpreter exit: threads that hold a turn may never run again, so nobody waits for one."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = contextlib.nullcontext()  # type: ignore[assignment]  # it is entered and left, no more
 
 
 class Wait:
     """One SCardGetStatusChange, over all its interruptions.
 
+    :ivar thread: that of its caller.
     :ivar cancelled: the application called SCardCancel meanwhile.
     """
 
@@ -79,10 +89,14 @@ class Wait:
         "_real",
         "_seen",
         "_states",
+        "_turn",
         "cancelled",
+        "thread",
     )
 
-    def __init__(self, native: Callable[..., Any], real: int, timeout: int, states: list[Any]) -> None:
+    def __init__(self, turn: Turn, native: Callable[..., Any], real: int, timeout: int, states: list[Any]) -> None:
+        self.thread = threading.get_ident()
+        self._turn = turn
         self._native = native
         self._real = real
         self._states = states
@@ -93,15 +107,31 @@ class Wait:
         self._readers = self._list_readers()
         self.cancelled = False
 
-    def interrupt(self) -> None:
-        """Have it leave the native library, for now."""
+    def interrupt(self) -> Any:
+        """SCardCancel, if this wait is in the native library.
+
+        :return: pyscard's answer; None if there was nothing to cancel.
+        """
         self._interrupting.append(None)
         try:
-            _native.functions["SCardCancel"](self._real)
-        finally:
-            # Before the other: who is cancelled must at any moment find one of them.
+            # Looked at after the other was set, and settle() does it the other way round: no cancel outlives its wait.
+            if self._turn.current is not self:
+                return None
             self._interrupted = True
+            return _native.functions["SCardCancel"](self._real)
+        finally:
             self._interrupting.pop()
+
+    def settle(self, before: Optional[Wait]) -> None:
+        """Leave, when nobody is about to cancel this wait any more; the next one must not be hit.
+
+        :param before: the wait of this very thread in the middle of which this one was made, by a signal handler.
+        """
+        if self._turn.current is self:
+            self._turn.current = before
+        while self._interrupting:
+            time.sleep(_FIRST_PAUSE)
+        self._interrupted = False
 
     def step(self, alone: bool) -> Any:
         """Wait in the native library, for as long as nobody interrupts.
@@ -115,12 +145,9 @@ class Wait:
                 return missed
         left = self._left()
         result = self._native(self._real, left if alone else min(left, _SLICE), self._states)
-        interrupted = bool(self._interrupting) or self._interrupted
-        self._interrupted = False
-        if result[0] == CANCELLED and interrupted and not self.cancelled:
+        gives_way = result[0] == CANCELLED and self._interrupted and not self.cancelled
+        if gives_way or (result[0] == TIMED_OUT and self._left() > 0):
             self._seen = _counters(result[1])
-            return None
-        if result[0] == TIMED_OUT and self._left() > 0:
             return None
         return result
 
@@ -138,6 +165,8 @@ class Wait:
         """
         seen, self._seen = self._seen, None
         result = self._native(self._real, 0, self._states)
+        while result[0] == CANCELLED and not self.cancelled:  # by who wants the turn
+            result = self._native(self._real, 0, self._states)
         if result[0] != TIMED_OUT:
             return result
         counters = _counters(result[1])
@@ -179,33 +208,40 @@ def await_change(turn: Turn, alive: Callable[[], bool], real: int, timeout: int,
     :return: pyscard's answer, or None if the context is not alive.
     """
     function = "SCardGetStatusChange"
-    turn.take()
+    native = _native.functions[function]
+    with turn.lock:
+        if turn.current is not None:
+            turn.evict()
+        wait = _gate.enter(function, lambda: Wait(turn, native, real, timeout, states) if alive() else None)
+    if wait is None:
+        return None
+
+    def step() -> Any:
+        if wait.cancelled:
+            return cancelled
+        return wait.step(alone=len(turn.waits) == 1) if alive() else None
+
     try:
-        with _gate.run(function):
-            if not alive():
-                return None
-            wait = Wait(_native.functions[function], real, timeout, states)
         turn.waits.append(wait)
+        while alive():
+            before = None
+            try:
+                with turn.lock:
+                    before = turn.current
+                    mine = before is None or before.thread == wait.thread
+                    if mine:
+                        turn.current = wait
+                result = _gate.enter(function, step, wait=wait) if mine else None
+            finally:
+                wait.settle(before)
+            if result is not None and alive():  # else a signal handler has forked since, and this is the child
+                return result
+            if len(turn.waits) > 1:
+                time.sleep(_BETWEEN_SLICES if mine else _FIRST_PAUSE)
+        return None
     finally:
-        turn.lock.release()
-    try:
-        while True:
-            with turn.lock:
-                turn.current = wait
-                try:
-                    # Looked at after current was set: who wants the turn sets the one and looks at the other.
-                    if not turn.wanted:
-                        with _gate.run(function, wait):
-                            if wait.cancelled:
-                                return cancelled
-                            result = wait.step(alone=len(turn.waits) == 1) if alive() else None
-                        if result is not None or not alive():
-                            return result
-                finally:
-                    turn.current = None
-            time.sleep(_FIRST_PAUSE)  # whoever wants the turn has it now
-    finally:
-        turn.waits.remove(wait)
+        if wait in turn.waits:
+            turn.waits.remove(wait)
 
 
 def cancel(turn: Turn, real: int) -> Any:
@@ -213,17 +249,17 @@ def cancel(turn: Turn, real: int) -> Any:
 
     :return: pyscard's answer.
     """
-    waits = list(turn.waits)
+    function, waits = "SCardCancel", list(turn.waits)
     for wait in waits:
         wait.cancelled = True
-    function = "SCardCancel"
     if not waits:
-        with _gate.run(function):
-            return _native.functions[function](real)
+        return _gate.enter(function, _native.functions[function], real)
     pause = _FIRST_PAUSE
-    while turn.current in waits:
-        with _gate.run(function):
-            _native.functions[function](real)
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
-    return _native.SUCCESS
+    while True:
+        current = turn.current
+        if current is None or current not in waits or current.thread == threading.get_ident():
+            return _native.SUCCESS
+        _gate.enter(function, current.interrupt)
+        if turn.current is current:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)

@@ -1,0 +1,488 @@
+"""Threads on one context: turns instead of libpcsclite's locks, waits for events that give way, and first use by many.
+
+Nothing here forks but the last part.  "Waiting" is what the kernel says of a thread: it is in poll(2) or recvfrom(2).
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from conftest import ECHO, Session
+from forking import in_child
+
+import pcsc_safe
+from pcsc_safe import scard as safe
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+from pcsc_safe.testing._install import Missing, look
+
+OK = safe.SCARD_S_SUCCESS
+CANCELLED = safe.SCARD_E_CANCELLED
+TIMED_OUT = safe.SCARD_E_TIMEOUT
+SHARED = safe.SCARD_SHARE_SHARED
+CHANGED, EMPTY, PRESENT = safe.SCARD_STATE_CHANGED, safe.SCARD_STATE_EMPTY, safe.SCARD_STATE_PRESENT
+ATR = [0x3B, 0x80, 0x80, 0x01, 0x01]
+HELD = [0x80, 0x02, 0x00, 0x00, 0x03, 7, 8, 9]
+ENOUGH = 20  # s; nothing takes that long
+_IN_A_SYSTEM_CALL_ON_A_SOCKET = {"7", "45", "73", "207", "271"}  # poll, recvfrom, ppoll on x86-64 and aarch64
+
+
+def until(condition: Callable[[], Any], what: str) -> None:
+    """Return as soon as the condition holds."""
+    deadline = time.monotonic() + ENOUGH
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {ENOUGH} s until {what}"
+        time.sleep(0.001)
+
+
+def stays(condition: Callable[[], Any]) -> bool:
+    """Whether the condition holds, and goes on to for a while."""
+    until = time.monotonic() + 0.01
+    while time.monotonic() < until:
+        if not condition():
+            return False
+    return True
+
+
+class Calling(threading.Thread):
+    """A function that is called in a thread of its own."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any, name: str = "calling") -> None:
+        super().__init__(name=name, daemon=True)
+        self._function, self._arguments = function, arguments
+        self._outcome: Any = None
+        self.seconds = 0.0
+        self.start()
+
+    def run(self) -> None:
+        began = time.monotonic()
+        try:
+            self._outcome = True, self._function(*self._arguments)
+        except BaseException as error:
+            self._outcome = False, error
+        self.seconds = time.monotonic() - began
+
+    def answer(self) -> Any:
+        """What it returned, or raises what it raised."""
+        self.join(ENOUGH)
+        assert not self.is_alive(), f"thread {self.name} is still busy after {ENOUGH} s"
+        returned, value = self._outcome
+        if not returned:
+            raise value
+        return value
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is blocked in libpcsclite, waiting for pcscd to say something."""
+        try:
+            with open(f"/proc/self/task/{self.native_id}/syscall") as call:
+                return call.read().split()[0] in _IN_A_SYSTEM_CALL_ON_A_SOCKET
+        except OSError:
+            return False
+
+
+class HeldCard(EchoCard):
+    """An EchoCard that answers INS 02 when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def apdu(self, command: bytes) -> bytes:
+        if command[1] != 0x02:
+            return super().apdu(command)
+        self.reached.set()
+        assert self.go.wait(ENOUGH)
+        self.go.clear()
+        self.reached.clear()
+        return command[5:] + b"\x90\x00"
+
+
+def establish() -> Any:
+    hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    assert hresult == OK
+    return context
+
+
+def connect(context: Any, reader: str) -> Any:
+    hresult, card, _ = safe.SCardConnect(context, reader, SHARED, safe.SCARD_PROTOCOL_T1)
+    assert hresult == OK
+    return card
+
+
+def transmit(card: Any, command: list[int]) -> Any:
+    return safe.SCardTransmit(card, safe.SCARD_PCI_T1, command)
+
+
+def state_of(context: Any, reader: str) -> int:
+    """A reader's state, with its event counter, as an application keeps it for its next wait."""
+    hresult, states = safe.SCardGetStatusChange(context, 0, [(reader, safe.SCARD_STATE_UNAWARE)])
+    assert hresult == OK
+    return int(states[0][1]) & ~CHANGED
+
+
+def wait(context: Any, reader: str, timeout: int = safe.INFINITE, state: Any = None) -> Calling:
+    """A thread that waits for a reader's next event; returns when it does."""
+    known = [(reader, state_of(context, reader) if state is None else state)]
+    waiter = Calling(safe.SCardGetStatusChange, context, timeout, known, name="waiter")
+    until(lambda: waits_on(waiter) or not waiter.is_alive(), "it waits")
+    return waiter
+
+
+def waits_on(waiter: Calling) -> bool:
+    """Whether it is in its wait for events, and not in an SCardCancel on its way there, which takes no time."""
+    return stays(lambda: waiter.waits)
+
+
+def flags(answer: Any) -> Any:
+    """The answer of SCardGetStatusChange without the event counters."""
+    hresult, states = answer
+    return hresult, [(name, state & 0xFFFF & ~safe.SCARD_STATE_INUSE, atr) for name, state, atr in states]
+
+
+@pytest.fixture
+def context(shared_stack: VirtualPcsc) -> Iterator[Any]:
+    """A context, which must be in order afterwards."""
+    context = establish()
+    yield context
+    assert safe.SCardListReaders(context, [])[0] == OK
+    assert safe.SCardReleaseContext(context) == OK
+
+
+@pytest.fixture
+def reader(shared_stack: VirtualPcsc) -> str:
+    return shared_stack.readers[0].name
+
+
+@pytest.fixture
+def held() -> Iterator[VirtualPcsc]:
+    """A stack whose first card is a HeldCard; the third reader does not wait for it, being of another device."""
+    found = look()
+    if isinstance(found, Missing):
+        pytest.skip(f"{found.problem}; {found.remedy}")
+    with VirtualPcsc(4, [HeldCard(), EchoCard(), EchoCard(), EchoCard()]) as stack:
+        yield stack
+        card = stack.readers[0].card
+        assert isinstance(card, HeldCard)
+        card.go.set()
+
+
+# Hazard 7.
+
+
+def test_a_wait_freezes_nobody(context: Any, pcsc_stack: VirtualPcsc) -> None:
+    """While a thread waits INFINITE, calls on its context, on another, and SCardCancel finish; it goes on waiting."""
+    name = pcsc_stack.readers[0].name
+    other = establish()
+    waiting = establish()
+    waiter = wait(waiting, name)
+    on_it = Calling(safe.SCardListReaders, waiting, [])
+    assert on_it.answer() == [OK, [reader.name for reader in pcsc_stack.readers]]
+    on_another = Calling(lambda: transmit(connect(other, name), ECHO))
+    assert on_another.answer() == [OK, [1, 2, 3, 0x90, 0x00]]
+    assert Calling(safe.SCardIsValidContext, waiting).answer() == OK
+    assert Calling(safe.SCardCancel, other).answer() == OK
+    until(lambda: waiter.waits, "the wait goes on")
+    pcsc_stack.readers[0].remove()
+    assert flags(waiter.answer()) == (OK, [(name, CHANGED | EMPTY, [])])
+    again = wait(waiting, name)
+    assert Calling(safe.SCardCancel, waiting).answer() == OK
+    assert again.answer()[0] == CANCELLED
+    assert [safe.SCardReleaseContext(handle) for handle in (waiting, other)] == [OK, OK]
+
+
+def test_300_calls_through_a_waiting_context(context: Any, reader: str) -> None:
+    """Calls of every kind get through a context on which another thread waits, with right answers; the wait goes on."""
+    card = connect(context, reader)
+    waiter = wait(context, reader)
+    for number in range(100):
+        data = [number, 255 - number]
+        assert transmit(card, [0x80, 1, 0, 0, 2, *data]) == [OK, [*data, 0x90, 0x00]]
+        assert safe.SCardListReaders(context, [])[0] == OK
+        assert safe.SCardStatus(card)[:2] == [OK, reader]
+    until(lambda: waiter.waits, "the wait goes on")
+    assert safe.SCardCancel(context) == OK
+    assert waiter.answer()[0] == CANCELLED
+    safe.SCardDisconnect(card, safe.SCARD_LEAVE_CARD)
+
+
+@pytest.mark.parametrize("known", ["with its counter", "without"])
+def test_two_waits_on_one_context_both_get_the_event(pcsc_stack: VirtualPcsc, known: str) -> None:
+    """Each of two threads that wait on one context is told of an event, whoever was in the library when it came."""
+    context, slot = establish(), pcsc_stack.readers[0]
+    state = None if known == "with its counter" else PRESENT
+    for _ in range(5):
+        waiters = [wait(context, slot.name, state=state) for _ in range(2)]
+        card = slot.remove()
+        assert [flags(waiter.answer()) for waiter in waiters] == [(OK, [(slot.name, CHANGED | EMPTY, [])])] * 2
+        slot.insert(card)
+    safe.SCardReleaseContext(context)
+
+
+@pytest.mark.parametrize("known", ["with its counter", "without"])
+@pytest.mark.parametrize("waiting", [1, 2])
+def test_an_event_during_a_long_call_is_lost_to_nobody(held: VirtualPcsc, known: str, waiting: int) -> None:
+    """A card that was out for a moment while the waits gave way to another call is an event, for each of them."""
+    context, slot, card = establish(), held.readers[2], held.readers[0].card
+    assert isinstance(card, HeldCard)
+    connection = connect(context, held.readers[0].name)
+    state = None if known == "with its counter" else PRESENT
+    waiters = [wait(context, slot.name, state=state) for _ in range(waiting)]
+    for waiter in waiters:
+        until(lambda waiter=waiter: waits_on(waiter), "they take turns")  # type: ignore[misc]
+    long_call = Calling(transmit, connection, HELD)
+    assert card.reached.wait(ENOUGH)
+    slot.insert(slot.remove())
+    card.go.set()
+    assert long_call.answer() == [OK, [7, 8, 9, 0x90, 0x00]]
+    assert [flags(waiter.answer()) for waiter in waiters] == [(OK, [(slot.name, CHANGED | PRESENT, ATR)])] * waiting
+    assert safe.SCardReleaseContext(context) == OK
+
+
+def test_one_cancel_ends_every_wait_on_the_context(context: Any, reader: str) -> None:
+    """SCardCancel ends all waits on its context once; waits that begin later, and on other contexts, are not ended."""
+    other = establish()
+    for _ in range(10):
+        unconcerned = wait(other, reader)
+        waiters = [wait(context, reader) for _ in range(3)]
+        assert safe.SCardCancel(context) == OK
+        assert [waiter.answer()[0] for waiter in waiters] == [CANCELLED] * 3
+        assert wait(context, reader, 50).answer()[0] == TIMED_OUT
+        until(lambda waiter=unconcerned: waiter.waits, "it goes on")  # type: ignore[misc]
+        assert safe.SCardCancel(other) == OK
+        assert unconcerned.answer()[0] == CANCELLED
+    safe.SCardReleaseContext(other)
+
+
+def test_a_cancel_when_nobody_waits_is_lost(context: Any, reader: str) -> None:
+    """As in PC/SC: SCardCancel ends the waits there are, not those to come."""
+    for _ in range(5):
+        assert safe.SCardCancel(context) == OK
+        assert wait(context, reader, 20).answer()[0] == TIMED_OUT
+
+
+def test_a_finite_wait_ends_on_time(context: Any, reader: str) -> None:
+    """A wait that 50 calls interrupt ends with SCARD_E_TIMEOUT, not before its time, and with the reader's state."""
+    undisturbed = wait(context, reader, 10).answer()
+    waiter = wait(context, reader, 1000)
+    for _ in range(50):
+        assert safe.SCardListReaders(context, [])[0] == OK
+    assert waiter.is_alive()
+    assert waiter.answer() == undisturbed
+    assert undisturbed[0] == TIMED_OUT
+    assert 0.99 <= waiter.seconds < 6
+
+
+def test_several_finite_waits_end_each_on_its_time(context: Any, reader: str) -> None:
+    """Waits of different lengths on one context: each ends when its own time is up."""
+    waiters = [(timeout, wait(context, reader, timeout)) for timeout in (900, 600, 300)]
+    for timeout, waiter in waiters:
+        assert waiter.answer()[0] == TIMED_OUT
+        assert timeout / 1000 - 0.01 <= waiter.seconds < timeout / 1000 + 5
+
+
+def test_a_wait_for_new_readers_is_not_ended_by_calls(context: Any) -> None:
+    """A wait for changes in the list of readers goes on through calls on its context as any other."""
+    waiter = wait(context, "\\\\?PnP?\\Notification", state=0)
+    for _ in range(30):
+        assert safe.SCardListReaders(context, [])[0] == OK
+    until(lambda: waiter.waits, "the wait goes on")
+    assert safe.SCardCancel(context) == OK
+    assert waiter.answer()[0] == CANCELLED
+
+
+def test_a_release_ends_the_wait(pcsc_stack: VirtualPcsc) -> None:
+    """SCardReleaseContext by another thread ends every wait with an error code, and its connection is closed."""
+    reader = pcsc_stack.readers[0].name
+    for waiting in (1, 3):
+        context = establish()
+        waiters = [wait(context, reader) for _ in range(waiting)]
+        assert Calling(safe.SCardReleaseContext, context).answer() == OK
+        answers = {waiter.answer()[0] for waiter in waiters}
+        assert answers <= {safe.SCARD_E_INVALID_HANDLE, CANCELLED}
+        assert safe.SCardIsValidContext(context) == safe.SCARD_E_INVALID_HANDLE
+    pcsc_stack.wait_for_clients(0)
+
+
+def test_many_threads_on_one_context(context: Any, reader: str) -> None:
+    """Eight threads and a waiting one share a context: every exchange has its own bytes."""
+    cards = [connect(context, reader) for _ in range(4)]
+    waiter = wait(context, reader)
+
+    def exchange(number: int) -> set[bool]:
+        card, same = cards[number % 4], set()
+        for turn in range(40):
+            data = [number, turn, number ^ turn]
+            same.add(transmit(card, [0x80, 1, 0, 0, 3, *data]) == [OK, [*data, 0x90, 0x00]])
+            same.add(safe.SCardIsValidContext(context) == OK)
+        return same
+
+    threads = [Calling(exchange, number) for number in range(8)]
+    assert [thread.answer() for thread in threads] == [{True}] * 8
+    assert safe.SCardCancel(context) == OK
+    assert waiter.answer()[0] == CANCELLED
+    for card in cards:
+        safe.SCardDisconnect(card, safe.SCARD_LEAVE_CARD)
+
+
+# Transactions.
+
+
+def on_the_card(call: str, context: Any, card: Any, reader: str) -> Any:
+    """One of the calls that wait for the end of another handle's transaction."""
+    if call == "SCardTransmit":
+        return transmit(card, ECHO)
+    if call == "SCardConnect":
+        return safe.SCardConnect(context, reader, SHARED, safe.SCARD_PROTOCOL_T1)[0]
+    if call == "SCardBeginTransaction":
+        return safe.SCardBeginTransaction(card), safe.SCardEndTransaction(card, safe.SCARD_LEAVE_CARD)
+    return safe.SCardStatus(card)[:2]
+
+
+WAITS_FOR_A_TRANSACTION = {
+    "SCardTransmit": [OK, [1, 2, 3, 0x90, 0x00]],
+    "SCardConnect": OK,
+    "SCardBeginTransaction": (OK, OK),
+    "SCardStatus": [OK, "Virtual PCD 0 00 00"],
+}
+
+
+@pytest.mark.parametrize(("call", "expected"), WAITS_FOR_A_TRANSACTION.items(), ids=list(WAITS_FOR_A_TRANSACTION))
+def test_a_transaction_of_another_handle(context: Any, reader: str, call: str, expected: Any) -> None:
+    """A call through the same context on a card that another handle has in a transaction waits for its end.
+
+    And the transaction's own calls, its end above all, get through meanwhile.
+    """
+    first, second = connect(context, reader), connect(context, reader)
+    for _ in range(3):
+        assert safe.SCardBeginTransaction(first) == OK
+        waiting = Calling(on_the_card, call, context, second, reader)
+        for _ in range(20):
+            assert Calling(transmit, first, ECHO).answer() == [OK, [1, 2, 3, 0x90, 0x00]]
+            assert Calling(safe.SCardListReaders, context, []).answer()[0] == OK
+        assert waiting.is_alive() or call in ("SCardStatus", "SCardConnect")
+        assert Calling(safe.SCardEndTransaction, first, safe.SCARD_LEAVE_CARD).answer() == OK
+        assert waiting.answer() == expected
+    for card in (first, second):
+        assert safe.SCardDisconnect(card, safe.SCARD_LEAVE_CARD) == OK
+
+
+def test_the_end_of_a_transaction_by_disconnect(context: Any, reader: str) -> None:
+    """Disconnecting the handle that has the transaction ends it for those who wait, too."""
+    first, second = connect(context, reader), connect(context, reader)
+    assert safe.SCardBeginTransaction(first) == OK
+    waiting = Calling(transmit, second, ECHO)
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    assert Calling(safe.SCardDisconnect, first, safe.SCARD_LEAVE_CARD).answer() == OK
+    assert waiting.answer() == [OK, [1, 2, 3, 0x90, 0x00]]
+    safe.SCardDisconnect(second, safe.SCARD_LEAVE_CARD)
+
+
+def test_pcscd_dies_in_a_transaction(pcsc_stack: VirtualPcsc) -> None:
+    """Who waits for another handle's transaction gets a code, and is not left waiting, when pcscd dies."""
+    session = Session()
+    second = connect(session.context, session.reader)
+    assert safe.SCardBeginTransaction(session.card) == OK
+    waiting = [Calling(on_the_card, call, session.context, second, session.reader) for call in WAITS_FOR_A_TRANSACTION]
+    waiting[0].join(0.05)
+    assert waiting[0].is_alive()
+    pcsc_stack.kill()
+    failed = [thread.answer() for thread in waiting]
+    assert failed[0][0] != OK
+    assert failed[0][1] == []
+    assert failed[2][0] != OK
+    safe.SCardReleaseContext(session.context)
+    pcsc_stack.start()
+    session = Session()
+    session.assert_untouched()
+    session.close()
+
+
+# First use in the child by many threads at once.
+
+
+def test_many_threads_of_a_child_use_all_functions_first(pcsc_stack: VirtualPcsc) -> None:
+    """Whatever 16 threads of a child call first, the inherited context is re-established once, the card connected once.
+
+    Under cards='reconnect' every one of them gets its right answer.
+    """
+    session = Session()
+    state = state_of(session.context, session.reader)
+    clients = pcsc_stack.clients()
+
+    def child() -> Any:
+        pcsc_safe.configure(cards="reconnect")
+        first_uses: list[Callable[[], Any]] = [
+            lambda: safe.SCardListReaders(session.context, [])[0],
+            lambda: safe.SCardIsValidContext(session.context),
+            lambda: session.transmit(ECHO),
+            lambda: safe.SCardStatus(session.card)[:2],
+            lambda: safe.SCardGetStatusChange(session.context, 50, [(session.reader, state)])[0],
+            lambda: safe.SCardGetStatusChange(session.context, 0, [(session.reader, state)])[0],
+            lambda: safe.SCardListReaderGroups(session.context)[0],
+            lambda: safe.SCardReconnect(session.card, SHARED, safe.SCARD_PROTOCOL_T1, safe.SCARD_LEAVE_CARD)[0],
+        ]
+        barrier = threading.Barrier(16)
+
+        def use(first: Callable[[], Any]) -> Any:
+            barrier.wait()
+            return first()
+
+        threads = [Calling(use, first) for first in first_uses * 2]
+        answers = [thread.answer() for thread in threads]
+        after = pcsc_stack.clients() - clients
+        safe.SCardReleaseContext(session.context)
+        return answers[:8] == answers[8:], answers[:4], set(answers[4:6]) <= {OK, TIMED_OUT}, answers[6:8], after
+
+    expected = (True, [OK, OK, [OK, [1, 2, 3, 0x90, 0x00]], [OK, session.reader]], True, [OK, OK], 1)
+    for _ in range(10):
+        assert in_child(child) == expected
+        pcsc_stack.wait_for_clients(clients)
+
+
+@pytest.mark.parametrize("cards", ["reset", "reconnect"])
+def test_eight_threads_of_a_child_reconnect_one_card(pcsc_stack: VirtualPcsc, cards: str) -> None:
+    """Eight SCardReconnect at once on one inherited card all succeed, with one context and one working connection."""
+    session = Session()
+    clients = pcsc_stack.clients()
+
+    def child() -> Any:
+        pcsc_safe.configure(cards=cards)
+        barrier = threading.Barrier(8)
+
+        def reconnect() -> Any:
+            barrier.wait()
+            answer = safe.SCardReconnect(session.card, SHARED, safe.SCARD_PROTOCOL_T1, safe.SCARD_LEAVE_CARD)
+            return answer, session.transmit(ECHO)
+
+        threads = [Calling(reconnect) for _ in range(8)]
+        answers = [thread.answer() for thread in threads]
+        more = pcsc_stack.clients() - clients
+        ended = safe.SCardDisconnect(session.card, safe.SCARD_LEAVE_CARD)
+        safe.SCardReleaseContext(session.context)
+        return answers, more, ended
+
+    one = ([OK, safe.SCARD_PROTOCOL_T1], [OK, [1, 2, 3, 0x90, 0x00]])
+    for _ in range(10):
+        assert in_child(child) == ([one] * 8, 1, OK)
+        pcsc_stack.wait_for_clients(clients)
+
+
+def test_contexts_of_a_child_are_established_side_by_side(pcsc_stack: VirtualPcsc) -> None:
+    """Threads of a child that use different inherited contexts first get a context each, none waits for another."""
+    contexts = [establish() for _ in range(6)]
+    clients = pcsc_stack.clients()
+
+    def child() -> Any:
+        threads = [Calling(safe.SCardListReaders, context, []) for context in contexts * 2]
+        answers = {thread.answer()[0] for thread in threads}
+        gc.collect()
+        return answers, pcsc_stack.clients() - clients
+
+    assert in_child(child) == ({OK}, 6)
+    assert [safe.SCardReleaseContext(context) for context in contexts] == [OK] * 6
