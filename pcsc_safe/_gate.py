@@ -155,11 +155,11 @@ class _Interrupter:
         """Interrupt whoever waits, until stopped."""
         ident = threading.get_ident()
         while not self.stopped:
-            for _, _, wait in _others(self._forking):
+            for wait in [wait for _, _, wait in _others(self._forking) if wait is not None]:
                 # Entered before the look, as everybody does: a fork that does not see us will be seen.
                 inside[ident] = ("SCardCancel", time.monotonic(), None)
                 try:
-                    if wait is not None and not self.stopped:
+                    if not self.stopped:
                         wait.interrupt()
                 finally:
                     inside.pop(ident, None)

@@ -260,6 +260,14 @@ def _notice() -> _process.Epoch:
         _announced = here
         if here.parent is not None and _handles.contexts:
             _log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
+            if here.unquiet is not None:
+                function, thread, _ = here.unquiet
+                _log.warning(
+                    "process %d can't use PC/SC: it was forked while thread %s was inside %s",
+                    here.pid,
+                    thread,
+                    function,
+                )
     return here
 
 

@@ -15,6 +15,7 @@ import pytest
 import pcsc_safe
 from pcsc_safe import _settings
 from pcsc_safe import scard as safe
+from pcsc_safe.policy import Settings
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
 
@@ -36,10 +37,12 @@ def shared_stack() -> Iterator[VirtualPcsc]:
 @pytest.fixture(autouse=True)
 def default_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test begins and ends with the default settings, whatever the environment says."""
-    for name in ("POLICY", "CARDS"):
-        monkeypatch.delenv(f"PCSC_SAFE_{name}", raising=False)
+    for name in Settings._fields:
+        monkeypatch.delenv(f"PCSC_SAFE_{name.upper()}", raising=False)
+    _settings._put_in_force(Settings())
     _settings._settings = None
     yield
+    _settings._put_in_force(Settings())
     _settings._settings = None
 
 
