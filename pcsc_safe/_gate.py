@@ -14,7 +14,7 @@ native library.  In a child nothing here stays closed or held.
 import threading
 import time
 from _thread import _count as _count_threads  # of Python's threads, without the main one
-from _thread import interrupt_main, start_new_thread
+from _thread import start_new_thread
 from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 from . import _process
@@ -115,9 +115,9 @@ def _close() -> None:
     closers[ident] = True
     try:
         _quiesce(ident, deadline)
-    except KeyboardInterrupt:
-        # A hook can't raise. The fork goes on at once, and the interrupt comes after it.
-        start_new_thread(_interrupt_later, ())
+    except BaseException as error:
+        # A signal handler's, as KeyboardInterrupt. A hook can't raise: the fork goes on at once, and it comes after it.
+        start_new_thread(_raise_later, (ident, error))
     finally:
         closers[ident] = True
         if _others(ident):
@@ -166,10 +166,15 @@ class _Interrupter:
             time.sleep(_PAUSE)
 
 
-def _interrupt_later() -> None:
+def _raise_later(ident: int, error: BaseException) -> None:
+    """Raise ``error`` in the thread ``ident``, after its fork."""
+    import ctypes
+
     while closers:
         time.sleep(_PAUSE)
-    interrupt_main()
+    # What is raised in another thread is a class, without arguments: one that makes the very instance.
+    carrier = type(type(error).__name__, (type(error),), {"__new__": lambda kind: error})
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(carrier))
 
 
 def _in_hook() -> None:
