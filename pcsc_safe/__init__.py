@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._settings import configure, settings
-    from .errors import ForkedHandleError, ForkUnsafeError, PcscSafeError, SettingsError
-    from .policy import Cards, Policy, Settings
+    from .broker._client import prestart as prestart_broker
+    from .broker._start import freeze_support
+    from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, SettingsError
+    from .policy import Broker, Cards, Policy, Settings
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Broker",
+    "BrokerError",
     "Cards",
     "ForkUnsafeError",
     "ForkedHandleError",
@@ -25,16 +29,22 @@ __all__ = [
     "SettingsError",
     "__version__",
     "configure",
+    "freeze_support",
+    "prestart_broker",
     "settings",
 ]
 
 _HOME = {
     "configure": "_settings",
     "settings": "_settings",
+    "prestart_broker": "broker._client:prestart",
+    "freeze_support": "broker._start",
+    "BrokerError": "errors",
     "ForkUnsafeError": "errors",
     "ForkedHandleError": "errors",
     "PcscSafeError": "errors",
     "SettingsError": "errors",
+    "Broker": "policy",
     "Cards": "policy",
     "Policy": "policy",
     "Settings": "policy",
@@ -43,12 +53,12 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Load a public name at its first use (PEP 562)."""
-    home = _HOME.get(name)
-    if home is None:
+    home, _, called = _HOME.get(name, "").partition(":")
+    if not home:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f"{__name__}.{home}"), name)
+    value = getattr(import_module(f"{__name__}.{home}"), called or name)
     globals()[name] = value
     return value
 

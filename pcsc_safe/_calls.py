@@ -1,15 +1,17 @@
-"""The table of PC/SC functions: where a handle stands in the arguments, and what a failed call answers.
+"""The table of PC/SC functions, and what a way to reach them has to offer.
 
 A new SCard function is a row here.  Nothing in this module changes, or can be in the way, at a fork.
 """
 
 import enum
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Protocol
 
+from ._descriptors import Descriptor
+from ._process import Epoch
 from .policy import Role
 
-__all__ = ["CALLS", "Call", "Kind"]
+__all__ = ["CALLS", "Call", "Gateway", "Keep", "Kind", "LostError"]
 
 
 class Kind(enum.Enum):
@@ -95,3 +97,51 @@ CALLS: dict[str, Call] = {
         _card("SCardSetAttrib"),
     )
 }
+
+
+class Keep(Protocol):
+    """Records a new context, before any other thread can fork: one that nobody knows of would live on in the child."""
+
+    def __call__(self, real: int, descriptor: Optional[Descriptor], owner: Epoch, gateway: "Gateway", /) -> Any:
+        """Record it.
+
+        :param real: the context, as the gateway knows it.
+        :param descriptor: of its connection to pcscd; None where it has none of its own.
+        :param owner: the epoch in which it was established.
+        :param gateway: through which.
+        """
+
+
+class Gateway(Protocol):
+    """A way to reach PC/SC.
+
+    :ivar functions: by PC/SC's name; they take real handles and give pyscard's results.
+    """
+
+    @property
+    def functions(self) -> Mapping[str, Callable[..., Any]]: ...
+
+    def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """``call(*arguments)``, which uses :attr:`functions`.
+
+        :param function: PC/SC's name for what it does.
+        """
+
+    def establish(self, scope: Any, keep: Keep) -> Any:
+        """SCardEstablishContext.
+
+        :param scope: SCARD_SCOPE_*.
+        :return: pyscard's answer, with what ``keep`` returned in the place of the context.
+        """
+
+
+class LostError(Exception):
+    """A gateway is no more, and with it every context that was established through it.
+
+    :ivar under_way: whether the call may have been carried out.
+    """
+
+    def __init__(self, gateway: Gateway, *, under_way: bool) -> None:
+        super().__init__(gateway, under_way)
+        self.gateway = gateway
+        self.under_way = under_way

@@ -14,10 +14,10 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
-from . import _native, _process, _turns
-from ._calls import Kind
+from . import _descriptors, _native, _process, _turns
+from ._calls import Gateway, Kind
 from .errors import PcscSafeError
 from .policy import Settings
 
@@ -34,6 +34,7 @@ class Context:
     :ivar number: what the proxy counts as; the first real handle.
     :ivar real: the native handle in the process that owns it.
     :ivar owner: the epoch in which it is live.
+    :ivar gateway: through which its owner reaches it.
     :ivar descriptor: its connection to pcscd, as the owner recorded it; in its place a child has a dead socket.
     :ivar established_at: ``file:line`` in the application.
     :ivar overrides: settings of this context alone.
@@ -48,6 +49,7 @@ class Context:
         "context",
         "descriptor",
         "established_at",
+        "gateway",
         "key",
         "number",
         "overrides",
@@ -59,11 +61,19 @@ class Context:
         "turn",
     )
 
-    def __init__(self, real: int, scope: int, descriptor: Optional[_native.Descriptor], owner: _process.Epoch) -> None:
+    def __init__(
+        self,
+        real: int,
+        scope: int,
+        descriptor: Optional[_descriptors.Descriptor],
+        owner: _process.Epoch,
+        gateway: Gateway,
+    ) -> None:
         self.safe: Any = None
         self.number = self.real = real
         self.scope = scope
         self.descriptor = descriptor
+        self.gateway = gateway
         self.owner = owner
         self.established_at = _outside_frame()
         self.overrides: dict[str, Any] = {}
@@ -88,7 +98,7 @@ class Context:
         for card in list(self.cards.values()):
             card.forget()
         self.released = True
-        _native.forget(self.descriptor)
+        _descriptors.unguard(self.descriptor)
         _drop(contexts, self)
 
 
@@ -162,17 +172,28 @@ def _drop(registry: dict[Any, Any], record: Record) -> None:
         registry.pop(record.number, None)
 
 
-_proxies: Any = None
+_Proxy = Callable[[Any], Any]
+_context_proxy: Optional[_Proxy] = None
+_card_proxy: Optional[_Proxy] = None
 
 
 def prepare() -> None:
     """Import the proxies, and wrapt with them, so that nothing need be imported in a child or at interpreter exit."""
-    global _proxies
-    if _proxies is None:
-        from . import _proxies as module
+    if _context_proxy is None:
+        from . import _proxies
 
-        _proxies = module
-        atexit.register(_at_exit)
+        hand_out(_proxies.SafeContext, _proxies.SafeCard)
+
+
+def hand_out(context: _Proxy, card: _Proxy) -> None:
+    """What applications get in the place of numbers.
+
+    :param context: makes it from the record of a context.
+    :param card: from that of a card.
+    """
+    global _context_proxy, _card_proxy
+    _context_proxy, _card_proxy = context, card
+    atexit.register(_at_exit)
 
 
 def register(record: Record) -> Any:
@@ -180,16 +201,28 @@ def register(record: Record) -> Any:
 
     :return: the proxy, for the application.
     """
+    assert _context_proxy is not None
+    assert _card_proxy is not None
     if isinstance(record, Context):
-        record.safe = _proxies.SafeContext(record)
+        record.safe = _context_proxy(record)
         contexts.pop(record.number, None)  # keys are kept when a value is replaced, and the key is the proxy
         contexts[record.safe] = record
     else:
-        record.safe = _proxies.SafeCard(record)
+        record.safe = _card_proxy(record)
         cards.pop(record.number, None)
         cards[record.safe] = record
         record.context.cards[record.number] = record
     return record.safe
+
+
+def disown(gateway: Gateway) -> None:
+    """This gateway is no more, and what this process had there is lost to it as if it were another process's."""
+    here = _process.current()
+    for context in list(contexts.values()):
+        if context.gateway is gateway and context.owner is here:
+            context.owner = lost = _process.Epoch(here, _process.LOST)
+            for card in list(context.cards.values()):
+                card.owner = lost
 
 
 def find(kind: Kind, handle: object) -> Optional[Record]:

@@ -7,22 +7,22 @@ and are new ones after every fork.
 
 from __future__ import annotations
 
-import sys
 from typing import Any, Optional
 
-from . import _gate, _log, _native, _process, _transactions
-from ._calls import Call
+from . import _descriptors, _log, _native, _process, _transactions, policy
+from ._calls import Call, Gateway
 from ._handles import Card, Context, Record
 from ._settings import settings
-from .errors import ForkedHandleError, ForkUnsafeError
-from .policy import Role, Verdict, decide, native_works_after_fork
+from ._pyscard import SUCCESS, constant
+from .broker import _client
+from .errors import ForkedHandleError, ForkUnsafeError, join_pyscard
+from .policy import Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
 
-__all__ = ["INVALID_HANDLE", "SUCCESS", "answer", "require_native"]
+__all__ = ["INVALID_HANDLE", "answer", "gateway"]
 
-SUCCESS = _native.SUCCESS
-INVALID_HANDLE: int = _native.public["SCARD_E_INVALID_HANDLE"]
-RESET_CARD: int = _native.public["SCARD_W_RESET_CARD"]
-LEAVE_CARD: int = _native.public["SCARD_LEAVE_CARD"]
+INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
+RESET_CARD = constant("SCARD_W_RESET_CARD")
+LEAVE_CARD = constant("SCARD_LEAVE_CARD")
 
 
 def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
@@ -33,10 +33,12 @@ def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     :param arguments: those behind the handle.
     :return: the answer, or None: the record is this process's own now, and the call can be made.
     :raises ForkedHandleError: policy ``raise``.
-    :raises ForkUnsafeError: this process cannot use PC/SC.
+    :raises ForkUnsafeError: this process cannot use PC/SC, and may not use a broker.
+    :raises BrokerError: it needs one, and there is none.
+    :raises LostError: the broker died meanwhile.
     """
     verdict = decide(
-        record.context.settings(settings()),
+        _settings_of(record.context),
         call.role,
         card=isinstance(record, Card),
         in_transaction=isinstance(record, Card) and record.transactions > 0,
@@ -84,7 +86,14 @@ def _release_dead(context: Context) -> bool:
 
 def _native_works() -> bool:
     here = _process.current()
-    return here.parent is None or (here.unquiet is None and native_works_after_fork(sys.platform))
+    return here.parent is None or (here.unquiet is None and native_works_after_fork())
+
+
+def _settings_of(context: Context) -> Settings:
+    effective = context.settings(settings())
+    # What is lost with a broker was not inherited: no fork is to be refused.
+    lost = context.owner.noticed_by is _process.LOST and effective.policy in (Policy.RAISE, Policy.INVALID)
+    return effective._replace(policy=Policy.AUTO) if lost else effective
 
 
 def _own(call: Call, record: Record) -> int:
@@ -93,14 +102,14 @@ def _own(call: Call, record: Record) -> int:
     :return: SCARD_S_SUCCESS, or why there is none; the next call tries again.
     """
     context = record.context
-    if call.role is Role.VALIDITY and not _native_works():
+    if call.role is Role.VALIDITY and _way(context) is Way.NONE:
         return INVALID_HANDLE
-    require_native(call.name, context)
+    through = gateway(call.name, context)
     if isinstance(record, Card):
         _transactions.wait(record, (), _status)
     with context.turn.lock:
         context.turn.evict()
-        hresult = _own_context(context)
+        hresult = _own_context(context, through)
         if hresult == SUCCESS and isinstance(record, Card) and record.owner is not context.owner:
             hresult, _ = _own_connection(record, record.share_mode, record.protocol, LEAVE_CARD)
         return hresult
@@ -111,21 +120,24 @@ def _status(safe: Any) -> Any:
     record = safe._self_record
     with record.context.turn.lock:
         record.context.turn.evict()
-        return _gate.enter("SCardStatus", _native.functions["SCardStatus"], record.real)
+        through = record.context.gateway
+        return through.enter("SCardStatus", through.functions["SCardStatus"], record.real)
 
 
-def _own_context(context: Context) -> int:
+def _own_context(context: Context, through: Gateway) -> int:
     owner_pid = context.owner.pid
 
-    def keep(real: int, descriptor: Optional[_native.Descriptor], owner: _process.Epoch) -> None:
+    def keep(
+        real: int, descriptor: Optional[_descriptors.Descriptor], owner: _process.Epoch, gateway: Gateway
+    ) -> None:
         # The owner last: a fork in another thread must find the connection recorded, or the context not ours.
-        context.descriptor, context.real = descriptor, real
+        context.descriptor, context.real, context.gateway = descriptor, real, gateway
         context.owner = owner
 
     # Again, if a signal handler has forked meanwhile, and this is the child.
     while context.owner is not _process.current():
         _release_dead(context)
-        hresult = int(_native.establish(context.scope, keep)[0])
+        hresult = int(through.establish(context.scope, keep)[0])
         if hresult != SUCCESS:
             return hresult
         _log.info("process %d has a context of its own in the place of process %d's", context.owner.pid, owner_pid)
@@ -133,7 +145,8 @@ def _own_context(context: Context) -> int:
 
 
 def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> tuple[int, int]:
-    functions, context = _native.functions, card.context
+    context = card.context
+    functions = context.gateway.functions
 
     def connect() -> tuple[int, int]:
         owner = context.owner
@@ -148,18 +161,18 @@ def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization:
             card.owner = owner
         return hresult, protocol
 
-    answer: tuple[int, int] = _gate.enter("SCardConnect", connect)
+    answer: tuple[int, int] = context.gateway.enter("SCardConnect", connect)
     return answer
 
 
 def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """SCardReconnect gives an inherited handle a connection of this process's own."""
     assert isinstance(card, Card)
-    require_native(call.name, card.context)
+    through = gateway(call.name, card.context)
     _transactions.wait(card, (), _status)
     with card.context.turn.lock:
         card.context.turn.evict()
-        hresult, protocol = _own_context(card.context), 0
+        hresult, protocol = _own_context(card.context, through), 0
         if hresult == SUCCESS and card.owner is card.context.owner:
             return None
         if hresult == SUCCESS:
@@ -167,19 +180,28 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     return [hresult, protocol] if hresult == SUCCESS else call.failure(hresult)
 
 
-def require_native(function: str, context: Optional[Context]) -> None:
-    """Refuse a call where the native library can't be used.
+def _way(context: Optional[Context]) -> Way:
+    effective = settings() if context is None else _settings_of(context)
+    return choose_way(effective, forked=_process.current().parent is not None, native_works=_native_works())
+
+
+def gateway(function: str, context: Optional[Context]) -> Gateway:
+    """Through which this process gets a new context.
 
     :param function: the PC/SC function that was called.
-    :param context: the one that it was called on, if any.
-    :raises ForkUnsafeError: it can't be used in this process.
+    :param context: the one in whose place the new one is to be, if any.
+    :raises ForkUnsafeError: there is none.
+    :raises BrokerError: it is a broker, and none can be started.
     """
-    if _native_works():
-        return
+    way = _way(context)
+    if way is Way.NATIVE:
+        return _native.gateway
+    if way is Way.BROKER:
+        return _client.mine()
     here = _process.current()
     raise ForkUnsafeError(
         f"PC/SC can't be used in process {here.pid}: {_why_not(here)}",
-        remedy="exec a program of its own here, or use multiprocessing's 'spawn'"
+        remedy="use policy 'auto', which goes through a broker here, or exec a program of its own"
         + ("; or fork when no call takes longer than quiesce_timeout" if here.unquiet else ""),
         function=function,
         owner_pid=context.owner.pid if context else None,
@@ -190,12 +212,13 @@ def require_native(function: str, context: Optional[Context]) -> None:
 
 def _why_not(here: _process.Epoch) -> str:
     if here.unquiet is None:
-        return f"it was forked, and on {sys.platform} a forked process has none"
+        return f"it was forked, and on {policy.PLATFORM} a forked process has none"
     function, thread, seconds = here.unquiet
     return f"it, or an ancestor, was forked while thread {thread} was inside {function}, for {seconds:.1f} s already"
 
 
 def _forked_handle(function: str, record: Record) -> ForkedHandleError:
+    join_pyscard()
     here, owner = _process.current(), record.owner
     thing = "PC/SC context" if isinstance(record, Context) else "card handle's PC/SC context"
     relation = "forked child" if here.parent is owner else "forked descendant"

@@ -20,7 +20,7 @@ import sys
 import threading
 from typing import Any, Callable, Optional, Protocol
 
-__all__ = ["Epoch", "around_fork", "at_fork", "current", "here", "sentinel"]
+__all__ = ["LOST", "Epoch", "around_fork", "at_fork", "current", "here", "sentinel"]
 
 FORKS = hasattr(os, "register_at_fork")
 _MADV_WIPEONFORK = 18  # linux/mman.h, since Linux 4.14
@@ -28,6 +28,9 @@ _NO_SUCH_ADVICE = 0x7FFF
 
 
 _at_begin: list[Callable[[Epoch], None]] = []
+
+LOST = "loss"
+"""What noticed the beginning of an epoch that is nobody's: the owner of what this process had, and has lost."""
 
 
 class Epoch:

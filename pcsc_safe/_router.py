@@ -11,11 +11,13 @@ from _thread import get_ident
 from time import monotonic, sleep
 from typing import Any, Callable, Optional
 
-from . import _gate, _handles, _inherited, _log, _native, _process, _transactions, _turns
-from ._calls import CALLS, Call, Kind
+from . import _descriptors, _gate, _handles, _inherited, _log, _native, _process, _pyscard, _transactions, _turns
+from ._calls import CALLS, Call, Gateway, Kind, LostError
 from ._handles import Card, Context, Record
-from ._inherited import INVALID_HANDLE, SUCCESS
+from ._inherited import INVALID_HANDLE
+from ._pyscard import SUCCESS, constant
 from ._settings import settings
+from .broker import _client
 
 __all__ = ["public"]
 
@@ -66,7 +68,7 @@ def _ended(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     return result
 
 
-_REFUSED = tuple(_native.public[name] for name in ("SCARD_E_INVALID_VALUE", "SCARD_E_SHARING_VIOLATION"))
+_REFUSED = tuple(constant(name) for name in ("SCARD_E_INVALID_VALUE", "SCARD_E_SHARING_VIOLATION"))
 _After = Callable[[Record, "tuple[Any, ...]", Any], Any]
 
 _AFTER: dict[str, _After] = {
@@ -83,14 +85,36 @@ _AFTER: dict[str, _After] = {
 
 
 def _establish(scope: Any) -> Any:
-    for module in (_log, _native, _handles):
+    for module in (_log, _descriptors, _native, _handles, _client):
         module.prepare()
     settings()
     _notice()
-    _inherited.require_native("SCardEstablishContext", None)
-    return _native.establish(
-        scope, lambda real, descriptor, owner: _handles.register(Context(real, scope, descriptor, owner))
-    )
+
+    def keep(real: int, descriptor: Any, owner: _process.Epoch, gateway: Gateway) -> Any:
+        return _handles.register(Context(real, scope, descriptor, owner, gateway))
+
+    call = CALLS["SCardEstablishContext"]
+    return _persistently(call, lambda: _inherited.gateway(call.name, None).establish(scope, keep), ())
+
+
+_ATTEMPTS = 3
+COMM_ERROR = constant("SCARD_F_COMM_ERROR")
+
+
+def _persistently(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
+    """What ``attempt`` answers, although a broker may be lost meanwhile.
+
+    A call that was under way then may have been carried out, so it is not made again: it answers SCARD_F_COMM_ERROR,
+    as libpcsclite does when pcscd is lost.  Any other is made again, of a new broker.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            return attempt()
+        except LostError as lost:
+            _handles.disown(lost.gateway)
+            if lost.under_way:
+                return call.failure(COMM_ERROR, arguments)
+    raise _client.died_too_often()
 
 
 def _routed(call: Call) -> Callable[..., Any]:
@@ -112,6 +136,7 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
     name, native, after, discloses = call.name, _native.raw[call.name], _AFTER.get(call.name), call.discloses
     registry: dict[Any, Any] = _handles.contexts if call.takes is Kind.CONTEXT else _handles.cards
     process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
+    here_itself = _native.gateway
     polls, holders = name in _transactions.WAITING, _transactions.holders
 
     def route(handle: Any, *arguments: Any) -> Any:
@@ -121,11 +146,14 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
             record = None
         if record is None or record.safe is not handle or not sentinel[0] or record.owner is not process.here:
             return _route_slowly(call, route, handle, arguments)
+        context = record.context
+        if context.gateway is not here_itself:
+            return _route_slowly(call, route, handle, arguments)
         if closers:
             _gate.wait_until_open(get_ident())
         if polls and holders:
             _transactions.wait(record, arguments, public["SCardStatus"])
-        turn = record.context.turn
+        turn = context.turn
         if turn.waits and turn.current is None:
             sleep(_GIVES_WAY)  # a wait for events wants to go on; beside a busy thread it never could
         with turn.lock:
@@ -157,13 +185,8 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
 def _routed_without_turn(call: Call) -> Callable[..., Any]:
     """For what libpcsclite answers at once, whatever else the context is used for."""
     name, native = call.name, _native.functions[call.name]
-    contexts, process, sentinel, inside, closers = (
-        _handles.contexts,
-        _process,
-        _process.sentinel,
-        _gate.inside,
-        _gate.closers,
-    )
+    process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
+    contexts, here_itself = _handles.contexts, _native.gateway
 
     def route(handle: Any) -> Any:
         try:
@@ -171,6 +194,8 @@ def _routed_without_turn(call: Call) -> Callable[..., Any]:
         except TypeError:
             context = None
         if context is None or context.safe is not handle or not sentinel[0] or context.owner is not process.here:
+            return _route_slowly(call, route, handle, ())
+        if context.gateway is not here_itself:
             return _route_slowly(call, route, handle, ())
         ident = get_ident()
         before = inside.get(ident)
@@ -221,31 +246,39 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
 
 
 def _owned(handle: Any) -> Optional[Context]:
-    """The context that ``handle`` stands for, if this process owns it."""
+    """The context that ``handle`` stands for, if this process owns it, in its own native library."""
     record = _handles.find(Kind.CONTEXT, handle) if _process.sentinel[0] else None
-    if isinstance(record, Context) and not record.released and record.owner is _process.here:
-        return record
-    return None
+    if not isinstance(record, Context) or record.released or record.owner is not _process.here:
+        return None
+    return record if record.gateway is _native.gateway else None
 
 
 def _route_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
-    """For plain integers, what is no handle of ours, and what was inherited."""
+    """For plain integers, what is no handle of ours, what was inherited, and what is reached through a broker."""
+    return _persistently(call, lambda: _routed_slowly(call, route, handle, arguments), arguments)
+
+
+def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
     assert call.takes is not None
     here = _notice()
     record = _handles.find(call.takes, handle)
     if record is None or (record.owner is here and (record.released or record.kind is not call.takes)):
-        _inherited.require_native(call.name, None)
+        through = _inherited.gateway(call.name, None) if record is None else record.context.gateway
         real = handle if record is None else record.real
-        return _gate.enter(call.name, _native.functions[call.name], real, *arguments)
+        return through.enter(call.name, through.functions[call.name], real, *arguments)
     if record.kind is not call.takes or record.released:
         return call.failure(INVALID_HANDLE, arguments)
     if record.owner is not here:
         answer = _inherited.answer(call, record, arguments)
         if answer is not None:
             return answer
+    through = record.context.gateway
+    if through is not _native.gateway:
+        result, after = through.functions[call.name](record.real, *arguments), _AFTER.get(call.name)
+        return after(record, arguments, result) if after else result
     if (_handles.contexts if record.kind is Kind.CONTEXT else _handles.cards).get(record.number) is not record:
         # pcscd was restarted, and has given the number to somebody else since.
-        return _gate.enter(call.name, _native.functions[call.name], record.real, *arguments)
+        return through.enter(call.name, through.functions[call.name], record.real, *arguments)
     return route(record.safe, *arguments)
 
 
@@ -274,46 +307,12 @@ def _notice() -> _process.Epoch:
 # The names of the drop-in.
 
 
-def _taking_1(route: Callable[..., Any]) -> Any:
-    return lambda a: route(a)
-
-
-def _taking_2(route: Callable[..., Any]) -> Any:
-    return lambda a, b: route(a, b)
-
-
-def _taking_3(route: Callable[..., Any]) -> Any:
-    return lambda a, b, c: route(a, b, c)
-
-
-def _taking_4(route: Callable[..., Any]) -> Any:
-    return lambda a, b, c, d: route(a, b, c, d)
-
-
-_TAKING = {1: _taking_1, 2: _taking_2, 3: _taking_3, 4: _taking_4}
-
-
-def _named(route: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
-    """``route`` with the name, parameters and docstring of pyscard's own function.
-
-    So that it takes the same keywords, and Python words a wrong call the same way.
-    """
-    code = like.__code__
-    function: Callable[..., Any] = _TAKING[code.co_argcount](route)
-    function.__code__ = function.__code__.replace(
-        co_name=like.__name__, co_varnames=code.co_varnames[: code.co_argcount]
-    )
-    function.__name__ = function.__qualname__ = like.__name__
-    function.__module__, function.__doc__ = "pcsc_safe.scard", like.__doc__
-    return function
-
-
 def _exported(name: str, value: Any) -> Any:
     call = CALLS.get(name)
     if call is None or not _process.FORKS or (call.takes is None and name != "SCardEstablishContext"):
         return value
-    return _named(_routed(call), value)
+    return _pyscard.shaped(_routed(call), _pyscard.signatures[name])
 
 
-public: dict[str, Any] = {name: _exported(name, value) for name, value in _native.public.items()}
+public: dict[str, Any] = {name: _exported(name, value) for name, value in _pyscard.public.items()}
 """Every public name of the installed ``smartcard.scard``; the functions that take or give a handle are ours."""

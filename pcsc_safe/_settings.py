@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Optional, Union
 
-from . import _gate, _handles
-from ._calls import Kind
+from . import _gate
 from .errors import SettingsError
-from .policy import Cards, Policy, Settings, from_environment
+from .policy import Broker, Cards, Policy, Settings, from_environment
 
 __all__ = ["configure", "settings"]
 
@@ -37,6 +36,8 @@ def configure(
     policy: Union[Policy, str, None] = None,
     cards: Union[Cards, str, None] = None,
     quiesce_timeout: Union[float, str, None] = None,
+    broker: Union[Broker, str, None] = None,
+    broker_python: Optional[str] = None,
     context: Any = None,
 ) -> Settings:
     """Say what a process gets that uses a context or card which it inherited over a fork.
@@ -44,23 +45,30 @@ def configure(
     It can be called at any time, in the parent or in the child, and counts from the next call on.  What is not given
     stays as it was.
 
-    :param policy: ``auto`` (the default), ``reestablish``, ``raise`` or ``invalid``.
+    :param policy: ``auto`` (the default), ``reestablish``, ``broker``, ``raise`` or ``invalid``.
     :param cards: what an inherited card handle does meanwhile: ``reset`` (the default) or ``reconnect``.
     :param quiesce_timeout: seconds that a fork waits, at most, for the calls that other threads have in flight.
+    :param broker: when PC/SC is done by a helper process: ``on-fork`` (the default), where a forked process can't do it
+        itself, or ``always``.  The latter counts for the contexts that are established from then on; to keep the native
+        library out of the process it has to be set before :mod:`pcsc_safe.scard` is imported.
+    :param broker_python: the Python interpreter that runs brokers; ``""``, the default, for the one that runs this program.
     :param context: a context, for settings that are to count for it and its cards alone.
     :return: the settings that are in force now, for that context if one was given.
     :raises SettingsError: a value is not one of these, or ``context`` is no context of this process, or the setting is
         one that a context can't have for itself.
     """
-    wanted = {"policy": policy, "cards": cards, "quiesce_timeout": quiesce_timeout}
+    of_process = {"quiesce_timeout": quiesce_timeout, "broker": broker, "broker_python": broker_python}
+    wanted = {"policy": policy, "cards": cards, **of_process}
     given = {name: value for name, value in wanted.items() if value is not None}
     changed = settings().changed(**given)
     if context is None:
         return _put_in_force(changed)
-    if quiesce_timeout is not None:
-        raise SettingsError(
-            "quiesce_timeout cannot be set for one context", remedy="a fork waits for all: configure the process"
-        )
+    for name in of_process:
+        if name in given:
+            raise SettingsError(f"{name} cannot be set for one context", remedy="configure the process")
+    from . import _handles  # loads the native library
+    from ._calls import Kind
+
     record = _handles.find(Kind.CONTEXT, context)
     if not isinstance(record, _handles.Context) or record.released:
         raise SettingsError(

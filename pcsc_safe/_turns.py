@@ -20,13 +20,14 @@ import time
 from typing import Any, Callable, Optional
 
 from . import _gate, _native
+from ._pyscard import SUCCESS, constant
 
 __all__ = ["NoTurn", "Turn", "await_change", "cancel"]
 
-CANCELLED: int = _native.public["SCARD_E_CANCELLED"]
-TIMED_OUT: int = _native.public["SCARD_E_TIMEOUT"]
-INFINITE: int = _native.public["INFINITE"]
-_CHANGED: int = _native.public["SCARD_STATE_CHANGED"]
+CANCELLED: int = constant("SCARD_E_CANCELLED")
+TIMED_OUT: int = constant("SCARD_E_TIMEOUT")
+INFINITE: int = constant("INFINITE")
+_CHANGED: int = constant("SCARD_STATE_CHANGED")
 _NEW_READERS = "\\\\?pnp?\\notification"  # pcsc-lite: a change in the list of readers
 _SLICE = 100  # ms; how long one of several waits on a context has it
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02  # s
@@ -178,7 +179,7 @@ class Wait:
         states = [
             (name, state | _CHANGED if was else state, atr) for (name, state, atr), was in zip(result[1], changed)
         ]
-        return [_native.SUCCESS, states]
+        return [SUCCESS, states]
 
     def _list_readers(self) -> Optional[list[str]]:
         """The readers, if this wait is for changes of their list; libpcsclite counts them anew at each entry."""
@@ -244,21 +245,22 @@ def await_change(turn: Turn, alive: Callable[[], bool], real: int, timeout: int,
             turn.waits.remove(wait)
 
 
-def cancel(turn: Turn, real: int) -> Any:
+def cancel(turn: Turn, real: int, thread: Optional[int] = None) -> Any:
     """SCardCancel: ends every wait for events on the context, also one that has given way just now.
 
+    :param thread: only the waits of this thread.
     :return: pyscard's answer.
     """
-    function, waits = "SCardCancel", list(turn.waits)
+    function, waits = "SCardCancel", [wait for wait in turn.waits if thread in (None, wait.thread)]
     for wait in waits:
         wait.cancelled = True
-    if not waits:
+    if not waits and thread is None:
         return _gate.enter(function, _native.functions[function], real)
     pause = _FIRST_PAUSE
     while True:
         current = turn.current
         if current is None or current not in waits or current.thread == threading.get_ident():
-            return _native.SUCCESS
+            return SUCCESS
         _gate.enter(function, current.interrupt)
         if turn.current is current:
             time.sleep(pause)

@@ -6,11 +6,10 @@ them survive pickling: a worker's error reaches its parent whole.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Optional
 
-from smartcard.Exceptions import SmartcardException
-
-__all__ = ["ForkUnsafeError", "ForkedHandleError", "PcscSafeError", "SettingsError"]
+__all__ = ["BrokerError", "ForkUnsafeError", "ForkedHandleError", "PcscSafeError", "SettingsError"]
 
 
 class PcscSafeError(Exception):
@@ -51,6 +50,7 @@ class PcscSafeError(Exception):
 
 
 def _load(kind: type[PcscSafeError], problem: str, fields: dict[str, Any]) -> PcscSafeError:
+    join_pyscard()
     error = kind.__new__(kind, problem)
     error.args = (problem,)
     vars(error).update(fields)
@@ -65,7 +65,11 @@ class ForkUnsafeError(PcscSafeError):
     """PC/SC cannot be used in this forked process at all, not even with a context of its own."""
 
 
-class ForkedHandleError(PcscSafeError, SmartcardException):  # type: ignore[misc]  # pyscard is untyped
+class BrokerError(PcscSafeError):
+    """The helper process that is to do PC/SC for this one can't be started, or can't be understood."""
+
+
+class ForkedHandleError(PcscSafeError):
     """An inherited context or card was used under policy ``raise``.
 
     Also a ``smartcard.Exceptions.SmartcardException``, so that code written for pyscard catches it.
@@ -76,3 +80,14 @@ class ForkedHandleError(PcscSafeError, SmartcardException):  # type: ignore[misc
     def __init__(self, problem: str, *, hresult: int = -1, **fields: Any) -> None:
         PcscSafeError.__init__(self, problem, **fields)
         self.hresult = int(hresult)
+
+
+def join_pyscard() -> None:
+    """Make ForkedHandleError a SmartcardException, once pyscard has been imported.
+
+    Not before: to import pyscard is to load the native library.  Who has not imported it can't be catching its errors.
+    """
+    pyscard = sys.modules.get("smartcard.Exceptions")
+    base = getattr(pyscard, "SmartcardException", None)
+    if base is not None and not issubclass(ForkedHandleError, base):
+        ForkedHandleError.__bases__ = (PcscSafeError, base)

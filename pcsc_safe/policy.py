@@ -6,12 +6,26 @@ DESIGN section 3 can be read, and tested, in one place.  At a fork the settings 
 
 import enum
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any, Callable, NamedTuple
 
 from .errors import SettingsError
 
-__all__ = ["Cards", "Policy", "Role", "Settings", "Verdict", "decide", "from_environment", "native_works_after_fork"]
+__all__ = [
+    "PLATFORM",
+    "Broker",
+    "Cards",
+    "Policy",
+    "Role",
+    "Settings",
+    "Verdict",
+    "Way",
+    "choose_way",
+    "decide",
+    "from_environment",
+    "native_works_after_fork",
+]
 
 
 class Policy(str, enum.Enum):
@@ -19,6 +33,7 @@ class Policy(str, enum.Enum):
 
     AUTO = "auto"
     REESTABLISH = "reestablish"
+    BROKER = "broker"
     RAISE = "raise"
     INVALID = "invalid"
 
@@ -30,12 +45,21 @@ class Cards(str, enum.Enum):
     RECONNECT = "reconnect"
 
 
+class Broker(str, enum.Enum):
+    """When PC/SC is done by a helper process."""
+
+    ON_FORK = "on-fork"
+    ALWAYS = "always"
+
+
 class Settings(NamedTuple):
     """How this process treats what it inherits; see :func:`pcsc_safe.configure`."""
 
     policy: Policy = Policy.AUTO
     cards: Cards = Cards.RESET
     quiesce_timeout: float = 1.0
+    broker: Broker = Broker.ON_FORK
+    broker_python: str = ""
 
     def changed(self, **values: Any) -> "Settings":
         """These settings with some replaced.
@@ -66,11 +90,23 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def _path(value: Any) -> str:
+    try:
+        path = os.fspath(value)
+    except TypeError:
+        path = b""
+    if not isinstance(path, str) or "\0" in path:
+        raise ValueError("use the path of a Python interpreter, or '' for the one that runs this program")
+    return path
+
+
 _LONGEST_TIMEOUT = 86400
 _CONVERT: dict[str, Callable[[Any], Any]] = {
     "policy": _member_of(Policy),
     "cards": _member_of(Cards),
     "quiesce_timeout": _seconds,
+    "broker": _member_of(Broker),
+    "broker_python": _path,
 }
 
 
@@ -149,12 +185,36 @@ def decide(settings: Settings, role: Role, *, card: bool, in_transaction: bool =
     return Verdict.RESET
 
 
-def native_works_after_fork(platform: str) -> bool:
+PLATFORM = sys.platform
+"""What :func:`native_works_after_fork` asks; the tests set it."""
+
+
+def native_works_after_fork() -> bool:
     """Whether a forked process may use the native library on this platform.
 
     Not on macOS: an inherited context dies of SIGSEGV in libdispatch since Yosemite, and since El Capitan even a fresh
     SCardEstablishContext answers SCARD_E_NO_SERVICE (LudovicRousseau/pyscard#73).
-
-    :param platform: as ``sys.platform`` spells it.
     """
-    return platform != "darwin"
+    return PLATFORM != "darwin"
+
+
+class Way(enum.Enum):
+    """How a process reaches PC/SC."""
+
+    NATIVE = enum.auto()
+    BROKER = enum.auto()
+    NONE = enum.auto()
+
+
+def choose_way(settings: Settings, *, forked: bool, native_works: bool) -> Way:
+    """How a process gets a new context.
+
+    :param settings: of this process, or of the context in whose place the new one is.
+    :param forked: this process was forked, and not exec'd, since pcsc_safe was imported.
+    :param native_works: the native library can be used in this process.
+    """
+    if settings.broker is Broker.ALWAYS or (forked and settings.policy is Policy.BROKER):
+        return Way.BROKER
+    if native_works:
+        return Way.NATIVE
+    return Way.NONE if settings.policy is Policy.REESTABLISH else Way.BROKER

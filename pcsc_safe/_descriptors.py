@@ -1,0 +1,122 @@
+"""The descriptors that a forked child must not use, and the dead socket that takes their place there.
+
+A child inherits its parent's connections, to pcscd and to a broker, and with them the power to read its parent's answers
+and to keep its parent's locks alive.  So in the child each is replaced by a dead socket, at the fork.  It is replaced
+only where the number still stands for that connection: an application may have closed it, and the number may be a
+database connection's by now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, NamedTuple, Optional
+
+from . import _process
+
+__all__ = ["Descriptor", "guard", "guarded", "is_dead", "of", "prepare", "unguard"]
+
+
+class Descriptor(NamedTuple):
+    """A descriptor together with what it stood for when it was recorded."""
+
+    number: int
+    device: int
+    inode: int
+
+    def is_intact(self) -> bool:
+        """Whether the number still stands for the same file."""
+        try:
+            now = os.fstat(self.number)
+        except OSError:
+            return False
+        return now.st_ino == self.inode and now.st_dev == self.device
+
+
+def of(number: int) -> Descriptor:
+    """An open descriptor, as it is now.
+
+    :raises OSError: it is not open.
+    """
+    status = os.fstat(number)
+    return Descriptor(number, status.st_dev, status.st_ino)
+
+
+guarded: dict[int, Descriptor] = {}
+"""The connections of this process, by number."""
+
+
+def guard(connection: Descriptor) -> None:
+    """From now on no forked child can use this connection."""
+    guarded[connection.number] = connection
+
+
+def unguard(connection: Optional[Descriptor]) -> None:
+    """This connection is closed, or was never this process's."""
+    if connection is not None and guarded.get(connection.number) == connection:
+        del guarded[connection.number]
+
+
+_socket: Any = None
+_dead: Optional[Descriptor] = None
+_dead_ones: set[tuple[int, int]] = set()
+
+
+def prepare() -> None:
+    """Import and open what a fork takes, so that nothing need be imported in a child or at interpreter exit."""
+    global _socket
+    import socket
+
+    _socket = socket
+    if _process.FORKS and hasattr(socket, "AF_UNIX") and (_dead is None or not _dead.is_intact()):
+        _make_dead_socket()
+
+
+def _make_dead_socket() -> Descriptor:
+    """A socket that was never connected: it can neither send nor receive."""
+    global _dead
+    _dead = of(int(_socket.socket(_socket.AF_UNIX).detach()))
+    _dead_ones.add((_dead.device, _dead.inode))
+    return _dead
+
+
+def is_dead(number: int) -> bool:
+    """Whether a dead socket is in the place of this descriptor."""
+    try:
+        status = os.fstat(number)
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino) in _dead_ones
+
+
+def disarm() -> None:
+    """Put a dead socket in the place of each guarded connection; runs at the fork, in the child."""
+    if not guarded:
+        return
+    dead = _dead if _dead is not None and _dead.is_intact() else None
+    for connection in list(guarded.values()):
+        number, device, inode = connection
+        try:
+            status = os.fstat(number)
+        except OSError:
+            continue
+        if status.st_ino != inode or status.st_dev != device:
+            continue  # somebody else's by now
+        if dead is not None:
+            os.dup2(dead.number, number, inheritable=False)
+            continue
+        try:
+            dead = _make_dead_socket()
+            os.dup2(dead.number, number, inheritable=False)
+        except OSError:
+            # No descriptor is free. The inherited one has to go anyway; it may become the dead socket itself.
+            os.close(number)
+            with contextlib.suppress(OSError):
+                dead = _make_dead_socket()
+
+
+def _begin(epoch: _process.Epoch) -> None:
+    guarded.clear()
+
+
+_process.at_fork(in_child=disarm, at_begin=_begin)

@@ -1,0 +1,100 @@
+"""``python -m pcsc_safe.broker``: a broker.  pcsc_safe starts it; it is of no use by hand.
+
+Nothing native is loaded before the process is what a broker has to be: alone, deaf to the terminal's signals, with one
+descriptor, and unable to leave a core dump.  Nothing here forks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+from ._start import DOOR, IGNORED
+
+__all__ = ["main"]
+
+_USAGE = """\
+usage: python -m pcsc_safe.broker
+
+Does PC/SC for the process that starts it, over descriptor 3. Not for the command line: pcsc_safe
+starts one where a process can't use PC/SC itself.
+"""
+_PR_SET_DUMPABLE = 4  # linux/prctl.h
+_DESCRIPTORS = 4096
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Be a broker until the last client is gone.
+
+    :param arguments: those of the command line if None.
+    :return: the exit status, if it could not begin.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments or not _is_socket(DOOR):
+        asked = list(arguments) in (["-h"], ["--help"])
+        print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    _stand_alone()
+    _leave_no_trace()
+    from ._server import Server
+
+    server = Server(socket.socket(fileno=DOOR))
+    _be_silent()
+    server.run()
+    os._exit(0)  # whatever its threads are in; pcscd ends the sessions
+
+
+def _is_socket(number: int) -> bool:
+    try:
+        return stat.S_ISSOCK(os.fstat(number).st_mode)
+    except OSError:
+        return False
+
+
+def _stand_alone() -> None:
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    with contextlib.suppress(OSError):
+        os.setsid()  # no Ctrl-C, and no hangup, of the terminal
+    # What C code of the client left open for every program that it execs.
+    for name in os.listdir("/dev/fd"):
+        if int(name) > DOOR:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+def _leave_no_trace() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        # A core that is piped to a program is not bound by the limit. Nor may others of this user look into us.
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _be_silent() -> None:
+    """From here on nothing is said anywhere: a traceback could hold what an APDU held."""
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+    except OSError:  # a chroot without one; they end nowhere as well when the client has closed its end
+        return
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+    os.close(null)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

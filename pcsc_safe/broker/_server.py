@@ -1,0 +1,293 @@
+"""The broker's side: serves its clients, each connection in a thread of its own.
+
+A client is a process.  It has the handles that it was given, and can't reach another's.  It is gone when it has closed its
+first connection, or when its process has ended, whatever copies of its descriptors live on; then its contexts are
+released, as pcscd would have done.  The last client gone, and the door closed, the broker ends: at once, whatever its
+threads are doing.
+
+The calls go through pcsc_safe's own functions, which know how threads share contexts.  Nothing here forks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import threading
+from typing import Any, Optional
+
+from .. import _calls, _descriptors, _handles, _native, _pyscard, _router, _turns
+from . import _start, _wire
+
+__all__ = ["Server"]
+
+_AT_ONCE = 1 << 16  # bytes
+_ONE_DESCRIPTOR = struct.calcsize("i")
+
+
+class _Number(int):
+    """A handle as it is known here: no proxy, for nothing is inherited."""
+
+    _self_record: _handles.Record
+
+    def __new__(cls, record: _handles.Record) -> _Number:
+        number = super().__new__(cls, record.number)
+        number._self_record = record
+        return number
+
+
+class _Client:
+    """A process that is served.
+
+    :ivar handles: the contexts and cards that it was given, by number.
+    :ivar connections: those that it has, without the first.
+    """
+
+    def __init__(self, key: bytes, presence: _Connection) -> None:
+        self.key = key
+        self.presence = presence
+        self.connections: set[_Connection] = set()
+        self.handles: dict[int, _Number] = {}
+
+    def release(self) -> None:
+        """End its sessions."""
+        for connection in list(self.connections):
+            connection.hang_up()
+        for number in list(self.handles.values()):
+            if isinstance(number._self_record, _handles.Context):
+                _router.public["SCardCancel"](number)
+                _router.public["SCardReleaseContext"](number)
+
+
+class _Connection:
+    """One connection of a client; carries one call at a time."""
+
+    def __init__(self, server: Server, ours: socket.socket) -> None:
+        self._server = server
+        self._socket = ours
+        self.number = ours.fileno()
+        self.client: Optional[_Client] = None
+        self._waits_on: Optional[_handles.Context] = None
+        self._thread = 0
+        self.unwatched = threading.Event()
+
+    def run(self) -> None:
+        """Serve it until it is closed, or speaks nonsense."""
+        self._thread = threading.get_ident()
+        try:
+            self._serve()
+        except (OSError, EOFError):
+            pass
+        except _wire.WireError as error:
+            with contextlib.suppress(OSError):
+                self._socket.sendall(_wire.encode(_wire.Refused(str(error))))
+        finally:
+            self.hang_up()  # which the server, who watches it, sees
+            self.unwatched.wait()
+            self._socket.close()
+
+    def process(self) -> Optional[int]:
+        """A descriptor of the process at the other end, that made it; None where there is no such thing."""
+        if not hasattr(os, "pidfd_open") or not hasattr(socket, "SO_PEERCRED"):
+            return None
+        try:
+            pid = struct.unpack_from("i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+            return os.pidfd_open(pid) if pid else None
+        except OSError:  # it has ended already, which its descriptors will tell; or the kernel has none
+            return None
+
+    def hang_up(self) -> None:
+        """End it; the other end is gone, or not wanted any more."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        context = self._waits_on
+        if context is not None:
+            _turns.cancel(context.turn, context.real, self._thread)
+
+    def _serve(self) -> None:
+        receiver = _wire.Receiver()
+        hello = _wire.decode(self._next(receiver))
+        if not isinstance(hello, _wire.Hello) or hello.version != _wire.VERSION:
+            raise _wire.WireError("the first frame is not a greeting of this version")
+        client = self.client = self._server.welcome(hello.key, self)
+        self._socket.sendall(_wire.encode(_wire.Welcome(_wire.VERSION, os.getpid())))
+        receive, send, feed, decode = self._socket.recv, self._socket.sendall, receiver.feed, _wire.decode
+        while True:
+            data = receive(_AT_ONCE)
+            if not data:
+                return
+            body = feed(data)
+            if body is not None:
+                message = decode(body)
+                if type(message) is _wire.Request:
+                    send(self._answer(client, message))
+                elif isinstance(message, _wire.Describe):
+                    send(_wire.encode(_wire.Result(_pyscard.catalogue())))
+                else:
+                    raise _wire.WireError("not a request")
+
+    def _next(self, receiver: _wire.Receiver) -> bytes:
+        while True:
+            data = self._socket.recv(_AT_ONCE)
+            if not data:
+                raise EOFError
+            body = receiver.feed(data)
+            if body is not None:
+                return body
+
+    def _answer(self, client: _Client, request: _wire.Request) -> bytes:
+        name, arguments = _wire.FUNCTIONS[request.function], request.arguments
+        try:
+            result = self._called(client, _calls.CALLS[name], name, arguments)
+        except Exception as error:
+            kind = next(kind for kind in type(error).__mro__ if kind is Exception or kind.__name__ in _wire.RAISABLE)
+            text = str(error) if kind is not Exception else f"{type(error).__name__}: {error}"
+            return _wire.encode(_wire.Raised(kind.__name__ if kind is not Exception else "RuntimeError", text))
+        return _wire.encode_result(result)
+
+    def _called(self, client: _Client, call: _calls.Call, name: str, arguments: Any) -> Any:
+        if name == "SCardEstablishContext":
+            return _established(client, *arguments)
+        function = _router.public.get(name)
+        if function is None:
+            raise AttributeError(f"module 'smartcard.scard' has no attribute {name!r}")
+        if call.takes is None or not arguments:
+            return function(*arguments)
+        handle, *rest = arguments
+        if type(handle) is int:
+            known = client.handles.get(handle)
+            if known is None and (handle in _handles.contexts or handle in _handles.cards):
+                return call.failure(_pyscard.constant("SCARD_E_INVALID_HANDLE"), rest)  # another client's
+            handle = known if known is not None else handle
+        if name == "SCardGetStatusChange" and type(handle) is _Number:
+            return self._waited(function, handle, rest)
+        result = function(handle, *rest)
+        if name == "SCardConnect" and result[0] == _pyscard.SUCCESS:
+            client.handles[int(result[1])] = result[1]
+        elif name in ("SCardDisconnect", "SCardReleaseContext") and type(handle) is _Number:
+            _forget_released(client, handle)
+        return result
+
+    def _waited(self, function: Any, handle: _Number, arguments: Any) -> Any:
+        record = handle._self_record
+        try:
+            self._waits_on = record if isinstance(record, _handles.Context) else None
+            return function(handle, *arguments)
+        finally:
+            self._waits_on = None
+
+
+def _established(client: _Client, scope: Any) -> Any:
+    def keep(real: int, descriptor: Any, owner: Any, gateway: _calls.Gateway) -> Any:
+        return _handles.register(_handles.Context(real, scope, descriptor, owner, gateway))
+
+    result = _native.gateway.establish(scope, keep)
+    if result[0] == _pyscard.SUCCESS:
+        client.handles[int(result[1])] = result[1]
+    return result
+
+
+def _forget_released(client: _Client, handle: _Number) -> None:
+    record = handle._self_record
+    if record.released:
+        client.handles.pop(handle, None)
+    if record.released and isinstance(record, _handles.Context):
+        for number, other in list(client.handles.items()):
+            if other._self_record.released:
+                client.handles.pop(number, None)
+
+
+class Server:
+    """A broker.
+
+    :param door: over which the connections come.
+    """
+
+    def __init__(self, door: socket.socket) -> None:
+        self._door = door
+        self._poll = select.poll()
+        self._has_one_client = False
+        self._connections: dict[int, _Connection] = {}
+        self._clients: dict[bytes, _Client] = {}
+        self._arriving = threading.Lock()
+        _descriptors.prepare()
+        _native.prepare()
+        _handles.hand_out(_Number, _Number)
+
+    def run(self) -> None:
+        """Serve until the door is closed."""
+        self._poll.register(self._door, select.POLLIN)
+        while True:
+            for number, _ in self._poll.poll():
+                if number == self._door.fileno():
+                    if not self._let_in():
+                        return
+                else:
+                    self._hung_up(number)
+
+    def _let_in(self) -> bool:
+        """A connection comes over the door; False if nobody is behind it any more."""
+        try:
+            data, control, _, _ = self._door.recvmsg(1, socket.CMSG_SPACE(_ONE_DESCRIPTOR))
+        except OSError:
+            return False
+        if not data:
+            return False
+        self._has_one_client = data == _start.FOR_ONE
+        for level, kind, rights in control:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._serve(socket.socket(fileno=struct.unpack("i", rights[:_ONE_DESCRIPTOR])[0]))
+        return True
+
+    def _serve(self, ours: socket.socket) -> None:
+        connection = _Connection(self, ours)
+        self._connections[connection.number] = connection
+        self._poll.register(connection.number, 0)  # that is: only its end
+        threading.Thread(target=connection.run, daemon=True).start()
+
+    def welcome(self, key: bytes, connection: _Connection) -> _Client:
+        """The client whose connection this is; in the connection's thread."""
+        with self._arriving:
+            client = self._clients.get(key)
+            if client is None:
+                client = self._clients[key] = _Client(key, connection)
+                self._watch(client, connection)
+            else:
+                client.connections.add(connection)
+            return client
+
+    def _watch(self, client: _Client, connection: _Connection) -> None:
+        """See when the client's process ends; it may have forked, with no hook run, and left copies of everything."""
+        process = connection.process()
+        if process is not None:
+            threading.Thread(target=self._until_it_ends, args=(process, client), daemon=True).start()
+
+    def _until_it_ends(self, process: int, client: _Client) -> None:
+        watch = select.poll()
+        watch.register(process, select.POLLIN)
+        watch.poll()
+        os.close(process)
+        self._gone(client)
+
+    def _hung_up(self, number: int) -> None:
+        connection = self._connections.pop(number)
+        self._poll.unregister(number)
+        threading.Thread(target=self._clean_up, args=(connection,), daemon=True).start()
+
+    def _clean_up(self, connection: _Connection) -> None:
+        connection.unwatched.set()
+        connection.hang_up()
+        client = connection.client
+        if client is not None:
+            client.connections.discard(connection)
+            if client.presence is connection:
+                self._gone(client)
+
+    def _gone(self, client: _Client) -> None:
+        if self._has_one_client:
+            os._exit(0)
+        if self._clients.pop(client.key, None) is not None:
+            client.presence.hang_up()
+            client.release()

@@ -1,0 +1,201 @@
+"""How a broker is started: by exec, never by a fork of Python code.
+
+``os.posix_spawn`` runs no at-fork hook and touches no lock, so it is safe in a forked child, in any thread.  The broker
+gets what it needs of the environment, and no descriptor but its door.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Optional
+
+from .. import _descriptors
+from ..errors import BrokerError
+
+__all__ = ["DOOR", "FOR_FAMILY", "FOR_ONE", "IGNORED", "Helper", "environment", "freeze_support", "spawn"]
+
+DOOR = 3
+"""The descriptor over which a broker gets the connections to its clients."""
+
+FOR_FAMILY, FOR_ONE = b"f", b"1"
+"""What is said with each connection that is passed through the door: whether others may come."""
+
+IGNORED = [signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP]
+"""Signals that are for its client, who may still have something to do; end of file ends a broker."""
+
+_MODULE = "pcsc_safe.broker"
+_FROZEN_BROKER = "--pcsc-safe-broker"
+# Without -P, python -m looks for modules in the current directory first.
+_WITHOUT_CWD = f"import sys; sys.path.pop(0); import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
+_NEEDED = {
+    *("HOME", "LANG", "LANGUAGE", "PATH", "TMPDIR", "TZ"),
+    *("LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_FRAMEWORK_PATH", "DYLD_INSERT_LIBRARIES", "DYLD_LIBRARY_PATH"),
+    *("PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONPYCACHEPREFIX", "PYTHONUTF8"),
+}
+_NEEDED_PREFIXES = ("LC_", "PCSCLITE_", "LIBPCSCLITE_")
+_ABOVE_STANDARD = 10
+_LONGEST_TEXT = 4096  # bytes; of what a broker that can't start says
+_TIME_TO_EXIT = 1.0  # s
+_TIME_TO_BE_REAPED = 0.1  # s
+
+_freeze_support = False
+
+
+class Helper(NamedTuple):
+    """A broker's process, as its parent sees it.
+
+    :ivar pid: its PID.
+    :ivar parent: the PID of the process that started it, and can wait for it.
+    :ivar errors: a descriptor to read what it says before it is ready; None when it is.
+    """
+
+    pid: int
+    parent: int
+    errors: Optional[_descriptors.Descriptor]
+
+    def why_not(self) -> str:
+        """What it said and how it ended; it is killed if it didn't."""
+        ended = self._ended(_TIME_TO_EXIT)
+        if ended is None:
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._ended(_TIME_TO_EXIT)
+        said = b""
+        if self.errors is not None and self.errors.is_intact():
+            os.set_blocking(self.errors.number, False)
+            with contextlib.suppress(OSError):
+                said = os.read(self.errors.number, _LONGEST_TEXT)
+        lines = said.decode(errors="replace").strip().splitlines()
+        return "; ".join(filter(None, [lines[-1] if lines else "", ended or "it was not ready in time"]))
+
+    def heard(self) -> Helper:
+        """The same, when nothing more that it says matters."""
+        if self.errors is not None and self.errors.is_intact():
+            os.close(self.errors.number)
+        return self._replace(errors=None)
+
+    def reap(self) -> None:
+        """Wait for it: it is dead, or about to be."""
+        self._ended(_TIME_TO_BE_REAPED)
+
+    def _ended(self, patience: float) -> Optional[str]:
+        """How it ended; None if it is still alive.
+
+        :param patience: seconds to wait for that.
+        """
+        if self.parent != os.getpid():
+            return "it was started by another process"
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except OSError:  # the application waits for every child, or ignores SIGCHLD
+                return "it ended"
+            if pid:
+                code = os.waitstatus_to_exitcode(status)
+                return f"it ended with status {code}" if code >= 0 else f"signal {-code} ended it"
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.005)
+
+
+def spawn(door: int, configured: str) -> Helper:
+    """Start a broker.
+
+    :param door: the descriptor of its end of the door.
+    :param configured: the interpreter that the settings name, if any.
+    :raises BrokerError: there is no interpreter, or no process or descriptor to be had.
+    """
+    command = _command(configured)
+    opened: list[int] = []
+    try:
+        read_end, write_end = os.pipe()
+        opened += [read_end, write_end]
+        # Above those that the broker gets, so that none is overwritten before it is duplicated.
+        high_door = fcntl.fcntl(door, fcntl.F_DUPFD_CLOEXEC, _ABOVE_STANDARD)
+        opened.append(high_door)
+        high_errors = fcntl.fcntl(write_end, fcntl.F_DUPFD_CLOEXEC, _ABOVE_STANDARD)
+        opened.append(high_errors)
+        duplicates = [(high_errors, 0), (high_errors, 1), (high_errors, 2), (high_door, DOOR)]
+        pid = os.posix_spawn(
+            command[0],
+            command,
+            environment(os.environ, [] if configured else sys.path),
+            file_actions=[(os.POSIX_SPAWN_DUP2, source, number) for source, number in duplicates],
+            setsigmask=IGNORED,  # until it ignores them itself
+        )
+        opened.remove(read_end)
+    except OSError as error:
+        raise BrokerError(
+            f"the broker can't be started in process {os.getpid()}: {command[0]}: {error.strerror}",
+            remedy="set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe"
+            if isinstance(error, (FileNotFoundError, PermissionError))
+            else "it takes one process and five descriptors",
+            pid=os.getpid(),
+        ) from error
+    finally:
+        for number in opened:
+            os.close(number)
+    return Helper(pid, os.getpid(), _descriptors.of(read_end))
+
+
+def _command(configured: str) -> list[str]:
+    if configured:
+        return [configured, *_options(sys.version_info >= (3, 11))]
+    if getattr(sys, "frozen", False):
+        if not _freeze_support:
+            raise BrokerError(
+                f"{sys.executable!r} is a frozen program and no Python interpreter",
+                remedy="call pcsc_safe.freeze_support() first thing in its main module, or set PCSC_SAFE_BROKER_PYTHON "
+                "to a Python interpreter that has pcsc_safe",
+            )
+        return [sys.executable, _FROZEN_BROKER]
+    # What multiprocessing.set_executable() has set; it can't have been called where the module isn't imported.
+    spawning = sys.modules.get("multiprocessing.spawn")
+    python = os.fsdecode((spawning.get_executable() if spawning else sys.executable) or "")
+    if not os.path.basename(python).lower().startswith(("python", "pypy", "graalpy")):
+        raise BrokerError(
+            f"this program's interpreter is {python!r}, which is no Python that could run a broker (as in uWSGI and "
+            "other programs that embed Python)",
+            remedy="set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe, perhaps "
+            + os.path.join(sys.exec_prefix, "bin", "python3"),
+        )
+    return [python, *_options(sys.version_info >= (3, 11))]
+
+
+def _options(has_safe_path: bool) -> list[str]:
+    return ["-m", _MODULE] if has_safe_path else ["-c", _WITHOUT_CWD]
+
+
+def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
+    """What a broker gets of this process's environment: no secret that it has no use for, and no setting of ours.
+
+    :param mine: this process's environment.
+    :param path: where to look for modules; if empty, where the environment says.
+    """
+    kept = {name: value for name, value in mine.items() if name in _NEEDED or name.startswith(_NEEDED_PREFIXES)}
+    places = [os.path.abspath(entry) for entry in path if entry and isinstance(entry, str)]
+    if places:
+        return {**kept, "PYTHONPATH": os.pathsep.join(places), "PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1"}
+    given = {"PYTHONPATH": mine["PYTHONPATH"]} if "PYTHONPATH" in mine else {}
+    return {**kept, **given, "PYTHONSAFEPATH": "1"}
+
+
+def freeze_support() -> None:
+    """For frozen programs (PyInstaller and others): call it first thing in the main module.
+
+    A broker of such a program is the program itself, started again; this call is where it becomes one, and doesn't
+    return.  Anywhere else it does nothing.
+    """
+    global _freeze_support
+    _freeze_support = True
+    if sys.argv[1:2] == [_FROZEN_BROKER]:
+        from .__main__ import main
+
+        sys.exit(main([]))

@@ -1,0 +1,113 @@
+"""macOS for a machine that has none: Python programs find PC/SC as a forked process finds it there.
+
+It is a simulation, and of that alone.  ``macos_libpcsclite.c``, built as a ``libpcsclite.so.1`` that pyscard loads in
+the place of the real one, forwards every call; but in a process that was forked and not exec'd it does as macOS: a
+fresh SCardEstablishContext answers SCARD_E_NO_SERVICE, and a call on anything inherited dies of SIGSEGV.  Beside it
+lies a ``sitecustomize`` that tells pcsc_safe that this is macOS (``pcsc_safe.policy.PLATFORM``); ``sys.platform`` stays
+what it is.
+
+Both are found by the environment, so whatever a program execs lives on the simulated macOS too.  By hand::
+
+    python tests/macos.py script.py argument...
+
+runs Python with these arguments (``-c`` and ``-m`` as well), on a virtual PC/SC stack unless PCSCLITE_CSOCK_NAME names
+one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+__all__ = ["NoCompilerError", "build", "environment"]
+
+SOURCE = Path(__file__).with_name("macos_libpcsclite.c")
+LIBRARY = "libpcsclite.so.1"
+"""What pyscard gives to dlopen."""
+
+_SITECUSTOMIZE = """\
+try:
+    from pcsc_safe import policy
+except ModuleNotFoundError as error:
+    if error.name != "pcsc_safe":
+        raise
+else:
+    policy.PLATFORM = "darwin"
+"""
+
+
+class NoCompilerError(Exception):
+    """There is no C compiler here, so there is no simulation."""
+
+
+def build(directory: Path) -> Path:
+    """Build what the simulation consists of.
+
+    :param directory: where to.
+    :return: the library.
+    :raises NoCompilerError: there is neither ``cc`` nor what CC names.
+    :raises OSError: there is no libpcsclite to forward to.
+    """
+    compiler = shutil.which(os.environ.get("CC") or "cc")
+    if compiler is None:
+        raise NoCompilerError("the simulation of macOS takes a C compiler: install one (Debian, Ubuntu: gcc) or set CC")
+    library = directory / LIBRARY
+    subprocess.run(
+        [
+            *(compiler, "-Wall", "-Wextra", "-O1", "-fPIC", "-shared", f"-Wl,-soname,{LIBRARY}"),
+            *(f'-DREAL="{_real_library()}"', "-o", str(library), str(SOURCE), "-ldl", "-lpthread"),
+        ],
+        check=True,
+        timeout=60,
+    )
+    (directory / "sitecustomize.py").write_text(_SITECUSTOMIZE)
+    return library
+
+
+def environment(stack_env: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """The environment of a program that is to live on the simulated macOS.
+
+    :param stack_env: where it finds its PC/SC stack, as ``VirtualPcsc.env``.
+    :param directory: as given to :func:`build`.
+    """
+    env = dict(stack_env)
+    for variable in ("LD_LIBRARY_PATH", "PYTHONPATH"):
+        env[variable] = os.pathsep.join(filter(None, [str(directory), env.get(variable)]))
+    return env
+
+
+def _real_library() -> str:
+    """The path of the libpcsclite that is used here."""
+    ctypes.CDLL(LIBRARY)
+    # Asked of the kernel: the loader tells only where it looks, not what it found.
+    with open("/proc/self/maps") as maps:
+        paths = [line.rstrip("\n").split(maxsplit=5)[-1] for line in maps]
+    return next(path for path in paths if os.path.basename(path).startswith("libpcsclite.so."))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run Python with these arguments on the simulated macOS.
+
+    :return: its exit status; 128 and the signal's number if it died of one.
+    """
+    from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+    with contextlib.ExitStack() as undo:
+        directory = Path(undo.enter_context(tempfile.TemporaryDirectory()))
+        build(directory)
+        env: Mapping[str, str] = os.environ
+        if not env.get("PCSCLITE_CSOCK_NAME"):
+            env = undo.enter_context(VirtualPcsc(cards=[EchoCard(), EchoCard()], activate=False)).env
+        status = subprocess.run([sys.executable, *arguments], env=environment(env, directory), check=False).returncode
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
