@@ -32,15 +32,27 @@ SOURCE = Path(__file__).with_name("macos_libpcsclite.c")
 LIBRARY = "libpcsclite.so.1"
 """What pyscard gives to dlopen."""
 
-_SITECUSTOMIZE = """\
-try:
-    from pcsc_safe import policy
-except ModuleNotFoundError as error:
-    if error.name != "pcsc_safe":
-        raise
-else:
-    policy.PLATFORM = "darwin"
-"""
+_SITECUSTOMIZE = '''\
+"""Tells pcsc_safe that this is macOS, when it is imported; see tests/macos.py."""
+
+import sys
+from importlib.machinery import PathFinder
+
+
+class Finder:
+    """Finds pcsc_safe.policy, and sets its PLATFORM once it is loaded."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path) if name == "pcsc_safe.policy" else None
+        if spec is not None:
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (load(module), setattr(module, "PLATFORM", "darwin"))
+        return spec
+
+
+sys.meta_path.insert(0, Finder)
+'''
 
 
 class NoCompilerError(Exception):

@@ -11,44 +11,59 @@ import pcsc_safe
 
 PACKAGE = Path(pcsc_safe.__file__).parent
 MAY_IMPORT = {
-    "__init__": {"_settings", "errors", "policy"},
+    "__init__": {"_settings", "broker", "errors", "policy"},
     "errors": set(),
     "policy": {"errors"},
     "_process": set(),
     "_log": {"_process"},
-    "_calls": {"policy"},
+    "_descriptors": {"_process"},
+    "_calls": {"_descriptors", "_process", "policy"},
     "_gate": {"_process"},
-    "_native": {"_calls", "_gate", "_process"},
-    "_turns": {"_gate", "_native"},
-    "_handles": {"_calls", "_native", "_process", "_proxies", "_turns", "errors", "policy"},
+    "_pyscard": {"_calls", "_settings", "broker", "errors", "policy"},
+    "_native": {"_calls", "_descriptors", "_gate", "_process", "_pyscard"},
+    "_turns": {"_gate", "_native", "_pyscard"},
+    "_handles": {"_calls", "_descriptors", "_native", "_process", "_proxies", "_turns", "errors", "policy"},
     "_proxies": {"_handles"},
     "_transactions": {"_handles", "_process"},
     "_settings": {"_calls", "_gate", "_handles", "errors", "policy"},
     "_inherited": {
         "_calls",
-        "_gate",
+        "_descriptors",
         "_handles",
         "_log",
         "_native",
         "_process",
+        "_pyscard",
         "_settings",
         "_transactions",
+        "broker",
         "errors",
         "policy",
     },
     "_router": {
         "_calls",
+        "_descriptors",
         "_gate",
         "_handles",
         "_inherited",
         "_log",
         "_native",
         "_process",
+        "_pyscard",
         "_settings",
         "_transactions",
         "_turns",
+        "broker",
     },
     "scard": {"_router"},
+}
+BROKER_MAY_IMPORT = {
+    "__init__": set(),
+    "_wire": {"_calls"},
+    "_start": {"__main__", "_descriptors", "errors"},
+    "_client": {"_calls", "_descriptors", "_gate", "_log", "_process", "_settings", "_start", "_wire", "errors", "policy"},
+    "_server": {"_calls", "_descriptors", "_handles", "_native", "_pyscard", "_router", "_start", "_turns", "_wire"},
+    "__main__": {"_server", "_start"},
 }
 """DESIGN section 6 as data: application > scard > router > gateway > PC/SC, and never back."""
 
@@ -59,7 +74,7 @@ def imports_of(path: Path) -> tuple[set[str], set[str]]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             others.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+        elif isinstance(node, ast.ImportFrom) and node.level:
             own.update([node.module] if node.module else [alias.name for alias in node.names])
         elif isinstance(node, ast.ImportFrom):
             others.add(node.module or "")
@@ -70,18 +85,17 @@ def test_the_import_table() -> None:
     """Each core module imports what the table gives it and no more, and each has a row."""
     modules = {path.stem: imports_of(path)[0] for path in PACKAGE.glob("*.py") if path.stem != "__main__"}
     assert modules == MAY_IMPORT
+    broker = {path.stem: imports_of(path)[0] for path in (PACKAGE / "broker").glob("*.py")}
+    assert broker == BROKER_MAY_IMPORT
 
 
-def test_only_the_native_gateway_imports_smartcard_scard() -> None:
-    """The untyped world has one door (pyscard's exception base is the other thing that is taken from it)."""
+def test_one_module_imports_pyscard() -> None:
+    """The untyped world has one door."""
     importers = {
         path.stem: {name for name in imports_of(path)[1] if name.startswith("smartcard")}
-        for path in PACKAGE.glob("*.py")
+        for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "broker").glob("*.py")]
     }
-    assert {stem: names for stem, names in importers.items() if names} == {
-        "_native": {"smartcard.scard"},
-        "errors": {"smartcard.Exceptions"},
-    }
+    assert {stem: names for stem, names in importers.items() if names} == {"_pyscard": {"smartcard.scard"}}
 
 
 def test_the_core_does_not_know_the_rest() -> None:

@@ -15,8 +15,7 @@ import pytest
 from conftest import ECHO, Session
 from forking import in_child, in_program, start, wait_for
 
-import pcsc_safe
-from pcsc_safe import _inherited
+import pcsc_safe.policy
 from pcsc_safe import scard as safe
 from pcsc_safe.errors import ForkUnsafeError, SettingsError
 from pcsc_safe.testing import EchoCard, VirtualPcsc
@@ -259,8 +258,9 @@ def establishes() -> None:
 
 
 def test_on_macos_a_child_is_refused_clearly(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until there is a broker: ForkUnsafeError with the remedy, and cleanup that succeeds (simulated)."""
-    monkeypatch.setattr(_inherited.sys, "platform", "darwin")
+    """Where a broker is not wanted: ForkUnsafeError with the remedy, and cleanup that succeeds (simulated)."""
+    monkeypatch.setattr(pcsc_safe.policy, "PLATFORM", "darwin")
+    pcsc_safe.configure(policy="reestablish")
 
     def child() -> Any:
         told = []
@@ -285,8 +285,8 @@ def test_on_macos_a_child_is_refused_clearly(session: Session, monkeypatch: pyte
     me = os.getpid()
     assert told == [("SCardListReaders", me, True), ("SCardEstablishContext", None, True), ("SCardReconnect", me, True)]
     assert "on darwin" in text
-    assert "use multiprocessing's 'spawn'" in text
+    assert "use policy 'auto', which goes through a broker here" in text
     assert answers == [safe.SCARD_W_RESET_CARD, safe.SCARD_E_INVALID_HANDLE, OK, OK, OK]
     monkeypatch.undo()
     with pytest.raises(SettingsError):
-        pcsc_safe.configure(policy="broker")
+        pcsc_safe.configure(policy="brokre")

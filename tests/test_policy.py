@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-import pcsc_safe
+import pcsc_safe.policy
 from pcsc_safe.errors import SettingsError
-from pcsc_safe.policy import Cards, Policy, Role, Settings, Verdict, decide, from_environment, native_works_after_fork
+from pcsc_safe.policy import (
+    Broker,
+    Cards,
+    Policy,
+    Role,
+    Settings,
+    Verdict,
+    Way,
+    choose_way,
+    decide,
+    from_environment,
+    native_works_after_fork,
+)
 
-OWN = (Policy.AUTO, Policy.REESTABLISH)
+OWN = (Policy.AUTO, Policy.REESTABLISH, Policy.BROKER)
 
 
 @pytest.mark.parametrize("policy", Policy)
@@ -52,11 +64,26 @@ def test_the_table(policies, cards, role, card, in_transaction, expected) -> Non
             assert decide(Settings(policy, what), role, card=card, in_transaction=in_transaction) is expected
 
 
-def test_only_macos_forbids_the_native_library_after_a_fork() -> None:
+def test_only_macos_forbids_the_native_library_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     """The platform is asked in one place."""
-    assert not native_works_after_fork("darwin")
-    assert native_works_after_fork("linux")
-    assert native_works_after_fork("freebsd14")
+    for platform, works in (("darwin", False), ("linux", True), ("freebsd14", True)):
+        monkeypatch.setattr(pcsc_safe.policy, "PLATFORM", platform)
+        assert native_works_after_fork() is works
+
+
+@pytest.mark.parametrize("native_works", [True, False])
+@pytest.mark.parametrize("forked", [True, False])
+@pytest.mark.parametrize("when", Broker)
+@pytest.mark.parametrize("what", Policy)
+def test_the_way_to_pcsc(what: Policy, when: Broker, forked: bool, native_works: bool) -> None:
+    """Through a broker always, or where it has to be; natively elsewhere; not at all where only a native one is wanted."""
+    way = choose_way(Settings(policy=what, broker=when), forked=forked, native_works=native_works)
+    if when is Broker.ALWAYS or (forked and what is Policy.BROKER):
+        assert way is Way.BROKER
+    elif native_works:
+        assert way is Way.NATIVE
+    else:
+        assert way is (Way.NONE if what is Policy.REESTABLISH else Way.BROKER)
 
 
 def test_the_environment_sets_the_defaults() -> None:
@@ -72,7 +99,7 @@ def test_a_variable_that_makes_no_sense_is_refused_by_name() -> None:
     with pytest.raises(SettingsError) as caught:
         from_environment({"PCSC_SAFE_POLICY": "rase"})
     assert str(caught.value) == (
-        "PCSC_SAFE_POLICY cannot be 'rase'; use one of 'auto', 'reestablish', 'raise', 'invalid'"
+        "PCSC_SAFE_POLICY cannot be 'rase'; use one of 'auto', 'reestablish', 'broker', 'raise', 'invalid'"
     )
 
 
@@ -81,6 +108,8 @@ WRONG = [
     {"cards": "keep"},
     {"cards": 7},
     {"policy": ["raise"]},
+    {"broker": "never"},
+    {"broker_python": 3},
     *({"quiesce_timeout": value} for value in (-1, "soon", float("nan"), float("inf"), True, [1])),
 ]
 
@@ -89,7 +118,7 @@ WRONG = [
 def test_configure_refuses_by_name_and_changes_nothing(wrong) -> None:  # type: ignore[no-untyped-def]
     """A value that a setting cannot have is refused, and leaves every setting as it was."""
     pcsc_safe.configure(policy="raise", cards="reconnect")
-    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} cannot be .*; use (one of|a number of seconds)"):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} cannot be .*; use (one of|a number of seconds|the path)"):
         pcsc_safe.configure(**wrong)
     assert pcsc_safe.settings() == Settings(Policy.RAISE, Cards.RECONNECT)
 

@@ -445,7 +445,7 @@ def unquiet(how: str, where: str) -> None:
     """
     watch = Watch()
     scard = watch.scard
-    watch.package.configure(quiesce_timeout=0.1)
+    watch.package.configure(quiesce_timeout=0.1, policy="reestablish")
     card = watch.session()[1]
     idle, idle_card = watch.session()
     busy = Calling(scard.SCardTransmit, card, scard.SCARD_PCI_T1, [0x80, 2, 150, 0, 3, 7, 8, 9], name="signing")
@@ -493,7 +493,7 @@ def test_how_long_a_fork_waits(held: VirtualPcsc) -> None:
         return error.function, error.pid == os.getpid(), " was inside SCard" in str(error)
 
     for timeout in (0, 0.3):
-        pcsc_safe.configure(quiesce_timeout=timeout)
+        pcsc_safe.configure(quiesce_timeout=timeout, policy="reestablish")
         began = time.monotonic()
         started = start(child)
         assert timeout <= time.monotonic() - began < timeout + 5
@@ -592,7 +592,7 @@ def test_an_interrupt_while_a_fork_waits(shared_stack: VirtualPcsc, what: str) -
 def interrupted(what: str) -> None:
     """Fork, with 20 s to wait, and have a signal after 0.2 s."""
     sys.unraisablehook = lambda unraisable: None
-    pcsc_safe.configure(quiesce_timeout=ENOUGH)
+    pcsc_safe.configure(quiesce_timeout=ENOUGH, policy="reestablish")
     context, idle = establish(), establish()
     card, idle_card = connect(context, READER), connect(idle, READER)
     handlers = {"KeyboardInterrupt": signal.default_int_handler, "SystemExit": lambda *_: sys.exit(3)}

@@ -130,7 +130,7 @@ def storm(count: str, levels: str) -> None:
     """The program: threads, forks, and the figures of both."""
     random.seed(0)
     # Longer than any call takes on a machine that is busy with something else: no fork may be unquiet.
-    pcsc_safe.configure(quiesce_timeout=20)
+    pcsc_safe.configure(quiesce_timeout=20, policy="reestablish")
     safe.SCardReleaseContext(establish(Tally()))  # what pcsc_safe opens for good, it has opened now
     descriptors = sorted(os.listdir("/proc/self/fd"))
     tallies, stop = [Tally() for _ in range(len(THREADS) + 1)], threading.Event()
