@@ -12,8 +12,8 @@ from typing import Any, Optional
 from . import _descriptors, _log, _native, _process, _transactions, policy
 from ._calls import Call, Gateway
 from ._handles import Card, Context, Record
-from ._settings import settings
 from ._pyscard import SUCCESS, constant
+from ._settings import settings
 from .broker import _client
 from .errors import ForkedHandleError, ForkUnsafeError, join_pyscard
 from .policy import Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
@@ -80,6 +80,9 @@ def _forget(call: Call, record: Record) -> Optional[int]:
 
 
 def _release_dead(context: Context) -> bool:
+    """Whether this process's native library knows an inherited context no more."""
+    if context.gateway is not _native.gateway:
+        return True
     dead, context.descriptor = context.descriptor, None
     return _native_works() and _native.release_dead(context.real, dead)
 
@@ -127,9 +130,7 @@ def _status(safe: Any) -> Any:
 def _own_context(context: Context, through: Gateway) -> int:
     owner_pid = context.owner.pid
 
-    def keep(
-        real: int, descriptor: Optional[_descriptors.Descriptor], owner: _process.Epoch, gateway: Gateway
-    ) -> None:
+    def keep(real: int, descriptor: Optional[_descriptors.Descriptor], owner: _process.Epoch, gateway: Gateway) -> None:
         # The owner last: a fork in another thread must find the connection recorded, or the context not ours.
         context.descriptor, context.real, context.gateway = descriptor, real, gateway
         context.owner = owner

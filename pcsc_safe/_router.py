@@ -117,6 +117,13 @@ def _persistently(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, 
     raise _client.died_too_often()
 
 
+def _after_loss(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...], lost: LostError) -> Any:
+    _handles.disown(lost.gateway)
+    if lost.under_way:
+        return call.failure(COMM_ERROR, arguments)
+    return _route_slowly(call, route, handle, arguments)
+
+
 def _routed(call: Call) -> Callable[..., Any]:
     """The function that takes the application's call."""
     special: dict[str, Callable[[Call], Callable[..., Any]]] = {
@@ -148,7 +155,11 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
             return _route_slowly(call, route, handle, arguments)
         context = record.context
         if context.gateway is not here_itself:
-            return _route_slowly(call, route, handle, arguments)
+            try:
+                result = context.gateway.functions[name](record.real, *arguments)
+            except LostError as lost:
+                return _after_loss(call, route, handle, arguments, lost)
+            return after(record, arguments, result) if after else result
         if closers:
             _gate.wait_until_open(get_ident())
         if polls and holders:

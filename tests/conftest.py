@@ -6,7 +6,10 @@ Every fork of the suite goes through :mod:`forking`: a session of its own, a wat
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import forking
@@ -15,13 +18,48 @@ import pytest
 import pcsc_safe
 from pcsc_safe import _settings
 from pcsc_safe import scard as safe
-from pcsc_safe.policy import Settings
+from pcsc_safe.policy import Broker, Settings
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
 
 ECHO = [0x80, 0x01, 0x00, 0x00, 0x03, 1, 2, 3]
 VERIFY = [0x80, 0x20, 0x00, 0x00, 0x00]
 IS_VERIFIED = [0x80, 0x30, 0x00, 0x00, 0x00]
+
+
+GATEWAYS = {
+    "native": "the native library of this process",
+    "broker": "a broker; the native library is loaded, and not used",
+    "always": "a broker; the native library is not loaded. Wants PCSC_SAFE_BROKER=always in the environment",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--gateway``: the contract suite runs unchanged over each."""
+    told = "; ".join(f"{name}: {text}" for name, text in GATEWAYS.items())
+    parser.addoption("--gateway", choices=GATEWAYS, default="native", help=f"how tests reach PC/SC ({told})")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """See that what was asked for is so."""
+    asked = config.getoption("gateway") == "always"
+    if asked != (os.environ.get("PCSC_SAFE_BROKER") == "always"):
+        raise pytest.UsageError("--gateway always and PCSC_SAFE_BROKER=always go together")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is about the native library is not for the other gateways."""
+    if config.getoption("gateway") != "native":
+        about_native = [item for item in items if item.get_closest_marker("native")]
+        config.hook.pytest_deselected(items=about_native)
+        items[:] = [item for item in items if item not in about_native]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """With ``--gateway always`` no test may have loaded the native library."""
+    if session.config.getoption("gateway") == "always" and "libpcsclite" in Path("/proc/self/maps").read_text():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print("\nthe native library was loaded into this process", file=sys.stderr)
 
 
 @pytest.fixture(scope="session")
@@ -35,14 +73,18 @@ def shared_stack() -> Iterator[VirtualPcsc]:
 
 
 @pytest.fixture(autouse=True)
-def default_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test begins and ends with the default settings, whatever the environment says."""
+def default_settings(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Iterator[None]:
+    """Every test begins and ends with the default settings, whatever the environment says; but for ``--gateway``."""
     for name in Settings._fields:
         monkeypatch.delenv(f"PCSC_SAFE_{name.upper()}", raising=False)
-    _settings._put_in_force(Settings())
+    native = pytestconfig.getoption("gateway") == "native"
+    defaults = Settings() if native else Settings(broker=Broker.ALWAYS)
+    if not native:
+        monkeypatch.setenv("PCSC_SAFE_BROKER", "always")
+    _settings._put_in_force(defaults)
     _settings._settings = None
     yield
-    _settings._put_in_force(Settings())
+    _settings._put_in_force(defaults)
     _settings._settings = None
 
 
@@ -93,11 +135,12 @@ def in_child() -> Any:
     return forking.in_child
 
 
-def pytest_report_header() -> str:
+def pytest_report_header(config: pytest.Config) -> str:
     """Name what is under test."""
     import importlib.metadata as metadata
 
     return (
         f"pcsc_safe {pcsc_safe.__version__} from {pcsc_safe.__path__[0]}, "
-        f"pyscard {metadata.version('pyscard')}, wrapt {metadata.version('wrapt')}"
+        f"pyscard {metadata.version('pyscard')}, wrapt {metadata.version('wrapt')}, "
+        f"through {GATEWAYS[config.getoption('gateway')]}"
     )

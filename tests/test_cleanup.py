@@ -18,7 +18,7 @@ from conftest import ECHO, Session
 from forking import fork, forks_with_threads, in_child, in_program
 
 import pcsc_safe
-from pcsc_safe import _handles
+from pcsc_safe import _descriptors, _handles
 from pcsc_safe import scard as safe
 from pcsc_safe.policy import Policy
 from pcsc_safe.testing import VirtualPcsc
@@ -206,4 +206,4 @@ def test_fork_and_exec_pays_nothing(session: Session) -> None:
             ["ls", "-l", "/proc/self/fd"], preexec_fn=lambda: None, close_fds=False, capture_output=True, text=True
         )
     assert done.stdout.count("socket:") <= 2  # pytest's own at most: ours is closed on exec
-    assert str(session.context._self_record.descriptor.inode) not in done.stdout
+    assert not any(str(connection.inode) in done.stdout for connection in _descriptors.guarded.values())

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import smartcard.scard as raw
 from conftest import Session
 from forking import in_child
+from rawscard import raw
 
 from pcsc_safe import _handles
 from pcsc_safe import scard as safe

@@ -32,6 +32,7 @@ __all__ = ["Broker", "describe", "functions", "mine", "prepare", "prestart"]
 _READY_WITHIN = 30.0  # s; from its start
 _MOST_IDLE = 16  # connections that are kept for the next calls
 _AT_ONCE = 1 << 16  # bytes
+_LONGEST_APDU = 65544  # bytes; MAX_BUFFER_SIZE_EXTENDED of pcsc-lite's reader.h
 _socket: Any = None
 _silently = 0  # MSG_NOSIGNAL: no SIGPIPE, whatever the application does with that
 
@@ -134,7 +135,8 @@ class Broker:
 
     def establish(self, scope: Any, keep: Keep) -> Any:
         """SCardEstablishContext; see :class:`_calls.Gateway`."""
-        result = self.functions["SCardEstablishContext"](scope)
+        # libpcsclite looks at the environment each time, and the broker's is that of its start.
+        result = self.functions["SCardEstablishContext"](scope, os.environ.get(_start.SOCKET_NAME))
         if result[0] == 0:
             result[1] = keep(result[1], None, self.epoch, self)
         return result
@@ -144,7 +146,16 @@ class Broker:
 
         def function(*arguments: Any) -> Any:
             try:
-                reply = decode(ask(encode(number, arguments)))
+                frame = encode(number, arguments)
+            except _wire.WireError as error:
+                raise BrokerError(
+                    f"the arguments can't be told to the broker: {error}",
+                    remedy=f"they may have {_wire.MAX_BODY} bytes; an APDU has {_LONGEST_APDU} at most",
+                    function=_wire.FUNCTIONS[number],
+                    pid=os.getpid(),
+                ) from error
+            try:
+                reply = decode(ask(frame))
             except _wire.WireError as error:
                 raise _misunderstood(error) from error
             return reply.value if type(reply) is _wire.Result else self._unusual(reply)

@@ -18,12 +18,13 @@ import struct
 import threading
 from typing import Any, Optional
 
-from .. import _calls, _descriptors, _handles, _native, _pyscard, _router, _turns
+from .. import _calls, _descriptors, _handles, _native, _pyscard, _router, _transactions, _turns
 from . import _start, _wire
 
 __all__ = ["Server"]
 
 _AT_ONCE = 1 << 16  # bytes
+_EXCHANGES = {_wire.NUMBERS[name]: _native.functions[name] for name in ("SCardTransmit", "SCardControl")}
 _ONE_DESCRIPTOR = struct.calcsize("i")
 
 
@@ -138,14 +139,34 @@ class _Connection:
                 return body
 
     def _answer(self, client: _Client, request: _wire.Request) -> bytes:
-        name, arguments = _wire.FUNCTIONS[request.function], request.arguments
         try:
-            result = self._called(client, _calls.CALLS[name], name, arguments)
+            result = self._exchanged(client, request)
+            if result is None:
+                name = _wire.FUNCTIONS[request.function]
+                result = self._called(client, _calls.CALLS[name], name, request.arguments)
         except Exception as error:
             kind = next(kind for kind in type(error).__mro__ if kind is Exception or kind.__name__ in _wire.RAISABLE)
             text = str(error) if kind is not Exception else f"{type(error).__name__}: {error}"
             return _wire.encode(_wire.Raised(kind.__name__ if kind is not Exception else "RuntimeError", text))
         return _wire.encode_result(result)
+
+    def _exchanged(self, client: _Client, request: _wire.Request) -> Any:
+        """An exchange with a card whose context nobody else is using, in as few steps as there are; None if it isn't."""
+        number, arguments = request
+        native = _EXCHANGES.get(number)
+        if native is None or not arguments or type(arguments[0]) is not int or _transactions.holders:
+            return None
+        handle = client.handles.get(arguments[0])
+        if handle is None or handle._self_record.kind is not _calls.Kind.CARD:
+            return None
+        record = handle._self_record
+        turn = record.context.turn
+        if turn.waits:
+            return None
+        with turn.lock:
+            if turn.current is not None or record.released:
+                return None
+            return native(*arguments)
 
     def _called(self, client: _Client, call: _calls.Call, name: str, arguments: Any) -> Any:
         if name == "SCardEstablishContext":
@@ -179,11 +200,24 @@ class _Connection:
             self._waits_on = None
 
 
-def _established(client: _Client, scope: Any) -> Any:
+_establishing = threading.Lock()
+
+
+def _established(client: _Client, scope: Any, socket_name: Any) -> Any:
+    """SCardEstablishContext.
+
+    :param socket_name: where the client would look for pcscd; None: where everybody does.
+    """
+
     def keep(real: int, descriptor: Any, owner: Any, gateway: _calls.Gateway) -> Any:
         return _handles.register(_handles.Context(real, scope, descriptor, owner, gateway))
 
-    result = _native.gateway.establish(scope, keep)
+    with _establishing:
+        if isinstance(socket_name, str):
+            os.environ[_start.SOCKET_NAME] = socket_name
+        else:
+            os.environ.pop(_start.SOCKET_NAME, None)
+        result = _native.gateway.establish(scope, keep)
     if result[0] == _pyscard.SUCCESS:
         client.handles[int(result[1])] = result[1]
     return result

@@ -18,7 +18,17 @@ from typing import NamedTuple, Optional
 from .. import _descriptors
 from ..errors import BrokerError
 
-__all__ = ["DOOR", "FOR_FAMILY", "FOR_ONE", "IGNORED", "Helper", "environment", "freeze_support", "spawn"]
+__all__ = [
+    "DOOR",
+    "FOR_FAMILY",
+    "FOR_ONE",
+    "IGNORED",
+    "SOCKET_NAME",
+    "Helper",
+    "environment",
+    "freeze_support",
+    "spawn",
+]
 
 DOOR = 3
 """The descriptor over which a broker gets the connections to its clients."""
@@ -33,6 +43,7 @@ _MODULE = "pcsc_safe.broker"
 _FROZEN_BROKER = "--pcsc-safe-broker"
 # Without -P, python -m looks for modules in the current directory first.
 _WITHOUT_CWD = f"import sys; sys.path.pop(0); import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
+SOCKET_NAME = "PCSCLITE_CSOCK_NAME"
 _NEEDED = {
     *("HOME", "LANG", "LANGUAGE", "PATH", "TMPDIR", "TZ"),
     *("LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_FRAMEWORK_PATH", "DYLD_INSERT_LIBRARIES", "DYLD_LIBRARY_PATH"),

@@ -544,7 +544,10 @@ class Receiver:
         return body
 
     def needed(self) -> int:
-        """How many bytes of the frame are known to be missing, 1 at least."""
+        """How many bytes of the frame are known to be missing, 1 at least.
+
+        :raises WireError: the frame has been refused for its length.
+        """
         return max(1, self._missing())
 
     def _missing(self) -> int:

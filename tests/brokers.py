@@ -1,0 +1,221 @@
+"""Brokers as the kernel sees them, and their clients as a test sees them.
+
+A client is a forked child (:class:`Client`) or a program (:class:`Program`) that talks with the test while it lives, so that
+the test knows what it is in the middle of, and can end it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Optional
+
+import forking
+from forking import ChildFailedError, start, wait_for
+
+ENOUGH = 20  # s; nothing takes that long
+SOON = 1.0  # s; within which a broker ends that has lost its client
+_COMMANDS = (b"pcsc_safe.broker", b"--pcsc-safe-broker")
+
+
+def brokers(parent: Optional[int] = None) -> list[int]:
+    """The PIDs of the living brokers that a process has started.
+
+    :param parent: this process if None.
+    """
+    parent = os.getpid() if parent is None else parent
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, ppid = (directory / "stat").read_text().rpartition(")")[2].split()[:2]
+            command = (directory / "cmdline").read_bytes()
+            if int(ppid) == parent and state not in "ZX" and any(text in command for text in _COMMANDS):
+                found.append(int(directory.name))
+    return found
+
+
+def broker(parent: Optional[int] = None) -> int:
+    """The PID of the one broker that a process has started."""
+    (pid,) = brokers(parent)
+    return pid
+
+
+def zombies() -> list[int]:
+    """The dead children of this process that nobody has waited for."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, ppid = stat.read_text().rpartition(")")[2].split()[:2]
+            if state == "Z" and int(ppid) == os.getpid():
+                found.append(int(stat.parent.name))
+    return found
+
+
+class Watch:
+    """Sees the end of a process, and never takes another with the same PID for it."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = os.pidfd_open(pid)
+
+    def ends(self, within: float = SOON) -> bool:
+        """Whether it has ended, or does so in so many seconds."""
+        poll = select.poll()
+        poll.register(self._process, select.POLLIN)
+        return bool(poll.poll(within * 1000))
+
+    def close(self) -> None:
+        os.close(self._process)
+
+
+@contextlib.contextmanager
+def watched(pid: int) -> Iterator[Watch]:
+    """A :class:`Watch`, for the time of a block."""
+    watch = Watch(pid)
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+class Link:
+    """The client's end of what it and the test say to each other."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def say(self, value: Any) -> None:
+        self._connection.send(value)
+
+    def hear(self) -> Any:
+        if not self._connection.poll(ENOUGH):
+            raise TimeoutError(f"heard nothing for {ENOUGH} s")
+        return self._connection.recv()
+
+
+class Client(Link):
+    """A forked child that runs ``function(link, *arguments)``.
+
+    :param fork: how to fork.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any, fork: Callable[[], int] = forking.fork) -> None:
+        ours, theirs = multiprocessing.Pipe()
+        super().__init__(ours)
+        self._child: Optional[tuple[int, int]] = start(function, Link(theirs), *arguments, fork=fork)
+        self.pid = self._child[0]
+        theirs.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        if self._child is not None:
+            self.kill()
+        self._connection.close()
+
+    def result(self) -> Any:
+        """What the function returned; waits for the child."""
+        child, self._child = self._child, None
+        assert child is not None
+        return wait_for(child)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildFailedError):
+            self.result()
+
+
+class Program:
+    """A function of a test module as a program of its own, that says and is told lines.
+
+    :param terminal: the slave end of a terminal, for standard input and output in the place of pipes.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], *arguments: str, env: dict[str, str], terminal: Optional[int] = None
+    ) -> None:
+        file = Path(sys.modules[function.__module__].__file__ or "").resolve()
+        command = [sys.executable, "-X", "faulthandler", forking.__file__, str(file), function.__name__, *arguments]
+        self.process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.PIPE if terminal is None else terminal,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._watchdog = threading.Timer(ENOUGH, self.process.kill)
+        self._watchdog.start()
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self.process.kill()
+        self.ends()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+
+    def hear(self) -> str:
+        """The next line that it says."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"it said nothing more: {self.errors()}"
+        return line.rstrip("\n")
+
+    def let_go(self) -> None:
+        """Close its standard input, which it waits for."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def errors(self) -> str:
+        """All that it has written to standard error; waits for its end."""
+        assert self.process.stderr is not None
+        return self.process.stderr.read()
+
+    def ends(self) -> int:
+        """Its exit status."""
+        status = self.process.wait(ENOUGH)
+        self._watchdog.cancel()
+        return status
+
+
+def until(condition: Callable[[], Any], what: str) -> None:
+    """Return as soon as the condition holds."""
+    deadline = time.monotonic() + ENOUGH
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {ENOUGH} s until {what}"
+        time.sleep(0.002)
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    """What a process has open."""
+    found = {}
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[int(link.name)] = os.readlink(link)
+    return found
+
+
+def script(path: Path, text: str) -> str:
+    """A shell script at this path, to be an interpreter."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
