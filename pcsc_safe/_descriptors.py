@@ -1,9 +1,9 @@
 """The descriptors that a forked child must not use, and the dead socket that takes their place there.
 
-A child inherits its parent's connections, to pcscd and to a broker, and with them the power to read its parent's answers
-and to keep its parent's locks alive.  So in the child each is replaced by a dead socket, at the fork.  It is replaced
-only where the number still stands for that connection: an application may have closed it, and the number may be a
-database connection's by now.
+A child inherits its parent's connections, to pcscd and to a broker, and with them the power to read its parent's
+answers and to keep its parent's locks alive.  So in the child each is replaced by a dead socket, at the fork.  It is
+replaced only where the number still stands for that connection: an application may have closed it, and the number may
+be a database connection's by now.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def guard(connection: Descriptor) -> None:
 
 
 def unguard(connection: Optional[Descriptor]) -> None:
-    """This connection is closed, or was never this process's."""
+    """Say that a connection is closed, or was never this process's."""
     if connection is not None and guarded.get(connection.number) == connection:
         del guarded[connection.number]
 

@@ -216,7 +216,7 @@ def register(record: Record) -> Any:
 
 
 def disown(gateway: Gateway) -> None:
-    """This gateway is no more, and what this process had there is lost to it as if it were another process's."""
+    """Give up what this process had through a gateway that is no more, as if it were another process's."""
     here = _process.current()
     for context in list(contexts.values()):
         if context.gateway is gateway and context.owner is here:

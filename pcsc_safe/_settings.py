@@ -51,7 +51,7 @@ def configure(
     :param broker: when PC/SC is done by a helper process: ``on-fork`` (the default), where a forked process can't do it
         itself, or ``always``.  The latter counts for the contexts that are established from then on; to keep the native
         library out of the process it has to be set before :mod:`pcsc_safe.scard` is imported.
-    :param broker_python: the Python interpreter that runs brokers; ``""``, the default, for the one that runs this program.
+    :param broker_python: the Python interpreter that runs brokers; ``""``, the default: the one that runs this program.
     :param context: a context, for settings that are to count for it and its cards alone.
     :return: the settings that are in force now, for that context if one was given.
     :raises SettingsError: a value is not one of these, or ``context`` is no context of this process, or the setting is

@@ -7,6 +7,7 @@ the test knows what it is in the middle of, and can end it there.
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import select
@@ -219,3 +220,40 @@ def script(path: Path, text: str) -> str:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return str(path)
+
+
+def without_native(how: str) -> None:
+    """A program that has ``broker="always"``, from ``"environment"`` or by ``"configure"``, and uses a card and forks.
+
+    Here, for what is imported where it stands imports :mod:`pcsc_safe.scard` first.
+    """
+    import pcsc_safe
+
+    if how == "configure":
+        pcsc_safe.configure(broker="always")
+    from conftest import Session
+    from test_threads import HELD, Calling
+
+    from pcsc_safe import scard
+
+    session = Session()
+    session.assert_untouched()
+    _, name, _, protocol, atr = scard.SCardStatus(session.card)
+    exchange = Calling(session.transmit, HELD)
+    print(json.dumps([name, protocol, atr]), flush=True)
+    sys.stdin.read()
+
+    def child() -> Any:
+        _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
+        same = scard.SCardListReaders(context, []) == scard.SCardListReaders(session.context, [])
+        return same, "libpcsclite" in Path("/proc/self/maps").read_text()
+
+    began = time.monotonic()
+    started = start(child)
+    waited = time.monotonic() - began
+    print(json.dumps([wait_for(started), exchange.is_alive(), waited < 0.5, len(brokers())]), flush=True)
+    exchanged = exchange.answer()
+    session.assert_untouched()
+    session.close()
+    maps = Path("/proc/self/maps").read_text()
+    print(json.dumps([exchanged, "libpcsclite" in maps, "_scard" in maps, "smartcard" in sys.modules]), flush=True)

@@ -6,6 +6,7 @@ run in a process of their own, behind pyscard's own Python wrappers of them.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import pickle
@@ -79,9 +80,7 @@ def _elsewhere() -> types.ModuleType:
 
 if __name__ == "__main__":
     _serve()
+elif os.environ.get("PCSC_SAFE_BROKER") == "always":
+    raw: Any = _elsewhere()
 else:
-    raw: Any
-    if os.environ.get("PCSC_SAFE_BROKER") == "always":
-        raw = _elsewhere()
-    else:
-        pass
+    raw = importlib.import_module("smartcard.scard")

@@ -1,7 +1,7 @@
 """The contract suite, over each way to PC/SC.
 
-The modules below say what ``pcsc_safe.scard`` guarantees, and run natively as any other.  Here they run again, unchanged,
-over a broker, and once more without the native library in the process.
+The modules below say what ``pcsc_safe.scard`` guarantees, and run natively as any other.  Here they run again,
+unchanged, over a broker, and once more without the native library in the process.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def test_only_macos_forbids_the_native_library_after_a_fork(monkeypatch: pytest.
 @pytest.mark.parametrize("when", Broker)
 @pytest.mark.parametrize("what", Policy)
 def test_the_way_to_pcsc(what: Policy, when: Broker, forked: bool, native_works: bool) -> None:
-    """Through a broker always, or where it has to be; natively elsewhere; not at all where only a native one is wanted."""
+    """Through a broker always, or where it has to be; natively elsewhere; not at all if only native is wanted."""
     way = choose_way(Settings(policy=what, broker=when), forked=forked, native_works=native_works)
     if when is Broker.ALWAYS or (forked and what is Policy.BROKER):
         assert way is Way.BROKER

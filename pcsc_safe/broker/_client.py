@@ -1,12 +1,12 @@
 """A broker as its client sees it: the gateway that is another process.
 
 A process has one door to its broker, and over it passes the far ends of its connections: one that says that it lives,
-and as many as it has calls under way.  A connection carries one request and its answer at a time, so no thread waits for
-another, and nothing that two threads say can mix.
+and as many as it has calls under way.  A connection carries one request and its answer at a time, so no thread waits
+for another, and nothing that two threads say can mix.
 
-At a fork the connections are guarded descriptors, as those to pcscd are: dead in the child.  The door of a broker for the
-whole family of processes stays open; there a child becomes a client of its own.  Any other door dies too, and the child
-has a broker of its own at its first need.
+At a fork the connections are guarded descriptors, as those to pcscd are: dead in the child.  The door of a broker for
+the whole family of processes stays open; there a child becomes a client of its own.  Any other door dies too, and the
+child has a broker of its own at its first need.
 """
 
 from __future__ import annotations
@@ -281,7 +281,10 @@ class Broker:
         )
 
     def _lost(self, *, under_way: bool) -> LostError:
-        """This broker is no more; what to raise."""
+        """Note that this broker is no more.
+
+        :return: what to raise.
+        """
         if self.epoch is not _process.current():
             return LostError(self, under_way=False)
         if not self.lost:

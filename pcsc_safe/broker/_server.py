@@ -1,7 +1,7 @@
 """The broker's side: serves its clients, each connection in a thread of its own.
 
-A client is a process.  It has the handles that it was given, and can't reach another's.  It is gone when it has closed its
-first connection, or when its process has ended, whatever copies of its descriptors live on; then its contexts are
+A client is a process.  It has the handles that it was given, and can't reach another's.  It is gone when it has closed
+its first connection, or when its process has ended, whatever copies of its descriptors live on; then its contexts are
 released, as pcscd would have done.  The last client gone, and the door closed, the broker ends: at once, whatever its
 threads are doing.
 
@@ -151,7 +151,7 @@ class _Connection:
         return _wire.encode_result(result)
 
     def _exchanged(self, client: _Client, request: _wire.Request) -> Any:
-        """An exchange with a card whose context nobody else is using, in as few steps as there are; None if it isn't."""
+        """An exchange with a card whose context is idle, in as few steps as there are; None if it isn't one."""
         number, arguments = request
         native = _EXCHANGES.get(number)
         if native is None or not arguments or type(arguments[0]) is not int or _transactions.holders:
