@@ -50,6 +50,9 @@ held up          os.fork() in the parent while its other threads are in PC/SC: w
                  which is always busy with APDUs of 10 ms. "monitored": one waits for events on a context that another
                  uses. Both modules by turns in one process on the same sessions, but for the last two: there raw may
                  freeze, and has processes of its own
+broker           SCardTransmit of a process whose PC/SC is done by a broker (broker="always"); and the first use in a
+                 forked child that has to go through one (policy "broker"): that starts it (cold), or the parent has
+                 started one ahead (prestarted)
 first use        in a forked child: SCardListReaders on the inherited context, which gets a context of its own first; on
                  raw pyscard SCardEstablishContext and SCardListReaders
 """
@@ -183,6 +186,27 @@ def first_use(effort: Effort) -> Iterator[Figure]:
             yield figure("first use in a child", pairs, against="raw pyscard" if against is RAW else against)
 
 
+def broker(effort: Effort) -> Iterator[Figure]:
+    """What it costs that another process does PC/SC."""
+    with contextlib.ExitStack() as undo:
+        # One card each, but one stack: what slows pcscd down slows both.
+        env = stack(undo)
+        variants = {v: undo.enter_context(Process(v, env)) for v in (RAW, "broker")}
+        rounds = by_turns(variants, ("exchange", 50), effort.processes * 5)
+        yield figure("SCardTransmit, broker", [(taken[RAW][0], taken["broker"][0]) for taken in rounds], ratio=1.5)
+    for what, target in (("cold", 150_000), ("prestarted", 5_000)):
+        with contextlib.ExitStack() as undo:
+            env = stack(undo)
+            variants = {v: undo.enter_context(Process(v, env)) for v in (RAW, "child's broker")}
+            for process in variants.values():
+                process.ask("contexts_are", 1)
+            if what == "prestarted":
+                variants["child's broker"].ask("prestart")
+            rounds = by_turns(variants, ("first_use_in_child",), max(2, effort.children // 5))
+            pairs = [(taken[RAW][0], taken["child's broker"][0]) for taken in rounds]
+            yield figure(f"first use in a child, {what} broker", pairs, more=target)
+
+
 def held_up(effort: Effort) -> Iterator[Figure]:
     """How long a fork takes while other threads are in PC/SC."""
     for what, count, name in (
@@ -259,6 +283,7 @@ MEASURES = {
     "held-up": held_up,
     "threads": threads,
     "first-use": first_use,
+    "broker": broker,
 }
 
 

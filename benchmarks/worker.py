@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import random
+import statistics
 import struct
 import sys
 import threading
@@ -20,12 +21,15 @@ import warnings
 from typing import Any, Callable
 
 VARIANTS = {
-    "raw": ("smartcard.scard", ()),
-    "raw, wrapt imported": ("smartcard.scard", ("wrapt", "logging", "socket")),
-    "safe": ("pcsc_safe.scard", ()),
+    "raw": ("smartcard.scard", (), {}),
+    "raw, wrapt imported": ("smartcard.scard", ("wrapt", "logging", "socket"), {}),
+    "safe": ("pcsc_safe.scard", (), {}),
+    "broker": ("pcsc_safe.scard", (), {"PCSC_SAFE_BROKER": "always"}),
+    "child's broker": ("pcsc_safe.scard", (), {"PCSC_SAFE_POLICY": "broker"}),
 }
-"""Which module it uses, and what else it has imported: a process with more in it takes longer to fork."""
+"""Which module it uses, what else it has imported (a process with more in it takes longer to fork), and its settings."""
 
+AT_ONCE = [0x80, 0x01, 0x00, 0x00, 0x03, 1, 2, 3]
 IN_10_MS = [0x80, 0x02, 0x01, 0x00, 0x03, 1, 2, 3]
 clock = time.perf_counter_ns
 
@@ -37,12 +41,14 @@ class Worker:
     """
 
     def __init__(self, variant: str) -> None:
-        module, more = VARIANTS[variant]
+        module, more, settings = VARIANTS[variant]
+        os.environ.update(settings)
         for name in more:
             importlib.import_module(name)
         self.scard: Any = importlib.import_module(module)
-        self.inherits = variant == "safe"
+        self.inherits = module == "pcsc_safe.scard"
         self.contexts: list[Any] = []
+        self.card: Any = None
 
     def contexts_are(self, count: int) -> list[float]:
         """Hold so many contexts, idle."""
@@ -60,6 +66,28 @@ class Worker:
             self.contexts.append(self._establish())
             times.append((clock() - start) / 1000)
         return times
+
+    def exchange(self, count: int) -> list[float]:
+        """The median of so many exchanges of 8 bytes, on one session."""
+        scard = self.scard
+        if self.card is None:
+            self.contexts_are(1)
+            reader = self._must(scard.SCardListReaders(self.contexts[0], []))[1][0]
+            _, self.card, _ = self._must(
+                scard.SCardConnect(self.contexts[0], reader, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1)
+            )
+        times = []
+        for _ in range(count):
+            start = clock()
+            self._must(scard.SCardTransmit(self.card, scard.SCARD_PCI_T1, AT_ONCE))
+            times.append((clock() - start) / 1000)
+        return [statistics.median(times)]
+
+    def prestart(self) -> list[float]:
+        """Start a broker ahead, for the children."""
+        importlib.import_module("pcsc_safe").prestart_broker()
+        time.sleep(1)
+        return []
 
     def fork(self) -> list[float]:
         """os.fork() as the parent sees it, and from there until a child that does nothing is reaped."""

@@ -34,6 +34,9 @@ COMPARED = {
     "8 threads, 8 contexts, 10 ms": {"raw pyscard"},
     "8 threads, 2 on one busy context": {"raw pyscard"},
     "8 threads, 1 context monitored": {"raw pyscard"},
+    "SCardTransmit, broker": {"raw pyscard"},
+    "first use in a child, cold broker": {"raw pyscard"},
+    "first use in a child, prestarted broker": {"raw pyscard"},
     "first use in a child": {"raw pyscard", "raw, wrapt imported"},
 }
 

@@ -142,6 +142,7 @@ def test_a_released_handle_is_not_loaded(session: Session) -> None:
         pickle.loads(data)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("name", "which", "arguments"),
     [
