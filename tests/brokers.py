@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Optional
 
 import forking
-from forking import ChildFailedError, start, wait_for
+from forking import start, wait_for
 
 ENOUGH = 20  # s; nothing takes that long
 SOON = 1.0  # s; within which a broker ends that has lost its client
@@ -113,7 +113,6 @@ class Client(Link):
         ours, theirs = multiprocessing.Pipe()
         super().__init__(ours)
         self._child: Optional[tuple[int, int]] = start(function, Link(theirs), *arguments, fork=fork)
-        self.pid = self._child[0]
         theirs.close()
 
     def __enter__(self) -> Client:
@@ -122,21 +121,28 @@ class Client(Link):
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
-        if self._child is not None:
+        if self._child:
             self.kill()
         self._connection.close()
 
     def result(self) -> Any:
         """What the function returned; waits for the child."""
         child, self._child = self._child, None
-        assert child is not None
+        assert child
         return wait_for(child)
 
+    @property
+    def pid(self) -> int:
+        assert self._child
+        return self._child[0]
+
     def kill(self) -> None:
-        """SIGKILL."""
-        os.kill(self.pid, signal.SIGKILL)
-        with contextlib.suppress(ChildFailedError):
-            self.result()
+        """SIGKILL; a child that it has forked itself may live on."""
+        assert self._child
+        (pid, read_end), self._child = self._child, None
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(read_end)
 
 
 class Program:

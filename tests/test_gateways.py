@@ -6,13 +6,19 @@ unchanged, over a broker, and once more without the native library in the proces
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
+from forking import in_program
 
+from pcsc_safe import scard as safe
+from pcsc_safe.testing import VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
 
 HERE = Path(__file__).parent
@@ -45,3 +51,44 @@ def test_the_contract_holds_over(gateway: str) -> None:
     assert int(last.split(" passed")[0].split()[-1]) > AT_LEAST, last
     assert "skipped" not in last
     assert "failed" not in last
+
+
+CALLS = 1000
+
+
+@pytest.mark.native
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="how big a process is, is read from /proc")
+def test_calls_through_a_broker_leave_nothing(shared_stack: VirtualPcsc) -> None:
+    """1,000 calls of each kind allocate nothing that stays, neither here nor in the broker."""
+    done = in_program(called_often, env={**shared_stack.env, "PCSC_SAFE_BROKER": "always"})
+    assert done.returncode == 0, done.stderr
+    here, broker = json.loads(done.stdout)
+    assert here < CALLS  # bytes: less than one a call, that is none
+    assert broker < 20  # pages: the allocator's own coming and going
+
+
+def called_often() -> None:
+    """Make the calls; say what stayed of them."""
+    from pcsc_safe.broker import _client
+
+    _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    _, readers = safe.SCardListReaders(context, [])
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            _, card, _ = safe.SCardConnect(context, readers[0], safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_ANY)
+            safe.SCardTransmit(card, safe.SCARD_PCI_T1, [0x80, 1, 0, 0, 3, 1, 2, 3])
+            safe.SCardStatus(card)
+            safe.SCardGetStatusChange(context, 0, [(readers[0], safe.SCARD_STATE_UNAWARE)])
+            safe.SCardDisconnect(card, safe.SCARD_LEAVE_CARD)
+
+    def pages() -> int:
+        return int(Path(f"/proc/{_client.mine().helper_pid}/statm").read_text().split()[1])
+
+    tracemalloc.start()
+    calls()
+    gc.collect()
+    bytes_before, pages_before = tracemalloc.get_traced_memory()[0], pages()
+    calls()
+    gc.collect()
+    print(json.dumps([tracemalloc.get_traced_memory()[0] - bytes_before, pages() - pages_before]))
