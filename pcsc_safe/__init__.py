@@ -9,11 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._bequest import files_to_preserve, handover
     from ._settings import configure, settings
     from .broker._client import prestart as prestart_broker
     from .broker._start import freeze_support
-    from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, SettingsError
-    from .policy import Broker, Cards, Policy, Settings
+    from .errors import (
+        BrokerError,
+        ForkedHandleError,
+        ForkUnsafeError,
+        HandoverError,
+        PcscSafeError,
+        SettingsError,
+    )
+    from .policy import Broker, Cards, Owner, Policy, Settings
 
 __version__ = "0.1.0"
 
@@ -23,13 +31,17 @@ __all__ = [
     "Cards",
     "ForkUnsafeError",
     "ForkedHandleError",
+    "HandoverError",
+    "Owner",
     "PcscSafeError",
     "Policy",
     "Settings",
     "SettingsError",
     "__version__",
     "configure",
+    "files_to_preserve",
     "freeze_support",
+    "handover",
     "prestart_broker",
     "settings",
 ]
@@ -37,15 +49,19 @@ __all__ = [
 _HOME = {
     "configure": "_settings",
     "settings": "_settings",
+    "files_to_preserve": "_bequest",
+    "handover": "_bequest",
     "prestart_broker": "broker._client:prestart",
     "freeze_support": "broker._start",
     "BrokerError": "errors",
     "ForkUnsafeError": "errors",
+    "HandoverError": "errors",
     "ForkedHandleError": "errors",
     "PcscSafeError": "errors",
     "SettingsError": "errors",
     "Broker": "policy",
     "Cards": "policy",
+    "Owner": "policy",
     "Policy": "policy",
     "Settings": "policy",
 }

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from _thread import get_ident
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional
 
 from . import _process
 
-__all__ = ["Descriptor", "guard", "guarded", "is_dead", "of", "prepare", "unguard"]
+__all__ = ["Descriptor", "disarm", "guard", "guarded", "is_dead", "kept", "kill", "of", "prepare", "unguard"]
 
 
 class Descriptor(NamedTuple):
@@ -44,6 +46,9 @@ def of(number: int) -> Descriptor:
 
 guarded: dict[int, Descriptor] = {}
 """The connections of this process, by number."""
+
+kept: dict[int, set[int]] = {}
+"""Those that the child is to have which a thread is about to fork, by the thread."""
 
 
 def guard(connection: Descriptor) -> None:
@@ -91,10 +96,18 @@ def is_dead(number: int) -> bool:
 
 def disarm() -> None:
     """Put a dead socket in the place of each guarded connection; runs at the fork, in the child."""
-    if not guarded:
-        return
+    if guarded:
+        stays = kept.get(get_ident(), ())
+        kill([connection for connection in guarded.values() if connection.number not in stays])
+    kept.clear()
+
+
+def kill(connections: Iterable[Optional[Descriptor]]) -> None:
+    """Put a dead socket in the place of each of these that is still there."""
     dead = _dead if _dead is not None and _dead.is_intact() else None
-    for connection in list(guarded.values()):
+    for connection in connections:
+        if connection is None:
+            continue
         number, device, inode = connection
         try:
             status = os.fstat(number)
@@ -117,6 +130,7 @@ def disarm() -> None:
 
 def _begin(epoch: _process.Epoch) -> None:
     guarded.clear()
+    kept.clear()
 
 
 _process.at_fork(in_child=disarm, at_begin=_begin)

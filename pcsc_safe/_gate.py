@@ -19,7 +19,19 @@ from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 from . import _process
 
-__all__ = ["InFlight", "Unquiet", "closers", "enter", "inside", "through", "wait_until_open"]
+__all__ = [
+    "InFlight",
+    "Unquiet",
+    "close_quietly",
+    "closers",
+    "enter",
+    "inside",
+    "open_again",
+    "others_are_inside",
+    "raise_later",
+    "through",
+    "wait_until_open",
+]
 
 
 class Interruptible(Protocol):
@@ -100,6 +112,28 @@ def _others(ident: int) -> list[InFlight]:
     return [entry for thread, entry in list(inside.items()) if thread != ident]
 
 
+def close_quietly() -> bool:
+    """Close the gate until the next fork of this thread, or :func:`open_again`.
+
+    :return: whether nobody else is inside; if somebody is, the gate is open.
+    """
+    _close()
+    if others_are_inside():
+        open_again()
+        return False
+    return True
+
+
+def open_again() -> None:
+    """Open the gate, if this thread has closed it."""
+    closers.pop(threading.get_ident(), None)
+
+
+def others_are_inside() -> bool:
+    """Whether a call of another thread is inside the native library."""
+    return bool(_others(threading.get_ident()))
+
+
 def _before_fork() -> None:
     if inside or _count_threads():
         _close()
@@ -117,7 +151,7 @@ def _close() -> None:
         _quiesce(ident, deadline)
     except BaseException as error:
         # A signal handler's, as KeyboardInterrupt. A hook can't raise: the fork goes on at once, and it comes after it.
-        start_new_thread(_raise_later, (ident, error))
+        raise_later(ident, error)
     finally:
         closers[ident] = True
         if _others(ident):
@@ -166,8 +200,12 @@ class _Interrupter:
             time.sleep(_PAUSE)
 
 
-def _raise_later(ident: int, error: BaseException) -> None:
+def raise_later(ident: int, error: BaseException) -> None:
     """Raise ``error`` in the thread ``ident``, after its fork."""
+    start_new_thread(_raise_later, (ident, error))
+
+
+def _raise_later(ident: int, error: BaseException) -> None:
     import ctypes
 
     while closers:

@@ -15,7 +15,7 @@ from ._handles import Card, Context, Record
 from ._pyscard import SUCCESS, constant
 from ._settings import settings
 from .broker import _client
-from .errors import ForkedHandleError, ForkUnsafeError, join_pyscard
+from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, join_pyscard
 from .policy import Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
 
 __all__ = ["INVALID_HANDLE", "answer", "gateway"]
@@ -54,6 +54,8 @@ def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     if verdict is Verdict.RESET:
         _warn_of_reset(call, record)
         return call.failure(RESET_CARD, arguments)
+    if verdict is Verdict.JOIN:
+        return _join(call, record, arguments)
     if verdict is Verdict.RECONNECT:
         return _reconnect(call, record, arguments)
     hresult = _own(call, record)
@@ -166,6 +168,46 @@ def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization:
     return answer
 
 
+def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
+    """Take part in a session of the owner that this process did not get at the fork."""
+    context = record.context
+    if context.owner.noticed_by is _process.LOST:
+        if call.role is Role.VALIDITY:
+            return INVALID_HANDLE
+        raise _lost_share(call.name, record)
+    broker = _client.mine()
+    with context.turn.lock:
+        if record.owner is _process.current():
+            return None
+        if isinstance(context.gateway, _client.Broker) and broker.inherit(
+            context.gateway.key, [context.real], keeps=True
+        ):
+            context.gateway = broker
+            for card in list(context.cards.values()):
+                card.transactions, card.owner = 0, _process.current()
+            context.owner = _process.current()
+            return None
+    if call.role is Role.VALIDITY:
+        return INVALID_HANDLE
+    raise _forked_handle(call.name, record)
+
+
+def _lost_share(function: str, record: Record) -> BrokerError:
+    here = _process.current()
+    return BrokerError(
+        f"the session of this {_thing(record)} is lost to process {here.pid}: its broker has died, or the descriptors "
+        "that lead to it were closed",
+        remedy="establish a context anew; who closes all descriptors has to leave pcsc_safe.files_to_preserve() open",
+        function=function,
+        pid=here.pid,
+        established_at=record.established_at,
+    )
+
+
+def _thing(record: Record) -> str:
+    return "PC/SC context" if isinstance(record, Context) else "card handle's PC/SC context"
+
+
 def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """SCardReconnect gives an inherited handle a connection of this process's own."""
     assert isinstance(card, Card)
@@ -221,12 +263,19 @@ def _why_not(here: _process.Epoch) -> str:
 def _forked_handle(function: str, record: Record) -> ForkedHandleError:
     join_pyscard()
     here, owner = _process.current(), record.owner
-    thing = "PC/SC context" if isinstance(record, Context) else "card handle's PC/SC context"
-    relation = "forked child" if here.parent is owner else "forked descendant"
+    if owner.noticed_by is _process.HANDED_OVER:
+        state = f"({record.established_at}) was handed over to a child that process {here.pid} has forked"
+    else:
+        relation = "forked child" if here.parent is owner else "forked descendant"
+        state = (
+            f"was established by process {owner.pid} ({record.established_at}) and this is its {relation} {here.pid}"
+        )
+    remedy = "establish one here, or use policy 'reestablish'"
+    if record.context.settings(settings()).policy is policy.Policy.SHARE:
+        remedy = "it can be shared if it was established with broker='always', and as long as its owner has it"
     return ForkedHandleError(
-        f"this {thing} was established by process {owner.pid} ({record.established_at}) and this is its {relation} "
-        f"{here.pid}",
-        remedy="establish one here, or use policy 'reestablish'",
+        f"this {_thing(record)} {state}",
+        remedy=remedy,
         function=function,
         owner_pid=owner.pid,
         pid=here.pid,

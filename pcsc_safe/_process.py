@@ -20,7 +20,18 @@ import sys
 import threading
 from typing import Any, Callable, Optional, Protocol
 
-__all__ = ["LOST", "Epoch", "around_fork", "at_fork", "current", "here", "sentinel"]
+__all__ = [
+    "HANDED_OVER",
+    "LOST",
+    "Epoch",
+    "after_fork_in_parent",
+    "around_fork",
+    "at_fork",
+    "before_fork",
+    "current",
+    "here",
+    "sentinel",
+]
 
 FORKS = hasattr(os, "register_at_fork")
 _MADV_WIPEONFORK = 18  # linux/mman.h, since Linux 4.14
@@ -31,6 +42,9 @@ _at_begin: list[Callable[[Epoch], None]] = []
 
 LOST = "loss"
 """What noticed the beginning of an epoch that is nobody's: the owner of what this process had, and has lost."""
+
+HANDED_OVER = "handover"
+"""That of the epoch of the child that this process has handed over to, as this process sees it."""
 
 
 class Epoch:
@@ -118,7 +132,7 @@ _page = _wiped_page()
 sentinel: _Sentinel = _page or _PidSentinel()
 sentinel[_HERE] = 1
 _hooks_run = 0  # since here began
-_before: Optional[Callable[[], None]] = None
+_before: list[Callable[[], None]] = []
 _in_hook: list[Callable[[], None]] = []
 _in_child: list[Callable[[], None]] = []
 
@@ -132,10 +146,22 @@ def around_fork(before: Callable[[], None], in_parent: Callable[[], None]) -> No
     :param before: called before the fork.
     :param in_parent: called after it, also if it failed; one that nothing can interrupt, so not a function in Python.
     """
-    global _before
-    _before = before
+    before_fork(before)
+    after_fork_in_parent(in_parent)
+
+
+def before_fork(function: Callable[[], None]) -> None:
+    """Have a function called in the parent before every fork that runs hooks, after those that came earlier."""
+    _before.append(function)
+
+
+def after_fork_in_parent(function: Callable[[], None]) -> None:
+    """Have a function called in the parent after every fork that runs hooks, also if it failed.
+
+    One in Python can be left by what a signal handler raises.
+    """
     if FORKS:
-        os.register_at_fork(after_in_parent=in_parent)
+        os.register_at_fork(after_in_parent=function)
 
 
 def at_fork(
@@ -195,8 +221,7 @@ def _hook_in_child() -> None:
 
 
 def _hook_before() -> None:
-    if _before is not None:
-        _before()
+    _run(_before)
 
 
 def _run(functions: list[Callable[[], None]]) -> None:

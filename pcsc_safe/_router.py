@@ -11,7 +11,19 @@ from _thread import get_ident
 from time import monotonic, sleep
 from typing import Any, Callable, Optional
 
-from . import _descriptors, _gate, _handles, _inherited, _log, _native, _process, _pyscard, _transactions, _turns
+from . import (
+    _bequest,
+    _descriptors,
+    _gate,
+    _handles,
+    _inherited,
+    _log,
+    _native,
+    _process,
+    _pyscard,
+    _transactions,
+    _turns,
+)
 from ._calls import CALLS, Call, Gateway, Kind, LostError
 from ._handles import Card, Context, Record
 from ._inherited import INVALID_HANDLE
@@ -85,7 +97,7 @@ _AFTER: dict[str, _After] = {
 
 
 def _establish(scope: Any) -> Any:
-    for module in (_log, _descriptors, _native, _handles, _client):
+    for module in (_log, _descriptors, _native, _handles, _client, _bequest):
         module.prepare()
     settings()
     _notice()

@@ -14,7 +14,7 @@ from typing import Any, Callable
 from . import _process
 from ._handles import Card, Record
 
-__all__ = ["WAITING", "began", "ended", "holders", "in_the_way", "wait"]
+__all__ = ["WAITING", "began", "continued", "ended", "holders", "in_the_way", "wait"]
 
 # pcscd's or libpcsclite's loops that wait for the end of a transaction inside the call.
 WAITING = frozenset(
@@ -38,6 +38,12 @@ def ended(card: Card, how_many: int) -> None:
     card.transactions = max(0, card.transactions - how_many)
     if not card.transactions and holders.get(card.reader) is card:
         holders.pop(card.reader, None)
+
+
+def continued(card: Card) -> None:
+    """The transaction of a card that was handed over to this process is this process's now."""
+    if card.transactions:
+        holders[card.reader] = card
 
 
 def in_the_way(record: Record, arguments: Sequence[Any]) -> Any:

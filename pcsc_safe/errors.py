@@ -9,7 +9,14 @@ from __future__ import annotations
 import sys
 from typing import Any, Optional
 
-__all__ = ["BrokerError", "ForkUnsafeError", "ForkedHandleError", "PcscSafeError", "SettingsError"]
+__all__ = [
+    "BrokerError",
+    "ForkUnsafeError",
+    "ForkedHandleError",
+    "HandoverError",
+    "PcscSafeError",
+    "SettingsError",
+]
 
 
 class PcscSafeError(Exception):
@@ -67,6 +74,10 @@ class ForkUnsafeError(PcscSafeError):
 
 class BrokerError(PcscSafeError):
     """The helper process that is to do PC/SC for this one can't be started, or can't be understood."""
+
+
+class HandoverError(PcscSafeError):
+    """A session can't be handed over to a forked child, or was not."""
 
 
 class ForkedHandleError(PcscSafeError):

@@ -16,6 +16,7 @@ __all__ = [
     "PLATFORM",
     "Broker",
     "Cards",
+    "Owner",
     "Policy",
     "Role",
     "Settings",
@@ -34,6 +35,7 @@ class Policy(str, enum.Enum):
     AUTO = "auto"
     REESTABLISH = "reestablish"
     BROKER = "broker"
+    SHARE = "share"
     RAISE = "raise"
     INVALID = "invalid"
 
@@ -52,6 +54,13 @@ class Broker(str, enum.Enum):
     ALWAYS = "always"
 
 
+class Owner(str, enum.Enum):
+    """Who has the sessions after a fork."""
+
+    PARENT = "parent"
+    CHILD = "child"
+
+
 class Settings(NamedTuple):
     """How this process treats what it inherits; see :func:`pcsc_safe.configure`."""
 
@@ -60,13 +69,26 @@ class Settings(NamedTuple):
     quiesce_timeout: float = 1.0
     broker: Broker = Broker.ON_FORK
     broker_python: str = ""
+    owner: Owner = Owner.PARENT
 
     def changed(self, **values: Any) -> "Settings":
         """These settings with some replaced.
 
         :raises SettingsError: a value is not one that the setting can have.
         """
-        return self._replace(**{name: parse(name, value) for name, value in values.items()})
+        return self._replace(**{name: parse(name, value) for name, value in values.items()}).checked()
+
+    def checked(self) -> "Settings":
+        """These settings, if they go together.
+
+        :raises SettingsError: they don't.
+        """
+        if self.policy is Policy.SHARE and self.broker is not Broker.ALWAYS:
+            raise SettingsError(
+                f"policy cannot be 'share' while broker is {self.broker.value!r}",
+                remedy="a session that several processes share lives in a broker: set broker='always' as well",
+            )
+        return self
 
 
 def _member_of(kind: type[enum.Enum]) -> Callable[[Any], Any]:
@@ -107,6 +129,7 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
     "quiesce_timeout": _seconds,
     "broker": _member_of(Broker),
     "broker_python": _path,
+    "owner": _member_of(Owner),
 }
 
 
@@ -134,7 +157,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         variable = f"PCSC_SAFE_{setting.upper()}"
         if environment.get(variable):
             given[setting] = parse(setting, environment[variable], variable)
-    return Settings(**given)
+    return Settings(**given).checked()
 
 
 class Role(enum.Enum):
@@ -158,6 +181,7 @@ class Verdict(enum.Enum):
     RESET = enum.auto()  # answer SCARD_W_RESET_CARD
     RECONNECT = enum.auto()  # a connection as SCardReconnect asks for
     CONNECT = enum.auto()  # a connection as the inherited one was, then the call
+    JOIN = enum.auto()  # take part in the owner's session, then the call
 
 
 def decide(settings: Settings, role: Role, *, card: bool, in_transaction: bool = False) -> Verdict:
@@ -176,6 +200,8 @@ def decide(settings: Settings, role: Role, *, card: bool, in_transaction: bool =
         return Verdict.INVALID
     if settings.policy is Policy.RAISE:
         return Verdict.RAISE
+    if settings.policy is Policy.SHARE:
+        return Verdict.JOIN
     if not card:
         return Verdict.REESTABLISH
     if role is Role.RECONNECT:

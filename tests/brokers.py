@@ -221,6 +221,18 @@ def descriptors(pid: int) -> dict[int, str]:
     return found
 
 
+def by_broker(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for a forked child that does PC/SC through a broker of its own."""
+
+    def in_it(*arguments: Any) -> Any:
+        import pcsc_safe
+
+        pcsc_safe.configure(policy="broker", broker="on-fork")
+        return function(*arguments)
+
+    return in_it
+
+
 def script(path: Path, text: str) -> str:
     """A shell script at this path, to be an interpreter."""
     path.write_text(f"#!/bin/sh\n{text}\n")

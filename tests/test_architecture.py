@@ -59,7 +59,8 @@ MAY_IMPORT = {
 }
 BROKER_MAY_IMPORT = {
     "__init__": set(),
-    "_wire": {"_calls"},
+    "_values": set(),
+    "_wire": {"_calls", "_values"},
     "_start": {"__main__", "_descriptors", "errors"},
     "_client": {
         "_calls",

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pcsc_safe._calls import CALLS
-from pcsc_safe.broker import _wire
+from pcsc_safe.broker import _values
 from pcsc_safe.broker._wire import (
     FUNCTIONS,
     MAX_BODY,
@@ -121,7 +121,7 @@ for _ in range(MAX_DEPTH - 2):
 @pytest.fixture(autouse=True)
 def no_opaques_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test begins as a new process does."""
-    monkeypatch.setattr(_wire, "_opaques", {})
+    monkeypatch.setattr(_values, "_opaques", {})
 
 
 def body_of(frame: bytes) -> bytes:
@@ -308,6 +308,23 @@ class Colour(enum.IntEnum):
     RED = 1
 
 
+class Unhashable(type):
+    """A metaclass whose classes can be compared with each other, and so, in Python, not hashed."""
+
+    def __eq__(cls, other: object) -> bool:
+        return bool(cls.__dict__ == other.__dict__)
+
+
+class Incomparable(type):
+    """A metaclass whose classes can be compared with nothing else."""
+
+    def __eq__(cls, other: object) -> bool:
+        raise AttributeError(other)
+
+    def __hash__(cls) -> int:
+        raise RuntimeError(cls)
+
+
 @pytest.mark.parametrize(
     ("value", "plain"),
     [
@@ -323,6 +340,8 @@ class Colour(enum.IntEnum):
         (type("T", (tuple,), {})((1, "a")), (1, "a")),
         (type("F", (float,), {})(1.5), 1.5),
         (type("D", (dict,), {})({"a": 1}), {"a": 1}),
+        (Unhashable("U", (int,), {})(5), 5),
+        (Incomparable("I", (list,), {})([1]), [1]),
     ],
 )
 def test_a_subclass_goes_as_its_base(value: Any, plain: Any) -> None:
@@ -364,6 +383,8 @@ class Nameless(type):
         ({1: 2}, "dict"),
         (Proxy(), "Proxy"),
         (Nameless("Thing", (), {})(), "Thing"),
+        (Unhashable("Thing", (), {})(), "Thing"),
+        (Incomparable("Thing", (), {})(), "Thing"),
         (type("Größe", (), {})(), "Größe"),
         (type("", (), {})(), ""),
         (type("x" * 300, (), {})(), "x" * 255),
@@ -398,7 +419,7 @@ def test_the_names_of_opaques_are_bounded() -> None:
     assert [type(thing).__name__ for thing in got[:255]] == [type(thing).__name__ for thing in crowd[:255]]
     assert len({type(thing) for thing in got}) == 256
     assert all(isinstance(thing, Opaque) for thing in got)
-    assert len(_wire._opaques) == 256
+    assert len(_values._opaques) == 256
     assert there_and_back(object()) is first
 
 
@@ -514,6 +535,17 @@ def test_the_largest_body() -> None:
         encode_result(bytes(room + 1))
     with pytest.raises(WireError, match="oversized"):
         decode(b"Rb" + struct.pack("<I", room + 1) + bytes(room + 1))
+
+
+def test_the_largest_command() -> None:
+    """The short way fills a frame to the last byte, and refuses one byte more, as the general way does."""
+    command = [1] * _values.MAX_OCTETS
+    frame = encode_request(TRANSMIT, (1, 2, command))
+    assert len(frame) == 4 + MAX_BODY
+    assert frame == encode(Request(TRANSMIT, (1, 2, command)))
+    assert same(decode(body_of(frame)), Request(TRANSMIT, (1, 2, command)))
+    with pytest.raises(WireError, match="oversized"):
+        encode_request(TRANSMIT, (1, 2, [*command, 1]))
 
 
 # --- hostile peers
@@ -660,7 +692,7 @@ def test_made_up_names_cost_no_more() -> None:
     names = b"".join(b"o\4\0\0\0%04d" % index for index in range(7000))
     body = b"Rl" + struct.pack("<I", 7000) + names
     assert isinstance(decode(body), Result)
-    _wire._opaques.clear()
+    _values._opaques.clear()
     assert peak_of(body) < 64 * len(body)
 
 

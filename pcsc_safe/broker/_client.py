@@ -27,7 +27,7 @@ from ..errors import BrokerError
 from ..policy import Broker as When
 from . import _start, _wire
 
-__all__ = ["Broker", "describe", "functions", "mine", "prepare", "prestart"]
+__all__ = ["Broker", "Legacy", "describe", "files_to_preserve", "functions", "mine", "prepare", "prestart", "usable"]
 
 _READY_WITHIN = 30.0  # s; from its start
 _MOST_IDLE = 16  # connections that are kept for the next calls
@@ -114,7 +114,16 @@ class Broker:
     :ivar lost: it is no more.
     """
 
-    def __init__(self, door: _Connection, helper: _start.Helper, epoch: _process.Epoch, *, for_family: bool) -> None:
+    def __init__(
+        self,
+        door: _Connection,
+        helper: _start.Helper,
+        epoch: _process.Epoch,
+        *,
+        for_family: bool,
+        key: Optional[bytes] = None,
+        presence: Optional[_Connection] = None,
+    ) -> None:
         self.epoch = epoch
         self.for_family = for_family
         self.lost = False
@@ -123,11 +132,12 @@ class Broker:
         }
         self._door = door
         self._helper = helper
-        self._key = os.urandom(16)
-        self._presence: Optional[_Connection] = None
+        self.key = key or os.urandom(16)
+        self._presence = presence
         self._arriving = threading.RLock()
         self._idle: list[_Connection] = []
-        self._connections: dict[int, _Connection] = {}
+        self._connections = {presence.descriptor.number: presence} if presence is not None else {}
+        self._accepted: Optional[tuple[int, Legacy]] = None
 
     def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """``call(*arguments)``; nothing native is entered, so no fork need wait for it."""
@@ -164,7 +174,20 @@ class Broker:
 
     def describe(self) -> Any:
         """The names of its pyscard; see :func:`_pyscard.catalogue`."""
-        reply = _wire.decode(self._ask(_wire.encode(_wire.Describe())))
+        return self._told(self._ask(_wire.encode(_wire.Describe())))
+
+    def inherit(self, key: bytes, contexts: list[int], *, keeps: bool) -> Any:
+        """Get contexts, and their cards, of another client.
+
+        :param key: the other's.
+        :param contexts: real handles.
+        :param keeps: the other has them as well then.
+        :return: the handles that were got, without those that it had no more.
+        """
+        return self._told(self._ask(_wire.encode(_wire.Inherit(key, tuple(contexts), keeps))))
+
+    def _told(self, body: bytes) -> Any:
+        reply = _wire.decode(body)
         return reply.value if isinstance(reply, _wire.Result) else self._unusual(reply)
 
     def _unusual(self, reply: _wire.Message) -> Any:
@@ -220,8 +243,11 @@ class Broker:
         """The PID of the broker."""
         return self._helper.pid
 
-    def _greeted(self) -> _Connection:
-        """A new connection, of which the broker has said that it is welcome."""
+    def _greeted(self, key: Optional[bytes] = None) -> _Connection:
+        """A new connection, of which the broker has said that it is welcome.
+
+        :param key: of the client that it is for, if not this one.
+        """
         if not self._door.descriptor.is_intact():
             raise self._lost(under_way=False)
         try:
@@ -237,7 +263,7 @@ class Broker:
         welcome: Optional[_wire.Message] = None
         try:
             connection.wait_at_most(_READY_WITHIN)
-            connection.send(_wire.encode(_wire.Hello(_wire.VERSION, self._key)))
+            connection.send(_wire.encode(_wire.Hello(_wire.VERSION, key or self.key)))
             welcome = _wire.decode(connection.receive())
             connection.wait_at_most(None)
         except (OSError, EOFError) as error:
@@ -307,16 +333,88 @@ class Broker:
         """In a child: leave the parent's connections; the child's own way to the same broker, if there is one."""
         for connection in [*self._connections.values()]:
             connection.abandon()
+        if self._accepted is not None and self._accepted[0] == epoch.pid:
+            legacy = self._accepted[1]
+            if not self.for_family:
+                _descriptors.guard(self._door.descriptor)
+            presence = _guarded(_socket.socket(fileno=legacy.number))
+            return Broker(
+                self._door, self._helper, epoch, for_family=self.for_family, key=legacy.key, presence=presence
+            )
         if self.for_family and not self.lost:
             return Broker(self._door, self._helper, epoch, for_family=True)
         self._door.abandon()
         self._helper = self._helper.heard()
         return None
 
+    def bequeath(self, given: list[int], shared: list[int]) -> Legacy:
+        """Have a client made for the child that is about to be forked, and give contexts to it.
+
+        :param given: those that this process has no more then.
+        :param shared: those that it goes on having.
+        :raises LostError, BrokerError: it can't be.
+        """
+        if self._presence is None:
+            self._idle.append(self._connect())
+        key = os.urandom(16)
+        connection = self._greeted(key)
+        try:
+            for contexts, keeps in ((given, False), (shared, True)):
+                if contexts:
+                    connection.send(_wire.encode(_wire.Inherit(self.key, tuple(contexts), keeps)))
+                    self._told(connection.receive())
+        except (OSError, EOFError) as error:
+            self._drop(connection)
+            raise self._lost(under_way=False) from error
+        except BaseException:
+            self._drop(connection)
+            raise
+        assert self._presence is not None
+        return Legacy(self, key, connection, self._presence.descriptor.number, given)
+
+    def files_to_preserve(self) -> list[int]:
+        """The descriptors without which it is lost."""
+        needed = [self._door, *filter(None, [self._presence])]
+        return [connection.descriptor.number for connection in needed if connection.descriptor.is_intact()]
+
     def go_on_at_exit(self) -> None:
         """At interpreter exit: stay usable for the last finalizers."""
         for connection in [*self._connections.values()]:
             connection.go_on_at_exit()
+
+
+class Legacy:
+    """What a client gets that is not born yet.
+
+    :ivar key: the client's.
+    :ivar number: the descriptor of the connection by which it lives; the same as its parent's, so that who closes all
+        descriptors but some can know which.
+    """
+
+    def __init__(self, broker: Broker, key: bytes, connection: _Connection, number: int, given: list[int]) -> None:
+        self.key = key
+        self.number = number
+        self._broker = broker
+        self._connection = connection
+        self._given = given
+
+    def descriptors(self) -> set[int]:
+        """Those that the child is to have."""
+        return {self._connection.descriptor.number, *self._broker.files_to_preserve()}
+
+    def arrive(self) -> None:
+        """In the child, in its hook: take the parent's place."""
+        with contextlib.suppress(OSError):
+            os.dup2(self._connection.descriptor.number, self.number, inheritable=False)
+            os.close(self._connection.descriptor.number)
+            self._broker._accepted = (os.getpid(), self)
+
+    def settle(self, born: bool) -> None:
+        """In the parent: leave it to the child; or take back what was given, if there is none."""
+        if self._given and not born:
+            with contextlib.suppress(LostError, BrokerError):
+                self._broker.inherit(self.key, self._given, keeps=False)
+        self._broker._drop(self._connection)
 
 
 def _guarded(ours: Any) -> _Connection:
@@ -357,6 +455,17 @@ def mine() -> Broker:
 
 def _usable(broker: Optional[Broker]) -> bool:
     return broker is not None and not broker.lost and broker.epoch is _process.current()
+
+
+def usable() -> Optional[Broker]:
+    """The broker of this process, if it has one; also while its epoch begins."""
+    return _mine if _mine is not None and not _mine.lost else None
+
+
+def files_to_preserve() -> list[int]:
+    """The descriptors without which this process loses its broker."""
+    broker = usable()
+    return broker.files_to_preserve() if broker is not None else []
 
 
 def prestart() -> None:

@@ -19,24 +19,15 @@ import threading
 from typing import Any, Optional
 
 from .. import _calls, _descriptors, _handles, _native, _pyscard, _router, _transactions, _turns
-from . import _start, _wire
+from . import _sharing, _start, _wire
+from ._sharing import Handle
 
 __all__ = ["Server"]
 
 _AT_ONCE = 1 << 16  # bytes
+_SHARING_VIOLATION = _pyscard.constant("SCARD_E_SHARING_VIOLATION")
 _EXCHANGES = {_wire.NUMBERS[name]: _native.functions[name] for name in ("SCardTransmit", "SCardControl")}
 _ONE_DESCRIPTOR = struct.calcsize("i")
-
-
-class _Number(int):
-    """A handle as it is known here: no proxy, for nothing is inherited."""
-
-    _self_record: _handles.Record
-
-    def __new__(cls, record: _handles.Record) -> _Number:
-        number = super().__new__(cls, record.number)
-        number._self_record = record
-        return number
 
 
 class _Client:
@@ -50,16 +41,19 @@ class _Client:
         self.key = key
         self.presence = presence
         self.connections: set[_Connection] = set()
-        self.handles: dict[int, _Number] = {}
+        self.handles: dict[int, Handle] = {}
+        self.is_watched = False
+        self.is_gone = False
 
     def release(self) -> None:
-        """End its sessions."""
+        """End its sessions, as far as nobody else has them."""
+        self.is_gone = True
         for connection in list(self.connections):
             connection.hang_up()
-        for number in list(self.handles.values()):
-            if isinstance(number._self_record, _handles.Context):
-                _router.public["SCardCancel"](number)
-                _router.public["SCardReleaseContext"](number)
+        for handle in [h for h in list(self.handles.values()) if isinstance(h.record, _handles.Context)]:
+            if _sharing.drop(self, handle):
+                _router.public["SCardCancel"](handle)
+                _router.public["SCardReleaseContext"](handle)
 
 
 class _Connection:
@@ -103,9 +97,7 @@ class _Connection:
         """End it; the other end is gone, or not wanted any more."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        context = self._waits_on
-        if context is not None:
-            _turns.cancel(context.turn, context.real, self._thread)
+        self.cancel_wait()
 
     def _serve(self) -> None:
         receiver = _wire.Receiver()
@@ -126,6 +118,8 @@ class _Connection:
                     send(self._answer(client, message))
                 elif isinstance(message, _wire.Describe):
                     send(_wire.encode(_wire.Result(_pyscard.catalogue())))
+                elif isinstance(message, _wire.Inherit):
+                    send(_wire.encode(_wire.Result(self._server.bequeath(client, *message))))
                 else:
                     raise _wire.WireError("not a request")
 
@@ -157,9 +151,9 @@ class _Connection:
         if native is None or not arguments or type(arguments[0]) is not int or _transactions.holders:
             return None
         handle = client.handles.get(arguments[0])
-        if handle is None or handle._self_record.kind is not _calls.Kind.CARD:
+        if handle is None or handle.holders or handle.record.kind is not _calls.Kind.CARD:
             return None
-        record = handle._self_record
+        record = handle.record
         turn = record.context.turn
         if turn.waits:
             return None
@@ -182,17 +176,45 @@ class _Connection:
             if known is None and (handle in _handles.contexts or handle in _handles.cards):
                 return call.failure(_pyscard.constant("SCARD_E_INVALID_HANDLE"), rest)  # another client's
             handle = known if known is not None else handle
-        if name == "SCardGetStatusChange" and type(handle) is _Number:
+        if type(handle) is Handle and name == "SCardGetStatusChange":
             return self._waited(function, handle, rest)
-        result = function(handle, *rest)
+        if type(handle) is Handle and handle.holders:
+            result = self._shared(client, call, function, handle, rest)
+        else:
+            result = function(handle, *rest)
         if name == "SCardConnect" and result[0] == _pyscard.SUCCESS:
             client.handles[int(result[1])] = result[1]
-        elif name in ("SCardDisconnect", "SCardReleaseContext") and type(handle) is _Number:
+        elif name in ("SCardDisconnect", "SCardReleaseContext") and type(handle) is Handle:
             _forget_released(client, handle)
         return result
 
-    def _waited(self, function: Any, handle: _Number, arguments: Any) -> Any:
-        record = handle._self_record
+    def _shared(self, client: _Client, call: _calls.Call, function: Any, handle: Handle, arguments: Any) -> Any:
+        """A call on what other clients have as well."""
+        name = call.name
+        if name == "SCardCancel":  # of this client's waits, not of the others'
+            for connection in list(client.connections):
+                connection.cancel_wait(handle.record)
+            return _pyscard.SUCCESS
+        if name in ("SCardDisconnect", "SCardReleaseContext"):
+            if not _sharing.drop(client, handle):
+                return _pyscard.SUCCESS  # the others go on
+            return function(handle, *arguments)
+        if handle.record.kind is _calls.Kind.CONTEXT:
+            return function(handle, *arguments)
+        result = _sharing.call_on_card(client, name, handle, function, arguments)
+        return result if result is not None else call.failure(_SHARING_VIOLATION, arguments)
+
+    def cancel_wait(self, context: Optional[_handles.Record] = None) -> None:
+        """End the wait for events that it is in, if any.
+
+        :param context: only if it waits on this one.
+        """
+        waits_on = self._waits_on
+        if waits_on is not None and context in (None, waits_on):
+            _turns.cancel(waits_on.turn, waits_on.real, self._thread)
+
+    def _waited(self, function: Any, handle: Handle, arguments: Any) -> Any:
+        record = handle.record
         try:
             self._waits_on = record if isinstance(record, _handles.Context) else None
             return function(handle, *arguments)
@@ -223,13 +245,13 @@ def _established(client: _Client, scope: Any, socket_name: Any) -> Any:
     return result
 
 
-def _forget_released(client: _Client, handle: _Number) -> None:
-    record = handle._self_record
+def _forget_released(client: _Client, handle: Handle) -> None:
+    record = handle.record
     if record.released:
         client.handles.pop(handle, None)
     if record.released and isinstance(record, _handles.Context):
         for number, other in list(client.handles.items()):
-            if other._self_record.released:
+            if other.record.released:
                 client.handles.pop(number, None)
 
 
@@ -248,7 +270,7 @@ class Server:
         self._arriving = threading.Lock()
         _descriptors.prepare()
         _native.prepare()
-        _handles.hand_out(_Number, _Number)
+        _handles.hand_out(Handle, Handle)
 
     def run(self) -> None:
         """Serve until the door is closed."""
@@ -287,10 +309,25 @@ class Server:
             client = self._clients.get(key)
             if client is None:
                 client = self._clients[key] = _Client(key, connection)
-                self._watch(client, connection)
             else:
                 client.connections.add(connection)
+                # Not with the first one, which may have been made by the parent of the process that it is for.
+                if not client.is_watched:
+                    client.is_watched = True
+                    self._watch(client, connection)
             return client
+
+    def bequeath(self, taker: _Client, key: bytes, contexts: tuple[int, ...], keeps: bool) -> list[int]:
+        """Give contexts of one client to another.
+
+        :param key: of the one that has them.
+        :param keeps: it has them as well then.
+        :return: those that were given.
+        """
+        giver = self._clients.get(key)
+        if giver is None or giver is taker:
+            return []
+        return [number for number in contexts if _sharing.share(giver, taker, number, keeps=keeps)]
 
     def _watch(self, client: _Client, connection: _Connection) -> None:
         """See when the client's process ends; it may have forked, with no hook run, and left copies of everything."""
@@ -320,8 +357,10 @@ class Server:
                 self._gone(client)
 
     def _gone(self, client: _Client) -> None:
-        if self._has_one_client:
-            os._exit(0)
-        if self._clients.pop(client.key, None) is not None:
+        with self._arriving:
+            known = self._clients.pop(client.key, None)
+            if not self._clients and self._has_one_client:
+                os._exit(0)
+        if known is not None:
             client.presence.hang_up()
             client.release()

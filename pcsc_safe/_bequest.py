@@ -1,0 +1,349 @@
+"""What a fork gives to its child: sessions that are handed over, and sessions that are shared.
+
+A session that is handed over (:func:`handover`, ``owner="child"``) is the child's from the fork on; its parent has
+inherited objects then, as a child has otherwise, and the dead socket in the place of the connection.  A session that is
+shared (policy ``share``) is both's; it lives in a broker.
+
+The parent decides before the fork, with every other thread out of the way.  Whether there was a fork at all it learns
+from the child, whose hook says so over a pipe: a hook in the parent isn't told, and a fork can fail.  The child takes
+possession when it begins its epoch.
+
+Invariant: of a session that is handed over one process is the owner, at every moment; if anything goes wrong before the
+fork, that is the parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from types import TracebackType
+from typing import Any, NamedTuple, Optional
+
+from . import _descriptors, _gate, _handles, _log, _native, _process, _settings, _transactions
+from ._handles import Context
+from .broker import _client
+from .errors import HandoverError
+from .policy import Owner, Policy, native_works_after_fork
+
+__all__ = ["files_to_preserve", "handover", "prepare"]
+
+_TURN_WITHIN = 1.0  # s; for the turn on a context that nobody is using
+
+
+class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
+    """Hand sessions over to the child that is forked in this block.
+
+    The child goes on in them: verified PIN, transaction and exclusive hold included.  The parent is the one that has
+    inherited objects from then on; whatever it does with them, and whenever it exits, the child's session is not
+    touched.  It is the next fork of this thread that counts, and in its child, if it is still in the block, the next
+    one there: so a block around a daemon's double fork hands over to the daemon.
+
+    Other threads can't use PC/SC from the beginning of the block until that fork.
+
+    :param contexts: which; all of this process if none is given.
+    :raises HandoverError: when the block is entered: it can't work, or a call of another thread lasts longer than
+        ``quiesce_timeout``.  When it is left: the fork handed nothing over, because it ran no hooks, or was not quiet;
+        the parent has its sessions still.
+    """
+
+    def __init__(self, *contexts: Any) -> None:
+        self._chosen = [_owned(context) for context in contexts] or None
+        self._epoch: Optional[_process.Epoch] = None
+        self._done = False
+        self.failure: Optional[str] = None
+
+    def __enter__(self) -> handover:
+        self._epoch = _process.current()
+        _prepare()
+        for context in self.contexts():
+            why_not = _obstacle(context)
+            if why_not:
+                raise _error(why_not[0], why_not[1])
+        if not _gate.close_quietly():
+            raise _error(
+                "calls of other threads are inside PC/SC",
+                "end them first, or configure a longer quiesce_timeout",
+            )
+        _blocks[threading.get_ident()] = self
+        return self
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        _blocks.pop(threading.get_ident(), None)
+        _gate.open_again()
+        if kind is not None or self._done:
+            return
+        if self.failure is not None:
+            raise _error(self.failure, "the parent is still the owner: fork again")
+        if self._epoch is not _process.current():
+            raise _error(
+                "the fork in this block ran none of Python's hooks", "use os.fork(); the parent is still the owner"
+            )
+
+    def contexts(self) -> list[Context]:
+        """Those to hand over that this process owns."""
+        here = _process.here
+        chosen = self._chosen if self._chosen is not None else list(_handles.contexts.values())
+        return [context for context in chosen if context.owner is here and not context.released]
+
+    def happened(self) -> None:
+        """Note that there was a fork, and it handed over."""
+        self._done = True
+
+
+def files_to_preserve() -> list[int]:
+    """The descriptors that this process's sessions need: not to be closed by what closes all others, as daemons do.
+
+    For python-daemon: ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  The numbers stay the same when
+    the sessions are handed over or shared.
+    """
+    own = [context.descriptor for context in _handles.contexts.values() if context.owner is _process.current()]
+    numbers = {descriptor.number for descriptor in own if descriptor is not None and descriptor.is_intact()}
+    return sorted(numbers | set(_client.files_to_preserve()))
+
+
+def _owned(handle: Any) -> Context:
+    from ._calls import Kind
+
+    record = _handles.find(Kind.CONTEXT, handle)
+    if not isinstance(record, Context) or record.released or record.owner is not _process.current():
+        raise HandoverError(
+            "this is not a context that this process has",
+            remedy="pass what SCardEstablishContext gave, or nothing to hand all of them over",
+            pid=os.getpid(),
+        )
+    return record
+
+
+def _obstacle(context: Context) -> Optional[tuple[str, str]]:
+    """Why a context can't be handed over, and what to do; None if it can be."""
+    if context.gateway is not _native.gateway:
+        return None
+    if not native_works_after_fork():
+        return "a forked process can't use PC/SC on this platform", "set broker='always' before it is established"
+    if context.descriptor is None or not context.descriptor.is_intact():
+        return f"the connection of the context of {context.established_at} isn't known", "establish it anew"
+    return None
+
+
+def _error(problem: str, remedy: str) -> HandoverError:
+    return HandoverError(f"nothing is handed over: {problem}", remedy=remedy, pid=os.getpid())
+
+
+class _Will(NamedTuple):
+    """What a fork gives to its child.
+
+    :ivar native: contexts that are handed over with their connections, and whose turns the forking thread holds.
+    :ivar in_broker: contexts that are handed over in a broker.
+    :ivar shared: contexts that are shared.
+    :ivar legacy: how the child reaches the latter two; None if there is none of them.
+    :ivar block: the block that it was made for, if any.
+    :ivar birth: a pipe over which the child says that it was born.
+    """
+
+    native: list[Context]
+    in_broker: list[Context]
+    shared: list[Context]
+    legacy: Optional[_client.Legacy]
+    block: Optional[handover]
+    birth: tuple[int, int]
+
+
+_blocks: dict[int, handover] = {}
+_wills: dict[int, _Will] = {}
+_accepted: Optional[tuple[int, _Will]] = None  # in a child that has not begun yet: its PID, and what it gets
+_is_prepared = False
+_select: Any = None
+
+
+def prepare() -> None:
+    """Import what a fork takes, so that nothing need be imported in a child."""
+    global _select
+    import select
+
+    _select = select
+
+
+def _prepare() -> None:
+    """Register what only a process that hands over needs: after a fork, a Python function in the parent."""
+    global _is_prepared
+    prepare()
+    if not _is_prepared:
+        _is_prepared = True
+        _process.after_fork_in_parent(_in_parent)
+
+
+def _before() -> None:
+    ident = threading.get_ident()
+    block = _blocks.get(ident)
+    if block is None and not _settings.gives_at_forks():
+        return
+    if _accepted is not None:
+        _process.current()  # a child that has done nothing with what it got but to fork again
+    if not _process.sentinel[0]:
+        return
+    try:
+        will = _written(ident, block)
+    except BaseException as error:  # a signal handler's too; the fork goes on
+        _failed(block, f"{type(error).__name__}: {error}")
+        return
+    if will is not None:
+        _prepare()
+        _wills[ident] = will
+        _descriptors.kept[ident] = {
+            *(context.descriptor.number for context in will.native if context.descriptor is not None),
+            *(will.legacy.descriptors() if will.legacy is not None else ()),
+        }
+
+
+def _failed(block: Optional[handover], why: str) -> None:
+    if block is not None:
+        block.failure = why
+    _log.warning("process %d gives nothing to the child that it forks: %s", os.getpid(), why)
+
+
+def _written(ident: int, block: Optional[handover]) -> Optional[_Will]:
+    settings, here = _settings.settings(), _process.here
+    if block is not None:
+        given = block.contexts()
+    elif settings.owner is Owner.CHILD:
+        given = [context for context in _handles.contexts.values() if context.owner is here and not context.released]
+        given = [context for context in given if _obstacle(context) is None]
+    else:
+        given = []
+    broker = _client.usable()
+    native = [context for context in given if context.gateway is _native.gateway]
+    in_broker = [context for context in given if context.gateway is broker]
+    shared = [
+        context
+        for context in list(_handles.contexts.values())
+        if context.owner is here
+        and not context.released
+        and context not in given
+        and context.gateway is broker
+        and context.settings(settings).policy is Policy.SHARE
+    ]
+    if not given and not shared:
+        return None
+    if given and _gate.others_are_inside():
+        _failed(block, "a call of another thread is inside PC/SC")
+        return None
+    with contextlib.ExitStack() as undo:
+        for context in native:
+            lock = context.turn.lock
+            if not lock.acquire(timeout=_TURN_WITHIN):
+                _failed(block, "another thread has its turn on a context")
+                return None
+            undo.callback(lock.release)
+        legacy = None
+        if broker is not None and (in_broker or shared):
+            legacy = broker.bequeath([c.real for c in in_broker], [c.real for c in shared])
+        birth = os.pipe()
+        undo.pop_all()
+    return _Will(native, in_broker, shared, legacy, block, birth)
+
+
+def _in_parent() -> None:
+    will = _wills.pop(threading.get_ident(), None)
+    if will is None:
+        return
+    while True:
+        try:
+            _settle(will)
+            return
+        except BaseException as error:  # a signal handler's: it has to wait
+            _gate.raise_later(threading.get_ident(), error)
+
+
+def _settle(will: _Will) -> None:
+    """In the parent: give up what the child has now; or keep it, if there is no child."""
+    _descriptors.kept.pop(threading.get_ident(), None)
+    read_end, write_end = will.birth
+    if write_end >= 0:
+        _close(write_end)
+    born = _was_born(read_end)
+    _close(read_end)
+    if born and (will.native or will.in_broker):
+        gone = _process.Epoch(_process.here, _process.HANDED_OVER)
+        for context in [*will.native, *will.in_broker]:
+            _take(context, gone)
+        _descriptors.kill([context.descriptor for context in will.native])
+        if will.block is not None:
+            will.block.happened()
+    if will.legacy is not None:
+        will.legacy.settle(born)
+    for context in will.native:
+        with contextlib.suppress(RuntimeError):
+            context.turn.lock.release()
+
+
+def _was_born(read_end: int) -> bool:
+    """Whether there is a child: it has said so, or has the pipe and will."""
+    poll = _select.poll()
+    poll.register(read_end, _select.POLLIN)
+    events = poll.poll(0)
+    return not events or bool(events[0][1] & _select.POLLIN)
+
+
+def _close(number: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(number)
+
+
+def _take(context: Context, owner: _process.Epoch) -> None:
+    """Make a context and its cards somebody else's."""
+    context.owner = owner
+    for card in list(context.cards.values()):
+        card.owner = owner
+
+
+def _in_hook() -> None:
+    """In the child."""
+    global _accepted
+    will = _wills.get(threading.get_ident())
+    _wills.clear()
+    _accepted = None
+    if will is None:
+        return
+    with contextlib.suppress(OSError):
+        os.write(will.birth[1], b"\1")
+    for number in will.birth:
+        _close(number)
+    if will.legacy is not None:
+        will.legacy.arrive()
+    if will.block is not None and (will.native or will.in_broker):
+        will.block.happened()
+    _accepted = (os.getpid(), will)
+
+
+def _begin(epoch: _process.Epoch) -> None:
+    """In the child: take possession."""
+    global _accepted
+    accepted, _accepted = _accepted, None
+    _wills.clear()
+    ident = threading.get_ident()
+    for other in [thread for thread in _blocks if thread != ident]:
+        del _blocks[other]
+    if accepted is None or accepted[0] != epoch.pid:
+        return
+    will = accepted[1]
+    for context in will.native:
+        if context.descriptor is not None:
+            _descriptors.guard(context.descriptor)
+    broker = _client.usable()
+    for context in [*will.native, *will.in_broker, *will.shared]:
+        if context not in will.native:
+            if broker is None:
+                continue
+            context.gateway = broker
+        _take(context, epoch)
+        for card in list(context.cards.values()):
+            if context in will.shared:
+                card.transactions = 0  # what is open is its parent's
+            _transactions.continued(card)
+
+
+_process.before_fork(_before)
+_process.at_fork(in_child=_in_hook, at_begin=_begin)

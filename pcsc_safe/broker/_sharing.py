@@ -1,0 +1,137 @@
+"""Sessions that several clients of a broker have: who has them, and whose transaction is open.
+
+To PC/SC they are one application with one handle, so what it does between applications is done here: a transaction of
+one client makes the others wait until it ends, or the client is gone.  A session ends when the last client that has it
+drops it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Callable, Optional, Protocol
+
+from .. import _handles, _pyscard, _router, _transactions
+
+__all__ = ["Client", "Handle", "call_on_card", "drop", "share"]
+
+_LOOK_AGAIN = 1.0  # s; whether the client that waits is still there
+_REFUSED = frozenset(("SCardControl", "SCardEndTransaction"))  # PC/SC doesn't wait in these
+_LEAVE, _RESET = _pyscard.constant("SCARD_LEAVE_CARD"), _pyscard.constant("SCARD_RESET_CARD")
+
+
+class Client(Protocol):
+    """A process that is served.
+
+    :ivar handles: those that it has, by number.
+    :ivar is_gone: it is no more.
+    """
+
+    handles: dict[int, Handle]
+    is_gone: bool
+
+
+class Handle(int):
+    """A context or card as it is known in a broker: no proxy, for nothing is inherited.
+
+    :ivar holders: the clients that have it; empty while only one ever had.
+    :ivar transaction: whose transaction is open on this card, while it is shared.
+    :ivar free: held while a call is made on a shared card; notified when a transaction has ended.
+    """
+
+    _self_record: _handles.Record
+    holders: set[Client]
+    transaction: Optional[Client]
+    free: threading.Condition
+
+    def __new__(cls, record: _handles.Record) -> Handle:
+        handle = super().__new__(cls, record.number)
+        handle._self_record = record
+        handle.holders = set()
+        handle.transaction = None
+        handle.free = threading.Condition()
+        return handle
+
+    @property
+    def record(self) -> _handles.Record:
+        """What it stands for."""
+        return self._self_record
+
+
+def share(giver: Client, taker: Client, context: int, *, keeps: bool) -> bool:
+    """Give a context, and the cards connected through it.
+
+    :param giver: who has it.
+    :param taker: who gets it.
+    :param context: its number.
+    :param keeps: the giver has it as well then.
+    :return: whether the giver had it.
+    """
+    given = giver.handles.get(context)
+    if given is None or not isinstance(given.record, _handles.Context):
+        return False
+    for handle in [h for h in list(giver.handles.values()) if h.record.context is given.record]:
+        with handle.free:
+            taker.handles[int(handle)] = handle
+            if keeps:
+                handle.holders.update((giver, taker))
+            else:
+                giver.handles.pop(int(handle), None)
+                handle.holders.discard(giver)
+                if handle.holders:
+                    handle.holders.add(taker)
+                if handle.transaction is giver:
+                    handle.transaction = taker
+    return True
+
+
+def call_on_card(client: Client, name: str, handle: Handle, function: Callable[..., Any], arguments: Any) -> Any:
+    """A call on a card that is shared, when no other client's transaction is in the way.
+
+    :return: the result; None where PC/SC would not wait: the other's transaction is a sharing violation.
+    """
+    with handle.free:
+        while handle.transaction not in (None, client):
+            if name in _REFUSED or client.is_gone:
+                return None
+            if name not in _transactions.WAITING:
+                break
+            handle.free.wait(_LOOK_AGAIN)
+        result = function(handle, *arguments)
+        _settle(client, handle)
+        return result
+
+
+def _settle(client: Client, handle: Handle) -> None:
+    """Note whose transaction is open after a call of this client; with the handle's lock."""
+    record = handle.record
+    if isinstance(record, _handles.Card) and record.transactions:
+        handle.transaction = handle.transaction or client
+    elif handle.transaction is not None:
+        handle.transaction = None
+        handle.free.notify_all()
+
+
+def drop(client: Client, handle: Handle) -> bool:
+    """A client has no more use for a context or card.
+
+    Its transaction ends; with a context go the cards.
+
+    :return: whether no other client has it: the session is to be ended.
+    """
+    if isinstance(handle.record, _handles.Context):
+        for other in [
+            h for h in list(client.handles.values()) if h.record.context is handle.record and h is not handle
+        ]:
+            if handle.holders and drop(client, other):  # else they go with the context
+                _router.public["SCardDisconnect"](other, _RESET)
+    elif handle.holders:
+        with handle.free:
+            if handle.transaction is client:
+                while isinstance(handle.record, _handles.Card) and handle.record.transactions:
+                    if _router.public["SCardEndTransaction"](handle, _LEAVE) != _pyscard.SUCCESS:
+                        break
+                _settle(client, handle)
+    with handle.free:
+        client.handles.pop(int(handle), None)
+        handle.holders.discard(client)
+        return not handle.holders

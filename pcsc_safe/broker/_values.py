@@ -1,0 +1,321 @@
+"""The values in the messages between a process and its broker: to bytes, and back, with no I/O in it.
+
+A value is a tag of one byte, and then, as the tag says, nothing, a number, so many bytes behind their size, or so many
+values behind their count; a number, a size and a count are little-endian.  Each value has one form.
+
+Invariant: any object can be told, unless it is too large: what C code sees of it, or else the name of its type.
+Whatever bytes come in, :func:`read` gives values or raises WireError, in memory in proportion to what came in, not to
+what it claims.  No text made here holds a byte of a value: there are PINs in them.
+
+At a fork: nothing to do.
+"""
+
+import struct
+from collections.abc import Iterable
+from typing import Any, Callable, Optional
+
+__all__ = [
+    "INT",
+    "LIST",
+    "MAX_BODY",
+    "MAX_DEPTH",
+    "MAX_OCTETS",
+    "OCTETS",
+    "TUPLE",
+    "Opaque",
+    "WireError",
+    "malformed",
+    "octets_of",
+    "opaque",
+    "oversized",
+    "read",
+    "tell",
+    "truncated",
+]
+
+MAX_BODY: int = 1 << 20
+"""How long the body of a frame may be, in bytes; the longest APDU is a sixteenth of it."""
+MAX_OCTETS: int = MAX_BODY - 38
+"""How long a list of bytes may be; the rest is for what is around it in the request of an exchange."""
+MAX_DEPTH: int = 5
+"""How deep lists, tuples and dicts may be nested in a field; PC/SC's own, and the catalogue, go to 4."""
+
+
+class WireError(Exception):
+    """A message can't be told, or what came in is none; the text holds nothing of it."""
+
+
+class Opaque:
+    """Stands for an object of a type that PC/SC has no use for; its class has the name of that type."""
+
+    __slots__ = ()
+
+
+_MAX_NAME = 255  # characters of a type's name
+_MAX_OPAQUES = 256
+_opaques: dict[str, Opaque] = {}
+_unnamed = Opaque()
+
+
+def opaque(name: str) -> Opaque:
+    """An object whose type has this name, so that the error of the PC/SC module names the type that was given to it.
+
+    Only the first 256 names get one: a class takes a kilobyte, and a message could ask for a hundred thousand.
+
+    :raises ValueError: no type can have this name.
+    """
+    found = _opaques.get(name)
+    if found is None:
+        if len(_opaques) >= _MAX_OPAQUES:
+            return _unnamed
+        found = _opaques[name] = type(name, (Opaque,), {"__slots__": ()})()
+    return found
+
+
+# The tags of values.
+_NONE, _TRUE, _FALSE, INT, _LONG, _FLOAT, _TEXT, _BYTES, OCTETS, LIST, TUPLE, _DICT, _OPAQUE = b"NTFiIfsbBltdo"
+
+_SIZE = struct.Struct("<I")
+_INT64 = struct.Struct("<q")
+_FLOAT64 = struct.Struct("<d")
+_pack_size, _unpack_size, _unpack_int = _SIZE.pack, _SIZE.unpack_from, _INT64.unpack_from
+_pack_tagged_size, _pack_tagged_int = struct.Struct("<BI").pack, struct.Struct("<Bq").pack
+
+
+# --- values to bytes; depth is how many containers are around the value
+
+
+def tell(values: Iterable[Any], depth: int = 0) -> bytes:
+    """The bytes of these values, one behind the other.
+
+    :raises WireError: they are more than MAX_BODY.
+    """
+    told = []
+    left = MAX_BODY  # looked at here, for a list that holds one list many times, and so on, is small and yet endless
+    for value in values:
+        try:
+            teller = _TELLERS.get(type(value), _tell_other)
+        except Exception:  # the type has a metaclass by which it can't be hashed, or compared
+            teller = _tell_other
+        part = teller(value, depth)
+        left -= len(part)
+        if left < 0:
+            raise oversized()
+        told.append(part)
+    return b"".join(told)
+
+
+def oversized() -> WireError:
+    """What is raised for a message that a frame can't hold."""
+    return WireError(f"the message is oversized: its body would be longer than {MAX_BODY} bytes")
+
+
+def _sized(tag: int, data: bytes) -> bytes:
+    if len(data) > MAX_BODY:
+        raise oversized()
+    return _pack_tagged_size(tag, len(data)) + data
+
+
+def _tell_int(value: int, _depth: int) -> bytes:
+    try:
+        return _pack_tagged_int(INT, value)
+    except struct.error:
+        return _sized(_LONG, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
+
+
+def _tell_text(value: str, _depth: int) -> bytes:
+    return _sized(_TEXT, value.encode("utf-8", "surrogatepass"))
+
+
+def octets_of(value: list[Any]) -> Optional[bytes]:
+    """The bytes that a list is made of; None if there is anything in it but plain ints from 0 to 255, or too much."""
+    # bytes() would also take what can be made an int of, True for one, so the types come first.
+    count = len(value)
+    try:
+        if [*map(type, value)].count(int) != count or count > MAX_OCTETS:
+            return None
+        return bytes(value)
+    except Exception:  # no byte, or another thread has changed the list, or a type that can't be compared
+        return None
+
+
+def _tell_list(value: list[Any], depth: int) -> bytes:
+    octets = octets_of(value) if depth < MAX_DEPTH else None
+    if octets is not None:
+        return _pack_tagged_size(OCTETS, len(octets)) + octets
+    return _tell_container(LIST, value, tuple(value), depth)  # a copy: another thread may change the list
+
+
+def _tell_dict(value: dict[Any, Any], depth: int) -> bytes:
+    flat = tuple(part for item in list(value.items()) for part in item)
+    if not all(type(key) is str for key in flat[::2]):
+        return _tell_opaque(value)
+    return _tell_container(_DICT, value, flat, depth)
+
+
+def _tell_container(tag: int, container: Any, values: tuple[Any, ...], depth: int) -> bytes:
+    if depth >= MAX_DEPTH:
+        return _tell_opaque(container)
+    return _pack_tagged_size(tag, len(values)) + tell(values, depth + 1)
+
+
+def _tell_other(value: Any, depth: int) -> bytes:
+    for base, plain in _PLAIN.items():
+        if issubclass(type(value), base):  # isinstance would believe a proxy
+            return _TELLERS[base](plain(value), depth)
+    return _tell_opaque(value)
+
+
+def _tell_opaque(value: Any) -> bytes:
+    return _sized(_OPAQUE, _name_of(type(value))[:_MAX_NAME].encode())
+
+
+_name_of: Callable[[type], str] = type.__dict__["__name__"].__get__  # not what a metaclass makes of it
+
+_TELLERS: dict[type, Callable[[Any, int], bytes]] = {
+    type(None): lambda value, depth: b"N",
+    bool: lambda value, depth: b"T" if value else b"F",
+    int: _tell_int,
+    float: lambda value, depth: bytes([_FLOAT]) + _FLOAT64.pack(value),
+    str: _tell_text,
+    bytes: lambda value, depth: _sized(_BYTES, value),
+    list: _tell_list,
+    tuple: lambda value, depth: _tell_container(TUPLE, value, value, depth),
+    dict: _tell_dict,
+}
+
+# What C code sees of an object of a subclass, whatever the subclass makes of it.
+_PLAIN: dict[type, Callable[[Any], Any]] = {
+    int: int.__int__,
+    float: float.__float__,
+    str: str.__str__,
+    bytes: lambda value: bytes.__getitem__(value, slice(None)),
+    list: list.copy,
+    tuple: lambda value: tuple.__getitem__(value, slice(None)),
+    dict: dict.copy,
+}
+
+
+# --- bytes to values; at is where the value starts, behind its tag.  A body that is too short shows in struct.error
+# where numbers are read, in IndexError where a tag is, and slices are looked at.
+
+_Read = tuple[Any, int]  # the value, and where it ended
+
+
+def read(body: bytes, at: int, count: int) -> tuple[list[Any], int]:
+    """The values that stand in a body, and where the last one ends.
+
+    :param at: where the first one starts.
+    :param count: how many there are.
+    :raises WireError: they are none.
+    """
+    try:
+        return _read_all(body, at, count, 0)
+    except (IndexError, struct.error):
+        raise truncated(body) from None
+
+
+def malformed(state: str, body: bytes, at: int) -> WireError:
+    """What is raised for a body in which something can't be."""
+    return WireError(f"the message is malformed: {state} at byte {at} of {len(body)}")
+
+
+def truncated(body: bytes) -> WireError:
+    """What is raised for a body that ends too early."""
+    return WireError(f"the message is truncated: it has {len(body)} bytes, and says that there are more")
+
+
+def _too_deep(body: bytes, at: int) -> WireError:
+    return malformed(f"there is a value nested deeper than {MAX_DEPTH}", body, at)
+
+
+def _read_all(body: bytes, at: int, count: int, depth: int) -> tuple[list[Any], int]:
+    values = []
+    for _ in range(count):
+        value, at = _READERS[body[at]](body, at + 1, depth)
+        values.append(value)
+    return values, at
+
+
+def _read_list(body: bytes, at: int, depth: int) -> tuple[list[Any], int]:
+    (count,) = _unpack_size(body, at)
+    if count > len(body) - at - 4:  # a value has its tag at least
+        raise truncated(body)
+    if depth >= MAX_DEPTH:
+        raise _too_deep(body, at)
+    return _read_all(body, at + 4, count, depth + 1)
+
+
+def _read_tuple(body: bytes, at: int, depth: int) -> _Read:
+    values, end = _read_list(body, at, depth)
+    return tuple(values), end
+
+
+def _read_dict(body: bytes, at: int, depth: int) -> _Read:
+    flat, end = _read_list(body, at, depth)
+    keys, values = flat[::2], flat[1::2]
+    if not all(type(key) is str for key in keys) or not len({*keys}) == len(keys) == len(values):
+        raise malformed("there is a dict with impossible keys", body, at)
+    return dict(zip(keys, values)), end
+
+
+def _read_bytes(body: bytes, at: int, _depth: int) -> tuple[bytes, int]:
+    (size,) = _unpack_size(body, at)
+    start = at + 4
+    end = start + size
+    if end > len(body):
+        raise truncated(body)
+    return body[start:end], end
+
+
+def _read_octets(body: bytes, at: int, depth: int) -> _Read:
+    if depth >= MAX_DEPTH:
+        raise _too_deep(body, at)
+    octets, end = _read_bytes(body, at, depth)
+    return [*octets], end
+
+
+def _read_long(body: bytes, at: int, depth: int) -> _Read:
+    data, end = _read_bytes(body, at, depth)
+    return int.from_bytes(data, "little", signed=True), end
+
+
+def _read_text(body: bytes, at: int, depth: int) -> _Read:
+    data, end = _read_bytes(body, at, depth)
+    try:
+        return data.decode("utf-8", "surrogatepass"), end
+    except UnicodeDecodeError:
+        raise malformed("there is a text that is not UTF-8", body, at) from None
+
+
+def _read_opaque(body: bytes, at: int, depth: int) -> _Read:
+    data, end = _read_bytes(body, at, depth)
+    try:
+        name = data.decode()
+    except UnicodeDecodeError:
+        name = "\0"
+    if len(name) > _MAX_NAME or "\0" in name:
+        raise malformed("there is a type with an impossible name", body, at)
+    return opaque(name), end
+
+
+def _read_unknown(body: bytes, at: int, _depth: int) -> _Read:
+    raise malformed("there is an unknown tag", body, at - 1)
+
+
+_READ: dict[int, Callable[[bytes, int, int], _Read]] = {
+    _NONE: lambda body, at, depth: (None, at),
+    _TRUE: lambda body, at, depth: (True, at),
+    _FALSE: lambda body, at, depth: (False, at),
+    INT: lambda body, at, depth: (_unpack_int(body, at)[0], at + 8),
+    _LONG: _read_long,
+    _FLOAT: lambda body, at, depth: (_FLOAT64.unpack_from(body, at)[0], at + 8),
+    _TEXT: _read_text,
+    _BYTES: _read_bytes,
+    OCTETS: _read_octets,
+    LIST: _read_list,
+    TUPLE: _read_tuple,
+    _DICT: _read_dict,
+    _OPAQUE: _read_opaque,
+}
+_READERS = tuple(_READ.get(tag, _read_unknown) for tag in range(256))

@@ -1,0 +1,214 @@
+"""A PIV card on the virtual stack, and the programs that use one; nobody here wrote any of them.
+
+The card is jcecard's PIV applet.  yubico-piv-tool personalises it, over the same PC/SC stack, and yubikit (of
+yubikey-manager) holds the sessions that sign.  ``scripts/fetch-piv`` fetches all three into ``.cache/piv``; without them
+importing this module raises ModuleNotFoundError, which says so.  What is ours is two adapters: `PivCard`, applet to
+card, and `Connection`, yubikit to the functions of smartcard.scard or of pcsc_safe.scard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+from pcsc_safe.testing import VirtualCard
+
+FETCHED = Path(__file__).parent.parent / ".cache" / "piv"
+PACKAGES = FETCHED / str(sys.implementation.cache_tag)
+PIN = "123456"
+SUBJECT = "CN=A card holder,O=The tests of pcsc_safe"
+
+if str(PACKAGES) not in sys.path:
+    sys.path.append(str(PACKAGES))  # last: what is installed comes first
+
+_handler = logging.NullHandler()
+logging.getLogger().addHandler(_handler)  # or jcecard would configure logging for the whole process
+try:
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from jcecard.apdu import APDUCommand, APDUParser
+    from jcecard.piv import PIVApplet
+    from ykman.piv import generate_self_signed_certificate
+    from yubikit.core import TRANSPORT
+    from yubikit.core.smartcard import SmartCardConnection
+    from yubikit.piv import KEY_TYPE, SLOT, PivSession
+
+    _tool = shutil.which("yubico-piv-tool") or shutil.which("yubico-piv-tool", path=str(FETCHED / "tool/usr/bin"))
+    if _tool is None:
+        raise ModuleNotFoundError("yubico-piv-tool is not installed")
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; scripts/fetch-piv gets it (for Python 3.10 and later)") from None
+finally:
+    logging.getLogger().removeHandler(_handler)
+logging.getLogger("jcecard").setLevel(logging.ERROR)  # below, it logs APDUs
+
+
+class PivCard(VirtualCard):
+    """jcecard's PIV applet as a card: keys and certificates stay when the power goes, a verified PIN does not.
+
+    What the applet leaves to others is here: chains of commands, answers in pieces of 256 bytes, and that nothing is
+    answered before SELECT.
+    """
+
+    _SELECT, _GET_RESPONSE = 0xA4, 0xC0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._applet = PIVApplet()
+        self._chain = self._rest = b""
+
+    def apdu(self, command: bytes) -> bytes:
+        """Answer one command of SP 800-73."""
+        parsed = APDUParser.parse(command)
+        if parsed.ins == self._GET_RESPONSE:
+            return self._next_piece() if self._rest else b"\x69\x85"
+        self._rest = b""
+        if parsed.ins != self._SELECT and not self._applet.selected:
+            return b"\x69\x85"
+        if parsed.chained:
+            self._chain += parsed.data
+            return b"\x90\x00"
+        parsed.data, self._chain = self._chain + parsed.data, b""
+        return self._answer_whole(parsed)
+
+    def _answer_whole(self, command: APDUCommand) -> bytes:
+        answer = self._applet.process_apdu(command)
+        if command.extended or answer.sw != 0x9000:
+            return bytes(answer.to_bytes())
+        self._rest = answer.data
+        return self._next_piece()
+
+    def _next_piece(self) -> bytes:
+        piece, self._rest = self._rest[:256], self._rest[256:]
+        return piece + (bytes([0x61, min(len(self._rest), 0xFF)]) if self._rest else b"\x90\x00")
+
+    def power_on(self) -> None:
+        """Forget the PIN and what was selected."""
+        self._applet.reset()
+        self._chain = self._rest = b""
+
+    power_off = reset = power_on
+
+
+class Connection(SmartCardConnection):
+    """yubikit's way to a card, over the functions of a module like smartcard.scard.
+
+    :param scard: the module.
+    :param share_mode: SCARD_SHARE_SHARED or SCARD_SHARE_EXCLUSIVE, by name.
+    """
+
+    transport = TRANSPORT.USB
+
+    def __init__(self, scard: Any, share_mode: str = "SCARD_SHARE_SHARED") -> None:
+        self._scard = scard
+        (self._context,) = self._done("SCardEstablishContext", scard.SCARD_SCOPE_SYSTEM)
+        (readers,) = self._done("SCardListReaders", self._context, [])
+        mode = getattr(scard, share_mode)
+        self._card, _ = self._done("SCardConnect", self._context, readers[0], mode, scard.SCARD_PROTOCOL_T1)
+
+    def send_and_receive(self, apdu: bytes) -> tuple[bytes, int]:
+        """One exchange: data and status word."""
+        (answer,) = self._done("SCardTransmit", self._card, self._scard.SCARD_PCI_T1, list(apdu))
+        return bytes(answer[:-2]), int.from_bytes(bytes(answer[-2:]), "big")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """No other process comes between the exchanges of the block, which an answer in pieces wants."""
+        self._done("SCardBeginTransaction", self._card)
+        try:
+            yield
+        finally:
+            self._done("SCardEndTransaction", self._card, self._scard.SCARD_LEAVE_CARD)
+
+    def close(self) -> None:
+        """Disconnect as pyscard does by default: the card loses its power."""
+        self._done("SCardDisconnect", self._card, self._scard.SCARD_UNPOWER_CARD)
+        self._done("SCardReleaseContext", self._context)
+
+    def _done(self, function: str, *arguments: Any) -> list[Any]:
+        result = getattr(self._scard, function)(*arguments)
+        hresult, *rest = result if isinstance(result, list) else [result]
+        assert hresult == 0, f"{function}: {self._scard.SCardGetErrorMessage(hresult)}"
+        return rest
+
+
+class Signer:
+    """A session of yubikit's on the personalised card, with the PIN verified."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._session = PivSession(connection)
+        self._session.verify_pin(PIN)
+
+    def sign(self, message: bytes) -> bytes:
+        """The signature of the card's P-256 key."""
+        return bytes(self._session.sign(SLOT.AUTHENTICATION, KEY_TYPE.ECCP256, message, hashes.SHA256()))
+
+    def certificate(self) -> str:
+        """The card's certificate in PEM.  It comes in two pieces."""
+        with self.connection.transaction():
+            return _pem(self._session.get_certificate(SLOT.AUTHENTICATION))
+
+    def self_sign(self, public_key: str) -> str:
+        """A certificate of the card's key, signed by that; both in PEM."""
+        key = serialization.load_pem_public_key(public_key.encode())
+        today = datetime.now(timezone.utc)
+        tomorrow = today + timedelta(days=1)
+        return _pem(generate_self_signed_certificate(self._session, SLOT.AUTHENTICATION, key, SUBJECT, today, tomorrow))
+
+
+def _pem(certificate: x509.Certificate) -> str:
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def is_signature(certificate: str, message: bytes, signature: bytes) -> bool:
+    """Whether it is that of the certificate's key."""
+    key = x509.load_pem_x509_certificate(certificate.encode()).public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    try:
+        key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        return False
+    return True
+
+
+def tool(*arguments: str, env: Mapping[str, str], given: str = "") -> str:
+    """Run yubico-piv-tool on the stack of an environment.
+
+    :param arguments: its options.
+    :param given: its standard input.
+    :return: its standard output.
+    """
+    libraries = [*map(str, FETCHED.glob("tool/usr/lib/*")), *filter(None, [env.get("LD_LIBRARY_PATH")])]
+    result = subprocess.run(
+        [_tool, "--reader=Virtual", f"--slot={SLOT.AUTHENTICATION:x}", *arguments],
+        env={**env, "LD_LIBRARY_PATH": ":".join(libraries)},
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert result.returncode == 0, result
+    return result.stdout
+
+
+def personalise(env: Mapping[str, str], self_sign: Callable[[str], str]) -> str:
+    """Give the card of a stack a card holder's identifier, a P-256 key made on it, and a certificate.
+
+    :param self_sign: given the public key, makes the certificate; both in PEM.  yubico-piv-tool can do it too, but that
+        of Debian 12 can't: it and OpenSSL 3 don't go together (its issue 388).
+    :return: the certificate.
+    """
+    tool("--action=set-chuid", env=env)
+    certificate = self_sign(tool("--action=generate", "--algorithm=ECCP256", env=env))
+    tool("--action=import-certificate", env=env, given=certificate)
+    return certificate
