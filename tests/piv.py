@@ -1,9 +1,9 @@
 """A PIV card on the virtual stack, and the programs that use one; nobody here wrote any of them.
 
 The card is jcecard's PIV applet.  yubico-piv-tool personalises it, over the same PC/SC stack, and yubikit (of
-yubikey-manager) holds the sessions that sign.  ``scripts/fetch-piv`` fetches all three into ``.cache/piv``; without them
-importing this module raises ModuleNotFoundError, which says so.  What is ours is two adapters: `PivCard`, applet to
-card, and `Connection`, yubikit to the functions of smartcard.scard or of pcsc_safe.scard.
+yubikey-manager) holds the sessions that sign.  ``scripts/fetch-piv`` fetches all three into ``.cache/piv``; without
+them importing this module raises ModuleNotFoundError, which says so.  What is ours is two adapters: `PivCard`, applet
+to card, and `Connection`, yubikit to the functions of smartcard.scard or of pcsc_safe.scard.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from pcsc_safe.testing import VirtualCard
 
 FETCHED = Path(__file__).parent.parent / ".cache" / "piv"
 PACKAGES = FETCHED / str(sys.implementation.cache_tag)
+__all__ = ["PIN", "ApduError", "Connection", "PivCard", "Signer", "is_signature", "personalise", "tool"]
+
 PIN = "123456"
-SUBJECT = "CN=A card holder,O=The tests of pcsc_safe"
+SUBJECT = "CN=A card holder,O=pcsc_safe"
 
 if str(PACKAGES) not in sys.path:
     sys.path.append(str(PACKAGES))  # last: what is installed comes first
@@ -39,7 +41,7 @@ try:
     from jcecard.piv import PIVApplet
     from ykman.piv import generate_self_signed_certificate
     from yubikit.core import TRANSPORT
-    from yubikit.core.smartcard import SmartCardConnection
+    from yubikit.core.smartcard import ApduError, SmartCardConnection
     from yubikit.piv import KEY_TYPE, SLOT, PivSession
 
     _tool = shutil.which("yubico-piv-tool") or shutil.which("yubico-piv-tool", path=str(FETCHED / "tool/usr/bin"))
@@ -129,6 +131,14 @@ class Connection(SmartCardConnection):
         finally:
             self._done("SCardEndTransaction", self._card, self._scard.SCARD_LEAVE_CARD)
 
+    def reset(self, how: str) -> None:
+        """Reset the card.
+
+        :param how: SCARD_RESET_CARD or SCARD_UNPOWER_CARD, by name.
+        """
+        mode, protocol = self._scard.SCARD_SHARE_SHARED, self._scard.SCARD_PROTOCOL_T1
+        self._done("SCardReconnect", self._card, mode, protocol, getattr(self._scard, how))
+
     def close(self) -> None:
         """Disconnect as pyscard does by default: the card loses its power."""
         self._done("SCardDisconnect", self._card, self._scard.SCARD_UNPOWER_CARD)
@@ -142,15 +152,22 @@ class Connection(SmartCardConnection):
 
 
 class Signer:
-    """A session of yubikit's on the personalised card, with the PIN verified."""
+    """A session of yubikit's on the personalised card.
 
-    def __init__(self, connection: Connection) -> None:
+    :param pin: to verify first; empty: don't.
+    """
+
+    def __init__(self, connection: Connection, pin: str = PIN) -> None:
         self.connection = connection
         self._session = PivSession(connection)
-        self._session.verify_pin(PIN)
+        if pin:
+            self._session.verify_pin(pin)
 
     def sign(self, message: bytes) -> bytes:
-        """The signature of the card's P-256 key."""
+        """The signature of the card's P-256 key.
+
+        :raises ApduError: the card refuses.
+        """
         return bytes(self._session.sign(SLOT.AUTHENTICATION, KEY_TYPE.ECCP256, message, hashes.SHA256()))
 
     def certificate(self) -> str:
@@ -181,12 +198,12 @@ def is_signature(certificate: str, message: bytes, signature: bytes) -> bool:
     return True
 
 
-def tool(*arguments: str, env: Mapping[str, str], given: str = "") -> str:
+def tool(*arguments: str, env: Mapping[str, str], given: str = "") -> subprocess.CompletedProcess[str]:
     """Run yubico-piv-tool on the stack of an environment.
 
     :param arguments: its options.
     :param given: its standard input.
-    :return: its standard output.
+    :return: how it ended, which was well.
     """
     libraries = [*map(str, FETCHED.glob("tool/usr/lib/*")), *filter(None, [env.get("LD_LIBRARY_PATH")])]
     result = subprocess.run(
@@ -198,7 +215,7 @@ def tool(*arguments: str, env: Mapping[str, str], given: str = "") -> str:
         timeout=30,
     )
     assert result.returncode == 0, result
-    return result.stdout
+    return result
 
 
 def personalise(env: Mapping[str, str], self_sign: Callable[[str], str]) -> str:
@@ -209,6 +226,6 @@ def personalise(env: Mapping[str, str], self_sign: Callable[[str], str]) -> str:
     :return: the certificate.
     """
     tool("--action=set-chuid", env=env)
-    certificate = self_sign(tool("--action=generate", "--algorithm=ECCP256", env=env))
+    certificate = self_sign(tool("--action=generate", "--algorithm=ECCP256", env=env).stdout)
     tool("--action=import-certificate", env=env, given=certificate)
     return certificate

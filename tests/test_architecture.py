@@ -11,7 +11,7 @@ import pcsc_safe
 
 PACKAGE = Path(pcsc_safe.__file__).parent
 MAY_IMPORT = {
-    "__init__": {"_settings", "broker", "errors", "policy"},
+    "__init__": {"_bequest", "_settings", "broker", "errors", "policy"},
     "errors": set(),
     "policy": {"errors"},
     "_process": set(),
@@ -40,7 +40,22 @@ MAY_IMPORT = {
         "errors",
         "policy",
     },
+    "_bequest": {
+        "_calls",
+        "_descriptors",
+        "_gate",
+        "_handles",
+        "_log",
+        "_native",
+        "_process",
+        "_settings",
+        "_transactions",
+        "broker",
+        "errors",
+        "policy",
+    },
     "_router": {
+        "_bequest",
         "_calls",
         "_descriptors",
         "_gate",
@@ -81,11 +96,13 @@ BROKER_MAY_IMPORT = {
         "_native",
         "_pyscard",
         "_router",
+        "_sharing",
         "_start",
         "_transactions",
         "_turns",
         "_wire",
     },
+    "_sharing": {"_handles", "_pyscard", "_router", "_transactions"},
     "__main__": {"_server", "_start"},
 }
 """DESIGN section 6 as data: application > scard > router > gateway > PC/SC, and never back."""

@@ -5,16 +5,13 @@ The forked children here do PC/SC through a broker, as on macOS; the programs do
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import multiprocessing.spawn
 import os
 import pty
 import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +19,22 @@ from typing import Any
 
 import forking
 import pytest
-from brokers import ENOUGH, SOON, Client, Link, Program, Watch, broker, brokers, by_broker, descriptors, script, until, watched, without_native
+from brokers import (
+    ENOUGH,
+    SOON,
+    Client,
+    Link,
+    Program,
+    Watch,
+    broker,
+    brokers,
+    by_broker,
+    descriptors,
+    script,
+    until,
+    watched,
+    without_native,
+)
 from conftest import ECHO, IS_VERIFIED, Session
 from forking import in_child, in_program
 from test_detection import SYS_CLONE, c_fork, raw_clone
@@ -30,7 +42,6 @@ from test_threads import HELD, Calling, HeldCard
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe.broker import _start
 from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
@@ -296,7 +307,10 @@ def at_the_terminal(when: str) -> None:
 def test_ctrl_c_ends_the_client_in_its_own_way(stack: VirtualPcsc, when: str, what: str) -> None:
     """What the terminal sends to all of its processes a broker ignores, in a call and as it starts; then it ends."""
     master, slave = pty.openpty()
-    with Program(at_the_terminal, when, env=stack.env, terminal=slave) as program, watched(int(program.hear())) as watch:
+    with (
+        Program(at_the_terminal, when, env=stack.env, terminal=slave) as program,
+        watched(int(program.hear())) as watch,
+    ):
         os.close(slave)
         os.write(master, what.encode()) if what != "hangup" else os.close(master)
         assert json.loads(program.hear()) == [ECHOED, [OK, [1, 0x90, 0x00]]]
@@ -341,7 +355,7 @@ def test_its_interpreter_can_be_named(stack: VirtualPcsc, tmp_path: Path, monkey
 def test_where_there_is_no_python_the_error_says_so(
     stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, executable: Any, frozen: bool, why: str, remedy: str
 ) -> None:
-    """uWSGI and other programs that embed Python, and frozen ones that don't call freeze_support(): what to do."""
+    """UWSGI and other programs that embed Python, and frozen ones that don't call freeze_support(): what to do."""
 
     def child() -> str:
         monkeypatch.setattr(sys, "executable", executable)

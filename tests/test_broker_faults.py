@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import forking
 import pytest
-from brokers import ENOUGH, Client, Link, broker, brokers, by_broker, descriptors, script, until, watched, zombies
-from conftest import ECHO, IS_VERIFIED, VERIFY, Session
-from forking import in_child, in_program
-from test_faults import AGAIN, USES, outcome
+from brokers import ENOUGH, Client, Link, broker, brokers, by_broker, descriptors, until, watched, zombies
+from conftest import ECHO, IS_VERIFIED, Session
+from forking import in_child
 from test_inherited import TABLE, Row
-from test_threads import HELD, Calling, HeldCard, connect
+from test_threads import HELD, Calling, HeldCard
 
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe._calls import CALLS
-from pcsc_safe.broker import _client
 from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look

@@ -99,7 +99,7 @@ def test_a_variable_that_makes_no_sense_is_refused_by_name() -> None:
     with pytest.raises(SettingsError) as caught:
         from_environment({"PCSC_SAFE_POLICY": "rase"})
     assert str(caught.value) == (
-        "PCSC_SAFE_POLICY cannot be 'rase'; use one of 'auto', 'reestablish', 'broker', 'raise', 'invalid'"
+        "PCSC_SAFE_POLICY cannot be 'rase'; use one of 'auto', 'reestablish', 'broker', 'share', 'raise', 'invalid'"
     )
 
 

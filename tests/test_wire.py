@@ -23,6 +23,7 @@ from pcsc_safe.broker._wire import (
     VERSION,
     Describe,
     Hello,
+    Inherit,
     Message,
     Opaque,
     Raised,
@@ -61,6 +62,7 @@ MESSAGES: list[tuple[Message, bytes]] = [
     (Result(0), b"R" b"i\0\0\0\0\0\0\0\0"),
     (Raised("TypeError", "no \xe9"), b"E" b"s\x09\0\0\0TypeError" b"s\5\0\0\0no \xc3\xa9"),
     (Refused("no"), b"X" b"s\2\0\0\0no"),
+    (Inherit(KEY, (7,), True), b"I" b"b\x10\0\0\0" + KEY + b"t\1\0\0\0" b"i\7\0\0\0\0\0\0\0" b"T"),
 ]
 """Every kind of message with its body."""
 
@@ -456,6 +458,10 @@ def test_a_list_that_contains_itself_ends() -> None:
     "message",
     [
         Hello(1, KEY[:-1]),
+        Inherit(KEY[:-1], (7,), True),
+        Inherit(KEY, (7, "8"), True),  # type: ignore[arg-type]
+        Inherit(KEY, [7], True),  # type: ignore[arg-type]
+        Inherit(KEY, (7,), 1),  # type: ignore[arg-type]
         Hello(1, KEY + b"x"),
         Hello(1, "k" * 16),  # type: ignore[arg-type]
         Hello(0, KEY),
@@ -567,7 +573,7 @@ def test_trailing_bytes_are_refused(body: bytes) -> None:
             decode(body + more)
 
 
-@pytest.mark.parametrize("kind", sorted(set(range(256)) - set(b"HWQDREX")))
+@pytest.mark.parametrize("kind", sorted(set(range(256)) - set(b"HWQDIREX")))
 def test_unknown_kinds_are_refused(kind: int) -> None:
     """Every byte that is no kind."""
     for rest in (b"", ONE, MESSAGES[6][1][1:]):
@@ -702,7 +708,7 @@ def decoded_or_refused(body: bytes) -> None:
         message = decode(body)
     except WireError:
         return
-    assert isinstance(message, (Hello, Welcome, Request, Describe, Result, Raised, Refused))
+    assert isinstance(message, (Hello, Welcome, Request, Describe, Inherit, Result, Raised, Refused))
     frame = encode(message)
     assert encode(decode(body_of(frame))) == frame
 
@@ -779,6 +785,7 @@ def test_no_repr_shows_what_a_message_carries() -> None:
     assert repr(Request(TRANSMIT, (SECRET,))) == "Request(function=21, arguments=...)"
     assert repr(Result(SECRET)) == "Result(value=...)"
     assert repr(Hello(1, KEY)) == "Hello(version=1, key=...)"
+    assert repr(Inherit(KEY, (7,), True)) == "Inherit(key=..., contexts=(7,), keeps=True)"
 
 
 def test_nothing_too_large_is_in_its_error() -> None:
