@@ -1,7 +1,7 @@
 """Brokers as the kernel sees them, and their clients as a test sees them.
 
-A client is a forked child (:class:`Client`) or a program (:class:`Program`) that talks with the test while it lives, so that
-the test knows what it is in the middle of, and can end it there.
+A client is a forked child (:class:`Client`) or a program (:class:`Program`) that talks with the test while it lives, so
+that the test knows what it is in the middle of, and can end it there.
 """
 
 from __future__ import annotations
@@ -19,14 +19,36 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import forking
+import pytest
 from forking import start, wait_for
+
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+from pcsc_safe.testing._install import Missing, look
 
 ENOUGH = 20  # s; nothing takes that long
 SOON = 1.0  # s; within which a broker ends that has lost its client
 _COMMANDS = (b"pcsc_safe.broker", b"--pcsc-safe-broker")
+
+
+class Process(NamedTuple):
+    """A process that was started by another."""
+
+    pid: int
+    state: str
+    command: bytes
+
+
+def _processes(parent: int) -> list[Process]:
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, ppid = (directory / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(ppid) == parent:
+                found.append(Process(int(directory.name), state, (directory / "cmdline").read_bytes()))
+    return found
 
 
 def brokers(parent: Optional[int] = None) -> list[int]:
@@ -34,15 +56,8 @@ def brokers(parent: Optional[int] = None) -> list[int]:
 
     :param parent: this process if None.
     """
-    parent = os.getpid() if parent is None else parent
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, ppid = (directory / "stat").read_text().rpartition(")")[2].split()[:2]
-            command = (directory / "cmdline").read_bytes()
-            if int(ppid) == parent and state not in "ZX" and any(text in command for text in _COMMANDS):
-                found.append(int(directory.name))
-    return found
+    started = _processes(os.getpid() if parent is None else parent)
+    return [each.pid for each in started if each.state not in "ZX" and any(text in each.command for text in _COMMANDS)]
 
 
 def broker(parent: Optional[int] = None) -> int:
@@ -51,15 +66,9 @@ def broker(parent: Optional[int] = None) -> int:
     return pid
 
 
-def zombies() -> list[int]:
-    """The dead children of this process that nobody has waited for."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, ppid = stat.read_text().rpartition(")")[2].split()[:2]
-            if state == "Z" and int(ppid) == os.getpid():
-                found.append(int(stat.parent.name))
-    return found
+def children() -> list[int]:
+    """Every process that this one has started, and not waited for."""
+    return [each.pid for each in _processes(os.getpid())]
 
 
 class Watch:
@@ -165,7 +174,7 @@ class Program:
             text=True,
             start_new_session=True,
         )
-        self._watchdog = threading.Timer(ENOUGH, self.process.kill)
+        self._watchdog = threading.Timer(ENOUGH, self.process.send_signal, (signal.SIGABRT,))
         self._watchdog.start()
 
     def __enter__(self) -> Program:
@@ -231,6 +240,32 @@ def by_broker(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*arguments)
 
     return in_it
+
+
+@contextlib.contextmanager
+def stack_to_hold() -> Iterator[VirtualPcsc]:
+    """A stack whose first card can be held; the third reader is another device, and never waits for it."""
+    from test_threads import HeldCard
+
+    found = look()
+    if isinstance(found, Missing):
+        pytest.skip(f"{found.problem}; {found.remedy}")
+    with VirtualPcsc(4, [HeldCard(), EchoCard(), EchoCard()]) as stack:
+        yield stack
+
+
+def held_card(stack: VirtualPcsc) -> Any:
+    """The card that can be held, a HeldCard."""
+    return stack.readers[0].card
+
+
+def let_go(stack: VirtualPcsc) -> None:
+    """Wait until nobody has a context on such a stack any more."""
+    card = held_card(stack)
+    card.go.set()
+    stack.wait_for_clients(0)
+    card.go.clear()
+    card.reached.clear()
 
 
 def script(path: Path, text: str) -> str:

@@ -30,21 +30,22 @@ from brokers import (
     brokers,
     by_broker,
     descriptors,
+    held_card,
+    let_go,
     script,
+    stack_to_hold,
     until,
     watched,
-    without_native,
 )
 from conftest import ECHO, IS_VERIFIED, Session
 from forking import in_child, in_program
 from test_detection import SYS_CLONE, c_fork, raw_clone
-from test_threads import HELD, Calling, HeldCard
+from test_threads import HELD, Calling
 
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe.errors import BrokerError
-from pcsc_safe.testing import EchoCard, VirtualPcsc
-from pcsc_safe.testing._install import Missing, look
+from pcsc_safe.testing import VirtualPcsc
 
 OK = safe.SCARD_S_SUCCESS
 ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
@@ -53,11 +54,8 @@ C_FORKS = [c_fork, pytest.param(raw_clone, marks=pytest.mark.skipif(SYS_CLONE is
 
 @pytest.fixture(scope="module")
 def module_stack() -> Iterator[VirtualPcsc]:
-    """A stack whose first card can be held; only this module has contexts there.  The third reader is another device."""
-    found = look()
-    if isinstance(found, Missing):
-        pytest.skip(f"{found.problem}; {found.remedy}")
-    with VirtualPcsc(4, [HeldCard(), EchoCard(), EchoCard()]) as stack:
+    """Only this module has contexts there."""
+    with stack_to_hold() as stack:
         yield stack
 
 
@@ -65,17 +63,7 @@ def module_stack() -> Iterator[VirtualPcsc]:
 def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
     """That stack; when the test is over nobody has a context there."""
     yield module_stack
-    held(module_stack).go.set()
-    module_stack.wait_for_clients(0)
-    held(module_stack).go.clear()
-    held(module_stack).reached.clear()
-
-
-def held(stack: VirtualPcsc) -> HeldCard:
-    """The card that can be held."""
-    card = stack.readers[0].card
-    assert isinstance(card, HeldCard)
-    return card
+    let_go(module_stack)
 
 
 def told(function: Callable[..., None], *arguments: str, env: dict[str, str]) -> Any:
@@ -116,7 +104,7 @@ def first_need() -> None:
 
 
 def test_it_is_execd_by_the_process_that_needs_it_when_it_does(stack: VirtualPcsc) -> None:
-    """Not at the fork, but at the child's first call, one for all threads; no at-fork hook runs; the parent has none."""
+    """Not at the fork but at the child's first call, one for all threads; no at-fork hook runs; the parent has none."""
     (before, answers, in_thread, no_hook_ran, interpreter, of_parent), after = told(first_need, env=stack.env)
     assert (before, answers, in_thread, no_hook_ran) == ([], [OK, OK], OK, True)
     assert interpreter == sys.executable
@@ -213,7 +201,7 @@ DOING = ["nothing", "wait", "apdu", "transaction"]
 def see_it_end(stack: VirtualPcsc, watch: Watch) -> None:
     """It ends in a second, and with it what it held: the card can be had exclusively."""
     assert watch.ends(SOON)
-    held(stack).go.set()  # pcscd itself waits for the card's answer
+    held_card(stack).go.set()  # pcscd itself waits for the card's answer
     stack.wait_for_clients(0)
     exclusive = Session(safe.SCARD_SHARE_EXCLUSIVE)
     exclusive.assert_untouched()
@@ -223,10 +211,10 @@ def see_it_end(stack: VirtualPcsc, watch: Watch) -> None:
 @pytest.mark.parametrize("doing", DOING)
 @pytest.mark.parametrize("how", ["os._exit", "SIGKILL"])
 def test_it_ends_with_its_client(stack: VirtualPcsc, how: str, doing: str) -> None:
-    """However its client dies and whatever it is in the middle of, a broker is gone in a second, every session ended."""
+    """However its client dies and in the middle of what, a broker is gone in a second, and every session ended."""
     with Client(by_broker(in_the_middle), doing) as client, watched(client.hear()) as watch:
         if doing == "apdu":
-            assert held(stack).reached.wait(ENOUGH)
+            assert held_card(stack).reached.wait(ENOUGH)
         assert not watch.ends(0)
         if how == "SIGKILL":
             client.kill()
@@ -243,7 +231,7 @@ def test_it_ends_when_its_client_exits(stack: VirtualPcsc, doing: str) -> None:
     env = {**stack.env, "PCSC_SAFE_BROKER": "always"}
     with Program(exits_in_the_middle, doing, env=env) as program, watched(int(program.hear())) as watch:
         if doing == "apdu":
-            assert held(stack).reached.wait(ENOUGH)
+            assert held_card(stack).reached.wait(ENOUGH)
         program.let_go()
         assert (program.ends(), program.errors()) == (0, "")
         see_it_end(stack, watch)
@@ -388,70 +376,15 @@ def frozen(executable: str) -> None:
 def test_a_frozen_program_is_its_own_broker(stack: VirtualPcsc, tmp_path: Path) -> None:
     """With freeze_support() first thing in its main module; there is no other interpreter (simulated by a script)."""
     program = tmp_path / "program"
-    main = f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]}; import test_broker; test_broker.frozen({str(program)!r})"
-    script(program, f'exec {sys.executable} -c "{main}" "$@"')
+    main = tmp_path / "main.py"
+    main.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import test_broker\ntest_broker.frozen({str(program)!r})\n"
+    )
+    script(program, f'exec {sys.executable} {main} "$@"')
     done = forking.subprocess.run([program], env=stack.env, capture_output=True, text=True, timeout=ENOUGH, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == [[ECHOED, "--pcsc-safe-broker"], []]
-
-
-# Threads.
-
-
-def test_no_thread_waits_for_another(stack: VirtualPcsc) -> None:
-    """While threads are in an APDU and in a wait for events, others get answers, on the waiting context as well."""
-
-    def child(link: Link) -> Any:
-        busy, other, waiting = establish(), establish(), establish()
-        names = safe.SCardListReaders(busy, [])[1]
-        card = safe.SCardConnect(busy, names[0], safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_T1)[1]
-        exchange = Calling(safe.SCardTransmit, card, safe.SCARD_PCI_T1, HELD)
-        link.say("in an APDU")
-        link.hear()
-        state = safe.SCardGetStatusChange(waiting, 0, [(names[2], 0)])[1][0][1]
-        waiter = Calling(safe.SCardGetStatusChange, waiting, safe.INFINITE, [(names[2], state)])
-        until(lambda: waiter.waits, "it waits")
-        answers = [safe.SCardListReaders(context, []) == [OK, names] for context in (other, waiting) * 10]
-        connected = safe.SCardConnect(other, names[2], safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_T1)[1]
-        answers += [safe.SCardTransmit(connected, safe.SCARD_PCI_T1, ECHO) == ECHOED for _ in range(10)]
-        answers += [safe.SCardIsValidContext(context) == OK for context in (busy, other, waiting)]
-        still = exchange.is_alive(), waiter.is_alive()
-        cancelled = Calling(safe.SCardCancel, waiting).answer(), waiter.answer()[0]
-        link.say("release the card")
-        return answers, still, cancelled, exchange.answer()
-
-    with Client(by_broker(child)) as client:
-        client.hear()
-        assert held(stack).reached.wait(ENOUGH)
-        client.say("it is")
-        client.hear()
-        held(stack).go.set()
-        answers, still, cancelled, exchange = client.result()
-    assert all(answers)
-    assert still == (True, True)
-    assert cancelled == (OK, safe.SCARD_E_CANCELLED)
-    assert exchange == [OK, [7, 8, 9, 0x90, 0x00]]
-
-
-def test_many_threads_get_their_own_answers(stack: VirtualPcsc) -> None:
-    """More threads than connections are kept, each with a context of its own: no answer is that of another thread."""
-
-    def thread(number: int, reader: str) -> bool:
-        context = establish()
-        card = safe.SCardConnect(context, reader, safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_T1)[1]
-        data = [number, 255 - number]
-        command = [0x80, 1, 0, 0, 2, *data]
-        right = all(safe.SCardTransmit(card, 2, command) == [OK, [*data, 0x90, 0x00]] for _ in range(20))
-        return right and safe.SCardReleaseContext(context) == OK
-
-    def child() -> Any:
-        context = establish()
-        before = len(descriptors(os.getpid()))
-        threads = [Calling(thread, number, stack.readers[1 + number % 2].name) for number in range(30)]
-        answers = [each.answer() for each in threads]
-        return answers, len(descriptors(os.getpid())) - before < 20, len(brokers()), bool(context)
-
-    assert in_child(by_broker(child)) == ([True] * 30, True, 1, True)
 
 
 # Forks again.
@@ -515,20 +448,3 @@ def test_a_broker_does_not_outlive_its_client_for_a_hooked_child(stack: VirtualP
             client.kill()
             see_it_end(stack, watch)
         os.kill(idle, signal.SIGKILL)
-
-
-# broker="always".
-
-
-@pytest.mark.parametrize("how", ["environment", "configure"])
-def test_always_keeps_the_native_library_out(stack: VirtualPcsc, how: str) -> None:
-    """It is never in the process or its children, everything works, and a fork does not wait for a call under way."""
-    env = {**stack.env, **({"PCSC_SAFE_BROKER": "always"} if how == "environment" else {})}
-    with Program(without_native, how, env=env) as program:
-        assert json.loads(program.hear()) == [stack.readers[0].name, 2, list(EchoCard().atr)]
-        assert held(stack).reached.wait(ENOUGH)
-        program.let_go()
-        assert json.loads(program.hear()) == [[True, False], True, True, 1]
-        held(stack).go.set()
-        assert json.loads(program.hear()) == [[OK, [7, 8, 9, 0x90, 0x00]], False, False, False]
-        assert (program.ends(), program.errors()) == (0, "")

@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import importlib
+import json
 import os
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import ENOUGH, Client, Link, broker, brokers, by_broker, descriptors, until, watched, zombies
+from brokers import (
+    ENOUGH,
+    Client,
+    Link,
+    broker,
+    brokers,
+    by_broker,
+    children,
+    descriptors,
+    held_card,
+    script,
+    stack_to_hold,
+    until,
+    watched,
+)
 from conftest import ECHO, IS_VERIFIED, Session
-from forking import in_child
+from forking import in_child, in_program
+from test_faults import AGAIN, USES, outcome
 from test_inherited import TABLE, Row
-from test_threads import HELD, Calling, HeldCard
+from test_threads import HELD, Calling
 
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe._calls import CALLS
+from pcsc_safe.broker import _client
 from pcsc_safe.errors import BrokerError
-from pcsc_safe.testing import EchoCard, VirtualPcsc
-from pcsc_safe.testing._install import Missing, look
+from pcsc_safe.testing import VirtualPcsc
 
 OK = safe.SCARD_S_SUCCESS
 LOST = safe.SCARD_F_COMM_ERROR
@@ -33,11 +54,8 @@ READER = "Virtual PCD 0 00 00"
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[VirtualPcsc]:
-    """A stack whose first card can be held."""
-    found = look()
-    if isinstance(found, Missing):
-        pytest.skip(f"{found.problem}; {found.remedy}")
-    with VirtualPcsc(4, [HeldCard(), EchoCard(), EchoCard()]) as stack:
+    """For the tests that leave pcscd as they found it."""
+    with stack_to_hold() as stack:
         yield stack
 
 
@@ -69,7 +87,7 @@ def test_after_its_death_the_next_use_starts_another(stack: VirtualPcsc, cards: 
             safe.SCardDisconnect(other.card, safe.SCARD_LEAVE_CARD),
             safe.SCardReleaseContext(other.context),
         ]
-        again = broker() != first, zombies(), number == session.context
+        again = broker() != first, children() == brokers(), number == session.context
         session.close()
         return answers, again
 
@@ -80,7 +98,7 @@ def test_after_its_death_the_next_use_starts_another(stack: VirtualPcsc, cards: 
     else:
         assert at_first[0] == OK
     assert then[0] == OK
-    assert again == (True, [], True)
+    assert again == (True, True, True)
 
 
 def test_in_a_transaction_a_card_does_not_go_on(stack: VirtualPcsc) -> None:
@@ -110,20 +128,24 @@ def under_way(call: Callable[..., Any], *arguments: Any) -> Any:
 
 @pytest.mark.parametrize("row", [row for row in TABLE if hasattr(safe, row.name)], ids=lambda row: row.name)
 def test_a_call_under_way_is_a_communication_error(stack: VirtualPcsc, row: Row) -> None:
-    """Every function answers SCARD_F_COMM_ERROR in its own shape, and is not made again: it may have been carried out."""
+    """Every function answers SCARD_F_COMM_ERROR in its shape, and is not made again: it may have been carried out."""
 
     def child() -> Any:
         session = Session()
         answer = under_way(getattr(safe, row.name), getattr(session, row.handle), *row.arguments)
-        return answer, brokers(), zombies(), [session.transmit(ECHO)[0], safe.SCardReleaseContext(session.context)]
+        return (
+            answer,
+            brokers(),
+            children() == brokers(),
+            [session.transmit(ECHO)[0], safe.SCardReleaseContext(session.context)],
+        )
 
-    assert in_child(by_broker(child)) == (CALLS[row.name].failure(LOST, row.arguments), [], [], [RESET, OK])
+    assert in_child(by_broker(child)) == (CALLS[row.name].failure(LOST, row.arguments), [], True, [RESET, OK])
 
 
 def test_an_apdu_under_way_is_sent_once(stack: VirtualPcsc) -> None:
     """The card has got it, and does not get it again."""
-    card = stack.readers[0].card
-    assert isinstance(card, HeldCard)
+    card = held_card(stack)
 
     def child(link: Link) -> Any:
         session = Session()
@@ -204,11 +226,216 @@ def test_killed_again_and_again_under_load(stack: VirtualPcsc) -> None:
         over.set()
         seen = set().union(*[thread.answer() for thread in threads])
         establish()
-        return seen, killed, len(descriptors(os.getpid())) - before, zombies(), len(brokers())
+        return seen, killed, len(descriptors(os.getpid())) - before, children() == brokers(), len(brokers())
 
-    seen, killed, leaked, dead, alive = in_child(by_broker(child))
-    print(killed, leaked)
-    assert seen - {OK, LOST, RESET} == set()
+    seen, killed, leaked, no_zombies, alive = in_child(by_broker(child))
+    assert [text for text in seen - {OK, LOST, RESET} if "signal 9 ended it" not in str(text)] == []
     assert killed > 5
-    assert (dead, alive) == ([], 1)
+    assert (no_zombies, alive) == (True, 1)
     assert leaked <= 8  # connections that are kept for the next calls
+
+
+# The broker can't start.
+
+PYTHON = f'exec {sys.executable} "$@"'
+NO_INTERPRETER = "set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe"
+
+
+def fails(python: str, within: float = 30.0) -> tuple[list[str], int, list[int], bool]:
+    """What a child is told that has this interpreter, what is left of it, and whether a right one can be had then.
+
+    :param within: seconds that a broker may take to begin.
+    """
+
+    def told() -> str:
+        with pytest.raises(BrokerError) as caught:
+            establish()
+        return str(caught.value)
+
+    def child() -> Any:
+        pcsc_safe.configure(broker_python=python)
+        _client._READY_WITHIN = within
+        messages = [told()]
+        before = len(descriptors(os.getpid()))
+        messages += [told(), told()]
+        left = len(descriptors(os.getpid())) - before, children()
+        pcsc_safe.configure(broker_python="")
+        _client._READY_WITHIN = 30.0
+        return (messages, *left, bool(establish()))
+
+    answer: tuple[list[str], int, list[int], bool] = in_child(by_broker(child))
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "expected"),
+    [
+        (None, 0, ["No such file or directory", NO_INTERPRETER]),
+        (f"#!/bin/sh\n{PYTHON}", 0o644, ["Permission denied", NO_INTERPRETER]),
+        ("no program", 0o755, ["Exec format error", NO_INTERPRETER]),
+        ("#!/no/such/shell", 0o755, ["No such file or directory", NO_INTERPRETER]),
+        ("#!/bin/sh\nexec true", 0o755, ["it ended with status 0"]),
+        ('#!/bin/sh\nexec cat "$@"', 0o755, ["cat", "it ended with status 1"]),
+        ("#!/bin/sh\nexec sleep 1000", 0o755, ["it was not ready in time"]),
+        ("#!/bin/sh\necho no; echo the cause >&2; exit 7", 0o755, ["the cause; it ended with status 7"]),
+        ("#!/bin/sh\nkill -9 $$", 0o755, ["signal 9 ended it"]),
+        (f'#!/bin/sh\nexec {sys.executable} -I -S "$@"', 0o755, ["No module named", "pcsc_safe", "status 1"]),
+        (f"#!/bin/sh\nulimit -v 20000; {PYTHON}", 0o755, ["status 127"]),
+        (f"#!/bin/sh\nulimit -n 5; {PYTHON}", 0o755, ["Too many open files; it ended with status 1"]),
+    ],
+    ids=[
+        *("none", "not executable", "no program", "no shell", "true", "cat", "sleep", "says why", "killed"),
+        *("no pcsc_safe", "no memory", "no descriptors"),
+    ],
+)
+def test_no_broker_and_why(stack: VirtualPcsc, tmp_path: Path, text: Any, mode: int, expected: list[str]) -> None:
+    """BrokerError with the cause and the remedy, each time; nothing is left of it, and a right one can be had then."""
+    python = tmp_path / "python"
+    if text is not None:
+        python.write_text(text + "\n")
+        python.chmod(mode)
+    messages, *left_and_then = fails(str(python), within=0.3 if "sleep" in str(text) else 30.0)
+    for message in messages:
+        assert [part for part in (*expected, "PCSC_SAFE_BROKER_PYTHON") if part not in message] == [], message
+    assert left_and_then == [0, [], True]
+
+
+def test_a_broker_of_another_version(stack: VirtualPcsc, tmp_path: Path) -> None:
+    """Says so, and is not left alive."""
+    code = "from pcsc_safe.broker import _wire, __main__; _wire.VERSION = 999; __main__.main([])"
+    messages, *left_and_then = fails(script(tmp_path / "python", f'exec {sys.executable} -c "{code}"'))
+    assert all("both have to run the same version of pcsc_safe" in message for message in messages)
+    assert left_and_then == [0, [], True]
+
+
+def imports() -> None:
+    """Import what takes a broker."""
+    try:
+        importlib.import_module("pcsc_safe.scard")
+    except BrokerError as error:
+        print(json.dumps([str(error), children()]))
+
+
+def test_brokers_that_die_again_and_again(stack: VirtualPcsc, tmp_path: Path) -> None:
+    """Not for ever: BrokerError, from ``import pcsc_safe.scard`` too."""
+    dies = "from pcsc_safe import _pyscard; _pyscard.catalogue = lambda: __import__('os')._exit(1); "
+    code = f"{dies}from pcsc_safe.broker import __main__; __main__.main([])"
+    python = script(tmp_path / "python", f'exec {sys.executable} -c "{code}"')
+    env = {**stack.env, "PCSC_SAFE_BROKER": "always", "PCSC_SAFE_BROKER_PYTHON": python}
+    done = in_program(imports, env=env)
+    message, left = json.loads(done.stdout)
+    assert "die as soon as they have begun" in message
+    assert left == []
+
+
+def attempt(limit: int, value: int) -> Any:
+    """Establish a context under a limit of this process; the outcome, and what is left of it if it failed."""
+    soft, hard = resource.getrlimit(limit)
+    before = len(descriptors(os.getpid()))
+    resource.setrlimit(limit, (value, hard))
+    try:
+        answer: Any = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    except BrokerError as error:
+        answer = str(error)
+    finally:
+        resource.setrlimit(limit, (soft, hard))
+    if isinstance(answer, str):
+        return answer, len(descriptors(os.getpid())) - before, children() == brokers()
+    return answer[0]
+
+
+def test_no_descriptor_to_be_had(stack: VirtualPcsc) -> None:
+    """However many are left: BrokerError that says so, or a broker; and none is leaked."""
+
+    def child() -> Any:
+        _client.prepare()
+        outcomes = [attempt(resource.RLIMIT_NOFILE, limit) for limit in range(len(descriptors(os.getpid())), 64)]
+        return outcomes, len(brokers())
+
+    outcomes, alive = in_child(by_broker(child))
+    failed = [outcome for outcome in outcomes if outcome != OK]
+    assert len(failed) > 5
+    assert [outcome for outcome in failed if outcome[1:] != [0, True] and outcome[1:] != (0, True)] == []
+    assert {word for text, *_ in failed for word in ("Too many open files", "Invalid argument") if word in text}
+    assert outcomes[-10:] == [OK] * 10
+    assert alive == 1
+
+
+def test_no_process_to_be_had(stack: VirtualPcsc) -> None:
+    """BrokerError that says so; and nothing is leaked."""
+
+    def child() -> Any:
+        if not os.getuid():
+            os.setresuid(65534, 65534, 65534)  # no limit for root
+        return attempt(resource.RLIMIT_NPROC, 0)
+
+    text, leaked, no_zombies = in_child(by_broker(child))
+    assert os.strerror(errno.EAGAIN) in text
+    assert (leaked, no_zombies) == (0, True)
+
+
+def test_no_memory_to_be_had(stack: VirtualPcsc) -> None:
+    """BrokerError that says so; and nothing is leaked."""
+
+    def child() -> Any:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        return attempt(resource.RLIMIT_AS, pages * resource.getpagesize())
+
+    text, leaked, no_zombies = in_child(by_broker(child))
+    assert os.strerror(errno.ENOMEM) in text
+    assert (leaked, no_zombies) == (0, True)
+
+
+# pcscd goes away.
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        (["kill", "start"], ["establish", "connect", "wait", "transmit", "wait", *USES, *AGAIN]),
+        (["kill"], ["establish", "connect", "wait", *USES, "establish"]),
+        (["restart"], ["establish", "connect", "begin", "wait", *USES, *AGAIN]),
+        (["restart"], ["establish", "wait", "valid", "list", "list", "release", *AGAIN]),
+    ],
+    ids=lambda value: "-".join(value) if "wait" not in value else "",
+)
+def test_pcscd_dies_behind_it(
+    pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, changes: list[str], steps: list[str]
+) -> None:
+    """Killed or restarted, it is what it is to raw pyscard, code by code; the broker goes on."""
+    make = [getattr(pcsc_stack, change) for change in changes]
+    monkeypatch.setenv("PCSC_SAFE_BROKER", "on-fork")
+    native = outcome(pcsc_stack, "smartcard.scard", make, steps)
+    if not pcsc_stack.pid:
+        pcsc_stack.start()
+    monkeypatch.setenv("PCSC_SAFE_BROKER", "always")
+    assert outcome(pcsc_stack, "pcsc_safe.scard", make, steps) == native
+
+
+def test_a_wait_ends_when_pcscd_dies_behind_it(pcsc_stack: VirtualPcsc) -> None:
+    """A thread that waits for events gets the code that it gets natively; the next context works, by that broker."""
+    name = pcsc_stack.readers[0].name
+
+    def waits(link: Link) -> Any:
+        context = establish()
+        known = [(name, safe.SCardGetStatusChange(context, 0, [(name, 0)])[1][0][1])]
+        waiter = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, known)
+        until(lambda: waiter.waits, "it waits")
+        link.say(brokers())
+        ended = waiter.answer()[0]
+        link.hear()
+        return ended, safe.SCardListReaders(establish(), [])[0], brokers()
+
+    def told(function: Any) -> Any:
+        with Client(function) as client:
+            before = client.hear()
+            pcsc_stack.kill()
+            pcsc_stack.start()
+            client.say("it is up again")
+            *answers, after = client.result()
+        assert after == before
+        return answers
+
+    native = told(waits)
+    assert native[0] != OK
+    assert told(by_broker(waits)) == native
