@@ -275,6 +275,16 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
+def imports() -> None:
+    """A program that says why it can't import what takes a broker."""
+    from pcsc_safe.errors import BrokerError
+
+    try:
+        import pcsc_safe.scard  # noqa: F401
+    except BrokerError as error:
+        print(json.dumps([str(error), children()]))
+
+
 def without_native(how: str) -> None:
     """A program that has ``broker="always"``, from ``"environment"`` or by ``"configure"``, and uses a card and forks.
 

@@ -279,7 +279,7 @@ def at_the_terminal(when: str) -> None:
         pcsc_safe.prestart_broker()
         if when == "start":
             print(broker(), flush=True)
-            time.sleep(ENOUGH)
+            until(lambda: False, "Ctrl-C")  # not one long sleep: a signal that comes just before it would not end it
         session = Session()
         print(broker(), flush=True)
         (name, state, _), *_ = safe.SCardGetStatusChange(session.context, 0, [(session.reader, 0)])[1]

@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Optional
 
@@ -45,6 +46,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     from ._server import Server
 
     server = Server(socket.socket(fileno=DOOR))
+    threading.Thread(target=int).start()  # if there is no memory for threads, this says so
     _be_silent()
     server.run()
     os._exit(0)  # whatever its threads are in; pcscd ends the sessions

@@ -216,7 +216,7 @@ class Broker:
         except BaseException:
             self._drop(connection)  # a signal handler's; the answer to this request is not to be that to another
             raise
-        if len(self._idle) < _MOST_IDLE:
+        if len(self._idle) < _MOST_IDLE and not self.lost:
             self._idle.append(connection)
         else:
             self._drop(connection)
@@ -253,27 +253,29 @@ class Broker:
         try:
             connection: _Connection = _gate.enter("the broker's door", self._passed)
         except OSError as error:
-            if isinstance(error, ConnectionError):
+            if isinstance(error, ConnectionError) or self.lost:  # another thread has closed the door meanwhile
                 raise self._gone_at_the_door() from error
             raise BrokerError(
                 f"no connection to the broker can be made in process {os.getpid()}: {error.strerror}",
                 remedy="each takes a descriptor, and each call under way a connection",
                 pid=os.getpid(),
             ) from error
-        welcome: Optional[_wire.Message] = None
+        is_welcome = False
         try:
             connection.wait_at_most(_READY_WITHIN)
             connection.send(_wire.encode(_wire.Hello(_wire.VERSION, key or self.key)))
-            welcome = _wire.decode(connection.receive())
+            answer = _wire.decode(connection.receive())
+            is_welcome = isinstance(answer, _wire.Welcome) and answer.version == _wire.VERSION
             connection.wait_at_most(None)
         except (OSError, EOFError) as error:
             raise self._gone_at_the_door() from error
         except _wire.WireError as error:
             raise _misunderstood(error) from error
         finally:
-            if not isinstance(welcome, _wire.Welcome):
+            if not is_welcome:
                 self._drop(connection)
-        if not isinstance(welcome, _wire.Welcome) or welcome.version != _wire.VERSION:
+        if not is_welcome:
+            self._lost(under_way=False)  # so that it ends, and the next use starts the one that is configured then
             raise _misunderstood("it is of another version of pcsc_safe")
         return connection
 

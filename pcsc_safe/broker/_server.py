@@ -158,7 +158,8 @@ class _Connection:
         if turn.waits:
             return None
         with turn.lock:
-            if turn.current is not None or record.released:
+            # Looked at again: who has begun one since needs this turn to end it, and the exchange would wait for that.
+            if turn.current is not None or record.released or _transactions.holders:
                 return None
             return native(*arguments)
 

@@ -7,6 +7,7 @@ gets what it needs of the environment, and no descriptor but its door.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -41,8 +42,11 @@ IGNORED = [signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP]
 
 _MODULE = "pcsc_safe.broker"
 _FROZEN_BROKER = "--pcsc-safe-broker"
-# Without -P, python -m looks for modules in the current directory first.
-_WITHOUT_CWD = f"import sys; sys.path.pop(0); import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
+# Without -P or PYTHONSAFEPATH, which older Pythons don't know, python -m looks for modules in the current directory
+# first; so does python -c, and says so by an empty entry.
+_WITHOUT_CWD = (
+    f"import sys; sys.path[0] or sys.path.pop(0); import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
+)
 SOCKET_NAME = "PCSCLITE_CSOCK_NAME"
 _NEEDED = {
     *("HOME", "LANG", "LANGUAGE", "PATH", "TMPDIR", "TZ"),
@@ -51,6 +55,7 @@ _NEEDED = {
 }
 _NEEDED_PREFIXES = ("LC_", "PCSCLITE_", "LIBPCSCLITE_")
 _ABOVE_STANDARD = 10
+_NOTHING_LEFT = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EINVAL)  # the last: no number above it
 _LONGEST_TEXT = 4096  # bytes; of what a broker that can't start says
 _TIME_TO_EXIT = 1.0  # s
 _TIME_TO_BE_REAPED = 0.1  # s
@@ -145,9 +150,9 @@ def spawn(door: int, configured: str) -> Helper:
     except OSError as error:
         raise BrokerError(
             f"the broker can't be started in process {os.getpid()}: {command[0]}: {error.strerror}",
-            remedy="set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe"
-            if isinstance(error, (FileNotFoundError, PermissionError))
-            else "it takes one process and five descriptors",
+            remedy="it takes one process and five descriptors"
+            if error.errno in _NOTHING_LEFT
+            else "set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe",
             pid=os.getpid(),
         ) from error
     finally:
@@ -158,7 +163,7 @@ def spawn(door: int, configured: str) -> Helper:
 
 def _command(configured: str) -> list[str]:
     if configured:
-        return [configured, *_options(sys.version_info >= (3, 11))]
+        return [configured, "-c", _WITHOUT_CWD]  # of whatever version it is
     if getattr(sys, "frozen", False):
         if not _freeze_support:
             raise BrokerError(
@@ -177,11 +182,9 @@ def _command(configured: str) -> list[str]:
             remedy="set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe, perhaps "
             + os.path.join(sys.exec_prefix, "bin", "python3"),
         )
-    return [python, *_options(sys.version_info >= (3, 11))]
-
-
-def _options(has_safe_path: bool) -> list[str]:
-    return ["-m", _MODULE] if has_safe_path else ["-c", _WITHOUT_CWD]
+    if python == sys.executable and sys.version_info >= (3, 11):
+        return [python, "-m", _MODULE]
+    return [python, "-c", _WITHOUT_CWD]
 
 
 def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
