@@ -41,7 +41,7 @@ from test_threads import HELD, Calling
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe._calls import CALLS
-from pcsc_safe.broker import _client
+from pcsc_safe.broker import _client, _mine
 from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import VirtualPcsc
 
@@ -341,7 +341,7 @@ def test_no_descriptor_to_be_had(stack: VirtualPcsc) -> None:
     """However many are left: BrokerError that says so, or a broker; and none is leaked."""
 
     def child() -> Any:
-        _client.prepare()
+        _mine.prepare()
         outcomes = [attempt(resource.RLIMIT_NOFILE, limit) for limit in range(len(descriptors(os.getpid())), 64)]
         return outcomes, len(brokers())
 
