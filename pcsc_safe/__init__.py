@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._bequest import files_to_preserve, handover
-    from ._settings import configure, settings
+    from ._configure import configure
+    from ._settings import settings
     from .broker._freeze import freeze_support
     from .broker._mine import prestart as prestart_broker
     from .errors import (
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "configure": "_settings",
+    "configure": "_configure",
     "settings": "_settings",
     "files_to_preserve": "_bequest",
     "handover": "_bequest",

@@ -175,9 +175,9 @@ def test_what_a_signal_handler_raises_ends_a_call(stack: VirtualPcsc) -> None:
             lambda: session.transmit(HELD),
             lambda: safe.SCardGetStatusChange(session.context, safe.INFINITE, [(session.reader, 0x22)]),
         ):
+            in_call.set()
+            threading.Timer(0.05, signals).start()
             with pytest.raises(ComesInBetweenError):
-                in_call.set()
-                threading.Timer(0.05, signals).start()
                 call()
         link.say("ended")
         link.hear()
@@ -310,7 +310,7 @@ def test_it_imports_nothing_from_the_current_directory(
 ) -> None:
     """Modules that somebody has put there are not imported, whatever Python it is (an older one is simulated)."""
     planted = tmp_path / "planted"
-    for name in ("pcsc_safe", "smartcard", "socket", "runpy", "select", "sitecustomize", "wrapt"):
+    for name in ("pcsc_safe", "smartcard", "socket", "runpy", "select", "sitecustomize"):
         (planted / name).mkdir(parents=True)
         (planted / name / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r})")
     unset = "" if safe_path else "unset PYTHONSAFEPATH; "

@@ -226,6 +226,7 @@ def test_fork_during_apdu(stack: VirtualPcsc) -> None:
         assert card_of(stack).reached.wait(10)
         time.sleep(3)
         card_of(stack).go.set()
+
     Calling(rel)
     assert in_child(sharing(head)) < 1
 
@@ -237,6 +238,7 @@ def test_closed_at_once(stack: VirtualPcsc) -> None:
         def child():
             os.closerange(3, 100)
             import tempfile
+
             out = []
             for i in range(3):
                 try:
@@ -244,6 +246,7 @@ def test_closed_at_once(stack: VirtualPcsc) -> None:
                 except Exception as e:
                     out.append(repr(e))
             return out
+
         pid = os.fork()
         if not pid:
             print(child(), file=sys.stderr)
@@ -252,6 +255,8 @@ def test_closed_at_once(stack: VirtualPcsc) -> None:
 
     in_child(sharing(head))
     assert 0
+
+
 def test_c_fork_gets_later_cards(stack: VirtualPcsc) -> None:
     def head() -> Any:
         session = Session()
@@ -262,4 +267,5 @@ def test_c_fork_gets_later_cards(stack: VirtualPcsc) -> None:
             child.calls(*TRANSMIT)
             assert safe.SCardDisconnect(card, 0) == OK
             return safe.SCardConnect(session.context, readers[1], EXCLUSIVE, 2)[0]
+
     assert in_child(sharing(head)) == OK
