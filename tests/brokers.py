@@ -97,6 +97,17 @@ def watched(pid: int) -> Iterator[Watch]:
         watch.close()
 
 
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process for the time of a block, and kill it then."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "it has stopped")
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
 class Link:
     """The client's end of what it and the test say to each other."""
 

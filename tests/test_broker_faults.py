@@ -29,6 +29,7 @@ from brokers import (
     imports,
     script,
     stack_to_hold,
+    stopped,
     until,
     watched,
 )
@@ -118,11 +119,9 @@ def test_in_a_transaction_a_card_does_not_go_on(stack: VirtualPcsc) -> None:
 
 def under_way(call: Callable[..., Any], *arguments: Any) -> Any:
     """The answer to a call that the broker has got, and not answered, when it is killed."""
-    pid = broker()
-    os.kill(pid, signal.SIGSTOP)
-    calling = Calling(call, *arguments)
-    until(lambda: calling.waits, "it waits for the answer")
-    kill(pid)
+    with stopped(broker()):
+        calling = Calling(call, *arguments)
+        until(lambda: calling.waits, "it waits for the answer")
     return calling.answer()
 
 

@@ -29,6 +29,7 @@ from brokers import (
     let_go,
     script,
     stack_to_hold,
+    stopped,
     until,
     without_native,
 )
@@ -286,10 +287,9 @@ def tells_its_pin() -> None:
             print(session.transmit(command)[0])
         except Exception as error:
             print(error)
-    os.kill(broker(), signal.SIGSTOP)
-    exchange = Calling(session.transmit, [0x80, 0x01, 0, 0, 8, *PIN])
-    until(lambda: exchange.waits, "it waits")
-    os.kill(broker(), signal.SIGKILL)
+    with stopped(broker()):
+        exchange = Calling(session.transmit, [0x80, 0x01, 0, 0, 8, *PIN])
+        until(lambda: exchange.waits, "it waits")
     print(exchange.answer(), session.transmit([0x80, 0x01, 0, 0, 8, *PIN]))
 
 
