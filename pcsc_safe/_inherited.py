@@ -182,11 +182,12 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     with context.turn.lock:
         if record.owner is _process.current():
             return None
-        if isinstance(context.gateway, _client.Broker) and broker.inherit(
-            context.gateway.key, [context.real], keeps=True
+        cards = list(context.cards.values())
+        if isinstance(context.gateway, _client.Broker) and context.real in broker.inherit(
+            context.gateway.key, [context.real, *(card.real for card in cards)], keeps=True
         ):
             context.gateway = broker
-            for card in list(context.cards.values()):
+            for card in cards:
                 card.transactions, card.owner = 0, _process.current()
             context.owner = _process.current()
             return None

@@ -17,6 +17,7 @@ from forking import in_child
 
 import pcsc_safe
 from pcsc_safe import scard as safe
+from pcsc_safe.policy import Broker
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
 
@@ -41,7 +42,8 @@ def until(condition: Callable[[], Any], what: str) -> None:
 
 def stays(condition: Callable[[], Any]) -> bool:
     """Whether the condition holds, and goes on to for a while."""
-    until = time.monotonic() + 0.01
+    # A wait that a broker has been asked for can't be seen to have begun there.
+    until = time.monotonic() + (0.2 if pcsc_safe.settings().broker is Broker.ALWAYS else 0.01)
     while time.monotonic() < until:
         if not condition():
             return False
