@@ -163,6 +163,7 @@ class _Will:
     :ivar birth: a pipe over which the child says that it was born; empty while there is none.
     :ivar is_made: the child that is forked now gets all this.
     :ivar is_born: there is that child; None until the parent knows.
+    :ivar raised: by signal handlers meanwhile; it has to wait until all is settled.
     """
 
     def __init__(self, blocks: tuple[handover, ...]) -> None:
@@ -175,6 +176,7 @@ class _Will:
         self.birth: tuple[int, ...] = ()
         self.is_made = False
         self.is_born: Optional[bool] = None
+        self.raised: list[BaseException] = []
 
 
 _blocks: dict[int, tuple[handover, ...]] = {}  # by thread; the innermost is the last
@@ -224,8 +226,9 @@ def _before() -> None:
         ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
         if not will.is_made:
             _failed(will, str(error) if ours else "a signal handler raised")
-        if not ours:
-            _gate.raise_later(ident, error)  # the fork goes on
+        if not ours:  # the fork goes on
+            will.raised.append(error)
+            _wills[ident] = will
 
 
 _AGAIN = "the parent is still the owner: fork again"
@@ -302,15 +305,18 @@ def _numbers(contexts: list[Context]) -> list[int]:
 
 
 def _in_parent() -> None:
+    will = _wills.get(threading.get_ident())
+    if will is None:
+        return
     while True:
         try:
-            will = _wills.get(threading.get_ident())
-            if will is not None:
-                _settle(will)
-                _wills.pop(threading.get_ident(), None)
-            return
-        except BaseException as error:  # a signal handler's: it has to wait
-            _gate.raise_later(threading.get_ident(), error)
+            _settle(will)
+            _wills.pop(threading.get_ident(), None)
+            break
+        except BaseException as error:  # a signal handler's
+            will.raised.append(error)
+    for raised in will.raised[-1:]:
+        _gate.raise_later(threading.get_ident(), raised)
 
 
 def _settle(will: _Will) -> None:
