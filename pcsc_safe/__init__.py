@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SettingsError,
     )
     from .policy import Broker, Cards, Owner, Policy, Settings
+    from .retrofit import install, uninstall
 
 __version__ = "0.1.0"
 
@@ -42,8 +43,10 @@ __all__ = [
     "files_to_preserve",
     "freeze_support",
     "handover",
+    "install",
     "prestart_broker",
     "settings",
+    "uninstall",
 ]
 
 _HOME = {
@@ -53,6 +56,8 @@ _HOME = {
     "handover": "_bequest",
     "prestart_broker": "broker._client:prestart",
     "freeze_support": "broker._start",
+    "install": "retrofit",
+    "uninstall": "retrofit",
     "BrokerError": "errors",
     "ForkUnsafeError": "errors",
     "HandoverError": "errors",
