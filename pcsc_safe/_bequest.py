@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Optional
 
 from . import _descriptors, _gate, _handles, _log, _native, _process, _settings, _transactions
 from ._handles import Context
-from .broker import _client
+from .broker import _client, _mine
 from .errors import HandoverError
 from .policy import Owner, Policy, native_works_after_fork
 
@@ -101,7 +101,7 @@ def files_to_preserve() -> list[int]:
     """
     own = [context.descriptor for context in _handles.contexts.values() if context.owner is _process.current()]
     numbers = {descriptor.number for descriptor in own if descriptor is not None and descriptor.is_intact()}
-    return sorted(numbers | set(_client.files_to_preserve()))
+    return sorted(numbers | set(_mine.files_to_preserve()))
 
 
 def _owned(handle: Any) -> Context:
@@ -213,7 +213,7 @@ def _written(ident: int, block: Optional[handover]) -> Optional[_Will]:
         given = [context for context in given if _obstacle(context) is None]
     else:
         given = []
-    broker = _client.usable()
+    broker = _mine.usable()
     native = [context for context in given if context.gateway is _native.gateway]
     in_broker = [context for context in given if context.gateway is broker]
     shared = [
@@ -332,7 +332,7 @@ def _begin(epoch: _process.Epoch) -> None:
     for context in will.native:
         if context.descriptor is not None:
             _descriptors.guard(context.descriptor)
-    broker = _client.usable()
+    broker = _mine.usable()
     for context in [*will.native, *will.in_broker, *will.shared]:
         if context not in will.native:
             if broker is None:

@@ -103,7 +103,9 @@ def _open_numbers() -> set[str]:
     except OSError:  # no /proc, or no descriptor left to read it with
         return {str(number) for number in range(1024)}
     try:
-        return set(os.listdir(listing)) - {str(listing)}
+        return set(os.listdir(listing)) - {str(listing)}  # which takes another one
+    except OSError:
+        return {str(number) for number in range(1024)}
     finally:
         os.close(listing)
 

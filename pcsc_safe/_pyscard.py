@@ -80,14 +80,14 @@ def _from_pyscard() -> None:
 
 
 def _from_broker() -> None:
-    from .broker import _client
+    from .broker import _mine
 
-    described = _client.describe()
+    described = _mine.describe()
     public["error"] = type("error", (Exception,), {"__module__": "scard"})
     public.update(described["constants"])
     for name, (parameters, doc) in described["functions"].items():
         signatures[name] = Signature(name, tuple(parameters), doc)
-        raw[name] = _client.functions[name]
+        raw[name] = _mine.functions[name]
         public[name] = shaped(raw[name], signatures[name])
 
 
