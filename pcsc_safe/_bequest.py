@@ -20,7 +20,7 @@ import threading
 from types import TracebackType
 from typing import Any, NamedTuple, Optional
 
-from . import _descriptors, _gate, _handles, _log, _native, _process, _settings, _transactions
+from . import _descriptors, _gate, _handles, _inherited, _log, _native, _process, _settings, _transactions
 from ._handles import Context
 from .broker import _client, _mine
 from .errors import HandoverError
@@ -39,6 +39,9 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     touched.  It is the next fork of this thread that counts, and in its child, if it is still in the block, the next
     one there: so a block around a daemon's double fork hands over to the daemon.
 
+    What this process has itself inherited, and its policy lets it use, it first makes its own, as ``cards="reconnect"``
+    does, so that the child goes on with the same cards; what it can't have it can't hand over.
+
     Other threads can't use PC/SC from the beginning of the block until that fork.
 
     :param contexts: which; all of this process if none is given.
@@ -54,8 +57,12 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         self.failure: Optional[str] = None
 
     def __enter__(self) -> handover:
-        self._epoch = _process.current()
+        self._epoch = here = _process.current()
         _prepare()
+        if self._chosen is None:
+            for context in list(_handles.contexts.values()):
+                if context.owner is not here:
+                    _inherited.adopt(context)
         for context in self.contexts():
             why_not = _obstacle(context)
             if why_not:
@@ -77,7 +84,8 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             return
         if self.failure is not None:
             raise _error(self.failure, "the parent is still the owner: fork again")
-        if self._epoch is not _process.current():
+        here = _process.current()
+        if self._epoch is not here and here.noticed_by != "hook":
             raise _error(
                 "the fork in this block ran none of Python's hooks", "use os.fork(); the parent is still the owner"
             )
