@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         SettingsError,
     )
     from .policy import Broker, Cards, Owner, Policy, Settings
+    from .retrofit import install, uninstall
 
 __version__ = "0.1.0"
 
@@ -43,8 +44,10 @@ __all__ = [
     "files_to_preserve",
     "freeze_support",
     "handover",
+    "install",
     "prestart_broker",
     "settings",
+    "uninstall",
 ]
 
 _HOME = {
@@ -54,6 +57,8 @@ _HOME = {
     "handover": "_bequest",
     "prestart_broker": "broker._mine:prestart",
     "freeze_support": "broker._freeze",
+    "install": "retrofit",
+    "uninstall": "retrofit",
     "BrokerError": "errors",
     "ForkUnsafeError": "errors",
     "HandoverError": "errors",

@@ -20,7 +20,7 @@ import threading
 from types import TracebackType
 from typing import Any, Optional
 
-from . import _descriptors, _gate, _handles, _log, _native, _process, _settings, _transactions
+from . import _descriptors, _gate, _handles, _inherited, _log, _native, _process, _settings, _transactions
 from ._calls import LostError
 from ._handles import Context
 from .broker import _client, _mine
@@ -40,6 +40,9 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     touched.  It is the next fork of this thread that counts, and in its child, if it is still in the block, the next
     one there: so a block around a daemon's double fork hands over to the daemon.
 
+    What this process has itself inherited, and its policy lets it use, it first makes its own, as ``cards="reconnect"``
+    does, so that the child goes on with the same cards; what it can't have it can't hand over.
+
     Other threads can't use PC/SC from the beginning of the block until that fork.
 
     :param contexts: which; all of this process if none is given.
@@ -55,9 +58,13 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         self.failure: Optional[tuple[str, str]] = None
 
     def __enter__(self) -> handover:
-        self._epoch = _process.current()
+        self._epoch = here = _process.current()
         self._done, self.failure = False, None
         _prepare()
+        if self._chosen is None:
+            for context in list(_handles.contexts.values()):
+                if context.owner is not here:
+                    _inherited.adopt(context)
         for context in self.contexts():
             why_not = _obstacle(context)
             if why_not:

@@ -7,18 +7,19 @@ and are new ones after every fork.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Optional
 
 from . import _descriptors, _log, _native, _process, _pyscard, _transactions, policy
-from ._calls import Call, Gateway
+from ._calls import CALLS, Call, Gateway
 from ._handles import Card, Context, Record
 from ._pyscard import SUCCESS, constant
 from ._settings import settings
 from .broker import _client, _mine
-from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, join_pyscard
-from .policy import Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
+from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, join_pyscard
+from .policy import Cards, Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
 
-__all__ = ["INVALID_HANDLE", "answer", "gateway"]
+__all__ = ["INVALID_HANDLE", "adopt", "answer", "gateway"]
 
 INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
 RESET_CARD = constant("SCARD_W_RESET_CARD")
@@ -60,6 +61,23 @@ def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
         return _reconnect(call, record, arguments)
     hresult = _own(call, record)
     return None if hresult == SUCCESS else call.failure(hresult, arguments)
+
+
+def adopt(context: Context) -> None:
+    """Give this process a context, and connections to its cards, in the place of one that it inherited.
+
+    Before they are handed over, which is to say that somebody counts on them.  What can't be had stays as it is, and so
+    does what this process itself has handed over, or lost.
+    """
+    if context.owner.noticed_by in (_process.HANDED_OVER, _process.LOST):
+        return
+    reconnects = _settings_of(context)._replace(cards=Cards.RECONNECT)
+    status = CALLS["SCardStatus"]
+    for card in list(context.cards.values()):
+        verdict = decide(reconnects, status.role, card=True, in_transaction=card.transactions > 0)
+        if verdict is Verdict.CONNECT and not card.released:
+            with contextlib.suppress(PcscSafeError):
+                _own(status, card)
 
 
 def _forget(call: Call, record: Record) -> Optional[int]:

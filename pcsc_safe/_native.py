@@ -17,7 +17,7 @@ from ._calls import CALLS, Call, Keep
 from ._descriptors import Descriptor
 from ._pyscard import SUCCESS, raw
 
-__all__ = ["SUCCESS", "exit_without_turns", "functions", "gateway", "prepare", "raw", "release_dead"]
+__all__ = ["SUCCESS", "connections", "exit_without_turns", "functions", "gateway", "prepare", "raw", "release_dead"]
 
 
 def _silenced(call: Call, native: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,6 +87,13 @@ def _new_connection(before: set[str]) -> Optional[Descriptor]:
         if sum(likely for likely, _ in found) == 1 or len(found) == 1:
             break
     return max(found)[1] if found else None
+
+
+def connections() -> list[Descriptor]:
+    """Those to pcscd that were opened by somebody else, as far as they can be told."""
+    if not hasattr(_socket, "AF_UNIX") or sys.platform == "darwin":
+        return []
+    return [connection for likely, connection in _connections(_open_numbers()) if likely]
 
 
 def _open_numbers() -> set[str]:

@@ -1,0 +1,290 @@
+"""pyscard's functions: what takes their place, in the C module that every import style ends in.
+
+``smartcard/scard/scard.py`` looks each function up in the extension module ``_scard`` when it is called, so that is
+where they are replaced.  With ``broker="always"`` the extension module is not loaded at all: a module of ours stands in
+for it, made of what the broker says of its own.
+
+A handle that was opened before is a plain number that nobody here knows.  In the process in which the functions were
+replaced it goes to the C function, as ever; in a forked child it is SCARD_E_INVALID_HANDLE, and its connection dead.
+
+Invariant: a number that pcsc_safe did not give out reaches the native library of the process that may have opened it,
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, Callable, Optional
+
+from .. import _gate, _process
+from .._calls import CALLS, Call
+from .._settings import settings
+from ..policy import Broker
+from ._framework import here
+from ._patches import Patch
+
+__all__ = ["begin", "end", "functions", "leave_alone", "stand_in", "still_needed", "take_over"]
+
+_NATIVE = "smartcard.scard._scard"
+_Function = Callable[..., Any]
+
+
+def functions(module: Any) -> list[Patch]:
+    """The rows for ``smartcard.scard``.
+
+    :param module: that; only its C module is looked at.
+    """
+    native = sys.modules[_NATIVE]
+    return [] if native is stand_in.module or not _process.FORKS else _rows(native)
+
+
+def _rows(native: Any) -> list[Patch]:
+    return [Patch(native, name, _replacement(name, native)) for name in _NAMES if name in vars(native)]
+
+
+_ESTABLISH = "SCardEstablishContext"
+_NAMES = [name for name, call in CALLS.items() if call.takes is not None] + [_ESTABLISH]
+"""What is replaced. The last is put back first, so that nothing new is given out then."""
+
+
+# What takes a function's place. The router is looked up at the first call: it imports pyscard, and may be the one who
+# is importing it now.
+
+_in_force = False
+_given: set[object] = set()
+"""The contexts that were given out by pyscard's functions and not yet released, and those that are under way."""
+
+_when_all_are_released: Callable[[], None] = lambda: None  # noqa: E731
+
+
+def begin(when_all_are_released: Callable[[], None]) -> None:
+    """From now on be wanted.
+
+    :param when_all_are_released: called whenever no context is left that was given out by pyscard's functions.
+    """
+    global _in_force, _when_all_are_released
+    _when_all_are_released = when_all_are_released
+    _in_force = True
+    stand_in.offer()
+
+
+def end() -> None:
+    """From now on be no longer wanted; what was replaced is put back after this."""
+    global _in_force
+    _in_force = False
+    stand_in.withdraw()
+
+
+def still_needed(row: Patch) -> bool:
+    """Whether a replacement has to stay, for the handles that were given out."""
+    return bool(_given) and row.owner is sys.modules.get(_NATIVE) and row.name != _ESTABLISH
+
+
+def _replacement(name: str, native: Any) -> _Function:
+    """Take a handle of ours to the router, and any other number where it belongs.
+
+    :param native: the C module; None where there is none.
+    """
+    original = vars(native)[name] if native is not None else None
+    original = getattr(original, "__wrapped__", original)
+    if name == _ESTABLISH:
+        return _named(name, _establishing(native, original), original)
+    call, kind, since = CALLS[name], CALLS[name].takes, here()
+    assert kind is not None
+    find: Any = None
+    route: Any = None
+
+    def function(handle: Any, *arguments: Any) -> Any:
+        nonlocal find, route
+        if route is None:
+            from .. import _handles, _router
+
+            find, route = _handles.find, _router.public[name]
+        if type(handle) is int and find(kind, handle) is None:
+            return _opened_before(call, original, since, handle, *arguments)
+        return route(handle, *arguments)
+
+    def releasing(handle: Any) -> Any:
+        from .. import _handles
+
+        record = _handles.find(kind, handle)
+        result = function(handle)
+        if record is not None and record.released:
+            _no_more(record)
+        return result
+
+    return _named(name, releasing if name == "SCardReleaseContext" else function, original)
+
+
+def _opened_before(call: Call, original: Optional[_Function], since: _process.Epoch, *arguments: Any) -> Any:
+    """For a number that pcsc_safe has not given out."""
+    from .._inherited import INVALID_HANDLE
+    from .._pyscard import SUCCESS
+
+    if original is None or (_in_force and here() is not since):
+        return call.failure(INVALID_HANDLE, arguments[1:])
+    result = _gate.enter(call.name, original, *arguments)
+    return call.failure(result[0]) if call.discloses and result[0] != SUCCESS else result
+
+
+def _establishing(native: Any, original: Optional[_Function]) -> _Function:
+    route: Any = None
+
+    def function(scope: Any) -> Any:
+        nonlocal route
+        if route is None:
+            from .._router import public
+
+            route = public[_ESTABLISH]
+        under_way = object()
+        _given.add(under_way)  # before the look: who puts functions back sees this, or we see that
+        try:
+            if original is not None and vars(native).get(_ESTABLISH) is not function:
+                return original(scope)
+            result = route(scope)
+            record = getattr(result[1], "_self_record", None)
+            if record is not None:
+                _given.add(record)
+            return result
+        finally:
+            _no_more(under_way)
+
+    return function
+
+
+def _no_more(given: object) -> None:
+    _given.discard(given)
+    if not _given and not _in_force:
+        _when_all_are_released()
+
+
+def _named(name: str, function: _Function, original: Optional[_Function]) -> _Function:
+    function.__name__ = function.__qualname__ = name
+    if original is not None:
+        function.__doc__ = original.__doc__
+        function.__wrapped__ = original  # type: ignore[attr-defined]
+    return function
+
+
+# Without the native library.
+
+
+class _StandIn:
+    """What is imported in the place of the C module, if a broker is to do all the work; a finder and its loader.
+
+    :ivar module: that module, once it was asked for.
+    """
+
+    def __init__(self) -> None:
+        self.module: Optional[ModuleType] = None
+
+    def offer(self) -> None:
+        """From now on be asked."""
+        sys.meta_path.insert(0, self)
+
+    def withdraw(self) -> None:
+        """Be asked no more."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> Optional[ModuleSpec]:
+        """See :class:`importlib.abc.MetaPathFinder`."""
+        if fullname != _NATIVE:
+            return None
+        if settings().broker is not Broker.ALWAYS:
+            return None
+        return ModuleSpec(fullname, self, origin="pcsc_safe")  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Of all that the broker's pyscard has."""
+        from .._router import public
+
+        self.module = ModuleType(_NATIVE, "pyscard's functions and constants, by a broker; see pcsc_safe.install().")
+        vars(self.module).update(public)
+        vars(self.module).update({name: _replacement(name, None) for name in _NAMES if name in public})
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing is left to do."""
+
+    def give_way(self, put: Callable[[list[Patch]], None]) -> None:
+        """Have the C module in its place.
+
+        :param put: puts replacements in force, for the handles that were given out.
+        """
+        module, self.module = self.module, None
+        if module is None or sys.modules.get(_NATIVE) is not module:
+            return
+        del sys.modules[_NATIVE]
+        package, scard = sys.modules.get("smartcard.scard"), sys.modules.get("smartcard.scard.scard")
+        if package is None or scard is None:
+            return
+        vars(package).pop("_scard", None)
+        native = import_module(_NATIVE)
+        put([row for row in _rows(native) if still_needed(row)])
+        vars(scard)["_scard"] = native
+        for holder in (package, scard):
+            if "error" in vars(holder):
+                vars(holder)["error"] = vars(native)["error"]
+
+
+stand_in = _StandIn()
+
+
+# What there is already when we come, and what there is still when we go.
+
+_strangers: list[Any] = []
+
+
+def take_over() -> None:
+    """Keep children away from what was opened before, if anything was."""
+    native = sys.modules.get(_NATIVE)
+    if native is None or native is stand_in.module or not _process.FORKS:
+        return
+    from .. import _descriptors, _native
+
+    _descriptors.prepare()
+    _native.prepare()
+    _note_threads_inside()
+    for connection in _native.connections():
+        _strangers.append(connection)
+        _descriptors.guard(connection)
+
+
+def _note_threads_inside() -> None:
+    """Enter the threads that are in one of the C functions now in the table of those."""
+    wrappers = getattr(sys.modules.get("smartcard.scard.scard"), "__file__", None)
+    for ident, frame in sys._current_frames().items():
+        code = frame.f_code
+        if ident != threading.get_ident() and code.co_filename == wrappers and code.co_name in CALLS:
+            _gate.inside.setdefault(ident, (code.co_name, time.monotonic(), _Straggler(ident, id(frame))))
+
+
+class _Straggler:
+    """A thread that went in before we came, so nothing tells when it comes out: a fork has to look."""
+
+    def __init__(self, ident: int, frame: int) -> None:
+        self._ident = ident
+        self._frame = frame
+
+    def interrupt(self) -> None:
+        """Strike it off if it is out. It can't be interrupted: its caller would notice."""
+        frame = sys._current_frames().get(self._ident)
+        entry = _gate.inside.get(self._ident)
+        if entry is not None and entry[2] is self and (frame is None or id(frame) != self._frame):
+            _gate.inside.pop(self._ident, None)
+
+
+def leave_alone() -> None:
+    """Have what was opened before be inherited as it always was."""
+    if not _strangers:
+        return
+    from .. import _descriptors
+
+    while _strangers:
+        _descriptors.unguard(_strangers.pop())
