@@ -20,7 +20,7 @@ import threading
 from types import TracebackType
 from typing import Any, NamedTuple, Optional
 
-from . import _descriptors, _gate, _handles, _log, _native, _process, _settings, _transactions
+from . import _descriptors, _events, _gate, _handles, _log, _native, _process, _settings, _transactions
 from ._handles import Context
 from .broker import _client
 from .errors import HandoverError
@@ -272,6 +272,9 @@ def _settle(will: _Will) -> None:
         _descriptors.kill([context.descriptor for context in will.native])
         if will.block is not None:
             will.block.happened()
+        _events.record("handover", contexts=len(will.native) + len(will.in_broker))
+    if born and will.shared:
+        _events.record("share", contexts=len(will.shared))
     if will.legacy is not None:
         will.legacy.settle(born)
     for context in will.native:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
 
-from .. import _descriptors
+from .. import _descriptors, _retrofitted
 from ..errors import BrokerError
 
 __all__ = [
@@ -192,10 +192,11 @@ def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
     """
     kept = {name: value for name, value in mine.items() if name in _NEEDED or name.startswith(_NEEDED_PREFIXES)}
     places = [os.path.abspath(entry) for entry in path if entry and isinstance(entry, str)]
+    places = [place for place in places if place != _retrofitted.DIRECTORY]
     if places:
         return {**kept, "PYTHONPATH": os.pathsep.join(places), "PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1"}
-    given = {"PYTHONPATH": mine["PYTHONPATH"]} if "PYTHONPATH" in mine else {}
-    return {**kept, **given, "PYTHONSAFEPATH": "1"}
+    given = _retrofitted.take_off(mine.get("PYTHONPATH", ""))
+    return {**kept, **({"PYTHONPATH": given} if given else {}), "PYTHONSAFEPATH": "1"}
 
 
 def freeze_support() -> None:
