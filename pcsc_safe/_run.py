@@ -11,7 +11,6 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from . import _retrofitted
@@ -102,20 +101,21 @@ def _environment(mine: Mapping[str, str], options: argparse.Namespace) -> dict[s
             parse(setting, value, option)
             environment[f"PCSC_SAFE_{setting.upper()}"] = value
     from_environment(environment)
-    home = Path(__file__).resolve().parent.parent
-    environment["PYTHONPATH"] = _retrofitted.put_on(mine.get("PYTHONPATH", ""), [] if _is_found() else [str(home)])
+    package = os.path.dirname(os.path.abspath(__file__))
+    last = [] if _is_found(package) else [os.path.dirname(package)]
+    environment["PYTHONPATH"] = _retrofitted.put_on(mine.get("PYTHONPATH", ""), last)
     return environment
 
 
-def _is_found() -> bool:
-    """Whether a program finds this pcsc_safe; if not, it is in the current directory, where only ``-m`` looks."""
+def _is_found(package: str) -> bool:
+    """Whether a program finds the pcsc_safe of this directory; if not, it is in the current directory, where only ``-m`` looks."""
     path = sys.path[:]
     sys.path[:] = path if getattr(sys.flags, "safe_path", False) else path[1:]
     try:
         found: Any = next(filter(None, (finder.find_spec("pcsc_safe", None) for finder in sys.meta_path)), None)
     finally:
         sys.path[:] = path
-    return found is not None and Path(found.origin or "").resolve().parent == Path(__file__).resolve().parent
+    return found is not None and os.path.dirname(os.path.abspath(found.origin or "")) == package
 
 
 _FLAGS = {
