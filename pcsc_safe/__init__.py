@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._bequest import files_to_preserve, handover
-    from ._settings import configure, settings
-    from .broker._client import prestart as prestart_broker
-    from .broker._start import freeze_support
+    from ._configure import configure
+    from ._settings import settings
+    from .broker._freeze import freeze_support
+    from .broker._mine import prestart as prestart_broker
     from .errors import (
         BrokerError,
         ForkedHandleError,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         SettingsError,
     )
     from .policy import Broker, Cards, Owner, Policy, Settings
+    from .retrofit import install, uninstall
 
 __version__ = "0.1.0"
 
@@ -42,17 +44,21 @@ __all__ = [
     "files_to_preserve",
     "freeze_support",
     "handover",
+    "install",
     "prestart_broker",
     "settings",
+    "uninstall",
 ]
 
 _HOME = {
-    "configure": "_settings",
+    "configure": "_configure",
     "settings": "_settings",
     "files_to_preserve": "_bequest",
     "handover": "_bequest",
-    "prestart_broker": "broker._client:prestart",
-    "freeze_support": "broker._start",
+    "prestart_broker": "broker._mine:prestart",
+    "freeze_support": "broker._freeze",
+    "install": "retrofit",
+    "uninstall": "retrofit",
     "BrokerError": "errors",
     "ForkUnsafeError": "errors",
     "HandoverError": "errors",

@@ -20,9 +20,9 @@ import threading
 from types import TracebackType
 from typing import Any, NamedTuple, Optional
 
-from . import _descriptors, _events, _gate, _handles, _log, _native, _process, _settings, _transactions
+from . import _descriptors, _events, _gate, _handles, _inherited, _log, _native, _process, _settings, _transactions
 from ._handles import Context
-from .broker import _client
+from .broker import _client, _mine
 from .errors import HandoverError
 from .policy import Owner, Policy, native_works_after_fork
 
@@ -39,6 +39,9 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     touched.  It is the next fork of this thread that counts, and in its child, if it is still in the block, the next
     one there: so a block around a daemon's double fork hands over to the daemon.
 
+    What this process has itself inherited, and its policy lets it use, it first makes its own, as ``cards="reconnect"``
+    does, so that the child goes on with the same cards; what it can't have it can't hand over.
+
     Other threads can't use PC/SC from the beginning of the block until that fork.
 
     :param contexts: which; all of this process if none is given.
@@ -54,8 +57,12 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         self.failure: Optional[str] = None
 
     def __enter__(self) -> handover:
-        self._epoch = _process.current()
+        self._epoch = here = _process.current()
         _prepare()
+        if self._chosen is None:
+            for context in list(_handles.contexts.values()):
+                if context.owner is not here:
+                    _inherited.adopt(context)
         for context in self.contexts():
             why_not = _obstacle(context)
             if why_not:
@@ -77,7 +84,8 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             return
         if self.failure is not None:
             raise _error(self.failure, "the parent is still the owner: fork again")
-        if self._epoch is not _process.current():
+        here = _process.current()
+        if self._epoch is not here and here.noticed_by != "hook":
             raise _error(
                 "the fork in this block ran none of Python's hooks", "use os.fork(); the parent is still the owner"
             )
@@ -101,7 +109,7 @@ def files_to_preserve() -> list[int]:
     """
     own = [context.descriptor for context in _handles.contexts.values() if context.owner is _process.current()]
     numbers = {descriptor.number for descriptor in own if descriptor is not None and descriptor.is_intact()}
-    return sorted(numbers | set(_client.files_to_preserve()))
+    return sorted(numbers | set(_mine.files_to_preserve()))
 
 
 def _owned(handle: Any) -> Context:
@@ -213,7 +221,7 @@ def _written(ident: int, block: Optional[handover]) -> Optional[_Will]:
         given = [context for context in given if _obstacle(context) is None]
     else:
         given = []
-    broker = _client.usable()
+    broker = _mine.usable()
     native = [context for context in given if context.gateway is _native.gateway]
     in_broker = [context for context in given if context.gateway is broker]
     shared = [
@@ -335,7 +343,7 @@ def _begin(epoch: _process.Epoch) -> None:
     for context in will.native:
         if context.descriptor is not None:
             _descriptors.guard(context.descriptor)
-    broker = _client.usable()
+    broker = _mine.usable()
     for context in [*will.native, *will.in_broker, *will.shared]:
         if context not in will.native:
             if broker is None:

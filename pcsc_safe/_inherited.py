@@ -7,18 +7,19 @@ and are new ones after every fork.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Optional
 
-from . import _descriptors, _events, _log, _native, _process, _transactions, policy
-from ._calls import Call, Gateway
+from . import _descriptors, _events, _log, _native, _process, _pyscard, _transactions, policy
+from ._calls import CALLS, Call, Gateway
 from ._handles import Card, Context, Record
 from ._pyscard import SUCCESS, constant
 from ._settings import settings
-from .broker import _client
-from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, join_pyscard
-from .policy import Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
+from .broker import _client, _mine
+from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, join_pyscard
+from .policy import Cards, Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
 
-__all__ = ["INVALID_HANDLE", "answer", "gateway"]
+__all__ = ["INVALID_HANDLE", "adopt", "answer", "gateway"]
 
 INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
 RESET_CARD = constant("SCARD_W_RESET_CARD")
@@ -62,6 +63,23 @@ def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     return None if hresult == SUCCESS else call.failure(hresult, arguments)
 
 
+def adopt(context: Context) -> None:
+    """Give this process a context, and connections to its cards, in the place of one that it inherited.
+
+    Before they are handed over, which is to say that somebody counts on them.  What can't be had stays as it is, and so
+    does what this process itself has handed over, or lost.
+    """
+    if context.owner.noticed_by in (_process.HANDED_OVER, _process.LOST):
+        return
+    reconnects = _settings_of(context)._replace(cards=Cards.RECONNECT)
+    status = CALLS["SCardStatus"]
+    for card in list(context.cards.values()):
+        verdict = decide(reconnects, status.role, card=True, in_transaction=card.transactions > 0)
+        if verdict is Verdict.CONNECT and not card.released:
+            with contextlib.suppress(PcscSafeError):
+                _own(status, card)
+
+
 def _forget(call: Call, record: Record) -> Optional[int]:
     """Drop this process's copy only.
 
@@ -91,7 +109,7 @@ def _release_dead(context: Context) -> bool:
 
 def _native_works() -> bool:
     here = _process.current()
-    return here.parent is None or (here.unquiet is None and native_works_after_fork())
+    return _pyscard.is_loaded and (here.parent is None or (here.unquiet is None and native_works_after_fork()))
 
 
 def _settings_of(context: Context) -> Settings:
@@ -107,9 +125,12 @@ def _own(call: Call, record: Record) -> int:
     :return: SCARD_S_SUCCESS, or why there is none; the next call tries again.
     """
     context = record.context
-    if call.role is Role.VALIDITY and _way(context) is Way.NONE:
-        return INVALID_HANDLE
-    through = gateway(call.name, context)
+    try:
+        through = gateway(call.name, context)
+    except (BrokerError, ForkUnsafeError):
+        if call.role is Role.VALIDITY:
+            return INVALID_HANDLE
+        raise
     if isinstance(record, Card):
         _transactions.wait(record, (), _status)
     with context.turn.lock:
@@ -176,7 +197,7 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
         if call.role is Role.VALIDITY:
             return INVALID_HANDLE
         raise _lost_share(call.name, record)
-    broker = _client.mine()
+    broker = _mine.mine()
     with context.turn.lock:
         if record.owner is _process.current():
             return None
@@ -226,6 +247,8 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
 
 def _way(context: Optional[Context]) -> Way:
     effective = settings() if context is None else _settings_of(context)
+    if not _pyscard.is_loaded:
+        return Way.BROKER
     return choose_way(effective, forked=_process.current().parent is not None, native_works=_native_works())
 
 
@@ -241,7 +264,7 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
     if way is Way.NATIVE:
         return _native.gateway
     if way is Way.BROKER:
-        return _client.mine()
+        return _mine.mine()
     here = _process.current()
     raise ForkUnsafeError(
         f"PC/SC can't be used in process {here.pid}: {_why_not(here)}",
@@ -291,6 +314,9 @@ def _warn_of_reset(call: Call, card: Record) -> None:
     if card.warned is here:
         return
     card.warned = here
+    if card.owner.noticed_by is _process.LOST:
+        _log.warning("%s answers SCARD_W_RESET_CARD because the broker of process %d died", call.name, here.pid)
+        return
     _log.warning(
         "%s answers SCARD_W_RESET_CARD because this process (%d) was forked from the one that connected (%d), not "
         "because of the card: call SCardReconnect here, or configure cards='reconnect'",

@@ -17,7 +17,7 @@ from ._calls import CALLS, Call, Keep
 from ._descriptors import Descriptor
 from ._pyscard import SUCCESS, raw
 
-__all__ = ["SUCCESS", "exit_without_turns", "functions", "gateway", "prepare", "raw", "release_dead"]
+__all__ = ["SUCCESS", "connections", "exit_without_turns", "functions", "gateway", "prepare", "raw", "release_dead"]
 
 
 def _silenced(call: Call, native: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,6 +89,13 @@ def _new_connection(before: set[str]) -> Optional[Descriptor]:
     return max(found)[1] if found else None
 
 
+def connections() -> list[Descriptor]:
+    """Those to pcscd that were opened by somebody else, as far as they can be told."""
+    if not hasattr(_socket, "AF_UNIX") or sys.platform == "darwin":
+        return []
+    return [connection for likely, connection in _connections(_open_numbers()) if likely]
+
+
 def _open_numbers() -> set[str]:
     """The open descriptors, by their names; without the one that it takes to look."""
     try:
@@ -96,7 +103,9 @@ def _open_numbers() -> set[str]:
     except OSError:  # no /proc, or no descriptor left to read it with
         return {str(number) for number in range(1024)}
     try:
-        return set(os.listdir(listing)) - {str(listing)}
+        return set(os.listdir(listing)) - {str(listing)}  # which takes another one
+    except OSError:
+        return {str(number) for number in range(1024)}
     finally:
         os.close(listing)
 

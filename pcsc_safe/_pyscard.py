@@ -64,28 +64,30 @@ raw: dict[str, Callable[..., Any]] = {}
 
 
 def _from_pyscard() -> None:
-    import smartcard.scard
+    import smartcard.scard as scard  # while pyscard is being imported, a retrofit may ask: it has no attribute yet
     from smartcard.scard import _scard
 
     errors.join_pyscard()
-    for name, value in vars(smartcard.scard).items():
+    for name, value in vars(scard).items():
         if not name.startswith("_") and not isinstance(value, types.ModuleType):
             public[name] = value
             if isinstance(value, types.FunctionType):
                 signatures[name] = Signature.of(value)
     # Not pyscard's wrappers of them: a wrapper looks its own up anew, and would find a retrofit there.
-    raw.update({name: getattr(_scard, name) for name in public if name in CALLS})
+    for name in CALLS.keys() & public.keys():
+        function = getattr(_scard, name)
+        raw[name] = getattr(function, "__wrapped__", function)  # a retrofit's knows what it has replaced
 
 
 def _from_broker() -> None:
-    from .broker import _client
+    from .broker import _mine
 
-    described = _client.describe()
+    described = _mine.describe()
     public["error"] = type("error", (Exception,), {"__module__": "scard"})
     public.update(described["constants"])
     for name, (parameters, doc) in described["functions"].items():
         signatures[name] = Signature(name, tuple(parameters), doc)
-        raw[name] = _client.functions[name]
+        raw[name] = _mine.functions[name]
         public[name] = shaped(raw[name], signatures[name])
 
 
@@ -97,7 +99,7 @@ def catalogue() -> dict[str, Any]:
     }
 
 
-is_loaded = settings().broker is not Broker.ALWAYS or "smartcard.scard" in sys.modules
+is_loaded = settings().broker is not Broker.ALWAYS or "smartcard.scard._scard" in sys.modules
 """Whether the native library is in this process."""
 
 if is_loaded:

@@ -83,7 +83,7 @@ def end_as(status: int) -> int:
 
 
 _TOLD = {
-    "retrofit": "was started and retrofitted",
+    "retrofit": "imported pyscard, and was retrofitted",
     "fork": "used PC/SC after its fork from process {parent}",
     "reestablished": "has a context of its own in the place of process {owner}'s",
     "broker": "started the broker {broker}",

@@ -30,7 +30,7 @@ from ._handles import Card, Context, Record
 from ._inherited import INVALID_HANDLE
 from ._pyscard import SUCCESS, constant
 from ._settings import settings
-from .broker import _client
+from .broker import _mine
 
 __all__ = ["public"]
 
@@ -98,7 +98,7 @@ _AFTER: dict[str, _After] = {
 
 
 def _establish(scope: Any) -> Any:
-    for module in (_log, _descriptors, _native, _handles, _client, _bequest):
+    for module in (_log, _descriptors, _native, _handles, _mine, _bequest):
         module.prepare()
     settings()
     _notice()
@@ -127,7 +127,7 @@ def _persistently(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, 
             _handles.disown(lost.gateway)
             if lost.under_way:
                 return call.failure(COMM_ERROR, arguments)
-    raise _client.died_too_often()
+    raise _mine.died_too_often()
 
 
 def _after_loss(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...], lost: LostError) -> Any:

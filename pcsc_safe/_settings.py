@@ -5,16 +5,16 @@ They are plain values, replaced whole and inherited over a fork as any other; a 
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Optional
 
 from . import _gate
-from .errors import SettingsError
-from .policy import Broker, Cards, Owner, Policy, Settings, from_environment
+from .policy import Owner, Policy, Settings, from_environment
 
-__all__ = ["configure", "gives_at_forks", "settings"]
+__all__ = ["gives_at_forks", "put_in_force", "settings"]
 
 _settings: Optional[Settings] = None
-_for_contexts = False  # whether any context has settings of its own
+for_contexts = False
+"""Whether any context has settings of its own."""
 
 
 def settings() -> Settings:
@@ -22,76 +22,18 @@ def settings() -> Settings:
 
     :raises SettingsError: the environment holds a value that makes no sense.
     """
-    return _settings if _settings is not None else _put_in_force(from_environment())
+    return _settings if _settings is not None else put_in_force(from_environment())
 
 
 def gives_at_forks() -> bool:
     """Whether a child may get something of its parent's sessions; in as few steps as there are, for every fork asks."""
     if _settings is None:
         return False
-    return _settings.owner is Owner.CHILD or _settings.policy is Policy.SHARE or _for_contexts
+    return _settings.owner is Owner.CHILD or _settings.policy is Policy.SHARE or for_contexts
 
 
-def _put_in_force(new: Settings) -> Settings:
+def put_in_force(new: Settings) -> Settings:
     global _settings
     _settings = new
     _gate.quiesce_timeout = new.quiesce_timeout
     return new
-
-
-def configure(
-    *,
-    policy: Union[Policy, str, None] = None,
-    cards: Union[Cards, str, None] = None,
-    quiesce_timeout: Union[float, str, None] = None,
-    broker: Union[Broker, str, None] = None,
-    broker_python: Optional[str] = None,
-    owner: Union[Owner, str, None] = None,
-    context: Any = None,
-) -> Settings:
-    """Say what a process gets that uses a context or card which it inherited over a fork.
-
-    It can be called at any time, in the parent or in the child, and counts from the next call on.  What is not given
-    stays as it was.
-
-    :param policy: ``auto`` (the default), ``reestablish``, ``broker``, ``share``, ``raise`` or ``invalid``.
-    :param cards: what an inherited card handle does meanwhile: ``reset`` (the default) or ``reconnect``.
-    :param quiesce_timeout: seconds that a fork waits, at most, for the calls that other threads have in flight.
-    :param broker: when PC/SC is done by a helper process: ``on-fork`` (the default), where a forked process can't do it
-        itself, or ``always``.  The latter counts for the contexts that are established from then on; to keep the native
-        library out of the process it has to be set before :mod:`pcsc_safe.scard` is imported.
-    :param broker_python: the Python interpreter that runs brokers; ``""``, the default: the one that runs this program.
-    :param owner: who has the sessions after a fork: the ``parent`` (the default), or the ``child``, as in
-        :func:`pcsc_safe.handover`.
-    :param context: a context, for settings that are to count for it and its cards alone.
-    :return: the settings that are in force now, for that context if one was given.
-    :raises SettingsError: a value is not one of these, or ``context`` is no context of this process, or the setting is
-        one that a context can't have for itself.
-    """
-    of_process = {
-        "quiesce_timeout": quiesce_timeout,
-        "broker": broker,
-        "broker_python": broker_python,
-        "owner": owner,
-    }
-    wanted = {"policy": policy, "cards": cards, **of_process}
-    given = {name: value for name, value in wanted.items() if value is not None}
-    changed = settings().changed(**given)
-    if context is None:
-        return _put_in_force(changed)
-    for name in of_process:
-        if name in given:
-            raise SettingsError(f"{name} cannot be set for one context", remedy="configure the process")
-    from . import _handles  # loads the native library
-    from ._calls import Kind
-
-    record = _handles.find(Kind.CONTEXT, context)
-    if not isinstance(record, _handles.Context) or record.released:
-        raise SettingsError(
-            "context is not a context that SCardEstablishContext gave",
-            remedy="pass one that is not released, or leave it out to configure the process",
-        )
-    global _for_contexts
-    _for_contexts = True
-    record.overrides = {**record.overrides, **{name: getattr(changed, name) for name in given}}
-    return record.settings(settings())

@@ -97,6 +97,17 @@ def watched(pid: int) -> Iterator[Watch]:
         watch.close()
 
 
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process for the time of a block, and kill it then."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "it has stopped")
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
 class Link:
     """The client's end of what it and the test say to each other."""
 
@@ -273,6 +284,16 @@ def script(path: Path, text: str) -> str:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return str(path)
+
+
+def imports() -> None:
+    """A program that says why it can't import what takes a broker."""
+    from pcsc_safe.errors import BrokerError
+
+    try:
+        import pcsc_safe.scard  # noqa: F401
+    except BrokerError as error:
+        print(json.dumps([str(error), children()]))
 
 
 def without_native(how: str) -> None:

@@ -81,10 +81,10 @@ def default_settings(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Confi
     defaults = Settings() if native else Settings(broker=Broker.ALWAYS)
     if not native:
         monkeypatch.setenv("PCSC_SAFE_BROKER", "always")
-    _settings._put_in_force(defaults)
+    _settings.put_in_force(defaults)
     _settings._settings = None
     yield
-    _settings._put_in_force(defaults)
+    _settings.put_in_force(defaults)
     _settings._settings = None
 
 

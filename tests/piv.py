@@ -20,10 +20,10 @@ from typing import Any
 
 from pcsc_safe.testing import VirtualCard
 
-FETCHED = Path(__file__).parent.parent / ".cache" / "piv"
-PACKAGES = FETCHED / str(sys.implementation.cache_tag)
 __all__ = ["PIN", "ApduError", "Connection", "PivCard", "Signer", "is_signature", "personalise", "tool"]
 
+FETCHED = Path(__file__).parent.parent / ".cache" / "piv"
+PACKAGES = FETCHED / str(sys.implementation.cache_tag)
 PIN = "123456"
 SUBJECT = "CN=A card holder,O=pcsc_safe"
 
@@ -44,7 +44,7 @@ try:
     from yubikit.core.smartcard import ApduError, SmartCardConnection
     from yubikit.piv import KEY_TYPE, SLOT, PivSession
 
-    _tool = shutil.which("yubico-piv-tool") or shutil.which("yubico-piv-tool", path=str(FETCHED / "tool/usr/bin"))
+    _tool = shutil.which("yubico-piv-tool", path=str(FETCHED / "tool/usr/bin")) or shutil.which("yubico-piv-tool")
     if _tool is None:
         raise ModuleNotFoundError("yubico-piv-tool is not installed")
 except ModuleNotFoundError as error:
@@ -207,7 +207,7 @@ def tool(*arguments: str, env: Mapping[str, str], given: str = "") -> subprocess
     """
     libraries = [*map(str, FETCHED.glob("tool/usr/lib/*")), *filter(None, [env.get("LD_LIBRARY_PATH")])]
     result = subprocess.run(
-        [_tool, "--reader=Virtual", f"--slot={SLOT.AUTHENTICATION:x}", *arguments],
+        [_tool, "--reader=Virtual", f"--slot={int(SLOT.AUTHENTICATION):x}", *arguments],
         env={**env, "LD_LIBRARY_PATH": ":".join(libraries)},
         input=given,
         capture_output=True,

@@ -11,11 +11,12 @@ import pcsc_safe
 
 PACKAGE = Path(pcsc_safe.__file__).parent
 MAY_IMPORT = {
-    "__init__": {"_bequest", "_settings", "broker", "errors", "policy"},
+    "__init__": {"_bequest", "_configure", "_settings", "broker", "errors", "policy"},
     "errors": set(),
     "policy": {"errors"},
     "_process": set(),
     "_events": set(),
+    "_late": {"_events", "_process", "retrofit"},
     "_report": {"_events"},
     "_run": {"_report", "_retrofitted", "errors", "policy"},
     "_log": {"_process"},
@@ -28,7 +29,8 @@ MAY_IMPORT = {
     "_handles": {"_calls", "_descriptors", "_native", "_process", "_proxies", "_turns", "errors", "policy"},
     "_proxies": {"_handles"},
     "_transactions": {"_handles", "_process"},
-    "_settings": {"_calls", "_gate", "_handles", "errors", "policy"},
+    "_settings": {"_gate", "policy"},
+    "_configure": {"_calls", "_handles", "_settings", "errors", "policy"},
     "_inherited": {
         "_calls",
         "_descriptors",
@@ -82,20 +84,23 @@ BROKER_MAY_IMPORT = {
     "__init__": set(),
     "_values": set(),
     "_wire": {"_calls", "_values"},
-    "_start": {"__main__", "_descriptors", "_retrofitted", "errors"},
-    "_client": {
+    "_start": {"_descriptors", "_retrofitted", "errors"},
+    "_client": {"_calls", "_connection", "_descriptors", "_gate", "_log", "_process", "_start", "_wire", "errors"},
+    "_connection": {"_descriptors", "_wire"},
+    "_mine": {
         "_calls",
+        "_client",
+        "_connection",
         "_descriptors",
         "_events",
         "_gate",
-        "_log",
         "_process",
         "_settings",
         "_start",
-        "_wire",
         "errors",
         "policy",
     },
+    "_freeze": {"__main__", "_start"},
     "_server": {
         "_calls",
         "_descriptors",

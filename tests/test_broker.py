@@ -244,8 +244,8 @@ def left_alone(link: Link, fork: Callable[[], int], family: bool) -> None:
     session = begins("transaction")
     idle = fork()
     if not idle:
-        while True:
-            time.sleep(ENOUGH)
+        time.sleep(ENOUGH)
+        os._exit(0)
     link.say((broker(), idle))
     link.hear()
     assert session
@@ -279,7 +279,7 @@ def at_the_terminal(when: str) -> None:
         pcsc_safe.prestart_broker()
         if when == "start":
             print(broker(), flush=True)
-            time.sleep(ENOUGH)
+            until(lambda: False, "Ctrl-C")  # not one long sleep: a signal that comes just before it would not end it
         session = Session()
         print(broker(), flush=True)
         (name, state, _), *_ = safe.SCardGetStatusChange(session.context, 0, [(session.reader, 0)])[1]
@@ -439,7 +439,7 @@ def test_a_broker_does_not_outlive_its_client_for_a_hooked_child(stack: VirtualP
 
     def child(link: Link) -> None:
         begins("wait")
-        link.say((broker(), os.fork() or time.sleep(ENOUGH)))
+        link.say((broker(), forking.fork() or time.sleep(ENOUGH)))
         link.hear()
 
     with Client(by_broker(child)) as client:

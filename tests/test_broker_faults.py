@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import json
 import os
 import resource
@@ -27,8 +26,10 @@ from brokers import (
     children,
     descriptors,
     held_card,
+    imports,
     script,
     stack_to_hold,
+    stopped,
     until,
     watched,
 )
@@ -41,7 +42,7 @@ from test_threads import HELD, Calling
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe._calls import CALLS
-from pcsc_safe.broker import _client
+from pcsc_safe.broker import _client, _mine
 from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import VirtualPcsc
 
@@ -118,11 +119,9 @@ def test_in_a_transaction_a_card_does_not_go_on(stack: VirtualPcsc) -> None:
 
 def under_way(call: Callable[..., Any], *arguments: Any) -> Any:
     """The answer to a call that the broker has got, and not answered, when it is killed."""
-    pid = broker()
-    os.kill(pid, signal.SIGSTOP)
-    calling = Calling(call, *arguments)
-    until(lambda: calling.waits, "it waits for the answer")
-    kill(pid)
+    with stopped(broker()):
+        calling = Calling(call, *arguments)
+        until(lambda: calling.waits, "it waits for the answer")
     return calling.answer()
 
 
@@ -229,7 +228,8 @@ def test_killed_again_and_again_under_load(stack: VirtualPcsc) -> None:
         return seen, killed, len(descriptors(os.getpid())) - before, children() == brokers(), len(brokers())
 
     seen, killed, leaked, no_zombies, alive = in_child(by_broker(child))
-    assert [text for text in seen - {OK, LOST, RESET} if "signal 9 ended it" not in str(text)] == []
+    at_its_start = ("signal 9 ended it", "die as soon as they have begun")
+    assert [text for text in seen - {OK, LOST, RESET} if not any(part in str(text) for part in at_its_start)] == []
     assert killed > 5
     assert (no_zombies, alive) == (True, 1)
     assert leaked <= 8  # connections that are kept for the next calls
@@ -280,8 +280,8 @@ def fails(python: str, within: float = 30.0) -> tuple[list[str], int, list[int],
         ("#!/bin/sh\necho no; echo the cause >&2; exit 7", 0o755, ["the cause; it ended with status 7"]),
         ("#!/bin/sh\nkill -9 $$", 0o755, ["signal 9 ended it"]),
         (f'#!/bin/sh\nexec {sys.executable} -I -S "$@"', 0o755, ["No module named", "pcsc_safe", "status 1"]),
-        (f"#!/bin/sh\nulimit -v 20000; {PYTHON}", 0o755, ["status 127"]),
-        (f"#!/bin/sh\nulimit -n 5; {PYTHON}", 0o755, ["Too many open files; it ended with status 1"]),
+        (f"#!/bin/sh\nulimit -v 20000; {PYTHON}", 0o755, ["it ended with status 1"]),
+        (f"#!/bin/sh\nulimit -n 5; {PYTHON}", 0o755, ["Too many open files", "it ended with status 1"]),
     ],
     ids=[
         *("none", "not executable", "no program", "no shell", "true", "cat", "sleep", "says why", "killed"),
@@ -306,14 +306,6 @@ def test_a_broker_of_another_version(stack: VirtualPcsc, tmp_path: Path) -> None
     messages, *left_and_then = fails(script(tmp_path / "python", f'exec {sys.executable} -c "{code}"'))
     assert all("both have to run the same version of pcsc_safe" in message for message in messages)
     assert left_and_then == [0, [], True]
-
-
-def imports() -> None:
-    """Import what takes a broker."""
-    try:
-        importlib.import_module("pcsc_safe.scard")
-    except BrokerError as error:
-        print(json.dumps([str(error), children()]))
 
 
 def test_brokers_that_die_again_and_again(stack: VirtualPcsc, tmp_path: Path) -> None:
@@ -348,13 +340,13 @@ def test_no_descriptor_to_be_had(stack: VirtualPcsc) -> None:
     """However many are left: BrokerError that says so, or a broker; and none is leaked."""
 
     def child() -> Any:
-        _client.prepare()
+        _mine.prepare()
         outcomes = [attempt(resource.RLIMIT_NOFILE, limit) for limit in range(len(descriptors(os.getpid())), 64)]
         return outcomes, len(brokers())
 
     outcomes, alive = in_child(by_broker(child))
     failed = [outcome for outcome in outcomes if outcome != OK]
-    assert len(failed) > 5
+    assert len(failed) > 3
     assert [outcome for outcome in failed if outcome[1:] != [0, True] and outcome[1:] != (0, True)] == []
     assert {word for text, *_ in failed for word in ("Too many open files", "Invalid argument") if word in text}
     assert outcomes[-10:] == [OK] * 10

@@ -9,6 +9,8 @@ import os
 import resource
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from brokers import (
     let_go,
     script,
     stack_to_hold,
+    stopped,
     until,
     without_native,
 )
@@ -123,6 +126,73 @@ def test_many_threads_get_their_own_answers(stack: VirtualPcsc) -> None:
     assert in_child(by_broker(child)) == ([True] * 30, True, 1, True)
 
 
+def test_a_transaction_and_exchanges_beside_it(stack: VirtualPcsc) -> None:
+    """Two threads use two connections to one card through one context, one of them in transactions: both go on."""
+
+    def child() -> Any:
+        pcsc_safe.configure(broker="always")
+        context = establish()
+        names = safe.SCardListReaders(context, [])[1]
+        cards = [safe.SCardConnect(context, names[0], safe.SCARD_SHARE_SHARED, 3)[1] for _ in range(2)]
+
+        def in_transactions() -> set[Any]:
+            begin, end = safe.SCardBeginTransaction, safe.SCardEndTransaction
+            return {(begin(cards[0]), end(cards[0], safe.SCARD_LEAVE_CARD)) for _ in range(1000)}
+
+        transactions = Calling(in_transactions)
+        exchanges = 0
+        while transactions.is_alive():
+            assert safe.SCardTransmit(cards[1], safe.SCARD_PCI_T1, ECHO) == ECHOED
+            exchanges += 1
+        return transactions.answer(), exchanges > 0
+
+    assert in_child(child) == ({(OK, OK)}, True)
+
+
+class ComesInBetweenError(Exception):
+    """What a signal handler raises."""
+
+
+def test_what_a_signal_handler_raises_ends_a_call(stack: VirtualPcsc) -> None:
+    """At once, as Ctrl-C does, not when the card has answered; and no later call gets that answer as its own."""
+
+    def child(link: Link) -> Any:
+        in_call = threading.Event()
+
+        def comes_in_between(number: int, frame: Any) -> None:
+            if in_call.is_set():
+                in_call.clear()
+                raise ComesInBetweenError
+
+        def signals() -> None:
+            while in_call.is_set():  # more than one, for a signal that comes just before a system call does not end it
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(0.01)
+
+        session = Session()
+        signal.signal(signal.SIGUSR1, comes_in_between)
+        link.say("ready")
+        for call in (
+            lambda: session.transmit(HELD),
+            lambda: safe.SCardGetStatusChange(session.context, safe.INFINITE, [(session.reader, 0x22)]),
+        ):
+            in_call.set()
+            threading.Timer(0.05, signals).start()
+            with pytest.raises(ComesInBetweenError):
+                call()
+        link.say("ended")
+        link.hear()
+        return session.transmit(ECHO), session.transmit(ECHO)
+
+    with Client(by_broker(child)) as client:
+        client.hear()
+        assert held_card(stack).reached.wait(ENOUGH)
+        assert client.hear() == "ended"
+        held_card(stack).go.set()
+        client.say("the card has answered")
+        assert client.result() == (ECHOED, ECHOED)
+
+
 # broker="always".
 
 
@@ -217,10 +287,9 @@ def tells_its_pin() -> None:
             print(session.transmit(command)[0])
         except Exception as error:
             print(error)
-    os.kill(broker(), signal.SIGSTOP)
-    exchange = Calling(session.transmit, [0x80, 0x01, 0, 0, 8, *PIN])
-    until(lambda: exchange.waits, "it waits")
-    os.kill(broker(), signal.SIGKILL)
+    with stopped(broker()):
+        exchange = Calling(session.transmit, [0x80, 0x01, 0, 0, 8, *PIN])
+        until(lambda: exchange.waits, "it waits")
     print(exchange.answer(), session.transmit([0x80, 0x01, 0, 0, 8, *PIN]))
 
 
@@ -241,7 +310,7 @@ def test_it_imports_nothing_from_the_current_directory(
 ) -> None:
     """Modules that somebody has put there are not imported, whatever Python it is (an older one is simulated)."""
     planted = tmp_path / "planted"
-    for name in ("pcsc_safe", "smartcard", "socket", "runpy", "select", "sitecustomize", "wrapt"):
+    for name in ("pcsc_safe", "smartcard", "socket", "runpy", "select", "sitecustomize"):
         (planted / name).mkdir(parents=True)
         (planted / name / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r})")
     unset = "" if safe_path else "unset PYTHONSAFEPATH; "

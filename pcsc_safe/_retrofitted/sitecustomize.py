@@ -1,4 +1,4 @@
-"""What Python imports when it starts, for its directory stands first on PYTHONPATH: calls ``pcsc_safe.install()``.
+"""What Python imports when it starts, for its directory stands first on PYTHONPATH: sees to ``pcsc_safe.install()``.
 
 ``python -m pcsc_safe run`` has put it there, for a program and every Python that the program starts.  One of these may
 be of another version or have no pcsc_safe, and must notice nothing: so this is written for any Python, and steps aside
@@ -15,17 +15,10 @@ def _install():  # type: () -> None
     if sys.version_info < (3, 9):  # noqa: UP036  # it runs in any
         return
     try:
-        from pcsc_safe import _events, install
+        from pcsc_safe._late import install_late
     except Exception:
         return  # it isn't installed there, or not for this Python
-    try:
-        install()
-    except ImportError:
-        return  # what it stands on isn't
-    except Exception as error:
-        sys.stderr.write("pcsc_safe: this process is not retrofitted: " + str(error) + "\n")
-        return
-    _events.record("retrofit")
+    install_late()
 
 
 def _step_aside():  # type: () -> None

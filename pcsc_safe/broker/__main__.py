@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Optional
 
@@ -45,6 +46,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     from ._server import Server
 
     server = Server(socket.socket(fileno=DOOR))
+    threading.Thread(target=int).start()  # if there is no memory for threads, this says so
     _be_silent()
     server.run()
     os._exit(0)  # whatever its threads are in; pcscd ends the sessions
@@ -58,16 +60,22 @@ def _is_socket(number: int) -> bool:
 
 
 def _stand_alone() -> None:
-    for number in IGNORED:
-        signal.signal(number, signal.SIG_IGN)
+    for ignored in IGNORED:
+        signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     with contextlib.suppress(OSError):
         os.setsid()  # no Ctrl-C, and no hangup, of the terminal
+    with contextlib.suppress(OSError):
+        os.chdir("/")  # keep nothing busy
     # What C code of the client left open for every program that it execs.
-    for name in os.listdir("/dev/fd"):
-        if int(name) > DOOR:
+    try:
+        numbers = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:  # a chroot without one
+        numbers = list(range(DOOR + 1, os.sysconf("SC_OPEN_MAX")))
+    for number in numbers:
+        if number > DOOR:
             with contextlib.suppress(OSError):
-                os.close(int(name))
+                os.close(number)
 
 
 def _leave_no_trace() -> None:
@@ -88,12 +96,13 @@ def _leave_no_trace() -> None:
 def _be_silent() -> None:
     """From here on nothing is said anywhere: a traceback could hold what an APDU held."""
     try:
-        null = os.open(os.devnull, os.O_RDWR)
-    except OSError:  # a chroot without one; they end nowhere as well when the client has closed its end
-        return
+        nowhere = [os.open(os.devnull, os.O_RDWR)]
+    except OSError:  # a chroot without one
+        nowhere = [*os.pipe()]
     for number in (0, 1, 2):
-        os.dup2(null, number)
-    os.close(null)
+        os.dup2(nowhere[-1], number)
+    for number in nowhere:
+        os.close(number)
 
 
 if __name__ == "__main__":

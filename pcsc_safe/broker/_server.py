@@ -16,6 +16,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from typing import Any, Optional
 
 from .. import _calls, _descriptors, _handles, _native, _pyscard, _router, _transactions, _turns
@@ -27,6 +28,15 @@ __all__ = ["Server"]
 _AT_ONCE = 1 << 16  # bytes
 _SHARING_VIOLATION = _pyscard.constant("SCARD_E_SHARING_VIOLATION")
 _EXCHANGES = {_wire.NUMBERS[name]: _native.functions[name] for name in ("SCardTransmit", "SCardControl")}
+_LEAVE_CARD = _pyscard.constant("SCARD_LEAVE_CARD")
+_UNDOING = {
+    "SCardEstablishContext": "SCardReleaseContext",
+    "SCardConnect": "SCardDisconnect",
+    "SCardBeginTransaction": "SCardEndTransaction",
+}
+_REGISTRIES: tuple[dict[Any, Any], ...] = (_handles.contexts, _handles.cards)
+_32_BITS = 0xFFFFFFFF
+_UNTIL_CANCELLED = 0.002  # s
 _ONE_DESCRIPTOR = struct.calcsize("i")
 
 
@@ -46,14 +56,26 @@ class _Client:
         self.is_gone = False
 
     def release(self) -> None:
-        """End its sessions, as far as nobody else has them."""
+        """End its sessions, as far as nobody else has them; also one that it gets while it goes."""
         self.is_gone = True
+        contexts = [handle for handle in list(self.handles.values()) if isinstance(handle.record, _handles.Context)]
+        ended = [handle for handle in contexts if _sharing.drop(self, handle)]
+        # pcscd sees that at once, as it would see the death of a process: calls that last hold up no other context.
+        for handle in ended:
+            _cut_off(handle.record.context)
         for connection in list(self.connections):
             connection.hang_up()
-        for handle in [h for h in list(self.handles.values()) if isinstance(h.record, _handles.Context)]:
-            if _sharing.drop(self, handle):
-                _router.public["SCardCancel"](handle)
-                _router.public["SCardReleaseContext"](handle)
+        for handle in ended:
+            _router.public["SCardReleaseContext"](handle)
+
+
+def _cut_off(context: _handles.Context) -> None:
+    """Shut the connection to pcscd down, and leave the descriptor to libpcsclite."""
+    if context.descriptor is not None and context.descriptor.is_intact():
+        connection = socket.socket(fileno=context.descriptor.number)
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.detach()
 
 
 class _Connection:
@@ -66,6 +88,7 @@ class _Connection:
         self.client: Optional[_Client] = None
         self._waits_on: Optional[_handles.Context] = None
         self._thread = 0
+        self._has_hung_up = False
         self.unwatched = threading.Event()
 
     def run(self) -> None:
@@ -94,10 +117,14 @@ class _Connection:
             return None
 
     def hang_up(self) -> None:
-        """End it; the other end is gone, or not wanted any more."""
+        """End it, and the wait for events that it is in; the other end is gone, or not wanted any more."""
+        self._has_hung_up = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        self.cancel_wait()
+        # Again and again: a wait that is about to begin isn't there to be cancelled.
+        while self._waits_on is not None and self._thread != threading.get_ident():
+            self.cancel_wait()
+            time.sleep(_UNTIL_CANCELLED)
 
     def _serve(self) -> None:
         receiver = _wire.Receiver()
@@ -115,7 +142,12 @@ class _Connection:
             if body is not None:
                 message = decode(body)
                 if type(message) is _wire.Request:
-                    send(self._answer(client, message))
+                    answer = self._answer(client, message)
+                    try:
+                        send(answer)
+                    except OSError:
+                        self._undo(client, message, answer)
+                        raise
                 elif isinstance(message, _wire.Describe):
                     send(_wire.encode(_wire.Result(_pyscard.catalogue())))
                 elif isinstance(message, _wire.Inherit):
@@ -142,7 +174,22 @@ class _Connection:
             kind = next(kind for kind in type(error).__mro__ if kind is Exception or kind.__name__ in _wire.RAISABLE)
             text = str(error) if kind is not Exception else f"{type(error).__name__}: {error}"
             return _wire.encode(_wire.Raised(kind.__name__ if kind is not Exception else "RuntimeError", text))
-        return _wire.encode_result(result)
+        try:
+            return _wire.encode_result(result)
+        except _wire.WireError as error:
+            return _wire.encode(_wire.Refused(f"the answer can't be told: {error}"))
+
+    def _undo(self, client: _Client, request: _wire.Request, answer: bytes) -> None:
+        """Take back what nobody has heard that it was granted: its caller was left by a signal handler, or died."""
+        name, arguments = _wire.FUNCTIONS[request.function], request.arguments
+        reply = _wire.decode(answer[_wire.HEADER :])
+        result = reply.value if isinstance(reply, _wire.Result) else None
+        undoing = _UNDOING.get(name)
+        if undoing is None or (result[0] if isinstance(result, list) else result) != _pyscard.SUCCESS:
+            return
+        handle = result[1] if isinstance(result, list) else arguments[0]
+        call = _calls.CALLS[undoing]
+        self._called(client, call, undoing, (handle, *([_LEAVE_CARD] if call.takes is _calls.Kind.CARD else [])))
 
     def _exchanged(self, client: _Client, request: _wire.Request) -> Any:
         """An exchange with a card whose context is idle, in as few steps as there are; None if it isn't one."""
@@ -158,7 +205,8 @@ class _Connection:
         if turn.waits:
             return None
         with turn.lock:
-            if turn.current is not None or record.released:
+            # Looked at again: who has begun one since needs this turn to end it, and the exchange would wait for that.
+            if turn.current is not None or record.released or _transactions.holders:
                 return None
             return native(*arguments)
 
@@ -173,7 +221,8 @@ class _Connection:
         handle, *rest = arguments
         if type(handle) is int:
             known = client.handles.get(handle)
-            if known is None and (handle in _handles.contexts or handle in _handles.cards):
+            # Also what would be another's after C code has made it 32 bits long, as handles are on macOS.
+            if known is None and any(other in found for other in (handle, handle & _32_BITS) for found in _REGISTRIES):
                 return call.failure(_pyscard.constant("SCARD_E_INVALID_HANDLE"), rest)  # another client's
             handle = known if known is not None else handle
         if type(handle) is Handle and name == "SCardGetStatusChange":
@@ -217,6 +266,8 @@ class _Connection:
         record = handle.record
         try:
             self._waits_on = record if isinstance(record, _handles.Context) else None
+            if self._has_hung_up:
+                raise EOFError
             return function(handle, *arguments)
         finally:
             self._waits_on = None
@@ -242,6 +293,8 @@ def _established(client: _Client, scope: Any, socket_name: Any) -> Any:
         result = _native.gateway.establish(scope, keep)
     if result[0] == _pyscard.SUCCESS:
         client.handles[int(result[1])] = result[1]
+        if client.is_gone:
+            client.release()
     return result
 
 
@@ -277,11 +330,10 @@ class Server:
         self._poll.register(self._door, select.POLLIN)
         while True:
             for number, _ in self._poll.poll():
-                if number == self._door.fileno():
-                    if not self._let_in():
-                        return
-                else:
+                if number != self._door.fileno():
                     self._hung_up(number)
+                elif not self._let_in():
+                    return
 
     def _let_in(self) -> bool:
         """A connection comes over the door; False if nobody is behind it any more."""
@@ -294,14 +346,24 @@ class Server:
         self._has_one_client = data == _start.FOR_ONE
         for level, kind, rights in control:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                self._serve(socket.socket(fileno=struct.unpack("i", rights[:_ONE_DESCRIPTOR])[0]))
-        return True
+                self._serve(struct.unpack("i", rights[:_ONE_DESCRIPTOR])[0])
+        return True  # where no descriptor came there was none left, and the client sees that nobody is there
 
-    def _serve(self, ours: socket.socket) -> None:
+    def _serve(self, number: int) -> None:
+        try:
+            ours = socket.socket(fileno=number)
+        except OSError:
+            os.close(number)
+            return
+        ours.settimeout(None)
         connection = _Connection(self, ours)
-        self._connections[connection.number] = connection
-        self._poll.register(connection.number, 0)  # that is: only its end
-        threading.Thread(target=connection.run, daemon=True).start()
+        try:
+            threading.Thread(target=connection.run, daemon=True).start()
+        except RuntimeError:  # no more threads
+            ours.close()
+            return
+        self._connections[number] = connection
+        self._poll.register(number, 0)  # that is: only its end
 
     def welcome(self, key: bytes, connection: _Connection) -> _Client:
         """The client whose connection this is; in the connection's thread."""
@@ -333,7 +395,10 @@ class Server:
         """See when the client's process ends; it may have forked, with no hook run, and left copies of everything."""
         process = connection.process()
         if process is not None:
-            threading.Thread(target=self._until_it_ends, args=(process, client), daemon=True).start()
+            try:
+                threading.Thread(target=self._until_it_ends, args=(process, client), daemon=True).start()
+            except RuntimeError:  # no more threads; its descriptors will tell
+                os.close(process)
 
     def _until_it_ends(self, process: int, client: _Client) -> None:
         watch = select.poll()
@@ -345,7 +410,10 @@ class Server:
     def _hung_up(self, number: int) -> None:
         connection = self._connections.pop(number)
         self._poll.unregister(number)
-        threading.Thread(target=self._clean_up, args=(connection,), daemon=True).start()
+        try:
+            threading.Thread(target=self._clean_up, args=(connection,), daemon=True).start()
+        except RuntimeError:  # no more threads
+            self._clean_up(connection)
 
     def _clean_up(self, connection: _Connection) -> None:
         connection.unwatched.set()

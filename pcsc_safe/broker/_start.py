@@ -7,7 +7,9 @@ gets what it needs of the environment, and no descriptor but its door.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import importlib.util
 import os
 import signal
 import sys
@@ -26,7 +28,6 @@ __all__ = [
     "SOCKET_NAME",
     "Helper",
     "environment",
-    "freeze_support",
     "spawn",
 ]
 
@@ -40,9 +41,14 @@ IGNORED = [signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP]
 """Signals that are for its client, who may still have something to do; end of file ends a broker."""
 
 _MODULE = "pcsc_safe.broker"
-_FROZEN_BROKER = "--pcsc-safe-broker"
-# Without -P, python -m looks for modules in the current directory first.
-_WITHOUT_CWD = f"import sys; sys.path.pop(0); import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
+FROZEN_BROKER = "--pcsc-safe-broker"
+"""The argument by which a frozen program is its own broker."""
+
+# Without -P or PYTHONSAFEPATH, which older Pythons don't know, python -m looks for modules in the current directory
+# first; so does python -c, and says so by an empty entry.
+_WITHOUT_CWD = (
+    f"import sys; sys.path[0] or sys.path.pop(0); import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
+)
 SOCKET_NAME = "PCSCLITE_CSOCK_NAME"
 _NEEDED = {
     *("HOME", "LANG", "LANGUAGE", "PATH", "TMPDIR", "TZ"),
@@ -51,11 +57,13 @@ _NEEDED = {
 }
 _NEEDED_PREFIXES = ("LC_", "PCSCLITE_", "LIBPCSCLITE_")
 _ABOVE_STANDARD = 10
+_NOTHING_LEFT = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EINVAL)  # the last: no number above it
 _LONGEST_TEXT = 4096  # bytes; of what a broker that can't start says
 _TIME_TO_EXIT = 1.0  # s
 _TIME_TO_BE_REAPED = 0.1  # s
 
-_freeze_support = False
+can_freeze = False
+"""Whether the program has called :func:`pcsc_safe.freeze_support`."""
 
 
 class Helper(NamedTuple):
@@ -71,19 +79,33 @@ class Helper(NamedTuple):
     errors: Optional[_descriptors.Descriptor]
 
     def why_not(self) -> str:
-        """What it said and how it ended; it is killed if it didn't."""
+        """What it said and how it ended; it is killed if it has not begun."""
         ended = self._ended(_TIME_TO_EXIT)
+        said, has_begun = self._said()
+        if ended is None and has_begun:
+            return "it takes no more clients"
         if ended is None:
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
             self._ended(_TIME_TO_EXIT)
-        said = b""
-        if self.errors is not None and self.errors.is_intact():
-            os.set_blocking(self.errors.number, False)
-            with contextlib.suppress(OSError):
-                said = os.read(self.errors.number, _LONGEST_TEXT)
         lines = said.decode(errors="replace").strip().splitlines()
         return "; ".join(filter(None, [lines[-1] if lines else "", ended or "it was not ready in time"]))
+
+    def _said(self) -> tuple[bytes, bool]:
+        """What it said before it began; and whether it has, which it says by closing its end."""
+        if self.errors is None or not self.errors.is_intact():
+            return b"", True
+        os.set_blocking(self.errors.number, False)
+        said = b""
+        while len(said) < _LONGEST_TEXT:
+            try:
+                more = os.read(self.errors.number, _LONGEST_TEXT)
+            except OSError:
+                return said, False
+            if not more:
+                return said, True
+            said += more
+        return said, False
 
     def heard(self) -> Helper:
         """The same, when nothing more that it says matters."""
@@ -137,17 +159,18 @@ def spawn(door: int, configured: str) -> Helper:
         pid = os.posix_spawn(
             command[0],
             command,
-            environment(os.environ, [] if configured else sys.path),
+            environment(os.environ, [] if configured else _places()),
             file_actions=[(os.POSIX_SPAWN_DUP2, source, number) for source, number in duplicates],
             setsigmask=IGNORED,  # until it ignores them itself
         )
         opened.remove(read_end)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise BrokerError(
-            f"the broker can't be started in process {os.getpid()}: {command[0]}: {error.strerror}",
-            remedy="set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe"
-            if isinstance(error, (FileNotFoundError, PermissionError))
-            else "it takes one process and five descriptors",
+            f"the broker can't be started in process {os.getpid()}: {command[0]}: "
+            f"{getattr(error, 'strerror', None) or error}",
+            remedy="it takes one process and five descriptors"
+            if getattr(error, "errno", None) in _NOTHING_LEFT
+            else "set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe",
             pid=os.getpid(),
         ) from error
     finally:
@@ -158,15 +181,15 @@ def spawn(door: int, configured: str) -> Helper:
 
 def _command(configured: str) -> list[str]:
     if configured:
-        return [configured, *_options(sys.version_info >= (3, 11))]
+        return [configured, "-c", _WITHOUT_CWD]  # of whatever version it is
     if getattr(sys, "frozen", False):
-        if not _freeze_support:
+        if not can_freeze:
             raise BrokerError(
                 f"{sys.executable!r} is a frozen program and no Python interpreter",
                 remedy="call pcsc_safe.freeze_support() first thing in its main module, or set PCSC_SAFE_BROKER_PYTHON "
                 "to a Python interpreter that has pcsc_safe",
             )
-        return [sys.executable, _FROZEN_BROKER]
+        return [sys.executable, FROZEN_BROKER]
     # What multiprocessing.set_executable() has set; it can't have been called where the module isn't imported.
     spawning = sys.modules.get("multiprocessing.spawn")
     python = os.fsdecode((spawning.get_executable() if spawning else sys.executable) or "")
@@ -177,37 +200,41 @@ def _command(configured: str) -> list[str]:
             remedy="set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe, perhaps "
             + os.path.join(sys.exec_prefix, "bin", "python3"),
         )
-    return [python, *_options(sys.version_info >= (3, 11))]
-
-
-def _options(has_safe_path: bool) -> list[str]:
-    return ["-m", _MODULE] if has_safe_path else ["-c", _WITHOUT_CWD]
+    if python == sys.executable and sys.version_info >= (3, 11):
+        return [python, "-m", _MODULE]
+    return [python, "-c", _WITHOUT_CWD]
 
 
 def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
     """What a broker gets of this process's environment: no secret that it has no use for, and no setting of ours.
 
     :param mine: this process's environment.
-    :param path: where to look for modules; if empty, where the environment says.
+    :param path: where to look for modules first; if empty, where the environment says.
     """
     kept = {name: value for name, value in mine.items() if name in _NEEDED or name.startswith(_NEEDED_PREFIXES)}
-    places = [os.path.abspath(entry) for entry in path if entry and isinstance(entry, str)]
-    places = [place for place in places if place != _retrofitted.DIRECTORY]
-    if places:
-        return {**kept, "PYTHONPATH": os.pathsep.join(places), "PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1"}
-    given = _retrofitted.take_off(mine.get("PYTHONPATH", ""))
-    return {**kept, **({"PYTHONPATH": given} if given else {}), "PYTHONSAFEPATH": "1"}
+    places = [*path, *filter(None, [_retrofitted.take_off(mine.get("PYTHONPATH", ""))])]
+    given = {"PYTHONPATH": os.pathsep.join(places)} if places else {}
+    return {**kept, **given, "PYTHONSAFEPATH": "1"}
 
 
-def freeze_support() -> None:
-    """For frozen programs (PyInstaller and others): call it first thing in the main module.
+def _places() -> list[str]:
+    """Where this process has pcsc_safe and pyscard from, but for what an interpreter looks through anyway.
 
-    A broker of such a program is the program itself, started again; this call is where it becomes one, and doesn't
-    return.  Anywhere else it does nothing.
+    No other entry of sys.path: what lies beside a script would come before the modules of Python itself.
     """
-    global _freeze_support
-    _freeze_support = True
-    if sys.argv[1:2] == [_FROZEN_BROKER]:
-        from .__main__ import main
+    found = []
+    for name in ("pcsc_safe", "smartcard"):
+        module = sys.modules.get(name)
+        path = getattr(module, "__path__", None) if module is not None else _path_of(name)
+        for package in path or ():
+            place = os.path.dirname(os.path.abspath(package))
+            is_usual = os.path.basename(place) in ("site-packages", "dist-packages") and place.startswith(sys.prefix)
+            if not is_usual and os.pathsep not in place and "\0" not in place and place not in found:
+                found.append(place)
+    return found
 
-        sys.exit(main([]))
+
+def _path_of(name: str) -> Optional[Sequence[str]]:
+    """Where a package is that is not imported here."""
+    spec = importlib.util.find_spec(name)
+    return spec.submodule_search_locations if spec is not None else None

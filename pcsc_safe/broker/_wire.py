@@ -36,10 +36,12 @@ from ._values import (
 
 __all__ = [
     "FUNCTIONS",
+    "HEADER",
     "MAX_BODY",
     "MAX_DEPTH",
     "NUMBERS",
     "RAISABLE",
+    "REFUSED",
     "VERSION",
     "Describe",
     "Hello",
@@ -61,6 +63,9 @@ __all__ = [
 ]
 
 VERSION: int = 1
+HEADER: int = 4
+"""How long the head of a frame is, in bytes: the length of its body."""
+
 FUNCTIONS: tuple[str, ...] = tuple(CALLS)
 """The number of a function is its place here, so another order, or another row, is another VERSION."""
 NUMBERS: dict[str, int] = {name: number for number, name in enumerate(FUNCTIONS)}
@@ -160,6 +165,9 @@ _PIDS = range(1, 1 << 31)
 _NUMBERS = range(len(FUNCTIONS))
 _KEY_SIZE = 16
 
+REFUSED = b"X"
+"""How the body of a Refused begins."""
+
 _KINDS = (
     _Kind(b"H", Hello, 2, lambda version, key: _is_in(version, _VERSIONS) and _is_key(key)),
     _Kind(b"W", Welcome, 2, lambda version, pid: _is_in(version, _VERSIONS) and _is_in(pid, _PIDS)),
@@ -170,7 +178,7 @@ _KINDS = (
     ),
     _Kind(b"R", Result, 1, lambda value: True),
     _Kind(b"E", Raised, 2, lambda kind, text: isinstance(kind, str) and kind in RAISABLE and isinstance(text, str)),
-    _Kind(b"X", Refused, 1, lambda text: isinstance(text, str)),
+    _Kind(REFUSED, Refused, 1, lambda text: isinstance(text, str)),
 )
 _KIND_OF = {kind.message: kind for kind in _KINDS}
 _KIND_BY_NUMBER = {kind.letter[0]: kind for kind in _KINDS}

@@ -1,0 +1,71 @@
+"""``pcsc_safe.configure()``: the one way to change settings.
+
+At a fork nothing changes: settings are inherited, and a child may change its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Union
+
+from . import _settings
+from .errors import SettingsError
+from .policy import Broker, Cards, Owner, Policy, Settings
+
+__all__ = ["configure"]
+
+
+def configure(
+    *,
+    policy: Union[Policy, str, None] = None,
+    cards: Union[Cards, str, None] = None,
+    quiesce_timeout: Union[float, str, None] = None,
+    broker: Union[Broker, str, None] = None,
+    broker_python: Optional[str] = None,
+    owner: Union[Owner, str, None] = None,
+    context: Any = None,
+) -> Settings:
+    """Say what a process gets that uses a context or card which it inherited over a fork.
+
+    It can be called at any time, in the parent or in the child, and counts from the next call on.  What is not given
+    stays as it was.
+
+    :param policy: ``auto`` (the default), ``reestablish``, ``broker``, ``share``, ``raise`` or ``invalid``.
+    :param cards: what an inherited card handle does meanwhile: ``reset`` (the default) or ``reconnect``.
+    :param quiesce_timeout: seconds that a fork waits, at most, for the calls that other threads have in flight.
+    :param broker: when PC/SC is done by a helper process: ``on-fork`` (the default), where a forked process can't do it
+        itself, or ``always``.  The latter counts for the contexts that are established from then on; to keep the native
+        library out of the process it has to be set before :mod:`pcsc_safe.scard` is imported.
+    :param broker_python: the Python interpreter that runs brokers; ``""``, the default: the one that runs this program.
+    :param owner: who has the sessions after a fork: the ``parent`` (the default), or the ``child``, as in
+        :func:`pcsc_safe.handover`.
+    :param context: a context, for settings that are to count for it and its cards alone.
+    :return: the settings that are in force now, for that context if one was given.
+    :raises SettingsError: a value is not one of these, or ``context`` is no context of this process, or the setting is
+        one that a context can't have for itself.
+    """
+    of_process = {
+        "quiesce_timeout": quiesce_timeout,
+        "broker": broker,
+        "broker_python": broker_python,
+        "owner": owner,
+    }
+    wanted = {"policy": policy, "cards": cards, **of_process}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    changed = _settings.settings().changed(**given)
+    if context is None:
+        return _settings.put_in_force(changed)
+    for name in of_process:
+        if name in given:
+            raise SettingsError(f"{name} cannot be set for one context", remedy="configure the process")
+    from . import _handles  # loads the native library
+    from ._calls import Kind
+
+    record = _handles.find(Kind.CONTEXT, context)
+    if not isinstance(record, _handles.Context) or record.released:
+        raise SettingsError(
+            "context is not a context that SCardEstablishContext gave",
+            remedy="pass one that is not released, or leave it out to configure the process",
+        )
+    _settings.for_contexts = True
+    record.overrides = {**record.overrides, **{name: getattr(changed, name) for name in given}}
+    return record.settings(_settings.settings())

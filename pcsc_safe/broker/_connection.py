@@ -1,0 +1,149 @@
+"""One connection to a broker, as its client has it: a stream socket that carries one request, then its answer.
+
+At a fork it is a guarded descriptor, if it was made so: a dead socket takes its place in the child, where the object is
+to be abandoned and never closed, for the number may be somebody else's.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from typing import Any, Optional
+
+from .. import _descriptors
+from . import _wire
+
+__all__ = ["Connection", "adopt", "pair", "prepare"]
+
+_AT_ONCE = 1 << 16  # bytes
+_socket: Any = None
+_silently = 0  # MSG_NOSIGNAL: no SIGPIPE, whatever the application does with that
+_at_once = 0  # MSG_DONTWAIT
+
+
+def prepare() -> None:
+    """Import what a connection takes, so that nothing need be imported in a child."""
+    global _socket, _silently, _at_once
+    import socket
+
+    _silently, _at_once = getattr(socket, "MSG_NOSIGNAL", 0), socket.MSG_DONTWAIT
+    _socket = socket
+
+
+class Connection:
+    """A connection to a broker, used by one thread at a time.
+
+    :ivar descriptor: what it was when it was made; an application may have closed it since.
+    :ivar user: the thread that uses it, or 0.
+    :ivar since: ``time.monotonic()`` when it was last used.
+    """
+
+    __slots__ = ("_receive", "_receiver", "_send", "_socket", "descriptor", "since", "user")
+
+    def __init__(self, ours: Any) -> None:
+        self._socket = ours
+        self._send = ours.sendall
+        self._receive = ours.recv
+        self._receiver = _wire.Receiver()
+        self.descriptor = _descriptors.of(ours.fileno())
+        self.user = 0
+        self.since = time.monotonic()
+
+    def send(self, frame: bytes) -> None:
+        """Send a request.
+
+        :raises OSError: the broker is gone, and has not got it.
+        """
+        self._send(frame, _silently)
+
+    def receive(self) -> bytes:
+        """The body of the answer.
+
+        :raises OSError, EOFError: the broker went before it answered.
+        :raises WireError: the answer is none.
+        """
+        receive, feed = self._receive, self._receiver.feed
+        while True:
+            data = receive(_AT_ONCE)
+            if not data:
+                raise EOFError
+            body = feed(data)
+            if body is not None:
+                return body
+
+    def pass_on(self, message: bytes, number: int) -> None:
+        """Send a descriptor with a message."""
+        rights = struct.pack("i", number)
+        self._socket.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)], _silently)
+
+    def is_alive(self) -> bool:
+        """Whether the broker still has the other end of a connection on which nothing is under way."""
+        try:
+            return bool(self._socket.recv(1, _socket.MSG_PEEK | _at_once))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def wait_at_most(self, seconds: Optional[float]) -> None:
+        """How long an answer may take."""
+        self._socket.settimeout(seconds)
+
+    def close(self) -> None:
+        """Close it, if the descriptor is still this connection and not something of the application's."""
+        mine = self.descriptor.is_intact()
+        _descriptors.unguard(self.descriptor)
+        number = self._socket.detach()
+        if mine and number >= 0:
+            os.close(number)
+
+    def abandon(self) -> None:
+        """In a child: forget it; what is in its place is a dead socket, or none of our business."""
+        number = self._socket.detach()
+        if number >= 0 and _descriptors.is_dead(number):
+            os.close(number)
+
+    def go_on_at_exit(self) -> None:
+        """At interpreter exit: Python would close it, and complain, before the last finalizers have used it."""
+        number, module = self._socket.detach(), _socket
+
+        def briefly(use: Any) -> Any:
+            passing = module.socket(fileno=number)
+            try:
+                return use(passing)
+            finally:
+                passing.detach()
+
+        self._send = lambda frame, flags: briefly(lambda end: end.sendall(frame, flags))
+        self._receive = lambda size: briefly(lambda end: end.recv(size))
+
+
+def pair(*, guarded: bool) -> tuple[Connection, Any]:
+    """A new connection, and the far end of it.
+
+    :param guarded: whether it is dead in a forked child.
+    :raises OSError: there is no descriptor left.
+    """
+    ours, theirs = _socket.socketpair()
+    try:
+        for end in (ours, theirs):
+            end.settimeout(None)  # whatever socket.setdefaulttimeout() says: the flag would go with the descriptor
+        return adopt(ours, guarded=guarded), theirs
+    except BaseException:
+        ours.close()
+        theirs.close()
+        raise
+
+
+def adopt(ours: Any, *, guarded: bool) -> Connection:
+    """The connection whose near end is this socket, or this descriptor."""
+    if isinstance(ours, int):
+        ours = _socket.socket(fileno=ours)
+        ours.settimeout(None)
+    connection = Connection(ours)
+    if guarded:
+        _descriptors.guard(connection.descriptor)
+    if hasattr(_socket, "SO_NOSIGPIPE"):
+        ours.setsockopt(_socket.SOL_SOCKET, _socket.SO_NOSIGPIPE, 1)  # macOS
+    return connection

@@ -1,0 +1,22 @@
+"""How a frozen program is its own broker."""
+
+from __future__ import annotations
+
+import sys
+
+from . import _start
+
+__all__ = ["freeze_support"]
+
+
+def freeze_support() -> None:
+    """For frozen programs (PyInstaller and others): call it first thing in the main module.
+
+    A broker of such a program is the program itself, started again; this call is where it becomes one, and doesn't
+    return.  Anywhere else it does nothing.
+    """
+    _start.can_freeze = True
+    if sys.argv[1:2] == [_start.FROZEN_BROKER]:
+        from .__main__ import main
+
+        sys.exit(main([]))

@@ -1,0 +1,149 @@
+"""The broker of this process: there is one at most, started at its first need or ahead.
+
+At a fork the child has none, or the same as a client of its own; whoever asks first, in whichever thread, has the epoch
+begin before it looks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any, Callable, Optional
+
+from .. import _descriptors, _events, _gate, _process
+from .._calls import CALLS, LostError
+from .._settings import settings
+from ..errors import BrokerError
+from ..policy import Broker as When
+from . import _connection, _start
+from ._client import Broker
+
+__all__ = ["describe", "died_too_often", "files_to_preserve", "functions", "mine", "prepare", "prestart", "usable"]
+
+_mine: Optional[Broker] = None
+_starting = threading.RLock()
+
+
+def mine() -> Broker:
+    """The broker of this process; it is started if there is none.
+
+    :raises BrokerError: it can't be.
+    """
+    return _started(for_family=settings().broker is When.ALWAYS)
+
+
+def usable() -> Optional[Broker]:
+    """The broker of this process, if it has one; for who knows that its epoch has begun, or is about to."""
+    return _mine if _mine is not None and not _mine.lost else None
+
+
+def files_to_preserve() -> list[int]:
+    """The descriptors without which this process loses its broker."""
+    broker = usable()
+    return broker.files_to_preserve() if broker is not None else []
+
+
+def prestart() -> None:
+    """Start a broker now, for this process and the children that it forks from here on.
+
+    It doesn't wait until the broker is ready.  Each of these processes is a client of its own there; one that needs no
+    broker leaves it alone.
+
+    :raises BrokerError: it can't be started.
+    """
+    _started(for_family=True)
+
+
+def _started(for_family: bool) -> Broker:
+    """The broker of this process; it is started if there is none."""
+    global _mine
+    prepare()
+    here = _process.current()  # first of all: what is locked or closed may be so in the parent
+    with _starting:
+        broker = usable()
+        if broker is None or broker.epoch is not here:
+            broker = _mine = _gate.enter("the start of a broker", _start_one, for_family)
+        return broker
+
+
+def _start_one(for_family: bool) -> Broker:
+    epoch = _process.current()
+    try:
+        door, theirs = _connection.pair(guarded=not for_family)
+    except OSError as error:
+        raise BrokerError(
+            f"the broker can't be started in process {os.getpid()}: {error.strerror}", pid=os.getpid()
+        ) from error
+    try:
+        helper = _start.spawn(theirs.fileno(), settings().broker_python)
+    except BaseException:
+        door.close()
+        raise
+    finally:
+        theirs.close()
+    _events.record("broker", broker=helper.pid)
+    return Broker(door, helper, epoch, for_family=for_family)
+
+
+_ATTEMPTS = 3
+
+
+def _persistently(ask: Callable[[Broker], Any]) -> Any:
+    """What needs no session, asked of whatever broker this process has; of another if one dies meanwhile."""
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(LostError):
+            return ask(mine())
+    raise died_too_often()
+
+
+def died_too_often() -> BrokerError:
+    """What to raise when new brokers die as well."""
+    return BrokerError(
+        f"the brokers of process {os.getpid()} die as soon as they have begun, {_ATTEMPTS} of them",
+        remedy="see the system's log for what kills them",
+        pid=os.getpid(),
+    )
+
+
+def _function(name: str) -> Callable[..., Any]:
+    return lambda *arguments: _persistently(lambda broker: broker.functions[name](*arguments))
+
+
+functions: Mapping[str, Callable[..., Any]] = {name: _function(name) for name in CALLS}
+"""Those of whatever broker this process has at the time."""
+
+
+def describe() -> Any:
+    """What a broker says of its pyscard; see :func:`_pyscard.catalogue`."""
+    return _persistently(Broker.describe)
+
+
+_is_prepared = False
+
+
+def prepare() -> None:
+    """Import what a broker takes, so that nothing need be imported in a child or at interpreter exit."""
+    global _is_prepared
+    if not _is_prepared:
+        _is_prepared = True
+        _connection.prepare()
+        _descriptors.prepare()
+        atexit.register(_at_exit)
+
+
+def _at_exit() -> None:
+    if _mine is not None and _mine.epoch is _process.current():
+        _mine.go_on_at_exit()
+
+
+def _begin(epoch: _process.Epoch) -> None:
+    global _mine, _starting
+    _starting = threading.RLock()
+    if _mine is not None:
+        _mine = _mine.heir(epoch)
+
+
+_process.at_fork(at_begin=_begin)

@@ -1,0 +1,171 @@
+"""pyscard's classes in a forked child: their locks, and their finalizers.
+
+A lock that another thread held at the fork is held for ever in the child.  So a child gets new ones, at its first use
+of each; never by a release, which would be somebody else's.  A lock that the forking thread itself holds stays: its
+release is still to come.  An inherited connection is left alone by its finalizer without a word.
+
+Invariant: in a process that never forks every attribute here reads as it did.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Callable
+
+from .. import _process
+from ._patches import MISSING, Patch
+
+__all__ = [
+    "SharedLock",
+    "card_service",
+    "here",
+    "pcsc_card_connection",
+    "pcsc_card_request",
+    "pcsc_context",
+    "renewing",
+    "synchronization",
+]
+
+
+def here() -> _process.Epoch:
+    """The epoch of this process; quick where it is not the first use."""
+    return _process.here if _process.sentinel[0] else _process.current()
+
+
+class _Renewing:
+    """The lock under which a child renews what it inherited; itself a new one in every child."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        _process.at_fork(at_begin=self._begin)
+
+    def _begin(self, epoch: _process.Epoch) -> None:
+        self.lock = threading.RLock()
+
+
+renewing = _Renewing()
+
+
+def _held_here(lock: Any) -> bool:
+    is_owned = getattr(lock, "_is_owned", None)  # a Lock has none, and it is not held where it is asked for
+    return is_owned is not None and bool(is_owned())
+
+
+class _OwnAttribute:
+    """An attribute of instances that each process has its own of; a data descriptor over the instance's dictionary.
+
+    :param name: the attribute's.
+    :param make: what is new in a child.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self._name = name
+        self._of = f"_pcsc_safe_epoch_of_{name}"
+        self._make = make
+        self._since = here()
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        values = vars(instance)
+        if self._name not in values:
+            raise AttributeError(f"{type(instance).__name__!r} object has no attribute {self._name!r}")
+        if values.get(self._of, self._since) is not here():
+            self._renew(values)
+        return values[self._name]
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        values = vars(instance)
+        values[self._of] = here()
+        values[self._name] = value
+
+    def __delete__(self, instance: Any) -> None:
+        vars(instance).pop(self._of, None)
+        if vars(instance).pop(self._name, MISSING) is MISSING:
+            raise AttributeError(self._name)
+
+    def _renew(self, values: dict[str, Any]) -> None:
+        epoch = here()
+        with renewing.lock:
+            if values.get(self._of, self._since) is not epoch:
+                if not _held_here(values[self._name]):
+                    values[self._name] = self._make()
+                values[self._of] = epoch
+
+
+class SharedLock:
+    """A lock of a class, in its dictionary; each process has its own.
+
+    :param lock: what was there.
+    :param make: what is new in a child.
+    :param in_child: called in a child, with the new lock in place.
+    """
+
+    def __init__(self, lock: Any, make: Callable[[], Any], in_child: Callable[[], None] = lambda: None) -> None:
+        self._lock = lock
+        self._make = make
+        self._in_child = in_child
+        self._epoch = here()
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if self._epoch is not here():
+            with renewing.lock:
+                if self._epoch is not here():
+                    if not _held_here(self._lock):
+                        self._lock = self._make()
+                    self._in_child()
+                    self._epoch = here()
+        return self._lock
+
+    def left_behind(self, original: object) -> Any:
+        """What is to be there in the end: not one that is held for ever."""
+        return self.__get__(None)
+
+
+def synchronization(module: Any) -> list[Patch]:
+    """The lock of whatever can be observed: connections, monitors."""
+    return [Patch(module.Synchronization, "mutex", _OwnAttribute("mutex", threading.RLock))]
+
+
+def pcsc_context(module: Any) -> list[Patch]:
+    """The singleton of pyscard before 2.3. What it has is a context like any other, so only its lock is of interest."""
+    singleton = module.PCSCContext
+
+    def in_child() -> None:
+        if singleton.instance is not None and type(singleton.instance.hcontext) is int:
+            singleton.instance = None  # established before install(): nobody's here
+
+    return [Patch(singleton, "mutex", SharedLock(singleton.mutex, threading.RLock, in_child))]
+
+
+def pcsc_card_connection(module: Any) -> list[Patch]:
+    """Its finalizer."""
+    return _finalizer(module.PCSCCardConnection)
+
+
+def card_service(module: Any) -> list[Patch]:
+    """Its finalizer, which disconnects."""
+    return _finalizer(module.CardService)
+
+
+def pcsc_card_request(module: Any) -> list[Patch]:
+    """Its finalizer and its event (not in every version): an event has a lock, which its waiting thread may have held."""
+    request = module.PCSCCardRequest
+    event = [Patch(request, "evt", _OwnAttribute("evt", threading.Event))]
+    return _finalizer(request) + (event if "evt" in request.__init__.__code__.co_names else [])
+
+
+def _finalizer(owner: Any) -> list[Patch]:
+    finalize = vars(owner).get("__del__")
+    if finalize is None:
+        return []
+
+    def __del__(self: Any) -> None:  # noqa: N807  # it is one
+        try:
+            finalize(self)
+        except Exception:
+            if here().parent is None:
+                raise
+            # In a forked process: what was opened before install() refuses to be closed, and needn't be.
+
+    return [Patch(owner, "__del__", __del__)]

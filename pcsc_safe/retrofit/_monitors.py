@@ -1,0 +1,155 @@
+"""pyscard's monitors in a forked child.
+
+CardMonitor and ReaderMonitor are singletons with a thread, and that thread is in the parent.  A child begins anew, as a
+fresh process does: at its first use of a monitor, not at the fork, so that who doesn't use one pays nothing and has no
+thread.  Its parent's observers are not told of anything here; to delete one succeeds.
+
+Invariant: nothing that the dead thread may have left locked is touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any, Callable
+
+from ._framework import SharedLock, here, renewing
+from ._patches import Patch
+
+__all__ = ["card_monitoring", "reader_monitoring"]
+
+
+class _Renewal:
+    """Drops what a process inherited of a monitor, once.
+
+    :param drop: does it; gives the parent's observers.
+    :ivar inherited: the parent's observers that were not deleted here.
+    """
+
+    def __init__(self, drop: Callable[[], list[Any]]) -> None:
+        self._drop = drop
+        self._epoch = here()
+        self.inherited: list[Any] = []
+
+    def is_due(self) -> bool:
+        """Whether this process has something to drop."""
+        return self._epoch is not here()
+
+    def __call__(self) -> None:
+        if not self.is_due():
+            return
+        with renewing.lock:
+            if self.is_due():
+                self.inherited = list(self._drop())
+                self._epoch = here()
+
+    def deleting(self, delete: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """``delete``, but an inherited observer is just forgotten."""
+
+        def delete_observer(observer: Any) -> Any:
+            if observer in self.inherited:
+                self.inherited.remove(observer)
+                return None
+            return delete(observer)
+
+        return delete_observer
+
+
+_IDLE = frozenset({"deleteObserver", "deleteObservers", "countObservers"})
+"""What needs no thread."""
+
+
+def card_monitoring(module: Any) -> list[Patch]:
+    """CardMonitor, and the thread behind it."""
+    monitor, thread = module.CardMonitor, module.CardMonitoringThread
+    construct, construct_thread = monitor.__init__, thread.__init__
+
+    def drop() -> list[Any]:
+        old, monitor.instance, thread.instance = monitor.instance, None, None
+        return [] if old is None else list(old.obs)
+
+    renewal = _Renewal(drop)
+
+    @functools.wraps(construct)
+    def __init__(self: Any) -> None:  # noqa: N807
+        renewal()
+        construct(self)
+
+    def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807
+        if renewal.is_due() and not name.startswith("__"):
+            renewal()
+        if monitor.instance is None and not name.startswith("__"):
+            return _of_none(self, name)
+        if name == "deleteObserver" and renewal.inherited:
+            return renewal.deleting(getattr(monitor.instance, name))
+        return object.__getattribute__(self, name)
+
+    def _of_none(self: Any, name: str) -> Any:
+        """Of a monitor that this process has inherited, and not used."""
+        if name == "countObservers":
+            return lambda: 0
+        if name == "deleteObservers":
+            return renewal.inherited.clear
+        if name == "deleteObserver":
+            return renewal.deleting([].remove)
+        construct(self)
+        return getattr(self, name)
+
+    @functools.wraps(construct_thread)
+    def __init_thread__(self: Any, observable: Any) -> None:
+        renewal()
+        construct_thread(self, observable)
+
+    locks = [
+        Patch(owner, "lock", SharedLock(owner.lock, threading.Lock)) for owner in (monitor, thread) if hasattr(owner, "lock")
+    ]
+    return [
+        *locks,
+        Patch(monitor, "__init__", __init__),
+        Patch(monitor, "__getattribute__", __getattribute__),
+        Patch(thread, "__init__", __init_thread__),
+    ]
+
+
+def reader_monitoring(module: Any) -> list[Patch]:
+    """ReaderMonitor, whose instances share one state, as those of its thread do."""
+    monitor = module.ReaderMonitor
+    state = vars(monitor)["_ReaderMonitor__shared_state"]
+
+    def drop() -> list[Any]:
+        observers, state["obs"] = state.get("obs", []), []
+        if "rmthread" in state:
+            state["rmthread"], state["changed"] = None, 0
+        return list(observers)
+
+    renewal = _Renewal(drop)
+
+    def renewed(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def first_renew(self: Any, *arguments: Any, **named: Any) -> Any:
+            renewal()
+            return method(self, *arguments, **named)
+
+        return first_renew
+
+    def add(self: Any, observer: Any) -> Any:
+        if not self.startOnDemand and self.rmthread is None:
+            self.rmthread = module.ReaderMonitoringThread(self, self.readerProc, self.period)
+            self.rmthread.start()
+        return add_observer(self, observer)
+
+    def delete(self: Any, observer: Any) -> Any:
+        return renewal.deleting(functools.partial(delete_observer, self))(observer)
+
+    def delete_all(self: Any) -> Any:
+        renewal.inherited.clear()
+        return delete_observers(self)
+
+    add_observer, delete_observer, delete_observers = monitor.addObserver, monitor.deleteObserver, monitor.deleteObservers
+    return [
+        Patch(monitor, "__init__", renewed(monitor.__init__)),
+        Patch(monitor, "addObserver", renewed(functools.wraps(add_observer)(add))),
+        Patch(monitor, "deleteObserver", renewed(functools.wraps(delete_observer)(delete))),
+        Patch(monitor, "deleteObservers", renewed(functools.wraps(delete_observers)(delete_all))),
+        Patch(monitor, "countObservers", renewed(monitor.countObservers)),
+    ]
