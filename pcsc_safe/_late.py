@@ -31,7 +31,7 @@ class _Finder:
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
         """See :class:`importlib.abc.MetaPathFinder`."""
         if fullname == _PYSCARD and self in sys.meta_path:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]  # a finder needs no base class
+            sys.meta_path.remove(self)
             _install()
         return None
 

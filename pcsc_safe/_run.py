@@ -108,7 +108,7 @@ def _environment(mine: Mapping[str, str], options: argparse.Namespace) -> dict[s
 
 
 def _is_found(package: str) -> bool:
-    """Whether a program finds the pcsc_safe of this directory; if not, it is in the current directory, where only ``-m`` looks."""
+    """Whether a program finds the pcsc_safe of this directory; only ``-m`` looks in the current one."""
     path = sys.path[:]
     sys.path[:] = path if getattr(sys.flags, "safe_path", False) else path[1:]
     try:

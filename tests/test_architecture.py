@@ -11,7 +11,7 @@ import pcsc_safe
 
 PACKAGE = Path(pcsc_safe.__file__).parent
 MAY_IMPORT = {
-    "__init__": {"_bequest", "_configure", "_settings", "broker", "errors", "policy"},
+    "__init__": {"_bequest", "_configure", "_settings", "broker", "errors", "policy", "retrofit"},
     "errors": set(),
     "policy": {"errors"},
     "_process": set(),

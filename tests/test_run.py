@@ -285,7 +285,7 @@ def test_another_sitecustomize_is_still_imported(programs: Path, tmp_path: Path,
 
 @pytest.mark.parametrize(
     "theirs",
-    [None, "this is a syntax error", "raise RuntimeError", "", "def install(): raise ImportError"],
+    [None, "this is a syntax error", "raise RuntimeError", "", "dict[int, int, 1/0]"],
 )
 def test_a_python_without_pcsc_safe_notices_nothing(tmp_path: Path, theirs: Optional[str]) -> None:
     """Where there is none, or one that this Python can't use, a program runs as ever and nothing is said."""
@@ -309,12 +309,16 @@ OTHERS = sorted(
 
 
 def test_a_retrofit_that_fails_is_told(tmp_path: Path) -> None:
-    """A program that was to be protected and isn't, for its settings make no sense, says so and runs."""
-    wrote(tmp_path / "pcsc_safe" / "__init__.py", "def install(): raise ValueError('no sense')")
-    wrote(tmp_path / "pcsc_safe" / "_events.py", "")
-    env = {"PYTHONPATH": os.pathsep.join([_retrofitted.DIRECTORY, str(tmp_path)])}
-    done = run("-c", "print('ran')", cwd=tmp_path, env=env)
-    assert done == (0, "ran\n", "pcsc_safe: this process is not retrofitted: no sense\n")
+    """A program that was to be protected and isn't says so, when it imports pyscard, and goes on."""
+    code = """
+import os, pcsc_safe.retrofit
+def install(): raise ValueError('no sense')
+pcsc_safe.retrofit.install = install
+import smartcard, smartcard.scard
+print(os.getpid())
+"""
+    done = run(*RUN, "-c", code, cwd=tmp_path)
+    assert done == (0, done.out, f"pcsc_safe: process {done.out.strip()} is not retrofitted: no sense\n")
 
 
 def test_it_works_from_a_checkout(tmp_path: Path) -> None:
@@ -341,7 +345,7 @@ def test_a_broker_is_not_retrofitted() -> None:
     mine = {"PYTHONPATH": _retrofitted.put_on("/a"), _events.VARIABLE: "/file", "PCSC_SAFE_POLICY": "raise"}
     assert _start.environment(mine, []) == {"PYTHONPATH": "/a", "PYTHONSAFEPATH": "1"}
     assert _start.environment({"PYTHONPATH": _retrofitted.DIRECTORY}, []) == {"PYTHONSAFEPATH": "1"}
-    assert _start.environment(mine, [_retrofitted.DIRECTORY, "/b"])["PYTHONPATH"] == "/b"
+    assert _start.environment(mine, ["/b"])["PYTHONPATH"] == "/b:/a"
 
 
 def test_it_is_shipped() -> None:
@@ -387,7 +391,7 @@ def test_the_report_is_by_process() -> None:
     assert _report.summary(_events.parse(lines)) == (
         "pcsc_safe: forked processes that used PC/SC: 1, contexts re-established: 2, brokers started: 1, handovers: 1\n"
         "  process 2, parent 1\n"
-        "    was started and retrofitted\n"
+        "    imported pyscard, and was retrofitted\n"
         "    started the broker 9\n"
         "    handed 1 context(s) over to a forked child\n"
         "  process 3, parent 2\n"
@@ -458,7 +462,33 @@ def test_a_program_is_retrofitted(shared_stack: VirtualPcsc, programs: Path, way
     assert done.out.splitlines()[:2] == [str(len(shared_stack.readers)), "True"]
     assert done.status == (0 if way else -signal.SIGTERM)
     assert f"{REPORTED}1, contexts re-established: 1, brokers started: 0, handovers: 0\n" in done.err
-    assert done.err.count("was started and retrofitted") == 1 + len(way)
+    assert done.err.count("imported pyscard, and was retrofitted") == 1
+
+
+FIRST_IN_A_CHILD = """
+import os, sys
+assert not {'smartcard', 'wrapt'} & set(sys.modules)
+pid = os.fork()
+if pid:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+MODULE
+import pcsc_safe._process
+epoch = pcsc_safe._process.current()
+print(epoch.number, epoch.noticed_by)
+hresult, context = scard.SCardEstablishContext(0)
+print(hresult, hasattr(context, '_self_record'))
+"""
+
+
+@pytest.mark.parametrize("module", ["from smartcard import scard", "from pcsc_safe import scard"])
+@pytest.mark.parametrize("broker", ["on-fork", "always"])
+def test_a_child_may_be_the_first_to_import_pyscard(
+    shared_stack: VirtualPcsc, tmp_path: Path, module: str, broker: str
+) -> None:
+    """It knows that it was forked; and who imports pcsc_safe by name has it as ever."""
+    code = FIRST_IN_A_CHILD.replace("MODULE", module)
+    done = run(*RUN, "--broker", broker, "-c", code, cwd=tmp_path, env=shared_stack.env)
+    assert done == (0, "1 hook\n0 True\n", "")
 
 
 @pytest.mark.parametrize("policy", ["broker", "share"])
@@ -469,7 +499,7 @@ def test_brokers_are_in_the_report(shared_stack: VirtualPcsc, programs: Path, po
     done = run(*RUN, "--report", *options, "forks.py", cwd=programs, env=shared_stack.env)
     assert done.out.splitlines() == [str(len(shared_stack.readers)), "True"]
     assert "brokers started: 1, handovers: 0\n" in done.err
-    assert done.err.count("was started and retrofitted") == 1
+    assert done.err.count("imported pyscard, and was retrofitted") == 1
     assert ("shared 1 context(s)" in done.err) == (policy == "share")
 
 
