@@ -55,7 +55,7 @@ def install() -> None:
         if _applied.wanted:
             return
         _applied.wanted = True
-        _scard.stand_in.offer()
+        _scard.begin(_applied.finish)
         try:
             for name in PATCHES:
                 if name in sys.modules:
@@ -80,8 +80,10 @@ def uninstall() -> None:
     with _installing:
         if not _applied.wanted:
             return
-        _applied.undo()
-        _scard.leave()
+        _scard.end()
+        _applied.undo(_scard.still_needed)
+        _scard.stand_in.give_way(_applied.put)
+        _scard.leave_alone()
 
 
 def _imported(module: Any) -> None:
