@@ -20,7 +20,7 @@ import threading
 from types import TracebackType
 from typing import Any, Optional
 
-from . import _descriptors, _gate, _handles, _inherited, _log, _native, _process, _settings, _transactions
+from . import _descriptors, _events, _gate, _handles, _inherited, _log, _native, _process, _settings, _transactions
 from ._calls import LostError
 from ._handles import Context
 from .broker import _client, _mine
@@ -344,6 +344,9 @@ def _settle(will: _Will) -> None:
         _descriptors.kill([context.descriptor for context in will.native])
         for block in will.blocks:
             block.happened()
+        _events.record("handover", contexts=len(will.native) + len(will.in_broker))
+    if will.is_born and will.shared:
+        _events.record("share", contexts=len(will.shared))
     if will.legacy is not None:
         will.legacy.settle(will.is_born)
     while will.turns:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Optional
 
-from . import _descriptors, _log, _native, _process, _pyscard, _transactions, policy
+from . import _descriptors, _events, _log, _native, _process, _pyscard, _transactions, policy
 from ._calls import CALLS, Call, Gateway
 from ._handles import Card, Context, Record
 from ._pyscard import SUCCESS, constant
@@ -165,6 +165,7 @@ def _own_context(context: Context, through: Gateway) -> int:
         if hresult != SUCCESS:
             return hresult
         _log.info("process %d has a context of its own in the place of process %d's", context.owner.pid, owner_pid)
+        _events.record("reestablished", owner=owner_pid)
     return SUCCESS
 
 

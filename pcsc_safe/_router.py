@@ -14,6 +14,7 @@ from typing import Any, Callable, Optional
 from . import (
     _bequest,
     _descriptors,
+    _events,
     _gate,
     _handles,
     _inherited,
@@ -315,6 +316,7 @@ def _notice() -> _process.Epoch:
     if here is not _announced:
         _announced = here
         if here.parent is not None and _handles.contexts:
+            _events.record("fork", parent=here.parent.pid)
             _log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
             if here.unquiet is not None:
                 function, thread, _ = here.unquiet

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
 
-from .. import _descriptors
+from .. import _descriptors, _retrofitted
 from ..errors import BrokerError
 
 __all__ = [
@@ -214,7 +214,7 @@ def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
     kept = {name: value for name, value in mine.items() if name in _NEEDED or name.startswith(_NEEDED_PREFIXES)}
     if sys.flags.ignore_environment:  # python -I and -E: what this process doesn't trust is not for its broker either
         kept = {name: value for name, value in kept.items() if not name.startswith("PYTHON")}
-    places = [*path, *filter(None, [kept.pop("PYTHONPATH", None)])]
+    places = [*path, *filter(None, [_retrofitted.take_off(kept.pop("PYTHONPATH", ""))])]
     given = {"PYTHONPATH": os.pathsep.join(places)} if places else {}
     no_user_site = {"PYTHONNOUSERSITE": "1"} if sys.flags.no_user_site else {}
     return {**kept, **given, **no_user_site, "PYTHONSAFEPATH": "1"}
