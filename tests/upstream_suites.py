@@ -30,16 +30,34 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Union
 
-from pcsc_safe.testing import EchoCard, VirtualPcsc
+from pcsc_safe.testing import VirtualCard, VirtualPcsc
 
 __all__ = ["SUITES", "WAYS", "Ended", "Way", "differences", "program", "programs", "suite"]
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class SimCard(VirtualCard):
+    """What pyscard's test cases want: a card that can do T=0 only and has the file DF TELECOM of a SIM (GSM 11.11)."""
+
+    _FILE = bytes.fromhex("0000000000007F10020000000000")
+
+    def apdu(self, command: bytes) -> bytes:
+        """Answer SELECT and GET RESPONSE of class A0."""
+        if command[0] != 0xA0:
+            return b"\x6e\x00"
+        if command[1] == 0xA4:
+            return bytes([0x9F, len(self._FILE)]) if command[5:] == b"\x7f\x10" else b"\x94\x04"
+        if command[1] == 0xC0:
+            return self._FILE[: command[4]] + b"\x90\x00"
+        return b"\x6d\x00"
+
+
 ATRS = (bytes.fromhex("3B021450"), bytes.fromhex("3B03145051"))
-"""What pyscard's test cases want: two cards that can do T=0 only, and can be told apart."""
+"""Of two cards that can be told apart."""
 LIMIT = 120
 """Seconds that a suite may take."""
-ENDLESS = 12
+ENDLESS = 20
 """Seconds after which a program counts as one that does not end.  The slowest that does takes 10."""
 
 
@@ -138,7 +156,7 @@ class Ended(NamedTuple):
 @contextlib.contextmanager
 def _stack() -> Iterator[dict[str, str]]:
     """The environment of a program on a stack of its own, with default settings."""
-    with VirtualPcsc(2, [EchoCard(atr) for atr in ATRS], activate=False) as stack:
+    with VirtualPcsc(2, [SimCard(atr) for atr in ATRS], activate=False) as stack:
         usual = {name: value for name, value in stack.env.items() if not name.startswith("PCSC_SAFE_")}
         path = os.pathsep.join(filter(None, [str(ROOT), usual.get("PYTHONPATH", "")]))
         yield {**usual, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0"}
