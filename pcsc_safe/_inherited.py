@@ -132,7 +132,7 @@ def _own(call: Call, record: Record) -> int:
             return INVALID_HANDLE
         raise
     if isinstance(record, Card):
-        _transactions.wait(record, (), _status)
+        _transactions.wait("SCardConnect", record, (), _status)
     with context.turn.lock:
         context.turn.evict()
         hresult = _own_context(context, through)
@@ -235,7 +235,7 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """SCardReconnect gives an inherited handle a connection of this process's own."""
     assert isinstance(card, Card)
     through = gateway(call.name, card.context)
-    _transactions.wait(card, (), _status)
+    _transactions.wait(call.name, card, (), _status)
     with card.context.turn.lock:
         card.context.turn.evict()
         hresult, protocol = _own_context(card.context, through), 0

@@ -176,7 +176,7 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
         if closers:
             _gate.wait_until_open(get_ident())
         if polls and holders:
-            _transactions.wait(record, arguments, public["SCardStatus"])
+            _transactions.wait(name, record, arguments, public["SCardStatus"])
         turn = context.turn
         if turn.waits and turn.current is None:
             sleep(_GIVES_WAY)  # a wait for events wants to go on; beside a busy thread it never could
@@ -189,7 +189,7 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
                 inside[ident] = (name, monotonic(), None)
                 in_the_way = closers and ident not in closers
                 if polls and holders and not in_the_way:
-                    in_the_way = _transactions.in_the_way(record, arguments) is not None
+                    in_the_way = _transactions.in_the_way(name, record, arguments) is not None
                 # Nothing between this look and the native call can run other code: a fork in a handler is seen.
                 if not in_the_way and sentinel[0] and record.owner is process.here:
                     result = native(record.real, *arguments)

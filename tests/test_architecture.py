@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "_turns": {"_gate", "_native", "_pyscard"},
     "_handles": {"_calls", "_descriptors", "_native", "_process", "_proxies", "_turns", "errors", "policy"},
     "_proxies": {"_handles"},
-    "_transactions": {"_handles", "_process"},
+    "_transactions": {"_handles", "_process", "_pyscard"},
     "_settings": {"_gate", "policy"},
     "_configure": {"_calls", "_handles", "_settings", "errors", "policy"},
     "_inherited": {

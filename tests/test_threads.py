@@ -385,6 +385,15 @@ def test_the_end_of_a_transaction_by_disconnect(context: Any, reader: str) -> No
     safe.SCardDisconnect(second, safe.SCARD_LEAVE_CARD)
 
 
+def test_leaving_a_card_that_another_handle_has_in_a_transaction(context: Any, reader: str) -> None:
+    """SCardDisconnect waits for nobody if it leaves the card as it is: not even for this very thread's transaction."""
+    first, second = connect(context, reader), connect(context, reader)
+    assert safe.SCardBeginTransaction(first) == OK
+    assert Calling(safe.SCardDisconnect, second, safe.SCARD_LEAVE_CARD).answer() == OK
+    assert safe.SCardEndTransaction(first, safe.SCARD_LEAVE_CARD) == OK
+    assert safe.SCardDisconnect(first, safe.SCARD_LEAVE_CARD) == OK
+
+
 def test_pcscd_dies_in_a_transaction(pcsc_stack: VirtualPcsc) -> None:
     """Who waits for another handle's transaction gets a code, and is not left waiting, when pcscd dies."""
     session = Session()
