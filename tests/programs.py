@@ -1,4 +1,4 @@
-"""What the programs of test_retrofit.py and test_framework.py have in common; each test of those is a program of its own.
+"""What the programs of test_retrofit.py and test_framework.py have in common; each of their tests runs one.
 
 Nothing here imports pyscard, or pcsc_safe's core: when that is done is what the tests are about.
 """
@@ -23,7 +23,7 @@ RESET_CARD, INVALID_HANDLE = 0x80100068, 0x80100003
 
 
 def outcome(program: Callable[..., None], stack: VirtualPcsc, *arguments: str, **env: str) -> Any:
-    """What a program of this test says (:func:`say`); it must end well, with nothing on stderr but pcsc_safe's warning."""
+    """What a program says (:func:`say`); it must end well, with nothing on stderr but pcsc_safe's warning."""
     done = in_program(program, *arguments, env={**stack.env, **env})
     complaints = [line for line in done.stderr.splitlines() if "SCARD_W_RESET_CARD because this process" not in line]
     assert (done.returncode, complaints) == (0, []), done.stderr

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.native  # each test says itself what its programs use
 
 
 def namespaces() -> dict[str, dict[str, Any]]:
-    """pyscard's functions by every style of import."""
+    """The functions by every style of import."""
     found: dict[str, dict[str, Any]] = {"star": {}, "by name": {}, "module": {}, "inner": {}}
     exec("from smartcard.scard import *", found["star"])
     names = "SCardEstablishContext, SCardListReaders, SCardConnect, SCardTransmit, SCardDisconnect, SCardReleaseContext"
@@ -84,9 +84,9 @@ def styles(when: str) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_every_import_style(shared_stack: VirtualPcsc, when: str) -> None:
-    """Whatever a program has imported, before install() or after: its child is told, and the parent's session goes on."""
+    """Whatever a program has imported, before install() or after: its child is told, and its own session goes on."""
     told = [RESET_CARD, 0, 0, [0, [1, 0x90, 0]]]
-    expected = {style: told for style in ("star", "by name", "module", "inner")}
+    expected = dict.fromkeys(("star", "by name", "module", "inner"), told)
     expected["framework"] = ["CardConnectionException", None, True]
     assert outcome(styles, shared_stack, when) == expected
 
@@ -108,7 +108,6 @@ def attributes() -> dict[str, Any]:
     import smartcard.CardRequest
     import smartcard.CardService
     import smartcard.ReaderMonitoring
-    import smartcard.scard
 
     found = {}
     for name, module in list(sys.modules.items()):
@@ -179,7 +178,7 @@ def live_handles() -> None:
 
 
 def test_live_handles_outlive_uninstall(shared_stack: VirtualPcsc) -> None:
-    """What was opened under install() works on after uninstall(), fork and all; with the last one the last name is back."""
+    """What was opened under install() works on after uninstall(), forks and all; with its end the last name is back."""
     expected = [True, False, "CardConnectionException", [True, True, True], True, []]
     assert outcome(live_handles, shared_stack) == expected
 
@@ -307,7 +306,9 @@ def other_way_round(first: str) -> None:
     say([child(lambda: refusal(lambda: verified(connection))), verified(connection)])
 
 
-@pytest.mark.parametrize("first", ["import pcsc_safe.scard", "pcsc_safe.handover()", "pcsc_safe.configure(cards='reset')"])
+@pytest.mark.parametrize(
+    "first", ["import pcsc_safe.scard", "pcsc_safe.handover()", "pcsc_safe.configure(cards='reset')"]
+)
 def test_pcsc_safe_may_import_pyscard(shared_stack: VirtualPcsc, first: str) -> None:
     """If it is pcsc_safe that imports pyscard first, pyscard is patched all the same."""
     assert outcome(other_way_round, shared_stack, first) == ["CardConnectionException", True]

@@ -57,7 +57,7 @@ _NAMES = [name for name, call in CALLS.items() if call.takes is not None] + [_ES
 
 _in_force = False
 _given: set[object] = set()
-"""The contexts that were given out by pyscard's functions and not yet released, and those that are being established."""
+"""The contexts that were given out by pyscard's functions and not yet released, and those that are under way."""
 
 _when_all_are_released: Callable[[], None] = lambda: None  # noqa: E731
 
@@ -185,12 +185,12 @@ class _StandIn:
 
     def offer(self) -> None:
         """From now on be asked."""
-        sys.meta_path.insert(0, self)  # type: ignore[arg-type]  # a finder needs no base class
+        sys.meta_path.insert(0, self)
 
     def withdraw(self) -> None:
         """Be asked no more."""
         if self in sys.meta_path:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> Optional[ModuleSpec]:
         """See :class:`importlib.abc.MetaPathFinder`."""
