@@ -104,11 +104,6 @@ def test_install_imports_no_pyscard(shared_stack: VirtualPcsc) -> None:
 
 def attributes() -> dict[str, Any]:
     """Everything in pyscard that could be patched."""
-    import smartcard.CardMonitoring
-    import smartcard.CardRequest
-    import smartcard.CardService
-    import smartcard.ReaderMonitoring
-
     found = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "smartcard":

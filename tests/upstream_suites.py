@@ -213,7 +213,9 @@ def _from_junit(file: Path, ended: Ended) -> dict[str, str]:
         return {"pytest": f"ended with {ended.status}\n{ended.output}\n{ended.errors}"}
     outcomes = {}
     for case in ElementTree.parse(file).iter("testcase"):
-        kinds = [f"{child.tag} {child.get('type', '')}" for child in case if child.tag not in ("system-out", "properties")]
+        kinds = [
+            f"{child.tag} {child.get('type', '')}" for child in case if child.tag not in ("system-out", "properties")
+        ]
         outcomes[f"{case.get('classname')}.{case.get('name')}"] = " ".join(kinds) or "passed"
     return outcomes
 
@@ -346,7 +348,11 @@ def main() -> int:
             }
         results = {
             what: {
-                way: {k: v for name, future in futures for k, v in ({name: future.result()} if name else future.result()).items()}
+                way: {
+                    k: v
+                    for name, future in futures
+                    for k, v in ({name: future.result()} if name else future.result()).items()
+                }
                 for way, futures in by_way.items()
             }
             for what, by_way in started.items()
