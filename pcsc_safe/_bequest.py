@@ -414,16 +414,17 @@ def _begin(epoch: _process.Epoch) -> None:
     if accepted is None or accepted[0] != epoch.pid:
         return
     will = accepted[1]
-    for context in will.native:
-        if context.descriptor is not None:
-            _descriptors.guard(context.descriptor)
     broker = _mine.usable()
     for context in [*will.native, *will.in_broker, *will.shared]:
-        if context not in will.native:
-            if broker is None:
-                continue
-            context.gateway = broker
-        _take(context, epoch)
+        if context in will.native:
+            is_there = context.descriptor is not None and context.descriptor.is_intact()
+            if context.descriptor is not None and is_there:
+                _descriptors.guard(context.descriptor)
+        else:
+            is_there = broker is not None
+            context.gateway = broker or context.gateway
+        # What the application has closed since the fork is lost: the number may be something else's by now.
+        _take(context, epoch if is_there else _process.Epoch(epoch, _process.LOST))
         for card in list(context.cards.values()):
             if context in will.shared:
                 card.transactions = 0  # what is open is its parent's

@@ -45,8 +45,9 @@ ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
 
 @pytest.fixture(scope="module")
 def module_stack() -> Iterator[VirtualPcsc]:
-    """Only this module has contexts there."""
+    """Only this module has contexts there; this process had one, so that its children have nothing left to import."""
     with stack_to_hold() as stack:
+        assert safe.SCardReleaseContext(establish()) == OK
         yield stack
 
 

@@ -298,11 +298,12 @@ class Broker:
             legacy = self._accepted[1]
             if not self.for_family:
                 _descriptors.guard(self._door.descriptor)
-            presence = adopt(legacy.number, guarded=True)
-            return Broker(
-                self._door, self._helper, epoch, for_family=self.for_family, key=legacy.key, presence=presence
-            )
-        if self.for_family and not self.lost:
+            if legacy.descriptor is not None and legacy.descriptor.is_intact():
+                presence = adopt(legacy.number, guarded=True)
+                return Broker(
+                    self._door, self._helper, epoch, for_family=self.for_family, key=legacy.key, presence=presence
+                )
+        elif self.for_family and not self.lost:
             return Broker(self._door, self._helper, epoch, for_family=True)
         self._door.abandon()
         self._helper = self._helper.heard()
@@ -350,12 +351,14 @@ class Legacy:
     :ivar key: the client's.
     :ivar number: the descriptor of the connection by which it lives; the same as its parent's, so that who closes all
         descriptors but some can know which.
+    :ivar descriptor: the same, as it is in the child.
     """
 
     def __init__(self, broker: Broker, key: bytes, connection: Connection, number: int, given: list[int]) -> None:
         self.key = key
         self.number = number
         self._broker = broker
+        self.descriptor: Optional[_descriptors.Descriptor] = None
         self._connection = connection
         self._given = given
 
@@ -368,6 +371,7 @@ class Legacy:
         with contextlib.suppress(OSError):
             os.dup2(self._connection.descriptor.number, self.number, inheritable=False)
             os.close(self._connection.descriptor.number)
+            self.descriptor = _descriptors.of(self.number)
             self._broker._accepted = (os.getpid(), self)
 
     def settle(self, born: bool) -> None:

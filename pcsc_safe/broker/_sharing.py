@@ -17,6 +17,7 @@ __all__ = ["Client", "Handle", "call_on_card", "drop", "share"]
 _LOOK_AGAIN = 1.0  # s; whether the client that waits is still there
 _REFUSED = frozenset(("SCardControl", "SCardEndTransaction"))  # PC/SC doesn't wait in these
 _LEAVE, _RESET = _pyscard.constant("SCARD_LEAVE_CARD"), _pyscard.constant("SCARD_RESET_CARD")
+_EXCLUSIVE = _pyscard.constant("SCARD_SHARE_EXCLUSIVE")
 
 
 class Client(Protocol):
@@ -105,7 +106,7 @@ def call_on_card(client: Client, name: str, handle: Handle, function: Callable[.
             return None
         result = function(handle, *arguments)
         _settle(client, handle)
-        if client.is_gone:
+        if int(handle) not in client.handles:  # dropped meanwhile
             _end_transaction(client, handle)
         return result
 
@@ -136,17 +137,27 @@ def drop(client: Client, handle: Handle) -> bool:
 
     :return: whether no other client has it: the session is to be ended.
     """
+    ended = []
     if isinstance(handle.record, _handles.Context):
         mine = [other for other in list(client.handles.values()) if other.record.context is handle.record]
-        for other in mine:
-            if other is not handle and handle.holders and drop(client, other):  # else they go with the context
-                _router.public["SCardDisconnect"](other, _RESET)
-    elif handle.transaction is client:
+        ended = [other for other in mine if other is not handle and handle.holders and drop(client, other)]
+    with _bookkeeping:
+        client.handles.pop(int(handle), None)
+        handle.holders.discard(client)
+        is_last = not handle.holders
+    if is_last:  # then its cards and its transaction go with it
+        return True
+    for other in ended:
+        _router.public["SCardDisconnect"](other, _disposition(other.record))
+    if handle.transaction is client:
         # Else not, for who has the lock may wait for a transaction that this client has elsewhere. What it begins at
         # this moment, the thread that begins it ends.
         with handle.free:
             _end_transaction(client, handle)
-    with _bookkeeping:
-        client.handles.pop(int(handle), None)
-        handle.holders.discard(client)
-        return not handle.holders
+    return False
+
+
+def _disposition(record: _handles.Record) -> int:
+    """How pcscd leaves the card of an application that is gone."""
+    is_locked = isinstance(record, _handles.Card) and (record.transactions or record.share_mode == _EXCLUSIVE)
+    return _RESET if is_locked else _LEAVE

@@ -1,0 +1,128 @@
+"""Families of processes that share a session, for tests of policy ``share``.
+
+A family is the test's own: a forked child, the head, with a broker for all that it forks.  Its members are told what to
+call, one call after the other, so that the test knows what each is in the middle of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+import forking
+import pytest
+from brokers import Client, Link
+from conftest import ECHO, IS_VERIFIED, Session
+from test_threads import HeldCard
+
+import pcsc_safe
+from pcsc_safe import scard as safe
+from pcsc_safe._calls import CALLS, Kind
+from pcsc_safe.errors import PcscSafeError
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+from pcsc_safe.testing._install import Missing, look
+
+OK, VIOLATION, INVALID = safe.SCARD_S_SUCCESS, safe.SCARD_E_SHARING_VIOLATION, safe.SCARD_E_INVALID_HANDLE
+LEAVE, RESET, UNPOWER = safe.SCARD_LEAVE_CARD, safe.SCARD_RESET_CARD, safe.SCARD_UNPOWER_CARD
+EXCLUSIVE, SHARED, T1 = safe.SCARD_SHARE_EXCLUSIVE, safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_T1
+ECHOED, VERIFIED = [OK, [1, 2, 3, 0x90, 0x00]], [OK, [1, 0x90, 0x00]]
+TRANSMIT = ("SCardTransmit", safe.SCARD_PCI_T1, ECHO)
+IS_PIN_THERE = ("SCardTransmit", safe.SCARD_PCI_T1, IS_VERIFIED)
+BEGIN, END = ("SCardBeginTransaction",), ("SCardEndTransaction", LEAVE)
+RECONNECT = ("SCardReconnect", SHARED, T1, LEAVE)
+A_WHILE = 0.1  # s; in which a call would have been answered that doesn't wait
+
+
+class PairsCard(HeldCard):
+    """A HeldCard that knows when somebody came between: after INS 50 of one P1, INS 51 of another is answered 6985."""
+
+    opened_by = 0
+
+    def apdu(self, command: bytes) -> bytes:
+        if command[1] == 0x50:
+            self.opened_by = command[2]
+        elif command[1] != 0x51:
+            return super().apdu(command)
+        return b"\x90\x00" if self.opened_by == command[2] else b"\x69\x85"
+
+
+@pytest.fixture(scope="module")
+def module_stack() -> Iterator[VirtualPcsc]:
+    """A PairsCard is in its first reader, and only one module has contexts there."""
+    found = look()
+    if isinstance(found, Missing):
+        pytest.skip(f"{found.problem}; {found.remedy}")
+    with VirtualPcsc(2, [PairsCard(), EchoCard()]) as stack:
+        yield stack
+
+
+@pytest.fixture
+def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
+    """That stack; when the test is over nobody has a context there, so no session has outlived its holders."""
+    yield module_stack
+    card = card_of(module_stack)
+    card.go.set()
+    module_stack.wait_for_clients(0)
+    card.go.clear()
+    card.reached.clear()
+
+
+def card_of(stack: VirtualPcsc) -> Any:
+    """The PairsCard of such a stack."""
+    return stack.readers[0].card
+
+
+def sharing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for the head of a family."""
+
+    def head(*arguments: Any) -> Any:
+        pcsc_safe.configure(broker="always", policy="share")
+        return function(*arguments)
+
+    return head
+
+
+def called(session: Session, name: str, *arguments: Any) -> Any:
+    """The answer to a call on the session's context or card, or the name of the error."""
+    handle = session.context if CALLS[name].takes is Kind.CONTEXT else session.card
+    try:
+        return getattr(safe, name)(handle, *arguments)
+    except PcscSafeError as error:
+        return type(error).__name__
+
+
+def exchanges(session: Session, number: int, count: int) -> Any:
+    """How many of so many answers were not those to what this process had sent; and whether the PIN is there."""
+    data = [[number, i >> 8, i & 0xFF] for i in range(count)]
+    wrong = sum(session.transmit([0x80, 1, 0, 0, 3, *each]) != [OK, [*each, 0x90, 0x00]] for each in data)
+    return wrong, session.transmit(IS_VERIFIED)
+
+
+def _obeys(link: Link, session: Optional[Session]) -> None:
+    session = session or Session()
+    while (asked := link.hear()) is not None:
+        link.say(called(session, *asked))
+
+
+class Member(Client):
+    """A forked child that makes the calls that it is told; it dies by SIGKILL if it isn't told to end.
+
+    :param session: that it has inherited; None: it has one of its own.
+    """
+
+    def __init__(self, session: Optional[Session], fork: Callable[[], int] = forking.fork) -> None:
+        super().__init__(_obeys, session, fork=fork)
+
+    def calls(self, *asked: Any) -> Any:
+        """The answer to a call."""
+        self.say(asked)
+        return self.hear()
+
+    def is_silent(self) -> bool:
+        """Whether it says nothing for a while."""
+        return not self._connection.poll(A_WHILE)
+
+    def ends(self) -> None:
+        """Have it end."""
+        self.say(None)
+        self.result()
