@@ -167,7 +167,7 @@ class _Will:
     :ivar in_broker: contexts that are handed over in a broker.
     :ivar shared: contexts that are shared.
     :ivar legacy: how the child reaches the latter two; None if there is none of them.
-    :ivar birth: a pipe over which the child says that it was born; empty while there is none.
+    :ivar birth: two sockets, over the second of which the child says that it was born; empty while there are none.
     :ivar is_made: the child that is forked now gets all this.
     :ivar is_born: there is that child; None until the parent knows.
     :ivar raised: by signal handlers meanwhile; it has to wait until all is settled.
@@ -180,7 +180,7 @@ class _Will:
         self.in_broker: list[Context] = []
         self.shared: list[Context] = []
         self.legacy: Optional[_client.Legacy] = None
-        self.birth: tuple[int, ...] = ()
+        self.birth: tuple[Any, ...] = ()
         self.is_made = False
         self.is_born: Optional[bool] = None
         self.raised: list[BaseException] = []
@@ -190,15 +190,15 @@ _blocks: dict[int, tuple[handover, ...]] = {}  # by thread; the innermost is the
 _wills: dict[int, _Will] = {}
 _accepted: Optional[tuple[int, _Will]] = None  # in a child that has not begun yet: its PID, and what it gets
 _is_prepared = False
-_select: Any = None
+_socket: Any = None
 
 
 def prepare() -> None:
     """Import what a fork takes, so that nothing need be imported in a child."""
-    global _select
-    import select
+    global _socket
+    import socket
 
-    _select = select
+    _socket = socket
 
 
 def _prepare() -> None:
@@ -227,7 +227,8 @@ def _before() -> None:
         why_not = _written(will, ident)
         if why_not:
             _failed(will, why_not)
-    except LostError:
+    except LostError as lost:
+        _handles.disown(lost.gateway)
         _failed(will, "the broker has died, and the sessions with it", "establish them anew")
     except BaseException as error:
         ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
@@ -291,7 +292,7 @@ def _written(will: _Will, ident: int) -> Optional[str]:
             return "another thread has its turn on a context"
     if broker is not None and (will.in_broker or will.shared):
         will.legacy = broker.bequeath(_numbers(will.in_broker), _numbers(will.shared))
-    will.birth = os.pipe()
+    will.birth = _socket.socketpair()
     if not _process.sentinel[0] or any(context.owner is not here for context in given):
         return "a signal handler has forked"
     _descriptors.kept[ident] = {
@@ -335,8 +336,8 @@ def _settle(will: _Will) -> None:
     if will.is_born is None:
         will.is_born = _was_born(will)
     birth, will.birth = will.birth, ()
-    for number in birth:
-        _close(number)
+    for end in birth:
+        end.close()
     if will.is_born and (will.native or will.in_broker):
         gone = _process.Epoch(_process.here, _process.HANDED_OVER)
         for context in [*will.native, *will.in_broker]:
@@ -359,19 +360,15 @@ def _was_born(will: _Will) -> bool:
     """Whether there is a child: it has said so, or has the pipe and will."""
     if not will.is_made:
         return False
-    read_end, *write_end = will.birth
-    will.birth = (read_end,)
-    for number in write_end:
-        _close(number)
-    poll = _select.poll()
-    poll.register(read_end, _select.POLLIN)
-    events = poll.poll(0)
-    return not events or bool(events[0][1] & _select.POLLIN)
-
-
-def _close(number: int) -> None:
-    with contextlib.suppress(OSError):
-        os.close(number)
+    ours, *theirs = will.birth
+    will.birth = (ours,)
+    for end in theirs:
+        end.close()
+    # Not select.poll or os.read, which set errno to 0: until Python 3.10 it is read after this, where fork() failed.
+    try:
+        return bool(ours.recv(1, _socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return True
 
 
 def _take(context: Context, owner: _process.Epoch) -> None:
@@ -384,15 +381,17 @@ def _take(context: Context, owner: _process.Epoch) -> None:
 def _in_hook() -> None:
     """In the child."""
     global _accepted
-    will = _wills.get(threading.get_ident())
+    will, wills = _wills.get(threading.get_ident()), list(_wills.values())
     _wills.clear()
     _accepted = None
+    if will is not None and will.is_made:
+        with contextlib.suppress(OSError):
+            will.birth[1].send(b"\1")
+    for each in wills:
+        for end in each.birth:
+            end.close()
     if will is None or not will.is_made:
         return
-    with contextlib.suppress(OSError):
-        os.write(will.birth[1], b"\1")
-    for number in will.birth:
-        _close(number)
     if will.legacy is not None:
         will.legacy.arrive()
         with contextlib.suppress(OSError):  # from a child of this one, if it is forked before this one begins

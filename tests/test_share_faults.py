@@ -58,35 +58,6 @@ SEED = 7
 
 # Transactions.
 
-WAITING = [TRANSMIT, ("SCardStatus",), BEGIN, RECONNECT]
-REFUSED = [("SCardControl", 1, []), END]
-
-
-@pytest.mark.parametrize("how", ["shared", "apart"])
-def test_transactions_exclude_each_other(stack: VirtualPcsc, how: str) -> None:
-    """Between the processes of a session as PC/SC does it between applications, each with a session of its own."""
-
-    def head() -> Any:
-        session = Session()
-        with Member(session if how == "shared" else None) as other:
-            other.calls(*TRANSMIT)
-            waited, refused = [], []
-            for asked in WAITING:
-                assert called(session, *BEGIN) == OK
-                other.say(asked)
-                silent, mine, ended = other.is_silent(), called(session, *TRANSMIT), called(session, *END)
-                answer = other.hear()
-                waited.append((silent, mine, ended, answer[0] if isinstance(answer, list) else answer))
-                assert asked != BEGIN or other.calls(*END) == OK
-            for asked in REFUSED:
-                assert called(session, *BEGIN) == OK
-                refused.append((other.calls(*asked), called(session, *END)))
-            return waited, refused
-
-    waited, refused = in_child(sharing(head) if how == "shared" else head)
-    assert waited == [(True, ECHOED, OK, OK)] * len(WAITING)
-    assert refused == [([VIOLATION, []], OK), (VIOLATION, OK)]
-
 
 def test_one_begun_before_the_fork_is_the_parents(stack: VirtualPcsc) -> None:
     """The child waits for its end, as everybody does, and can't end it; but it can leave."""

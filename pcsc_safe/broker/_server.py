@@ -231,6 +231,8 @@ class _Connection:
             result = self._shared(client, call, function, handle, rest)
         else:
             result = function(handle, *rest)
+            if name == "SCardBeginTransaction" and type(handle) is Handle and handle.holders:
+                _sharing.settle(client, handle)
         if name == "SCardConnect" and result[0] == _pyscard.SUCCESS:
             client.handles[int(result[1])] = result[1]
         elif name in ("SCardDisconnect", "SCardReleaseContext") and type(handle) is Handle:

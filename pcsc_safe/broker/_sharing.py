@@ -12,7 +12,7 @@ from typing import Any, Callable, Optional, Protocol
 
 from .. import _handles, _pyscard, _router, _transactions
 
-__all__ = ["Client", "Handle", "call_on_card", "drop", "share"]
+__all__ = ["Client", "Handle", "call_on_card", "drop", "settle", "share"]
 
 _LOOK_AGAIN = 1.0  # s; whether the client that waits is still there
 _REFUSED = frozenset(("SCardControl", "SCardEndTransaction"))  # PC/SC doesn't wait in these
@@ -109,6 +109,12 @@ def call_on_card(client: Client, name: str, handle: Handle, function: Callable[.
         if int(handle) not in client.handles:  # dropped meanwhile
             _end_transaction(client, handle)
         return result
+
+
+def settle(client: Client, handle: Handle) -> None:
+    """Note what has come of a call of this client that began when the card was not shared yet."""
+    with handle.free:
+        _settle(client, handle)
 
 
 def _settle(client: Client, handle: Handle) -> None:
