@@ -107,7 +107,7 @@ def attributes() -> dict[str, Any]:
     import smartcard.CardMonitoring
     import smartcard.CardRequest
     import smartcard.CardService
-    import smartcard.ReaderMonitoring
+    import smartcard.ReaderMonitoring  # noqa: F401
 
     found = {}
     for name, module in list(sys.modules.items()):
