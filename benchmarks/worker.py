@@ -27,7 +27,7 @@ VARIANTS = {
     "broker": ("pcsc_safe.scard", (), {"PCSC_SAFE_BROKER": "always"}),
     "child's broker": ("pcsc_safe.scard", (), {"PCSC_SAFE_POLICY": "broker"}),
 }
-"""Which module it uses, what else it has imported (a process with more in it takes longer to fork), and its settings."""
+"""Which module it uses, what else it has imported (a process with more in it forks more slowly), and its settings."""
 
 AT_ONCE = [0x80, 0x01, 0x00, 0x00, 0x03, 1, 2, 3]
 IN_10_MS = [0x80, 0x02, 0x01, 0x00, 0x03, 1, 2, 3]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Callable, NamedTuple, Optional
 
 from . import __version__
+from . import _run as run
 from .demo import _command as demo
 
 __all__ = ["COMMANDS", "Command", "main", "versions"]
@@ -26,12 +27,14 @@ class Command(NamedTuple):
     :ivar add_arguments: declares its arguments.
     :ivar run: runs it, and returns the exit status.
     :ivar epilog: ends its ``--help``.
+    :ivar split: tells its arguments from those of a program that it runs; these become ``options.program``.
     """
 
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     epilog: str = ""
+    split: Callable[[Sequence[str]], tuple[Sequence[str], Sequence[str]]] = lambda arguments: (arguments, [])
 
 
 def versions() -> dict[str, str]:
@@ -73,6 +76,13 @@ COMMANDS = {
         demo.main,
         demo.EPILOG,
     ),
+    "run": Command(
+        "run a Python program that uses pyscard, and the Pythons that it starts, on pcsc_safe",
+        run.add_arguments,
+        run.main,
+        run.EPILOG,
+        run.split,
+    ),
     "version": Command("print the versions that a bug report wants", _version_arguments, _version),
 }
 
@@ -92,13 +102,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    program: Sequence[str] = []
+    if arguments and arguments[0] in COMMANDS:
+        own, program = COMMANDS[arguments[0]].split(arguments[1:])
+        arguments = [arguments[0], *own]
+    return _parser().parse_args(arguments, argparse.Namespace(program=program))
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run one command.
 
     :param arguments: those of the command line if None.
     :return: the exit status: the command's own; 130 if it was interrupted.
     """
-    options = _parser().parse_args(arguments)
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return COMMANDS[options.command].run(options)
     except KeyboardInterrupt:

@@ -18,12 +18,13 @@ import contextlib
 import os
 import threading
 from types import TracebackType
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
-from . import _descriptors, _gate, _handles, _inherited, _log, _native, _process, _settings, _transactions
+from . import _descriptors, _events, _gate, _handles, _inherited, _log, _native, _process, _settings, _transactions
+from ._calls import LostError
 from ._handles import Context
 from .broker import _client, _mine
-from .errors import HandoverError
+from .errors import HandoverError, PcscSafeError
 from .policy import Owner, Policy, native_works_after_fork
 
 __all__ = ["files_to_preserve", "handover", "prepare"]
@@ -54,10 +55,11 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         self._chosen = [_owned(context) for context in contexts] or None
         self._epoch: Optional[_process.Epoch] = None
         self._done = False
-        self.failure: Optional[str] = None
+        self.failure: Optional[tuple[str, str]] = None
 
     def __enter__(self) -> handover:
         self._epoch = here = _process.current()
+        self._done, self.failure = False, None
         _prepare()
         if self._chosen is None:
             for context in list(_handles.contexts.values()):
@@ -66,35 +68,49 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         for context in self.contexts():
             why_not = _obstacle(context)
             if why_not:
-                raise _error(why_not[0], why_not[1])
-        if not _gate.close_quietly():
-            raise _error(
-                "calls of other threads are inside PC/SC",
-                "end them first, or configure a longer quiesce_timeout",
-            )
-        _blocks[threading.get_ident()] = self
+                raise _error(*why_not)
+        ident = threading.get_ident()
+        try:
+            if not _gate.close_quietly():
+                raise _error(
+                    "calls of other threads are inside PC/SC",
+                    "end them first, or configure a longer quiesce_timeout",
+                )
+            _blocks[ident] = (*_blocks.get(ident, ()), self)
+        except BaseException:  # a signal handler's too
+            if ident not in _blocks:
+                _gate.open_again()
+            raise
         return self
 
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
-        _blocks.pop(threading.get_ident(), None)
-        _gate.open_again()
+        ident = threading.get_ident()
+        outer = _blocks.pop(ident, ())[:-1]
+        if outer:
+            _blocks[ident] = outer
+        else:
+            _gate.open_again()
         if kind is not None or self._done:
             return
         if self.failure is not None:
-            raise _error(self.failure, "the parent is still the owner: fork again")
+            raise _error(*self.failure)
         here = _process.current()
-        if self._epoch is not here and here.noticed_by != "hook":
+        if here is not self._epoch and self._owned_by(self._epoch):
+            if here.noticed_by == "hook":
+                raise _error("a signal handler raised during the fork", _AGAIN)
             raise _error(
                 "the fork in this block ran none of Python's hooks", "use os.fork(); the parent is still the owner"
             )
 
     def contexts(self) -> list[Context]:
         """Those to hand over that this process owns."""
-        here = _process.here
+        return self._owned_by(_process.here)
+
+    def _owned_by(self, owner: Optional[_process.Epoch]) -> list[Context]:
         chosen = self._chosen if self._chosen is not None else list(_handles.contexts.values())
-        return [context for context in chosen if context.owner is here and not context.released]
+        return [context for context in chosen if context.owner is owner and not context.released]
 
     def happened(self) -> None:
         """Note that there was a fork, and it handed over."""
@@ -140,26 +156,37 @@ def _error(problem: str, remedy: str) -> HandoverError:
     return HandoverError(f"nothing is handed over: {problem}", remedy=remedy, pid=os.getpid())
 
 
-class _Will(NamedTuple):
+class _Will:
     """What a fork gives to its child.
 
-    :ivar native: contexts that are handed over with their connections, and whose turns the forking thread holds.
+    What it takes is noted here first, so that it can be given back wherever a signal handler raises.
+
+    :ivar blocks: that it is made for, if any.
+    :ivar native: contexts that are handed over with their connections.
+    :ivar turns: of these; the forking thread holds them.
     :ivar in_broker: contexts that are handed over in a broker.
     :ivar shared: contexts that are shared.
     :ivar legacy: how the child reaches the latter two; None if there is none of them.
-    :ivar block: the block that it was made for, if any.
-    :ivar birth: a pipe over which the child says that it was born.
+    :ivar birth: a pipe over which the child says that it was born; empty while there is none.
+    :ivar is_made: the child that is forked now gets all this.
+    :ivar is_born: there is that child; None until the parent knows.
+    :ivar raised: by signal handlers meanwhile; it has to wait until all is settled.
     """
 
-    native: list[Context]
-    in_broker: list[Context]
-    shared: list[Context]
-    legacy: Optional[_client.Legacy]
-    block: Optional[handover]
-    birth: tuple[int, int]
+    def __init__(self, blocks: tuple[handover, ...]) -> None:
+        self.blocks = blocks
+        self.native: list[Context] = []
+        self.turns: list[Any] = []
+        self.in_broker: list[Context] = []
+        self.shared: list[Context] = []
+        self.legacy: Optional[_client.Legacy] = None
+        self.birth: tuple[int, ...] = ()
+        self.is_made = False
+        self.is_born: Optional[bool] = None
+        self.raised: list[BaseException] = []
 
 
-_blocks: dict[int, handover] = {}
+_blocks: dict[int, tuple[handover, ...]] = {}  # by thread; the innermost is the last
 _wills: dict[int, _Will] = {}
 _accepted: Optional[tuple[int, _Will]] = None  # in a child that has not begun yet: its PID, and what it gets
 _is_prepared = False
@@ -180,51 +207,67 @@ def _prepare() -> None:
     prepare()
     if not _is_prepared:
         _is_prepared = True
-        _process.after_fork_in_parent(_in_parent)
+        for _ in range(2):  # what a signal handler raises when one begins keeps that one from running
+            _process.after_fork_in_parent(_in_parent)
 
 
 def _before() -> None:
     ident = threading.get_ident()
-    block = _blocks.get(ident)
-    if block is None and not _settings.gives_at_forks():
+    blocks = _blocks.get(ident, ())
+    if not blocks and not _settings.gives_at_forks():
         return
     if _accepted is not None:
         _process.current()  # a child that has done nothing with what it got but to fork again
     if not _process.sentinel[0]:
         return
+    will = _Will(blocks)
     try:
-        will = _written(ident, block)
-    except BaseException as error:  # a signal handler's too; the fork goes on
-        _failed(block, f"{type(error).__name__}: {error}")
-        return
-    if will is not None:
         _prepare()
         _wills[ident] = will
-        _descriptors.kept[ident] = {
-            *(context.descriptor.number for context in will.native if context.descriptor is not None),
-            *(will.legacy.descriptors() if will.legacy is not None else ()),
-        }
+        why_not = _written(will, ident)
+        if why_not:
+            _failed(will, why_not)
+    except LostError:
+        _failed(will, "the broker has died, and the sessions with it", "establish them anew")
+    except BaseException as error:
+        ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
+        if not will.is_made:
+            _failed(will, str(error) if ours else "a signal handler raised")
+        if not ours:  # the fork goes on
+            will.raised.append(error)
+            _wills[ident] = will
 
 
-def _failed(block: Optional[handover], why: str) -> None:
-    if block is not None:
-        block.failure = why
+_AGAIN = "the parent is still the owner: fork again"
+
+
+def _failed(will: _Will, why: str, remedy: str = _AGAIN) -> None:
+    _descriptors.kept.pop(threading.get_ident(), None)
+    for block in will.blocks:
+        block.failure = (why, remedy)
     _log.warning("process %d gives nothing to the child that it forks: %s", os.getpid(), why)
 
 
-def _written(ident: int, block: Optional[handover]) -> Optional[_Will]:
+def _to_give(blocks: tuple[handover, ...], owner: Owner) -> list[Context]:
+    if blocks:
+        return list(dict.fromkeys(context for block in blocks for context in block.contexts()))
+    if owner is not Owner.CHILD:
+        return []
+    own = [context for context in list(_handles.contexts.values()) if context.owner is _process.here]
+    return [context for context in own if not context.released and _obstacle(context) is None]
+
+
+def _written(will: _Will, ident: int) -> Optional[str]:
+    """Have a will made.
+
+    :return: None, or why there is nothing in it that should be.
+    """
     settings, here = _settings.settings(), _process.here
-    if block is not None:
-        given = block.contexts()
-    elif settings.owner is Owner.CHILD:
-        given = [context for context in _handles.contexts.values() if context.owner is here and not context.released]
-        given = [context for context in given if _obstacle(context) is None]
-    else:
-        given = []
+    given = _to_give(will.blocks, settings.owner)
     broker = _mine.usable()
-    native = [context for context in given if context.gateway is _native.gateway]
-    in_broker = [context for context in given if context.gateway is broker]
-    shared = [
+    will.native = [context for context in given if context.gateway is _native.gateway]
+    will.in_broker = [context for context in given if context.gateway is broker]
+    will.shared = [
         context
         for context in list(_handles.contexts.values())
         if context.owner is here
@@ -233,62 +276,93 @@ def _written(ident: int, block: Optional[handover]) -> Optional[_Will]:
         and context.gateway is broker
         and context.settings(settings).policy is Policy.SHARE
     ]
-    if not given and not shared:
+    if not given and not will.shared:
         return None
+    for context in given:  # one that is younger than the block
+        why_not = _obstacle(context)
+        if why_not:
+            return why_not[0]
     if given and _gate.others_are_inside():
-        _failed(block, "a call of another thread is inside PC/SC")
-        return None
-    with contextlib.ExitStack() as undo:
-        for context in native:
-            lock = context.turn.lock
-            if not lock.acquire(timeout=_TURN_WITHIN):
-                _failed(block, "another thread has its turn on a context")
-                return None
-            undo.callback(lock.release)
-        legacy = None
-        if broker is not None and (in_broker or shared):
-            legacy = broker.bequeath([c.real for c in in_broker], [c.real for c in shared])
-        birth = os.pipe()
-        undo.pop_all()
-    return _Will(native, in_broker, shared, legacy, block, birth)
+        return "a call of another thread is inside PC/SC"
+    for context in will.native:
+        will.turns.append(context.turn.lock)
+        if not context.turn.lock.acquire(timeout=_TURN_WITHIN):
+            will.turns.pop()
+            return "another thread has its turn on a context"
+    if broker is not None and (will.in_broker or will.shared):
+        will.legacy = broker.bequeath(_numbers(will.in_broker), _numbers(will.shared))
+    will.birth = os.pipe()
+    if not _process.sentinel[0] or any(context.owner is not here for context in given):
+        return "a signal handler has forked"
+    _descriptors.kept[ident] = {
+        *(context.descriptor.number for context in will.native if context.descriptor is not None),
+        *(will.legacy.descriptors() if will.legacy is not None else ()),
+    }
+    _wills[ident] = will
+    will.is_made = True
+    return None
+
+
+def _numbers(contexts: list[Context]) -> list[int]:
+    """The real handles of contexts and their cards."""
+    records: list[_handles.Record] = []
+    for context in contexts:
+        records += [context, *list(context.cards.values())]
+    return [record.real for record in records]
 
 
 def _in_parent() -> None:
-    will = _wills.pop(threading.get_ident(), None)
+    will = _wills.get(threading.get_ident())
     if will is None:
         return
     while True:
         try:
             _settle(will)
-            return
-        except BaseException as error:  # a signal handler's: it has to wait
-            _gate.raise_later(threading.get_ident(), error)
+            _wills.pop(threading.get_ident(), None)
+            break
+        except BaseException as error:  # a signal handler's
+            will.raised.append(error)
+    for raised in will.raised[-1:]:
+        _gate.raise_later(threading.get_ident(), raised)
 
 
 def _settle(will: _Will) -> None:
-    """In the parent: give up what the child has now; or keep it, if there is no child."""
+    """In the parent: give up what the child has now; or keep it, if there is no child.
+
+    Again from the beginning, if a signal handler has raised in the middle.
+    """
     _descriptors.kept.pop(threading.get_ident(), None)
-    read_end, write_end = will.birth
-    if write_end >= 0:
-        _close(write_end)
-    born = _was_born(read_end)
-    _close(read_end)
-    if born and (will.native or will.in_broker):
+    if will.is_born is None:
+        will.is_born = _was_born(will)
+    birth, will.birth = will.birth, ()
+    for number in birth:
+        _close(number)
+    if will.is_born and (will.native or will.in_broker):
         gone = _process.Epoch(_process.here, _process.HANDED_OVER)
         for context in [*will.native, *will.in_broker]:
             _take(context, gone)
         _descriptors.kill([context.descriptor for context in will.native])
-        if will.block is not None:
-            will.block.happened()
+        for block in will.blocks:
+            block.happened()
+        _events.record("handover", contexts=len(will.native) + len(will.in_broker))
+    if will.is_born and will.shared:
+        _events.record("share", contexts=len(will.shared))
     if will.legacy is not None:
-        will.legacy.settle(born)
-    for context in will.native:
+        will.legacy.settle(will.is_born)
+    while will.turns:
         with contextlib.suppress(RuntimeError):
-            context.turn.lock.release()
+            will.turns[-1].release()
+        will.turns.pop()
 
 
-def _was_born(read_end: int) -> bool:
+def _was_born(will: _Will) -> bool:
     """Whether there is a child: it has said so, or has the pipe and will."""
+    if not will.is_made:
+        return False
+    read_end, *write_end = will.birth
+    will.birth = (read_end,)
+    for number in write_end:
+        _close(number)
     poll = _select.poll()
     poll.register(read_end, _select.POLLIN)
     events = poll.poll(0)
@@ -313,7 +387,7 @@ def _in_hook() -> None:
     will = _wills.get(threading.get_ident())
     _wills.clear()
     _accepted = None
-    if will is None:
+    if will is None or not will.is_made:
         return
     with contextlib.suppress(OSError):
         os.write(will.birth[1], b"\1")
@@ -321,8 +395,11 @@ def _in_hook() -> None:
         _close(number)
     if will.legacy is not None:
         will.legacy.arrive()
-    if will.block is not None and (will.native or will.in_broker):
-        will.block.happened()
+        with contextlib.suppress(OSError):  # from a child of this one, if it is forked before this one begins
+            _descriptors.guard(_descriptors.of(will.legacy.number))
+    if will.native or will.in_broker:
+        for block in will.blocks:
+            block.happened()
     _accepted = (os.getpid(), will)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Optional
 
-from . import _descriptors, _log, _native, _process, _pyscard, _transactions, policy
+from . import _descriptors, _events, _log, _native, _process, _pyscard, _transactions, policy
 from ._calls import CALLS, Call, Gateway
 from ._handles import Card, Context, Record
 from ._pyscard import SUCCESS, constant
@@ -132,7 +132,7 @@ def _own(call: Call, record: Record) -> int:
             return INVALID_HANDLE
         raise
     if isinstance(record, Card):
-        _transactions.wait(record, (), _status)
+        _transactions.wait("SCardConnect", record, (), _status)
     with context.turn.lock:
         context.turn.evict()
         hresult = _own_context(context, through)
@@ -165,6 +165,7 @@ def _own_context(context: Context, through: Gateway) -> int:
         if hresult != SUCCESS:
             return hresult
         _log.info("process %d has a context of its own in the place of process %d's", context.owner.pid, owner_pid)
+        _events.record("reestablished", owner=owner_pid)
     return SUCCESS
 
 
@@ -200,11 +201,12 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     with context.turn.lock:
         if record.owner is _process.current():
             return None
-        if isinstance(context.gateway, _client.Broker) and broker.inherit(
-            context.gateway.key, [context.real], keeps=True
+        cards = list(context.cards.values())
+        if isinstance(context.gateway, _client.Broker) and context.real in broker.inherit(
+            context.gateway.key, [context.real, *(card.real for card in cards)], keeps=True
         ):
             context.gateway = broker
-            for card in list(context.cards.values()):
+            for card in cards:
                 card.transactions, card.owner = 0, _process.current()
             context.owner = _process.current()
             return None
@@ -233,7 +235,7 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """SCardReconnect gives an inherited handle a connection of this process's own."""
     assert isinstance(card, Card)
     through = gateway(call.name, card.context)
-    _transactions.wait(card, (), _status)
+    _transactions.wait(call.name, card, (), _status)
     with card.context.turn.lock:
         card.context.turn.evict()
         hresult, protocol = _own_context(card.context, through), 0

@@ -14,6 +14,7 @@ from typing import Any, Callable, Optional
 from . import (
     _bequest,
     _descriptors,
+    _events,
     _gate,
     _handles,
     _inherited,
@@ -175,7 +176,7 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
         if closers:
             _gate.wait_until_open(get_ident())
         if polls and holders:
-            _transactions.wait(record, arguments, public["SCardStatus"])
+            _transactions.wait(name, record, arguments, public["SCardStatus"])
         turn = context.turn
         if turn.waits and turn.current is None:
             sleep(_GIVES_WAY)  # a wait for events wants to go on; beside a busy thread it never could
@@ -188,7 +189,7 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
                 inside[ident] = (name, monotonic(), None)
                 in_the_way = closers and ident not in closers
                 if polls and holders and not in_the_way:
-                    in_the_way = _transactions.in_the_way(record, arguments) is not None
+                    in_the_way = _transactions.in_the_way(name, record, arguments) is not None
                 # Nothing between this look and the native call can run other code: a fork in a handler is seen.
                 if not in_the_way and sentinel[0] and record.owner is process.here:
                     result = native(record.real, *arguments)
@@ -315,6 +316,7 @@ def _notice() -> _process.Epoch:
     if here is not _announced:
         _announced = here
         if here.parent is not None and _handles.contexts:
+            _events.record("fork", parent=here.parent.pid)
             _log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
             if here.unquiet is not None:
                 function, thread, _ = here.unquiet

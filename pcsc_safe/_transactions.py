@@ -13,6 +13,7 @@ from typing import Any, Callable
 
 from . import _process
 from ._handles import Card, Record
+from ._pyscard import constant
 
 __all__ = ["WAITING", "began", "continued", "ended", "holders", "in_the_way", "wait"]
 
@@ -20,6 +21,7 @@ __all__ = ["WAITING", "began", "continued", "ended", "holders", "in_the_way", "w
 WAITING = frozenset(
     ("SCardBeginTransaction", "SCardConnect", "SCardDisconnect", "SCardReconnect", "SCardStatus", "SCardTransmit")
 )
+_LEAVE_CARD: int = constant("SCARD_LEAVE_CARD")
 _POLL = 0.002  # s
 _CHECKS_EVERY = 50
 
@@ -46,12 +48,15 @@ def continued(card: Card) -> None:
         holders[card.reader] = card
 
 
-def in_the_way(record: Record, arguments: Sequence[Any]) -> Any:
+def in_the_way(name: str, record: Record, arguments: Sequence[Any]) -> Any:
     """The card whose transaction a call would wait for, or None.
 
+    :param name: of the function, one of :data:`WAITING`.
     :param record: what the call is on.
     :param arguments: those behind the handle; the first one of SCardConnect is the reader.
     """
+    if name == "SCardDisconnect" and arguments[0] == _LEAVE_CARD:
+        return None  # it leaves the others' session alone, too
     reader = record.reader if isinstance(record, Card) else arguments[0]
     holder = holders.get(reader) if isinstance(reader, str) else None
     if holder is None or holder is record:
@@ -62,13 +67,14 @@ def in_the_way(record: Record, arguments: Sequence[Any]) -> Any:
     return holder
 
 
-def wait(record: Record, arguments: Sequence[Any], status: Callable[[Any], Any]) -> None:
-    """Wait until no transaction of this process is in the way; without a turn.
+def wait(name: str, record: Record, arguments: Sequence[Any], status: Callable[[Any], Any]) -> None:
+    """Wait until no transaction of this process is in the way of a call; without a turn.
 
+    :param name: of the function, and so on: see :func:`in_the_way`.
     :param status: SCardStatus, to see now and then whether the transaction still is: pcscd may be gone, or the card.
     """
     polls = 0
-    while (holder := in_the_way(record, arguments)) is not None:
+    while (holder := in_the_way(name, record, arguments)) is not None:
         sleep(_POLL)
         polls += 1
         if polls % _CHECKS_EVERY == 0 and status(holder.safe)[0] != 0:

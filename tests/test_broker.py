@@ -1,4 +1,4 @@
-"""A broker's life: who starts it and when, whom it serves, and that nothing of it is left when its client is gone.
+"""A broker's end: nothing of it is left when its client is gone, however that went, and whatever it forked before.
 
 The forked children here do PC/SC through a broker, as on macOS; the programs do, too, or with ``broker="always"``.
 """
@@ -6,8 +6,6 @@ The forked children here do PC/SC through a broker, as on macOS; the programs do
 from __future__ import annotations
 
 import json
-import multiprocessing
-import multiprocessing.spawn
 import os
 import pty
 import signal
@@ -29,22 +27,19 @@ from brokers import (
     broker,
     brokers,
     by_broker,
-    descriptors,
     held_card,
     let_go,
-    script,
     stack_to_hold,
     until,
     watched,
 )
 from conftest import ECHO, IS_VERIFIED, Session
-from forking import in_child, in_program
+from forking import in_child
 from test_detection import SYS_CLONE, c_fork, raw_clone
 from test_threads import HELD, Calling
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import VirtualPcsc
 
 OK = safe.SCARD_S_SUCCESS
@@ -66,100 +61,10 @@ def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
     let_go(module_stack)
 
 
-def told(function: Callable[..., None], *arguments: str, env: dict[str, str]) -> Any:
-    """What a program printed as JSON; it must end well, and say nothing else."""
-    done = in_program(function, *arguments, env=env)
-    assert (done.returncode, done.stderr) == (0, "")
-    return json.loads(done.stdout)
-
-
 def establish() -> Any:
     hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
     assert hresult == OK
     return context
-
-
-# Its start.
-
-
-def first_need() -> None:
-    """Fork after the first call; the child needs a broker, its parent doesn't."""
-    hooks: list[str] = []
-    os.register_at_fork(
-        before=lambda: hooks.append("before"),
-        after_in_parent=lambda: hooks.append("parent"),
-        after_in_child=lambda: hooks.append("child"),
-    )
-    pcsc_safe.configure(policy="broker")
-    context = establish()
-
-    def child() -> Any:
-        ran, before = list(hooks), brokers()
-        answers = [safe.SCardListReaders(context, [])[0] for _ in range(2)]
-        in_thread = Calling(safe.SCardEstablishContext, safe.SCARD_SCOPE_SYSTEM).answer()[0]
-        command = Path(f"/proc/{broker()}/cmdline").read_bytes().split(b"\0")
-        return before, answers, in_thread, hooks == ran, command[0].decode(), brokers(os.getppid())
-
-    print(json.dumps([in_child(child), brokers()]))
-
-
-def test_it_is_execd_by_the_process_that_needs_it_when_it_does(stack: VirtualPcsc) -> None:
-    """Not at the fork but at the child's first call, one for all threads; no at-fork hook runs; the parent has none."""
-    (before, answers, in_thread, no_hook_ran, interpreter, of_parent), after = told(first_need, env=stack.env)
-    assert (before, answers, in_thread, no_hook_ran) == ([], [OK, OK], OK, True)
-    assert interpreter == sys.executable
-    assert (of_parent, after) == ([], [])
-
-
-def ahead() -> None:
-    """Start a broker ahead; the parent does PC/SC itself, its children through it."""
-    hooks: list[str] = []
-    os.register_at_fork(before=lambda: hooks.append("before"))
-    pcsc_safe.configure(policy="broker")
-    pcsc_safe.prestart_broker()
-    pcsc_safe.prestart_broker()
-    mine = broker()
-    ran = len(hooks)
-    context = establish()
-    native = "libpcsclite" in Path("/proc/self/maps").read_text()
-
-    def first(link: Link) -> Any:
-        own = establish()
-        link.say(int(own))
-        link.hear()
-        return safe.SCardListReaders(own, [])[0], safe.SCardListReaders(context, [])[0], brokers()
-
-    def second(number: int) -> Any:
-        answers = [safe.SCardListReaders(number, []), safe.SCardReleaseContext(number)]
-        return answers, safe.SCardListReaders(context, [])[0], brokers(), broker(os.getppid()) == mine
-
-    with Client(first) as client:
-        told = in_child(second, client.hear())
-        client.say("go on")
-        print(json.dumps([ran, native, client.result(), told, safe.SCardListReaders(context, [])[0]]))
-
-
-def test_it_can_be_started_ahead_for_a_family(stack: VirtualPcsc) -> None:
-    """One broker for all children, each a client of its own: no process reaches what another has there."""
-    hooks_run, native, first, second, parent = told(ahead, env=stack.env)
-    assert (hooks_run, native) == (0, True)
-    assert first == [OK, OK, []]
-    assert second == [[[safe.SCARD_E_INVALID_HANDLE, []], safe.SCARD_E_INVALID_HANDLE], OK, [], True]
-    assert parent == OK
-
-
-def test_it_can_be_reached_by_nobody_else(stack: VirtualPcsc) -> None:
-    """It has sockets without a name, none of which listens, and no other."""
-
-    def child() -> Any:
-        establish()
-        sockets = {link[8:-1] for link in descriptors(broker()).values() if link.startswith("socket:")}
-        with open("/proc/net/unix") as table:
-            unix = [line.split() for line in table if line.split()[6] in sockets]
-        listening = [row for row in unix if int(row[3], 16) & 0x10000]
-        return len(sockets) - len(unix), listening, [row[7:] for row in unix if row[7:]]
-
-    assert in_child(by_broker(child)) == (0, [], [])
 
 
 # Its end.
@@ -269,6 +174,63 @@ def test_it_ends_though_an_idle_child_lives(stack: VirtualPcsc, fork: Callable[[
             see_it_end(stack, watch)
 
 
+def one_of_a_family(link: Link, third_reader: str) -> None:
+    """A client of a broker that serves others, with a context in an APDU and one that holds a card exclusively."""
+    begins("apdu")
+    card = safe.SCardConnect(establish(), third_reader, safe.SCARD_SHARE_EXCLUSIVE, safe.SCARD_PROTOCOL_T1)[1]
+    link.say(safe.SCardTransmit(card, safe.SCARD_PCI_T1, ECHO))
+    link.hear()
+
+
+def test_the_sessions_of_one_end_without_the_others(stack: VirtualPcsc) -> None:
+    """In a broker for a family, a dead client's contexts don't wait for each other; the other clients go on."""
+
+    def survivor(link: Link) -> Any:
+        pcsc_safe.prestart_broker()
+        own = establish()
+        with Client(one_of_a_family, stack.readers[2].name) as client:
+            assert client.hear() == ECHOED
+            link.say(broker())
+            link.hear()
+            client.kill()
+        link.say("killed")
+        link.hear()
+        return safe.SCardListReaders(own, [])[0], brokers()
+
+    with Client(by_broker(survivor)) as client:
+        pid = client.hear()
+        assert held_card(stack).reached.wait(ENOUGH)
+        client.say("it is in an APDU")
+        client.hear()
+        # pcscd itself waits for the card's answer, and serves that context until then.
+        stack.wait_for_clients(2, timeout=SOON)
+        held_card(stack).go.set()
+        stack.wait_for_clients(1, timeout=SOON)
+        client.say("go on")
+        assert client.result() == (OK, [pid])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can change the root")
+def test_a_family_reaches_it_from_anywhere(stack: VirtualPcsc, tmp_path: Path) -> None:
+    """A child that has changed its root and its user since, and could start none, uses the one started ahead."""
+
+    def child(link: Link) -> Any:
+        pcsc_safe.prestart_broker()
+        session = Session()
+
+        def jailed() -> Any:
+            os.chroot(tmp_path)
+            os.setgroups([])
+            os.setresuid(65534, 65534, 65534)
+            pcsc_safe.configure(cards="reconnect")
+            return session.transmit(IS_VERIFIED), os.getuid(), os.path.exists("/usr")
+
+        return in_child(jailed), session.transmit(IS_VERIFIED)
+
+    with Client(by_broker(child)) as client:
+        assert client.result() == (([OK, [1, 0x90, 0x00]], 65534, False), [OK, [1, 0x90, 0x00]])
+
+
 def at_the_terminal(when: str) -> None:
     """A program whose way to end at Ctrl-C is to use the card once more."""
     os.open(os.ttyname(0), os.O_RDWR)  # the terminal that controls it from now on
@@ -306,85 +268,6 @@ def test_ctrl_c_ends_the_client_in_its_own_way(stack: VirtualPcsc, when: str, wh
         see_it_end(stack, watch)
     if what != "hangup":
         os.close(master)
-
-
-# Its interpreter.
-
-
-def test_its_interpreter_can_be_named(stack: VirtualPcsc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PCSC_SAFE_BROKER_PYTHON, or else what multiprocessing was told by set_executable()."""
-    python = script(tmp_path / "snake", f'echo "$0" >> {tmp_path}/used\nexec {sys.executable} "$@"')
-
-    def configured() -> Any:
-        pcsc_safe.configure(policy="broker")
-        return safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[0], len(brokers())
-
-    def of_multiprocessing() -> Any:
-        named = Path(python).rename(tmp_path / "python")
-        monkeypatch.delenv("PCSC_SAFE_BROKER_PYTHON")
-        multiprocessing.set_executable(str(named))
-        monkeypatch.setattr(sys, "executable", "/usr/bin/uwsgi")
-        return configured()
-
-    monkeypatch.setenv("PCSC_SAFE_BROKER_PYTHON", python)
-    assert in_child(configured) == (OK, 1)
-    assert in_child(of_multiprocessing) == (OK, 1)
-    assert (tmp_path / "used").read_text().splitlines() == [python, str(tmp_path / "python")]
-
-
-@pytest.mark.parametrize(
-    ("executable", "frozen", "why", "remedy"),
-    [
-        ("/usr/bin/uwsgi", False, "'/usr/bin/uwsgi', which is no Python", "set PCSC_SAFE_BROKER_PYTHON to"),
-        (None, False, "'', which is no Python", "set PCSC_SAFE_BROKER_PYTHON to"),
-        ("/opt/app/app", True, "'/opt/app/app' is a frozen program", "call pcsc_safe.freeze_support() first thing"),
-    ],
-)
-def test_where_there_is_no_python_the_error_says_so(
-    stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, executable: Any, frozen: bool, why: str, remedy: str
-) -> None:
-    """UWSGI and other programs that embed Python, and frozen ones that don't call freeze_support(): what to do."""
-
-    def child() -> str:
-        monkeypatch.setattr(sys, "executable", executable)
-        monkeypatch.setattr(sys, "frozen", frozen, raising=False)
-        monkeypatch.setattr(multiprocessing.spawn, "_python_exe", executable)
-        with pytest.raises(BrokerError) as caught:
-            establish()
-        assert brokers() == []
-        return str(caught.value)
-
-    text = in_child(by_broker(child))
-    assert why in text
-    assert remedy in text
-
-
-def frozen(executable: str) -> None:
-    """The main module of a program that thinks it is frozen."""
-    sys.frozen = True  # type: ignore[attr-defined]
-    sys.executable = executable
-    pcsc_safe.freeze_support()
-
-    def child() -> Any:
-        session = Session()
-        return session.transmit(ECHO), Path(f"/proc/{broker()}/cmdline").read_bytes().split(b"\0")[-2].decode()
-
-    pcsc_safe.configure(policy="broker")
-    print(json.dumps([in_child(child), brokers()]))
-
-
-def test_a_frozen_program_is_its_own_broker(stack: VirtualPcsc, tmp_path: Path) -> None:
-    """With freeze_support() first thing in its main module; there is no other interpreter (simulated by a script)."""
-    program = tmp_path / "program"
-    main = tmp_path / "main.py"
-    main.write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        f"import test_broker\ntest_broker.frozen({str(program)!r})\n"
-    )
-    script(program, f'exec {sys.executable} {main} "$@"')
-    done = forking.subprocess.run([program], env=stack.env, capture_output=True, text=True, timeout=ENOUGH, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == [[ECHOED, "--pcsc-safe-broker"], []]
 
 
 # Forks again.

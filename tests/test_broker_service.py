@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -212,7 +213,7 @@ def test_always_keeps_the_native_library_out(stack: VirtualPcsc, how: str) -> No
 
 # Security.
 
-_NEEDS = _start._NEEDED | {"PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONSAFEPATH"}
+_NEEDS = _start._NEEDED | {"PYTHONNOUSERSITE", "PYTHONSAFEPATH"}
 
 
 def test_it_gets_no_secret_of_the_environment(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,3 +330,15 @@ def test_it_imports_nothing_from_the_current_directory(
 
     assert in_child(by_broker(child)) == ECHOED
     assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["-I"]], ids=["the current directory", "PYTHONPATH and python -I"])
+def test_it_imports_no_planted_pyscard(stack: VirtualPcsc, tmp_path: Path, options: list[str]) -> None:
+    """With broker="always" the client imports none; the broker does, but not from where its client trusts nothing."""
+    (tmp_path / "smartcard").mkdir()
+    (tmp_path / "smartcard" / "__init__.py").write_text("raise SystemExit('planted')")
+    program = "import pcsc_safe.scard; print(pcsc_safe.scard.SCardEstablishContext(0)[0])"
+    env = {**stack.env, "PCSC_SAFE_BROKER": "always", **({"PYTHONPATH": str(tmp_path)} if options else {})}
+    command = [sys.executable, *options, "-c", program]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=ENOUGH, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")

@@ -6,31 +6,25 @@ members are told what to call, one call after the other, so that the test knows 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import random
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import forking
-import macos
 import pytest
-from brokers import ENOUGH, Client, Link, broker, descriptors, until, watched
-from conftest import ECHO, IS_VERIFIED, VERIFY, Session
-from forking import in_child, in_program, start, wait_for
+from brokers import Client, Link
+from conftest import ECHO, IS_VERIFIED, Session
+from forking import in_child
 from test_detection import c_fork
 from test_threads import HELD, Calling, HeldCard
 
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe._calls import CALLS, Kind
-from pcsc_safe.errors import BrokerError, ForkedHandleError, PcscSafeError, SettingsError
+from pcsc_safe.errors import PcscSafeError
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
 
@@ -237,7 +231,6 @@ def test_closed_at_once(stack: VirtualPcsc) -> None:
 
         def child():
             os.closerange(3, 100)
-            import tempfile
 
             out = []
             for i in range(3):

@@ -785,7 +785,7 @@ def test_no_repr_shows_what_a_message_carries() -> None:
     assert repr(Request(TRANSMIT, (SECRET,))) == "Request(function=21, arguments=...)"
     assert repr(Result(SECRET)) == "Result(value=...)"
     assert repr(Hello(1, KEY)) == "Hello(version=1, key=...)"
-    assert repr(Inherit(KEY, (7,), True)) == "Inherit(key=..., contexts=(7,), keeps=True)"
+    assert repr(Inherit(KEY, (7,), True)) == "Inherit(key=..., handles=(7,), keeps=True)"
 
 
 def test_nothing_too_large_is_in_its_error() -> None:

@@ -31,6 +31,7 @@ __all__ = ["Broker", "Legacy"]
 _READY_WITHIN = 30.0  # s; from its start
 _MOST_IDLE = 16  # connections that are kept for the next calls
 _ORPHANED_AFTER = 1.0  # s
+_DYING_TAKES = 0.1  # s
 _UNSENT, _SENT, _ANSWERED = range(3)  # how far an exchange has come
 _LONGEST_APDU = 65544  # bytes; MAX_BUFFER_SIZE_EXTENDED of pcsc-lite's reader.h
 
@@ -108,15 +109,15 @@ class Broker:
         """The names of its pyscard; see :func:`_pyscard.catalogue`."""
         return self._told(self._ask(_wire.encode(_wire.Describe())))
 
-    def inherit(self, key: bytes, contexts: list[int], *, keeps: bool) -> Any:
-        """Get contexts, and their cards, of another client.
+    def inherit(self, key: bytes, handles: list[int], *, keeps: bool) -> Any:
+        """Get contexts and cards of another client.
 
         :param key: the other's.
-        :param contexts: real handles.
+        :param handles: real ones.
         :param keeps: the other has them as well then.
         :return: the handles that were got, without those that it had no more.
         """
-        return self._told(self._ask(_wire.encode(_wire.Inherit(key, tuple(contexts), keeps))))
+        return self._told(self._ask(_wire.encode(_wire.Inherit(key, tuple(handles), keeps))))
 
     def _told(self, body: bytes) -> Any:
         reply = _wire.decode(body)
@@ -241,8 +242,10 @@ class Broker:
         """What to raise when the broker has not let us in: it never began, it is gone, or something is used up."""
         if self.epoch is not _process.current():
             return LostError(self, under_way=False)
-        if self._presence is not None and not self.lost and self._presence.is_alive():
-            reason = error.strerror if isinstance(error, OSError) else "the broker takes no more"
+        is_ours = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+        patience = 0.0 if is_ours else _DYING_TAKES
+        if self._presence is not None and not self.lost and self._presence.is_alive(patience):
+            reason = (is_ours and getattr(error, "strerror", None)) or "the broker takes no more"
             return BrokerError(
                 f"no more connections to the broker can be made in process {os.getpid()}: {reason}",
                 remedy="each call under way takes one, and that a descriptor in both processes",
@@ -253,8 +256,8 @@ class Broker:
         lost = self._lost(under_way=False, say=not never_began)
         if not never_began:
             return lost
-        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-            why = error.strerror or why
+        if is_ours:
+            why = getattr(error, "strerror", None) or why
         return BrokerError(
             f"the broker of process {os.getpid()} can't begin: {why}",
             remedy="try what it runs: PYTHON -m pcsc_safe.broker --help; PCSC_SAFE_BROKER_PYTHON chooses the Python",
@@ -306,7 +309,7 @@ class Broker:
         return None
 
     def bequeath(self, given: list[int], shared: list[int]) -> Legacy:
-        """Have a client made for the child that is about to be forked, and give contexts to it.
+        """Have a client made for the child that is about to be forked, and give contexts and cards to it.
 
         :param given: those that this process has no more then.
         :param shared: those that it goes on having.
@@ -317,9 +320,9 @@ class Broker:
         key = os.urandom(16)
         connection = self._greeted(key)
         try:
-            for contexts, keeps in ((given, False), (shared, True)):
-                if contexts:
-                    connection.send(_wire.encode(_wire.Inherit(self.key, tuple(contexts), keeps)))
+            for handles, keeps in ((given, False), (shared, True)):
+                if handles:
+                    connection.send(_wire.encode(_wire.Inherit(self.key, tuple(handles), keeps)))
                     self._told(connection.receive())
         except (OSError, EOFError) as error:
             self._drop(connection)

@@ -17,6 +17,7 @@ from . import _wire
 __all__ = ["Connection", "adopt", "pair", "prepare"]
 
 _AT_ONCE = 1 << 16  # bytes
+_PAUSE = 0.002  # s
 _socket: Any = None
 _silently = 0  # MSG_NOSIGNAL: no SIGPIPE, whatever the application does with that
 _at_once = 0  # MSG_DONTWAIT
@@ -77,14 +78,21 @@ class Connection:
         rights = struct.pack("i", number)
         self._socket.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)], _silently)
 
-    def is_alive(self) -> bool:
-        """Whether the broker still has the other end of a connection on which nothing is under way."""
-        try:
-            return bool(self._socket.recv(1, _socket.MSG_PEEK | _at_once))
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+    def is_alive(self, patience: float) -> bool:
+        """Whether the broker still has the other end of a connection on which nothing is under way.
+
+        :param patience: seconds to wait for its end; a process that dies closes one descriptor after the other.
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                return bool(self._socket.recv(1, _socket.MSG_PEEK | _at_once))
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    return True
+            except OSError:
+                return False
+            time.sleep(_PAUSE)
 
     def wait_at_most(self, seconds: Optional[float]) -> None:
         """How long an answer may take."""

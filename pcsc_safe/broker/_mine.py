@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
-from .. import _descriptors, _gate, _process
+from .. import _descriptors, _events, _gate, _process
 from .._calls import CALLS, LostError
 from .._settings import settings
 from ..errors import BrokerError
@@ -84,6 +84,7 @@ def _start_one(for_family: bool) -> Broker:
         raise
     finally:
         theirs.close()
+    _events.record("broker", broker=helper.pid)
     return Broker(door, helper, epoch, for_family=for_family)
 
 

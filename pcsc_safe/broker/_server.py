@@ -379,8 +379,8 @@ class Server:
                     self._watch(client, connection)
             return client
 
-    def bequeath(self, taker: _Client, key: bytes, contexts: tuple[int, ...], keeps: bool) -> list[int]:
-        """Give contexts of one client to another.
+    def bequeath(self, taker: _Client, key: bytes, handles: tuple[int, ...], keeps: bool) -> list[int]:
+        """Give contexts and cards of one client to another.
 
         :param key: of the one that has them.
         :param keeps: it has them as well then.
@@ -389,7 +389,7 @@ class Server:
         giver = self._clients.get(key)
         if giver is None or giver is taker:
             return []
-        return [number for number in contexts if _sharing.share(giver, taker, number, keeps=keeps)]
+        return [number for number in handles if _sharing.share(giver, taker, number, keeps=keeps)]
 
     def _watch(self, client: _Client, connection: _Connection) -> None:
         """See when the client's process ends; it may have forked, with no hook run, and left copies of everything."""

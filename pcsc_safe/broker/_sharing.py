@@ -57,30 +57,35 @@ class Handle(int):
         return self._self_record
 
 
-def share(giver: Client, taker: Client, context: int, *, keeps: bool) -> bool:
-    """Give a context, and the cards connected through it.
+_bookkeeping = threading.Lock()
+
+
+def share(giver: Client, taker: Client, number: int, *, keeps: bool) -> bool:
+    """Give a context or a card; waits for nobody's call.
 
     :param giver: who has it.
     :param taker: who gets it.
-    :param context: its number.
-    :param keeps: the giver has it as well then.
+    :param number: of the handle.
+    :param keeps: the giver has it as well then; else a transaction of its goes over, too.
     :return: whether the giver had it.
     """
-    given = giver.handles.get(context)
-    if given is None or not isinstance(given.record, _handles.Context):
-        return False
-    for handle in [h for h in list(giver.handles.values()) if h.record.context is given.record]:
-        with handle.free:
-            taker.handles[int(handle)] = handle
-            if keeps:
-                handle.holders.update((giver, taker))
-            else:
-                giver.handles.pop(int(handle), None)
+    with _bookkeeping:
+        handle = giver.handles.get(number)
+        if handle is None:
+            return False
+        taker.handles[number] = handle
+        is_open = isinstance(handle.record, _handles.Card) and handle.record.transactions > 0
+        if keeps:
+            if is_open and not handle.holders:
+                handle.transaction = giver
+            handle.holders.update((giver, taker))
+        else:
+            giver.handles.pop(number, None)
+            if handle.holders:
                 handle.holders.discard(giver)
-                if handle.holders:
-                    handle.holders.add(taker)
-                if handle.transaction is giver:
-                    handle.transaction = taker
+                handle.holders.add(taker)
+            if handle.transaction is giver:
+                handle.transaction = taker
     return True
 
 
@@ -96,8 +101,12 @@ def call_on_card(client: Client, name: str, handle: Handle, function: Callable[.
             if name not in _transactions.WAITING:
                 break
             handle.free.wait(_LOOK_AGAIN)
+        if client.is_gone:
+            return None
         result = function(handle, *arguments)
         _settle(client, handle)
+        if client.is_gone:
+            _end_transaction(client, handle)
         return result
 
 
@@ -111,6 +120,15 @@ def _settle(client: Client, handle: Handle) -> None:
         handle.free.notify_all()
 
 
+def _end_transaction(client: Client, handle: Handle) -> None:
+    """End what is open of this client on a shared card; with the handle's lock."""
+    if handle.transaction is client:
+        while isinstance(handle.record, _handles.Card) and handle.record.transactions:
+            if _router.public["SCardEndTransaction"](handle, _LEAVE) != _pyscard.SUCCESS:
+                break
+        _settle(client, handle)
+
+
 def drop(client: Client, handle: Handle) -> bool:
     """A client has no more use for a context or card.
 
@@ -119,19 +137,16 @@ def drop(client: Client, handle: Handle) -> bool:
     :return: whether no other client has it: the session is to be ended.
     """
     if isinstance(handle.record, _handles.Context):
-        for other in [
-            h for h in list(client.handles.values()) if h.record.context is handle.record and h is not handle
-        ]:
-            if handle.holders and drop(client, other):  # else they go with the context
+        mine = [other for other in list(client.handles.values()) if other.record.context is handle.record]
+        for other in mine:
+            if other is not handle and handle.holders and drop(client, other):  # else they go with the context
                 _router.public["SCardDisconnect"](other, _RESET)
-    elif handle.holders:
+    elif handle.transaction is client:
+        # Else not, for who has the lock may wait for a transaction that this client has elsewhere. What it begins at
+        # this moment, the thread that begins it ends.
         with handle.free:
-            if handle.transaction is client:
-                while isinstance(handle.record, _handles.Card) and handle.record.transactions:
-                    if _router.public["SCardEndTransaction"](handle, _LEAVE) != _pyscard.SUCCESS:
-                        break
-                _settle(client, handle)
-    with handle.free:
+            _end_transaction(client, handle)
+    with _bookkeeping:
         client.handles.pop(int(handle), None)
         handle.holders.discard(client)
         return not handle.holders

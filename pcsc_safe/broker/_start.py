@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import importlib.util
+import importlib.machinery
 import os
 import signal
 import sys
@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
 
-from .. import _descriptors
+from .. import _descriptors, _retrofitted
 from ..errors import BrokerError
 
 __all__ = [
@@ -53,7 +53,7 @@ SOCKET_NAME = "PCSCLITE_CSOCK_NAME"
 _NEEDED = {
     *("HOME", "LANG", "LANGUAGE", "PATH", "TMPDIR", "TZ"),
     *("LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_FRAMEWORK_PATH", "DYLD_INSERT_LIBRARIES", "DYLD_LIBRARY_PATH"),
-    *("PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONPYCACHEPREFIX", "PYTHONUTF8"),
+    *("PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONPATH", "PYTHONPYCACHEPREFIX", "PYTHONUTF8"),
 }
 _NEEDED_PREFIXES = ("LC_", "PCSCLITE_", "LIBPCSCLITE_")
 _ABOVE_STANDARD = 10
@@ -212,9 +212,12 @@ def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
     :param path: where to look for modules first; if empty, where the environment says.
     """
     kept = {name: value for name, value in mine.items() if name in _NEEDED or name.startswith(_NEEDED_PREFIXES)}
-    places = [*path, *filter(None, [mine.get("PYTHONPATH")])]
+    if sys.flags.ignore_environment:  # python -I and -E: what this process doesn't trust is not for its broker either
+        kept = {name: value for name, value in kept.items() if not name.startswith("PYTHON")}
+    places = [*path, *filter(None, [_retrofitted.take_off(kept.pop("PYTHONPATH", ""))])]
     given = {"PYTHONPATH": os.pathsep.join(places)} if places else {}
-    return {**kept, **given, "PYTHONSAFEPATH": "1"}
+    no_user_site = {"PYTHONNOUSERSITE": "1"} if sys.flags.no_user_site else {}
+    return {**kept, **given, **no_user_site, "PYTHONSAFEPATH": "1"}
 
 
 def _places() -> list[str]:
@@ -235,6 +238,10 @@ def _places() -> list[str]:
 
 
 def _path_of(name: str) -> Optional[Sequence[str]]:
-    """Where a package is that is not imported here."""
-    spec = importlib.util.find_spec(name)
-    return spec.submodule_search_locations if spec is not None else None
+    """Where a package is that is not imported here; not in the current directory, where anybody may have put one."""
+    with contextlib.suppress(OSError):
+        here = os.getcwd()
+        places = [place for place in sys.path if isinstance(place, str) and os.path.abspath(place) != here]
+        spec = importlib.machinery.PathFinder.find_spec(name, places)
+        return spec.submodule_search_locations if spec is not None else None
+    return None

@@ -107,19 +107,19 @@ class Describe(NamedTuple):
 
 
 class Inherit(NamedTuple):
-    """Asks for contexts, and their cards, that another client has.
+    """Asks for contexts and cards that another client has.
 
     :ivar key: of the other.
-    :ivar contexts: their handles.
+    :ivar handles: theirs.
     :ivar keeps: whether the other has them as well then.
     """
 
     key: bytes
-    contexts: tuple[int, ...]
+    handles: tuple[int, ...]
     keeps: bool
 
     def __repr__(self) -> str:
-        return f"Inherit(key=..., contexts={self.contexts!r}, keeps={self.keeps!r})"
+        return f"Inherit(key=..., handles={self.handles!r}, keeps={self.keeps!r})"
 
 
 class Result(NamedTuple):
@@ -173,9 +173,7 @@ _KINDS = (
     _Kind(b"W", Welcome, 2, lambda version, pid: _is_in(version, _VERSIONS) and _is_in(pid, _PIDS)),
     _Kind(b"Q", Request, 2, lambda function, arguments: _is_in(function, _NUMBERS) and isinstance(arguments, tuple)),
     _Kind(b"D", Describe, 0, lambda: True),
-    _Kind(
-        b"I", Inherit, 3, lambda key, contexts, keeps: _is_key(key) and _are_handles(contexts) and type(keeps) is bool
-    ),
+    _Kind(b"I", Inherit, 3, lambda key, handles, keeps: _is_key(key) and _are_handles(handles) and type(keeps) is bool),
     _Kind(b"R", Result, 1, lambda value: True),
     _Kind(b"E", Raised, 2, lambda kind, text: isinstance(kind, str) and kind in RAISABLE and isinstance(text, str)),
     _Kind(REFUSED, Refused, 1, lambda text: isinstance(text, str)),
@@ -184,8 +182,8 @@ _KIND_OF = {kind.message: kind for kind in _KINDS}
 _KIND_BY_NUMBER = {kind.letter[0]: kind for kind in _KINDS}
 
 
-def _are_handles(contexts: Any) -> bool:
-    return type(contexts) is tuple and all(type(handle) is int for handle in contexts)
+def _are_handles(handles: Any) -> bool:
+    return type(handles) is tuple and all(type(handle) is int for handle in handles)
 
 
 def _is_key(key: Any) -> bool:

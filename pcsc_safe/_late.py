@@ -1,0 +1,51 @@
+"""``install()`` at the moment when a program imports pyscard, for a process that may never do so.
+
+What :func:`pcsc_safe.install` stands on takes longer to import than Python takes to start.  Forks are counted from the
+beginning, so that a child which is the first to import pyscard knows that it is one.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from typing import Any, Optional
+
+from . import _events, _process
+
+__all__ = ["install_late"]
+
+_PYSCARD = "smartcard"
+
+
+def install_late() -> None:
+    """Have pyscard retrofitted when it is imported, or now if it has been."""
+    if _PYSCARD in sys.modules:
+        _install()
+    elif _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+
+
+class _Finder:
+    """Is asked where modules are, and finds none."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
+        """See :class:`importlib.abc.MetaPathFinder`."""
+        if fullname == _PYSCARD and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            _install()
+        return None
+
+
+_finder: Any = _Finder()
+
+
+def _install() -> None:
+    try:
+        from .retrofit import install
+
+        install()
+    except Exception as error:  # the program goes on as it would without us, and its user is told
+        pid = _process.current().pid
+        print(f"pcsc_safe: process {pid} is not retrofitted: {error}", file=sys.stderr)
+    else:
+        _events.record("retrofit")

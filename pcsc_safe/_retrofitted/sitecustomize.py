@@ -1,0 +1,35 @@
+"""What Python imports when it starts, for its directory stands first on PYTHONPATH: sees to ``pcsc_safe.install()``.
+
+``python -m pcsc_safe run`` has put it there, for a program and every Python that the program starts.  One of these may
+be of another version or have no pcsc_safe, and must notice nothing: so this is written for any Python, and steps aside
+at last for the sitecustomize that would have been imported without it.
+"""
+
+import os
+import sys
+
+__all__ = []  # type: list[str]
+
+
+def _install():  # type: () -> None
+    if sys.version_info < (3, 9):  # noqa: UP036  # it runs in any
+        return
+    try:
+        from pcsc_safe._late import install_late
+    except Exception:
+        return  # it isn't installed there, or not for this Python
+    install_late()
+
+
+def _step_aside():  # type: () -> None
+    """Leave no trace on the path, and import the next one; it is not to be had in most places, which site expects."""
+    here = os.path.dirname(__file__)
+    sys.path[:] = [entry for entry in sys.path if entry != here]
+    sys.modules.pop(__name__, None)
+    __import__("sitecustomize")
+
+
+_self = sys.modules.get(__name__)  # Python 2 empties a module that nobody holds
+_install()
+if __name__ == "sitecustomize":
+    _step_aside()

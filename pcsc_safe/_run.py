@@ -1,0 +1,142 @@
+"""``python -m pcsc_safe run``: a program that we can't edit, retrofitted, and the Python processes that it starts.
+
+This process becomes the program, by exec: Python runs it as it runs any, and nothing has to imitate that.  What makes
+the difference is in the environment, which is also how it gets to further processes: the settings, and a directory on
+PYTHONPATH whose sitecustomize calls ``pcsc_safe.install()``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import _retrofitted
+from .errors import SettingsError
+from .policy import Settings, from_environment, parse
+
+__all__ = ["EPILOG", "add_arguments", "main", "split"]
+
+EPILOG = """The program runs as by python itself; options of Python's own go before the first -m:
+  python -X dev -m pcsc_safe run -m my.server --port 80
+
+Python processes that it starts are retrofitted as well, if they have pcsc_safe and are not started with -E, -I or -S,
+nor with an environment that lacks PYTHONPATH."""
+_USAGE = "python -m pcsc_safe run [options] script.py | -m module | -c code | -  [argument ...]"
+_SETTINGS = {f"--{setting.replace('_', '-')}": setting for setting in Settings._fields}
+_HELP = {
+    "policy": "what the first use of an inherited context gives",
+    "cards": "what an inherited card handle does meanwhile",
+    "quiesce_timeout": "seconds that a fork waits for the calls of other threads",
+    "broker": "when PC/SC is done by a helper process",
+    "broker_python": "the interpreter that runs brokers",
+    "owner": "who has the sessions after a fork",
+}
+_MEANING_PROGRAM = ("-m", "-c")
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options of ``run``, and the program with its arguments.
+
+    As with Python itself, the first argument that is none of the options begins the program, and all that follow are
+    the program's.
+    """
+    index = 0
+    while index < len(arguments) and (arguments[index] == "-h" or arguments[index][:2] == "--" != arguments[index]):
+        option, _, value = arguments[index].partition("=")
+        takes_next = not value and any(name.startswith(option) for name in _SETTINGS)
+        index += 2 if takes_next else 1
+    return list(arguments[:index]), list(arguments[index:])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; the program is told apart by :func:`split`."""
+    parser.usage = _USAGE
+    for option, setting in _SETTINGS.items():
+        kind = type(getattr(Settings(), setting))
+        choices = ", ".join(member.value for member in kind) if hasattr(kind, "__members__") else ""
+        parser.add_argument(option, metavar=setting.upper(), help=": ".join(filter(None, [_HELP[setting], choices])))
+    parser.add_argument("--report", action="store_true", help="tell on stderr, at the end, what happened to PC/SC")
+    parser.set_defaults(refuse=parser.error)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Become the program.
+
+    :return: the exit status of the program, where this process can't become it but has to watch it.
+    """
+    program: list[str] = options.program
+    if not program:
+        options.refuse("a program is missing: script.py, -m module, -c code, or - for standard input")
+    if program[0].startswith("-") and program[0] not in ("-", "--") and program[0][:2] not in _MEANING_PROGRAM:
+        options.refuse(f"{program[0]} is no option of run; for Python's own: python {program[0]} -m pcsc_safe run ...")
+    if sys.flags.ignore_environment or sys.flags.no_site:
+        options.refuse("python -E, -I and -S keep the retrofit from the program: leave them out")
+    try:
+        environment = _environment(os.environ, options)
+    except SettingsError as error:
+        options.refuse(str(error))
+    command = [sys.executable, *_interpreter_options(), *program]
+    if not options.report and os.name == "posix":
+        os.execve(sys.executable, command, environment)  # noqa: S606  # it is what the user wants to run
+    from . import _report
+
+    status = _report.watch(command, environment, report=options.report)
+    if sys.flags.inspect:
+        os._exit(_report.end_as(status))  # it is the program that is to be inspected
+    return _report.end_as(status)
+
+
+def _environment(mine: Mapping[str, str], options: argparse.Namespace) -> dict[str, str]:
+    """The program's.
+
+    :raises SettingsError: an option, or a variable, has a value that it cannot have.
+    """
+    environment = dict(mine)
+    for option, setting in _SETTINGS.items():
+        value = getattr(options, setting)
+        if value is not None:
+            parse(setting, value, option)
+            environment[f"PCSC_SAFE_{setting.upper()}"] = value
+    from_environment(environment)
+    package = os.path.dirname(os.path.abspath(__file__))
+    last = [] if _is_found(package) else [os.path.dirname(package)]
+    environment["PYTHONPATH"] = _retrofitted.put_on(mine.get("PYTHONPATH", ""), last)
+    return environment
+
+
+def _is_found(package: str) -> bool:
+    """Whether a program finds the pcsc_safe of this directory; only ``-m`` looks in the current one."""
+    path = sys.path[:]
+    sys.path[:] = path if getattr(sys.flags, "safe_path", False) else path[1:]
+    try:
+        found: Any = next(filter(None, (finder.find_spec("pcsc_safe", None) for finder in sys.meta_path)), None)
+    finally:
+        sys.path[:] = path
+    return found is not None and os.path.dirname(os.path.abspath(found.origin or "")) == package
+
+
+_FLAGS = {
+    "debug": "d",
+    "interactive": "i",
+    "optimize": "O",
+    "dont_write_bytecode": "B",
+    "no_user_site": "s",
+    "verbose": "v",
+    "bytes_warning": "b",
+    "quiet": "q",
+    "safe_path": "P",
+}
+
+
+def _interpreter_options() -> list[str]:
+    """Those that this Python was given, or has from its environment."""
+    given = [f"-{letter * int(getattr(sys.flags, flag, 0))}" for flag, letter in _FLAGS.items()]
+    if getattr(sys.__stderr__, "write_through", False):
+        given.append("-u")
+    implied = [*["default"] * sys.flags.dev_mode, "error::BytesWarning", "default::BytesWarning"]
+    given += [f"-W{warning}" for warning in sys.warnoptions if warning not in implied]
+    given += [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
+    return [option for option in given if option != "-"]

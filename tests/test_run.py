@@ -1,0 +1,512 @@
+"""``python -m pcsc_safe run``: what a program notices of it, which is nothing, and what is told of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import pytest
+
+from pcsc_safe import __main__ as cli
+from pcsc_safe import _events, _report, _retrofitted, _run
+from pcsc_safe.broker import _start
+from pcsc_safe.testing import VirtualPcsc
+
+RUN = ["-m", "pcsc_safe", "run"]
+REPORTED = "pcsc_safe: forked processes that used PC/SC: "
+
+
+class Done(NamedTuple):
+    """How a program ended, and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run(
+    *arguments: str, cwd: Path, given: str = "", env: Optional[dict[str, str]] = None, python: str = sys.executable
+) -> Done:
+    done = subprocess.run(
+        [python, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+WHO = """
+import __main__, os, sys
+main = __main__
+print(sys.argv, sys.path[0], sys.path.count(sys.path[0]), sys.flags, sys.warnoptions, sys._xoptions)
+print(len(sys.path), sorted(name for name in sys.modules if name.endswith('customize')))
+print(__name__, main.__dict__ is globals(), sorted(vars(main)))
+print([getattr(main, name, None) for name in ('__file__', '__package__', '__doc__')])
+print(getattr(main.__spec__, 'name', None), getattr(main.__spec__, 'origin', None))
+print(sys.stdin.read())
+print('err', file=sys.stderr)
+print([name for name in ('wrapt', 'smartcard', 'argparse', 'logging') if name in sys.modules])
+"""
+FAILS = """
+import atexit
+atexit.register(print, 'at exit')
+def inner():
+    try:
+        {}['a']
+    except KeyError as error:
+        raise ValueError('b') from error
+inner()
+"""
+POOL = """
+import multiprocessing, pickle, sys, threading
+
+class Thing:
+    def __init__(self, value):
+        self.value = value
+
+def half(thing):
+    return Thing(thing.value / 2)
+
+if __name__ == '__main__':
+    print(pickle.loads(pickle.dumps(Thing(3))).value)
+    with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
+        print(pool.apply(half, [Thing(4)]).value, type(pool.apply(half, [Thing(1)])) is Thing)
+else:
+    print(__name__)
+"""
+FILES = {
+    "who.py": WHO,
+    "package/__init__.py": "print('package')",
+    "package/__main__.py": WHO,
+    "package/module.py": WHO,
+    "folder/__main__.py": WHO,
+    "fails.py": FAILS,
+    "pool.py": POOL,
+    "wrong.py": "x = (\n",
+    "latin.py": b"# -*- coding: latin-1 -*-\nprint(ascii('\xe9'))\n",
+    "exit.py": "import sys, atexit; atexit.register(print, 'bye'); sys.exit(eval(sys.argv[1]))",
+    "die.py": "import os, signal, sys; print('dying', flush=True); os.kill(os.getpid(), int(sys.argv[1]))",
+    "sub.py": "import subprocess, sys; print(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)",
+    "warns.py": "import warnings; warnings.warn('w', ResourceWarning); open(__file__)",
+}
+PROGRAMS = {
+    "script": ["who.py", "a", "--report", "--policy", "x", "-m", "--", "-h"],
+    "script elsewhere": ["./folder/../who.py"],
+    "module": ["-m", "who", "-c", "a"],
+    "module, joined": ["-mwho", "-x"],
+    "package": ["-m", "package", "a"],
+    "module of a package": ["-m", "package.module"],
+    "folder": ["folder", "a"],
+    "zip": ["program.zip", "a"],
+    "code": ["-c", WHO, "a", "-c"],
+    "code, joined": ["-cprint(__name__)"],
+    "standard input": ["-", "a"],
+    "after --": ["--", "who.py", "--"],
+    "fails": ["fails.py"],
+    "module fails": ["-m", "fails"],
+    "code fails": ["-c", "1/0"],
+    "wrong": ["wrong.py"],
+    "encoding": ["latin.py"],
+    "no such file": ["no-such.py"],
+    "no such module": ["-m", "no_such"],
+    "no module": ["-m"],
+    "no main": ["-m", "json.tool.x"],
+    **{f"exit {value}": ["exit.py", value] for value in ("None", "0", "3", "300", "-1", "'words'", "(1, 2)", "True")},
+    "os._exit": ["-c", "import os; os._exit(7)"],
+    "interrupted": ["-c", "raise KeyboardInterrupt"],
+    **{f"signal {number}": ["die.py", str(int(number))] for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)},
+    "child": ["sub.py", "who.py", "a"],
+    "child's module": ["sub.py", "-m", "fails"],
+    "isolated child": ["sub.py", "-I", "who.py"],
+    "spawn": ["pool.py", "spawn"],
+    "forkserver": ["pool.py", "forkserver"],
+    "fork": ["pool.py", "fork"],
+}
+
+
+def wrote(path: Path, text: str | bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the programs of the table."""
+    directory = tmp_path_factory.mktemp("programs")
+    for name, text in FILES.items():
+        wrote(directory / name, text)
+    with zipfile.ZipFile(directory / "program.zip", "w") as archive:
+        archive.writestr("__main__.py", WHO)
+    return directory
+
+
+def as_by_python(programs: Path, arguments: Sequence[str], options: Sequence[str] = (), given: str = "given") -> None:
+    """A program says the same, and ends the same, by python and by run."""
+    with ThreadPoolExecutor() as threads:
+        expected, found = threads.map(lambda way: run(*options, *way, *arguments, cwd=programs, given=given), ([], RUN))
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_notices_nothing(programs: Path, name: str) -> None:
+    """stdout, stderr and the exit status are those that python gives; tracebacks have the program's frames only."""
+    as_by_python(programs, PROGRAMS[name])
+
+
+@pytest.mark.parametrize(
+    "name", ["script", "standard input", "fails", "exit 3", "exit 'words'", "interrupted", "signal 9", "spawn"]
+)
+def test_nor_of_a_report(programs: Path, name: str) -> None:
+    """With a report it is the same, and the report the last that is said."""
+    expected = run(*PROGRAMS[name], cwd=programs, given="given")
+    reported = run(*RUN, "--report", *PROGRAMS[name], cwd=programs, given="given")
+    said, _, report = reported.err.partition(REPORTED)
+    assert reported._replace(err=said) == expected
+    assert report.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-u"],
+        ["-O"],
+        ["-OO", "-bb", "-q", "-s"],
+        ["-X", "dev", "-X", "faulthandler", "-Xutf8=1"],
+        ["-W", "error::ResourceWarning", "-Wignore::SyntaxWarning"],
+        pytest.param(["-P"], marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="since Python 3.11")),
+    ],
+    ids=" ".join,
+)
+def test_the_options_of_python_count(programs: Path, options: list[str]) -> None:
+    """What the Python has that is given ``-m pcsc_safe run``, the program's has."""
+    as_by_python(programs, ["who.py"], options)
+    as_by_python(programs, ["warns.py"], options)
+
+
+def test_a_program_can_be_inspected(programs: Path) -> None:
+    """``python -i``: the prompt comes after the program, in its main module, once."""
+    as_by_python(programs, ["exit.py", "3"], ["-i"], "print(sys.argv, __name__)\nraise SystemExit(4)\n")
+
+
+@pytest.mark.parametrize("flag", ["-E", "-I", "-S"])
+def test_what_keeps_the_retrofit_out_is_refused(programs: Path, flag: str) -> None:
+    """A Python that would not look at PYTHONPATH can't run a program unprotected under this name."""
+    home = Path(_run.__file__).parent.parent
+    code = f"import sys; sys.path[:0] = {[str(home), *sys.path]!r}; from pcsc_safe import __main__ as cli; "
+    done = run(flag, "-c", code + "cli.main(['run', 'who.py'])", cwd=programs)
+    assert (done.status, done.out) == (2, "")
+    assert "leave them out" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "a program is missing"),
+        (["--report"], "a program is missing"),
+        (["--policy"], "expected one argument"),
+        (["--policy", "bogus", "who.py"], "--policy cannot be 'bogus'; use one of 'auto'"),
+        (["--policy=share", "who.py"], "set broker='always' as well"),
+        (["--no-such", "who.py"], "unrecognized arguments: --no-such"),
+        (["-u", "who.py"], "python -u -m pcsc_safe run"),
+    ],
+)
+def test_a_wrong_call_is_refused(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A call that makes no sense runs nothing, ends with 2, and says why."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", *arguments])
+    assert ended.value.code == 2
+    assert reason in " ".join(capsys.readouterr().err.split())
+
+
+def test_options_end_where_the_program_begins() -> None:
+    """As python's own do: what follows the program is the program's."""
+    assert _run.split(["--policy", "raise", "--report", "x.py", "--report"]) == (
+        ["--policy", "raise", "--report"],
+        ["x.py", "--report"],
+    )
+    assert _run.split(["--pol", "raise", "--owner=child", "-m", "x"]) == (
+        ["--pol", "raise", "--owner=child"],
+        ["-m", "x"],
+    )
+    assert _run.split(["-", "--report"]) == ([], ["-", "--report"])
+    assert _run.split(["--", "--report"]) == ([], ["--", "--report"])
+    assert _run.split(["--broker-python", "-c"]) == (["--broker-python", "-c"], [])
+
+
+def test_settings_are_given_on_by_the_environment(programs: Path) -> None:
+    """Options stand above variables; both count for the program and for what it starts."""
+    code = "import pcsc_safe; print(*(getattr(v, 'value', v) for v in pcsc_safe.settings()))"
+    for arguments in (["-c", code], ["sub.py", "-c", code]):
+        done = run(
+            *RUN,
+            "--policy",
+            "raise",
+            "--quiesce-timeout=2",
+            *arguments,
+            cwd=programs,
+            env={"PCSC_SAFE_CARDS": "reconnect"},
+        )
+        assert (done.err, done.out.splitlines()[-1 if arguments[0] == "-c" else 0][:19]) == ("", "raise reconnect 2.0")
+
+
+# How it gets into a Python.
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import sys; print('theirs', __name__, sys.modules[__name__].__file__ == __file__); x = 1",
+        "raise RuntimeError('theirs')",
+        "import no_such_module",
+    ],
+)
+def test_another_sitecustomize_is_still_imported(programs: Path, tmp_path: Path, text: str) -> None:
+    """Python finds the one that it would have found, and treats its errors as it does."""
+    (tmp_path / "sitecustomize.py").write_text(text)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", str(Path(_run.__file__).parent.parent))])
+    code = "import sys, sitecustomize; print(sitecustomize.x, sys.modules['sitecustomize'] is sitecustomize)"
+    expected = run("-c", code, cwd=programs, env={"PYTHONPATH": path})
+    assert run("-c", code, cwd=programs, env={"PYTHONPATH": _retrofitted.put_on(path)}) == expected
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [None, "this is a syntax error", "raise RuntimeError", "", "dict[int, int, 1/0]"],
+)
+def test_a_python_without_pcsc_safe_notices_nothing(tmp_path: Path, theirs: Optional[str]) -> None:
+    """Where there is none, or one that this Python can't use, a program runs as ever and nothing is said."""
+    if theirs is not None:
+        wrote(tmp_path / "pcsc_safe" / "__init__.py", theirs)
+    env = {"PYTHONPATH": os.pathsep.join([_retrofitted.DIRECTORY, str(tmp_path)])}
+    code = "import sys; print('ran', [p for p in sys.path if '_retrofitted' in p])"
+    for python in [sys.executable, *OTHERS] if theirs is None else [sys.executable]:
+        assert run("-c", code, cwd=tmp_path, env=env, python=python) == (0, "ran []\n", "")
+
+
+OTHERS = sorted(
+    {
+        path
+        for name in ("python2", "python3", *(f"python3.{minor}" for minor in range(6, 16)))
+        if (path := shutil.which(name, path=f"{os.environ.get('PATH', '')}{os.pathsep}{os.defpath}"))
+        and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
+    }
+)
+"""Pythons of this machine; some may have pcsc_safe, most don't."""
+
+
+def test_a_retrofit_that_fails_is_told(tmp_path: Path) -> None:
+    """A program that was to be protected and isn't says so, when it imports pyscard, and goes on."""
+    code = """
+import os, pcsc_safe.retrofit
+def install(): raise ValueError('no sense')
+pcsc_safe.retrofit.install = install
+import smartcard, smartcard.scard
+print(os.getpid())
+"""
+    done = run(*RUN, "-c", code, cwd=tmp_path)
+    assert done == (0, done.out, f"pcsc_safe: process {done.out.strip()} is not retrofitted: no sense\n")
+
+
+def test_it_works_from_a_checkout(tmp_path: Path) -> None:
+    """Where only ``-m`` finds pcsc_safe, in the current directory, the program finds it as well."""
+    shutil.copytree(Path(_run.__file__).parent, tmp_path / "pcsc_safe", ignore=shutil.ignore_patterns("__pycache__"))
+    env = {"PYTHONPATH": ""}
+    program = tmp_path / "programs" / "main.py"
+    wrote(program, "import pcsc_safe, sys; print(pcsc_safe.__file__, sys.path[0])")
+    expected = f"{tmp_path / 'pcsc_safe' / '__init__.py'} {program.parent}\n"
+    assert run(*RUN, str(program), cwd=tmp_path, env=env) == (0, expected, "")
+
+
+def test_the_path_is_put_on_once_and_taken_off() -> None:
+    """PYTHONPATH keeps its entries, whose empty ones mean something."""
+    here = _retrofitted.DIRECTORY
+    assert _retrofitted.put_on("") == here
+    assert _retrofitted.put_on("a::b") == f"{here}:a::b"
+    assert _retrofitted.put_on(_retrofitted.put_on("a"), ["z"]) == f"{here}:a:z"
+    assert _retrofitted.take_off(f"{here}:a:{here}:b:") == "a:b:"
+
+
+def test_a_broker_is_not_retrofitted() -> None:
+    """A broker gets neither the directory nor the report."""
+    mine = {"PYTHONPATH": _retrofitted.put_on("/a"), _events.VARIABLE: "/file", "PCSC_SAFE_POLICY": "raise"}
+    assert _start.environment(mine, []) == {"PYTHONPATH": "/a", "PYTHONSAFEPATH": "1"}
+    assert _start.environment({"PYTHONPATH": _retrofitted.DIRECTORY}, []) == {"PYTHONSAFEPATH": "1"}
+    assert _start.environment(mine, ["/b"])["PYTHONPATH"] == "/b:/a"
+
+
+def test_it_is_shipped() -> None:
+    """What a wheel packs of the package has the directory: it is Python like the rest."""
+    assert Path(_retrofitted.DIRECTORY, "sitecustomize.py").is_file()
+
+
+# The report.
+
+
+def test_without_a_report_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events cost nothing and go nowhere."""
+    monkeypatch.setattr(_events, "_path", None)
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("a file was opened"))
+    _events.record("fork", parent=1)
+
+
+def test_an_event_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is appended at once, in one piece that no other can get into; and one that can't be written is dropped."""
+    file = tmp_path / "events"
+    monkeypatch.setattr(_events, "_path", str(file))
+    _events.record("fork", parent=1)
+    assert not file.exists()
+    file.touch()
+    _events.record("fork", parent=1)
+    _events.record("long", text="x" * 1000)
+    lines = file.read_text().splitlines()
+    assert [len(line) < 512 for line in lines] == [True, True]
+    assert next(_events.parse(["", "no event", "1 2", *lines])) == (os.getpid(), os.getppid(), "fork", {"parent": "1"})
+
+
+def test_the_report_is_by_process() -> None:
+    """A line of sums, and what each process did; what is not known is told as it is."""
+    lines = [
+        "2 1 retrofit",
+        "3 2 fork parent=2",
+        "3 2 reestablished owner=2",
+        "3 1 reestablished owner=2",
+        "2 1 broker broker=9",
+        "2 1 handover contexts=1",
+        "3 1 news a=b",
+    ]
+    assert _report.summary(_events.parse(lines)) == (
+        "pcsc_safe: forked processes that used PC/SC: 1, contexts re-established: 2, brokers started: 1, handovers: 1\n"
+        "  process 2, parent 1\n"
+        "    imported pyscard, and was retrofitted\n"
+        "    started the broker 9\n"
+        "    handed 1 context(s) over to a forked child\n"
+        "  process 3, parent 2\n"
+        "    used PC/SC after its fork from process 2\n"
+        "    has a context of its own in the place of process 2's (2 times)\n"
+        "    news a=b\n"
+    )
+
+
+LISTENS = """
+import os, signal, sys, time
+heard = []
+signal.signal(signal.SIGINT, lambda *_: heard.append('int'))
+signal.signal(signal.SIGTERM, lambda *_: (print(heard, flush=True), os._exit(5)))
+print('ready', flush=True)
+while True:
+    time.sleep(0.01)
+    if heard and heard[-1] == 'int':
+        heard.append('told')
+        print('told', flush=True)
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--report"]], ids=["plain", "report"])
+def test_signals_reach_the_program(tmp_path: Path, options: list[str]) -> None:
+    """Who signals the process that was started signals the program, once."""
+    with subprocess.Popen(
+        [sys.executable, *RUN, *options, "-c", LISTENS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "told\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.stdout.read() == "['int', 'told']\n"
+            assert process.wait(10) == 5
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+FORKS = """
+import os, sys
+from smartcard.scard import *
+
+hresult, context = SCardEstablishContext(SCARD_SCOPE_SYSTEM)
+pid = os.fork()
+if not pid:
+    hresult, readers = SCardListReaders(context, [])
+    print(hresult == SCARD_S_SUCCESS and len(readers), flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+print(SCardIsValidContext(context) == SCARD_S_SUCCESS)
+os.kill(os.getpid(), 15)
+"""
+
+
+@pytest.mark.parametrize("way", [[], ["sub.py"]], ids=["program", "child of a program"])
+def test_a_program_is_retrofitted(shared_stack: VirtualPcsc, programs: Path, way: list[str]) -> None:
+    """An unmodified program, and one that it starts, survives a fork; the report says so, however the program ended."""
+    (programs / "forks.py").write_text(FORKS)
+    done = run(*RUN, "--report", *way, "forks.py", cwd=programs, env=shared_stack.env)
+    assert done.out.splitlines()[:2] == [str(len(shared_stack.readers)), "True"]
+    assert done.status == (0 if way else -signal.SIGTERM)
+    assert f"{REPORTED}1, contexts re-established: 1, brokers started: 0, handovers: 0\n" in done.err
+    assert done.err.count("imported pyscard, and was retrofitted") == 1
+
+
+FIRST_IN_A_CHILD = """
+import os, sys
+assert not {'smartcard', 'wrapt'} & set(sys.modules)
+pid = os.fork()
+if pid:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+MODULE
+import pcsc_safe._process
+epoch = pcsc_safe._process.current()
+print(epoch.number, epoch.noticed_by)
+hresult, context = scard.SCardEstablishContext(0)
+print(hresult, hasattr(context, '_self_record'))
+"""
+
+
+@pytest.mark.parametrize("module", ["from smartcard import scard", "from pcsc_safe import scard"])
+@pytest.mark.parametrize("broker", ["on-fork", "always"])
+def test_a_child_may_be_the_first_to_import_pyscard(
+    shared_stack: VirtualPcsc, tmp_path: Path, module: str, broker: str
+) -> None:
+    """It knows that it was forked; and who imports pcsc_safe by name has it as ever."""
+    code = FIRST_IN_A_CHILD.replace("MODULE", module)
+    done = run(*RUN, "--broker", broker, "-c", code, cwd=tmp_path, env=shared_stack.env)
+    assert done == (0, "1 hook\n0 True\n", "")
+
+
+@pytest.mark.parametrize("policy", ["broker", "share"])
+def test_brokers_are_in_the_report(shared_stack: VirtualPcsc, programs: Path, policy: str) -> None:
+    """A broker that was started is told, and its own use of PC/SC is not."""
+    (programs / "forks.py").write_text(FORKS)
+    options = ["--policy", policy, *(["--broker", "always"] if policy == "share" else [])]
+    done = run(*RUN, "--report", *options, "forks.py", cwd=programs, env=shared_stack.env)
+    assert done.out.splitlines() == [str(len(shared_stack.readers)), "True"]
+    assert "brokers started: 1, handovers: 0\n" in done.err
+    assert done.err.count("imported pyscard, and was retrofitted") == 1
+    assert ("shared 1 context(s)" in done.err) == (policy == "share")
+
+
+def test_a_handover_is_in_the_report(shared_stack: VirtualPcsc, programs: Path) -> None:
+    """``--owner child`` hands over at every fork."""
+    (programs / "forks.py").write_text(FORKS)
+    done = run(*RUN, "--report", "--owner=child", "forks.py", cwd=programs, env=shared_stack.env)
+    assert done.out.splitlines()[0] == str(len(shared_stack.readers))
+    assert "handovers: 1\n" in done.err
+    assert "handed 1 context(s) over to a forked child" in done.err
