@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ def test_install_imports_no_pyscard(shared_stack: VirtualPcsc) -> None:
 
 def attributes() -> dict[str, Any]:
     """Everything in pyscard that could be patched."""
+    for name in ("CardMonitoring", "CardRequest", "CardService", "ReaderMonitoring"):
+        import_module(f"smartcard.{name}")
+
     found = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "smartcard":

@@ -2,7 +2,7 @@
 
 :func:`install` puts pcsc_safe's functions in the place of pyscard's, and makes pyscard's classes (connections,
 requests, monitors) usable in a forked child; :func:`uninstall` takes all of it back.  What is patched stands in
-:data:`PATCHES`, module by module; a module that has not been imported is patched when it is, and none is imported for it.
+:data:`PATCHES`, module by module.  A module that has not been imported is patched when it is; none is imported for it.
 
 Invariant: nothing of pyscard is patched unless :func:`install` was called, and everything that is patched can be put
 back.  At a fork nothing happens here: what a child needs renewed is renewed at its first use.
@@ -84,6 +84,7 @@ def uninstall() -> None:
         _applied.undo(_scard.still_needed)
         _scard.stand_in.give_way(_applied.put)
         _scard.leave_alone()
+        _framework.renew_pcsc_context()
 
 
 def _imported(module: Any) -> None:

@@ -9,6 +9,7 @@ Invariant: in a process that never forks every attribute here reads as it did.
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any, Callable
 
@@ -22,6 +23,7 @@ __all__ = [
     "pcsc_card_connection",
     "pcsc_card_request",
     "pcsc_context",
+    "renew_pcsc_context",
     "renewing",
     "synchronization",
 ]
@@ -47,6 +49,9 @@ renewing = _Renewing()
 
 
 def _held_here(lock: Any) -> bool:
+    """Whether this is the thread that forked, and it holds the lock: any other may have the number of a dead one."""
+    if threading.get_ident() != threading.main_thread().ident:
+        return False
     is_owned = getattr(lock, "_is_owned", None)  # a Lock has none, and it is not held where it is asked for
     return is_owned is not None and bool(is_owned())
 
@@ -136,6 +141,21 @@ def pcsc_context(module: Any) -> list[Patch]:
             singleton.instance = None  # established before install(): nobody's here
 
     return [Patch(singleton, "mutex", SharedLock(singleton.mutex, threading.RLock, in_child))]
+
+
+def renew_pcsc_context() -> None:
+    """When everything is put back: have that singleton, if it is one of ours, make way for one of pyscard's own.
+
+    pyscard itself does so when pcscd was restarted.
+    """
+    singleton = getattr(sys.modules.get("smartcard.pcsc.PCSCContext"), "PCSCContext", None)
+    if singleton is None:
+        return
+    with singleton.mutex:
+        old = singleton.instance
+        if old is not None and type(old.hcontext) is not int:
+            singleton.instance = None
+            old.releaseContext()
 
 
 def pcsc_card_connection(module: Any) -> list[Patch]:
