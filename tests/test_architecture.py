@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "_events",
         "_gate",
         "_handles",
+        "_inherited",
         "_log",
         "_native",
         "_process",
@@ -117,6 +118,27 @@ BROKER_MAY_IMPORT = {
     "_sharing": {"_handles", "_pyscard", "_router", "_transactions"},
     "__main__": {"_server", "_start"},
 }
+RETROFIT_MAY_IMPORT = {
+    "__init__": {"_framework", "_monitors", "_patches", "_process", "_scard"},
+    "_patches": {"_process"},
+    "_framework": {"_patches", "_process"},
+    "_monitors": {"_framework", "_patches"},
+    "_scard": {
+        "_calls",
+        "_descriptors",
+        "_framework",
+        "_gate",
+        "_handles",
+        "_inherited",
+        "_native",
+        "_patches",
+        "_process",
+        "_pyscard",
+        "_router",
+        "_settings",
+        "policy",
+    },
+}
 """DESIGN section 6 as data: application > scard > router > gateway > PC/SC, and never back."""
 
 
@@ -139,13 +161,15 @@ def test_the_import_table() -> None:
     assert modules == MAY_IMPORT
     broker = {path.stem: imports_of(path)[0] for path in (PACKAGE / "broker").glob("*.py")}
     assert broker == BROKER_MAY_IMPORT
+    retrofit = {path.stem: imports_of(path)[0] for path in (PACKAGE / "retrofit").glob("*.py")}
+    assert retrofit == RETROFIT_MAY_IMPORT
 
 
 def test_one_module_imports_pyscard() -> None:
     """The untyped world has one door."""
     importers = {
         path.stem: {name for name in imports_of(path)[1] if name.startswith("smartcard")}
-        for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "broker").glob("*.py")]
+        for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "broker").glob("*.py"), *(PACKAGE / "retrofit").glob("*.py")]
     }
     assert {stem: names for stem, names in importers.items() if names} == {"_pyscard": {"smartcard.scard"}}
 

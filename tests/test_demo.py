@@ -21,7 +21,7 @@ from pcsc_safe.demo._judge import Finding, Outcome, Run, Verdict, conclude, deat
 from pcsc_safe.demo.hazards import load
 from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc
 
-NUMBERS = ["1", "2", "5", "6", "7", "9", "10", "11"]
+NUMBERS = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11"]
 SAFE, HAZARD, UNKNOWN = Outcome.SAFE, Outcome.HAZARD, Outcome.UNKNOWN
 
 

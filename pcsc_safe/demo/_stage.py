@@ -11,6 +11,7 @@ it hangs the child that starts it again.)
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import json
@@ -69,6 +70,18 @@ class Stage:
     def wait(self, pid: int) -> int:
         """Wait for a child; its exit status, or the negative number of the signal it died of."""
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def retrofit(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+        """For a program that uses pyscard's own classes: with pcsc_safe under test, install it.
+
+        :return: what such a program enters around the fork of its daemon.
+        """
+        if self.scard.__name__ != "pcsc_safe.scard":
+            return contextlib.nullcontext
+        import pcsc_safe
+
+        pcsc_safe.install()
+        return pcsc_safe.handover
 
     def kill_pcscd(self) -> None:
         """Kill the virtual pcscd, as a crash would; returns when it is gone."""

@@ -1,8 +1,8 @@
 """pyscard itself made fork-aware, for programs whose imports can't be edited.
 
-:func:`install` puts pcsc_safe's functions in the place of pyscard's, and makes pyscard's classes (connections, requests,
-monitors) usable in a forked child; :func:`uninstall` takes all of it back.  What is patched stands in :data:`PATCHES`,
-module by module; a module that has not been imported is patched when it is, and none is imported for it.
+:func:`install` puts pcsc_safe's functions in the place of pyscard's, and makes pyscard's classes (connections,
+requests, monitors) usable in a forked child; :func:`uninstall` takes all of it back.  What is patched stands in
+:data:`PATCHES`, module by module; a module that has not been imported is patched when it is, and none is imported for it.
 
 Invariant: nothing of pyscard is patched unless :func:`install` was called, and everything that is patched can be put
 back.  At a fork nothing happens here: what a child needs renewed is renewed at its first use.
@@ -39,7 +39,7 @@ _awaited: set[str] = set()
 
 
 def install() -> None:
-    """Make pyscard fork-aware in this process and its children, whatever was imported, by whatever name, before or after.
+    """Make pyscard fork-aware in this process and its children, whatever was imported, by whatever name, and when.
 
     Again is no harm.  Call it early, before the program opens contexts: those that it has already go on working here,
     but are no use in a forked child (SCARD_E_INVALID_HANDLE), and their connections to pcscd are dead there.
@@ -55,7 +55,7 @@ def install() -> None:
         if _applied.wanted:
             return
         _applied.wanted = True
-        _scard.stand_in.offer()
+        _scard.begin(_applied.finish)
         try:
             for name in PATCHES:
                 if name in sys.modules:
@@ -80,8 +80,10 @@ def uninstall() -> None:
     with _installing:
         if not _applied.wanted:
             return
-        _applied.undo()
-        _scard.leave()
+        _scard.end()
+        _applied.undo(_scard.still_needed)
+        _scard.stand_in.give_way(_applied.put)
+        _scard.leave_alone()
 
 
 def _imported(module: Any) -> None:

@@ -149,7 +149,7 @@ def card_service(module: Any) -> list[Patch]:
 
 
 def pcsc_card_request(module: Any) -> list[Patch]:
-    """Its finalizer and its event (not in every version): an event has a lock, which its waiting thread may have held."""
+    """Its finalizer and, in some versions, its event, which has a lock that its waiting thread may have held."""
     request = module.PCSCCardRequest
     event = [Patch(request, "evt", _OwnAttribute("evt", threading.Event))]
     return _finalizer(request) + (event if "evt" in request.__init__.__code__.co_names else [])

@@ -23,7 +23,7 @@ class _Renewal:
     """Drops what a process inherited of a monitor, once.
 
     :param drop: does it; gives the parent's observers.
-    :ivar inherited: the parent's observers that were not deleted here.
+    :ivar inherited: the parent's observers, which nobody tells here.
     """
 
     def __init__(self, drop: Callable[[], list[Any]]) -> None:
@@ -44,19 +44,17 @@ class _Renewal:
                 self._epoch = here()
 
     def deleting(self, delete: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """``delete``, but an inherited observer is just forgotten."""
+        """``delete``, but one of the parent's observers need not be there."""
 
         def delete_observer(observer: Any) -> Any:
-            if observer in self.inherited:
-                self.inherited.remove(observer)
+            try:
+                return delete(observer)
+            except ValueError:
+                if observer not in self.inherited:
+                    raise
                 return None
-            return delete(observer)
 
         return delete_observer
-
-
-_IDLE = frozenset({"deleteObserver", "deleteObservers", "countObservers"})
-"""What needs no thread."""
 
 
 def card_monitoring(module: Any) -> list[Patch]:
@@ -89,25 +87,27 @@ def card_monitoring(module: Any) -> list[Patch]:
         if name == "countObservers":
             return lambda: 0
         if name == "deleteObservers":
-            return renewal.inherited.clear
+            return lambda: None
         if name == "deleteObserver":
             return renewal.deleting([].remove)
         construct(self)
         return getattr(self, name)
 
     @functools.wraps(construct_thread)
-    def __init_thread__(self: Any, observable: Any) -> None:
+    def __init_of_thread(self: Any, observable: Any) -> None:
         renewal()
         construct_thread(self, observable)
 
     locks = [
-        Patch(owner, "lock", SharedLock(owner.lock, threading.Lock)) for owner in (monitor, thread) if hasattr(owner, "lock")
+        Patch(owner, "lock", SharedLock(owner.lock, threading.Lock))
+        for owner in (monitor, thread)
+        if hasattr(owner, "lock")
     ]
     return [
         *locks,
         Patch(monitor, "__init__", __init__),
         Patch(monitor, "__getattribute__", __getattribute__),
-        Patch(thread, "__init__", __init_thread__),
+        Patch(thread, "__init__", __init_of_thread),
     ]
 
 
@@ -141,15 +141,11 @@ def reader_monitoring(module: Any) -> list[Patch]:
     def delete(self: Any, observer: Any) -> Any:
         return renewal.deleting(functools.partial(delete_observer, self))(observer)
 
-    def delete_all(self: Any) -> Any:
-        renewal.inherited.clear()
-        return delete_observers(self)
-
-    add_observer, delete_observer, delete_observers = monitor.addObserver, monitor.deleteObserver, monitor.deleteObservers
+    add_observer, delete_observer = monitor.addObserver, monitor.deleteObserver
     return [
         Patch(monitor, "__init__", renewed(monitor.__init__)),
         Patch(monitor, "addObserver", renewed(functools.wraps(add_observer)(add))),
         Patch(monitor, "deleteObserver", renewed(functools.wraps(delete_observer)(delete))),
-        Patch(monitor, "deleteObservers", renewed(functools.wraps(delete_observers)(delete_all))),
+        Patch(monitor, "deleteObservers", renewed(monitor.deleteObservers)),
         Patch(monitor, "countObservers", renewed(monitor.countObservers)),
     ]

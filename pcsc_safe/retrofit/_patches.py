@@ -7,7 +7,8 @@ is left alone.  A child goes on with the patches it inherited, under a lock of i
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, Callable, NamedTuple
 
 from .. import _process
 
@@ -38,7 +39,7 @@ class Patches:
 
     def __init__(self) -> None:
         self._modules: dict[str, Any] = {}
-        self._originals: list[tuple[Patch, Any]] = []
+        self._replaced: dict[tuple[int, str], tuple[Patch, Any]] = {}
         self._lock = threading.RLock()
         self.wanted = False
         _process.at_fork(at_begin=self._begin)
@@ -47,35 +48,51 @@ class Patches:
         """Whether this module was patched."""
         return self._modules.get(name) is module
 
-    def apply(self, name: str, module: Any, rows: list[Patch]) -> None:
-        """Put replacements in force, once.
+    def apply(self, name: str, module: Any, rows: Iterable[Patch]) -> None:
+        """Put a module's replacements in force, once.
 
-        :param name: under which the module was imported.
-        :param module: in which they stand.
+        :param name: under which it was imported.
         """
         with self._lock:
-            if not self.wanted or self.has(name, module):
-                return
-            self._modules[name] = module
+            if self.wanted and not self.has(name, module):
+                self._modules[name] = module
+                self.put(rows)
+
+    def put(self, rows: Iterable[Patch]) -> None:
+        """Put replacements in force; what they replace is remembered, but not if it is a replacement itself."""
+        with self._lock:
             for row in rows:
-                self._originals.append((row, vars(row.owner).get(row.name, MISSING)))
+                key = id(row.owner), row.name
+                _, original = self._replaced.get(key, (row, vars(row.owner).get(row.name, MISSING)))
+                self._replaced[key] = row, original
                 setattr(row.owner, row.name, row.replacement)
 
-    def undo(self) -> None:
-        """Put everything back."""
+    def undo(self, still_needed: Callable[[Patch], bool] = lambda row: False) -> None:
+        """Put everything back, the latest first; but what is still needed, which another :meth:`undo` puts back."""
         with self._lock:
             self.wanted = False
             self._modules.clear()
-            while self._originals:
-                row, original = self._originals.pop()
-                if vars(row.owner).get(row.name) is not row.replacement:
-                    continue
-                left_behind = getattr(row.replacement, "left_behind", None)
-                value = left_behind(original) if left_behind is not None else original
-                if value is MISSING:
-                    delattr(row.owner, row.name)
-                else:
-                    setattr(row.owner, row.name, value)
+            for key, (row, original) in reversed(list(self._replaced.items())):
+                if not still_needed(row):
+                    del self._replaced[key]
+                    _restore(row, original)
+
+    def finish(self) -> None:
+        """Put back what was still needed, if nothing is wanted any more."""
+        with self._lock:
+            if not self.wanted:
+                self.undo()
 
     def _begin(self, epoch: _process.Epoch) -> None:
         self._lock = threading.RLock()
+
+
+def _restore(row: Patch, original: Any) -> None:
+    if vars(row.owner).get(row.name) is not row.replacement:
+        return
+    left_behind = getattr(row.replacement, "left_behind", None)
+    value = left_behind(original) if left_behind is not None else original
+    if value is MISSING:
+        delattr(row.owner, row.name)
+    else:
+        setattr(row.owner, row.name, value)

@@ -22,13 +22,13 @@ from types import ModuleType
 from typing import Any, Callable, Optional
 
 from .. import _gate, _process
-from .._calls import CALLS
+from .._calls import CALLS, Call
 from .._settings import settings
 from ..policy import Broker
 from ._framework import here
-from ._patches import Patch, Patches
+from ._patches import Patch
 
-__all__ = ["functions", "leave", "stand_in", "take_over"]
+__all__ = ["begin", "end", "functions", "leave_alone", "stand_in", "still_needed", "take_over"]
 
 _NATIVE = "smartcard.scard._scard"
 _Function = Callable[..., Any]
@@ -40,52 +40,61 @@ def functions(module: Any) -> list[Patch]:
     :param module: that; only its C module is looked at.
     """
     native = sys.modules[_NATIVE]
-    _farewell.undo()
-    if native is stand_in.module or not _process.FORKS:
-        return []
-    return [Patch(native, name, _replacement(name, getattr(native, name))) for name in _replaced() if name in vars(native)]
+    return [] if native is stand_in.module or not _process.FORKS else _rows(native)
 
 
-def _replaced() -> list[str]:
-    return [name for name, call in CALLS.items() if call.takes is not None or name == "SCardEstablishContext"]
+def _rows(native: Any) -> list[Patch]:
+    return [Patch(native, name, _replacement(name, native)) for name in _NAMES if name in vars(native)]
+
+
+_ESTABLISH = "SCardEstablishContext"
+_NAMES = [name for name, call in CALLS.items() if call.takes is not None] + [_ESTABLISH]
+"""What is replaced. The last is put back first, so that nothing new is given out then."""
 
 
 # What takes a function's place. The router is looked up at the first call: it imports pyscard, and may be the one who
 # is importing it now.
 
-_given: set[Any] = set()
-"""The contexts that were given out by pyscard's functions, and not yet released."""
+_in_force = False
+_given: set[object] = set()
+"""The contexts that were given out by pyscard's functions and not yet released, and those that are under way."""
+
+_when_all_are_released: Callable[[], None] = lambda: None  # noqa: E731
 
 
-def _replacement(name: str, original: Optional[_Function]) -> _Function:
+def begin(when_all_are_released: Callable[[], None]) -> None:
+    """From now on be wanted.
+
+    :param when_all_are_released: called whenever no context is left that was given out by pyscard's functions.
+    """
+    global _in_force, _when_all_are_released
+    _when_all_are_released = when_all_are_released
+    _in_force = True
+    stand_in.offer()
+
+
+def end() -> None:
+    """From now on be no longer wanted; what was replaced is put back after this."""
+    global _in_force
+    _in_force = False
+    stand_in.withdraw()
+
+
+def still_needed(row: Patch) -> bool:
+    """Whether a replacement has to stay, for the handles that were given out."""
+    return bool(_given) and row.owner is sys.modules.get(_NATIVE) and row.name != _ESTABLISH
+
+
+def _replacement(name: str, native: Any) -> _Function:
     """Take a handle of ours to the router, and any other number where it belongs.
 
-    :param original: the C function; None if there is no native library.
+    :param native: the C module; None where there is none.
     """
-    if name == "SCardEstablishContext":
-        return _establishing(original)
-    call, since = CALLS[name], here()
-
-    def opened_before(*arguments: Any) -> Any:
-        from .._inherited import INVALID_HANDLE
-
-        if original is None or here() is not since:
-            return call.failure(INVALID_HANDLE, arguments[1:])
-        result = _gate.enter(name, original, *arguments)
-        return call.failure(result[0]) if call.discloses and result[0] != 0 else result
-
-    return _sorting(name, opened_before, original)
-
-
-def _sorting(
-    name: str, elsewhere: _Function, original: Optional[_Function], then: Callable[[], None] = lambda: None
-) -> _Function:
-    """A function that takes our handles to the router, and plain numbers that are none ``elsewhere``.
-
-    :param original: what it replaces.
-    :param then: called when a context was released.
-    """
-    kind = CALLS[name].takes
+    original = vars(native)[name] if native is not None else None
+    original = getattr(original, "__wrapped__", original)
+    if name == _ESTABLISH:
+        return _named(name, _establishing(native, original), original)
+    call, kind, since = CALLS[name], CALLS[name].takes, here()
     assert kind is not None
     find: Any = None
     route: Any = None
@@ -97,7 +106,7 @@ def _sorting(
 
             find, route = _handles.find, _router.public[name]
         if type(handle) is int and find(kind, handle) is None:
-            return elsewhere(handle, *arguments)
+            return _opened_before(call, original, since, handle, *arguments)
         return route(handle, *arguments)
 
     def releasing(handle: Any) -> Any:
@@ -106,14 +115,24 @@ def _sorting(
         record = _handles.find(kind, handle)
         result = function(handle)
         if record is not None and record.released:
-            _given.discard(record)
-            then()
+            _no_more(record)
         return result
 
     return _named(name, releasing if name == "SCardReleaseContext" else function, original)
 
 
-def _establishing(original: Optional[_Function]) -> _Function:
+def _opened_before(call: Call, original: Optional[_Function], since: _process.Epoch, *arguments: Any) -> Any:
+    """For a number that pcsc_safe has not given out."""
+    from .._inherited import INVALID_HANDLE
+    from .._pyscard import SUCCESS
+
+    if original is None or (_in_force and here() is not since):
+        return call.failure(INVALID_HANDLE, arguments[1:])
+    result = _gate.enter(call.name, original, *arguments)
+    return call.failure(result[0]) if call.discloses and result[0] != SUCCESS else result
+
+
+def _establishing(native: Any, original: Optional[_Function]) -> _Function:
     route: Any = None
 
     def function(scope: Any) -> Any:
@@ -121,14 +140,27 @@ def _establishing(original: Optional[_Function]) -> _Function:
         if route is None:
             from .._router import public
 
-            route = public["SCardEstablishContext"]
-        result = route(scope)
-        record = getattr(result[1], "_self_record", None)
-        if record is not None:
-            _given.add(record)
-        return result
+            route = public[_ESTABLISH]
+        under_way = object()
+        _given.add(under_way)  # before the look: who puts functions back sees this, or we see that
+        try:
+            if original is not None and vars(native).get(_ESTABLISH) is not function:
+                return original(scope)
+            result = route(scope)
+            record = getattr(result[1], "_self_record", None)
+            if record is not None:
+                _given.add(record)
+            return result
+        finally:
+            _no_more(under_way)
 
-    return _named("SCardEstablishContext", function, original)
+    return function
+
+
+def _no_more(given: object) -> None:
+    _given.discard(given)
+    if not _given and not _in_force:
+        _when_all_are_released()
 
 
 def _named(name: str, function: _Function, original: Optional[_Function]) -> _Function:
@@ -153,12 +185,12 @@ class _StandIn:
 
     def offer(self) -> None:
         """From now on be asked."""
-        sys.meta_path.insert(0, self)  # type: ignore[arg-type]  # a finder needs no base class
+        sys.meta_path.insert(0, self)
 
     def withdraw(self) -> None:
         """Be asked no more."""
         if self in sys.meta_path:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> Optional[ModuleSpec]:
         """See :class:`importlib.abc.MetaPathFinder`."""
@@ -174,14 +206,17 @@ class _StandIn:
 
         self.module = ModuleType(_NATIVE, "pyscard's functions and constants, by a broker; see pcsc_safe.install().")
         vars(self.module).update(public)
-        vars(self.module).update({name: _replacement(name, None) for name in _replaced() if name in public})
+        vars(self.module).update({name: _replacement(name, None) for name in _NAMES if name in public})
         return self.module
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing is left to do."""
 
-    def give_way(self) -> None:
-        """Put the C module in its place."""
+    def give_way(self, put: Callable[[list[Patch]], None]) -> None:
+        """Have the C module in its place.
+
+        :param put: puts replacements in force, for the handles that were given out.
+        """
         module, self.module = self.module, None
         if module is None or sys.modules.get(_NATIVE) is not module:
             return
@@ -190,7 +225,9 @@ class _StandIn:
         if package is None or scard is None:
             return
         vars(package).pop("_scard", None)
-        vars(scard)["_scard"] = native = import_module(_NATIVE)
+        native = import_module(_NATIVE)
+        put([row for row in _rows(native) if still_needed(row)])
+        vars(scard)["_scard"] = native
         for holder in (package, scard):
             if "error" in vars(holder):
                 vars(holder)["error"] = vars(native)["error"]
@@ -243,27 +280,11 @@ class _Straggler:
             _gate.inside.pop(self._ident, None)
 
 
-_farewell = Patches()
-
-
-def leave() -> None:
-    """When everything was put back: stay in reach of the handles that were given out, as long as there are any."""
-    stand_in.withdraw()
-    stand_in.give_way()
-    native = sys.modules.get(_NATIVE)
-    if "pcsc_safe._router" not in sys.modules or native is None:
+def leave_alone() -> None:
+    """Have what was opened before be inherited as it always was."""
+    if not _strangers:
         return
     from .. import _descriptors
 
     while _strangers:
         _descriptors.unguard(_strangers.pop())
-    if _given:
-        names = [name for name in _replaced() if name in vars(native) and name != "SCardEstablishContext"]
-        rows = [Patch(native, name, _sorting(name, getattr(native, name), getattr(native, name), _last_farewell)) for name in names]
-        _farewell.wanted = True
-        _farewell.apply(_NATIVE, native, rows)
-
-
-def _last_farewell() -> None:
-    if not _given:
-        _farewell.undo()

@@ -1,0 +1,68 @@
+"""Hazard 8: pyscard's monitors are singletons with a thread, which does not survive a fork; their observers wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from .._judge import Finding, Run, death
+from .._stage import Stage
+
+NUMBER, NAME, SECONDS = "8", "card and reader monitors are dead in the child", 12.0
+PATIENCE = 3.0  # seconds that an observer gets to hear of the cards that are there
+
+
+def program(stage: Stage) -> None:
+    """Watch cards, fork a child that does so too, and see who is told of the cards that are there."""
+    stage.retrofit()
+    from smartcard.CardMonitoring import CardMonitor
+    from smartcard.ReaderMonitoring import ReaderMonitor
+
+    def heard(monitor: Any) -> bool:
+        observer = _Observer()
+        monitor.addObserver(observer)
+        return observer.told.wait(PATIENCE)
+
+    cards, readers = CardMonitor(), ReaderMonitor()
+    # At its making the card monitor has a list of no cards, which grows; at first the observer is told of that.
+    stage.report("parent", cards=heard(cards), readers=heard(readers))
+
+    def child() -> None:
+        stage.report("child", readers=heard(readers), cards=heard(CardMonitor()))
+        stage.report("child", thread=bool(CardMonitor().instance.rmthread.is_alive()))
+
+    stage.report("parent", child_ended=stage.wait(stage.fork(child)))
+    time.sleep(0.1)
+    stage.report("parent", thread=bool(cards.instance.rmthread.is_alive()))
+
+
+class _Observer:
+    """Either monitor's; it needs no base class."""
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+
+    def update(self, observable: object, handlers: tuple[list[object], list[object]]) -> None:
+        """What the monitor calls."""
+        if handlers[0]:
+            self.told.set()
+
+
+def judge(run: Run) -> Finding:
+    """Shown by observers in the child that are never told, and threads that are not there."""
+    cards, readers, thread = run.of("child", "cards", "readers", "thread")
+    ended, going_on, first_cards, first_readers = run.of("parent", "child_ended", "thread", "cards", "readers")
+    harm = [
+        f"in the child an observer was not told of the {what} there, in {PATIENCE:g} s"
+        for what, told in (("readers", readers), ("cards", cards))
+        if told is False
+    ]
+    harm += ["the card monitor's thread was dead in the child"] if thread is False else []
+    harm += ["the card monitor's thread died in the parent"] if going_on is False else []
+    harm += death("the child", ended)
+    if not (first_cards and first_readers and cards and readers and thread and going_on) or ended != 0:
+        return Finding(harm, [])
+    return Finding(
+        harm, ["in the child new observers were told of readers and cards, and the parent's monitor went on"]
+    )

@@ -1,0 +1,99 @@
+"""What the programs of test_retrofit.py and test_framework.py have in common; each of their tests runs one.
+
+Nothing here imports pyscard, or pcsc_safe's core: when that is done is what the tests are about.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from forking import fork, in_program, wait_for
+from forking import start as start_child
+
+from pcsc_safe.testing import VirtualPcsc
+
+VERIFY, IS_VERIFIED = [0x80, 0x20, 0, 0, 0], [0x80, 0x30, 0, 0, 0]
+RESET_CARD, INVALID_HANDLE = 0x80100068, 0x80100003
+
+
+def outcome(program: Callable[..., None], stack: VirtualPcsc, *arguments: str, **env: str) -> Any:
+    """What a program says (:func:`say`); it must end well, with nothing on stderr but pcsc_safe's warning."""
+    done = in_program(program, *arguments, env={**stack.env, **env})
+    complaints = [line for line in done.stderr.splitlines() if "SCARD_W_RESET_CARD because this process" not in line]
+    assert (done.returncode, complaints) == (0, []), done.stderr
+    return json.loads(done.stdout)
+
+
+def say(value: Any) -> None:
+    """A program's result."""
+    print(json.dumps(value), flush=True)
+
+
+def child(function: Callable[[], Any]) -> Any:
+    """``function()`` in a forked child."""
+    return wait_for(start_child(function))
+
+
+def code(hresult: int) -> int:
+    """A return code as PC/SC writes it; pyscard gives it signed or not, by version."""
+    return hresult & 0xFFFFFFFF
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """How a call of the framework fails: the kind of error; 'no error' if it doesn't."""
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__
+    return "no error"
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 15.0) -> bool:
+    """Whether a condition comes true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def verified(connection: Any) -> bool:
+    """Whether the PIN is verified in a connection of the framework's."""
+    return bool(connection.transmit(IS_VERIFIED) == ([1], 0x90, 0))
+
+
+LEAVE_CARD, UNPOWER_CARD = 0, 2
+
+
+def open_session(disposition: int = LEAVE_CARD) -> Any:
+    """A connection of the framework's, with the PIN verified.
+
+    :param disposition: what becomes of the card in the end; pyscard's own choice is to power it off, for everybody.
+    """
+    from smartcard.System import readers
+
+    connection = readers()[0].createConnection()
+    connection.connect(disposition=disposition)
+    connection.transmit(VERIFY)
+    assert verified(connection)
+    return connection
+
+
+def orderly_child(function: Callable[[], Any]) -> int:
+    """``function()`` in a child that ends as programs do, finalizers and all; its exit status."""
+    pid = fork()
+    if pid == 0:
+        import signal
+
+        signal.alarm(30)
+        function()
+        gc.collect()
+        sys.exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,0 +1,349 @@
+"""install() and uninstall(): pyscard's functions, whatever was imported, by whatever name, before or after."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import (
+    INVALID_HANDLE,
+    IS_VERIFIED,
+    RESET_CARD,
+    UNPOWER_CARD,
+    VERIFY,
+    child,
+    code,
+    eventually,
+    open_session,
+    orderly_child,
+    outcome,
+    refusal,
+    say,
+    verified,
+)
+
+import pcsc_safe
+from pcsc_safe.testing import VirtualPcsc
+
+pytestmark = pytest.mark.native  # each test says itself what its programs use
+
+
+def namespaces() -> dict[str, dict[str, Any]]:
+    """The functions by every style of import."""
+    found: dict[str, dict[str, Any]] = {"star": {}, "by name": {}, "module": {}, "inner": {}}
+    exec("from smartcard.scard import *", found["star"])
+    names = "SCardEstablishContext, SCardListReaders, SCardConnect, SCardTransmit, SCardDisconnect, SCardReleaseContext"
+    names += ", SCARD_PCI_T1"
+    exec(f"from smartcard.scard import {names}", found["by name"])
+    exec("import smartcard.scard as pcsc", found["module"])
+    exec("import smartcard.scard.scard as pcsc", found["inner"])
+    for style in ("module", "inner"):
+        found[style] = vars(found[style]["pcsc"])
+    return found
+
+
+def use(names: dict[str, Any]) -> Any:
+    """A session by these names, and what a forked child gets that uses, drops and closes it."""
+    hresult, context = names["SCardEstablishContext"](2)
+    _, readers = names["SCardListReaders"](context, [])
+    _, card, protocol = names["SCardConnect"](context, readers[0], 2, 3)
+    transmit = lambda command: names["SCardTransmit"](card, names["SCARD_PCI_T1"], command)  # noqa: E731
+    assert (hresult, protocol) == (0, 2)
+    transmit(VERIFY)
+
+    def in_child() -> Any:
+        answer, _ = transmit(IS_VERIFIED)
+        return code(answer), names["SCardDisconnect"](card, 2), names["SCardReleaseContext"](context)
+
+    answers = child(in_child)
+    answers = [*answers, transmit(IS_VERIFIED)]
+    names["SCardDisconnect"](card, 2)
+    names["SCardReleaseContext"](context)
+    return answers
+
+
+def styles(when: str) -> None:
+    if when == "before":
+        pcsc_safe.install()
+    found = namespaces()
+    if when == "after":
+        pcsc_safe.install()
+    answers = {style: use(names) for style, names in found.items()}
+    connection = open_session(UNPOWER_CARD)
+    answers["framework"] = [
+        *child(lambda: [refusal(lambda: verified(connection)), connection.disconnect()]),
+        verified(connection),
+    ]
+    say(answers)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_every_import_style(shared_stack: VirtualPcsc, when: str) -> None:
+    """Whatever a program has imported, before install() or after: its child is told, and its own session goes on."""
+    told = [RESET_CARD, 0, 0, [0, [1, 0x90, 0]]]
+    expected = dict.fromkeys(("star", "by name", "module", "inner"), told)
+    expected["framework"] = ["CardConnectionException", None, True]
+    assert outcome(styles, shared_stack, when) == expected
+
+
+def nothing_forced() -> None:
+    before = [name for name in sys.modules if name.partition(".")[0] in ("smartcard", "wrapt")]
+    pcsc_safe.install()
+    say([before, [name for name in sys.modules if name.partition(".")[0] == "smartcard"], "wrapt" in sys.modules])
+
+
+def test_install_imports_no_pyscard(shared_stack: VirtualPcsc) -> None:
+    """install() imports wrapt and nothing of pyscard; `import pcsc_safe` neither."""
+    assert outcome(nothing_forced, shared_stack) == [[], [], True]
+
+
+def attributes() -> dict[str, Any]:
+    """Everything in pyscard that could be patched."""
+    import smartcard.CardMonitoring
+    import smartcard.CardRequest
+    import smartcard.CardService
+    import smartcard.ReaderMonitoring
+
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "smartcard":
+            for attribute, value in vars(module).items():
+                found[f"{name}.{attribute}"] = value
+                if isinstance(value, type):
+                    found.update({f"{name}.{attribute}.{inner}": thing for inner, thing in vars(value).items()})
+    return found
+
+
+def changes(before: dict[str, Any]) -> list[str]:
+    after = attributes()
+    missing = object()
+    return sorted(
+        name
+        for name in before.keys() | after.keys()
+        if before.get(name, missing) is not after.get(name, missing)
+        and not name.endswith(("__dict__", "__weakref__", ".instance"))
+    )
+
+
+def there_and_back(when: str) -> None:
+    before = attributes()
+    for _ in range(3):
+        pcsc_safe.install()
+        pcsc_safe.install()
+        patched = len(changes(before))
+        assert patched > 25, changes(before)
+        connection = open_session()
+        connection.disconnect()
+        del connection
+        pcsc_safe.uninstall()
+        pcsc_safe.uninstall()
+        assert changes(before) == []
+    import importlib
+
+    pcsc_safe.install()
+    importlib.reload(sys.modules["smartcard.scard"])
+    assert child(lambda: len(changes(before))) >= patched
+    say(refusal(open_session))
+
+
+def test_idempotent_and_reversible(shared_stack: VirtualPcsc) -> None:
+    """Install twice is install once; uninstall puts every name back; and so again and again."""
+    assert outcome(there_and_back, shared_stack, "") == "no error"
+
+
+def live_handles() -> None:
+    from smartcard.scard import _scard  # type: ignore[attr-defined]
+
+    before = dict(vars(_scard))
+    changed = lambda: [name for name in before if vars(_scard)[name] is not before[name]]  # noqa: E731
+    pcsc_safe.install()
+    connection = open_session()
+    pcsc_safe.uninstall()
+    kept = changed()
+    plain = open_session()  # raw, as the program wants it now
+    told = child(lambda: refusal(lambda: verified(connection)))
+    works = [verified(connection), verified(plain), type(plain.component.hcontext) is int]
+    connection.disconnect()
+    del plain
+    still = changed()
+    connection.component.__del__()  # what pyscard before 2.3 has to release the context
+    connection.component.hcontext = None
+    del type(connection.component).__del__
+    say(["SCardTransmit" in kept, "SCardEstablishContext" in kept, told, works, still == kept, changed()])
+
+
+def test_live_handles_outlive_uninstall(shared_stack: VirtualPcsc) -> None:
+    """What was opened under install() works on after uninstall(), forks and all; with its end the last name is back."""
+    expected = [True, False, "CardConnectionException", [True, True, True], True, []]
+    assert outcome(live_handles, shared_stack) == expected
+
+
+def opened_before(configured: str) -> None:
+    connection = open_session(UNPOWER_CARD)
+    inner = connection.component
+    if configured:
+        pcsc_safe.configure(broker="always")
+    pcsc_safe.install()
+    import smartcard.scard as pcsc
+
+    def in_child() -> Any:
+        from pcsc_safe import _descriptors
+
+        dead = sum(_descriptors.is_dead(int(name)) for name in os.listdir("/proc/self/fd"))
+        context, card = inner.hcontext, inner.hcard
+        return [
+            dead >= 2,  # the connection's, and the spare one
+            *map(
+                code,
+                [
+                    pcsc.SCardTransmit(card, pcsc.SCARD_PCI_T1, IS_VERIFIED)[0],
+                    pcsc.SCardListReaders(context, [])[0],
+                    pcsc.SCardIsValidContext(context),
+                    pcsc.SCardDisconnect(card, 2),
+                    pcsc.SCardReleaseContext(context),
+                    pcsc.SCardIsValidContext(4711),
+                ],
+            ),
+            refusal(open_session),
+        ]
+
+    answers = child(in_child)
+    silent = orderly_child(lambda: globals().clear())
+    works = [verified(connection), inner.getATR() != [], pcsc.SCardIsValidContext(inner.hcontext)]
+    say([type(inner.hcard).__name__, answers, silent, works, code(pcsc.SCardIsValidContext(4711))])
+
+
+@pytest.mark.parametrize("configured", ["", "broker='always'"])
+def test_what_was_opened_before(shared_stack: VirtualPcsc, configured: str) -> None:
+    """It works on where it was opened, whatever is configured for later; in a child it is invalid, dead, and silent."""
+    refused = [True, *[INVALID_HANDLE] * 6, "no error"]
+    assert outcome(opened_before, shared_stack, configured) == ["int", refused, 0, [True, True, 0], INVALID_HANDLE]
+
+
+def inside_before() -> None:
+    import smartcard.scard as pcsc
+
+    _, context = pcsc.SCardEstablishContext(pcsc.SCARD_SCOPE_USER)
+    _, readers = pcsc.SCardListReaders(context, [])
+    _, states = pcsc.SCardGetStatusChange(context, 0, [(readers[0], pcsc.SCARD_STATE_UNAWARE)])
+    known = [(readers[0], states[0][1])]
+    waiting = threading.Thread(target=lambda: pcsc.SCardGetStatusChange(context, 20000, known))
+    waiting.start()
+    wrapper = pcsc.SCardGetStatusChange.__code__
+    assert eventually(lambda: any(frame.f_code is wrapper for frame in sys._current_frames().values()))
+    time.sleep(0.1)
+    pcsc_safe.configure(policy="reestablish", quiesce_timeout=0.1)
+    pcsc_safe.install()
+    during = child(lambda: refusal(lambda: pcsc.SCardEstablishContext(0)))
+    pcsc.SCardCancel(context)
+    waiting.join()
+    pcsc_safe.configure(quiesce_timeout=5)
+    began = time.monotonic()
+    after = child(lambda: code(pcsc.SCardEstablishContext(0)[0]))
+    say([during, after, time.monotonic() - began < 2])
+
+
+def test_a_thread_inside_before_install_makes_a_fork_unquiet(shared_stack: VirtualPcsc) -> None:
+    """A call that began before install() counts at a fork, until it has ended."""
+    assert outcome(inside_before, shared_stack) == ["ForkUnsafeError", 0, True]
+
+
+def many_threads() -> None:
+    errors = []
+    begin = threading.Barrier(8)
+
+    def toggle() -> None:
+        try:
+            begin.wait(20)
+            for _ in range(20):
+                pcsc_safe.install()
+                pcsc_safe.uninstall()
+        except BaseException as error:
+            errors.append(repr(error))
+
+    def work() -> None:
+        try:
+            begin.wait(20)
+            import smartcard.CardMonitoring
+            import smartcard.ReaderMonitoring
+            import smartcard.System
+
+            for _ in range(5):
+                session = smartcard.System.readers()[0].createConnection()
+                session.connect(disposition=0)
+                assert session.transmit([0x80, 1, 0, 0, 1, 7]) == ([7], 0x90, 0)
+        except BaseException as error:
+            errors.append(repr(error))
+
+    threads = [threading.Thread(target=task, daemon=True) for task in [toggle, toggle, toggle, toggle, *[work] * 4]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    hung = sum(thread.is_alive() for thread in threads)
+    before = attributes()
+    patched = []
+    pcsc_safe.install()
+    patched = changes(before)
+    pcsc_safe.uninstall()
+    say([errors, hung, len(patched) > 25, changes(before)])
+
+
+def test_threads(shared_stack: VirtualPcsc) -> None:
+    """Threads that install, uninstall, import and use pyscard all at once: no error, no hang, and all is put back."""
+    assert outcome(many_threads, shared_stack) == [[], 0, True, []]
+
+
+def other_way_round(first: str) -> None:
+    pcsc_safe.install()
+    exec(first)
+    connection = open_session()
+    say([child(lambda: refusal(lambda: verified(connection))), verified(connection)])
+
+
+@pytest.mark.parametrize(
+    "first", ["import pcsc_safe.scard", "pcsc_safe.handover()", "pcsc_safe.configure(cards='reset')"]
+)
+def test_pcsc_safe_may_import_pyscard(shared_stack: VirtualPcsc, first: str) -> None:
+    """If it is pcsc_safe that imports pyscard first, pyscard is patched all the same."""
+    assert outcome(other_way_round, shared_stack, first) == ["CardConnectionException", True]
+
+
+def without_native() -> None:
+    pcsc_safe.install()
+    connection = open_session()
+    import smartcard.scard as pcsc
+    from smartcard.CardRequest import CardRequest
+    from smartcard.scard import _scard  # type: ignore[attr-defined]
+
+    def in_child() -> Any:
+        refused = refusal(lambda: verified(connection))
+        connection.connect(disposition=0)
+        return refused, verified(connection), loaded()
+
+    answers = child(in_child)
+    card = CardRequest(timeout=5).waitforcard()
+    card.connection.connect(disposition=0)
+    works = [verified(connection), verified(card.connection), pcsc.SCardGetErrorMessage(0) != "", loaded()]
+    stand_in = type(_scard.__spec__.loader).__name__ if _scard.__spec__ else "stand-in"
+    del card
+    pcsc_safe.uninstall()
+    real = sys.modules["smartcard.scard._scard"]
+    back = [hasattr(real, "__file__"), pcsc.scard._scard is real, verified(connection), verified(open_session())]
+    say([answers, works, stand_in, loaded(), back])
+
+
+def loaded() -> bool:
+    return "libpcsclite" in Path("/proc/self/maps").read_text()
+
+
+def test_the_native_library_is_never_loaded(shared_stack: VirtualPcsc) -> None:
+    """broker="always": the framework works, in a child as well, without libpcsclite; uninstall() is what loads it."""
+    told = outcome(without_native, shared_stack, PCSC_SAFE_BROKER="always")
+    assert told[:2] == [["CardConnectionException", True, False], [True, True, True, False]]
+    assert told[3:] == [True, [True] * 4]
