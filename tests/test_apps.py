@@ -91,6 +91,8 @@ class OpenPgpCard(VirtualCard):
 
     def apdu(self, command: bytes) -> bytes:
         """Answer one command of the OpenPGP card's specification."""
+        if command.startswith(b"\x00\xca\x7f\x66"):  # which lengths it can do; jcecard's doesn't tell
+            return bytes.fromhex("0202010002020100 9000")
         return bytes(self._card.process_apdu(command))
 
     def power_on(self) -> None:
@@ -124,7 +126,7 @@ class Place(NamedTuple):
         """Run Python there, with default settings; it and all that it started are dead afterwards."""
         usual = {name: value for name, value in self.stack.env.items() if not name.startswith("PCSC_SAFE_")}
         path = os.pathsep.join([str(self.packages), str(HERE.parent)])
-        # No PATH: ykman looks for pkill, to end other users of the card all over the system, when it gets no connection.
+        # No PATH: when it gets no connection, ykman looks for pkill, to end others that use cards, all over the system.
         env = {**usual, "PYTHONPATH": path, "PATH": os.devnull}
         process = subprocess.Popen(
             [sys.executable, *arguments],

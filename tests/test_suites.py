@@ -1,0 +1,72 @@
+"""pyscard's own suites and pcsc-lite's UnitaryTests come out on the retrofit as on raw pyscard: the quick part of them.
+
+``python tests/upstream_suites.py`` runs all; :mod:`upstream` says where they come from.
+"""
+
+from __future__ import annotations
+
+import pytest
+import upstream
+import upstream_suites as suites
+
+from pcsc_safe.testing._install import Missing, look
+
+HERE = [way for way in suites.WAYS if way != "raw"]
+QUICK = {
+    "test": [],
+    "framework": [
+        "testcase_Card",
+        "testcase_CardConnection",
+        "testcase_CardRequest",
+        "testcase_CardService",
+        "testcase_CardType",
+        "testcase_readers",
+        "testcase_readergroups",
+    ],
+    "scard": [],
+}
+"""What of a suite takes no more than some seconds; all of it if nothing is named."""
+PROGRAMS = (
+    "SCardBeginTransaction_Disconnect.py",
+    "SCardBeginTransaction_ExclusiceMode.py",
+    "SCardBeginTransaction_Reset.py",
+    "SCardEndTransaction_extra_call.py",
+    "SCardReconnect.py",
+    "ThreadSafeConnect.py",
+)
+
+
+@pytest.fixture(autouse=True)
+def _stacks() -> None:
+    found = look()
+    if isinstance(found, Missing):
+        pytest.skip(f"{found.problem}; {found.remedy}")
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_suite(name: str) -> None:
+    """Each test has the outcome that it has on raw pyscard: in the parent, in a forked child, through a broker."""
+    checkout, modules = upstream.source("pyscard"), QUICK[name]
+    raw = suites.suite(name, "raw", checkout, modules)
+    passed = [outcome for outcome in raw.values() if outcome == "passed"]
+    assert len(passed) >= len(raw) - 4  # expected failures, and SCardGetAttrib: vpcd has no SCARD_ATTR_ATR_STRING
+    for way in HERE:
+        assert not suites.differences(raw, suites.suite(name, way, checkout, modules)), way
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program(name: str) -> None:
+    """A program ends as on raw pyscard and says the same: in the parent, in a forked child, through a broker."""
+    checkout = upstream.source("pcsc-lite")
+    raw = {name: suites.program(name, "raw", checkout)}
+    assert raw[name].status == 0
+    for way in HERE:
+        assert not suites.differences(raw, {name: suites.program(name, way, checkout)}), way
+
+
+def test_scard_fork() -> None:
+    """pcsc-lite's own test of fork() passes, unmodified, under policy ``invalid``."""
+    checkout = upstream.source("pcsc-lite")
+    for way in HERE:
+        status, output, errors = suites.program("SCard_fork.py", way, checkout)
+        assert (status, "test passed" in output, "FAILED" in output, errors) == (0, True, False, ""), way
