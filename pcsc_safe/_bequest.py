@@ -366,7 +366,7 @@ def _was_born(will: _Will) -> bool:
         end.close()
     # Not select.poll or os.read, which set errno to 0: until Python 3.10 it is read after this, where fork() failed.
     try:
-        return bool(ours.recv(1, _socket.MSG_DONTWAIT))
+        return bool(ours.recv(1, _socket.MSG_DONTWAIT | _socket.MSG_PEEK))
     except BlockingIOError:
         return True
 

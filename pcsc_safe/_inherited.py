@@ -75,7 +75,9 @@ def adopt(context: Context) -> None:
     status = CALLS["SCardStatus"]
     for card in list(context.cards.values()):
         verdict = decide(reconnects, status.role, card=True, in_transaction=card.transactions > 0)
-        if verdict is Verdict.CONNECT and not card.released:
+        # Nor one that would be waited for: in its reader this process itself has a transaction.
+        is_free = card.reader not in _transactions.holders
+        if verdict is Verdict.CONNECT and is_free and not card.released:
             with contextlib.suppress(PcscSafeError):
                 _own(status, card)
 

@@ -108,9 +108,12 @@ def see_it_end(stack: VirtualPcsc, watch: Watch) -> None:
     assert watch.ends(SOON)
     held_card(stack).go.set()  # pcscd itself waits for the card's answer
     stack.wait_for_clients(0)
-    exclusive = Session(safe.SCARD_SHARE_EXCLUSIVE)
-    exclusive.assert_untouched()
-    exclusive.close()
+    context = establish()
+    connect = [context, stack.readers[0].name, safe.SCARD_SHARE_EXCLUSIVE, safe.SCARD_PROTOCOL_ANY]
+    try:
+        until(lambda: safe.SCardConnect(*connect)[0] == OK, "pcscd has ended the session on the card")
+    finally:
+        safe.SCardReleaseContext(context)
 
 
 @pytest.mark.parametrize("doing", DOING)
