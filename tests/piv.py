@@ -1,15 +1,14 @@
 """A PIV card on the virtual stack, and the programs that use one; nobody here wrote any of them.
 
-The card is jcecard's PIV applet.  yubico-piv-tool personalises it, over the same PC/SC stack, and yubikit (of
-yubikey-manager) holds the sessions that sign.  ``scripts/fetch-piv`` fetches all three into ``.cache/piv``; without
-them importing this module raises ModuleNotFoundError, which says so.  What is ours is two adapters: `PivCard`, applet
-to card, and `Connection`, yubikit to the functions of smartcard.scard or of pcsc_safe.scard.
+The card is jcecard's PIV applet, by `pcsc_safe.testing.piv`.  yubico-piv-tool personalises it, over the same PC/SC
+stack, and yubikit (of yubikey-manager) holds the sessions that sign.  ``scripts/fetch-piv`` fetches all three into
+``.cache/piv``; without them importing this module raises ModuleNotFoundError, which says so.  What is ours is
+`Connection`, an adapter of yubikit to the functions of smartcard.scard or of pcsc_safe.scard.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from pcsc_safe.testing import VirtualCard
+from pcsc_safe.testing import PcscStackError
 
 __all__ = ["PIN", "ApduError", "Connection", "PivCard", "Signer", "is_signature", "personalise", "tool"]
 
@@ -30,75 +29,23 @@ SUBJECT = "CN=A card holder,O=pcsc_safe"
 if str(PACKAGES) not in sys.path:
     sys.path.append(str(PACKAGES))  # last: what is installed comes first
 
-_handler = logging.NullHandler()
-logging.getLogger().addHandler(_handler)  # or jcecard would configure logging for the whole process
 try:
     from cryptography import x509
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
-    from jcecard.apdu import APDUCommand, APDUParser
-    from jcecard.piv import PIVApplet
     from ykman.piv import generate_self_signed_certificate
     from yubikit.core import TRANSPORT
     from yubikit.core.smartcard import ApduError, SmartCardConnection
     from yubikit.piv import KEY_TYPE, SLOT, PivSession
 
+    from pcsc_safe.testing.piv import PivCard
+
     _tool = shutil.which("yubico-piv-tool", path=str(FETCHED / "tool/usr/bin")) or shutil.which("yubico-piv-tool")
     if _tool is None:
         raise ModuleNotFoundError("yubico-piv-tool is not installed")
-except ModuleNotFoundError as error:
+except (ModuleNotFoundError, PcscStackError) as error:
     raise ModuleNotFoundError(f"{error}; scripts/fetch-piv gets it (for Python 3.10 and later)") from None
-finally:
-    logging.getLogger().removeHandler(_handler)
-logging.getLogger("jcecard").setLevel(logging.ERROR)  # below, it logs APDUs
-
-
-class PivCard(VirtualCard):
-    """jcecard's PIV applet as a card: keys and certificates stay when the power goes, a verified PIN does not.
-
-    What the applet leaves to others is here: chains of commands, answers in pieces of 256 bytes, and that nothing is
-    answered before SELECT.
-    """
-
-    _SELECT, _GET_RESPONSE = 0xA4, 0xC0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._applet = PIVApplet()
-        self._chain = self._rest = b""
-
-    def apdu(self, command: bytes) -> bytes:
-        """Answer one command of SP 800-73."""
-        parsed = APDUParser.parse(command)
-        if parsed.ins == self._GET_RESPONSE:
-            return self._next_piece() if self._rest else b"\x69\x85"
-        self._rest = b""
-        if parsed.ins != self._SELECT and not self._applet.selected:
-            return b"\x69\x85"
-        if parsed.chained:
-            self._chain += parsed.data
-            return b"\x90\x00"
-        parsed.data, self._chain = self._chain + parsed.data, b""
-        return self._answer_whole(parsed)
-
-    def _answer_whole(self, command: APDUCommand) -> bytes:
-        answer = self._applet.process_apdu(command)
-        if command.extended or answer.sw != 0x9000:
-            return bytes(answer.to_bytes())
-        self._rest = answer.data
-        return self._next_piece()
-
-    def _next_piece(self) -> bytes:
-        piece, self._rest = self._rest[:256], self._rest[256:]
-        return piece + (bytes([0x61, min(len(self._rest), 0xFF)]) if self._rest else b"\x90\x00")
-
-    def power_on(self) -> None:
-        """Forget the PIN and what was selected."""
-        self._applet.reset()
-        self._chain = self._rest = b""
-
-    power_off = reset = power_on
 
 
 class Connection(SmartCardConnection):

@@ -1,0 +1,179 @@
+"""A signing key on a PIV card (NIST SP 800-73-4), for the other examples: five commands, and nothing about forks.
+
+What it shows: code that survives a fork is code that survives a reset of its card.  Another application may reset the
+card at any time; PC/SC says so with SCARD_W_RESET_CARD, and the cure is to connect, select and verify the PIN again.  A
+forked process gets the same answer, once, and the same cure gives it a session of its own.
+
+Sign a file: the certificate of the card in the first reader, and the signature in hex, on standard output::
+
+    python examples/piv.py file
+
+The PIN is asked for, or taken from PIV_PIN in the environment.  Without a card, on a virtual one whose PIN is 123456::
+
+    pip install 'pcsc-safe[piv]'
+    python -m pcsc_safe.testing --card piv -- python examples/piv.py file
+"""
+
+import contextlib
+import getpass
+import hashlib
+import os
+import ssl
+import sys
+
+from pcsc_safe import scard
+
+SELECT = bytes.fromhex("00A4040009A00000030800001000")
+AUTHENTICATION_KEY = 0x9A
+P_256 = 0x11
+CERTIFICATE = bytes.fromhex("5C035FC105")
+
+
+class CardError(Exception):
+    """What the card, or PC/SC, would not do."""
+
+
+class SessionLostError(Exception):
+    """The session is gone: another application reset the card, or this process was forked."""
+
+
+class Signer:
+    """The authentication key of the PIV card in a reader.
+
+    :param pin: the card holder's, 6 to 8 digits.
+    :param reader: a part of the reader's name; the first one by default.
+    :raises CardError: no such reader, no card, or a PIN that is wrong.
+    """
+
+    def __init__(self, pin, reader=""):
+        self._pin = pin
+        (self._context,) = done("SCardEstablishContext", scard.SCARD_SCOPE_SYSTEM)
+        try:
+            (readers,) = done("SCardListReaders", self._context, [])
+            name = next((name for name in readers if reader in name), None)
+            if name is None:
+                raise CardError(f"no reader {reader!r}; there are {readers}")
+            self._card, _ = done("SCardConnect", self._context, name, *HOW)
+            with self._alone():
+                self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        """Give up the card; other applications notice nothing."""
+        if hasattr(self, "_card"):
+            scard.SCardDisconnect(self._card, scard.SCARD_LEAVE_CARD)
+        scard.SCardReleaseContext(self._context)
+
+    def sign(self, digest):
+        """The ECDSA signature, in DER, of a SHA-256 digest."""
+        template = tlv(0x7C, tlv(0x82, b"") + tlv(0x81, digest))
+        answer = self._on_the_card(lambda: self._command(0x87, P_256, AUTHENTICATION_KEY, template))
+        return value(value(answer))
+
+    def certificate(self):
+        """The certificate of the key, in DER."""
+        return value(value(self._on_the_card(lambda: self._command(0xCB, 0x3F, 0xFF, CERTIFICATE))))
+
+    def _on_the_card(self, action):
+        """The result of an action in a session with the PIN verified; anew, if there is none any more."""
+        while True:
+            try:
+                with self._alone():
+                    try:
+                        return action()
+                    except CardError:  # not selected, or no PIN: another application was at the card
+                        self._open()
+                        return action()
+            except SessionLostError:
+                with contextlib.suppress(SessionLostError):  # again
+                    done("SCardReconnect", self._card, *HOW, scard.SCARD_LEAVE_CARD)
+
+    @contextlib.contextmanager
+    def _alone(self):
+        """No other process's commands come between ours."""
+        done("SCardBeginTransaction", self._card)
+        try:
+            yield
+        finally:
+            scard.SCardEndTransaction(self._card, scard.SCARD_LEAVE_CARD)
+
+    def _open(self):
+        if self._pin is None:
+            raise CardError("the card refused this PIN; it isn't tried again, or the card would block it")
+        self._transmit(SELECT)
+        _, sw = self._transmit(apdu(0x20, 0x00, 0x80, self._pin.encode().ljust(8, b"\xff")))
+        if sw != 0x9000:
+            self._pin = None
+            raise CardError(f"the card refuses the PIN ({sw:04X})")
+
+    def _command(self, ins, p1, p2, data):
+        """The answer to a command, put together from its pieces."""
+        answer, sw = self._transmit(apdu(ins, p1, p2, data))
+        while sw >> 8 == 0x61:
+            piece, sw = self._transmit(bytes([0x00, 0xC0, 0x00, 0x00, sw & 0xFF]))
+            answer += piece
+        if sw != 0x9000:
+            raise CardError(f"the card refuses command {ins:02X} ({sw:04X})")
+        return answer
+
+    def _transmit(self, command):
+        (answer,) = done("SCardTransmit", self._card, scard.SCARD_PCI_T1, list(command))
+        return bytes(answer[:-2]), int.from_bytes(bytes(answer[-2:]), "big")
+
+
+HOW = scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1
+
+
+def done(function, *arguments):
+    """What a function of PC/SC returns behind its return code, if that is good."""
+    result = getattr(scard, function)(*arguments)
+    hresult, *rest = result if isinstance(result, list) else [result]
+    if hresult == scard.SCARD_W_RESET_CARD:
+        raise SessionLostError
+    if hresult != scard.SCARD_S_SUCCESS:
+        raise CardError(f"{function}: {scard.SCardGetErrorMessage(hresult)}")
+    return rest
+
+
+def apdu(ins, p1, p2, data):
+    """A command with data, all of whose answer is wanted (ISO 7816-4, case 4)."""
+    return bytes([0x00, ins, p1, p2, len(data)]) + data + b"\x00"
+
+
+def tlv(tag, data):
+    """Tag, length and value, for less than 128 bytes."""
+    return bytes([tag, len(data)]) + data
+
+
+def value(encoded):
+    """The value of the first object (ISO 7816-4, BER-TLV, tags of one byte)."""
+    length, start = encoded[1], 2
+    if length & 0x80:
+        start += length & 0x7F
+        length = int.from_bytes(encoded[2:start], "big")
+    return encoded[start : start + length]
+
+
+def pin():
+    """The card holder's PIN."""
+    return os.environ.get("PIV_PIN") or getpass.getpass("PIN: ")
+
+
+def main(path):
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read()).digest()
+    signer = Signer(pin())
+    print(ssl.DER_cert_to_PEM_cert(signer.certificate()), end="")
+    print(signer.sign(digest).hex())
+    signer.close()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: piv.py FILE")
+    try:
+        main(sys.argv[1])
+    except CardError as error:
+        sys.exit(f"piv.py: {error}")

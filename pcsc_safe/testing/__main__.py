@@ -1,0 +1,92 @@
+"""``python -m pcsc_safe.testing [options] -- command``: run a command on a virtual PC/SC stack.
+
+To try an application, or one of our examples, without a reader.  The stack is there while the command runs; when the
+command has ended, what it left running finds no pcscd any more.
+
+Invariant: the exit status is the command's own, or 128 plus the number of the signal that ended it, as in a shell.
+
+At a fork: nothing here forks; the command is a subprocess.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+from . import EchoCard, PcscStackError, VirtualCard, VirtualPcsc
+
+__all__ = ["main"]
+
+_CARDS = ("echo", "piv", "none")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pcsc_safe.testing",
+        description="Run a command on a PC/SC stack of its own, with virtual readers and cards.",
+        epilog="exit status: the command's; 2 if there is no stack to run it on",
+    )
+    parser.add_argument(
+        "--card",
+        action="append",
+        choices=_CARDS,
+        metavar="CARD",
+        help="the card in the next reader, may be repeated: echo (the default), which answers with what it is sent; "
+        "piv, with a key, a certificate and the PIN 123456; none",
+    )
+    parser.add_argument("command", nargs="+", metavar="-- command", help="what to run, with its arguments")
+    return parser
+
+
+def _card(kind: str) -> Optional[VirtualCard]:
+    if kind == "piv":
+        from .piv import PivCard
+
+        return PivCard.personalised()
+    return EchoCard() if kind == "echo" else None
+
+
+def _run(command: Sequence[str], stack: VirtualPcsc) -> int:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        if not started:
+            raise SystemExit(128 + number)
+        started[0].send_signal(number)
+
+    # Handlers, not SIG_IGN: what is ignored stays ignored in the command.
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, lambda number, frame: None)  # a terminal sends it to the command as well
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, pass_on)
+    started.append(subprocess.Popen(command, env=stack.env))  # noqa: S603  # that is what we are for
+    status = started[0].wait()
+    return status if status >= 0 else 128 - status
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run a command.
+
+    :param arguments: those of the command line if None.
+    :return: the exit status.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        cards = [_card(kind) for kind in options.card or ["echo"]]
+        with VirtualPcsc(readers=len(cards), cards=cards, activate=False) as stack:
+            return _run(options.command, stack)
+    except PcscStackError as error:
+        print(f"python -m pcsc_safe.testing: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"python -m pcsc_safe.testing: {options.command[0]}: {error.strerror}", file=sys.stderr)
+    except ValueError as error:
+        print(f"python -m pcsc_safe.testing: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""`PivCard`: a virtual card with a signing key, for applications that use PIV (NIST SP 800-73-4).
+
+The applet is jcecard's, which nobody here wrote; ``pip install 'pcsc-safe[piv]'`` gets it, for Python 3.10 and later.
+What is ours is the adapter, and what that applet leaves to others.
+
+Invariant: keys, certificates, PINs and their counters belong to the card, so they outlast its power, its reader and
+pcscd; a verified PIN and a selected application don't outlast the power.
+
+At a fork: see `pcsc_safe.testing.cards`.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING
+
+from ._errors import PcscStackError
+from .cards import DEFAULT_ATR, VirtualCard
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+__all__ = ["PivCard"]
+
+_handler = logging.NullHandler()
+logging.getLogger().addHandler(_handler)  # or jcecard would configure logging for the whole process
+try:
+    from jcecard.apdu import APDUCommand, APDUParser
+    from jcecard.piv import PIVApplet
+    from jcecard.piv.data_objects import PIVAlgorithm, PIVDataObjects, PIVKeyData, PIVSlot
+    from jcecard.tlv import TLVEncoder
+except ModuleNotFoundError as error:
+    remedy = "pip install 'pcsc-safe[piv]', on Python 3.10 or later"
+    raise PcscStackError(f"the virtual PIV card needs jcecard ({error})", remedy=remedy) from error
+finally:
+    logging.getLogger().removeHandler(_handler)
+logging.getLogger("jcecard").setLevel(logging.CRITICAL + 1)  # it logs APDUs, and PINs with them
+
+_AID = bytes.fromhex("A000000308")
+_SELECT, _GET_RESPONSE = 0xA4, 0xC0
+_VALID = timedelta(days=30)
+
+
+class PivCard(VirtualCard):
+    """A PIV card: PIN 123456, PUK 12345678, and the management key of the standard; nothing on it.
+
+    :param atr: see `VirtualCard`.
+
+    A real one comes from its issuer with a key and a certificate; so does `PivCard.personalised`.
+    """
+
+    def __init__(self, atr: bytes = DEFAULT_ATR) -> None:
+        super().__init__(atr)
+        self._applet = PIVApplet()
+        self._chain = self._rest = b""
+
+    @classmethod
+    def personalised(cls, common_name: str = "A card holder", atr: bytes = DEFAULT_ATR) -> PivCard:
+        """A card with a P-256 key for authentication (slot 9A), and a self-signed certificate of it.
+
+        :param common_name: the certificate's subject and issuer.
+        :param atr: see `VirtualCard`.
+        """
+        card = cls(atr)
+        card.issue(common_name)
+        return card
+
+    def issue(self, common_name: str) -> None:
+        """Put a card holder's identifier, a new P-256 key and a self-signed certificate of it on the card.
+
+        :param common_name: the certificate's subject and issuer.
+        """
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        numbers = key.public_key().public_numbers()
+        point = b"\x04" + numbers.x.to_bytes(32, "big") + numbers.y.to_bytes(32, "big")
+        # Certificate, "not compressed", no error detection code (SP 800-73-4, part 1, table 10).
+        certificate = TLVEncoder.encode(0x70, _self_signed(key, common_name)) + bytes.fromhex("710100FE00")
+        objects = self._applet.data_objects
+        objects.chuid, objects.ccc = PIVDataObjects.create_default_chuid(), PIVDataObjects.create_default_ccc()
+        objects.put_key(
+            PIVSlot.AUTHENTICATION,
+            PIVKeyData(
+                algorithm=PIVAlgorithm.ECC_P256,
+                private_key=key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
+                public_key=TLVEncoder.encode(0x7F49, TLVEncoder.encode(0x86, point)),
+                certificate=certificate,
+            ),
+        )
+
+    def apdu(self, command: bytes) -> bytes:
+        """Answer one command of SP 800-73; before SELECT none.
+
+        Chains of commands and answers in pieces of 256 bytes are done here, the applet has neither.
+        """
+        parsed = APDUParser.parse(command)
+        if parsed.ins == _GET_RESPONSE:
+            return self._next_piece() if self._rest else b"\x69\x85"
+        self._rest = b""
+        if parsed.ins == _SELECT and parsed.data.startswith(_AID):
+            parsed.data = _AID  # the applet doesn't know that an AID may be given with its version
+        elif not self._applet.selected:
+            return b"\x69\x85"
+        if parsed.chained:
+            self._chain += parsed.data
+            return b"\x90\x00"
+        parsed.data, self._chain = self._chain + parsed.data, b""
+        return self._answer_whole(parsed)
+
+    def _answer_whole(self, command: APDUCommand) -> bytes:
+        answer = self._applet.process_apdu(command)
+        if command.extended or answer.sw != 0x9000:
+            return bytes(answer.to_bytes())
+        self._rest = answer.data
+        return self._next_piece()
+
+    def _next_piece(self) -> bytes:
+        piece, self._rest = self._rest[:256], self._rest[256:]
+        return piece + (bytes([0x61, min(len(self._rest), 0xFF)]) if self._rest else b"\x90\x00")
+
+    def power_on(self) -> None:
+        """Forget the PIN and what was selected."""
+        self._applet.reset()
+        self._chain = self._rest = b""
+
+    power_off = reset = power_on
+
+
+def _self_signed(key: EllipticCurvePrivateKey, common_name: str) -> bytes:
+    """A certificate in DER, from yesterday on: clocks differ."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
+    now = datetime.now(timezone.utc)
+    builder = x509.CertificateBuilder(issuer_name=name, subject_name=name, public_key=key.public_key())
+    builder = builder.serial_number(x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + _VALID)
+    return builder.sign(key, SHA256()).public_bytes(Encoding.DER)
