@@ -65,7 +65,7 @@ inside: dict[int, InFlight] = {}
 """Who is inside, by the thread's identifier."""
 
 closers: dict[int, bool] = {}
-"""The thread that is about to fork. While there is one, nobody else may enter."""
+"""The threads that have closed the gate; nobody else may enter. True: it is forking; False: it will, at some time."""
 
 _PAUSE = 0.001  # s
 _thread_names: dict[int, str] = {}
@@ -113,7 +113,10 @@ def _others(ident: int) -> list[InFlight]:
 
 
 def close_quietly() -> bool:
-    """Close the gate until the next fork of this thread, or :func:`open_again`.
+    """Close the gate until the next fork, or :func:`open_again`.
+
+    The fork of another thread doesn't wait for ours: it may hold locks by now that we need to get there, as logging's.
+    It opens the gate, and ours closes it once more.
 
     :return: whether nobody else is inside; if somebody is, the gate is open.
     """
@@ -121,6 +124,7 @@ def close_quietly() -> bool:
     if others_are_inside():
         open_again()
         return False
+    closers[threading.get_ident()] = False
     return True
 
 
@@ -144,7 +148,7 @@ def _close() -> None:
         return  # a child that never used PC/SC: whoever is in the table was inside in its parent
     ident = threading.get_ident()
     deadline = time.monotonic() + quiesce_timeout
-    while closers and ident not in closers and time.monotonic() < deadline:
+    while _another_forks(ident) and time.monotonic() < deadline:
         time.sleep(_PAUSE)
     closers[ident] = True
     try:
@@ -156,6 +160,10 @@ def _close() -> None:
         closers[ident] = True
         if _others(ident):
             _thread_names.update({thread.ident or 0: thread.name for thread in threading.enumerate()})
+
+
+def _another_forks(ident: int) -> bool:
+    return ident not in closers and any(list(closers.values()))
 
 
 def _quiesce(ident: int, deadline: float) -> None:

@@ -207,7 +207,7 @@ def test_what_the_dead_got_is_taken_back(stack: VirtualPcsc, asked: Any) -> None
 
 @pytest.mark.parametrize("asked", ["before it comes", "then"])
 def test_what_is_begun_during_a_fork_is_the_parents(stack: VirtualPcsc, asked: str) -> None:
-    """A transaction that another thread waits for as this one forks: when it comes, the child has to wait for its end."""
+    """A transaction that another thread waits for as this one forks: when it comes, the child waits for its end."""
 
     def head(link: Link, session: Session) -> Any:
         begins = Calling(called, session, *BEGIN)
