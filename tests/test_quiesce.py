@@ -622,6 +622,7 @@ def interrupted(what: str) -> None:
     print(json.dumps([arrived, seconds, child, answer, after]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threads", ["idle", "waiting"])
 def test_a_signal_at_any_moment_of_a_fork(shared_stack: VirtualPcsc, threads: str) -> None:
     """Handlers that raise, at 400 moments before, in and after a fork, never leave other threads locked out."""
