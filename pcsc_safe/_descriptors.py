@@ -12,11 +12,11 @@ import contextlib
 import os
 from _thread import get_ident
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from . import _process
 
-__all__ = ["Descriptor", "disarm", "guard", "guarded", "is_dead", "kept", "kill", "of", "prepare", "unguard"]
+__all__ = ["Descriptor", "disarm", "guard", "guarded", "is_dead", "kept", "kill", "of", "others", "prepare", "unguard"]
 
 
 class Descriptor(NamedTuple):
@@ -49,6 +49,10 @@ guarded: dict[int, Descriptor] = {}
 
 kept: dict[int, set[int]] = {}
 """Those that the child is to have which a thread is about to fork, by the thread."""
+
+
+others: Callable[[], Iterable[Descriptor]] = tuple
+"""Finds, in a forked child, what it must not have either; see :func:`_pcscd.guard_all`."""
 
 
 def guard(connection: Descriptor) -> None:
@@ -95,11 +99,19 @@ def is_dead(number: int) -> bool:
 
 
 def disarm() -> None:
-    """Put a dead socket in the place of each guarded connection; runs at the fork, in the child."""
+    """Put a dead socket in the place of each guarded connection, in the child."""
     if guarded:
         stays = kept.get(get_ident(), ())
         kill([connection for connection in guarded.values() if connection.number not in stays])
     kept.clear()
+
+
+def _at_fork() -> None:
+    stays = kept.get(get_ident(), ())
+    disarm()
+    found = [connection for connection in others() if connection.number not in stays]
+    if found:
+        kill(found)
 
 
 def kill(connections: Iterable[Optional[Descriptor]]) -> None:
@@ -133,4 +145,4 @@ def _begin(epoch: _process.Epoch) -> None:
     kept.clear()
 
 
-_process.at_fork(in_child=disarm, at_begin=_begin)
+_process.at_fork(in_child=_at_fork, at_begin=_begin)

@@ -20,6 +20,7 @@ from . import (
     _inherited,
     _log,
     _native,
+    _pcscd,
     _process,
     _pyscard,
     _transactions,
@@ -98,7 +99,7 @@ _AFTER: dict[str, _After] = {
 
 
 def _establish(scope: Any) -> Any:
-    for module in (_log, _descriptors, _native, _handles, _mine, _bequest):
+    for module in (_log, _descriptors, _pcscd, _handles, _mine, _bequest):
         module.prepare()
     settings()
     _notice()
