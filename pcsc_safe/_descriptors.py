@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from _thread import get_ident
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
 from . import _process
@@ -51,8 +51,8 @@ kept: dict[int, set[int]] = {}
 """Those that the child is to have which a thread is about to fork, by the thread."""
 
 
-others: Callable[[], Iterable[Descriptor]] = tuple
-"""Finds, in a forked child, what it must not have either; see :func:`_pcscd.guard_all`."""
+others: Callable[[], Sequence[Descriptor]] = tuple
+"""Finds, in a forked child, connections that aren't guarded and that it must not have either; :mod:`_pcscd` sets it."""
 
 
 def guard(connection: Descriptor) -> None:
@@ -107,9 +107,8 @@ def disarm() -> None:
 
 
 def _at_fork() -> None:
-    stays = kept.get(get_ident(), ())
     disarm()
-    found = [connection for connection in others() if connection.number not in stays]
+    found = others()  # none that is kept: those are guarded
     if found:
         kill(found)
 
