@@ -95,8 +95,7 @@ def _peer(number: int) -> Optional[str]:
     try:
         # As one that doesn't block, whatever it is: after socket.setdefaulttimeout() Python would else make it one, for
         # its owner and for the owner's parent as well.
-        kind = _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK
-        connection = _socket.socket(_socket.AF_UNIX, kind, 0, fileno=number)
+        connection = _socket.SocketType(_socket.AF_UNIX, _socket.SOCK_NONBLOCK, 0, number)
     except OSError:
         return None
     try:
