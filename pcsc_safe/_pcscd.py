@@ -68,7 +68,8 @@ def open_numbers() -> set[str]:
 
 
 def _possible_numbers() -> set[str]:
-    return {str(number) for number in range(min(os.sysconf("SC_OPEN_MAX"), _MOST_NUMBERS))}
+    limit = os.sysconf("SC_OPEN_MAX")  # negative if there is none
+    return {str(number) for number in range(limit if 0 < limit < _MOST_NUMBERS else _MOST_NUMBERS)}
 
 
 def strangers(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
