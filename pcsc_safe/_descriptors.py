@@ -106,11 +106,22 @@ def disarm() -> None:
     kept.clear()
 
 
+_ATTEMPTS = 3
+
+
 def _at_fork() -> None:
     disarm()
-    found = others()  # none that is kept: those are guarded
-    if found:
-        kill(found)
+    raised: Optional[BaseException] = None
+    for _ in range(_ATTEMPTS):
+        try:
+            found = others()  # none that is kept: those are guarded
+            if found:
+                kill(found)
+            break
+        except BaseException as error:  # a signal handler's: this can take milliseconds
+            raised = error
+    if raised is not None:
+        raise raised
 
 
 def kill(connections: Iterable[Optional[Descriptor]]) -> None:

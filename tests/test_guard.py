@@ -215,6 +215,22 @@ def test_the_dead_socket_was_closed(number: int) -> None:
     assert in_child(is_dead, number) is True
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_handler_raises_in_the_middle(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it raises is lost, as in every hook; the guard is not."""
+    pcsc_safe.configure(guard_native=True)
+    look, interrupted = _descriptors.others, list[int]()
+
+    def others() -> Any:
+        if not interrupted:
+            interrupted.append(1)
+            raise KeyboardInterrupt
+        return look()
+
+    monkeypatch.setattr(_descriptors, "others", others)
+    assert in_child(lambda: (is_dead(number), interrupted)) == (True, [1])
+
+
 @pytest.mark.parametrize("free", [0, 1, 3])
 def test_no_descriptor_is_free(number: int, free: int) -> None:
     """A process at its limit of open files guards its children too."""
