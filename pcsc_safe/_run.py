@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices = ", ".join(member.value for member in kind) if hasattr(kind, "__members__") else ""
         told = ": ".join(filter(None, [_HELP[setting], choices]))
         if option in _SWITCHES:
-            parser.add_argument(option, nargs="?", const="1", metavar="0", help=told)
+            parser.add_argument(option, nargs="?", const="1", metavar="=0", help=told)
         else:
             parser.add_argument(option, metavar=setting.upper(), help=told)
     parser.add_argument("--report", action="store_true", help="tell on stderr, at the end, what happened to PC/SC")
