@@ -5,9 +5,10 @@ monitor.  The handler that is forked goes on with the connection that was made b
 it dies, touches neither the parent nor the other handlers.  One that hangs with a bad card keeps nobody else out, and
 one that dies opens no door.
 
-A card opens the door if it is on the list, and proves it: it signs a random challenge with the key of its certificate for
-card authentication (slot 9E), which wants no PIN.  A number that a card just tells, a UID, an ATR, a certificate, is
-easily copied and opens nothing.  The list is all that counts, the certificates' dates and issuers are not looked at.
+A card opens the door if it is on the list, and proves that it is that card: it signs a random challenge with the key of
+its certificate for card authentication (slot 9E), which wants no PIN.  What a card just tells, a UID, an ATR, a
+certificate, is easily copied and opens nothing.  Only the list counts: the certificates' dates and issuers are not
+looked at.
 
 Run it with a list that has the SHA-256 of a certificate and a name in each line; a card that isn't on it is logged with
 what it takes to add it.  The log is on standard output; SIGTERM and Ctrl-C end it::
@@ -53,6 +54,7 @@ class Door(CardObserver):
         self.admitted = admitted
 
     def update(self, observable, handlers):
+        """Cards have come and gone."""
         added, removed = handlers
         for card in removed:
             log(card, "removed")
@@ -63,6 +65,7 @@ class Door(CardObserver):
                 log(card, f"closed: no handler ({error})")
 
     def handle(self, card):
+        """Fork a handler; it ends here."""
         connection = card.createConnection()
         pid = os.fork()
         if pid:

@@ -1,7 +1,7 @@
 """Signatures by worker processes, with a card that was opened before they were forked.
 
-What it shows: the card is opened once, with its PIN, where the workers come from; each worker finds it open, and gets a
-session of its own at its first signature.  Workers come and go, and some die: what such a one had in hand is signed
+What it shows: the card is opened once, with its PIN, where the workers come from; each worker finds it open, and gets
+a session of its own at its first signature.  Workers come and go, and some die: what such a one had in hand is signed
 by another.  How a program notices that is the difference between the three ways to have workers; see each below.
 
 Sign every line of standard input; on standard output, the line after its signature in hex, in no order::
@@ -9,13 +9,13 @@ Sign every line of standard input; on standard output, the line after its signat
     seq 1000 | python examples/multiprocessing_sign.py executor           # or pool, or process
     seq 1000 | PYTHONPATH=examples python examples/multiprocessing_sign.py executor forkserver
 
-With ``forkserver`` the fork server opens the card, and not this process: it preloads the module `opened_card`, which has
-to be on PYTHONPATH for that.  The PIN is asked for on the terminal, or taken from PIV_PIN in the environment.  Without a
-card::
+With ``forkserver`` the fork server opens the card, and not this process: it preloads the module `opened_card`, which
+has to be on PYTHONPATH for that.  The PIN is asked for on the terminal, or taken from PIV_PIN in the environment.
+Without a card::
 
     pip install 'pcsc-safe[piv]'
-    seq 1000 | PIV_PIN=123456 python -m pcsc_safe.testing --card piv -- \\
-        python examples/multiprocessing_sign.py executor
+    export PIV_PIN=123456
+    seq 1000 | python -m pcsc_safe.testing --card piv -- python examples/multiprocessing_sign.py executor
 """
 
 import concurrent.futures

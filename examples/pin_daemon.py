@@ -11,10 +11,11 @@ Run it with python-daemon installed, and have files signed; the answer is the si
     nc -UN ~/sign.sock < file
     kill $(cat ~/sign.sock.pid)
 
-Whoever may connect may sign.  So the socket is its user's alone (mode 0600), and the card is held exclusively: otherwise
-every user of the reader could sign with the PIN that was verified here.
+Whoever may connect may sign.  So the socket is its user's alone (mode 0600), and the card is held exclusively:
+otherwise every user of the reader could sign with the PIN that was verified here.
 """
 
+import contextlib
 import hashlib
 import os
 import selectors
@@ -91,10 +92,8 @@ def answer(handler, signer):
 
 
 def tell(whom, line):
-    try:
+    with contextlib.suppress(OSError):  # it has gone
         whom.sendall(f"{line}\n".encode())
-    except OSError:
-        pass  # it has gone
 
 
 def fork_handler(listener):

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Optional, TypeVar
 
 import pytest
 
@@ -30,8 +30,10 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
 
+T = TypeVar("T")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PIN = "123456"
+FORKS_WITH_THREADS = "ignore:This process:DeprecationWarning"  # Python 3.12 warns of them
 
 
 class WatchedCard(PivCard):
@@ -78,10 +80,7 @@ def raw(directory: Path) -> dict[str, str]:
     package = directory / "pcsc_safe"
     package.mkdir()
     (package / "__init__.py").write_text(
-        "import contextlib\n"
-        "handover = contextlib.nullcontext\n"
-        "files_to_preserve = list\n"
-        "def install(): pass\n"
+        "import contextlib\nhandover = contextlib.nullcontext\nfiles_to_preserve = list\ndef install(): pass\n"
     )
     (package / "scard.py").write_text("from smartcard.scard import *\n")
     return {"PYTHONPATH": str(directory)}
@@ -99,7 +98,7 @@ class Program:
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-X", "faulthandler", str(EXAMPLES / name), *arguments],
-                env={**stack.env, "PIV_PIN": PIN, **env},
+                env={**stack.env, "PIV_PIN": PIN, "PYTHONWARNINGS": FORKS_WITH_THREADS, **env},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -107,15 +106,14 @@ class Program:
             )
 
     def others(self) -> list[int]:
-        """The processes of its session that run, but the first; Python's trackers are not counted."""
+        """The processes of its session that run, but the first."""
         return [pid for pid in processes_of(self.process.pid) if pid != self.process.pid]
 
     def kill_one_inside_pcsc(self) -> int:
         """SIGKILL the process that waits for the card's answer; to be called while the card holds it back."""
-        for pid in until(lambda: [pid for pid in self.others() if waits_for_pcscd(pid)]):
-            os.kill(pid, signal.SIGKILL)
-            return pid
-        raise AssertionError
+        pid = until(lambda: next(filter(waits_for_pcscd, self.others()), 0))
+        os.kill(pid, signal.SIGKILL)
+        return pid
 
     def __enter__(self) -> Program:
         return self
@@ -155,7 +153,7 @@ def waits_for_pcscd(pid: int) -> bool:
     return "poll" in where and "ep_poll" not in where and "epoll" not in where
 
 
-def until(condition: Callable[[], object], timeout: float = 20.0) -> object:
+def until(condition: Callable[[], T], timeout: float = 20.0) -> T:
     """Wait for what the kernel has no event for; what it is when it is true."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):

@@ -36,15 +36,14 @@ class Daemon:
         self.stack = stack
         self.card = card
         self.path = path
-        self.pid = int(until(lambda: pid_in(path)))
+        self.pid = until(lambda: pid_in(path))
 
     def ask(self, message: bytes) -> bytes:
         """What a client gets for a message: nothing, if its handler died."""
-        with self.client() as client:
-            with contextlib.suppress(ConnectionError):
-                client.sendall(message)
-                client.shutdown(socket.SHUT_WR)
-                return client.recv(1024)
+        with self.client() as client, contextlib.suppress(ConnectionError):
+            client.sendall(message)
+            client.shutdown(socket.SHUT_WR)
+            return client.recv(1024)
         return b""
 
     def client(self) -> socket.socket:

@@ -1,4 +1,4 @@
-"""The example of a door: for each card that comes the right decision, and no event lost, whatever its handlers die of."""
+"""The example of a door: the right decision for each card, and no event lost, whatever its handlers die of."""
 
 from __future__ import annotations
 
@@ -178,3 +178,18 @@ def test_a_card_that_hangs_keeps_nobody_out(tmp_path: Path) -> None:
         assert log.next(stack.readers[1]) == said
         go_on.set()
         assert log.next(stack.readers[0]) == "open: Alice"
+
+
+@pytest.mark.long
+def test_the_control(tmp_path: Path) -> None:
+    """On raw pyscard handler and parent use one connection to pcscd: not every card gets its decision."""
+    cards = Cards()
+    wrong = 0
+    with VirtualPcsc(2) as stack, door(stack, tmp_path, cards, **raw(tmp_path)) as (_, log):
+        stack.wait_for_clients(1)
+        for card, said in 3 * cards.said:
+            stack.readers[0].insert(card)
+            wrong += log.next(stack.readers[0]) != said
+            stack.readers[0].remove()
+            assert log.next(stack.readers[0]) == "removed"
+    assert wrong

@@ -53,9 +53,7 @@ def sign_all(directory: Path, kind: str, method: str, count: int, kill_at: range
     return killed
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"), [("executor", "fork"), ("process", "fork"), ("executor", "forkserver")]
-)
+@pytest.mark.parametrize(("kind", "method"), [("executor", "fork"), ("process", "fork"), ("executor", "forkserver")])
 def test_workers_sign(tmp_path: Path, kind: str, method: str) -> None:
     """100 messages; two workers are killed while the card signs for them, and nobody but they notices."""
     assert len(sign_all(tmp_path, kind, method, 100, range(20, 61, 40))) == 2
@@ -123,7 +121,7 @@ def program_that_passes_its_signer() -> None:
 
 
 def test_handles_are_passed_to_workers() -> None:
-    """``pool.map(signer.sign, ...)``: what a worker is passed is the card that it inherited, in a session of its own."""
+    """``pool.map(signer.sign, ...)``: what a worker is passed is the card that it has inherited."""
     card = WatchedCard.personalised()
     with stack_with(card) as stack:
         done = in_program(program_that_passes_its_signer, env=stack.env)
