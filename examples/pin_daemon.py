@@ -42,6 +42,7 @@ def main(path):
     listener.bind(path)
     listener.listen()
     background = daemon.DaemonContext(umask=0o177, files_preserve=[listener, *pcsc_safe.files_to_preserve()])
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may end before this process has left it
     with pcsc_safe.handover():
         background.open()
     # Out of that block: the forks of handlers hand nothing over.
