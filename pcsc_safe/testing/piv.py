@@ -122,7 +122,7 @@ class PivCard(VirtualCard):
         answer = self._applet.process_apdu(command)
         if command.extended or answer.sw != 0x9000:
             return bytes(answer.to_bytes())
-        self._rest = answer.data
+        self._rest = bytes(answer.data)
         return self._next_piece()
 
     def _next_piece(self) -> bytes:
@@ -148,4 +148,4 @@ def _self_signed(key: EllipticCurvePrivateKey, common_name: str) -> bytes:
     builder = x509.CertificateBuilder(issuer_name=name, subject_name=name, public_key=key.public_key())
     builder = builder.serial_number(x509.random_serial_number())
     builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + _VALID)
-    return builder.sign(key, SHA256()).public_bytes(Encoding.DER)
+    return bytes(builder.sign(key, SHA256()).public_bytes(Encoding.DER))
