@@ -178,6 +178,7 @@ def test_it_signs_a_thousand(daemon: Daemon) -> None:
         client.start()
     for client in clients:
         client.join(120)
+        assert not client.is_alive()
     assert errors == []
     assert len(set(killed)) >= 50
     assert daemon.card.signing >= 1000
