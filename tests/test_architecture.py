@@ -20,6 +20,8 @@ MAY_IMPORT = {
     "_report": {"_events"},
     "_run": {"_report", "_retrofitted", "errors", "policy"},
     "_log": {"_process"},
+    "_sacrifice": set(),
+    "_version": {"__version__"},
     "_descriptors": {"_process"},
     "_calls": {"_descriptors", "_process", "policy"},
     "_gate": {"_process"},
