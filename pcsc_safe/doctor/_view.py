@@ -1,0 +1,89 @@
+"""The printed page: findings in columns, a remedy under each that isn't well, and a line of sums.
+
+Colour only on a terminal, and not where NO_COLOR is set.  No shared state; nothing here is used in a forked process.
+"""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from typing import Optional, TextIO
+
+from ..demo._view import wants_colour
+from ._findings import Finding, Status
+
+__all__ = ["Page", "summary"]
+
+_COLOURS = {
+    Status.OK: "32",
+    Status.WARNING: "33",
+    Status.PROBLEM: "31",
+    Status.UNKNOWN: "33",
+    Status.SKIPPED: "2",
+}
+_STATUS = max(len(status.value) for status in Status)
+_WHAT = 26
+_NARROWEST, _WIDEST = 20, 120  # of the page; what is narrower is not wrapped any more
+
+
+class Page:
+    """Prints findings as they come.
+
+    :param stream: where to.
+    :param width: in characters; the terminal's if None.
+    """
+
+    def __init__(self, stream: TextIO, width: Optional[int] = None) -> None:
+        self._stream = stream
+        self._colour = wants_colour(stream)
+        self._width = min(width or shutil.get_terminal_size((100, 25)).columns, _WIDEST)
+
+    def section(self, title: str) -> None:
+        """Begin a part of the page."""
+        self._print(f"\n{title}")
+
+    def show(self, finding: Finding) -> None:
+        """Print one finding."""
+        status = f"{finding.status.value:<{_STATUS}}"
+        if self._colour:
+            status = f"\033[{_COLOURS[finding.status]}m{status}\033[0m"
+        what = self._what()
+        texts = [finding.detail, *([f"-> {finding.remedy}"] if finding.remedy else [])]
+        if what == 0:
+            lines = self._wrapped(f"{finding.what}: {finding.detail}", 2)
+            lines += self._wrapped(texts[1], 2) if len(texts) > 1 else []
+            self._print("\n".join([f"  {status.rstrip()}", *(f"    {line}" for line in lines)]))
+            return
+        cells = textwrap.wrap(finding.what, what) or [""]
+        lines = [line for text in texts for line in self._wrapped(text, _STATUS + what + 4)]
+        cells += [""] * (len(lines) - len(cells))
+        lines += [""] * (len(cells) - len(lines))
+        for number, (cell, line) in enumerate(zip(cells, lines)):
+            self._print(f"  {' ' * _STATUS if number else status}  {cell:<{what}}  {line}".rstrip())
+
+    def _what(self) -> int:
+        """The width of the column of what was looked at; 0 where there is no room for columns."""
+        return min(_WHAT, self._width // 4) if self._width >= 60 else 0
+
+    def _wrapped(self, text: str, indent: int) -> list[str]:
+        width = max(self._width - indent - 2, _NARROWEST)
+        follow = "   " if text.startswith("-> ") else ""
+        return textwrap.wrap(text, width, subsequent_indent=follow, break_long_words=False, break_on_hyphens=False)
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+def summary(findings: Iterable[Finding]) -> str:
+    """How many of each there are."""
+    counts = Counter(finding.status for finding in findings)
+    names = {
+        Status.PROBLEM: ("problem", "problems"),
+        Status.WARNING: ("warning", "warnings"),
+        Status.UNKNOWN: ("unknown", "unknown"),
+        Status.SKIPPED: ("skipped", "skipped"),
+    }
+    said = [f"{counts[each]} {words[counts[each] != 1]}" for each, words in names.items() if counts[each]]
+    return f"{', '.join(said)}." if said else "All is well."
