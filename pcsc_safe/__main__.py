@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
@@ -73,13 +74,16 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run one command.
 
     :param arguments: those of the command line if None.
-    :return: the exit status: the command's own; 130 if it was interrupted.
+    :return: the exit status: the command's own; 130 if it was interrupted, 141 if nobody reads on.
     """
     try:
         options = _parse(sys.argv[1:] if arguments is None else arguments)
         return int(COMMANDS[options.command].load().main(options))
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes it once more
+        return 141
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def main(options: argparse.Namespace) -> int:
     """Print them, a line each."""
     found = versions()
     print(
-        json.dumps(found, indent=2) if options.json else "\n".join(f"{name} {value}" for name, value in found.items())
+        json.dumps(found, indent=2) if options.json else "\n".join(f"{name} {value}" for name, value in found.items()),
+        flush=True,
     )
     return 0

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
-__all__ = ["Process", "all_pids", "command", "descendants", "environment", "look", "name", "sockets"]
+__all__ = ["Process", "all_pids", "command", "descendants", "environment", "look", "name", "sockets", "started"]
 
 _BROKER = "pcsc_safe.broker"
 
@@ -69,6 +69,12 @@ def name(pid: int) -> str:
     """The name of a process; empty if it is gone.  Not its arguments: they may hold a PIN."""
     found = _stat(pid)
     return found.name if found else ""
+
+
+def started(pid: int) -> int:
+    """When a process was started, in clock ticks since the machine was; 0 if it is gone."""
+    found = _stat(pid)
+    return found.started if found else 0
 
 
 def command(pid: int) -> list[str]:

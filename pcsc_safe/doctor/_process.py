@@ -45,7 +45,7 @@ class _Family(NamedTuple):
     processes: dict[int, Optional[Process]]
     connections: dict[int, Connection]
     ends_known: bool
-    all_seen: bool
+    unseen: int
     dead: frozenset[int]
 
 
@@ -78,10 +78,10 @@ def _gather(pid: int, root: Process) -> _Family:
             processes[each] = None
     table, ends_known = _sockets.table()
     inodes = _to_pcscd(processes, table)
-    holders, all_seen = _holders(inodes)
+    holders, unseen = _holders(inodes)
     connections = {inode: _connection(inode, table, holders[inode]) for inode in inodes if holders[inode]}
     dead = frozenset(each.inode for each in table.values() if not each.connected and not each.path)
-    return _Family(processes, connections, ends_known, all_seen, dead)
+    return _Family(processes, connections, ends_known, unseen, dead)
 
 
 def _to_pcscd(processes: dict[int, Optional[Process]], table: dict[int, _sockets.Socket]) -> set[int]:
@@ -102,20 +102,19 @@ def _to_pcscd(processes: dict[int, Optional[Process]], table: dict[int, _sockets
     return found
 
 
-def _holders(inodes: set[int]) -> tuple[dict[int, list[int]], bool]:
-    """Who on this machine has these sockets, the oldest first; and whether everybody could be looked into."""
+def _holders(inodes: set[int]) -> tuple[dict[int, list[int]], int]:
+    """Who on this machine has these sockets, the oldest first; and how many processes could not be looked into."""
     found: dict[int, list[tuple[int, int]]] = {inode: [] for inode in inodes}
-    all_seen = True
+    unseen = 0
     for pid in _proc.all_pids() if inodes else ():
         try:
             held = _proc.sockets(pid)
-            started = _proc.look(pid).started if held and inodes.intersection(held.values()) else 0
         except ProcessLookupError:
             continue
-        all_seen = all_seen and held is not None
+        unseen += held is None
         for inode in inodes.intersection((held or {}).values()):
-            found[inode].append((started, pid))
-    return {inode: [pid for _, pid in sorted(each)] for inode, each in found.items()}, all_seen
+            found[inode].append((_proc.started(pid), pid))
+    return {inode: [pid for _, pid in sorted(each)] for inode, each in found.items()}, unseen
 
 
 def _connection(inode: int, table: dict[int, _sockets.Socket], holders: list[int]) -> Connection:
@@ -141,7 +140,7 @@ def _summary(pid: int, family: _Family) -> Finding:
     count, connections = len(family.processes), len(family.connections)
     shared = sum(len(each.holders) > 1 for each in family.connections.values())
     data: dict[str, Any] = {"pid": pid, "processes": count, "connections": connections, "shared": shared}
-    data["others_unseen"] = not family.all_seen
+    data["unseen"] = family.unseen
     detail = f"{_many(count, 'process', 'processes')}, {_many(connections, 'connection', 'connections')} to pcscd, "
     detail += f"{shared} of them in several processes"
     unsure = not family.ends_known and any(each and each.libpcsclite for each in family.processes.values())
@@ -149,13 +148,17 @@ def _summary(pid: int, family: _Family) -> Finding:
         remedy = f"sudo modprobe unix_diag, or sudo python -m pcsc_safe doctor --pid {pid}"
         text = "where their sockets lead can't be told here"
         return Finding("family", Status.UNKNOWN, "processes", text, remedy, data)
-    if not family.all_seen and connections:
-        detail += "; processes of other users were not looked into"
+    if family.unseen:
+        detail += f"; {_many(family.unseen, 'process', 'processes')} of others, which may hold them too, can't be seen"
     return Finding("family", Status.OK, "processes", detail, data=data)
 
 
 def _many(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
+
+
+def _named(pids: list[int]) -> str:
+    return f"{'process' if len(pids) == 1 else 'processes'} {' and '.join(map(str, pids))}"
 
 
 def _finding(pid: int, process: Optional[Process], family: _Family) -> Finding:
@@ -226,7 +229,7 @@ def _all_well(process: Process, family: _Family) -> str:
     own = _held(process, family)
     said = [f"{_many(len(own), 'connection', 'connections')} to pcscd, its own"] if own else []
     also = sorted({pid for each in own for pid in each.holders} - {process.pid})
-    said += [f"held by process {', '.join(map(str, also))} as well: see there"] if also else []
+    said += [f"held by {_named(also)} as well: see there"] if also else []
     for owner in sorted(set(_dead_sockets(process, family).values())):
         said.append(f"a dead socket in the place of process {owner}'s connection: harmless, pcsc_safe put it there")
     if not said:
@@ -243,25 +246,23 @@ def _verdict(
 ) -> Finding:
     """Of a process that holds connections which others made."""
     gone = [each for each in inherited if each.owner not in each.holders]
-    owners = " and ".join(str(pid) for pid in sorted({each.owner for each in inherited}))
+    owners = _named(sorted({each.owner for each in inherited}))
     told = "" if all(each.known for each in inherited) else " (as it seems: the older holder)"
     if process.pcsc_safe and len(gone) == len(inherited):
-        detail = f"holds a session that process {owners} established and holds no more: pcsc_safe has handed it over"
+        detail = f"holds a session that {owners} established and holds no more: pcsc_safe has handed it over"
         return Finding("process", Status.OK, what, detail, data=data)
     if process.pcsc_safe:
         data["hazards"] = ["5"]
-        detail = (
-            f"holds process {owners}'s connection{told}, and has not used PC/SC since the fork, which ran no hook; "
-        )
+        detail = f"holds {owners}'s connection{told}, and has not used PC/SC since the fork, which ran no hook; "
         detail += f"pcsc_safe lets go of it at the first use. Until then hazard 5: {_HAZARDS['5']}"
         return Finding("process", Status.WARNING, what, detail, "end it, or have it use PC/SC once", data)
     numbers = ["4", "5"] if len(gone) == len(inherited) else ["2", "3", "5"] if process.libpcsclite else ["5"]
     data["hazards"] = numbers
     words = "; ".join(_HAZARDS[number] for number in numbers)
-    whose = f"holds process {owners}'s connection{told}"
+    whose = f"holds {owners}'s connection{told}"
     if gone:
         whose += ", which that one has no more"
-    detail = f"{whose}: hazard {', '.join(numbers)} ({words})"
+    detail = f"{whose}: {'hazard' if len(numbers) == 1 else 'hazards'} {', '.join(numbers)} ({words})"
     return Finding("process", Status.PROBLEM, what, detail, _RUN if _is_python(process) else _NOT_PYTHON, data)
 
 

@@ -5,6 +5,7 @@ Colour only on a terminal, and not where NO_COLOR is set.  No shared state; noth
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import textwrap
 from collections import Counter
@@ -25,7 +26,7 @@ _COLOURS = {
 }
 _STATUS = max(len(status.value) for status in Status)
 _WHAT = 26
-_NARROWEST, _WIDEST = 20, 120  # of the page; what is narrower is not wrapped any more
+_WIDEST, _FOR_COLUMNS, _NARROWEST = 120, 60, 15  # characters: a page at most, one with columns, a line at least
 
 
 class Page:
@@ -49,26 +50,26 @@ class Page:
         status = f"{finding.status.value:<{_STATUS}}"
         if self._colour:
             status = f"\033[{_COLOURS[finding.status]}m{status}\033[0m"
-        what = self._what()
         texts = [finding.detail, *([f"-> {finding.remedy}"] if finding.remedy else [])]
-        if what == 0:
-            lines = self._wrapped(f"{finding.what}: {finding.detail}", 2)
-            lines += self._wrapped(texts[1], 2) if len(texts) > 1 else []
-            self._print("\n".join([f"  {status.rstrip()}", *(f"    {line}" for line in lines)]))
-            return
-        cells = textwrap.wrap(finding.what, what) or [""]
-        lines = [line for text in texts for line in self._wrapped(text, _STATUS + what + 4)]
-        cells += [""] * (len(lines) - len(cells))
-        lines += [""] * (len(cells) - len(lines))
-        for number, (cell, line) in enumerate(zip(cells, lines)):
-            self._print(f"  {' ' * _STATUS if number else status}  {cell:<{what}}  {line}".rstrip())
+        lines = self._in_columns if self._width >= _FOR_COLUMNS else self._beneath
+        self._print("\n".join(lines(status, finding.what, texts)))
 
-    def _what(self) -> int:
-        """The width of the column of what was looked at; 0 where there is no room for columns."""
-        return min(_WHAT, self._width // 4) if self._width >= 60 else 0
+    def _in_columns(self, status: str, what: str, texts: list[str]) -> list[str]:
+        width = min(_WHAT, self._width // 4)
+        names = textwrap.wrap(what, width)
+        lines = [line for text in texts for line in self._wrapped(text, _STATUS + width + 6)]
+        rows = itertools.zip_longest(names, lines, fillvalue="")
+        statuses = itertools.chain([status], itertools.repeat(" " * _STATUS))
+        return [f"  {first}  {name:<{width}}  {line}".rstrip() for first, (name, line) in zip(statuses, rows)]
+
+    def _beneath(self, status: str, what: str, texts: list[str]) -> list[str]:
+        name, *more = self._wrapped(what, _STATUS + 2)
+        lines = [line for text in texts for line in self._wrapped(text, 2)]
+        return [f"{status}  {name}", *(f"  {line}" for line in [*more, *lines])]
 
     def _wrapped(self, text: str, indent: int) -> list[str]:
-        width = max(self._width - indent - 2, _NARROWEST)
+        """Lines that begin where so many characters have been printed."""
+        width = max(self._width - indent, _NARROWEST)
         follow = "   " if text.startswith("-> ") else ""
         return textwrap.wrap(text, width, subsequent_indent=follow, break_long_words=False, break_on_hyphens=False)
 
