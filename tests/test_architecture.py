@@ -146,7 +146,7 @@ DOCTOR_MAY_IMPORT = {
     "_findings": set(),
     "_sockets": set(),
     "_proc": set(),
-    "_ask": {"_sacrifice"},
+    "_ask": {"_sacrifice", "demo"},
     "_tasks": {"_proc", "_process", "_sockets", "broker", "demo"},
     "_machine": {"_ask", "_findings", "_version", "errors", "policy"},
     "_pcscd": {"_ask", "_findings", "_machine", "_proc", "policy"},

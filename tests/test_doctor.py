@@ -384,6 +384,7 @@ def test_a_broken_pyscard(tmp_path: Path, shared_stack: VirtualPcsc, pyscard: st
     told = doctor(env=shared_stack.env, PYTHONPATH=str(tmp_path))
     assert (told.status, told.of[key]["status"]) == (1, "problem")
     assert words in told.of[key]["detail"]
+    assert told.of["pcsc_safe"]["status"] == "problem"
 
 
 # Forks.
@@ -489,7 +490,7 @@ CHILD, PARENT = {"code": "A", "shares": False, "ended": 0}, {"code": "A", "after
         ({"parent": PARENT}, {}, "", False),
         ({"parent": PARENT}, {"timed_out": 2.0, "exit_status": None}, "did not end in 2 s", True),
         ({}, {"killed_by": 11, "exit_status": None}, "died of SIGSEGV", False),
-        ({"parent": PARENT, "child": {**CHILD, "ended": -11}}, {}, "died of signal 11", True),
+        ({"parent": PARENT, "child": {**CHILD, "ended": -11}}, {}, "the child died of SIGSEGV", True),
         ({"parent": PARENT, "child": {**CHILD, "code": "B"}}, {}, "was answered B", True),
         ({"parent": PARENT, "child": {**CHILD, "shares": True}}, {}, "its parent's connection", True),
         ({"parent": {**PARENT, "afterwards": "B"}, "child": CHILD}, {}, "answered B afterwards", True),

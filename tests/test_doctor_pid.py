@@ -11,9 +11,11 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Optional
 
 import forking
@@ -122,6 +124,18 @@ def safe_family() -> None:
 
     with child() as idle, child(uses) as user, child(fork=ctypes.PyDLL(None).fork) as unhooked:
         tell(os.getpid(), head=os.getpid(), idle=idle, user=user, unhooked=unhooked)
+
+
+def with_a_page() -> None:
+    """Raw pyscard, and a page of some other library's that is like pcsc_safe's."""
+    import mmap
+
+    page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    page.madvise(18)
+    connected(RAW)
+    with child() as forked:
+        tell(os.getpid(), child=forked)
+    page.close()
 
 
 def broker_family() -> None:
@@ -246,6 +260,37 @@ def test_pcsc_safe(shared_stack: VirtualPcsc) -> None:
     assert (told["unhooked"]["status"], told["unhooked"]["data"]["hazards"]) == ("warning", ["5"])
 
 
+def test_a_page_is_no_proof(shared_stack: VirtualPcsc) -> None:
+    """Raw pyscard is not taken for pcsc_safe because of a page that other libraries have as well."""
+    told = outcome(with_a_page, shared_stack)
+    assert (told["child"]["data"]["pcsc_safe"], told["child"]["data"]["hazards"]) == ("page", ["2", "3", "5"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_broker"),
+    [
+        (["-m", "pcsc_safe.broker"], True),
+        (["-c", "import runpy; runpy.run_module('pcsc_safe.broker', None, '__main__', True)"], True),
+        (["--pcsc-safe-broker"], True),
+        (["pcsc_safe.broker"], False),
+        (["-c", "pcsc_safe.broker"], False),
+        ([], False),
+    ],
+)
+def test_what_a_broker_is_called(arguments: list[str], is_broker: bool) -> None:
+    """Brokers of every kind are known by how pcsc_safe starts them, and an editor of theirs is none."""
+    assert _proc._is_brokers(arguments) == is_broker
+
+
+def test_how_brokers_are_started() -> None:
+    """The doctor knows them by these very words."""
+    from pcsc_safe.broker import _start
+
+    assert _proc._is_brokers(["-c", _start._WITHOUT_CWD])
+    assert _proc._is_brokers(["-m", _start._MODULE])
+    assert _proc._is_brokers([_start.FROZEN_BROKER])
+
+
 def test_a_broker(shared_stack: VirtualPcsc) -> None:
     """A broker is known as one, and is no hazard."""
     told = outcome(broker_family, shared_stack)
@@ -272,6 +317,17 @@ def test_an_orphan(shared_stack: VirtualPcsc) -> None:
     assert (connection["owner"], connection["owner_known"]) == (told["who"]["owner"], True)
     assert (told["child"]["status"], told["child"]["data"]["hazards"]) == ("problem", ["4", "5"])
     assert told["status"] == 1
+
+
+def test_sockets_that_nobody_has_accepted(tmp_path: Path) -> None:
+    """A client that waits in the queue of a server is no other end of anything."""
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(tmp_path / "pcscd.comm"))
+        listener.listen()
+        client.connect(str(tmp_path / "pcscd.comm"))
+        assert 0 in {each.inode for each in _sockets._listed()}
+        assert 0 not in _sockets.table()[0]
+        assert _sockets.table()[0][os.fstat(client.fileno()).st_ino].connected
 
 
 def test_where_the_kernel_does_not_pair_sockets(shared_stack: VirtualPcsc) -> None:

@@ -6,12 +6,12 @@ Nothing of PC/SC is ever imported on this side.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from typing import Any, Optional
 
 from .._sacrifice import Sacrificed, sacrifice
+from ..demo._judge import signal_name
 
 __all__ = ["Answer", "ask", "plain_environment"]
 
@@ -37,7 +37,7 @@ class Answer:
         if self._done.timed_out is not None:
             return f"did not end in {self._done.timed_out:g} s"
         if self._done.killed_by is not None:
-            return f"died of {_signal(self._done.killed_by)}"
+            return f"died of {signal_name(self._done.killed_by)}"
         if self._done.exit_status:
             lines = self._done.log.strip().splitlines()
             return f"failed: {lines[-1] if lines else f'status {self._done.exit_status}'}"
@@ -69,10 +69,3 @@ def plain_environment(keep: str = "") -> dict[str, str]:
     :param keep: the one that stays.
     """
     return {name: value for name, value in os.environ.items() if not name.startswith("PCSC_SAFE_") or name == keep}
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -13,20 +13,21 @@ from typing import Any, Optional
 from .. import policy
 from .._version import versions
 from ..errors import SettingsError
-from ._ask import Answer
+from ._ask import Answer, ask
 from ._findings import Finding, Status
 
 __all__ = ["in_force", "installation", "library", "settings"]
 
+_PATIENCE = 10.0  # seconds
 _NEEDED = {"pyscard": (2, 0, 5), "wrapt": (1, 14)}
 _NO_SETTINGS = {"PCSC_SAFE_REPORT", "PCSC_SAFE_PYTHON"}  # what other parts of the project read
 _CONTAINERS, _SYSTEMDS = ("/.dockerenv", "/run/.containerenv"), "container"
 
 
 def installation() -> Iterator[Finding]:
-    """Versions, as far as they can be told without loading anything."""
+    """Versions, and whether an application can import pcsc_safe."""
     told = versions()
-    yield Finding("pcsc_safe", Status.OK, "pcsc_safe", told["pcsc_safe"], data={"version": told["pcsc_safe"]})
+    yield _itself(told["pcsc_safe"], ask("load", _PATIENCE))
     yield Finding(
         "python",
         Status.OK,
@@ -41,6 +42,15 @@ def installation() -> Iterator[Finding]:
     )
     for name, least in _NEEDED.items():
         yield _package(name, told[name], least)
+
+
+def _itself(version: str, load: Answer) -> Finding:
+    place = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    data, imported = {"version": version, "place": place}, load.of().get("imported", load.failure)
+    if imported == "ok":
+        return Finding("pcsc_safe", Status.OK, "pcsc_safe", f"{version}, {place}", data=data)
+    remedy = f"see below; if all is well there: {sys.executable} -m pip install --force-reinstall pcsc-safe"
+    return Finding("pcsc_safe", Status.PROBLEM, "pcsc_safe", f"{version}; can't be imported: {imported}", remedy, data)
 
 
 def in_container() -> bool:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
 from .. import policy
+from ..demo._judge import signal_name
 from ._ask import Answer, ask
 from ._findings import Finding, Status
 
@@ -70,7 +71,7 @@ def _judge(answer: Answer) -> _Seen:
     if code is None or ended is None:
         return _Seen("", False)
     if ended < 0:
-        return _Seen(f"the child died of signal {-ended}", True)
+        return _Seen(f"the child died of {signal_name(-ended)}", True)
     if child.get("code") != code:
         return _Seen(f"the child was answered {child.get('code')}, its parent {code}", True)
     if child.get("shares"):

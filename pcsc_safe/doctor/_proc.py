@@ -22,7 +22,7 @@ class Process(NamedTuple):
     :ivar started: when, in clock ticks since the machine was.
     :ivar sockets: its sockets' inodes by descriptor; None if this user may not see them.
     :ivar libpcsclite: whether the PC/SC library is mapped into it; None if this user may not see that.
-    :ivar pcsc_safe: how it is known that pcsc_safe is in it; empty if it isn't.
+    :ivar pcsc_safe: what shows that pcsc_safe is in it; empty if nothing does.
     :ivar network: which network namespace it lives in; 0 if that isn't told.
     """
 
@@ -150,14 +150,25 @@ def _maps_libpcsclite(pid: int) -> Optional[bool]:
 
 
 def _mark(pid: int) -> str:
-    """What shows that pcsc_safe is in a process: ``broker``, ``page``, ``environment``, or nothing."""
-    if any(_BROKER in argument for argument in command(pid)[1:]):
+    """What shows that pcsc_safe is in a process: ``broker``, ``page``, ``environment``, or nothing.
+
+    The latter two are no proof: other libraries have such a page, and the environment only says that a Python which
+    imports pyscard is to have pcsc_safe.
+    """
+    if _is_brokers(command(pid)[1:]):
         return "broker"
     if _has_page(pid):
         return "page"
     given = environment(pid)
     is_run = "pcsc_safe" in given.get("PYTHONPATH", "") and "_retrofitted" in given.get("PYTHONPATH", "")
     return "environment" if is_run else ""
+
+
+def _is_brokers(arguments: list[str]) -> bool:
+    """Whether a program with these arguments is a broker; see `pcsc_safe.broker._start`."""
+    if arguments[:1] == ["-c"]:
+        return any(f"run_module({_BROKER!r}" in text for text in arguments[1:2])
+    return arguments in (["-m", _BROKER], ["--pcsc-safe-broker"])
 
 
 def _has_page(pid: int) -> bool:

@@ -248,10 +248,11 @@ def _verdict(
     gone = [each for each in inherited if each.owner not in each.holders]
     owners = _named(sorted({each.owner for each in inherited}))
     told = "" if all(each.known for each in inherited) else " (as it seems: the older holder)"
-    if process.pcsc_safe and len(gone) == len(inherited):
+    guarded = _is_guarded(process, family)
+    if guarded and len(gone) == len(inherited):
         detail = f"holds a session that {owners} established and holds no more: pcsc_safe has handed it over"
         return Finding("process", Status.OK, what, detail, data=data)
-    if process.pcsc_safe:
+    if guarded:
         data["hazards"] = ["5"]
         detail = f"holds {owners}'s connection{told}, and has not used PC/SC since the fork, which ran no hook; "
         detail += f"pcsc_safe lets go of it at the first use. Until then hazard 5: {_HAZARDS['5']}"
@@ -264,6 +265,11 @@ def _verdict(
         whose += ", which that one has no more"
     detail = f"{whose}: {'hazard' if len(numbers) == 1 else 'hazards'} {', '.join(numbers)} ({words})"
     return Finding("process", Status.PROBLEM, what, detail, _RUN if _is_python(process) else _NOT_PYTHON, data)
+
+
+def _is_guarded(process: Process, family: _Family) -> bool:
+    """Whether pcsc_safe surely is in a process: it has the page, and a dead socket in store, as with every context."""
+    return process.pcsc_safe == "page" and not family.dead.isdisjoint((process.sockets or {}).values())
 
 
 def _is_python(process: Process) -> bool:

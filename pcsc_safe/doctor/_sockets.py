@@ -46,9 +46,10 @@ class Socket(NamedTuple):
 
 def table() -> tuple[dict[int, Socket], bool]:
     """The Unix sockets by inode, and whether their other ends are told."""
+    # What a server has not accepted yet has no inode: 0 stands for them all.
     with contextlib.suppress(OSError, AttributeError, struct.error):
-        return {each.inode: each for each in _ask_kernel()}, True
-    return {each.inode: each for each in _listed()}, False
+        return {each.inode: each for each in _ask_kernel() if each.inode}, True
+    return {each.inode: each for each in _listed() if each.inode}, False
 
 
 def _ask_kernel() -> Iterator[Socket]:

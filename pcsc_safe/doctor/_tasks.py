@@ -116,6 +116,16 @@ def _flags(scard: Any, state: int) -> list[str]:
     return [name.lower() for name in _STATES if state & int(getattr(scard, f"SCARD_STATE_{name}", 0))]
 
 
+def load(stage: Stage) -> None:
+    """Import what an application does."""
+    try:
+        importlib.import_module("pcsc_safe.scard")
+    except Exception as error:
+        stage.report("task", imported=f"{type(error).__name__}: {error}")
+    else:
+        stage.report("task", imported="ok")
+
+
 def detection(stage: Stage) -> None:
     """Fork by Python and by C, and see what notices it."""
     from .. import _process
@@ -234,7 +244,7 @@ def _protocol(scard: Any, protocol: int) -> str:
 
 
 TASKS: dict[str, Callable[..., None]] = {
-    task.__name__: task for task in (service, look, detection, broker, inherited, c_fork, fresh, touch)
+    task.__name__: task for task in (service, look, load, detection, broker, inherited, c_fork, fresh, touch)
 }
 
 
