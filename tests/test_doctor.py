@@ -47,13 +47,12 @@ ALWAYS = [
 
 
 class Told:
-    """What a run of the doctor told."""
+    """What the doctor told."""
 
-    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
-        self.status = done.returncode
-        assert done.stderr == ""
-        self.whole = json.loads(done.stdout)
-        self.findings = self.whole["findings"]
+    def __init__(self, status: int, whole: Any) -> None:
+        self.status = status
+        self.whole = whole
+        self.findings = whole["findings"]
         self.of = {each["key"]: each for each in self.findings}  # the last of several
 
     def statuses(self, *keys: str) -> list[str]:
@@ -68,7 +67,17 @@ def run(*arguments: str, env: Optional[dict[str, str]] = None, **more: str) -> s
 
 
 def doctor(*arguments: str, env: Optional[dict[str, str]] = None, **more: str) -> Told:
-    return Told(run("--json", "--no-probe", *arguments, env=env, **more))
+    done = run("--json", "--no-probe", *arguments, env=env, **more)
+    assert done.stderr == ""
+    return Told(done.returncode, json.loads(done.stdout))
+
+
+def about_pcsc(path: str, seconds: float = 10.0) -> Told:
+    """What the doctor tells of PC/SC alone, without what it takes to examine the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(_activation.VARIABLE, path)
+        found = [finding for findings, _ in _pcscd.service(seconds) for finding in findings]
+    return Told(_command._status(found), {"findings": [each.as_json() for each in found]})
 
 
 def at(path: str) -> dict[str, str]:
@@ -181,7 +190,7 @@ def test_a_socket_that_was_left_behind(path: str) -> None:
     """A pcscd that died leaves a socket on which nobody listens."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
-    told = doctor(env=at(path))
+    told = about_pcsc(path)
     assert (told.status, told.of["pcscd.socket"]["data"]["connect"]) == (1, "ECONNREFUSED")
     assert "nobody listens" in told.of["pcscd.socket"]["detail"]
 
@@ -192,7 +201,7 @@ def test_a_stopped_pcscd() -> None:
     with VirtualPcsc(activate=False) as stack:
         os.kill(stack.pid, signal.SIGSTOP)
         try:
-            told = doctor("--timeout", "0.3", env=stack.env)
+            told = about_pcsc(stack.env[_activation.VARIABLE], 0.3)
         finally:
             os.kill(stack.pid, signal.SIGCONT)
     assert (told.status, told.of["pcscd.answer"]["data"]["answer"]) == (1, "timeout")
@@ -207,7 +216,7 @@ def test_a_pcscd_that_accepts_nobody(path: str) -> None:
         listener.bind(path)
         listener.listen(0)
         first.connect(path)
-        told = doctor(env=at(path))
+        told = about_pcsc(path)
     assert (told.status, told.of["pcscd.socket"]["data"]["connect"]) == (1, "EAGAIN")
     assert "hangs" in told.of["pcscd.socket"]["detail"]
 
@@ -245,7 +254,7 @@ def test_a_user_who_is_refused(path: str) -> None:
             time.sleep(0.001)  # as polkit takes its time, so that the whole request is there
 
     with server(path, hangs_up):
-        told = doctor(env=at(path))
+        told = about_pcsc(path)
     assert told.status == 1
     assert told.of["pcscd.answer"]["data"]["answer"] in ("ECONNRESET", "hung up")
     assert told.of["pcsc.access"]["data"]["establish"] == "SCARD_W_SECURITY_VIOLATION"
@@ -261,7 +270,7 @@ def test_another_protocol(path: str) -> None:
         client.sendall(struct.pack("=iiI", 5, 0, 0x8010001D))
 
     with server(path, refuses):
-        told = doctor(env=at(path))
+        told = about_pcsc(path)
     assert (told.status, told.of["pcscd.answer"]["data"]["protocol"]) == (1, "5.0")
     assert "one version" in told.of["pcscd.answer"]["remedy"]
 
@@ -276,11 +285,35 @@ def test_no_readers() -> None:
     try:
         daemon.configure([])
         daemon.start()
-        told = doctor(env=at(daemon.path))
+        told = about_pcsc(daemon.path)
     finally:
         daemon.close()
     assert (told.status, told.of["readers"]["status"]) == (0, "warning")
     assert told.of["readers"]["data"] == {"readers": [], "list": "SCARD_E_NO_READERS_AVAILABLE"}
+
+
+@pytest.mark.parametrize(
+    ("reported", "keys", "words"),
+    [
+        ({}, [], ""),
+        (
+            {"list": "SCARD_S_SUCCESS", "readers": ["r"], "states": [["r", ["empty"], ""]]},
+            ["readers", "reader"],
+            "no card",
+        ),
+        ({"list": "SCARD_S_SUCCESS", "readers": ["r"]}, ["readers", "reader"], "did not end in 9 s"),
+        ({"list": "SCARD_E_X", "readers": []}, ["readers"], "answers SCARD_E_X"),
+    ],
+)
+def test_readers_as_far_as_they_were_told(reported: Any, keys: list[str], words: str) -> None:
+    """A process that hung on the way tells how far it came, and what it hung in is a problem."""
+    task = {"establish": "SCARD_S_SUCCESS" if reported else "SCARD_E_NO_SERVICE", **reported}
+    ended = {"exit_status": 0} if "states" in reported else {"timed_out": 9.0}
+    found = list(_pcscd._readers(Answer(Sacrificed({"task": task}, **ended))))
+    assert [each.key for each in found] == keys
+    assert not found or words in found[-1].detail
+    never = list(_pcscd._readers(Answer(Sacrificed({"task": {"establish": "SCARD_S_SUCCESS"}}, timed_out=9.0))))
+    assert [(each.key, each.status) for each in never] == [("readers", PROBLEM)]
 
 
 @pytest.mark.parametrize(
@@ -391,8 +424,11 @@ def test_a_broken_pyscard(tmp_path: Path, shared_stack: VirtualPcsc, pyscard: st
 
 
 @on_linux
-def test_macos(tmp_path: Path, shared_stack: VirtualPcsc) -> None:
-    """On the simulated macOS no pcscd is looked for, policy auto chooses a broker, and the broker reaches PC/SC."""
+def test_macos(tmp_path: Path, shared_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the simulated macOS no pcscd is looked for, policy auto chooses a broker, which reaches PC/SC.
+
+    And each probe, the fresh context included, fails raw and not on pcsc_safe.
+    """
     try:
         macos.build(tmp_path)
     except macos.NoCompilerError as error:
@@ -403,6 +439,12 @@ def test_macos(tmp_path: Path, shared_stack: VirtualPcsc) -> None:
     assert told.of["policy.auto"]["data"]["chooses"] == "broker"
     assert "macOS" in told.of["policy.auto"]["detail"]
     assert told.of["broker"]["data"]["establish"] == "SCARD_S_SUCCESS"
+    for name, value in macos.environment(shared_stack.env, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    inherited, fresh, c_fork = _probe.probes()
+    assert {each.status for each in (inherited, fresh, c_fork)} == {OK}
+    assert inherited.data["raw"] == c_fork.data["raw"] == "the child died of SIGSEGV"
+    assert "SCARD_E_NO_SERVICE" in fresh.data["raw"]
 
 
 def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from ._machine import in_container, library
 
 __all__ = ["Service", "service"]
 
+_LOG = "see the log of pcscd: journalctl -u pcscd"
 _LIMIT = 200  # PCSC_MAX_CONTEXT_THREADS of pcsc-lite
 _MANY = 0.9
 _UNITS = [f"{place}/systemd/system/pcscd.socket" for place in ("/etc", "/usr/lib", "/lib")]
@@ -73,7 +74,7 @@ def service(seconds: float) -> Iterator[tuple[list[Finding], Service]]:
         findings += [_access(look, refused), *_readers(look)]
     states = look.of().get("states", [])
     cards = [name for name, flags, _ in states if "present" in flags and "mute" not in flags]
-    yield findings, Service(look.of().get("establish") == "SCARD_S_SUCCESS", cards)
+    yield findings, Service(look.of().get("establish") == "SCARD_S_SUCCESS" and not look.failure, cards)
 
 
 def _program() -> _Program:
@@ -218,7 +219,7 @@ def _access(look: Answer, refused: bool) -> Finding:
         detail = f"SCardEstablishContext answers {code}: PC/SC is not running for this process"
         remedy = _NO_SERVICE.get(policy.PLATFORM, "start pcscd")
     else:
-        detail, remedy = f"SCardEstablishContext answers {code}", "see the log of pcscd: journalctl -u pcscd"
+        detail, remedy = f"SCardEstablishContext answers {code}", _LOG
     return Finding(key, Status.PROBLEM, what, detail, remedy, data)
 
 
@@ -230,7 +231,11 @@ _NO_SERVICE = {
 
 def _readers(look: Answer) -> Iterator[Finding]:
     told = look.of()
+    if told.get("establish") != "SCARD_S_SUCCESS":
+        return
     if "list" not in told:
+        detail = f"SCardListReaders never returned: the process {look.failure}"
+        yield Finding("readers", Status.PROBLEM, "readers", detail, _RESTART if look.hung else _LOG)
         return
     readers, code = told["readers"], told["list"]
     data = {"readers": readers, "list": code}
@@ -243,7 +248,7 @@ def _readers(look: Answer) -> Iterator[Finding]:
     yield Finding("readers", Status.OK, "readers", f"{len(readers)}", data=data)
     if "states" not in told:
         detail = f"their states can't be told: the process {look.failure}"
-        yield Finding("reader", Status.PROBLEM, "cards", detail, _RESTART if look.hung else "see the log of pcscd")
+        yield Finding("reader", Status.PROBLEM, "cards", detail, _RESTART if look.hung else _LOG)
         return
     for name, flags, atr in told["states"]:
         yield _reader(name, flags, atr)
