@@ -513,8 +513,14 @@ def test_what_auto_chooses(
 
 @on_linux
 def test_the_probes(shared_stack: VirtualPcsc) -> None:
-    """The three that need no card: pcsc_safe passes each, and raw pyscard is seen on its parent's connection."""
+    """The three that need no card: pcsc_safe passes each, raw pyscard is seen on its parent's connection.
+
+    And no card is powered, reset or spoken to.
+    """
+    cards = [reader.card for reader in shared_stack.readers if reader.card is not None]
+    before = [(card.power_ons, card.resets, card.apdus) for card in cards]
     found = {each.key: each for each in _probe.probes()}
+    assert [(card.power_ons, card.resets, card.apdus) for card in cards] == before
     assert {key: each.status for key, each in found.items()} == dict.fromkeys(
         ("probe.inherited", "probe.fresh", "probe.c-fork"), OK
     )
