@@ -45,7 +45,7 @@ _VALID = timedelta(days=30)
 class PivCard(VirtualCard):
     """A PIV card: PIN 123456, PUK 12345678, and the management key of the standard; nothing on it.
 
-    :param atr: see `VirtualCard`.
+    :param atr: see `VirtualCard`.  OpenSC signs with elliptic curves on cards that it knows by their ATR only.
 
     A real one comes from its issuer with a key and a certificate; so does `PivCard.personalised`.
     """
@@ -120,6 +120,8 @@ class PivCard(VirtualCard):
 
     def _answer_whole(self, command: APDUCommand) -> bytes:
         answer = self._applet.process_apdu(command)
+        if command.ins == _SELECT and answer.sw == 0x9000:
+            answer.data = TLVEncoder.encode(0x61, answer.data)  # it forgets the template (SP 800-73-4, part 2, 3.1.1)
         if command.extended or answer.sw != 0x9000:
             return bytes(answer.to_bytes())
         self._rest = bytes(answer.data)
