@@ -62,6 +62,7 @@ MAY_IMPORT = {
         "_process",
         "_settings",
         "_transactions",
+        "_turns",
         "broker",
         "errors",
         "policy",
