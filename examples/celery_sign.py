@@ -3,8 +3,8 @@
 What it shows: the worker opens the card, with its PIN, before its pool forks, and every process of the pool signs with
 it.  A card is where its reader is, so tasks go to cards by queues: "sign" is served by every worker, whichever is free;
 "sign.FINGERPRINT" only by the one that has this card, FINGERPRINT being its certificate's (SHA-256, in hex).  A task is
-acknowledged when it is done: what a killed process, or a host that went away, had under way is delivered again.  Signing
-twice does no harm.
+acknowledged when it is done: what a killed process, or a host that went away, had under way is delivered again.
+Signing twice does no harm.
 
 Start a worker for each reader; the PIN is asked for, or taken from PIV_PIN; PIV_READER is a part of the reader's name,
 if there are several::
