@@ -114,7 +114,7 @@ class Host:
 
     def ended(self) -> int:
         """The worker's exit status, once it has ended; nothing of it is left then."""
-        status = self._worker.wait(30)
+        status = self._worker.wait(60)  # a process that is just being recycled takes billiard 30
         eventually(lambda: not self.processes())
         return status
 

@@ -134,7 +134,7 @@ class Clients:
             patch.setattr(self.example.sign, "apply_async", self._count(self.example.sign.apply_async))
             futures: list[Future[str]] = [pool.submit(self._client, number) for number in range(self.count)]
             try:
-                for done, future in enumerate(as_completed(futures, timeout=180), 1):
+                for done, future in enumerate(as_completed(futures, timeout=300), 1):
                     counts[future.result()] += 1
                     self.plan.get(done, lambda: None)()
             finally:
@@ -204,6 +204,7 @@ def lose(example: ModuleType, host: Host, broker: redis.Redis, *options: str) ->
 
 def nothing_left(hosts: list[Host], broker: redis.Redis) -> None:
     """Stop the workers: no task, no delivery, no connection to a card is left."""
+    eventually(lambda: not broker.hlen("unacked"))
     for host in hosts:
         host.stop()
     assert [host.ended() for host in hosts] == [0, 0]
@@ -346,7 +347,7 @@ def test_over_tls(tmp_path: Path) -> None:
         host = undo.enter_context(a_host("only@machine", tmp_path))
         host.start()
         await_service(example, host)
-        assert sum(Clients(example, [host], 20).work().values()) == 20
+        assert sum(Clients(example, [host], 6).work().values()) == 6
         for url in (f"rediss://127.0.0.1:{port}/0{tls}", f"rediss://sign:secret@127.0.0.1:{port}/0"):
             with redis.Redis.from_url(url) as stranger, pytest.raises(redis.RedisError):
                 stranger.ping()  # without the password; without the certificate of who signed the server's
