@@ -66,6 +66,11 @@ class Signer:
             scard.SCardDisconnect(self._card, scard.SCARD_LEAVE_CARD)
         scard.SCardReleaseContext(self._context)
 
+    def forget_pin(self):
+        """Don't keep the PIN: the session in which it is verified goes on, and there will be no other."""
+        self._pin = None
+        self._no_pin = "the session with the card is lost, and the PIN was not kept"
+
     def sign(self, digest):
         """The ECDSA signature, in DER, of a SHA-256 digest."""
         template = tlv(0x7C, tlv(0x82, b"") + tlv(0x81, digest))
@@ -101,11 +106,12 @@ class Signer:
 
     def _open(self):
         if self._pin is None:
-            raise CardError("the card refused this PIN; it isn't tried again, or the card would block it")
+            raise CardError(self._no_pin)
         self._transmit(SELECT)
         _, sw = self._transmit(apdu(0x20, 0x00, 0x80, self._pin.encode().ljust(8, b"\xff")))
         if sw != 0x9000:
             self._pin = None
+            self._no_pin = "the card refused this PIN; it isn't tried again, or the card would block it"
             raise CardError(f"the card refuses the PIN ({sw:04X})")
 
     def _command(self, ins, p1, p2, data):
