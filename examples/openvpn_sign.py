@@ -1,8 +1,8 @@
 """The key of an OpenVPN client on a PIV card: signs what OpenVPN asks for, over its management interface.
 
 What it shows: a daemon may ask for the PIN on the terminal and go on in the background in the session in which it was
-verified.  The PIN is not kept, so this session is all the daemon has; `pcsc_safe.handover` gives it to the daemon, and
-what the process in the foreground cleans up when it ends is no longer the daemon's.
+verified.  The PIN is not kept, so this session is all the daemon has.  `pcsc_safe.handover` gives it the connection
+itself, and what the process in the foreground cleans up when it ends is no longer the daemon's.
 
 It listens on a socket that its user and root may connect to.  Start it, and then OpenVPN, which connects::
 

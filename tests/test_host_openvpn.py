@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 from brokers import until
 
+from pcsc_safe import scard
 from pcsc_safe.testing import PcscStackError, VirtualPcsc
 
 try:
@@ -57,6 +58,7 @@ PIN = "123456"
 HANDSHAKE = "Control Channel: TLSv1.3, cipher TLSv1.3 "  # said by a client when it is done
 VERIFIED = "peer info: IV_PROTO="  # said by a server when it is done with TLS, the client's signature included
 CONNECTED = ",CONNECTED,SUCCESS,"
+NOT_KEPT = "the session with the card is lost, and the PIN was not kept"
 VERIFY, SIGN = 0x20, 0x87
 
 
@@ -258,6 +260,17 @@ def test_other_options(vpn: Vpn, card: Card, key: str, options: tuple[str, ...])
     assert card.commands[SIGN] == 1
 
 
+def test_through_a_broker(vpn: Vpn, card: Card) -> None:
+    """As on macOS: the broker that the foreground started serves the daemon, and ends with it."""
+    vpn.server()
+    helper = vpn.helper(PCSC_SAFE_BROKER="always")
+    client = vpn.client()
+    client.says(HANDSHAKE)
+    assert card.commands[SIGN] == card.commands[VERIFY] == 1
+    os.kill(helper.pid, signal.SIGTERM)
+    helper.ends()
+
+
 def test_tls_1_2(vpn: Vpn, card: Card) -> None:
     """An old server gets its signature as well."""
     server = vpn.server("--tls-version-max", "1.2")
@@ -267,9 +280,56 @@ def test_tls_1_2(vpn: Vpn, card: Card) -> None:
     assert card.commands[SIGN] == 1
 
 
-DISTURBED = """
-import gc, os, runpy, signal, sys
+CHANGED = """
+import contextlib, gc, os, runpy, signal, sys
+import pcsc_safe
 
+{}
+sys.argv[0] = {!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def changed(change: str) -> dict[str, Any]:
+    """What `Vpn.helper` runs instead of the example: the example, when something has been changed."""
+    return {"program": ("-c", CHANGED.format(change, EXAMPLE)), "PYTHONPATH": str(EXAMPLES)}
+
+
+def test_the_card_is_not_let_go(vpn: Vpn, stack: VirtualPcsc, card: Card) -> None:
+    """Before its first signature, too: the daemon has the connection from the moment that the foreground ends."""
+    other = stack.readers[1].card
+    assert other is not None
+    before = card.power_offs, other.power_offs
+    vpn.server()
+    vpn.helper()
+    touch(stack.readers[1].name)
+    other.wait_for("power-off", before[1] + 1)  # what pcscd does to a card that nobody is connected to
+    assert card.power_offs == before[0]
+    vpn.client().says(HANDSHAKE)
+
+
+def touch(reader: str) -> None:
+    """Connect to a card, and let it go."""
+    _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
+    hresult, handle, _ = scard.SCardConnect(context, reader, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1)
+    assert hresult == scard.SCARD_S_SUCCESS
+    scard.SCardDisconnect(handle, scard.SCARD_LEAVE_CARD)
+    scard.SCardReleaseContext(context)
+
+
+def test_without_handover(vpn: Vpn, card: Card) -> None:
+    """The card is let go, and the PIN is gone: a connection of the daemon's own is no help without it."""
+    before = card.power_offs
+    vpn.server()
+    helper = vpn.helper(**changed("pcsc_safe.handover = contextlib.nullcontext"))
+    card.wait_for("power-off", before + 1)
+    vpn.client()
+    helper.ends()
+    assert helper.log.endswith(f"\nopenvpn_sign.py: {NOT_KEPT}\n")
+    assert card.commands[VERIFY] == 1
+
+
+FORKS_WHEN_TOLD = """
 def fork(number, frame):
     pid = os.fork()
     if pid == 0:
@@ -281,7 +341,6 @@ def fork(number, frame):
     os.write(2, b"a child has cleaned up\\n")
 
 signal.signal(signal.SIGUSR2, fork)
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -291,7 +350,7 @@ def test_many_handshakes(vpn: Vpn, card: Card, restarts: int) -> None:
 
     Before each, the helper forks a child that gives up the card and ends.
     """
-    helper = vpn.helper(program=("-c", f"import sys; sys.argv[0] = {EXAMPLE!r}\n{DISTURBED}"), PYTHONPATH=str(EXAMPLES))
+    helper = vpn.helper(**changed(FORKS_WHEN_TOLD))
     handshakes = 0
 
     def disturb() -> None:
@@ -344,14 +403,11 @@ def remove(stack: VirtualPcsc) -> None:
     stack.readers[0].insert(stack.readers[0].remove())
 
 
-NOT_KEPT = "the session with the card is lost, and the PIN was not kept"
-
-
 @pytest.mark.parametrize(
     ("lose", "options", "reason"),
     [
         (reset, (), NOT_KEPT),
-        (remove, (), "SCardBeginTransaction: Card was removed."),
+        pytest.param(remove, (), "SCardBeginTransaction: Card was removed.", marks=pytest.mark.long),
         (remove, ("--keep-pin",), "SCardBeginTransaction: Card was removed."),
     ],
     ids=["the card is reset", "it is taken out and put back", "it is taken out, and the PIN is kept"],
@@ -459,7 +515,7 @@ handover, HandoverError = contextlib.nullcontext, OSError
 
 
 def test_on_raw_pyscard(vpn: Vpn, card: Card, tmp_path: Path) -> None:
-    """The same helper signs nothing: what its foreground cleaned up was the daemon's session."""
+    """The same helper signs nothing: what its foreground cleaned up was the daemon's."""
     (tmp_path / "pcsc_safe.py").write_text(RAW)
     vpn.server()
     helper = vpn.helper(PYTHONPATH=str(tmp_path))
