@@ -31,7 +31,7 @@ import pytest
 from brokers import until
 
 from pcsc_safe import scard
-from pcsc_safe.testing import PcscStackError, VirtualPcsc
+from pcsc_safe.testing import PcscStackError, VirtualCard, VirtualPcsc
 
 try:
     from pcsc_safe.testing.piv import PivCard, _self_signed
@@ -295,34 +295,34 @@ def changed(change: str) -> dict[str, Any]:
     return {"program": ("-c", CHANGED.format(change, EXAMPLE)), "PYTHONPATH": str(EXAMPLES)}
 
 
+def is_off(card: VirtualCard) -> bool:
+    """What pcscd soon makes of a card that nobody is connected to."""
+    return card.power_ons == card.power_offs
+
+
 def test_the_card_is_not_let_go(vpn: Vpn, stack: VirtualPcsc, card: Card) -> None:
     """Before its first signature, too: the daemon has the connection from the moment that the foreground ends."""
-    other = stack.readers[1].card
-    assert other is not None
-    before = card.power_offs, other.power_offs
+    until(lambda: is_off(card), "the card is off")
     vpn.server()
     vpn.helper()
-    touch(stack.readers[1].name)
-    other.wait_for("power-off", before[1] + 1)  # what pcscd does to a card that nobody is connected to
-    assert card.power_offs == before[0]
-    vpn.client().says(HANDSHAKE)
-
-
-def touch(reader: str) -> None:
-    """Connect to a card, and let it go."""
     _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
-    hresult, handle, _ = scard.SCardConnect(context, reader, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1)
-    assert hresult == scard.SCARD_S_SUCCESS
-    scard.SCardDisconnect(handle, scard.SCARD_LEAVE_CARD)
+    reader, how = stack.readers[1], (scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1)
+    _, other, _ = scard.SCardConnect(context, reader.name, *how)
+    assert reader.card is not None
+    assert not is_off(reader.card)
+    scard.SCardDisconnect(other, scard.SCARD_LEAVE_CARD)
     scard.SCardReleaseContext(context)
+    until(lambda: is_off(reader.card), "a card that was let go later is off")
+    assert not is_off(card)
+    vpn.client().says(HANDSHAKE)
 
 
 def test_without_handover(vpn: Vpn, card: Card) -> None:
     """The card is let go, and the PIN is gone: a connection of the daemon's own is no help without it."""
-    before = card.power_offs
+    until(lambda: is_off(card), "the card is off")
     vpn.server()
     helper = vpn.helper(**changed("pcsc_safe.handover = contextlib.nullcontext"))
-    card.wait_for("power-off", before + 1)
+    until(lambda: is_off(card), "the card is off again")
     vpn.client()
     helper.ends()
     assert helper.log.endswith(f"\nopenvpn_sign.py: {NOT_KEPT}\n")
