@@ -20,6 +20,7 @@ from typing import Any, Callable, NamedTuple, Optional, Protocol
 from . import _process
 
 __all__ = [
+    "IMPORTS",
     "InFlight",
     "Unquiet",
     "close_quietly",
@@ -61,11 +62,15 @@ class Unquiet(NamedTuple):
 quiesce_timeout = 1.0
 """How long a fork waits, in seconds; set by :func:`pcsc_safe.configure`."""
 
+IMPORTS = "an import"
+"""In the place of a function: who imports what PC/SC takes is inside as well, for a child in which a module is half
+imported has its lock held for ever."""
+
 inside: dict[int, InFlight] = {}
 """Who is inside, by the thread's identifier."""
 
 closers: dict[int, bool] = {}
-"""The thread that is about to fork. While there is one, nobody else may enter."""
+"""The threads that have closed the gate; nobody else may enter. True: it is forking; False: it will, at some time."""
 
 _PAUSE = 0.001  # s
 _thread_names: dict[int, str] = {}
@@ -113,7 +118,10 @@ def _others(ident: int) -> list[InFlight]:
 
 
 def close_quietly() -> bool:
-    """Close the gate until the next fork of this thread, or :func:`open_again`.
+    """Close the gate until the next fork, or :func:`open_again`.
+
+    The fork of another thread doesn't wait for ours: it may hold locks by now that we need to get there, as logging's.
+    It opens the gate, and ours closes it once more.
 
     :return: whether nobody else is inside; if somebody is, the gate is open.
     """
@@ -121,6 +129,7 @@ def close_quietly() -> bool:
     if others_are_inside():
         open_again()
         return False
+    closers[threading.get_ident()] = False
     return True
 
 
@@ -144,7 +153,7 @@ def _close() -> None:
         return  # a child that never used PC/SC: whoever is in the table was inside in its parent
     ident = threading.get_ident()
     deadline = time.monotonic() + quiesce_timeout
-    while closers and ident not in closers and time.monotonic() < deadline:
+    while _another_forks(ident) and time.monotonic() < deadline:
         time.sleep(_PAUSE)
     closers[ident] = True
     try:
@@ -156,6 +165,10 @@ def _close() -> None:
         closers[ident] = True
         if _others(ident):
             _thread_names.update({thread.ident or 0: thread.name for thread in threading.enumerate()})
+
+
+def _another_forks(ident: int) -> bool:
+    return any(forks for thread, forks in list(closers.items()) if thread != ident)
 
 
 def _quiesce(ident: int, deadline: float) -> None:
@@ -224,7 +237,8 @@ def _begin(epoch: _process.Epoch) -> None:
     """Judge whether the fork was quiet, and open the gate."""
     # Whoever is in the table: a thread of this process may have got the number of one of its parent's.
     for thread, (function, since, _) in inside.items():
-        epoch.unquiet = Unquiet(function, _thread_names.get(thread, str(thread)), time.monotonic() - since)
+        if epoch.unquiet is None or function == IMPORTS:
+            epoch.unquiet = Unquiet(function, _thread_names.get(thread, str(thread)), time.monotonic() - since)
     for table in (inside, closers, _thread_names):
         table.clear()
 

@@ -22,6 +22,7 @@ WAITING = frozenset(
     ("SCardBeginTransaction", "SCardConnect", "SCardDisconnect", "SCardReconnect", "SCardStatus", "SCardTransmit")
 )
 _LEAVE_CARD: int = constant("SCARD_LEAVE_CARD")
+_EXCLUSIVE: int = constant("SCARD_SHARE_EXCLUSIVE")
 _POLL = 0.002  # s
 _CHECKS_EVERY = 50
 
@@ -64,6 +65,8 @@ def in_the_way(name: str, record: Record, arguments: Sequence[Any]) -> Any:
     if holder.released or not holder.transactions or holder.owner is not _process.here:
         holders.pop(reader, None)
         return None
+    if name == "SCardConnect" and holder.share_mode == _EXCLUSIVE:
+        return None  # pcscd refuses it at once
     return holder
 
 

@@ -6,12 +6,13 @@ call, one call after the other, so that the test knows what each is in the middl
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 import forking
 import pytest
-from brokers import Client, Link
+from brokers import Client, Link, until
 from conftest import ECHO, IS_VERIFIED, Session
 from test_threads import HeldCard
 
@@ -63,8 +64,29 @@ def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
     card = card_of(module_stack)
     card.go.set()
     module_stack.wait_for_clients(0)
+    until(lambda: is_free(module_stack), "pcscd has noticed")
     card.go.clear()
     card.reached.clear()
+
+
+@contextlib.contextmanager
+def another(stack: VirtualPcsc, share_mode: int) -> Iterator[int]:
+    """Another application that connects; and what it gets."""
+    context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1]
+    hresult, card, _ = safe.SCardConnect(context, stack.readers[0].name, share_mode, T1)
+    try:
+        yield hresult
+    finally:
+        if hresult == OK:
+            safe.SCardDisconnect(card, UNPOWER)
+        safe.SCardReleaseContext(context)
+
+
+def is_free(stack: VirtualPcsc, share_mode: int = EXCLUSIVE) -> bool:
+    """Whether another application can have the card; else it is held, which is the only other answer."""
+    with another(stack, share_mode) as hresult:
+        assert hresult in (OK, VIOLATION)
+        return hresult == OK
 
 
 def card_of(stack: VirtualPcsc) -> Any:

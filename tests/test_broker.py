@@ -42,6 +42,8 @@ import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe.testing import VirtualPcsc
 
+pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
+
 OK = safe.SCARD_S_SUCCESS
 ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
 C_FORKS = [c_fork, pytest.param(raw_clone, marks=pytest.mark.skipif(SYS_CLONE is None, reason="no clone number"))]

@@ -37,6 +37,8 @@ from pcsc_safe._calls import CALLS
 from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import VirtualPcsc
 
+pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
+
 OK = safe.SCARD_S_SUCCESS
 LOST = safe.SCARD_F_COMM_ERROR
 RESET = safe.SCARD_W_RESET_CARD

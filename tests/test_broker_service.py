@@ -44,6 +44,8 @@ from pcsc_safe.broker import __main__ as main
 from pcsc_safe.broker import _start
 from pcsc_safe.testing import DEFAULT_ATR, VirtualPcsc
 
+pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
+
 OK = safe.SCARD_S_SUCCESS
 ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
 

@@ -39,6 +39,8 @@ from pcsc_safe.broker import _client, _mine, _start
 from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import VirtualPcsc
 
+pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
+
 OK = safe.SCARD_S_SUCCESS
 ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
 

@@ -276,6 +276,7 @@ def test_the_owners_death_frees_the_card(pcsc_stack: VirtualPcsc) -> None:
         os.close(end)
 
 
+@pytest.mark.long
 def test_a_thousand_forks_leave_nothing(shared_stack: VirtualPcsc) -> None:
     """1,000 children that re-establish leave no descriptor in the parent and no client with pcscd."""
     session = Session()

@@ -27,6 +27,7 @@ AT_LEAST = 350  # tests; so that an empty run is no success
 
 
 @pytest.mark.native
+@pytest.mark.long
 @pytest.mark.parametrize("gateway", ["broker", "always"])
 def test_the_contract_holds_over(gateway: str) -> None:
     """Every guarantee of the native gateway holds over a broker, also where the native library is never loaded."""

@@ -131,8 +131,6 @@ POLICIES = {
 @through_both
 def test_the_parent_lives_on(stack: VirtualPcsc, through: str, policy: str) -> None:
     """The parent has inherited objects, by its policy; no use, fork or finalizer of its reaches the child's session."""
-    if (through, policy) == ("broker", "auto"):
-        pytest.xfail("_transactions waits, for ever, for a card that is held exclusively")
 
     def child(link: Link, session: Session) -> None:
         while link.hear():

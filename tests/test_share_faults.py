@@ -51,6 +51,8 @@ from pcsc_safe.testing import VirtualPcsc
 
 __all__ = ["module_stack", "stack"]
 
+pytestmark = pytest.mark.native  # each family says itself how it reaches PC/SC
+
 DONE = [OK, [0x90, 0x00]]
 COMM_ERROR = safe.SCARD_F_COMM_ERROR
 SEED = 7
@@ -164,13 +166,16 @@ def test_what_the_dead_waited_for_is_not_done(stack: VirtualPcsc, asked: Any) ->
 
 
 def behind_another(stack: VirtualPcsc, head: Callable[[Link, Session], Any]) -> Any:
-    """What the head of a family returns; it says over its link when it waits for another application's transaction."""
+    """What the head of a family gets that wants the card while another application has a transaction.
+
+    That ends when the head says so over its link.
+    """
 
     def begins(link: Link) -> Any:
         session = Session()
         link.say("connected")
         link.hear()
-        return head(link, session)
+        link.say(head(link, session))
 
     context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1]
     card = safe.SCardConnect(context, stack.readers[0].name, SHARED, T1)[1]
@@ -181,7 +186,7 @@ def behind_another(stack: VirtualPcsc, head: Callable[[Link, Session], Any]) -> 
         client.hear()
         time.sleep(A_WHILE)
         assert (safe.SCardDisconnect(card, LEAVE), safe.SCardReleaseContext(context)) == (OK, OK)
-        return client.result()
+        return client.hear()
 
 
 @pytest.mark.parametrize("asked", [BEGIN, ("SCardConnect", None, SHARED, T1)], ids=["transaction", "connection"])
@@ -200,19 +205,43 @@ def test_what_the_dead_got_is_taken_back(stack: VirtualPcsc, asked: Any) -> None
     assert behind_another(stack, head) == (ECHOED, OK)
 
 
-def test_what_is_begun_during_a_fork_is_the_parents(stack: VirtualPcsc) -> None:
-    """A transaction that another thread waits for as this one forks is not the child's when it comes."""
+@pytest.mark.parametrize("asked", ["before it comes", "then"])
+def test_what_is_begun_during_a_fork_is_the_parents(stack: VirtualPcsc, asked: str) -> None:
+    """A transaction that another thread waits for as this one forks: when it comes, the child waits for its end."""
 
     def head(link: Link, session: Session) -> Any:
         begins = Calling(called, session, *BEGIN)
         time.sleep(A_WHILE)
         with Member(session) as child:
+            if asked != "then":
+                child.say(TRANSMIT)
+                assert child.is_silent()
             link.say("it waits")
             begun = begins.answer()
-            child.say(TRANSMIT)
+            if asked == "then":
+                child.say(TRANSMIT)
             return begun, child.is_silent(), called(session, *TRANSMIT), called(session, *END), child.hear()
 
     assert behind_another(stack, head) == (OK, True, ECHOED, OK, ECHOED)
+
+
+def test_what_is_begun_for_the_dead_ends(stack: VirtualPcsc) -> None:
+    """A transaction that a process waited for when it forked, and was killed, stands in nobody's way when it comes."""
+
+    def child(link: Link, session: Session, parent: int) -> None:
+        os.kill(parent, signal.SIGKILL)
+        until(lambda: os.getppid() != parent, "its parent is gone")
+        link.say("it is dead")
+        time.sleep(5 * A_WHILE)  # it comes meanwhile
+        link.say(Calling(called, session, *TRANSMIT).answer())
+
+    def head(link: Link, session: Session) -> Any:
+        begins = Calling(called, session, *BEGIN)
+        time.sleep(A_WHILE)
+        forking.start(child, link, session, os.getpid())
+        return begins.answer()
+
+    assert behind_another(stack, head) == ECHOED
 
 
 def test_who_has_left_begins_nothing(stack: VirtualPcsc) -> None:

@@ -1,6 +1,6 @@
 """A storm of forks in a process whose threads use PC/SC all the time: no hang, no wrong byte, no crash, no leak.
 
-The short version is in every run; the long one by ``pytest -m storm``, with the figures printed (``-s`` shows them).
+The short version is in every run; the long one by ``pytest -m long``, with the figures printed (``-s`` shows them).
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def test_a_storm_of_forks(pcsc_stack: VirtualPcsc, forks: int, levels: int) -> N
     check(pcsc_stack, forks, levels)
 
 
-@pytest.mark.storm
+@pytest.mark.long
 @pytest.mark.parametrize(("forks", "levels"), [(2000, 1), (300, 3)])
 def test_a_long_storm_of_forks(pcsc_stack: VirtualPcsc, forks: int, levels: int) -> None:
     """The same for as long as it takes to meet what is rare."""

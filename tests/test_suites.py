@@ -43,7 +43,9 @@ def _stacks() -> None:
         pytest.skip(f"{found.problem}; {found.remedy}")
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.long) for name in ("test", "framework")), "scard"]
+)
 def test_suite(name: str) -> None:
     """Each test has the outcome that it has on raw pyscard: in the parent, in a forked child, through a broker."""
     checkout, modules = upstream.source("pyscard"), QUICK[name]

@@ -99,6 +99,20 @@ def test_a_signer_goes_on_after_a_reset(stack: VirtualPcsc, piv: ModuleType) -> 
     assert is_signature(certificate, after_logout)
 
 
+def test_a_signer_goes_on_after_the_death_of_another(
+    stack: VirtualPcsc, piv: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of its transaction: pcscd resets the card then, and may answer this while it does."""
+    signer = piv.Signer(PIN)
+    certificate = signer.certificate()
+    transmit, faults = scard.SCardTransmit, [[scard.SCARD_E_PROTO_MISMATCH, []]]
+    monkeypatch.setattr(scard, "SCardTransmit", lambda *arguments: faults.pop() if faults else transmit(*arguments))
+    signature = signer.sign(DIGEST)
+    signer.close()
+    assert not faults
+    assert is_signature(certificate, signature)
+
+
 def test_a_wrong_pin_is_tried_once(stack: VirtualPcsc, piv: ModuleType) -> None:
     """It is refused, and the card isn't blocked by trying it again."""
     signer = piv.Signer(PIN)

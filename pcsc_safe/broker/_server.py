@@ -19,7 +19,7 @@ import threading
 import time
 from typing import Any, Optional
 
-from .. import _calls, _descriptors, _handles, _native, _pyscard, _router, _transactions, _turns
+from .. import _calls, _descriptors, _handles, _native, _pcscd, _pyscard, _router, _transactions, _turns
 from . import _sharing, _start, _wire
 from ._sharing import Handle
 
@@ -35,6 +35,7 @@ _UNDOING = {
     "SCardBeginTransaction": "SCardEndTransaction",
 }
 _REGISTRIES: tuple[dict[Any, Any], ...] = (_handles.contexts, _handles.cards)
+_BRACKETS = frozenset(("SCardBeginTransaction", "SCardEndTransaction"))
 _32_BITS = 0xFFFFFFFF
 _UNTIL_CANCELLED = 0.002  # s
 _ONE_DESCRIPTOR = struct.calcsize("i")
@@ -227,12 +228,11 @@ class _Connection:
             handle = known if known is not None else handle
         if type(handle) is Handle and name == "SCardGetStatusChange":
             return self._waited(function, handle, rest)
-        if type(handle) is Handle and handle.holders:
+        # What begins or ends a transaction may take long, and the card be shared meanwhile.
+        if type(handle) is Handle and (handle.holders or name in _BRACKETS):
             result = self._shared(client, call, function, handle, rest)
         else:
             result = function(handle, *rest)
-            if name == "SCardBeginTransaction" and type(handle) is Handle and handle.holders:
-                _sharing.settle(client, handle)
         if name == "SCardConnect" and result[0] == _pyscard.SUCCESS:
             client.handles[int(result[1])] = result[1]
         elif name in ("SCardDisconnect", "SCardReleaseContext") and type(handle) is Handle:
@@ -324,7 +324,7 @@ class Server:
         self._clients: dict[bytes, _Client] = {}
         self._arriving = threading.Lock()
         _descriptors.prepare()
-        _native.prepare()
+        _pcscd.prepare()
         _handles.hand_out(Handle, Handle)
 
     def run(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Callable, Optional, Protocol
 
 from .. import _handles, _pyscard, _router, _transactions
 
-__all__ = ["Client", "Handle", "call_on_card", "drop", "settle", "share"]
+__all__ = ["Client", "Handle", "call_on_card", "drop", "share"]
 
 _LOOK_AGAIN = 1.0  # s; whether the client that waits is still there
 _REFUSED = frozenset(("SCardControl", "SCardEndTransaction"))  # PC/SC doesn't wait in these
@@ -35,8 +35,9 @@ class Handle(int):
     """A context or card as it is known in a broker: no proxy, for nothing is inherited.
 
     :ivar holders: the clients that have it; empty while only one ever had.
-    :ivar transaction: whose transaction is open on this card, while it is shared.
-    :ivar free: held while a call is made on a shared card; notified when a transaction has ended.
+    :ivar transaction: whose transaction is open on this card.
+    :ivar free: held while a transaction of this card is begun or ended, or any call is made on one that is shared;
+        notified when a transaction has ended.
     """
 
     _self_record: _handles.Record
@@ -75,10 +76,7 @@ def share(giver: Client, taker: Client, number: int, *, keeps: bool) -> bool:
         if handle is None:
             return False
         taker.handles[number] = handle
-        is_open = isinstance(handle.record, _handles.Card) and handle.record.transactions > 0
         if keeps:
-            if is_open and not handle.holders:
-                handle.transaction = giver
             handle.holders.update((giver, taker))
         else:
             giver.handles.pop(number, None)
@@ -91,7 +89,7 @@ def share(giver: Client, taker: Client, number: int, *, keeps: bool) -> bool:
 
 
 def call_on_card(client: Client, name: str, handle: Handle, function: Callable[..., Any], arguments: Any) -> Any:
-    """A call on a card that is shared, when no other client's transaction is in the way.
+    """A call on a card that is shared or may become so, when no other client's transaction is in the way.
 
     :return: the result; None where PC/SC would not wait: the other's transaction is a sharing violation.
     """
@@ -109,12 +107,6 @@ def call_on_card(client: Client, name: str, handle: Handle, function: Callable[.
         if int(handle) not in client.handles:  # dropped meanwhile
             _end_transaction(client, handle)
         return result
-
-
-def settle(client: Client, handle: Handle) -> None:
-    """Note what has come of a call of this client that began when the card was not shared yet."""
-    with handle.free:
-        _settle(client, handle)
 
 
 def _settle(client: Client, handle: Handle) -> None:

@@ -57,9 +57,12 @@ class PivCard(VirtualCard):
 
     @classmethod
     def personalised(cls, common_name: str = "A card holder", atr: bytes = DEFAULT_ATR) -> PivCard:
-        """A card with a P-256 key for authentication (slot 9A), and a self-signed certificate of it.
+        """A card with two P-256 keys, and self-signed certificates of them.
 
-        :param common_name: the certificate's subject and issuer.
+        One is for the authentication of its holder (slot 9A), and wants the PIN; the other is for that of the card
+        itself (slot 9E), and wants none.
+
+        :param common_name: the certificates' subject and issuer.
         :param atr: see `VirtualCard`.
         """
         card = cls(atr)
@@ -67,10 +70,16 @@ class PivCard(VirtualCard):
         return card
 
     def issue(self, common_name: str) -> None:
-        """Put a card holder's identifier, a new P-256 key and a self-signed certificate of it on the card.
+        """Put a card holder's identifier on the card, and for slots 9A and 9E a new P-256 key and its certificate.
 
-        :param common_name: the certificate's subject and issuer.
+        :param common_name: the certificates' subject and issuer.
         """
+        objects = self._applet.data_objects
+        objects.chuid, objects.ccc = PIVDataObjects.create_default_chuid(), PIVDataObjects.create_default_ccc()
+        self._issue_key(PIVSlot.AUTHENTICATION, b"\x5f\xc1\x05", common_name)
+        self._issue_key(PIVSlot.CARD_AUTH, b"\x5f\xc1\x01", common_name)
+
+    def _issue_key(self, slot: PIVSlot, certificate_object: bytes, common_name: str) -> None:
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -80,16 +89,15 @@ class PivCard(VirtualCard):
         # Certificate, "not compressed", no error detection code (SP 800-73-4, part 1, table 10).
         certificate = TLVEncoder.encode(0x70, _self_signed(key, common_name)) + bytes.fromhex("710100FE00")
         objects = self._applet.data_objects
-        objects.chuid, objects.ccc = PIVDataObjects.create_default_chuid(), PIVDataObjects.create_default_ccc()
         objects.put_key(
-            PIVSlot.AUTHENTICATION,
+            slot,
             PIVKeyData(
                 algorithm=PIVAlgorithm.ECC_P256,
                 private_key=key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
                 public_key=TLVEncoder.encode(0x7F49, TLVEncoder.encode(0x86, point)),
-                certificate=certificate,
             ),
         )
+        objects.put_data_object(certificate_object, certificate)  # by itself jcecard puts that of 9E elsewhere
 
     def apdu(self, command: bytes) -> bytes:
         """Answer one command of SP 800-73; before SELECT none.
@@ -114,7 +122,7 @@ class PivCard(VirtualCard):
         answer = self._applet.process_apdu(command)
         if command.extended or answer.sw != 0x9000:
             return bytes(answer.to_bytes())
-        self._rest = answer.data
+        self._rest = bytes(answer.data)
         return self._next_piece()
 
     def _next_piece(self) -> bytes:
@@ -140,4 +148,4 @@ def _self_signed(key: EllipticCurvePrivateKey, common_name: str) -> bytes:
     builder = x509.CertificateBuilder(issuer_name=name, subject_name=name, public_key=key.public_key())
     builder = builder.serial_number(x509.random_serial_number())
     builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + _VALID)
-    return builder.sign(key, SHA256()).public_bytes(Encoding.DER)
+    return bytes(builder.sign(key, SHA256()).public_bytes(Encoding.DER))
