@@ -35,10 +35,11 @@ import sys
 import piv
 
 import pcsc_safe
+from pcsc_safe import scard
 
 
-def main(path, reader, keep_pin):
-    signer = piv.Signer(piv.pin(), reader)
+def main(path, reader, exclusive, keep_pin):
+    signer = piv.Signer(piv.pin(), reader, scard.SCARD_SHARE_EXCLUSIVE if exclusive else scard.SCARD_SHARE_SHARED)
     try:
         if not keep_pin:
             signer.forget_pin()
@@ -135,12 +136,13 @@ def say(lines, *commands):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--exclusive", action="store_true", help="keep other applications out of the card")
     parser.add_argument("--keep-pin", action="store_true", help="verify it again when the session was lost")
     parser.add_argument("--reader", default="", help="a part of its name")
     parser.add_argument("socket", type=os.path.abspath, help="to be made, for OpenVPN's --management")
     options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     try:
-        main(options.socket, options.reader, options.keep_pin)
+        main(options.socket, options.reader, options.exclusive, options.keep_pin)
     except (piv.CardError, pcsc_safe.HandoverError, OSError) as error:
         sys.exit(f"openvpn_sign.py: {error}")

@@ -118,9 +118,10 @@ class Signer:
             raise CardError(self._no_pin)
         self._transmit(SELECT)
         _, sw = self._transmit(apdu(0x20, 0x00, 0x80, self._pin.encode().ljust(8, b"\xff")))
-        if sw != 0x9000:
+        if sw >> 8 == 0x63 or sw == 0x6983:  # wrong, or blocked
             self._pin = None
             self._no_pin = "the card refused this PIN; it isn't tried again, or the card would block it"
+        if sw != 0x9000:
             raise CardError(f"the card refuses the PIN ({sw:04X})")
 
     def _command(self, ins, p1, p2, data):

@@ -20,6 +20,8 @@ MAY_IMPORT = {
     "_report": {"_events"},
     "_run": {"_report", "_retrofitted", "errors", "policy"},
     "_log": {"_process"},
+    "_sacrifice": set(),
+    "_version": {"__version__"},
     "_descriptors": {"_process"},
     "_pcscd": {"_descriptors", "_process"},
     "_calls": {"_descriptors", "_process", "policy"},
@@ -143,6 +145,21 @@ RETROFIT_MAY_IMPORT = {
         "policy",
     },
 }
+DOCTOR_MAY_IMPORT = {
+    "__init__": set(),
+    "_findings": set(),
+    "_sockets": set(),
+    "_proc": set(),
+    "_ask": {"_sacrifice", "demo"},
+    "_tasks": {"_proc", "_process", "_sockets", "broker", "demo"},
+    "_machine": {"_ask", "_findings", "_version", "errors", "policy"},
+    "_pcscd": {"_ask", "_findings", "_machine", "_proc", "policy"},
+    "_fork": {"_ask", "_findings", "_machine", "policy"},
+    "_probe": {"_ask", "_findings", "demo", "policy"},
+    "_process": {"_findings", "_proc", "_sockets"},
+    "_view": {"_findings", "demo"},
+    "_command": {"__version__", "_findings", "_fork", "_machine", "_pcscd", "_probe", "_process", "_view", "policy"},
+}
 """DESIGN section 6 as data: application > scard > router > gateway > PC/SC, and never back."""
 
 
@@ -167,6 +184,8 @@ def test_the_import_table() -> None:
     assert broker == BROKER_MAY_IMPORT
     retrofit = {path.stem: imports_of(path)[0] for path in (PACKAGE / "retrofit").glob("*.py")}
     assert retrofit == RETROFIT_MAY_IMPORT
+    doctor = {path.stem: imports_of(path)[0] for path in (PACKAGE / "doctor").glob("*.py")}
+    assert doctor == DOCTOR_MAY_IMPORT
 
 
 def test_one_module_imports_pyscard() -> None:
@@ -181,7 +200,7 @@ def test_one_module_imports_pyscard() -> None:
 def test_the_core_does_not_know_the_rest() -> None:
     """Test kit, demonstration and command line build on the library; nothing leads back."""
     for path in PACKAGE.glob("_[a-z]*.py"):
-        assert not imports_of(path)[0] & {"testing", "demo", "__main__"}, path
+        assert not imports_of(path)[0] & {"testing", "demo", "doctor", "__main__"}, path
 
 
 def test_importing_the_package_loads_nothing() -> None:

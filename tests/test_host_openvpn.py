@@ -260,6 +260,16 @@ def test_other_options(vpn: Vpn, card: Card, key: str, options: tuple[str, ...])
     assert card.commands[SIGN] == 1
 
 
+def test_others_are_kept_out(vpn: Vpn, stack: VirtualPcsc, card: Card) -> None:
+    """If it is asked to: nobody else can use, or reset, the card that signs; the exclusive hold is handed over too."""
+    vpn.server()
+    vpn.helper("--exclusive")
+    with pytest.raises(PcscStackError, match="an application holds it exclusively"):
+        stack.readers[0].reset()
+    vpn.client().says(HANDSHAKE)
+    assert card.commands[SIGN] == card.commands[VERIFY] == 1
+
+
 def test_through_a_broker(vpn: Vpn, card: Card) -> None:
     """As on macOS: the broker that the foreground started serves the daemon, and ends with it."""
     vpn.server()
