@@ -52,7 +52,7 @@ if not hasattr(os, "pidfd_open"):
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 EXAMPLE = str(EXAMPLES / "openvpn_sign.py")
-PAGE = (ROOT / "docs" / "host_openvpn.md").read_text()
+PAGE = (ROOT / "docs" / "hosts" / "openvpn.md").read_text()
 CONFIGURATION = PAGE.partition("in the place of `cert` and `key`:\n\n```\n")[2].partition("```")[0]
 PIN = "123456"
 HANDSHAKE = "Control Channel: TLSv1.3, cipher TLSv1.3 "  # said by a client when it is done
