@@ -22,6 +22,7 @@ def configure(
     broker: Union[Broker, str, None] = None,
     broker_python: Optional[str] = None,
     owner: Union[Owner, str, None] = None,
+    recover: Union[bool, str, None] = None,
     context: Any = None,
 ) -> Settings:
     """Say what a process gets that uses a context or card which it inherited over a fork.
@@ -38,6 +39,8 @@ def configure(
     :param broker_python: the Python interpreter that runs brokers; ``""``, the default: the one that runs this program.
     :param owner: who has the sessions after a fork: the ``parent`` (the default), or the ``child``, as in
         :func:`pcsc_safe.handover`.
+    :param recover: whether contexts are re-established when pcscd was restarted, or has ended and is started by the
+        next use.  Their cards are treated as if they were inherited; see ``cards``.
     :param context: a context, for settings that are to count for it and its cards alone.
     :return: the settings that are in force now, for that context if one was given.
     :raises SettingsError: a value is not one of these, or ``context`` is no context of this process, or the setting is
@@ -49,7 +52,7 @@ def configure(
         "broker_python": broker_python,
         "owner": owner,
     }
-    wanted = {"policy": policy, "cards": cards, **of_process}
+    wanted = {"policy": policy, "cards": cards, "recover": recover, **of_process}
     given = {name: value for name, value in wanted.items() if value is not None}
     changed = _settings.settings().changed(**given)
     if context is None:

@@ -33,7 +33,9 @@ _HELP = {
     "broker": "when PC/SC is done by a helper process",
     "broker_python": "the interpreter that runs brokers",
     "owner": "who has the sessions after a fork",
+    "recover": "whether contexts are re-established when pcscd was restarted",
 }
+_SWITCHES = [option for option, setting in _SETTINGS.items() if isinstance(getattr(Settings(), setting), bool)]
 _MEANING_PROGRAM = ("-m", "-c")
 
 
@@ -46,7 +48,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     index = 0
     while index < len(arguments) and (arguments[index] == "-h" or arguments[index][:2] == "--" != arguments[index]):
         option, _, value = arguments[index].partition("=")
-        takes_next = not value and any(name.startswith(option) for name in _SETTINGS)
+        takes_next = not value and any(name.startswith(option) for name in _SETTINGS if name not in _SWITCHES)
         index += 2 if takes_next else 1
     return list(arguments[:index]), list(arguments[index:])
 
@@ -55,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; the program is told apart by :func:`split`."""
     parser.usage = _USAGE
     for option, setting in _SETTINGS.items():
+        if option in _SWITCHES:
+            parser.add_argument(option, action="store_const", const="1", help=_HELP[setting])
+            continue
         kind = type(getattr(Settings(), setting))
         choices = ", ".join(member.value for member in kind) if hasattr(kind, "__members__") else ""
         parser.add_argument(option, metavar=setting.upper(), help=": ".join(filter(None, [_HELP[setting], choices])))

@@ -74,11 +74,13 @@ MAY_IMPORT = {
         "_native",
         "_process",
         "_pyscard",
+        "_recovery",
         "_settings",
         "_transactions",
         "_turns",
         "broker",
     },
+    "_recovery": {"_calls", "_handles", "_process", "_pyscard", "_settings", "_turns", "policy"},
     "scard": {"_router"},
 }
 BROKER_MAY_IMPORT = {
@@ -122,7 +124,7 @@ RETROFIT_MAY_IMPORT = {
     "__init__": {"_framework", "_monitors", "_patches", "_process", "_scard"},
     "_patches": {"_process"},
     "_framework": {"_patches", "_process"},
-    "_monitors": {"_framework", "_patches"},
+    "_monitors": {"_framework", "_patches", "_recovery", "_settings"},
     "_scard": {
         "_calls",
         "_descriptors",
