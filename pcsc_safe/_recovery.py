@@ -43,6 +43,8 @@ GONE = (NO_SERVICE, _RESET, _COMM_ERROR)
 def _unheard(call: Call) -> tuple[int, ...]:
     if call.name == "SCardReleaseContext":
         return ()  # libpcsclite has dropped its context all the same
+    if call.name == "SCardGetStatusChange":
+        return ()  # but for outlast()
     if call.name == "SCardConnect":
         return (NO_SERVICE,)
     return GONE if call.role is Role.CLEANUP or call.name == "SCardListReaders" else (NO_SERVICE, _RESET)
@@ -84,7 +86,8 @@ def lost_meanwhile(record: Record, real: int) -> bool:
 
     :param real: the handle in that call.
     """
-    return not record.released and (record.real != real or record.owner is not _process.current())
+    is_same = record.real == real and record.owner is _process.current()
+    return not is_same and not record.released and recovers(record)
 
 
 def again(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
@@ -122,7 +125,7 @@ def outlast(
     :param wait: makes it, as far as pcscd is there.
     :param list_readers: SCardListReaders, which notices a loss, and establishes the context anew.
     :param context: of which the wait is.
-    :param timeout: of the whole wait, in ms.
+    :param timeout: of the whole wait, in ms; 0 if it is none, but asks for the states.
     :param began: when that was, by ``time.monotonic()``.
     :param cancels: how often waits on the context had been cancelled then.
     :return: the answer.
@@ -149,7 +152,7 @@ def outlast(
                 if answer[0] not in GONE or refusals:
                     return answer
             elif not left():
-                return call.failure(TIMED_OUT, (timeout, states))
+                return call.failure(TIMED_OUT if timeout else hresult, (timeout, states))
             time.sleep(_POLL)
         return wait(safe, left() or 1, states)  # released meanwhile, or this is a child
     finally:

@@ -222,7 +222,10 @@ def _through_broker(
     result = record.context.gateway.functions[call.name](real, *arguments)
     hresult = result if call.failed is None else result[0]
     is_gone = hresult in _recovery.UNHEARD[call.name] and _recovery.noticed(record, real, hresult)
-    if is_gone or (hresult == INVALID_HANDLE and _recovery.lost_meanwhile(record, real)):
+    if hresult == INVALID_HANDLE and _recovery.lost_meanwhile(record, real):
+        is_gone = call.name != "SCardGetStatusChange"
+        result = call.failure(_recovery.NO_SERVICE, arguments)
+    if is_gone:
         return _recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
     if call.name == "SCardConnect" and record.real != real:
         return call.failure(COMM_ERROR)  # another thread has noticed since that what it is through is lost
@@ -286,7 +289,7 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
 
     def route(handle: Any, timeout: Any, states: Any) -> Any:
         record = _handles.find(Kind.CONTEXT, handle)
-        if not isinstance(record, Context) or type(timeout) is not int or not 0 < timeout <= _turns.INFINITE:
+        if not isinstance(record, Context) or type(timeout) is not int or not 0 <= timeout <= _turns.INFINITE:
             return in_turn(handle, timeout, states)
         began, cancels = monotonic(), record.turn.cancels
         answer = wait(handle, timeout, states)
@@ -296,9 +299,11 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
         return answer
 
     def wait(handle: Any, timeout: int, states: Any) -> Any:
-        context = _owned(handle)
-        if context is None or not timeout:
+        if not timeout:
             return in_turn(handle, timeout, states)
+        context = _owned(handle)
+        if context is None:
+            return _route_slowly(call, wait, handle, (timeout, states))
         real = context.real
         answer = _turns.await_change(
             context.turn,
@@ -309,7 +314,11 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
             states,
             call.failure(_turns.CANCELLED, (timeout, states)),
         )
-        return answer if answer is not None else _route_slowly(call, wait, handle, (timeout, states))
+        if answer is not None:
+            return answer
+        if _recovery.lost_meanwhile(context, real):
+            return call.failure(_recovery.NO_SERVICE, (timeout, states))
+        return _route_slowly(call, wait, handle, (timeout, states))
 
     return route
 
