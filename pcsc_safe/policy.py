@@ -123,14 +123,15 @@ def _path(value: Any) -> str:
     return path
 
 
-def _flag(value: Any) -> bool:
-    flag = _FLAGS.get(str(value).lower())
-    if flag is None:
-        raise ValueError(f"use one of {', '.join(map(repr, _FLAGS))}")
-    return flag
+def _switch(value: Any) -> bool:
+    try:
+        return _SWITCH[str(value).lower()]
+    except KeyError:
+        choices = ", ".join(map(repr, _SWITCH))
+        raise ValueError(f"use one of {choices}") from None
 
 
-_FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _LONGEST_TIMEOUT = 86400
 _CONVERT: dict[str, Callable[[Any], Any]] = {
     "policy": _member_of(Policy),
@@ -139,7 +140,7 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
     "broker": _member_of(Broker),
     "broker_python": _path,
     "owner": _member_of(Owner),
-    "recover": _flag,
+    "recover": _switch,
 }
 
 
