@@ -231,6 +231,7 @@ def lose(context: Context, how: str) -> None:
     for card in list(context.cards.values()):
         card.owner = lost
     _descriptors.kill([context.descriptor])
+    _descriptors.unguard(context.descriptor)
 
 
 def find(kind: Kind, handle: object) -> Optional[Record]:

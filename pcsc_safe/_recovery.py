@@ -18,7 +18,6 @@ At a fork: a child counts its own attempts; what its parent has lost it inherits
 
 from __future__ import annotations
 
-import sys
 import time
 from _thread import get_ident
 from typing import Any, Callable
@@ -55,6 +54,7 @@ UNHEARD = {name: _unheard(call) for name, call in CALLS.items()}
 
 _ATTEMPTS = 3
 _POLL = 0.05  # s; for pcscd to be back
+_CANCEL_WITHIN = 1.0  # s
 
 _attempts: dict[int, int] = {}  # to make one call, by thread
 
@@ -178,7 +178,10 @@ def cancel(context: Context, cancel_once: Callable[[], Any]) -> Any:
     turn.cancels += 1
     waits = [thread for thread in turn.outlasting if thread != get_ident()]
     answer = cancel_once()
-    while any(thread in turn.outlasting for thread in waits) and not sys.is_finalizing():
+    # One that is about to enter PC/SC again isn't there to be cancelled. Not for ever: it may need the turn that this
+    # very thread has, if this is a signal handler.
+    deadline = time.monotonic() + _CANCEL_WITHIN
+    while any(thread in turn.outlasting for thread in waits) and time.monotonic() < deadline:
         time.sleep(_POLL / 10)
         cancel_once()
     return answer

@@ -123,7 +123,7 @@ BROKER_MAY_IMPORT = {
 RETROFIT_MAY_IMPORT = {
     "__init__": {"_framework", "_monitors", "_patches", "_process", "_scard"},
     "_patches": {"_process"},
-    "_framework": {"_patches", "_process"},
+    "_framework": {"_patches", "_process", "_settings"},
     "_monitors": {"_framework", "_patches", "_recovery", "_settings"},
     "_scard": {
         "_calls",

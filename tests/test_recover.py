@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -579,6 +580,7 @@ def test_monitors(stack: VirtualPcsc, way: str, kind: str) -> None:
         from programs import eventually
         from test_framework import Recorder, monitors
 
+        warnings.simplefilter("ignore", DeprecationWarning)  # pyscard 2.0 has some
         pcsc_safe.install()
         caught: list[Any] = []
         threading.excepthook = lambda arguments: caught.append(arguments.exc_type.__name__)

@@ -72,7 +72,8 @@ def _is_outage(error: Any) -> bool:
         return False
     from .._recovery import GONE
 
-    return getattr(error, "hresult", None) in GONE
+    # By its name: in pyscard 2.0 it has no code.
+    return type(error).__name__ == "CardServiceNotFoundException" or getattr(error, "hresult", None) in GONE
 
 
 def _patient_request(module: Any) -> Any:
