@@ -10,7 +10,8 @@ What libpcsclite answers (1.9.9 to 2.5.1) says whether pcscd has got a call:
   itself says so to SCardConnect alone, where polkit forbids the card.
 - SCARD_F_COMM_ERROR: no answer came; it may have been carried out.  The next call is SCARD_E_NO_SERVICE.
 
-The first two were not carried out, and can be made again; the third if it changes nothing.  SCardIsValidContext,
+The first two were not carried out, and can be made again; the third if it changes nothing.  What is answered to a
+context or a connection that is being had again goes to the application as it is.  SCardIsValidContext,
 SCardListReaderGroups and SCardCancel notice nothing.
 
 At a fork: a child counts its own attempts; what its parent has lost it inherits as anything else.

@@ -197,7 +197,7 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
                     real = record.real
                     result = native(real, *arguments)
                     hresult = result if is_bare else result[0]
-                    is_gone = hresult in unheard and _recovery.noticed(record, real, hresult)
+                    is_gone = hresult != SUCCESS and hresult in unheard and _recovery.noticed(record, real, hresult)
                     if not is_gone:
                         if discloses and hresult != SUCCESS:
                             return call.failure(hresult)

@@ -23,12 +23,14 @@ from typing import Any
 import pytest
 from brokers import ENOUGH, Client, Link, broker, descriptors, until
 from conftest import ECHO, IS_VERIFIED, VERIFY, Session
-from forking import fork, in_child, start, wait_for
+from forking import in_child, start, wait_for
 from rawscard import raw
 from test_threads import Calling, waits_on
 
 import pcsc_safe
+from pcsc_safe import _recovery
 from pcsc_safe import scard as safe
+from pcsc_safe._calls import CALLS
 from pcsc_safe.errors import ForkedHandleError
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
@@ -523,7 +525,7 @@ def test_a_wait_takes_no_longer(stack: VirtualPcsc, way: str) -> None:
         pcscd("restart")
         up = second.answer()
         safe.SCardReleaseContext(context)
-        times = [0.4 <= first.seconds < ENOUGH / 4, 0.1 <= begun_without.seconds, second.seconds < ENOUGH / 4]
+        times = [0.4 <= first.seconds < ENOUGH / 4, begun_without.seconds >= 0.1, second.seconds < ENOUGH / 4]
         return [down[0], still_down, up[0] in (OK, TIMED_OUT), times, known & PRESENT]
 
     down, still_down, is_right, times, present = told(stack, way, story)
@@ -704,6 +706,8 @@ def test_a_fork_while_others_recover(stack: VirtualPcsc, way: str) -> None:
         def child() -> Any:
             return status(session.card), reconnect(session.card), session.transmit(ECHO)
 
+        # What a connection is answered that is made when pcscd dies, or before the card is in its reader, too.
+        known = {OK, RESET, NO_SERVICE, COMM_ERROR, safe.SCARD_W_SECURITY_VIOLATION, safe.SCARD_E_NO_SMARTCARD}
         users = [Calling(use) for _ in range(3)]
         children = []
         for _ in range(3):
@@ -718,7 +722,7 @@ def test_a_fork_while_others_recover(stack: VirtualPcsc, way: str) -> None:
         for user in users:
             user.answer()
         session.close()
-        return children, {*answers} - {OK, RESET, NO_SERVICE, COMM_ERROR, safe.SCARD_E_NO_SMARTCARD}
+        return children, {*answers} - known
 
     assert told(stack, way, story) == ([(RESET, OK, ECHOED)] * 9, set())
 
@@ -789,31 +793,15 @@ def test_share(stack: VirtualPcsc) -> None:
     assert younger == VERIFIED
 
 
-@by_either_way
-def test_pcscd_that_takes_contexts_and_nothing_else(stack: VirtualPcsc, way: str) -> None:
-    """A call is made three times, no more, and then says that there is no service."""
-    if way == "broker":
-        pytest.skip("see the other")
-
-    def story(pcscd: Pcscd) -> Any:
-        from pcsc_safe import _handles, _recovery
-
-        context = establish()
-        record = _handles.find(_handles.Kind.CONTEXT, context)
-        assert record is not None
-        made = []
-
-        def fails() -> Any:
-            made.append(1)
-            return _recovery.again(_calls.CALLS["SCardListReaders"], fails, ())
-
-        from pcsc_safe import _calls
-
-        answer = fails()
-        safe.SCardReleaseContext(context)
-        return answer, len(made), _recovery._attempts
-
-    assert told(stack, way, story) == ([NO_SERVICE, []], 4, {})
+# 6. What a real pcscd doesn't do.
 
 
-assert fork  # forked by start()
+def test_contexts_but_nothing_else() -> None:
+    """Where contexts can be established and nothing comes of it, a call is made thrice more, and says no service."""
+    made = []
+
+    def fails() -> Any:
+        made.append(1)
+        return _recovery.again(CALLS["SCardListReaders"], fails, ())
+
+    assert (fails(), len(made), _recovery._attempts) == ([NO_SERVICE, []], 4, {})
