@@ -400,6 +400,9 @@ def _in_hook() -> None:
         for block in will.blocks:
             block.happened()
     _accepted = (os.getpid(), will)
+    for how, given in (("handover", will.native), ("handover", will.in_broker), ("share", will.shared)):
+        for context in given:
+            _events.record("got", context=context.key, how=how)
 
 
 def _begin(epoch: _process.Epoch) -> None:
@@ -424,6 +427,8 @@ def _begin(epoch: _process.Epoch) -> None:
             context.gateway = broker or context.gateway
         # What the application has closed since the fork is lost: the number may be something else's by now.
         _take(context, epoch if is_there else _process.Epoch(epoch, _process.LOST))
+        if not is_there:
+            _events.record("lost", context=context.key)
         for card in list(context.cards.values()):
             if context in will.shared:
                 card.transactions = 0  # what is open is its parent's

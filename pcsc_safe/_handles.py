@@ -16,7 +16,7 @@ import os
 import sys
 from typing import Any, Callable, Optional, Union
 
-from . import _descriptors, _native, _process, _turns
+from . import _descriptors, _events, _native, _process, _turns
 from ._calls import Gateway, Kind
 from .errors import PcscSafeError
 from .policy import Settings
@@ -221,6 +221,7 @@ def disown(gateway: Gateway) -> None:
     for context in list(contexts.values()):
         if context.gateway is gateway and context.owner is here:
             context.owner = lost = _process.Epoch(here, _process.LOST)
+            _events.record("lost", context=context.key)
             for card in list(context.cards.values()):
                 card.owner = lost
 

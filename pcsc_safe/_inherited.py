@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Optional
 
-from . import _descriptors, _events, _log, _native, _process, _pyscard, _transactions, policy
+from . import _descriptors, _events, _log, _native, _process, _pyscard, _recorded, _transactions, policy
 from ._calls import CALLS, Call, Gateway
 from ._handles import Card, Context, Record
 from ._pyscard import SUCCESS, constant
@@ -167,7 +167,7 @@ def _own_context(context: Context, through: Gateway) -> int:
         if hresult != SUCCESS:
             return hresult
         _log.info("process %d has a context of its own in the place of process %d's", context.owner.pid, owner_pid)
-        _events.record("reestablished", owner=owner_pid)
+        _recorded.tell_established("reestablished", context, owner=owner_pid)
     return SUCCESS
 
 
@@ -186,6 +186,7 @@ def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization:
             card.real, card.share_mode, card.protocol = real, share_mode, protocol or protocols
             card.transactions = 0
             card.owner = owner
+            _recorded.tell_connected("connected", card)
         return hresult, protocol
 
     answer: tuple[int, int] = context.gateway.enter("SCardConnect", connect)
@@ -211,6 +212,7 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
             for card in cards:
                 card.transactions, card.owner = 0, _process.current()
             context.owner = _process.current()
+            _events.record("got", context=context.key, how="share")
             return None
     if call.role is Role.VALIDITY:
         return INVALID_HANDLE

@@ -29,6 +29,7 @@ __all__ = [
     "at_fork",
     "before_fork",
     "current",
+    "has_run_hook",
     "here",
     "sentinel",
 ]
@@ -196,6 +197,11 @@ def current() -> Epoch:
             if here is left:
                 _begin(epoch)
     return here
+
+
+def has_run_hook() -> bool:
+    """Whether this process, forked and not yet begun, was forked by what runs Python's hooks."""
+    return bool(sentinel[_HOOKED])
 
 
 def _begin(epoch: Epoch) -> None:

@@ -22,6 +22,7 @@ from . import (
     _native,
     _process,
     _pyscard,
+    _recorded,
     _transactions,
     _turns,
 )
@@ -94,6 +95,10 @@ _AFTER: dict[str, _After] = {
 }
 
 
+def _after(name: str) -> Optional[_After]:
+    return _recorded.followed(name, _AFTER.get(name))
+
+
 # The way of a call.
 
 
@@ -153,7 +158,7 @@ _GIVES_WAY = 0.0005  # s
 
 def _routed_in_turn(call: Call) -> Callable[..., Any]:
     """In the owner: get the turn, enter the native library, note the outcome; in as few steps as there are."""
-    name, native, after, discloses = call.name, _native.raw[call.name], _AFTER.get(call.name), call.discloses
+    name, native, after, discloses = call.name, _native.raw[call.name], _after(call.name), call.discloses
     registry: dict[Any, Any] = _handles.contexts if call.takes is Kind.CONTEXT else _handles.cards
     process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
     here_itself = _native.gateway
@@ -298,7 +303,7 @@ def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments
             return answer
     through = record.context.gateway
     if through is not _native.gateway:
-        result, after = through.functions[call.name](record.real, *arguments), _AFTER.get(call.name)
+        result, after = through.functions[call.name](record.real, *arguments), _after(call.name)
         return after(record, arguments, result) if after else result
     if (_handles.contexts if record.kind is Kind.CONTEXT else _handles.cards).get(record.number) is not record:
         # pcscd was restarted, and has given the number to somebody else since.
@@ -336,7 +341,7 @@ def _exported(name: str, value: Any) -> Any:
     call = CALLS.get(name)
     if call is None or not _process.FORKS or (call.takes is None and name != "SCardEstablishContext"):
         return value
-    return _pyscard.shaped(_routed(call), _pyscard.signatures[name])
+    return _pyscard.shaped(_recorded.recorded(call, _routed(call)), _pyscard.signatures[name])
 
 
 public: dict[str, Any] = {name: _exported(name, value) for name, value in _pyscard.public.items()}
