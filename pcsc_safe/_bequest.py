@@ -123,7 +123,8 @@ def files_to_preserve() -> list[int]:
     For python-daemon: ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  The numbers stay the same when
     the sessions are handed over or shared.
     """
-    own = [context.descriptor for context in _handles.contexts.values() if context.owner is _process.current()]
+    here = _process.current()  # first: it may be what makes contexts this process's own
+    own = [context.descriptor for context in _handles.contexts.values() if context.owner is here]
     numbers = {descriptor.number for descriptor in own if descriptor is not None and descriptor.is_intact()}
     return sorted(numbers | set(_mine.files_to_preserve()))
 

@@ -1,9 +1,9 @@
 """What happens to PC/SC in a family of processes, written down for ``python -m pcsc_safe run --report | --timeline``.
 
-Each process has a record of its own: files of slots in a directory, mapped into memory.  Writing is assigning to memory.
-So it costs no system call and takes no lock, can be done in an at-fork hook, goes on after ``chroot`` and ``setuid``, and
-what was written stays however the process ends.  A counter gives the slots out, so no two threads get the same.  No
-descriptor is kept: it could be somebody else's by the time it is used.
+Each process has a record of its own: files of slots in a directory, mapped into memory.  Writing is assigning to
+memory.  So it costs no system call and takes no lock, can be done in an at-fork hook, goes on after ``chroot`` and
+``setuid``, and what was written stays however the process ends.  A counter gives the slots out, so no two threads get
+the same.  No descriptor is kept: it could be somebody else's by the time it is used.
 
 Without a directory in the environment nothing is written and nothing is mapped.
 
@@ -31,8 +31,8 @@ __all__ = [
     "VARIABLE",
     "Activity",
     "born_elsewhere",
-    "is_on",
     "forget",
+    "is_on",
     "pid_space",
     "record",
 ]

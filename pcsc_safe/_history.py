@@ -249,6 +249,8 @@ class History:
         if session is None:
             return
         for connection in session.open_connections():
+            if connection.key == told["card"] and connection.owned and connection.mode == told["mode"]:
+                return  # reconnected, as what it was
             if connection.key == told["card"]:
                 connection.until = event.time
         session.connections.append(Connection(told["card"], told["reader"], told["mode"], event.time))
@@ -357,7 +359,6 @@ def _worth_showing(lanes: list[Lane]) -> dict[str, Lane]:
 
 def _in_order(shown: Mapping[str, Lane]) -> list[Lane]:
     """A parent before its children, and these by time."""
-
     children: dict[str, list[Lane]] = {}
     for lane in shown.values():
         children.setdefault(lane.parent.name if lane.parent is not None else "", []).append(lane)

@@ -1,8 +1,8 @@
 """Draws a history: processes as lanes over time, sessions as bars in the lane of who has them.
 
 The drawing is one SVG that asks for nothing else: by itself, or in a page whose script zooms it.  Whatever comes from
-outside, the names of readers and programs, goes through :func:`_text`.  What is closer together than a pixel is drawn as
-one, coarser if need be, so that no drawing is bigger than :data:`_BIGGEST`.
+outside, the names of readers and programs, goes through :func:`_text`.  What is closer together than a pixel is drawn
+as one, coarser if need be, so that no drawing is bigger than :data:`_BIGGEST`.
 """
 
 from __future__ import annotations
@@ -111,12 +111,14 @@ class _Drawing:
         height = y + 22 + 16 * len(notes)
         style = files(__package__).joinpath("_timeline.css").read_text("utf-8")
         count = len(self._history.lanes)
-        title = f"PC/SC in {count} process{'es' if count != 1 else ''}, {_duration(self._history.until - self._history.since)}"
+        lead = self._from - self._history.since
+        title = f"PC/SC in {count} process{'es' if count != 1 else ''}, {_duration(lead + self._span)}"
         return "\n".join(
             [
                 f'<svg xmlns="http://www.w3.org/2000/svg" id="timeline" viewBox="0 0 {_WIDTH} {height}" '
                 f'width="{_WIDTH}" height="{height}" role="img" aria-label="{_text(title)}" '
-                f'data-left="{_GUTTER}" data-width="{_PLOT}" data-ns="{self._span}" data-lead="{self._from - self._history.since}" data-bottom="{y}">',
+                f'data-left="{_GUTTER}" data-width="{_PLOT}" data-ns="{self._span}" data-lead="{lead}" '
+                f'data-bottom="{y}">',
                 f"<style>{style}</style>",
                 _DEFINITIONS.format(left=_GUTTER - 1, width=_PLOT + 2, height=height),
                 f'<rect class="paper" width="{_WIDTH}" height="{height}"/>',
@@ -147,7 +149,8 @@ class _Drawing:
         """A rectangle over time; one that would be too thin to see is a pixel."""
         x = self._x(max(since, self._from))
         width = max(1.0, round(self._x(until) - x, 2))
-        return f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}"><title>{_text(title)}</title></rect>'
+        shape = f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}">'
+        return f"{shape}<title>{_text(title)}</title></rect>"
 
     def _when(self, since: int, until: int) -> str:
         return f"from {_duration(since - self._history.since)} on, for {_duration(until - since)}"

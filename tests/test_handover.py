@@ -131,7 +131,6 @@ POLICIES = {
 @through_both
 def test_the_parent_lives_on(stack: VirtualPcsc, through: str, policy: str) -> None:
     """The parent has inherited objects, by its policy; no use, fork or finalizer of its reaches the child's session."""
-
     def child(link: Link, session: Session) -> None:
         while link.hear():
             link.say(state(session))
