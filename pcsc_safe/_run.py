@@ -99,6 +99,8 @@ def _checked(options: argparse.Namespace) -> Path:
     """Where the timeline is to be; what can't be there is refused before the program runs."""
     from ._timeline import SUFFIXES
 
+    if os.name != "posix":
+        options.refuse(f"{_TIMELINE} is not to be had on this platform: processes can't be recorded here")
     file = Path(options.timeline).absolute()
     if file.suffix not in SUFFIXES:
         options.refuse(f"{_TIMELINE} {options.timeline}: name a file that ends in {' or '.join(SUFFIXES)}")
