@@ -291,7 +291,9 @@ class _Drawing:
         letters = int((self._x(until) - x - 4) / _LETTER)
         if letters > 8:
             words = _text(_shortened(name, letters))
-            self._parts.append(f'<text class="reader" x="{x:.2f}" y="{y + 13.5}">{words}</text>')
+            self._parts.append(
+                f'<text class="reader" x="{x:.2f}" y="{y + 13.5}" data-to="{self._x(until)}">{words}</text>'
+            )
 
     def _merged(self, spans: Iterable[Span], until: int) -> Iterator[Span]:
         """Spans that can be told apart; what has not ended has gone on until then."""
