@@ -135,7 +135,8 @@ def files_to_preserve() -> list[int]:
     For python-daemon: ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  The numbers stay the same when
     the sessions are handed over or shared.
     """
-    own = [context.descriptor for context in _handles.contexts.values() if context.owner is _process.current()]
+    here = _process.current()  # first: it may be what makes contexts this process's own
+    own = [context.descriptor for context in _handles.contexts.values() if context.owner is here]
     numbers = {descriptor.number for descriptor in own if descriptor is not None and descriptor.is_intact()}
     return sorted(numbers | set(_mine.files_to_preserve()))
 
@@ -415,6 +416,9 @@ def _in_hook() -> None:
         for block in will.blocks:
             block.happened()
     _accepted = (os.getpid(), will)
+    for how, given in (("handover", will.native), ("handover", will.in_broker), ("share", will.shared)):
+        for context in given:
+            _events.record("got", context=context.key, how=how)
 
 
 def _begin(epoch: _process.Epoch) -> None:
@@ -440,6 +444,8 @@ def _begin(epoch: _process.Epoch) -> None:
             context.gateway = broker or context.gateway
         # What the application has closed since the fork is lost: the number may be something else's by now.
         _take(context, epoch if is_there else _process.Epoch(epoch, _process.LOST))
+        if not is_there:
+            _events.record("lost", context=context.key)
         for card in list(context.cards.values()):
             if context in will.shared:
                 card.transactions = 0  # what is open is its parent's

@@ -16,7 +16,7 @@ import os
 import sys
 from typing import Any, Callable, Optional, Union
 
-from . import _descriptors, _native, _process, _turns
+from . import _descriptors, _events, _native, _process, _turns
 from ._calls import Gateway, Kind
 from .errors import PcscSafeError
 from .policy import Settings
@@ -228,6 +228,7 @@ def lose(context: Context, how: str) -> None:
     :param how: LOST or SERVICE_LOST, of :mod:`_process`.
     """
     context.owner = lost = _process.Epoch(_process.current(), how)
+    _events.record("lost", context=context.key)
     for card in list(context.cards.values()):
         card.owner = lost
     _descriptors.kill([context.descriptor])

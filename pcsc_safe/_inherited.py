@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Optional
 
-from . import _descriptors, _events, _gate, _log, _native, _process, _pyscard, _transactions, policy
+from . import _descriptors, _events, _gate, _log, _native, _process, _pyscard, _recorded, _transactions, policy
 from ._calls import CALLS, Call, Gateway
 from ._handles import Card, Context, Record
 from ._pyscard import SUCCESS, constant
@@ -182,18 +182,20 @@ def _own_context(context: Context, through: Gateway) -> int:
         hresult = int(through.establish(context.scope, keep)[0])
         if hresult != SUCCESS:
             return hresult
-        _tell(context.owner, left)
+        _tell(context, left)
     return SUCCESS
 
 
-def _tell(here: _process.Epoch, left: _process.Epoch) -> None:
-    """Tell that there is a context in the place of one whose owner is, to this process, another."""
+def _tell(context: Context, left: _process.Epoch) -> None:
+    """Tell that this process has a context in the place of one whose owner is, to it, another."""
+    here = context.owner
     if left.noticed_by is _process.SERVICE_LOST:
         _log.info("process %d has a new context in the place of one that ended with pcscd", here.pid)
         _events.record("recovered")
+        _recorded.tell_established("established", context)
     else:
         _log.info("process %d has a context of its own in the place of process %d's", here.pid, left.pid)
-        _events.record("reestablished", owner=left.pid)
+        _recorded.tell_established("reestablished", context, owner=left.pid)
 
 
 def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> tuple[int, int]:
@@ -211,6 +213,7 @@ def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization:
             card.real, card.share_mode, card.protocol = real, share_mode, protocol or protocols
             card.transactions = 0
             card.owner = owner
+            _recorded.tell_connected("connected", card)
         return hresult, protocol
 
     answer: tuple[int, int] = context.gateway.enter("SCardConnect", connect)
@@ -236,6 +239,7 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
             for card in cards:
                 card.transactions, card.owner = 0, _process.current()
             context.owner = _process.current()
+            _events.record("got", context=context.key, how="share")
             return None
     if call.role is Role.VALIDITY:
         return INVALID_HANDLE

@@ -23,6 +23,7 @@ from . import (
     _pcscd,
     _process,
     _pyscard,
+    _recorded,
     _recovery,
     _transactions,
     _turns,
@@ -96,6 +97,10 @@ _AFTER: dict[str, _After] = {
 }
 
 
+def _after(name: str) -> Optional[_After]:
+    return _recorded.followed(name, _AFTER.get(name))
+
+
 # The way of a call.
 
 
@@ -167,7 +172,7 @@ _GIVES_WAY = 0.0005  # s
 
 def _routed_in_turn(call: Call) -> Callable[..., Any]:
     """In the owner: get the turn, enter the native library, note the outcome; in as few steps as there are."""
-    name, native, after, discloses = call.name, _native.raw[call.name], _AFTER.get(call.name), call.discloses
+    name, native, after, discloses = call.name, _native.raw[call.name], _after(call.name), call.discloses
     registry: dict[Any, Any] = _handles.contexts if call.takes is Kind.CONTEXT else _handles.cards
     process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
     here_itself = _native.gateway
@@ -231,7 +236,7 @@ def _through_broker(
     call: Call, route: Callable[..., Any], record: Record, handle: Any, arguments: tuple[Any, ...]
 ) -> Any:
     """A call on what this process has in a broker."""
-    real, after = record.real, _AFTER.get(call.name)
+    real, after = record.real, _after(call.name)
     result = record.context.gateway.functions[call.name](real, *arguments)
     hresult = result if call.failed is None else result[0]
     is_gone = hresult in _recovery.UNHEARD[call.name] and _recovery.noticed(record, real, hresult)
@@ -402,7 +407,7 @@ def _exported(name: str, value: Any) -> Any:
     call = CALLS.get(name)
     if call is None or not _process.FORKS or (call.takes is None and name != "SCardEstablishContext"):
         return value
-    return _pyscard.shaped(_routed(call), _pyscard.signatures[name])
+    return _pyscard.shaped(_recorded.recorded(call, _routed(call)), _pyscard.signatures[name])
 
 
 public: dict[str, Any] = {name: _exported(name, value) for name, value in _pyscard.public.items()}
