@@ -20,6 +20,7 @@ from typing import Any, Callable, NamedTuple, Optional, Protocol
 from . import _process
 
 __all__ = [
+    "IMPORTS",
     "InFlight",
     "Unquiet",
     "close_quietly",
@@ -60,6 +61,10 @@ class Unquiet(NamedTuple):
 
 quiesce_timeout = 1.0
 """How long a fork waits, in seconds; set by :func:`pcsc_safe.configure`."""
+
+IMPORTS = "an import"
+"""In the place of a function: who imports what PC/SC takes is inside as well, for a child in which a module is half
+imported has its lock held for ever."""
 
 inside: dict[int, InFlight] = {}
 """Who is inside, by the thread's identifier."""
@@ -232,7 +237,8 @@ def _begin(epoch: _process.Epoch) -> None:
     """Judge whether the fork was quiet, and open the gate."""
     # Whoever is in the table: a thread of this process may have got the number of one of its parent's.
     for thread, (function, since, _) in inside.items():
-        epoch.unquiet = Unquiet(function, _thread_names.get(thread, str(thread)), time.monotonic() - since)
+        if epoch.unquiet is None or function == IMPORTS:
+            epoch.unquiet = Unquiet(function, _thread_names.get(thread, str(thread)), time.monotonic() - since)
     for table in (inside, closers, _thread_names):
         table.clear()
 

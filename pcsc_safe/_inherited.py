@@ -19,7 +19,7 @@ from .broker import _client, _mine
 from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, join_pyscard
 from .policy import Cards, Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
 
-__all__ = ["INVALID_HANDLE", "adopt", "answer", "gateway"]
+__all__ = ["INVALID_HANDLE", "adopt", "answer", "gateway", "unsafe"]
 
 INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
 RESET_CARD = constant("SCARD_W_RESET_CARD")
@@ -268,8 +268,13 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
         return _native.gateway
     if way is Way.BROKER:
         return _mine.mine()
+    raise unsafe(function, context)
+
+
+def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
+    """That there is no way to PC/SC in this process; arguments as in :func:`gateway`."""
     here = _process.current()
-    raise ForkUnsafeError(
+    return ForkUnsafeError(
         f"PC/SC can't be used in process {here.pid}: {_why_not(here)}",
         remedy="use policy 'auto', which goes through a broker here, or exec a program of its own"
         + ("; or fork when no call takes longer than quiesce_timeout" if here.unquiet else ""),

@@ -97,11 +97,23 @@ _AFTER: dict[str, _After] = {
 # The way of a call.
 
 
-def _establish(scope: Any) -> Any:
+_is_prepared = False
+
+
+def _prepare() -> None:
+    """Import what PC/SC takes, so that nothing need be imported in a child."""
+    global _is_prepared
     for module in (_log, _descriptors, _native, _handles, _mine, _bequest):
         module.prepare()
+    _is_prepared = True
+
+
+def _establish(scope: Any) -> Any:
+    here = _notice()
     settings()
-    _notice()
+    if not _is_prepared and here.unquiet is not None and here.unquiet.function == _gate.IMPORTS:
+        raise _inherited.unsafe("SCardEstablishContext", None)
+    _gate.enter(_gate.IMPORTS, _prepare)
 
     def keep(real: int, descriptor: Any, owner: _process.Epoch, gateway: Gateway) -> Any:
         return _handles.register(Context(real, scope, descriptor, owner, gateway))

@@ -470,6 +470,46 @@ def unquiet(how: str, where: str) -> None:
     print(json.dumps([outcome, below, [entered, entered_below], answer, inside, after, seconds]))
 
 
+@pytest.mark.parametrize(
+    ("how", "patience", "expected"),
+    [("os.fork", "20", "works"), ("os.fork", "0.05", "refused"), ("C", "20", "refused")],
+)
+def test_a_fork_while_another_thread_imports(shared_stack: VirtualPcsc, how: str, patience: str, expected: str) -> None:
+    """A fork waits for the imports of the first SCardEstablishContext; a child that has half of them doesn't hang."""
+    child, parent = run(shared_stack, importing, how, patience)
+    why = "was forked while thread first was inside an import" if how != "C" else "was inside an import"
+    assert child == OK if expected == "works" else why in child
+    assert parent == OK
+
+
+def importing(how: str, patience: str) -> None:
+    """Fork while the first context is being established, and wrapt imported, which takes long."""
+    in_the_middle, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            if name == "wrapt":
+                in_the_middle.set()
+                go_on.wait(ENOUGH)
+
+    sys.meta_path.insert(0, Slow())
+    pcsc_safe.configure(quiesce_timeout=float(patience))
+    first = Calling(safe.SCardEstablishContext, safe.SCARD_SCOPE_SYSTEM, name="first")
+    assert in_the_middle.wait(ENOUGH)
+
+    def child() -> Any:
+        sys.meta_path.pop(0)
+        try:
+            return safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[0]
+        except ForkUnsafeError as error:
+            return str(error)
+
+    threading.Timer(0.3, go_on.set).start()
+    outcome = in_child(child, fork=os.fork if how == "os.fork" else c_fork)
+    print(json.dumps([outcome, first.answer()[0]]))
+
+
 def c_fork() -> int:
     """fork(2) from C: no at-fork hook of Python runs."""
     return int(ctypes.PyDLL(None).fork())
