@@ -260,9 +260,9 @@ def direct(seconds: float, seed: int, directory: str) -> dict[str, Any]:
     figures: Counter[str] = Counter()
     for line in lines(directory, "figures"):
         figures.update(line)
-    breaches = lines(directory, "breaches")
+    breaches = Counter(json.dumps({**line, "pid": 0}) for line in lines(directory, "breaches"))
     stacks = (Path(directory) / "stacks").read_text(errors="replace")
-    return {"seed": seed, "figures": dict(sorted(figures.items())), "breaches": breaches, "stacks": stacks[-20000:]}
+    return {"seed": seed, "figures": dict(sorted(figures.items())), "breaches": [{**json.loads(line), "times": times} for line, times in breaches.most_common(100)], "stacks": stacks[-20000:]}
 
 
 def main() -> int:

@@ -43,7 +43,14 @@ EXPECTED = {
     getattr(scard, f"SCARD_{name}")
     for name in (
         *("E_NO_SERVICE", "E_SERVICE_STOPPED", "F_COMM_ERROR", "E_INVALID_HANDLE"),
-        *("E_NOT_TRANSACTED", "W_RESET_CARD", "W_REMOVED_CARD", "E_NO_SMARTCARD", "E_READER_UNAVAILABLE", "E_UNKNOWN_READER"),
+        *(
+            "E_NOT_TRANSACTED",
+            "W_RESET_CARD",
+            "W_REMOVED_CARD",
+            "E_NO_SMARTCARD",
+            "E_READER_UNAVAILABLE",
+            "E_UNKNOWN_READER",
+        ),
         *("E_NO_READERS_AVAILABLE", "E_CANCELLED", "W_UNPOWERED_CARD", "W_UNRESPONSIVE_CARD"),
     )
 }
@@ -294,6 +301,10 @@ class Member:
 
     def use(self, inherited: Session) -> None:
         """What the parent had, by the policy; then something of one's own."""
+        for card in inherited.cards:
+            # With the session may have come a transaction, which no thread here will end.
+            with contextlib.suppress(PcscSafeError):
+                scard.SCardEndTransaction(card, scard.SCARD_LEAVE_CARD)
         for _ in range(3):
             for card in inherited.cards:
                 try:
@@ -351,6 +362,8 @@ def main(directory: str, seed: str, seconds: str) -> None:
     report = Report(directory, " ".join(f"{name}={value}" for name, value in chosen.items()))
     be_watched(Path(directory) / "stacks")
     member = Member(report, int(seed), time.monotonic() + float(seconds))
+    with contextlib.suppress(PcscSafeError):
+        member.renew(0)  # so that nobody forks in the middle of the first one's imports
     measured: list[int] = []
     timer = threading.Timer(float(seconds) / 3, lambda: measured.append(memory()))
     timer.daemon = True
