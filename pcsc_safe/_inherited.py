@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Optional
 
-from . import _descriptors, _events, _log, _native, _process, _pyscard, _transactions, policy
+from . import _descriptors, _events, _gate, _log, _native, _process, _pyscard, _transactions, policy
 from ._calls import CALLS, Call, Gateway
 from ._handles import Card, Context, Record
 from ._pyscard import SUCCESS, constant
@@ -274,10 +274,14 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
 def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
     """That there is no way to PC/SC in this process; arguments as in :func:`gateway`."""
     here = _process.current()
+    remedy = "use policy 'auto', which goes through a broker here, or exec a program of its own"
+    if here.unquiet is not None and here.unquiet.function == _gate.IMPORTS:
+        remedy = "establish the first context of the parent before other threads fork"
+    elif here.unquiet is not None:
+        remedy += "; or fork when no call takes longer than quiesce_timeout"
     return ForkUnsafeError(
         f"PC/SC can't be used in process {here.pid}: {_why_not(here)}",
-        remedy="use policy 'auto', which goes through a broker here, or exec a program of its own"
-        + ("; or fork when no call takes longer than quiesce_timeout" if here.unquiet else ""),
+        remedy=remedy,
         function=function,
         owner_pid=context.owner.pid if context else None,
         pid=here.pid,

@@ -35,6 +35,7 @@ MAY_IMPORT = {
         "_calls",
         "_descriptors",
         "_events",
+        "_gate",
         "_handles",
         "_log",
         "_native",
