@@ -24,7 +24,7 @@ from soak_report import Report, judge_end
 import pcsc_safe
 from pcsc_safe import scard
 from pcsc_safe.errors import BrokerError, ForkedHandleError, ForkUnsafeError, HandoverError, PcscSafeError
-from pcsc_safe.policy import Policy
+from pcsc_safe.policy import Owner, Policy
 
 PATIENCE = 60  # s; after which a process that is not told to end has hung
 GRACE = 30  # s; in which every thread ends that is told to
@@ -251,8 +251,10 @@ class Member:
 
     def live(self, depth: int) -> None:
         """Threads that use PC/SC, and threads that fork, until the end."""
-        jobs = [(self.exchanges, 0), (self.exchanges, 1), (self.transacts, 2), (self.waits, 0)]
-        threads = [threading.Thread(target=self.run, args=job, daemon=True) for job in jobs[: 4 if depth == 0 else 2]]
+        jobs = [(self.exchanges, 0), (self.exchanges, 1), (self.waits, 0), (self.transacts, 2)]
+        # A transaction that is handed over at a fork would stay open: its thread stays behind.
+        count = 2 if depth else 3 if pcsc_safe.settings().owner is Owner.CHILD else 4
+        threads = [threading.Thread(target=self.run, args=job, daemon=True) for job in jobs[:count]]
         threads += [
             threading.Thread(target=self.forks, args=(depth,), daemon=True) for _ in range(2 if depth == 0 else 1)
         ]
