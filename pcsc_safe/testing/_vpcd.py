@@ -24,6 +24,7 @@ from .cards import VirtualCard
 
 _LOCALHOST = "127.0.0.1"
 _LENGTH = struct.Struct(">H")
+_AN_ANSWER_TAKES = 0.1  # s, at most; one that takes longer is in the middle, and pcscd reads nothing
 _QUICK_ACK = getattr(socket, "TCP_QUICKACK", None)
 
 
@@ -68,6 +69,7 @@ class Slot:
         self._socket: Optional[socket.socket] = None
         self._thread: Optional[threading.Thread] = None
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
 
     def plug(self) -> None:
         """Connect the card to vpcd, which must be listening; pcscd will notice in its own time."""
@@ -106,8 +108,10 @@ class Slot:
             return
         # vpcd takes any end before an answer for an empty answer, and reports success; only where the answer has begun,
         # and the connection is reset, does it report the failure that a card pulled out in the middle of a command is
-        with contextlib.suppress(OSError):
-            connection.send(_LENGTH.pack(2), socket.MSG_DONTWAIT)
+        if self._sending.acquire(timeout=_AN_ANSWER_TAKES):  # or this would be taken for the beginning of that answer
+            with contextlib.suppress(OSError):
+                connection.send(_LENGTH.pack(2), socket.MSG_DONTWAIT)
+            self._sending.release()
         if not abort_connection(connection):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -130,20 +134,20 @@ class Slot:
         """Answer the reader until the connection ends for good."""
         connection = self._socket
         while connection is not None:
-            _converse(connection, card)
+            self._converse(connection, card)
             card._lose_power()
             connection = self._socket if self._reconnect(connection) else None
 
-
-def _converse(connection: socket.socket, card: VirtualCard) -> None:
-    try:
-        while True:
-            (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
-            answer = card._answer(_read(connection, length))
-            if answer is not None:
-                connection.sendall(_LENGTH.pack(len(answer)) + answer)
-    except (EOFError, OSError):
-        return
+    def _converse(self, connection: socket.socket, card: VirtualCard) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
+                answer = card._answer(_read(connection, length))
+                if answer is not None:
+                    with self._sending:
+                        if self._socket is not connection:
+                            return  # it was pulled out meanwhile
+                        connection.sendall(_LENGTH.pack(len(answer)) + answer)
 
 
 def _read(connection: socket.socket, count: int) -> bytes:
