@@ -22,9 +22,13 @@ from typing import Any, Callable, NamedTuple, Optional
 from soak_report import Report, judge_end
 
 import pcsc_safe
-from pcsc_safe import scard
 from pcsc_safe.errors import BrokerError, ForkedHandleError, ForkUnsafeError, HandoverError, PcscSafeError
 from pcsc_safe.policy import Owner, Policy
+
+try:
+    from pcsc_safe import scard
+except BrokerError:  # killed before it could say what there is
+    os._exit(0)
 
 PATIENCE = 60  # s; after which a process that is not told to end has hung
 GRACE = 30  # s; in which every thread ends that is told to
@@ -43,6 +47,7 @@ EXPECTED = {
     getattr(scard, f"SCARD_{name}")
     for name in (
         *("E_NO_SERVICE", "E_SERVICE_STOPPED", "F_COMM_ERROR", "E_INVALID_HANDLE"),
+        "W_SECURITY_VIOLATION",  # libpcsclite's word for ECONNRESET
         *(
             "E_NOT_TRANSACTED",
             "W_RESET_CARD",
