@@ -416,7 +416,8 @@ def _begin(epoch: _process.Epoch) -> None:
     broker = _mine.usable()
     for context in [*will.native, *will.in_broker, *will.shared]:
         if context in will.native:
-            is_there = context.descriptor is not None and context.descriptor.is_intact()
+            # A wait for events that began at the last moment is on this connection as well, and reads from it.
+            is_there = epoch.unquiet is None and context.descriptor is not None and context.descriptor.is_intact()
             if context.descriptor is not None and is_there:
                 _descriptors.guard(context.descriptor)
         else:

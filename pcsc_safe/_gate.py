@@ -168,7 +168,7 @@ def _close() -> None:
 
 
 def _another_forks(ident: int) -> bool:
-    return ident not in closers and any(list(closers.values()))
+    return any(forks for thread, forks in list(closers.items()) if thread != ident)
 
 
 def _quiesce(ident: int, deadline: float) -> None:
