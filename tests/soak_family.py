@@ -47,6 +47,7 @@ EXPECTED = {
     getattr(scard, f"SCARD_{name}")
     for name in (
         *("E_NO_SERVICE", "E_SERVICE_STOPPED", "F_COMM_ERROR", "E_INVALID_HANDLE"),
+        "E_PROTO_MISMATCH",  # the card is another now
         "W_SECURITY_VIOLATION",  # libpcsclite's word for ECONNRESET
         *(
             "E_NOT_TRANSACTED",
