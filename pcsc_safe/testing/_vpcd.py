@@ -104,8 +104,10 @@ class Slot:
     def _disconnect(self) -> None:
         with self._lock:
             connection, self._socket = self._socket, None
-        if connection is None:
-            return
+            if connection is not None:
+                self._abort(connection)
+
+    def _abort(self, connection: socket.socket) -> None:
         # vpcd takes any end before an answer for an empty answer, and reports success; only where the answer has begun,
         # and the connection is reset, does it report the failure that a card pulled out in the middle of a command is
         if self._sending.acquire(timeout=_AN_ANSWER_TAKES):  # or this would be taken for the beginning of that answer
@@ -119,8 +121,8 @@ class Slot:
 
     def _reconnect(self, lost: socket.socket) -> bool:
         """After vpcd hung up: be there for it again, unless it is gone, or the card was pulled out."""
-        lost.close()
-        with self._lock:
+        with self._lock:  # who pulls it out is not in the middle of it
+            lost.close()
             if self._socket is not lost:
                 return False
             self._socket = None
