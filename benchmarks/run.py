@@ -42,6 +42,8 @@ fork             os.fork() until it returns in the parent; "to reaped": until a 
                  loaded, "raw, wrapt imported" has also imported wrapt, logging and socket as pcsc_safe has, so the
                  difference to the latter is what pcsc_safe's own work at a fork costs, and the difference to the former
                  is all that a user notices
+guard            the same with guard_native=True, beside pcsc_safe without: the child looks at every descriptor; sockets
+                 take longest
 held up          os.fork() in the parent while its other threads are in PC/SC: waiting for events that don't come, or
                  exchanging APDUs of 10 ms, each on a context and a reader of its own. pcsc_safe's waits until they are
                  out; raw pyscard's doesn't, and a child that does more than _exit may hang
@@ -173,6 +175,21 @@ def forks(effort: Effort) -> Iterator[Figure]:
                     yield figure(name, pairs, against="raw pyscard" if against is RAW else against, ratio=target)
 
 
+def guard(effort: Effort) -> Iterator[Figure]:
+    """What guard_native costs a fork, by the number of sockets that a child has to look at."""
+    with contextlib.ExitStack() as undo:
+        env = stack(undo)
+        processes = {v: undo.enter_context(Process(v, env)) for v in (SAFE, "guarded")}
+        for count in (10, 1000):
+            for process in processes.values():
+                process.ask("contexts_are", 1)
+                process.ask("sockets_are", count)
+            rounds = by_turns(processes, ("fork",), effort.forks)
+            for what, column in (("os.fork()", 0), ("fork to reaped", 1)):
+                pairs = [(taken[SAFE][column], taken["guarded"][column]) for taken in rounds]
+                yield figure(f"{what}, guard_native, {count} sockets", pairs, against="guard off")
+
+
 def first_use(effort: Effort) -> Iterator[Figure]:
     """What a forked child waits for its first answer."""
     with contextlib.ExitStack() as undo:
@@ -280,6 +297,7 @@ MEASURES = {
     "imports": imports,
     "first-establish": first_establish,
     "forks": forks,
+    "guard": guard,
     "held-up": held_up,
     "threads": threads,
     "first-use": first_use,

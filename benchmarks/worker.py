@@ -24,6 +24,7 @@ VARIANTS = {
     "raw": ("smartcard.scard", (), {}),
     "raw, wrapt imported": ("smartcard.scard", ("wrapt", "logging", "socket"), {}),
     "safe": ("pcsc_safe.scard", (), {}),
+    "guarded": ("pcsc_safe.scard", (), {"PCSC_SAFE_GUARD_NATIVE": "1"}),
     "broker": ("pcsc_safe.scard", (), {"PCSC_SAFE_BROKER": "always"}),
     "child's broker": ("pcsc_safe.scard", (), {"PCSC_SAFE_POLICY": "broker"}),
 }
@@ -49,6 +50,7 @@ class Worker:
         self.inherits = module == "pcsc_safe.scard"
         self.contexts: list[Any] = []
         self.card: Any = None
+        self.sockets: list[Any] = []
 
     def contexts_are(self, count: int) -> list[float]:
         """Hold so many contexts, idle."""
@@ -56,6 +58,17 @@ class Worker:
             self.contexts.append(self._establish())
         while len(self.contexts) > count:
             self.scard.SCardReleaseContext(self.contexts.pop())
+        return []
+
+    def sockets_are(self, count: int) -> list[float]:
+        """Have so many sockets open, beside what is open anyway."""
+        import resource  # here, or every variant would be bigger
+        import socket
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        while len(self.sockets) < count:
+            self.sockets += socket.socketpair()
         return []
 
     def first_establish(self) -> list[float]:

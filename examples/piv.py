@@ -42,20 +42,21 @@ class Signer:
 
     :param pin: the card holder's, 6 to 8 digits.
     :param reader: a part of the reader's name; the first one by default.
+    :param share_mode: SCARD_SHARE_EXCLUSIVE keeps other applications out.
     :raises CardError: no such reader, no card, or a PIN that is wrong.
     """
 
-    def __init__(self, pin, reader=""):
+    def __init__(self, pin, reader="", share_mode=scard.SCARD_SHARE_SHARED):
         self._pin = pin
+        self._how = share_mode, scard.SCARD_PROTOCOL_T1
         (self._context,) = done("SCardEstablishContext", scard.SCARD_SCOPE_SYSTEM)
         try:
             (readers,) = done("SCardListReaders", self._context, [])
             name = next((name for name in readers if reader in name), None)
             if name is None:
                 raise CardError(f"no reader {reader!r}; there are {readers}")
-            self._card, _ = done("SCardConnect", self._context, name, *HOW)
-            with self._alone():
-                self._open()
+            self._card, _ = done("SCardConnect", self._context, name, *self._how)
+            self._in_a_session(self._open)
         except BaseException:
             self.close()
             raise
@@ -65,6 +66,11 @@ class Signer:
         if hasattr(self, "_card"):
             scard.SCardDisconnect(self._card, scard.SCARD_LEAVE_CARD)
         scard.SCardReleaseContext(self._context)
+
+    def forget_pin(self):
+        """Don't keep the PIN: the session in which it is verified goes on, and there will be no other."""
+        self._pin = None
+        self._no_pin = "the session with the card is lost, and the PIN was not kept"
 
     def sign(self, digest):
         """The ECDSA signature, in DER, of a SHA-256 digest."""
@@ -77,18 +83,26 @@ class Signer:
         return value(value(self._on_the_card(lambda: self._command(0xCB, 0x3F, 0xFF, CERTIFICATE))))
 
     def _on_the_card(self, action):
-        """The result of an action in a session with the PIN verified; anew, if there is none any more."""
+        """The result of an action, with the PIN verified."""
+
+        def attempt():
+            try:
+                return action()
+            except CardError:  # not selected, or no PIN: another application was at the card
+                self._open()
+                return action()
+
+        return self._in_a_session(attempt)
+
+    def _in_a_session(self, action):
+        """The result of an action in one transaction; begun anew while the session is lost."""
         while True:
             try:
                 with self._alone():
-                    try:
-                        return action()
-                    except CardError:  # not selected, or no PIN: another application was at the card
-                        self._open()
-                        return action()
+                    return action()
             except SessionLostError:
                 with contextlib.suppress(SessionLostError):  # again
-                    done("SCardReconnect", self._card, *HOW, scard.SCARD_LEAVE_CARD)
+                    done("SCardReconnect", self._card, *self._how, scard.SCARD_LEAVE_CARD)
 
     @contextlib.contextmanager
     def _alone(self):
@@ -101,11 +115,13 @@ class Signer:
 
     def _open(self):
         if self._pin is None:
-            raise CardError("the card refused this PIN; it isn't tried again, or the card would block it")
+            raise CardError(self._no_pin)
         self._transmit(SELECT)
         _, sw = self._transmit(apdu(0x20, 0x00, 0x80, self._pin.encode().ljust(8, b"\xff")))
-        if sw != 0x9000:
+        if sw >> 8 == 0x63 or sw == 0x6983:  # wrong, or blocked
             self._pin = None
+            self._no_pin = "the card refused this PIN; it isn't tried again, or the card would block it"
+        if sw != 0x9000:
             raise CardError(f"the card refuses the PIN ({sw:04X})")
 
     def _command(self, ins, p1, p2, data):
@@ -123,14 +139,15 @@ class Signer:
         return bytes(answer[:-2]), int.from_bytes(bytes(answer[-2:]), "big")
 
 
-HOW = scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1
+# What pcscd may answer while it resets a card, after an application died in the middle of a transaction.
+LOST = {("SCardTransmit", scard.SCARD_E_PROTO_MISMATCH)}
 
 
 def done(function, *arguments):
     """What a function of PC/SC returns behind its return code, if that is good."""
     result = getattr(scard, function)(*arguments)
     hresult, *rest = result if isinstance(result, list) else [result]
-    if hresult == scard.SCARD_W_RESET_CARD:
+    if (function, hresult) in LOST or hresult == scard.SCARD_W_RESET_CARD:
         raise SessionLostError
     if hresult != scard.SCARD_S_SUCCESS:
         raise CardError(f"{function}: {scard.SCardGetErrorMessage(hresult)}")

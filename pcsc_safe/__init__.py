@@ -1,11 +1,13 @@
 """PC/SC smart cards that survive ``fork()``.
 
 Import :mod:`pcsc_safe.scard` in place of ``smartcard.scard``; that is the whole adoption.  This package's own names
-are loaded when they are first asked for, so that ``import pcsc_safe`` costs nothing and loads no native library.
+are loaded when they are first asked for, so that ``import pcsc_safe`` costs nothing and loads no native library.  One
+setting counts from the import on, if the environment has it: ``PCSC_SAFE_GUARD_NATIVE``.
 """
 
 from __future__ import annotations
 
+from os import environ as _environment
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -87,3 +89,11 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_GUARD = "PCSC_SAFE_GUARD_NATIVE"
+if _environment.get(_GUARD):
+    # It is for programs that may use nothing else of this package, so nothing else would look.
+    from . import _pcscd, policy
+
+    _pcscd.guard_all(policy.parse("guard_native", _environment[_GUARD], _GUARD))

@@ -1,93 +1,49 @@
 """``python -m pcsc_safe``: the command line.
 
-A command is a row in :data:`COMMANDS`.  What a command needs is imported when it runs, so that ``version`` tells the
-versions even where nothing else can be imported.  Nothing here forks.
+A command is a row in :data:`COMMANDS`.  Its module is imported when it is the one that was asked for, so that no
+command pays for another, and ``version`` tells the versions even where nothing else can be imported.  Nothing here
+forks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import importlib
+import os
 import sys
 from collections.abc import Sequence
-from typing import Callable, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
-from . import __version__
-from . import _run as run
-from .demo import _command as demo
-
-__all__ = ["COMMANDS", "Command", "main", "versions"]
+__all__ = ["COMMANDS", "Command", "main"]
 
 
 class Command(NamedTuple):
     """A subcommand.
 
     :ivar summary: for ``--help``.
-    :ivar add_arguments: declares its arguments.
-    :ivar run: runs it, and returns the exit status.
-    :ivar epilog: ends its ``--help``.
-    :ivar split: tells its arguments from those of a program that it runs; these become ``options.program``.
+    :ivar home: its module in the package.  It has ``add_arguments(parser)``, and ``main(options)``, which runs the
+        command and returns the exit status; perhaps ``EPILOG``, which ends its ``--help``, and ``split(arguments)``,
+        which tells its arguments from those of a program that it runs (these become ``options.program``).
     """
 
     summary: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-    epilog: str = ""
-    split: Callable[[Sequence[str]], tuple[Sequence[str], Sequence[str]]] = lambda arguments: (arguments, [])
+    home: str
 
-
-def versions() -> dict[str, str]:
-    """The versions of pcsc_safe and of what it stands on; "not installed" for what is missing."""
-    return {
-        "pcsc_safe": __version__,
-        "python": platform.python_version(),
-        "pyscard": _installed("pyscard"),
-        "wrapt": _installed("wrapt"),
-        "platform": platform.platform(),
-    }
-
-
-def _installed(distribution: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _version_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print them for programs")
-
-
-def _version(options: argparse.Namespace) -> int:
-    found = versions()
-    print(
-        json.dumps(found, indent=2) if options.json else "\n".join(f"{name} {value}" for name, value in found.items())
-    )
-    return 0
+    def load(self) -> Any:
+        """Its module."""
+        return importlib.import_module(f"pcsc_safe.{self.home}")
 
 
 COMMANDS = {
-    "demo": Command(
-        "show each hazard on raw pyscard and on pcsc_safe, on a virtual PC/SC stack",
-        demo.add_arguments,
-        demo.main,
-        demo.EPILOG,
-    ),
-    "run": Command(
-        "run a Python program that uses pyscard, and the Pythons that it starts, on pcsc_safe",
-        run.add_arguments,
-        run.main,
-        run.EPILOG,
-        run.split,
-    ),
-    "version": Command("print the versions that a bug report wants", _version_arguments, _version),
+    "demo": Command("show each hazard on raw pyscard and on pcsc_safe, on a virtual PC/SC stack", "demo._command"),
+    "doctor": Command("examine this machine, this installation, or a running program (--pid)", "doctor._command"),
+    "run": Command("run a Python program that uses pyscard, and the Pythons that it starts, on pcsc_safe", "_run"),
+    "version": Command("print the versions that a bug report wants", "_version"),
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str) -> argparse.ArgumentParser:
+    """One that knows every command by its summary, and the arguments of the one that is asked for."""
     parser = argparse.ArgumentParser(prog="python -m pcsc_safe", description="PC/SC smart cards that survive fork().")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in COMMANDS.items():
@@ -95,32 +51,39 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=command.summary,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-            epilog=command.epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_arguments(added)
+        if name == asked:
+            home = command.load()
+            added.epilog = getattr(home, "EPILOG", "")
+            home.add_arguments(added)
     return parser
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    asked = arguments[0] if arguments else ""
     program: Sequence[str] = []
-    if arguments and arguments[0] in COMMANDS:
-        own, program = COMMANDS[arguments[0]].split(arguments[1:])
-        arguments = [arguments[0], *own]
-    return _parser().parse_args(arguments, argparse.Namespace(program=program))
+    split = getattr(COMMANDS[asked].load(), "split", None) if asked in COMMANDS else None
+    if split is not None:
+        own, program = split(arguments[1:])
+        arguments = [asked, *own]
+    return _parser(asked).parse_args(arguments, argparse.Namespace(program=program))
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run one command.
 
     :param arguments: those of the command line if None.
-    :return: the exit status: the command's own; 130 if it was interrupted.
+    :return: the exit status: the command's own; 130 if it was interrupted, 141 if nobody reads on.
     """
-    options = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        return COMMANDS[options.command].run(options)
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
+        return int(COMMANDS[options.command].load().main(options))
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes it once more
+        return 141
 
 
 if __name__ == "__main__":

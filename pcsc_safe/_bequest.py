@@ -20,7 +20,19 @@ import threading
 from types import TracebackType
 from typing import Any, Optional
 
-from . import _descriptors, _events, _gate, _handles, _inherited, _log, _native, _process, _settings, _transactions
+from . import (
+    _descriptors,
+    _events,
+    _gate,
+    _handles,
+    _inherited,
+    _log,
+    _native,
+    _process,
+    _settings,
+    _transactions,
+    _turns,
+)
 from ._calls import LostError
 from ._handles import Context
 from .broker import _client, _mine
@@ -176,7 +188,7 @@ class _Will:
     def __init__(self, blocks: tuple[handover, ...]) -> None:
         self.blocks = blocks
         self.native: list[Context] = []
-        self.turns: list[Any] = []
+        self.turns: list[_turns.Turn] = []
         self.in_broker: list[Context] = []
         self.shared: list[Context] = []
         self.legacy: Optional[_client.Legacy] = None
@@ -283,13 +295,15 @@ def _written(will: _Will, ident: int) -> Optional[str]:
         why_not = _obstacle(context)
         if why_not:
             return why_not[0]
-    if given and _gate.others_are_inside():
-        return "a call of another thread is inside PC/SC"
     for context in will.native:
-        will.turns.append(context.turn.lock)
+        will.turns.append(context.turn)
         if not context.turn.lock.acquire(timeout=_TURN_WITHIN):
             will.turns.pop()
             return "another thread has its turn on a context"
+        context.turn.is_given = True
+    # Now that the turns are ours: a wait for events has none, but it doesn't enter any more.
+    if given and not _gate.stays_quiet():
+        return "a call of another thread is inside PC/SC"
     if broker is not None and (will.in_broker or will.shared):
         will.legacy = broker.bequeath(_numbers(will.in_broker), _numbers(will.shared))
     will.birth = _socket.socketpair()
@@ -351,8 +365,9 @@ def _settle(will: _Will) -> None:
     if will.legacy is not None:
         will.legacy.settle(will.is_born)
     while will.turns:
+        will.turns[-1].is_given = False
         with contextlib.suppress(RuntimeError):
-            will.turns[-1].release()
+            will.turns[-1].lock.release()
         will.turns.pop()
 
 

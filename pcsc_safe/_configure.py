@@ -22,6 +22,7 @@ def configure(
     broker: Union[Broker, str, None] = None,
     broker_python: Optional[str] = None,
     owner: Union[Owner, str, None] = None,
+    guard_native: Union[bool, str, None] = None,
     context: Any = None,
 ) -> Settings:
     """Say what a process gets that uses a context or card which it inherited over a fork.
@@ -38,6 +39,9 @@ def configure(
     :param broker_python: the Python interpreter that runs brokers; ``""``, the default: the one that runs this program.
     :param owner: who has the sessions after a fork: the ``parent`` (the default), or the ``child``, as in
         :func:`pcsc_safe.handover`.
+    :param guard_native: whether the children that are forked from now on are to have none of this process's connections
+        to pcscd, those included that a PKCS#11 module or other native code has opened, so that what becomes of a child
+        doesn't reach the sessions of such code; not, by default.
     :param context: a context, for settings that are to count for it and its cards alone.
     :return: the settings that are in force now, for that context if one was given.
     :raises SettingsError: a value is not one of these, or ``context`` is no context of this process, or the setting is
@@ -48,6 +52,7 @@ def configure(
         "broker": broker,
         "broker_python": broker_python,
         "owner": owner,
+        "guard_native": guard_native,
     }
     wanted = {"policy": policy, "cards": cards, **of_process}
     given = {name: value for name, value in wanted.items() if value is not None}

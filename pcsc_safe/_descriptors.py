@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 from _thread import get_ident
-from collections.abc import Iterable
-from typing import Any, NamedTuple, Optional
+from collections.abc import Iterable, Sequence
+from typing import Any, Callable, NamedTuple, Optional
 
 from . import _process
 
-__all__ = ["Descriptor", "disarm", "guard", "guarded", "is_dead", "kept", "kill", "of", "prepare", "unguard"]
+__all__ = ["Descriptor", "disarm", "guard", "guarded", "is_dead", "kept", "kill", "of", "others", "prepare", "unguard"]
 
 
 class Descriptor(NamedTuple):
@@ -49,6 +49,10 @@ guarded: dict[int, Descriptor] = {}
 
 kept: dict[int, set[int]] = {}
 """Those that the child is to have which a thread is about to fork, by the thread."""
+
+
+others: Callable[[], Sequence[Descriptor]] = tuple
+"""Finds, in a forked child, connections that aren't guarded and that it must not have either; :mod:`_pcscd` sets it."""
 
 
 def guard(connection: Descriptor) -> None:
@@ -95,11 +99,29 @@ def is_dead(number: int) -> bool:
 
 
 def disarm() -> None:
-    """Put a dead socket in the place of each guarded connection; runs at the fork, in the child."""
+    """Put a dead socket in the place of each guarded connection, in the child."""
     if guarded:
         stays = kept.get(get_ident(), ())
         kill([connection for connection in guarded.values() if connection.number not in stays])
     kept.clear()
+
+
+_ATTEMPTS = 3
+
+
+def _at_fork() -> None:
+    disarm()
+    raised: Optional[BaseException] = None
+    for _ in range(_ATTEMPTS):
+        try:
+            found = others()  # none that is kept: those are guarded
+            if found:
+                kill(found)
+            break
+        except BaseException as error:  # a signal handler's: this can take milliseconds
+            raised = error
+    if raised is not None:
+        raise raised
 
 
 def kill(connections: Iterable[Optional[Descriptor]]) -> None:
@@ -133,4 +155,4 @@ def _begin(epoch: _process.Epoch) -> None:
     kept.clear()
 
 
-_process.at_fork(in_child=disarm, at_begin=_begin)
+_process.at_fork(in_child=_at_fork, at_begin=_begin)

@@ -30,6 +30,7 @@ __all__ = [
     "open_again",
     "others_are_inside",
     "raise_later",
+    "stays_quiet",
     "through",
     "wait_until_open",
 ]
@@ -73,6 +74,7 @@ closers: dict[int, bool] = {}
 """The threads that have closed the gate; nobody else may enter. True: it is forking; False: it will, at some time."""
 
 _PAUSE = 0.001  # s
+_AT_ONCE = 0.05  # s
 _thread_names: dict[int, str] = {}
 
 
@@ -141,6 +143,16 @@ def open_again() -> None:
 def others_are_inside() -> bool:
     """Whether a call of another thread is inside the native library."""
     return bool(_others(threading.get_ident()))
+
+
+def stays_quiet() -> bool:
+    """Whether nobody else is inside, but who finds the gate closed and leaves at once."""
+    deadline = time.monotonic() + _AT_ONCE
+    while others_are_inside():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_PAUSE)
+    return True
 
 
 def _before_fork() -> None:

@@ -1,23 +1,19 @@
-"""PC/SC in this process: the native gateway, and how libpcsclite's connections are found.
+"""PC/SC in this process: the native gateway, and which connection of libpcsclite's is that of which context.
 
-libpcsclite talks to pcscd over one Unix socket a context, and doesn't say which.  :mod:`_descriptors` has to know it:
-in a forked child a dead socket takes its place.
+:mod:`_descriptors` has to know it: in a forked child a dead socket takes its place.
 """
 
 import contextlib
-import os
-import stat
-import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
-from . import _descriptors, _gate, _process
+from . import _descriptors, _gate, _pcscd, _process
 from ._calls import CALLS, Call, Keep
 from ._descriptors import Descriptor
 from ._pyscard import SUCCESS, raw
 
-__all__ = ["SUCCESS", "connections", "exit_without_turns", "functions", "gateway", "prepare", "raw", "release_dead"]
+__all__ = ["SUCCESS", "exit_without_turns", "functions", "gateway", "raw", "release_dead"]
 
 
 def _silenced(call: Call, native: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +57,7 @@ gateway = _Native()
 
 def _establish(scope: Any, keep: Keep) -> Any:
     owner = _process.current()
-    before = _open_numbers()
+    before = _pcscd.open_numbers()
     result = functions["SCardEstablishContext"](scope)
     if result[0] == SUCCESS:
         connection = _new_connection(before)
@@ -77,85 +73,16 @@ def _establish(scope: Any, keep: Keep) -> Any:
 
 def _new_connection(before: set[str]) -> Optional[Descriptor]:
     """The connection to pcscd that was not there before."""
-    if not hasattr(_socket, "AF_UNIX") or sys.platform == "darwin":
-        return None  # macOS' PC/SC talks over Mach ports, which a fork does not inherit
     found: list[tuple[bool, Descriptor]] = []
     for _ in range(_ATTEMPTS_TO_FIND_ONE):
-        now = _open_numbers()
-        found = _connections(now - before) or _connections(now)  # the latter: the number was in use, and freed since
+        now = _pcscd.open_numbers()
+        found = _pcscd.strangers(now - before) or _pcscd.strangers(
+            now
+        )  # the latter: the number was in use, and freed since
         # Another thread's SCardCancel has a connection of its own, for a moment.
         if sum(likely for likely, _ in found) == 1 or len(found) == 1:
             break
     return max(found)[1] if found else None
-
-
-def connections() -> list[Descriptor]:
-    """Those to pcscd that were opened by somebody else, as far as they can be told."""
-    if not hasattr(_socket, "AF_UNIX") or sys.platform == "darwin":
-        return []
-    return [connection for likely, connection in _connections(_open_numbers()) if likely]
-
-
-def _open_numbers() -> set[str]:
-    """The open descriptors, by their names; without the one that it takes to look."""
-    try:
-        listing = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:  # no /proc, or no descriptor left to read it with
-        return {str(number) for number in range(1024)}
-    try:
-        return set(os.listdir(listing)) - {str(listing)}  # which takes another one
-    except OSError:
-        return {str(number) for number in range(1024)}
-    finally:
-        os.close(listing)
-
-
-def _connections(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
-    """The connected Unix sockets among these that we don't know; with each, whether it leads to pcscd."""
-    found = []
-    for number in map(int, numbers):
-        try:
-            status = os.fstat(number)
-        except OSError:
-            continue
-        descriptor = Descriptor(number, status.st_dev, status.st_ino)
-        if not stat.S_ISSOCK(status.st_mode) or _descriptors.guarded.get(number) == descriptor:
-            continue
-        peer = _peer(descriptor)
-        if peer is not None:
-            found.append((_is_pcscd(peer), descriptor))
-    return found
-
-
-def _is_pcscd(peer: str) -> bool:
-    # Only the last part: the path that pcscd was bound to need not be ours (containers, symbolic links).
-    return os.path.basename(peer) == os.path.basename(os.environ.get("PCSCLITE_CSOCK_NAME") or "pcscd.comm")
-
-
-def _peer(descriptor: Descriptor) -> Optional[str]:
-    """The path that a Unix socket is connected to; None for any other descriptor."""
-    try:
-        connection = _socket.socket(fileno=descriptor.number)
-    except OSError:
-        return None
-    try:
-        peer = connection.getpeername() if connection.family == _socket.AF_UNIX else None
-    except OSError:
-        return None
-    finally:
-        connection.detach()
-    return peer if isinstance(peer, str) and peer else None
-
-
-_socket: Any = None
-
-
-def prepare() -> None:
-    """Import what the look at the descriptors takes, so that nothing need be imported in a child."""
-    global _socket
-    import socket
-
-    _socket = socket
 
 
 def release_dead(real: int, inherited: Optional[Descriptor]) -> bool:

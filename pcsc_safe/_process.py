@@ -30,6 +30,7 @@ __all__ = [
     "before_fork",
     "current",
     "here",
+    "ran_hook",
     "sentinel",
 ]
 
@@ -196,6 +197,11 @@ def current() -> Epoch:
             if here is left:
                 _begin(epoch)
     return here
+
+
+def ran_hook() -> bool:
+    """Whether this process was forked, and ran Python's hooks then."""
+    return bool(sentinel[_HOOKED])
 
 
 def _begin(epoch: Epoch) -> None:

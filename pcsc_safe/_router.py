@@ -20,6 +20,7 @@ from . import (
     _inherited,
     _log,
     _native,
+    _pcscd,
     _process,
     _pyscard,
     _transactions,
@@ -103,7 +104,7 @@ _is_prepared = False
 def _prepare() -> None:
     """Import what PC/SC takes, so that nothing need be imported in a child."""
     global _is_prepared
-    for module in (_log, _descriptors, _native, _handles, _mine, _bequest):
+    for module in (_log, _descriptors, _pcscd, _handles, _mine, _bequest):
         module.prepare()
     _is_prepared = True
 

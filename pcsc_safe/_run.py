@@ -26,6 +26,7 @@ Python processes that it starts are retrofitted as well, if they have pcsc_safe 
 nor with an environment that lacks PYTHONPATH."""
 _USAGE = "python -m pcsc_safe run [options] script.py | -m module | -c code | -  [argument ...]"
 _SETTINGS = {f"--{setting.replace('_', '-')}": setting for setting in Settings._fields}
+_SWITCHES = {option for option, setting in _SETTINGS.items() if isinstance(getattr(Settings(), setting), bool)}
 _HELP = {
     "policy": "what the first use of an inherited context gives",
     "cards": "what an inherited card handle does meanwhile",
@@ -33,6 +34,7 @@ _HELP = {
     "broker": "when PC/SC is done by a helper process",
     "broker_python": "the interpreter that runs brokers",
     "owner": "who has the sessions after a fork",
+    "guard_native": "keep children out of the sessions of PKCS#11 modules and other native code",
 }
 _MEANING_PROGRAM = ("-m", "-c")
 
@@ -46,7 +48,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     index = 0
     while index < len(arguments) and (arguments[index] == "-h" or arguments[index][:2] == "--" != arguments[index]):
         option, _, value = arguments[index].partition("=")
-        takes_next = not value and any(name.startswith(option) for name in _SETTINGS)
+        takes_next = not value and any(name.startswith(option) for name in _SETTINGS.keys() - _SWITCHES)
         index += 2 if takes_next else 1
     return list(arguments[:index]), list(arguments[index:])
 
@@ -57,7 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, setting in _SETTINGS.items():
         kind = type(getattr(Settings(), setting))
         choices = ", ".join(member.value for member in kind) if hasattr(kind, "__members__") else ""
-        parser.add_argument(option, metavar=setting.upper(), help=": ".join(filter(None, [_HELP[setting], choices])))
+        told = ": ".join(filter(None, [_HELP[setting], choices]))
+        if option in _SWITCHES:
+            parser.add_argument(option, nargs="?", const="1", metavar="=0", help=told)
+        else:
+            parser.add_argument(option, metavar=setting.upper(), help=told)
     parser.add_argument("--report", action="store_true", help="tell on stderr, at the end, what happened to PC/SC")
     parser.set_defaults(refuse=parser.error)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Optional
 
-from . import _gate
+from . import _gate, _pcscd
 from .policy import Owner, Policy, Settings, from_environment
 
 __all__ = ["gives_at_forks", "put_in_force", "settings"]
@@ -36,4 +36,5 @@ def put_in_force(new: Settings) -> Settings:
     global _settings
     _settings = new
     _gate.quiesce_timeout = new.quiesce_timeout
+    _pcscd.guard_all(new.guard_native)
     return new

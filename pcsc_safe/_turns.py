@@ -40,14 +40,17 @@ class Turn:
     :ivar lock: held by the thread whose turn it is; not by one that waits for events.
     :ivar waits: the waits for events on this context, as their callers see it.
     :ivar current: the one among them that is in the native library, or about to be; set with the lock held.
+    :ivar is_given: the context is about to be another process's, so no wait enters; whoever sets it holds the lock, and
+        then looks whether one is inside.
     """
 
-    __slots__ = ("current", "lock", "waits")
+    __slots__ = ("current", "is_given", "lock", "waits")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.waits: list[Wait] = []
         self.current: Optional[Wait] = None
+        self.is_given = False
 
     def evict(self) -> None:
         """Have the wait for events leave the native library; it can't come back while the caller holds the lock."""
@@ -220,7 +223,7 @@ def await_change(turn: Turn, alive: Callable[[], bool], real: int, timeout: int,
     def step() -> Any:
         if wait.cancelled:
             return cancelled
-        return wait.step(alone=len(turn.waits) == 1) if alive() else None
+        return wait.step(alone=len(turn.waits) == 1) if alive() and not turn.is_given else None
 
     try:
         turn.waits.append(wait)

@@ -70,6 +70,7 @@ class Settings(NamedTuple):
     broker: Broker = Broker.ON_FORK
     broker_python: str = ""
     owner: Owner = Owner.PARENT
+    guard_native: bool = False
 
     def changed(self, **values: Any) -> "Settings":
         """These settings with some replaced.
@@ -122,6 +123,15 @@ def _path(value: Any) -> str:
     return path
 
 
+def _switch(value: Any) -> bool:
+    try:
+        return _SWITCH[str(value).lower()]
+    except KeyError:
+        choices = ", ".join(map(repr, _SWITCH))
+        raise ValueError(f"use one of {choices}") from None
+
+
+_SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _LONGEST_TIMEOUT = 86400
 _CONVERT: dict[str, Callable[[Any], Any]] = {
     "policy": _member_of(Policy),
@@ -130,6 +140,7 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
     "broker": _member_of(Broker),
     "broker_python": _path,
     "owner": _member_of(Owner),
+    "guard_native": _switch,
 }
 
 

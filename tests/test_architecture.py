@@ -11,7 +11,7 @@ import pcsc_safe
 
 PACKAGE = Path(pcsc_safe.__file__).parent
 MAY_IMPORT = {
-    "__init__": {"_bequest", "_configure", "_settings", "broker", "errors", "policy", "retrofit"},
+    "__init__": {"_bequest", "_configure", "_pcscd", "_settings", "broker", "errors", "policy", "retrofit"},
     "errors": set(),
     "policy": {"errors"},
     "_process": set(),
@@ -20,16 +20,19 @@ MAY_IMPORT = {
     "_report": {"_events"},
     "_run": {"_report", "_retrofitted", "errors", "policy"},
     "_log": {"_process"},
+    "_sacrifice": set(),
+    "_version": {"__version__"},
     "_descriptors": {"_process"},
+    "_pcscd": {"_descriptors", "_process"},
     "_calls": {"_descriptors", "_process", "policy"},
     "_gate": {"_process"},
     "_pyscard": {"_calls", "_settings", "broker", "errors", "policy"},
-    "_native": {"_calls", "_descriptors", "_gate", "_process", "_pyscard"},
+    "_native": {"_calls", "_descriptors", "_gate", "_pcscd", "_process", "_pyscard"},
     "_turns": {"_gate", "_native", "_pyscard"},
     "_handles": {"_calls", "_descriptors", "_native", "_process", "_proxies", "_turns", "errors", "policy"},
     "_proxies": {"_handles"},
     "_transactions": {"_handles", "_process", "_pyscard"},
-    "_settings": {"_gate", "policy"},
+    "_settings": {"_gate", "_pcscd", "policy"},
     "_configure": {"_calls", "_handles", "_settings", "errors", "policy"},
     "_inherited": {
         "_calls",
@@ -59,6 +62,7 @@ MAY_IMPORT = {
         "_process",
         "_settings",
         "_transactions",
+        "_turns",
         "broker",
         "errors",
         "policy",
@@ -73,6 +77,7 @@ MAY_IMPORT = {
         "_inherited",
         "_log",
         "_native",
+        "_pcscd",
         "_process",
         "_pyscard",
         "_settings",
@@ -108,6 +113,7 @@ BROKER_MAY_IMPORT = {
         "_descriptors",
         "_handles",
         "_native",
+        "_pcscd",
         "_pyscard",
         "_router",
         "_sharing",
@@ -131,7 +137,7 @@ RETROFIT_MAY_IMPORT = {
         "_gate",
         "_handles",
         "_inherited",
-        "_native",
+        "_pcscd",
         "_patches",
         "_process",
         "_pyscard",
@@ -139,6 +145,21 @@ RETROFIT_MAY_IMPORT = {
         "_settings",
         "policy",
     },
+}
+DOCTOR_MAY_IMPORT = {
+    "__init__": set(),
+    "_findings": set(),
+    "_sockets": set(),
+    "_proc": set(),
+    "_ask": {"_sacrifice", "demo"},
+    "_tasks": {"_proc", "_process", "_sockets", "broker", "demo"},
+    "_machine": {"_ask", "_findings", "_version", "errors", "policy"},
+    "_pcscd": {"_ask", "_findings", "_machine", "_proc", "policy"},
+    "_fork": {"_ask", "_findings", "_machine", "policy"},
+    "_probe": {"_ask", "_findings", "demo", "policy"},
+    "_process": {"_findings", "_proc", "_sockets"},
+    "_view": {"_findings", "demo"},
+    "_command": {"__version__", "_findings", "_fork", "_machine", "_pcscd", "_probe", "_process", "_view", "policy"},
 }
 """DESIGN section 6 as data: application > scard > router > gateway > PC/SC, and never back."""
 
@@ -164,6 +185,8 @@ def test_the_import_table() -> None:
     assert broker == BROKER_MAY_IMPORT
     retrofit = {path.stem: imports_of(path)[0] for path in (PACKAGE / "retrofit").glob("*.py")}
     assert retrofit == RETROFIT_MAY_IMPORT
+    doctor = {path.stem: imports_of(path)[0] for path in (PACKAGE / "doctor").glob("*.py")}
+    assert doctor == DOCTOR_MAY_IMPORT
 
 
 def test_one_module_imports_pyscard() -> None:
@@ -178,7 +201,7 @@ def test_one_module_imports_pyscard() -> None:
 def test_the_core_does_not_know_the_rest() -> None:
     """Test kit, demonstration and command line build on the library; nothing leads back."""
     for path in PACKAGE.glob("_[a-z]*.py"):
-        assert not imports_of(path)[0] & {"testing", "demo", "__main__"}, path
+        assert not imports_of(path)[0] & {"testing", "demo", "doctor", "__main__"}, path
 
 
 def test_importing_the_package_loads_nothing() -> None:

@@ -26,6 +26,11 @@ COMPARED = {
     "os.fork(), 100 contexts": {"raw pyscard", "raw, wrapt imported"},
     "fork to reaped, 1 context": {"raw pyscard", "raw, wrapt imported"},
     "fork to reaped, 100 contexts": {"raw pyscard", "raw, wrapt imported"},
+    **{
+        f"{what}, guard_native, {count} sockets": {"guard off"}
+        for what in ("os.fork()", "fork to reaped")
+        for count in (10, 1000)
+    },
     "os.fork(), 1 thread waiting for events": {"raw pyscard"},
     "os.fork(), 4 threads waiting for events": {"raw pyscard"},
     "os.fork(), 10 ms APDUs in 1 thread": {"raw pyscard"},

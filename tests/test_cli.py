@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 import pcsc_safe
 from pcsc_safe import __main__ as cli
+from pcsc_safe import _version
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +33,7 @@ def test_version_names_everything_that_a_bug_report_wants() -> None:
 
 def test_version_json_says_the_same() -> None:
     """``version --json`` is one object with the same keys and values."""
-    assert json.loads(run("version", "--json").stdout) == cli.versions()
+    assert json.loads(run("version", "--json").stdout) == _version.versions()
 
 
 def test_version_works_where_a_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +44,7 @@ def test_version_works_where_a_package_is_missing(monkeypatch: pytest.MonkeyPatc
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    assert cli.versions()["pyscard"] == "not installed"
+    assert _version.versions()["pyscard"] == "not installed"
 
 
 def test_version_loads_no_pcsc() -> None:
@@ -50,6 +52,15 @@ def test_version_loads_no_pcsc() -> None:
     code = (
         "import sys; from pcsc_safe.__main__ import main; main(['version']); "
         "sys.exit(any(name in sys.modules for name in ('smartcard', 'wrapt')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=False).returncode == 0
+
+
+def test_a_command_pays_for_no_other() -> None:
+    """``run`` imports neither the demo nor the doctor: every start of a program would pay for them."""
+    code = (
+        "import sys; from pcsc_safe.__main__ import main; main(['version']); "
+        "sys.exit(any(name in sys.modules for name in ('pcsc_safe.demo', 'pcsc_safe.doctor', 'pcsc_safe._run')))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=False).returncode == 0
 
@@ -74,11 +85,21 @@ def test_a_wrong_call_is_refused(arguments: list[str], capsys: pytest.CaptureFix
     assert "usage:" in capsys.readouterr().err
 
 
+def test_a_reader_that_reads_no_further() -> None:
+    """``| head`` ends a command without a traceback."""
+    command = [sys.executable, "-m", "pcsc_safe", "version"]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, timeout=30, check=False)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_an_interrupt_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C gives the status a shell expects."""
 
     def interrupted(options: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "version", cli.COMMANDS["version"]._replace(run=interrupted))
+    monkeypatch.setattr(_version, "main", interrupted)
     assert cli.main(["version"]) == 130

@@ -108,7 +108,7 @@ def daemon(pcsc_stack: VirtualPcsc) -> Iterator[Daemon]:
 def run_daemon(stack: VirtualPcsc, path: str) -> tuple[int, str, str]:
     """Start the daemon; returns when the program in the foreground has ended."""
     done = subprocess.run(
-        command("daemon.py", path), env=stack.env, capture_output=True, text=True, timeout=30, check=False
+        command("card_daemon.py", path), env=stack.env, capture_output=True, text=True, timeout=30, check=False
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -135,7 +135,7 @@ def test_daemon_without_a_card_fails_in_the_foreground(pcsc_stack: VirtualPcsc) 
     pcsc_stack.readers[0].remove()
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "card.sock")
-        status, out, err = run(pcsc_stack, "daemon.py", path)
+        status, out, err = run(pcsc_stack, "card_daemon.py", path)
         assert (status, out) == (1, "")
         assert err.startswith("SCardConnect: ")
         assert not os.path.exists(path)

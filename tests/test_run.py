@@ -220,6 +220,7 @@ def test_what_keeps_the_retrofit_out_is_refused(programs: Path, flag: str) -> No
         (["--policy"], "expected one argument"),
         (["--policy", "bogus", "who.py"], "--policy cannot be 'bogus'; use one of 'auto'"),
         (["--policy=share", "who.py"], "set broker='always' as well"),
+        (["--guard-native=perhaps", "who.py"], "--guard-native cannot be 'perhaps'; use one of '1', 'true'"),
         (["--no-such", "who.py"], "unrecognized arguments: --no-such"),
         (["-u", "who.py"], "python -u -m pcsc_safe run"),
     ],
@@ -245,6 +246,8 @@ def test_options_end_where_the_program_begins() -> None:
     assert _run.split(["-", "--report"]) == ([], ["-", "--report"])
     assert _run.split(["--", "--report"]) == ([], ["--", "--report"])
     assert _run.split(["--broker-python", "-c"]) == (["--broker-python", "-c"], [])
+    assert _run.split(["--guard-native", "x.py", "no"]) == (["--guard-native"], ["x.py", "no"])
+    assert _run.split(["--guard-native=no", "x.py"]) == (["--guard-native=no"], ["x.py"])
 
 
 def test_settings_are_given_on_by_the_environment(programs: Path) -> None:
@@ -319,6 +322,14 @@ print(os.getpid())
 """
     done = run(*RUN, "-c", code, cwd=tmp_path)
     assert done == (0, done.out, f"pcsc_safe: process {done.out.strip()} is not retrofitted: no sense\n")
+
+
+def test_a_guard_that_makes_no_sense_is_told(tmp_path: Path) -> None:
+    """So does one whose PCSC_SAFE_GUARD_NATIVE, which counts from the import on, is none."""
+    code = "import os; os.environ['PCSC_SAFE_GUARD_NATIVE'] = 'perhaps'; os.execl({0!r}, {0!r}, '-c', 'print(1)')"
+    done = run(*RUN, "-c", code.format(sys.executable), cwd=tmp_path)
+    assert (done.status, done.out) == (0, "1\n")
+    assert "is not retrofitted: PCSC_SAFE_GUARD_NATIVE cannot be 'perhaps'; use one of '1', 'true'" in done.err
 
 
 def test_it_works_from_a_checkout(tmp_path: Path) -> None:

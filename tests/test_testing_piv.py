@@ -99,6 +99,24 @@ def test_a_signer_goes_on_after_a_reset(stack: VirtualPcsc, piv: ModuleType) -> 
     assert is_signature(certificate, after_logout)
 
 
+def test_a_signer_goes_on_without_a_protocol(
+    stack: VirtualPcsc, piv: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reset is told of first, and unsets the protocol last; who reconnects in between isn't told again.
+
+    Nothing makes pcscd do so at a given time, so its answer is played here.
+    """
+    signer = piv.Signer(PIN)
+    certificate = signer.certificate()
+    answers = [[scard.SCARD_E_PROTO_MISMATCH, []]]
+    transmit = scard.SCardTransmit
+    monkeypatch.setattr(scard, "SCardTransmit", lambda *call: answers.pop() if answers else transmit(*call))
+    signature = signer.sign(DIGEST)
+    signer.close()
+    assert answers == []
+    assert is_signature(certificate, signature)
+
+
 def test_a_wrong_pin_is_tried_once(stack: VirtualPcsc, piv: ModuleType) -> None:
     """It is refused, and the card isn't blocked by trying it again."""
     signer = piv.Signer(PIN)

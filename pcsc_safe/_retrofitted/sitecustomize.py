@@ -16,6 +16,9 @@ def _install():  # type: () -> None
         return
     try:
         from pcsc_safe._late import install_late
+    except ValueError as error:  # of PCSC_SAFE_GUARD_NATIVE
+        sys.stderr.write("pcsc_safe: process " + str(os.getpid()) + " is not retrofitted: " + str(error) + "\n")
+        return
     except Exception:
         return  # it isn't installed there, or not for this Python
     install_late()

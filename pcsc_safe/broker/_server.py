@@ -19,7 +19,7 @@ import threading
 import time
 from typing import Any, Optional
 
-from .. import _calls, _descriptors, _handles, _native, _pyscard, _router, _transactions, _turns
+from .. import _calls, _descriptors, _handles, _native, _pcscd, _pyscard, _router, _transactions, _turns
 from . import _sharing, _start, _wire
 from ._sharing import Handle
 
@@ -324,7 +324,7 @@ class Server:
         self._clients: dict[bytes, _Client] = {}
         self._arriving = threading.Lock()
         _descriptors.prepare()
-        _native.prepare()
+        _pcscd.prepare()
         _handles.hand_out(Handle, Handle)
 
     def run(self) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, Optional
 
-from ._judge import Outcome, Run, Verdict, conclude
-from ._run import run
+from ._judge import Outcome, Run, Verdict
+from ._run import judged
 from ._view import Live, Row, table, wants_colour
 from .hazards import Hazard, load
 
@@ -101,8 +101,7 @@ def _results(hazards: Sequence[Hazard], safe: str, live: Optional[Live]) -> Iter
 
 
 def _judged(hazard: Hazard, module: str, raw: bool, stop: threading.Event, live: Optional[Live]) -> tuple[Run, Verdict]:
-    seen = run(hazard, module, stop)
-    verdict = conclude(hazard.judge(seen), seen)
+    seen, verdict = judged(hazard, module, stop)
     if live:
         live.result(raw, verdict)
     return seen, verdict
@@ -117,7 +116,7 @@ def _summary(rows: Sequence[Row], safe: str, let_through: Sequence[str]) -> str:
 
 
 def _as_json(results: Sequence[tuple[Hazard, _Pair]], safe: str, let_through: Sequence[str]) -> dict[str, Any]:
-    from ..__main__ import versions
+    from .._version import versions
 
     return {
         "versions": versions(),

@@ -11,7 +11,7 @@ import enum
 import signal
 from typing import Any, NamedTuple, Optional
 
-__all__ = ["Finding", "Outcome", "Run", "Verdict", "conclude", "death"]
+__all__ = ["Finding", "Outcome", "Run", "Verdict", "conclude", "death", "signal_name"]
 
 
 class Outcome(str, enum.Enum):
@@ -85,7 +85,7 @@ def _ending(run: Run) -> tuple[list[str], bool]:
     if run.timed_out is not None:
         return [f"did not finish in {run.timed_out:g} s"], False
     if run.killed_by is not None:
-        return [f"the program died of {_signal(run.killed_by)}"], False
+        return [f"the program died of {signal_name(run.killed_by)}"], False
     if run.exit_status:
         return [f"the program failed with status {run.exit_status}"], True
     return [], True
@@ -97,10 +97,11 @@ def death(who: str, status: Optional[int]) -> list[str]:
     :param who: "the child".
     :param status: as ``os.waitstatus_to_exitcode`` gives it; None if nobody saw it end.
     """
-    return [f"{who} died of {_signal(-status)}"] if status is not None and status < 0 else []
+    return [f"{who} died of {signal_name(-status)}"] if status is not None and status < 0 else []
 
 
-def _signal(number: int) -> str:
+def signal_name(number: int) -> str:
+    """SIGSEGV for 11."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -41,20 +41,23 @@ class Stage:
 
     def watch(self, seconds: Optional[float] = None) -> None:
         """Set the alarm of this process; the demo, if it is still there, is earlier."""
-        signal.setitimer(signal.ITIMER_REAL, seconds or self._seconds)
+        if hasattr(signal, "setitimer"):  # Windows has none
+            signal.setitimer(signal.ITIMER_REAL, seconds or self._seconds)
 
     def report(self, process: str, **observations: Any) -> None:
         """Report observations of ``process``; a later value replaces an earlier one of the same name."""
         os.write(1, json.dumps([process, observations]).encode() + b"\n")
 
-    def fork(self, body: Callable[[], None], fork: Callable[[], int] = os.fork, seconds: Optional[float] = None) -> int:
+    def fork(
+        self, body: Callable[[], None], fork: Optional[Callable[[], int]] = None, seconds: Optional[float] = None
+    ) -> int:
         """Run ``body`` in a forked child, which never returns.
 
-        :param fork: how to fork.
+        :param fork: how to fork; by ``os.fork()`` if None.
         :param seconds: after which SIGALRM ends the child, if it needs that long.
         :return: the child's PID.
         """
-        pid = fork()
+        pid = (fork or os.fork)()
         if pid:
             return pid
         status = 1

@@ -246,12 +246,12 @@ def take_over() -> None:
     native = sys.modules.get(_NATIVE)
     if native is None or native is stand_in.module or not _process.FORKS:
         return
-    from .. import _descriptors, _native
+    from .. import _descriptors, _pcscd
 
     _descriptors.prepare()
-    _native.prepare()
+    _pcscd.prepare()
     _note_threads_inside()
-    for connection in _native.connections():
+    for connection in _pcscd.connections():
         _strangers.append(connection)
         _descriptors.guard(connection)
 

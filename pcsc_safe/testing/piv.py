@@ -45,7 +45,7 @@ _VALID = timedelta(days=30)
 class PivCard(VirtualCard):
     """A PIV card: PIN 123456, PUK 12345678, and the management key of the standard; nothing on it.
 
-    :param atr: see `VirtualCard`.
+    :param atr: see `VirtualCard`.  OpenSC signs with elliptic curves on cards that it knows by their ATR only.
 
     A real one comes from its issuer with a key and a certificate; so does `PivCard.personalised`.
     """
@@ -57,9 +57,12 @@ class PivCard(VirtualCard):
 
     @classmethod
     def personalised(cls, common_name: str = "A card holder", atr: bytes = DEFAULT_ATR) -> PivCard:
-        """A card with a P-256 key for authentication (slot 9A), and a self-signed certificate of it.
+        """A card with two P-256 keys, and self-signed certificates of them.
 
-        :param common_name: the certificate's subject and issuer.
+        One is for the authentication of its holder (slot 9A), and wants the PIN; the other is for that of the card
+        itself (slot 9E), and wants none.
+
+        :param common_name: the certificates' subject and issuer.
         :param atr: see `VirtualCard`.
         """
         card = cls(atr)
@@ -67,10 +70,16 @@ class PivCard(VirtualCard):
         return card
 
     def issue(self, common_name: str) -> None:
-        """Put a card holder's identifier, a new P-256 key and a self-signed certificate of it on the card.
+        """Put a card holder's identifier on the card, and for slots 9A and 9E a new P-256 key and its certificate.
 
-        :param common_name: the certificate's subject and issuer.
+        :param common_name: the certificates' subject and issuer.
         """
+        objects = self._applet.data_objects
+        objects.chuid, objects.ccc = PIVDataObjects.create_default_chuid(), PIVDataObjects.create_default_ccc()
+        self._issue_key(PIVSlot.AUTHENTICATION, b"\x5f\xc1\x05", common_name)
+        self._issue_key(PIVSlot.CARD_AUTH, b"\x5f\xc1\x01", common_name)
+
+    def _issue_key(self, slot: PIVSlot, certificate_object: bytes, common_name: str) -> None:
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -80,16 +89,15 @@ class PivCard(VirtualCard):
         # Certificate, "not compressed", no error detection code (SP 800-73-4, part 1, table 10).
         certificate = TLVEncoder.encode(0x70, _self_signed(key, common_name)) + bytes.fromhex("710100FE00")
         objects = self._applet.data_objects
-        objects.chuid, objects.ccc = PIVDataObjects.create_default_chuid(), PIVDataObjects.create_default_ccc()
         objects.put_key(
-            PIVSlot.AUTHENTICATION,
+            slot,
             PIVKeyData(
                 algorithm=PIVAlgorithm.ECC_P256,
                 private_key=key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
                 public_key=TLVEncoder.encode(0x7F49, TLVEncoder.encode(0x86, point)),
-                certificate=certificate,
             ),
         )
+        objects.put_data_object(certificate_object, certificate)  # by itself jcecard puts that of 9E elsewhere
 
     def apdu(self, command: bytes) -> bytes:
         """Answer one command of SP 800-73; before SELECT none.
@@ -112,6 +120,8 @@ class PivCard(VirtualCard):
 
     def _answer_whole(self, command: APDUCommand) -> bytes:
         answer = self._applet.process_apdu(command)
+        if command.ins == _SELECT and answer.sw == 0x9000:
+            answer.data = TLVEncoder.encode(0x61, answer.data)  # it forgets the template (SP 800-73-4, part 2, 3.1.1)
         if command.extended or answer.sw != 0x9000:
             return bytes(answer.to_bytes())
         self._rest = bytes(answer.data)

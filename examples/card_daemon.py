@@ -7,7 +7,7 @@ PIN is verified and no applet selected then: that has to be done there.
 
 Run it, and ask it over its socket; each line is a command in hex, each answer a line::
 
-    python examples/daemon.py /tmp/card.sock       # prints the daemon's PID
+    python examples/card_daemon.py /tmp/card.sock       # prints the daemon's PID
     echo 80010000021234 | nc -UN /tmp/card.sock
     kill PID
 """
@@ -100,5 +100,5 @@ def answer(card, line):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: daemon.py SOCKET")
+        sys.exit("usage: card_daemon.py SOCKET")
     main(sys.argv[1])

@@ -1,0 +1,115 @@
+"""A signing queue: Celery workers, one for each card, on as many machines as there are cards, behind one Redis.
+
+What it shows: the worker opens the card, with its PIN, before its pool forks, and every process of the pool signs with
+it.  A card is where its reader is, so tasks go to cards by queues: "sign" is served by every worker, whichever is free;
+"sign.FINGERPRINT" only by the one that has this card, FINGERPRINT being its certificate's (SHA-256, in hex).  A task is
+acknowledged when it is done: what a killed process, or a host that went away, had under way is delivered again.
+Signing twice does no harm.
+
+Start a worker for each reader; the PIN is asked for, or taken from PIV_PIN; PIV_READER is a part of the reader's name,
+if there are several::
+
+    export CELERY_BROKER_URL=redis://127.0.0.1/0 CELERY_RESULT_BACKEND=redis://127.0.0.1/0
+    celery --workdir examples -A celery_sign worker --concurrency 2
+
+and have something signed, by any card or by a certain one; the certificate and the signature go to standard output.
+`celery ... inspect active_queues` says which cards there are::
+
+    python examples/celery_sign.py "to be signed" [FINGERPRINT]
+
+Without a card, on a virtual one whose PIN is 123456::
+
+    pip install 'pcsc-safe[piv]' 'celery[redis]'
+    python -m pcsc_safe.testing --card piv -- celery --workdir examples -A celery_sign worker --concurrency 2
+"""
+
+import hashlib
+import os
+import signal
+import ssl
+import sys
+import threading
+
+import piv
+from celery import Celery
+from celery.exceptions import Reject, TimeoutError  # noqa: A004  # its own, which is no OSError
+from celery.signals import worker_init
+
+REDELIVER_AFTER = int(os.environ.get("SIGN_REDELIVER_AFTER", "60"))  # seconds; many times what a signature takes
+
+app = Celery("celery_sign")  # CELERY_BROKER_URL and CELERY_RESULT_BACKEND say where Redis is
+app.conf.update(
+    broker_connection_retry_on_startup=True,
+    broker_transport_options={
+        "visibility_timeout": REDELIVER_AFTER,
+        "unacked_restore_interval": 1,  # every worker looks every second; by default every 100 s
+        "unacked_restore_throttle": 1,
+        "unacked_mutex_expire": 10,  # the lock of a host that went away while it looked
+    },
+    result_expires=3600,
+    task_acks_late=True,
+    task_default_queue="sign",
+    task_reject_on_worker_lost=True,
+    worker_lost_wait=1,
+    worker_prefetch_multiplier=1,  # what waits, waits where the others can have it
+)
+card = None
+
+
+class Card:
+    """What the worker has before its pool forks.
+
+    :raises piv.CardError: there is none, or it refuses the PIN.
+    """
+
+    def __init__(self):
+        self.signer = piv.Signer(piv.pin(), os.environ.get("PIV_READER", ""))
+        self.certificate = self.signer.certificate()
+        self.queue = f"sign.{hashlib.sha256(self.certificate).hexdigest()}"
+        self.worker = os.getpid()
+        self.turn = threading.Lock()  # with --pool threads
+
+
+@worker_init.connect
+def open_card(**_):
+    global card
+    try:
+        card = Card()
+    except piv.CardError as error:
+        sys.exit(f"celery_sign.py: {error}")
+    app.amqp.queues.select_add(card.queue)
+
+
+@app.task
+def sign(message):
+    """The certificate in PEM, and the ECDSA signature (SHA-256, DER) of the message in hex."""
+    try:
+        with card.turn:
+            signature = card.signer.sign(hashlib.sha256(message.encode()).digest())
+    except piv.CardError as error:
+        # A worker without its card would take everybody's tasks and fail them.  It ends, and whoever started it starts
+        # it again.
+        os.kill(card.worker, signal.SIGTERM)
+        raise Reject(error, requeue=True) from error
+    return ssl.DER_cert_to_PEM_cert(card.certificate), signature.hex()
+
+
+def signed(message, fingerprint="", patience=4 * REDELIVER_AFTER):
+    """What `sign` returns, for clients.
+
+    Redis forgets a message that a host has just taken when it dies, and everything, if it is not told to keep it: what
+    has no answer after so many seconds is sent again, under the same id.
+    """
+    queue = f"sign.{fingerprint}" if fingerprint else "sign"
+    task = sign.apply_async((message,), queue=queue)
+    while True:
+        try:
+            return task.get(timeout=patience)
+        except TimeoutError:
+            sign.apply_async((message,), queue=queue, task_id=task.id)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: celery_sign.py MESSAGE [FINGERPRINT]")
+    print(*signed(*sys.argv[1:]), sep="")

@@ -1,0 +1,119 @@
+"""Signatures by worker processes, with a card that was opened before they were forked.
+
+What it shows: the card is opened once, with its PIN, where the workers come from; each worker finds it open, and gets
+a session of its own at its first signature.  Workers come and go, and some die: what such a one had in hand is signed
+by another.  How a program notices that is the difference between the three ways to have workers; see each below.
+
+Sign every line of standard input; on standard output, the line after its signature in hex, in no order::
+
+    seq 1000 | python examples/multiprocessing_sign.py executor           # or pool, or process
+    seq 1000 | PYTHONPATH=examples python examples/multiprocessing_sign.py executor forkserver
+
+With ``forkserver`` the fork server opens the card, and not this process: it preloads the module `opened_card`, which
+has to be on PYTHONPATH for that.  The PIN is asked for on the terminal, or taken from PIV_PIN in the environment.
+Without a card::
+
+    pip install 'pcsc-safe[piv]'
+    export PIV_PIN=123456
+    seq 1000 | python -m pcsc_safe.testing --card piv -- python examples/multiprocessing_sign.py executor
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import sys
+
+WORKERS = 3
+TASKS = 50  # that a worker does before it makes room for a new one
+PATIENCE = 5  # s without any signature
+
+
+def sign(message):
+    """What a worker does; the card is open, where the module is imported already."""
+    import opened_card
+
+    return message, opened_card.signer.sign(hashlib.sha256(message).digest())
+
+
+def by_pool(how, messages):
+    """`multiprocessing.Pool` replaces a worker that died, but says nothing of the task that was lost with it.
+
+    So when nothing comes any more, what is missing is begun anew.  (A worker that is killed while it takes a task from
+    the queue leaves the queue locked, and the pool stuck for ever; where workers are killed, better take an executor.)
+    """
+    missing = set(messages)
+    while missing:
+        with how.Pool(WORKERS, maxtasksperchild=TASKS) as pool:
+            results = pool.imap_unordered(sign, list(missing))
+            with contextlib.suppress(StopIteration, multiprocessing.TimeoutError):
+                while True:
+                    message, signature = results.next(PATIENCE)
+                    missing.discard(message)
+                    yield message, signature
+
+
+def by_executor(how, messages):
+    """`ProcessPoolExecutor` is broken for good when a worker died, and says so; a new one does what is missing."""
+    missing = set(messages)
+    while missing:
+        with concurrent.futures.ProcessPoolExecutor(WORKERS, mp_context=how) as executor:
+            try:
+                results = [executor.submit(sign, message) for message in missing]
+                for result in concurrent.futures.as_completed(results):
+                    message, signature = result.result()
+                    missing.discard(message)
+                    yield message, signature
+            except concurrent.futures.process.BrokenProcessPool:
+                continue
+
+
+def by_process(how, messages):
+    """A `Process` for so many messages, with a pipe of its own: when the pipe ends, what hasn't come won't come."""
+    missing, running = list(messages), {}
+    while missing or running:
+        while missing and len(running) < WORKERS:
+            some = [missing.pop() for _ in range(min(TASKS, len(missing)))]
+            pipe, its_end = how.Pipe(duplex=False)
+            process = how.Process(target=sign_all, args=(some, its_end))
+            process.start()
+            its_end.close()  # or there were no end of the pipe
+            running[pipe] = process, set(some)
+        for pipe in multiprocessing.connection.wait(running):
+            process, expected = running[pipe]
+            try:
+                message, signature = pipe.recv()
+            except (EOFError, OSError):  # OSError: it died while it wrote
+                process.join()
+                if process.exitcode > 0:
+                    sys.exit("a worker gave up")  # it has said why
+                missing += expected
+                del running[pipe]
+            else:
+                expected.remove(message)
+                yield message, signature
+
+
+def sign_all(messages, pipe):
+    for message in messages:
+        pipe.send(sign(message))
+
+
+def main(kind, method="fork"):
+    how = multiprocessing.get_context(method)
+    if method == "forkserver":
+        how.set_forkserver_preload(["opened_card"])
+    else:
+        import opened_card  # noqa: F401  # here, before the fork
+    messages = {line.rstrip(b"\n") for line in sys.stdin.buffer}
+    for message, signature in KINDS[kind](how, messages):
+        print(signature.hex(), message.decode(errors="replace"), flush=True)
+
+
+KINDS = {"pool": by_pool, "executor": by_executor, "process": by_process}
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3) or sys.argv[1] not in KINDS or sys.argv[2:] not in ([], ["fork"], ["forkserver"]):
+        sys.exit("usage: multiprocessing_sign.py pool|executor|process [fork|forkserver]")
+    main(*sys.argv[1:])

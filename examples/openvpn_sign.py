@@ -1,0 +1,148 @@
+"""The key of an OpenVPN client on a PIV card: signs what OpenVPN asks for, over its management interface.
+
+What it shows: a daemon may ask for the PIN on the terminal and go on in the background in the session in which it was
+verified.  The PIN is not kept, so this session is all the daemon has.  `pcsc_safe.handover` gives it the connection
+itself, and what the process in the foreground cleans up when it ends is no longer the daemon's.
+
+It listens on a socket that its user and root may connect to.  Start it, and then OpenVPN, which connects::
+
+    python examples/openvpn_sign.py ~/card.sock    # asks for the PIN, or takes PIV_PIN; prints the daemon's PID
+    sudo openvpn client.conf
+
+with these lines in client.conf, in the place of cert and key::
+
+    management /home/me/card.sock unix
+    management-client
+    management-client-user me
+    management-external-cert piv
+    management-external-key nopadding
+
+When the session is lost (the card taken out, reset, or used for something else) the daemon ends, and OpenVPN with it;
+with --keep-pin it keeps the PIN and gets another.  What happens is written to ~/card.sock.log.  Without a card:
+``python -m pcsc_safe.testing --card piv -- sh`` is a shell that has a virtual one, with PIN 123456.
+"""
+
+import argparse
+import base64
+import hashlib
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+
+import piv
+
+import pcsc_safe
+from pcsc_safe import scard
+
+
+def main(path, reader, exclusive, keep_pin):
+    signer = piv.Signer(piv.pin(), reader, scard.SCARD_SHARE_EXCLUSIVE if exclusive else scard.SCARD_SHARE_SHARED)
+    try:
+        if not keep_pin:
+            signer.forget_pin()
+        certificate = ssl.DER_cert_to_PEM_cert(signer.certificate())
+        log = os.open(f"{path}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        listener = listen(path)
+        pid = 0
+        try:
+            with pcsc_safe.handover():
+                pid = os.fork()
+            if pid:
+                print(pid, flush=True)
+                return
+            detach(log)
+            while True:
+                converse(listener.accept()[0], signer, certificate)
+        finally:
+            if pid == 0:
+                os.unlink(path)
+    finally:
+        signer.close()
+
+
+def listen(path):
+    """A socket that nobody else may connect to: who may can have anything signed."""
+    listener = socket.socket(socket.AF_UNIX)
+    umask = os.umask(0o177)
+    listener.bind(path)
+    os.umask(umask)
+    listener.listen()
+    return listener
+
+
+def detach(log):
+    """Leave the terminal, and end in an orderly way when told to."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+
+
+def converse(client, signer, certificate):
+    """Give an OpenVPN what it needs, until it hangs up (doc/management-notes.txt of OpenVPN)."""
+    try:
+        with client, client.makefile("rw", encoding="utf-8", errors="replace") as lines:
+            say(lines, "version 3", "state on")  # from version 3 on it tells which kind of signature it wants
+            for line in lines:
+                kind, _, text = line.rstrip().partition(":")
+                if kind == ">NEED-CERTIFICATE":
+                    say(lines, "certificate", certificate, "END")
+                elif kind == ">PK_SIGN":
+                    sign(lines, signer, text)
+                elif kind == ">HOLD":
+                    say(lines, "hold release")
+                elif kind in (">STATE", ">FATAL"):
+                    logging.info("OpenVPN: %s", text)
+    except OSError as error:
+        logging.info("OpenVPN: %s", error)
+
+
+def sign(lines, signer, request):
+    """Answer with a signature, or with none, and OpenVPN gives this handshake up."""
+    try:
+        signature = base64.b64encode(signer.sign(digest(*request.split(",")))).decode()
+    except ValueError as error:
+        logging.error("not signed: %s", error)
+        say(lines, "pk-sig", "END")
+    except piv.CardError:
+        say(lines, "pk-sig", "END")
+        raise
+    else:
+        logging.info("signed")
+        say(lines, "pk-sig", signature, "END")
+
+
+def digest(data, algorithm, *parameters):
+    """What a P-256 key has to sign: the data, or if management-external-key says "digest" their digest.
+
+    :raises ValueError: it wants another kind of key.
+    """
+    if algorithm != "ECDSA":
+        raise ValueError(f"OpenVPN wants {algorithm}, and the key does ECDSA")
+    data = base64.b64decode(data)
+    if "data=message" in parameters:
+        data = hashlib.new(dict(parameter.split("=") for parameter in parameters)["hashalg"], data).digest()
+    return data[:32].rjust(32, b"\0")  # TLS 1.2 takes any digest with any curve; how: FIPS 186-5, 6.4.1
+
+
+def say(lines, *commands):
+    lines.write("".join(f"{command.rstrip()}\n" for command in commands))
+    lines.flush()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--exclusive", action="store_true", help="keep other applications out of the card")
+    parser.add_argument("--keep-pin", action="store_true", help="verify it again when the session was lost")
+    parser.add_argument("--reader", default="", help="a part of its name")
+    parser.add_argument("socket", type=os.path.abspath, help="to be made, for OpenVPN's --management")
+    options = parser.parse_args()
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    try:
+        main(options.socket, options.reader, options.exclusive, options.keep_pin)
+    except (piv.CardError, pcsc_safe.HandoverError, OSError) as error:
+        sys.exit(f"openvpn_sign.py: {error}")

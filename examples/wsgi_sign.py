@@ -1,0 +1,70 @@
+"""A web service that signs with a card: the same file under gunicorn and under uWSGI, each with two workers.
+
+What it shows: the server opens the card when it loads the application, so a missing card or a wrong PIN is reported at
+once, and forks its workers afterwards.  Each finds the connection that it inherited, gets one of its own at its first
+request, and signs.  Workers may die, and others be forked in their place.
+
+Run it under one or the other; PIV_PIN in the environment, or the PIN is asked for::
+
+    gunicorn --preload --workers 2 --bind 127.0.0.1:8000 --chdir examples wsgi_sign:application
+    uwsgi --http-socket 127.0.0.1:8000 --master --processes 2 --chdir examples --wsgi-file wsgi_sign.py
+
+Without a card, with a virtual one::
+
+    PIV_PIN=123456 python -m pcsc_safe.testing --card piv -- gunicorn ...
+
+Have a file signed, and check the signature::
+
+    curl --data-binary @file http://127.0.0.1:8000/sign > file.sig
+    curl http://127.0.0.1:8000/certificate > certificate.pem
+    openssl x509 -in certificate.pem -pubkey -noout > key.pem
+    openssl dgst -sha256 -verify key.pem -signature file.sig file
+"""
+
+import hashlib
+import ssl
+import threading
+
+import piv
+
+LONGEST = 1 << 20  # bytes of a message
+
+signer = piv.Signer(piv.pin())
+turns = threading.Lock()  # a Signer is for one thread at a time; a server may have more
+
+
+def application(environ, start_response):
+    """POST /sign: the signature of the body, in DER.  GET /certificate: that of the key, in PEM."""
+    handle = ROUTES.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]), not_found)
+    try:
+        status, kind, body = handle(environ)
+    except piv.CardError as error:
+        status, kind, body = "503 Service Unavailable", "text/plain", f"{error}\n".encode()
+    start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+def sign(environ):
+    if not environ.get("CONTENT_LENGTH"):
+        return "411 Length Required", "text/plain", b"How long is the message?\n"
+    length = int(environ["CONTENT_LENGTH"])
+    if length > LONGEST:
+        return "413 Content Too Large", "text/plain", f"At most {LONGEST} bytes.\n".encode()
+    message = environ["wsgi.input"].read(length)
+    if len(message) < length:
+        return "400 Bad Request", "text/plain", b"That is not the whole message.\n"
+    digest = hashlib.sha256(message).digest()
+    with turns:
+        return "200 OK", "application/octet-stream", signer.sign(digest)
+
+
+def certificate(environ):
+    with turns:
+        return "200 OK", "application/x-pem-file", ssl.DER_cert_to_PEM_cert(signer.certificate()).encode()
+
+
+def not_found(environ):
+    return "404 Not Found", "text/plain", b"POST /sign or GET /certificate\n"
+
+
+ROUTES = {("POST", "/sign"): sign, ("GET", "/certificate"): certificate}

@@ -1,0 +1,133 @@
+"""A sacrificial process: it may crash, hang, or leave children behind, and does its starter no harm.
+
+Invariant: whatever the process does, it is over within its seconds and a little, and nothing of it is left: it leads a
+session of its own, which is killed as a group.  Nothing here forks Python code or uses PC/SC.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import IO, Any, NamedTuple, Optional
+
+__all__ = ["Sacrificed", "Stopped", "sacrifice"]
+
+_POLL = 0.01
+_LAST_WORDS = 0.5  # seconds that a process gets to dump its stacks after it was given up
+_LOG_TAIL = 3000
+_CAN_LOOK_FIRST = hasattr(os, "waitid")  # not on macOS before Python 3.13
+
+
+class Stopped(Exception):  # noqa: N818  # not an error: who started it was interrupted
+    """The starter is ending; there is no result."""
+
+
+class Sacrificed(NamedTuple):
+    """What is known of a sacrificial process.
+
+    :ivar reported: what it and its children reported, by process: ``{"child": {"wrong": 3}}``.
+    :ivar exit_status: if it ended by itself.
+    :ivar killed_by: the signal that ended it, if one did that was not ours.
+    :ivar timed_out: the seconds that it was given, if it needed more.
+    :ivar seconds: how long it took.
+    :ivar log: the end of what it wrote to stderr.
+    """
+
+    reported: dict[str, dict[str, Any]]
+    exit_status: Optional[int] = None
+    killed_by: Optional[int] = None
+    timed_out: Optional[float] = None
+    seconds: float = 0.0
+    log: str = ""
+
+
+def sacrifice(
+    command: Sequence[str], env: Mapping[str, str], seconds: float, stop: Optional[threading.Event] = None
+) -> Sacrificed:
+    """Run a program that may come to grief.
+
+    :param command: of the program, which reports in lines of JSON, ``["child", {"wrong": 3}]``, on descriptor 1.
+    :param seconds: that it may take.
+    :param stop: set to have it end at once.
+    :raises Stopped: ``stop`` was set.
+    """
+    # Files, not pipes: nobody has to read them meanwhile, and a forgotten child can't keep them from ending.
+    with tempfile.TemporaryFile() as reports, tempfile.TemporaryFile() as log:
+        started = time.monotonic()
+        process = subprocess.Popen(  # noqa: S603  # every word of it is ours
+            command, env=env, stdin=subprocess.DEVNULL, stdout=reports, stderr=log, start_new_session=True
+        )
+        try:
+            end = _watch(process, seconds, stop or threading.Event())
+        finally:
+            _end_group(process)
+        took = round(time.monotonic() - started, 2)
+        return Sacrificed(_reported(reports), *end, took, _read(log)[-_LOG_TAIL:].decode(errors="replace"))
+
+
+_End = tuple[Optional[int], Optional[int], Optional[float]]
+
+
+def _watch(process: subprocess.Popen[bytes], seconds: float, stop: threading.Event) -> _End:
+    if _ended_within(process, seconds, stop):
+        status = _status(process)
+        return (status, None, None) if status >= 0 else (None, -status, None)
+    with contextlib.suppress(OSError, AttributeError):  # Windows has no groups
+        os.killpg(process.pid, signal.SIGALRM)
+    _ended_within(process, _LAST_WORDS, stop)
+    return None, None, seconds
+
+
+def _ended_within(process: subprocess.Popen[bytes], seconds: float, stop: threading.Event) -> bool:
+    deadline = time.monotonic() + seconds
+    while not _has_ended(process):
+        if time.monotonic() > deadline:
+            return False
+        if stop.wait(_POLL):
+            raise Stopped
+    return True
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    if not _CAN_LOOK_FIRST:
+        return process.poll() is not None
+    # It is not reaped here: as long as it is a zombie its number is nobody else's, and the group can be killed by it.
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def _status(process: subprocess.Popen[bytes]) -> int:
+    """Its exit status, or the negative number of the signal it died of."""
+    if not _CAN_LOOK_FIRST:
+        return process.wait()
+    status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert status is not None
+    return int(status.si_status if status.si_code == os.CLD_EXITED else -status.si_status)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+
+
+def _read(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _reported(reports: IO[bytes]) -> dict[str, dict[str, Any]]:
+    """What the processes reported, the latest of each; lines that are no report are passed over."""
+    reported: dict[str, dict[str, Any]] = {}
+    for line in _read(reports).splitlines():
+        with contextlib.suppress(ValueError, TypeError):
+            process, observations = json.loads(line)
+            reported.setdefault(process, {}).update(observations)
+    return reported

@@ -1,0 +1,49 @@
+"""``python -m pcsc_safe version``, and the versions that everything else tells.
+
+Nothing native is loaded for it: a broken installation is what one asks about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+
+from . import __version__
+
+__all__ = ["add_arguments", "main", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """The versions of pcsc_safe and of what it stands on; "not installed" for what is missing."""
+    return {
+        "pcsc_safe": __version__,
+        "python": platform.python_version(),
+        "pyscard": _installed("pyscard"),
+        "wrapt": _installed("wrapt"),
+        "platform": platform.platform(),
+    }
+
+
+def _installed(distribution: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--json", action="store_true", help="print them for programs")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print them, a line each."""
+    found = versions()
+    print(
+        json.dumps(found, indent=2) if options.json else "\n".join(f"{name} {value}" for name, value in found.items()),
+        flush=True,
+    )
+    return 0

@@ -1,0 +1,71 @@
+"""Asking a sacrificial process: one of the functions of `_tasks`, and how it ended in words.
+
+Nothing of PC/SC is ever imported on this side.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from .._sacrifice import Sacrificed, sacrifice
+from ..demo._judge import signal_name
+
+__all__ = ["Answer", "ask", "plain_environment"]
+
+_START = 5.0  # seconds that a Python may take to start, on a machine that has much to do
+
+
+class Answer:
+    """What a task reported, and how it ended.
+
+    :param done: the sacrificial process.
+    """
+
+    def __init__(self, done: Sacrificed) -> None:
+        self._done = done
+
+    def of(self, process: str = "task") -> dict[str, Any]:
+        """What a process of the task reported."""
+        return self._done.reported.get(process, {})
+
+    @property
+    def failure(self) -> str:
+        """How the task ended, if not well; an empty text if it did."""
+        if self._done.timed_out is not None:
+            return f"did not end in {self._done.timed_out:g} s"
+        if self._done.killed_by is not None:
+            return f"died of {signal_name(self._done.killed_by)}"
+        if self._done.exit_status:
+            lines = self._done.log.strip().splitlines()
+            return f"failed: {lines[-1] if lines else f'status {self._done.exit_status}'}"
+        return ""
+
+    @property
+    def hung(self) -> bool:
+        """Whether it had to be given up."""
+        return self._done.timed_out is not None
+
+
+def ask(
+    task: str, seconds: float, *arguments: str, module: str = "", env: Optional[Mapping[str, str]] = None
+) -> Answer:
+    """Run a task in a sacrificial process.
+
+    :param task: the name of a function of `_tasks`.
+    :param seconds: that it may take, beside what Python takes to start.
+    :param module: the scard module that it is to use, if any.
+    :param env: its environment; without the settings of pcsc_safe if None.
+    """
+    command = [sys.executable, "-m", "pcsc_safe.doctor._tasks", task, module, f"{seconds + 2 * _START}", *arguments]
+    return Answer(sacrifice(command, plain_environment() if env is None else env, seconds + _START))
+
+
+def plain_environment(keep: str = "") -> dict[str, str]:
+    """The environment of this process, without the settings of pcsc_safe.
+
+    :param keep: the one that stays.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith("PCSC_SAFE_") or name == keep}

@@ -1,0 +1,144 @@
+"""``python -m pcsc_safe doctor``: its arguments, its exit status, its JSON.  Nothing here forks or uses PC/SC."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from typing import NoReturn, Optional
+
+from .. import __version__, policy
+from . import _fork, _machine, _pcscd, _probe, _process
+from ._findings import Finding, Status
+from ._view import Page, summary
+
+__all__ = ["EPILOG", "add_arguments", "main"]
+
+EPILOG = """Everything that talks to PC/SC does so in processes that may hang or crash. Cards are not connected to,
+powered or reset without --touch-cards; with it they are connected to (shared), and left as they are.
+No APDU is ever sent to them.
+
+exit status: 0 if nothing is a problem, 1 if something is, 2 if the doctor could not run or look
+
+--json prints {"version": ..., "findings": [{"key", "status", "what", "detail", "remedy", "data"}, ...]}. A key is the
+same from version to version, and may occur several times (a reader, a hazard, a process). A status is ok, warning,
+problem, unknown or skipped. "data" has the facts of "detail"."""
+
+_Section = tuple[str, Iterator[Finding]]
+_LONGEST = 600.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--json", action="store_true", help="print the findings for programs")
+    parser.add_argument("--no-probe", action="store_true", help="leave out what tries forks on PC/SC; it takes 25 s")
+    parser.add_argument("--touch-cards", action="store_true", help="connect to the cards in the readers as well")
+    parser.add_argument(
+        "--pid", type=_pid, metavar="N", help="examine a running program and its children instead (Linux)"
+    )
+    parser.add_argument(
+        "--timeout", type=_seconds, default=10.0, metavar="S", help="seconds that pcscd may take to answer (10)"
+    )
+    parser.set_defaults(refuse=parser.error)
+
+
+def _pid(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no process: use its number, as ps tells it")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _LONGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: use seconds, {_LONGEST:g} at most")
+    return seconds
+
+
+def main(options: argparse.Namespace) -> int:
+    """Examine, and print what was found.
+
+    :return: the exit status, see :data:`EPILOG`.
+    """
+    if options.pid is not None and (options.touch_cards or options.no_probe):
+        options.refuse("--pid examines a program: --touch-cards and --no-probe are about this machine")
+    if options.pid is not None:
+        return _examine(options)
+    signal.signal(signal.SIGTERM, _terminated)
+    return _status(_show(_sections(options), options.json))
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    # As an exception, so that stacks and sacrificial processes are cleared away.
+    raise SystemExit(128 + number)
+
+
+def _status(findings: Iterable[Finding]) -> int:
+    return int(any(each.status is Status.PROBLEM for each in findings))
+
+
+def _show(sections: Iterable[_Section], as_json: bool) -> list[Finding]:
+    page: Optional[Page] = None if as_json else Page(sys.stdout)
+    if page is not None:
+        print(f"pcsc_safe {__version__}: doctor", flush=True)
+    findings = []
+    for title, found in sections:
+        if page is not None:
+            page.section(title)
+        for finding in found:
+            findings.append(finding)
+            if page is not None:
+                page.show(finding)
+    if as_json:
+        print(json.dumps({"version": __version__, "findings": [each.as_json() for each in findings]}, indent=2))
+    else:
+        print(f"\n{summary(findings)}")
+    return findings
+
+
+def _sections(options: argparse.Namespace) -> Iterator[_Section]:
+    yield "This installation", _installation()
+    # What the generator of one section learns of PC/SC is what those of later ones go by.
+    seen = [_pcscd.Service(False, [])]
+    yield "PC/SC", _service(options.timeout, seen)
+    yield "Forks", _fork.forks(options.timeout, seen[-1].works)
+    if options.touch_cards:
+        yield "The cards", _probe.touches(seen[-1].cards)
+    if not options.no_probe and _probe.is_possible():
+        yield "Tried on this PC/SC", _probes(seen[-1])
+        yield "Tried on virtual cards", _probe.hazards()
+
+
+def _installation() -> Iterator[Finding]:
+    yield from _machine.installation()
+    yield _machine.settings()
+
+
+def _service(seconds: float, seen: list[_pcscd.Service]) -> Iterator[Finding]:
+    for findings, service in _pcscd.service(seconds):
+        seen.append(service)
+        yield from findings
+
+
+def _probes(service: _pcscd.Service) -> Iterator[Finding]:
+    if service.works:
+        return _probe.probes()
+    return _probe.skipped("no context can be established", "see above")
+
+
+def _examine(options: argparse.Namespace) -> int:
+    if policy.PLATFORM != "linux":
+        print("the doctor cannot look into a program here: --pid reads /proc, which is Linux's", file=sys.stderr)
+        return 2
+    try:
+        findings, could_look = _process.examine(options.pid)
+    except ProcessLookupError:
+        print(f"the doctor cannot look: there is no process {options.pid}", file=sys.stderr)
+        return 2
+    _show([(f"Process {options.pid} and its children", iter(findings))], options.json)
+    return _status(findings) if could_look else 2

@@ -1,0 +1,118 @@
+"""Findings about forks: what notices one here, what policy ``auto`` chooses, and whether a broker can be had."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+from .. import policy
+from ._ask import Answer, ask, plain_environment
+from ._findings import Finding, Status
+from ._machine import in_force
+
+__all__ = ["forks"]
+
+_PATIENCE = 10.0  # seconds
+_PYTHON = "PCSC_SAFE_BROKER_PYTHON"
+
+
+def forks(seconds: float, pcsc_works: bool) -> Iterator[Finding]:
+    """Look at what a fork is here.
+
+    :param seconds: that a broker may take to come up.
+    :param pcsc_works: a broker can be asked for a context.
+    """
+    if policy.PLATFORM == "win32":
+        detail = "Windows has no fork: pcsc_safe passes every call through"
+        yield Finding("fork.hooks", Status.OK, "forks", detail, data={"forks": False})
+        return
+    told = ask("detection", _PATIENCE)
+    yield from _detection(told)
+    yield _auto()
+    yield _broker(ask("broker", seconds, *["establish"] * pcsc_works, env=plain_environment(keep=_PYTHON)))
+
+
+def _detection(told: Answer) -> Iterator[Finding]:
+    task = told.of()
+    if not task:
+        detail = f"forks could not be tried: the process {told.failure or 'reported nothing'}"
+        remedy = "see that this user may start processes (ulimit -u), and that pcsc_safe can be imported"
+        yield Finding("fork.hooks", Status.PROBLEM, "os.fork()", detail, remedy)
+        return
+    seen = {fork: told.of(fork).get("noticed_by") for fork in ("os.fork", "C fork")}
+    hooks, page = seen["os.fork"] == "hook", seen["C fork"] == "page"
+    if hooks:
+        yield Finding("fork.hooks", Status.OK, "os.fork()", "noticed by Python's at-fork hooks", data={"works": True})
+    else:
+        remedy = "use CPython 3.9 or later; until then policy 'raise' shows what is at stake"
+        detail = f"Python's at-fork hooks did not run; noticed by {seen['os.fork']}"
+        yield Finding("fork.hooks", Status.PROBLEM, "os.fork()", detail, remedy, {"works": False})
+    yield _page(task, page, seen["C fork"])
+    layers = [name for name in _LAYERS if name in seen.values()]
+    detail = ", and ".join(_LAYERS[layer] for layer in layers)
+    yield Finding("fork.detection", Status.OK, "in use", detail, data={"layers": layers, "noticed_by": seen})
+
+
+_LAYERS = {"hook": "at-fork hooks", "page": "a page that the kernel wipes", "pid": "os.getpid()"}
+
+
+def _page(task: dict[str, object], works: bool, noticed_by: object) -> Finding:
+    key, what, data = (
+        "fork.page",
+        "fork() from C",
+        {"works": works, "there": task.get("page"), "noticed_by": noticed_by},
+    )
+    if works:
+        return Finding(key, Status.OK, what, "noticed by a page under MADV_WIPEONFORK", data=data)
+    if noticed_by != "pid":
+        detail = f"it is not noticed ({noticed_by})"
+        return Finding(key, Status.PROBLEM, what, detail, "report this: pcsc_safe is not safe on this machine", data)
+    if not sys.platform.startswith("linux"):
+        return Finding(key, Status.OK, what, "noticed by os.getpid(), which is what there is here", data=data)
+    detail = "noticed by os.getpid() only: not in a child that has its parent's number in a PID namespace of its own"
+    return Finding(
+        key, Status.WARNING, what, detail, "use Linux 4.14 or later, and no emulator that lacks madvise", data
+    )
+
+
+def _auto() -> Finding:
+    given = in_force()
+    auto = given._replace(policy=policy.Policy.AUTO)
+    works = policy.native_works_after_fork()
+    way = policy.choose_way(auto, forked=True, native_works=works)
+    data = {"chooses": _CALLED[way], "platform": policy.PLATFORM, "policy": given.policy.value}
+    data["broker"] = given.broker.value
+    data["after_unquiet_fork"] = _CALLED[policy.choose_way(auto, forked=True, native_works=False)]
+    if given.broker is policy.Broker.ALWAYS:
+        detail = "a broker, since broker is 'always'"
+    elif works:
+        detail = "a forked child gets a native context of its own, for PC/SC works there after a fork; a broker does "
+        detail += "it where the fork waited in vain for another thread to leave PC/SC"
+    else:
+        detail = "a broker: on macOS a forked process can't use PC/SC"
+    if given.policy is not policy.Policy.AUTO:
+        detail += f". Not in force: the policy is {given.policy.value!r}"
+    return Finding("policy.auto", Status.OK, "policy 'auto'", detail, data=data)
+
+
+_CALLED = {policy.Way.NATIVE: "reestablish", policy.Way.BROKER: "broker", policy.Way.NONE: "none"}
+
+
+def _broker(told: Answer) -> Finding:
+    task, python = told.of(), os.environ.get(_PYTHON) or sys.executable
+    data = {"seconds": task.get("seconds"), "python": python, "establish": task.get("establish")}
+    if "seconds" in task and "problem" not in task:
+        took = f"starts, and answers in {1000 * task['seconds']:.0f} ms"
+        code = task.get("establish", told.failure)
+        if code in ("", "SCARD_S_SUCCESS"):
+            return Finding("broker", Status.OK, "broker", took, data=data)
+        detail, remedy = f"{took}; SCardEstablishContext there: {code}", "see what keeps other processes from PC/SC"
+        return Finding("broker", Status.PROBLEM, "broker", detail, remedy, data)
+    if "problem" in task:
+        return Finding("broker", Status.PROBLEM, "broker", task["problem"], task["remedy"] or _HELP, data)
+    detail = f"can't be started: the process {told.failure or 'reported nothing'}"
+    return Finding("broker", Status.PROBLEM, "broker", detail, _HELP, data)
+
+
+_HELP = "see that this user may start processes, and that PCSC_SAFE_BROKER_PYTHON, if set, has pcsc_safe"

@@ -1,0 +1,161 @@
+"""Findings about the installation: Python, pyscard, wrapt, the PC/SC library, the settings."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
+
+from .. import policy
+from .._version import versions
+from ..errors import SettingsError
+from ._ask import Answer, ask
+from ._findings import Finding, Status
+
+__all__ = ["in_force", "installation", "library", "settings"]
+
+_PATIENCE = 10.0  # seconds
+_NEEDED = {"pyscard": (2, 0, 5), "wrapt": (1, 14)}
+_NO_SETTINGS = {"PCSC_SAFE_REPORT", "PCSC_SAFE_PYTHON"}  # what other parts of the project read
+_CONTAINERS, _SYSTEMDS = ("/.dockerenv", "/run/.containerenv"), "container"
+
+
+def installation() -> Iterator[Finding]:
+    """Versions, and whether an application can import pcsc_safe."""
+    told = versions()
+    yield _itself(told["pcsc_safe"], ask("load", _PATIENCE))
+    yield Finding(
+        "python",
+        Status.OK,
+        "Python",
+        f"{told['python']}, {sys.executable}",
+        data={"version": told["python"], "executable": sys.executable},
+    )
+    container = in_container()
+    detail = f"{told['platform']}, in a container" if container else told["platform"]
+    yield Finding(
+        "platform", Status.OK, "platform", detail, data={"platform": told["platform"], "container": container}
+    )
+    for name, least in _NEEDED.items():
+        yield _package(name, told[name], least)
+
+
+def _itself(version: str, load: Answer) -> Finding:
+    place = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    data, imported = {"version": version, "place": place}, load.of().get("imported", load.failure)
+    if imported == "ok":
+        return Finding("pcsc_safe", Status.OK, "pcsc_safe", f"{version}, {place}", data=data)
+    remedy = f"see below; if all is well there: {sys.executable} -m pip install --force-reinstall pcsc-safe"
+    return Finding("pcsc_safe", Status.PROBLEM, "pcsc_safe", f"{version}; can't be imported: {imported}", remedy, data)
+
+
+def in_container() -> bool:
+    """Whether this looks like a container, where pcscd is usually outside."""
+    return any(map(os.path.exists, _CONTAINERS)) or bool(os.environ.get(_SYSTEMDS))
+
+
+def _package(name: str, version: str, least: tuple[int, ...]) -> Finding:
+    wanted = ".".join(map(str, least))
+    data = {"version": version}
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
+    if not numbers:
+        remedy = f"{sys.executable} -m pip install {name}"
+        return Finding(name, Status.PROBLEM, name, f"{name} is not installed for this Python", remedy, data)
+    if numbers < least:
+        remedy = f"{sys.executable} -m pip install '{name}>={wanted}'"
+        return Finding(name, Status.PROBLEM, name, f"{version}; pcsc_safe needs {wanted} or later", remedy, data)
+    return Finding(name, Status.OK, name, version, data=data)
+
+
+def library(look: Answer) -> Finding:
+    """The native library, by what a process has loaded that imports pyscard.
+
+    :param look: of the task ``look``.
+    """
+    what, told = "PC/SC library", look.of()
+    failure = told.get("imported", look.failure or "nothing was reported")
+    if failure != "ok":
+        remedy = "install PC/SC (Debian, Ubuntu: apt-get install libpcsclite1) and pyscard for this Python"
+        return Finding("libpcsclite", Status.PROBLEM, what, f"pyscard can't be imported: {failure}", remedy)
+    if not told.get("library") and policy.PLATFORM != "linux":
+        owns = {"darwin": "the PCSC framework of macOS", "win32": "winscard.dll of Windows"}
+        return Finding("libpcsclite", Status.OK, what, owns.get(policy.PLATFORM, "the one that pyscard was built for"))
+    files = told.get("library", [])
+    if not files:
+        detail = "pyscard is imported, but no libpcsclite is mapped into the process"
+        return Finding("libpcsclite", Status.UNKNOWN, what, detail)
+    packages = {file: _owner(file) for file in files}
+    detail = ", ".join(f"{file} ({package})" if package else file for file, package in packages.items())
+    return Finding("libpcsclite", Status.OK, what, detail, data={"files": files, "packages": packages})
+
+
+def _owner(file: str) -> Optional[str]:
+    """The package that a file comes from, with its version: libpcsclite itself doesn't tell one."""
+    if shutil.which("dpkg-query"):
+        for path in dict.fromkeys((file, file.replace("/usr/lib/", "/lib/", 1))):  # of a merged /usr, either is listed
+            package = _output("dpkg-query", "-S", path).partition(": ")[0].partition(",")[0]
+            if package:
+                return _output("dpkg-query", "-W", "-f", "${Package} ${Version}", package) or None
+    for command in (("rpm", "-qf", file), ("apk", "info", "-W", "-q", file), ("pacman", "-Qoq", file)):
+        if shutil.which(command[0]):
+            return _output(*command) or None
+    return None
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)  # noqa: S603  # ours
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def in_force(environment: Mapping[str, str] = os.environ) -> policy.Settings:
+    """The settings of this environment; the defaults if they make no sense."""
+    try:
+        return policy.from_environment(environment)
+    except SettingsError:
+        return policy.Settings()
+
+
+def settings(environment: Mapping[str, str] = os.environ) -> Finding:
+    """The settings that the environment gives, where each comes from, and what is wrong with them."""
+    what, wrong, data, remedies = "settings", [], {}, []
+    for name, default in policy.Settings()._asdict().items():
+        variable = f"PCSC_SAFE_{name.upper()}"
+        given = environment.get(variable)
+        data[name] = {"value": _plain(default), "from": variable if given else "default"}
+        try:
+            data[name]["value"] = _plain(policy.parse(name, given, variable) if given else default)
+        except SettingsError as error:
+            data[name]["value"] = given
+            wrong.append(error.problem)
+            remedies.append(f"{variable}: {error.remedy}")
+    try:
+        policy.from_environment(environment)
+    except SettingsError as error:
+        if not wrong:
+            wrong, remedies = [error.problem], [error.remedy]
+    if wrong:
+        return Finding("settings", Status.PROBLEM, what, "; ".join(wrong), "; ".join(remedies), data)
+    known = {f"PCSC_SAFE_{name.upper()}" for name in data} | _NO_SETTINGS
+    strange = sorted(name for name in environment if name.startswith("PCSC_SAFE_") and name not in known)
+    if strange:
+        detail, remedy = f"{', '.join(strange)}: no setting is called so", f"there are {', '.join(sorted(known))}"
+        return Finding("settings", Status.WARNING, what, detail, remedy, data)
+    return Finding("settings", Status.OK, what, _in_words(data), data=data)
+
+
+def _in_words(data: Mapping[str, Mapping[str, Any]]) -> str:
+    given = [
+        f"{name} {each['value']!r} (by {each['from']})" for name, each in data.items() if each["from"] != "default"
+    ]
+    return f"{', '.join(given)}; the others are the defaults" if given else "the defaults"
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)

@@ -1,0 +1,270 @@
+"""Findings about pcscd: whether it is there, who starts it, whether it answers and whom, readers and cards.
+
+On macOS and Windows PC/SC has no daemon whose socket could be looked at; what is left there is what PC/SC itself says.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Optional
+
+from .. import policy
+from . import _proc
+from ._ask import Answer, ask, plain_environment
+from ._findings import Finding, Status
+from ._machine import in_container, library
+
+__all__ = ["Service", "service"]
+
+_LOG = "see the log of pcscd: journalctl -u pcscd"
+_LIMIT = 200  # PCSC_MAX_CONTEXT_THREADS of pcsc-lite
+_MANY = 0.9
+_UNITS = [f"{place}/systemd/system/pcscd.socket" for place in ("/etc", "/usr/lib", "/lib")]
+_INSTALL = "install pcscd (Debian, Ubuntu: sudo apt-get install pcscd; Fedora, Arch, Alpine: pcsc-lite)"
+_MOUNT = "give the container pcscd's socket: docker run -v /run/pcscd:/run/pcscd ..., with pcscd running outside"
+_POLKIT = (
+    "polkit may allow PC/SC to users at the machine only: run as root, log in there, or write a rule in "
+    "/etc/polkit-1/rules.d for the actions org.debian.pcsc-lite.access_pcsc and .access_card"
+)
+
+
+class Service(NamedTuple):
+    """What there is of PC/SC, for those who go on from there.
+
+    :ivar works: whether a context can be established.
+    :ivar cards: the readers with a card that answers.
+    """
+
+    works: bool
+    cards: list[str]
+
+
+class _Program(NamedTuple):
+    path: Optional[str]
+    version: str
+    directory: str
+
+
+def service(seconds: float) -> Iterator[tuple[list[Finding], Service]]:
+    """Look at PC/SC, step by step.
+
+    :param seconds: that each step may take.
+    :return: findings, as they come, each time with what is known then.
+    """
+    nothing = Service(False, [])
+    answers, refused = True, False
+    if policy.PLATFORM not in ("darwin", "win32"):
+        program = _program()
+        yield [_installed(program)], nothing
+        path = os.environ.get("PCSCLITE_CSOCK_NAME") or os.path.join(program.directory, "pcscd.comm")
+        found, answers = _socket(path, program, seconds)
+        refused = any(each.key == "pcscd.answer" and each.status is Status.PROBLEM for each in found)
+        yield found, nothing
+    if not answers:
+        loaded = ask("look", seconds, env={**plain_environment(), "PCSCLITE_CSOCK_NAME": os.devnull})
+        yield [library(loaded)], nothing
+        return
+    look = ask("look", seconds)
+    findings = [library(look)]
+    if look.of().get("imported") == "ok":
+        findings += [_access(look, refused), *_readers(look)]
+    states = look.of().get("states", [])
+    cards = [name for name, flags, _ in states if "present" in flags and "mute" not in flags]
+    yield findings, Service(look.of().get("establish") == "SCARD_S_SUCCESS" and not look.failure, cards)
+
+
+def _program() -> _Program:
+    path = shutil.which("pcscd", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/sbin:/sbin")
+    said = ""
+    if path:
+        try:
+            command = [path, "--version"]
+            said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout  # noqa: S603
+        except (OSError, subprocess.SubprocessError):
+            said = ""
+    version = re.search(r"version (\S+?)\.?\s", said)
+    directory = re.search(r"ipcdir=(\S+)", said)
+    return _Program(path, version[1] if version else "", directory[1] if directory else "/run/pcscd")
+
+
+def _installed(program: _Program) -> Finding:
+    what, data = "pcscd", {"path": program.path, "version": program.version}
+    if program.path:
+        detail = f"pcsc-lite {program.version or 'of a version that it does not tell'}, {program.path}"
+        return Finding("pcscd.program", Status.OK, what, detail, data=data)
+    if in_container():
+        detail = "not installed in this container, which is well if its socket comes from outside"
+        return Finding("pcscd.program", Status.OK, what, detail, data=data)
+    return Finding("pcscd.program", Status.WARNING, what, "not installed on this machine", _INSTALL, data)
+
+
+def _socket(path: str, program: _Program, seconds: float) -> tuple[list[Finding], bool]:
+    """The socket of pcscd and what answers there; and whether anything does."""
+    what, named = "pcscd's socket", bool(os.environ.get("PCSCLITE_CSOCK_NAME"))
+    shown = f"{path} (named by PCSCLITE_CSOCK_NAME)" if named else path
+    told = ask("service", seconds, path, f"{seconds}").of()
+    connected = told.get("connect", "timeout")
+    data: dict[str, Any] = {"path": path, "named": named, "connect": connected, "listener": told.get("listener")}
+    if connected != "ok":
+        detail, remedy = _not_connected(shown, connected, program, named)
+        return [Finding("pcscd.socket", Status.PROBLEM, what, detail, remedy, data)], False
+    found = [Finding("pcscd.socket", Status.OK, what, f"{shown}, {_origin(told.get('listener'))}", data=data)]
+    answer = told.get("answer", "timeout")
+    found.append(_answer(answer, told))
+    if told.get("clients"):
+        found.append(_clients(told["clients"]))
+    # Who is hung up on can learn why from PC/SC itself; whom nobody answers would only wait there too.
+    return found, answer != "timeout"
+
+
+def _not_connected(shown: str, why: str, program: _Program, named: bool) -> tuple[str, str]:
+    start = _how_to_start(program)
+    if why == "ENOENT" and named:
+        return f"there is no {shown}", f"start what makes it, or unset PCSCLITE_CSOCK_NAME; {start}"
+    if why == "ENOENT":
+        if in_container():
+            return f"there is no {shown}: no pcscd runs in this container", f"{_MOUNT}; or run one inside: {start}"
+        return f"there is no {shown}: pcscd is not running, nor waiting to be started", start
+    if why == "ECONNREFUSED":
+        return f"{shown} is there, but nobody listens: a pcscd that has died left it behind", start
+    if why == "EACCES":
+        return f"this user may not connect to {shown}", "see the permissions of the socket and its directories"
+    if why in ("EAGAIN", "timeout"):
+        return f"{shown}: connections are not accepted, so pcscd hangs", _RESTART
+    return f"{shown}: connecting fails with {why}", start
+
+
+_RESTART = (
+    "sudo systemctl restart pcscd, or kill it and start it again; pcscd --foreground --debug says what it hangs in"
+)
+
+
+def _how_to_start(program: _Program) -> str:
+    if not program.path:
+        return _INSTALL
+    if os.path.isdir("/run/systemd/system") and any(map(os.path.exists, _UNITS)):
+        return "sudo systemctl enable --now pcscd.socket"
+    return f"sudo {program.path}"
+
+
+def _origin(listener: Optional[int]) -> str:
+    """How pcscd comes to be at its socket, by the process that made this."""
+    name = _proc.name(listener) if listener else ""
+    if name == "pcscd":
+        return f"of the running pcscd (process {listener})"
+    if name == "systemd":
+        return "by socket activation: systemd starts pcscd when a client comes"
+    if name:
+        return f"by socket activation of process {listener} ({name})"
+    return "made by a process that can't be seen from here"
+
+
+def _answer(answer: str, told: dict[str, Any]) -> Finding:
+    what, data = "pcscd answers", {"answer": answer, "protocol": told.get("protocol")}
+    if answer == "ok" and not told.get("result"):
+        return Finding("pcscd.answer", Status.OK, what, f"yes, protocol {told['protocol']}", data=data)
+    if answer == "ok":
+        detail = f"it speaks protocol {told['protocol']} and refuses 4.4"
+        remedy = "have pcscd and libpcsclite of one version of pcsc-lite (a container and its host often differ)"
+        return Finding("pcscd.answer", Status.PROBLEM, what, detail, remedy, data)
+    if answer == "timeout":
+        detail = "it accepts a connection and then says nothing: it hangs, or is stopped"
+        return Finding("pcscd.answer", Status.PROBLEM, what, detail, _RESTART, data)
+    detail = f"it hangs up at once ({answer}): it refuses this user, or has no room for another client"
+    return Finding("pcscd.answer", Status.PROBLEM, what, detail, _POLKIT, data)
+
+
+def _clients(clients: int) -> Finding:
+    limit = _limit()
+    what, data = "pcscd's clients", {"clients": clients - 1, "limit": limit}
+    detail = f"{clients - 1} beside the doctor; pcscd serves {limit}"
+    if clients < _MANY * limit:
+        return Finding("pcscd.clients", Status.OK, what, detail, data=data)
+    remedy = "find who keeps contexts without releasing them, or start pcscd with --max-thread"
+    return Finding("pcscd.clients", Status.WARNING, what, detail, remedy, data)
+
+
+def _limit() -> int:
+    """That of the one pcscd that is seen running, if it was given one."""
+    lines = [_proc.command(pid) for pid in _proc.all_pids() if _proc.name(pid) == "pcscd"]
+    for line in lines:
+        given = re.search(r"(?:--max-thread[ =]|-t ?)(\d+)", " ".join(line)) if len(lines) == 1 else None
+        if given:
+            return int(given[1])
+    return _LIMIT
+
+
+def _access(look: Answer, refused: bool) -> Finding:
+    """Whether this user gets a context.
+
+    :param refused: pcscd was seen to refuse this user, or this version.
+    """
+    what, key = "PC/SC", "pcsc.access"
+    code = look.of().get("establish")
+    data = {"establish": code}
+    if code == "SCARD_S_SUCCESS":
+        return Finding(key, Status.OK, what, "a context can be established", data=data)
+    if code is None:
+        detail = f"SCardEstablishContext never returned: the process {look.failure}"
+        remedy = _RESTART if look.hung else "see the system's log; reinstall pyscard and the PC/SC library"
+    elif code == "SCARD_W_SECURITY_VIOLATION":
+        detail, remedy = f"SCardEstablishContext answers {code}: pcscd refuses this user", _POLKIT
+    elif refused:  # what PC/SC makes of that depends on how far it got
+        detail, remedy = f"SCardEstablishContext answers {code}: pcscd hangs up", "see above"
+    elif code == "SCARD_E_NO_SERVICE":
+        detail = f"SCardEstablishContext answers {code}: PC/SC is not running for this process"
+        remedy = _NO_SERVICE.get(policy.PLATFORM, "start pcscd")
+    else:
+        detail, remedy = f"SCardEstablishContext answers {code}", _LOG
+    return Finding(key, Status.PROBLEM, what, detail, remedy, data)
+
+
+_NO_SERVICE = {
+    "darwin": "plug a reader in: macOS starts PC/SC with the first; a forked process gets it from a new program only",
+    "win32": "plug a reader in, and see that the service SCardSvr may start",
+}
+
+
+def _readers(look: Answer) -> Iterator[Finding]:
+    told = look.of()
+    if told.get("establish") != "SCARD_S_SUCCESS":
+        return
+    if "list" not in told:
+        detail = f"SCardListReaders never returned: the process {look.failure}"
+        yield Finding("readers", Status.PROBLEM, "readers", detail, _RESTART if look.hung else _LOG)
+        return
+    readers, code = told["readers"], told["list"]
+    data = {"readers": readers, "list": code}
+    if not readers:
+        known = code in ("SCARD_E_NO_READERS_AVAILABLE", "SCARD_S_SUCCESS")
+        detail = "there is none" if known else f"SCardListReaders answers {code}"
+        remedy = "plug one in; if it is, install its driver (Debian, Ubuntu: libccid) and see lsusb"
+        yield Finding("readers", Status.WARNING, "readers", detail, remedy, data)
+        return
+    yield Finding("readers", Status.OK, "readers", f"{len(readers)}", data=data)
+    if "states" not in told:
+        detail = f"their states can't be told: the process {look.failure}"
+        yield Finding("reader", Status.PROBLEM, "cards", detail, _RESTART if look.hung else _LOG)
+        return
+    for name, flags, atr in told["states"]:
+        yield _reader(name, flags, atr)
+
+
+def _reader(name: str, flags: list[str], atr: str) -> Finding:
+    data = {"reader": name, "state": flags, "atr": atr}
+    if "mute" in flags:
+        detail, remedy = "a card that doesn't answer", "see that it is the right way round, and clean its contacts"
+    elif "exclusive" in flags:
+        detail = f"a card, held exclusively by an application; ATR {atr}"
+        remedy = "others get SCARD_E_SHARING_VIOLATION until that one disconnects, or dies with the children that hold "
+        remedy += "its connection: doctor --pid N tells which do"
+    elif "unavailable" in flags:
+        detail, remedy = "the reader can't be used now", "unplug it and plug it in again"
+    else:
+        detail = f"a card{', in use' if 'inuse' in flags else ''}; ATR {atr}" if "present" in flags else "no card"
+        return Finding("reader", Status.OK, name, detail, data=data)
+    return Finding("reader", Status.WARNING, name, detail, remedy, data)

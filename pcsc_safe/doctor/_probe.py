@@ -1,0 +1,185 @@
+"""What a fork does to PC/SC here, tried out on raw pyscard and on pcsc_safe.
+
+Three probes need no card and run on the PC/SC of this machine.  The hazards of the demo run on virtual stacks, where
+those can be had.  The probe of a user's card runs with ``--touch-cards`` only, and on pcsc_safe only: raw, it would
+show the hazard by spoiling other applications' sessions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Optional
+
+from .. import policy
+from ..demo._judge import signal_name
+from ._ask import Answer, ask
+from ._findings import Finding, Status
+
+__all__ = ["hazards", "probes", "skipped", "touches"]
+
+RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
+_OK = "SCARD_S_SUCCESS"
+_REPORT = "report it, with what `python -m pcsc_safe doctor --json` says"
+_SECONDS = 12.0
+
+
+class _Probe(NamedTuple):
+    key: str
+    task: str
+    what: str
+
+
+_PROBES = (
+    _Probe("probe.inherited", "inherited", "context used after fork"),
+    _Probe("probe.fresh", "fresh", "fresh context after fork"),
+    _Probe("probe.c-fork", "c_fork", "context used after C fork"),
+)
+
+
+def skipped(why: str, remedy: str) -> Iterator[Finding]:
+    """The probes, left out."""
+    for probe in _PROBES:
+        yield Finding(probe.key, Status.SKIPPED, probe.what, why, remedy)
+
+
+def probes() -> Iterator[Finding]:
+    """Try what needs no card, on the PC/SC of this machine."""
+    with ThreadPoolExecutor(2) as pool:
+        for probe in _PROBES:
+            raw, safe = (pool.submit(ask, probe.task, _SECONDS, module=module) for module in (RAW, SAFE))
+            yield _probe_finding(probe, _judge(raw.result()), _judge(safe.result()))
+
+
+class _Seen(NamedTuple):
+    """What became of the child, and of its parent.
+
+    :ivar harm: what went wrong, in words; empty if nothing did.
+    :ivar known: whether enough was reported to say so.
+    """
+
+    harm: str
+    known: bool
+
+
+def _judge(answer: Answer) -> _Seen:
+    parent, child = answer.of("parent"), answer.of("child")
+    if answer.failure:
+        return _Seen(f"the process {answer.failure}", bool(parent))
+    code, ended = parent.get("code"), child.get("ended")
+    if code is None or ended is None:
+        return _Seen("", False)
+    if ended < 0:
+        return _Seen(f"the child died of {signal_name(-ended)}", True)
+    if child.get("code") != code:
+        return _Seen(f"the child was answered {child.get('code')}, its parent {code}", True)
+    if child.get("shares"):
+        return _Seen("the child talked over its parent's connection", True)
+    if parent.get("afterwards") != code:
+        return _Seen(f"the parent was answered {parent.get('afterwards')} afterwards, and {code} before", True)
+    return _Seen("", True)
+
+
+def _probe_finding(probe: _Probe, raw: _Seen, safe: _Seen) -> Finding:
+    data = {"raw": raw.harm, "raw_known": raw.known, "safe": safe.harm, "safe_known": safe.known}
+    raw_says = raw.harm or ("no harm seen" if raw.known else "nothing is known")
+    said = f"raw pyscard: {raw_says}"
+    if safe.harm:
+        detail = f"pcsc_safe: {safe.harm}; {said}"
+        return Finding(probe.key, Status.PROBLEM if safe.known else Status.UNKNOWN, probe.what, detail, _REPORT, data)
+    if not safe.known:
+        return Finding(probe.key, Status.UNKNOWN, probe.what, f"pcsc_safe: too little was reported; {said}", data=data)
+    return Finding(probe.key, Status.OK, probe.what, f"pcsc_safe: works; {said}", data=data)
+
+
+def hazards() -> Iterator[Finding]:
+    """Run the demo's hazards, each on virtual stacks of its own."""
+    why_not = _no_stack()
+    if why_not:
+        yield Finding("hazards", Status.SKIPPED, "hazards", why_not[0], why_not[1])
+        return
+    from ..demo._judge import Outcome
+    from ..demo._run import judged
+    from ..demo.hazards import load
+
+    every, shown, let_through = load(), 0, 0
+    stop = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            for hazard in every:
+                runs = [pool.submit(judged, hazard, module, stop) for module in (RAW, SAFE)]
+                (_, raw), (_, safe) = (run.result() for run in runs)
+                shown += raw.outcome is Outcome.HAZARD
+                let_through += safe.outcome is not Outcome.SAFE
+                yield _hazard_finding(hazard, raw, safe)
+        finally:
+            stop.set()
+    data = {"hazards": len(every), "seen_raw": shown, "let_through": let_through}
+    detail = f"{shown} of {len(every)} seen on raw pyscard, {let_through} on pcsc_safe; on virtual cards"
+    if let_through:
+        yield Finding("hazards", Status.PROBLEM, "hazards", detail, _REPORT, data)
+    else:
+        yield Finding("hazards", Status.OK, "hazards", detail, data=data)
+
+
+def _no_stack() -> Optional[tuple[str, str]]:
+    from pcsc_safe.testing import PcscStackError, VirtualPcsc
+
+    try:
+        with VirtualPcsc(activate=False):
+            return None
+    except PcscStackError as error:
+        return f"they want a virtual PC/SC stack: {error.problem}", error.remedy
+
+
+def _hazard_finding(hazard: Any, raw: Any, safe: Any) -> Finding:
+    data = {
+        "number": hazard.NUMBER,
+        "raw": {"outcome": raw.outcome.value, "says": raw.says},
+        "safe": {"outcome": safe.outcome.value, "says": safe.says},
+    }
+    what = f"hazard {hazard.NUMBER}"
+    raw_says = raw.says if raw.outcome.value == "hazard" else f"{_NOT.get(raw.outcome.value)}: {raw.says}"
+    if safe.outcome.value == "safe":
+        detail = f"{hazard.NAME}. pcsc_safe is safe. Raw pyscard: {raw_says}"
+        return Finding("hazard", Status.OK, what, detail, data=data)
+    status = Status.PROBLEM if safe.outcome.value == "hazard" else Status.UNKNOWN
+    return Finding("hazard", status, what, f"{hazard.NAME}. pcsc_safe: {safe.says}", _REPORT, data)
+
+
+_NOT = {"safe": "not seen", "unknown": "not known"}
+
+
+def touches(readers: list[str]) -> Iterator[Finding]:
+    """Connect to the user's cards, as --touch-cards allows: shared, no APDU, left as they are."""
+    for reader in readers:
+        yield _touched(reader, ask("touch", _SECONDS, reader, module=SAFE))
+
+
+def _touched(reader: str, answer: Answer) -> Finding:
+    parent, child = answer.of("parent"), answer.of("child")
+    what, data = reader, {"reader": reader, "parent": parent, "child": child}
+    if answer.failure:
+        remedy = "see the log of pcscd, and try the card in another reader"
+        return Finding("probe.card", Status.PROBLEM, what, f"the process {answer.failure}", remedy, data)
+    if parent.get("connect") != _OK:
+        detail = f"a shared connection is refused: {parent.get('connect')}"
+        remedy = "another application may hold the card: have it disconnect"
+        return Finding("probe.card", Status.WARNING, what, detail, remedy, data)
+    connected = f"connected by {parent['protocol']}"
+    told = "SCARD_W_RESET_CARD"
+    if parent.get("afterwards") != _OK or child.get("ended") != 0 or child.get("inherited") != told:
+        detail = f"{connected}; after a fork the child got {child}, and the parent {parent.get('afterwards')}"
+        return Finding("probe.card", Status.PROBLEM, what, detail, _REPORT, data)
+    if child.get("own") != _OK:
+        detail = f"{connected}; a forked child can't connect to it beside its parent: {child.get('reconnect')}"
+        remedy = "if the child has to use this card, share the session: see the README"
+        return Finding("probe.card", Status.WARNING, what, detail, remedy, data)
+    detail = f"{connected}; a forked child connected again, and its parent's connection went on"
+    return Finding("probe.card", Status.OK, what, detail, data=data)
+
+
+def is_possible() -> bool:
+    """Whether there is anything to try: there are no forks on Windows."""
+    return policy.PLATFORM != "win32"

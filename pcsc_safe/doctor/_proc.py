@@ -1,0 +1,190 @@
+"""What /proc tells of processes: names, parents, descriptors, libraries, and the marks that pcsc_safe leaves.
+
+A process may end between any two looks, and may be another user's: both are told apart from "nothing there".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+__all__ = ["Process", "all_pids", "command", "descendants", "environment", "look", "name", "sockets", "started"]
+
+_BROKER = "pcsc_safe.broker"
+
+
+class Process(NamedTuple):
+    """A process, as /proc shows it.
+
+    :ivar started: when, in clock ticks since the machine was.
+    :ivar sockets: its sockets' inodes by descriptor; None if this user may not see them.
+    :ivar libpcsclite: whether the PC/SC library is mapped into it; None if this user may not see that.
+    :ivar pcsc_safe: what shows that pcsc_safe is in it; empty if nothing does.
+    :ivar network: which network namespace it lives in; 0 if that isn't told.
+    """
+
+    pid: int
+    parent: int
+    name: str
+    state: str
+    started: int
+    sockets: Optional[dict[int, int]]
+    libpcsclite: Optional[bool]
+    pcsc_safe: str
+    network: int
+
+    @property
+    def is_broker(self) -> bool:
+        """Whether it is a broker of pcsc_safe's."""
+        return self.pcsc_safe == "broker"
+
+
+class _Stat(NamedTuple):
+    name: str
+    state: str
+    parent: int
+    started: int
+
+
+def all_pids() -> Iterator[int]:
+    """Every process that there is, as far as this user sees."""
+    with contextlib.suppress(OSError):
+        yield from [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+
+
+def _stat(pid: int) -> Optional[_Stat]:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            before, _, after = file.read().rpartition(")")
+    except OSError:
+        return None
+    fields = after.split()
+    return _Stat(before.partition("(")[2], fields[0], int(fields[1]), int(fields[19]))
+
+
+def name(pid: int) -> str:
+    """The name of a process; empty if it is gone.  Not its arguments: they may hold a PIN."""
+    found = _stat(pid)
+    return found.name if found else ""
+
+
+def started(pid: int) -> int:
+    """When a process was started, in clock ticks since the machine was; 0 if it is gone."""
+    found = _stat(pid)
+    return found.started if found else 0
+
+
+def command(pid: int) -> list[str]:
+    """The arguments of a process, to look for known ones; never to be shown."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        return [os.fsdecode(each) for each in file.read().split(b"\0") if each]
+    return []
+
+
+def environment(pid: int) -> dict[str, str]:
+    """The environment that a process was started with; empty if this user may not see it."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+        pairs = [os.fsdecode(each).partition("=") for each in file.read().split(b"\0") if each]
+        return {name: value for name, _, value in pairs}
+    return {}
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that descend from it, parents first; without this one, should it do so."""
+    children: dict[int, list[int]] = {}
+    for each in all_pids():
+        found = _stat(each)
+        if found and each != os.getpid():
+            children.setdefault(found.parent, []).append(each)
+    family = [pid]
+    for each in family:
+        family += sorted(children.get(each, []))
+    return family
+
+
+def sockets(pid: int) -> Optional[dict[int, int]]:
+    """The inodes of a process's sockets by descriptor; None if this user may not see them.
+
+    :raises ProcessLookupError: it is gone.
+    """
+    found = {}
+    try:
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                link = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(f"/proc/{pid}/fd/{number}"))
+                if link:
+                    found[int(number)] = int(link[1])
+    except PermissionError:
+        return None
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessLookupError(pid) from None
+    return found
+
+
+def look(pid: int) -> Process:
+    """Everything about a process.
+
+    :raises ProcessLookupError: it is gone.
+    """
+    found = _stat(pid)
+    if found is None:
+        raise ProcessLookupError(pid)
+    library = _maps_libpcsclite(pid)
+    numbers = sockets(pid) if found.state not in "ZX" else {}
+    try:
+        network = os.stat(f"/proc/{pid}/ns/net").st_ino
+    except OSError:
+        network = 0
+    return Process(pid, found.parent, found.name, found.state, found.started, numbers, library, _mark(pid), network)
+
+
+def _maps_libpcsclite(pid: int) -> Optional[bool]:
+    try:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            return any("/libpcsclite" in line for line in maps)
+    except OSError:
+        return None
+
+
+def _mark(pid: int) -> str:
+    """What shows that pcsc_safe is in a process: ``broker``, ``page``, ``environment``, or nothing.
+
+    The latter two are no proof: other libraries have such a page, and the environment only says that a Python which
+    imports pyscard is to have pcsc_safe.
+    """
+    if _is_brokers(command(pid)[1:]):
+        return "broker"
+    if _has_page(pid):
+        return "page"
+    given = environment(pid)
+    is_run = "pcsc_safe" in given.get("PYTHONPATH", "") and "_retrofitted" in given.get("PYTHONPATH", "")
+    return "environment" if is_run else ""
+
+
+def _is_brokers(arguments: list[str]) -> bool:
+    """Whether a program with these arguments is a broker; see `pcsc_safe.broker._start`."""
+    if arguments[:1] == ["-c"]:
+        return any(f"run_module({_BROKER!r}" in text for text in arguments[1:2])
+    return arguments in (["-m", _BROKER], ["--pcsc-safe-broker"])
+
+
+def _has_page(pid: int) -> bool:
+    """Whether a Python has a page that the kernel wipes in a forked child; see :mod:`pcsc_safe._process`."""
+    is_python = is_candidate = has_page = False
+    try:
+        with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="surrogateescape") as maps:
+            for line in maps:
+                area = re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+)\s*(.*)", line)
+                if area:
+                    start, end, access, inode, path = area.groups()
+                    size = int(end, 16) - int(start, 16)
+                    is_candidate = (access, inode, path, size) == ("rw-p", "0", "", os.sysconf("SC_PAGE_SIZE"))
+                    is_python = is_python or "python" in os.path.basename(path).lower()
+                elif is_candidate and line.startswith("VmFlags:"):
+                    has_page = has_page or "wf" in line.split()
+    except OSError:
+        return False
+    return is_python and has_page

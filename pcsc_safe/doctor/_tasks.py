@@ -1,0 +1,268 @@
+"""What runs in the sacrificial processes: ``python -m pcsc_safe.doctor._tasks TASK MODULE SECONDS ARGUMENT...``.
+
+A task reports step by step, so that what it found before it hung or crashed is known.  It stands on the demo's
+:class:`~pcsc_safe.demo._stage.Stage`: reports, forks that always end, and an alarm should the doctor be gone.
+
+Invariant: no task but :func:`touch` calls SCardConnect.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import faulthandler
+import importlib
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+from typing import Any, Callable, Optional
+
+from ..demo._stage import Stage
+from . import _proc, _sockets
+
+__all__ = ["TASKS", "main"]
+
+_VERSION = struct.Struct("=IIiiI")  # pcscd's header (length, command), major, minor, result
+_CMD_VERSION, _BODY, _MAJOR, _MINOR = 0x11, 12, 4, 4
+
+
+def service(stage: Stage, path: str, seconds: str) -> None:
+    """Connect to pcscd as libpcsclite does, and ask for the version of its protocol."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(float(seconds))
+        try:
+            connection.connect(path)
+        except OSError as error:
+            stage.report("task", connect=_name(error))
+            return
+        stage.report("task", connect="ok", listener=_listener(connection))
+        stage.report("task", **_handshake(connection), clients=_sockets.accepted(os.path.realpath(path)))
+
+
+def _listener(connection: socket.socket) -> Optional[int]:
+    """The process that made the socket: pcscd, or who starts pcscd when a client comes."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return None
+    pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    return pid
+
+
+def _handshake(connection: socket.socket) -> dict[str, Any]:
+    try:
+        connection.sendall(_VERSION.pack(_BODY, _CMD_VERSION, _MAJOR, _MINOR, 0))
+        answer = b""
+        while len(answer) < _BODY:
+            more = connection.recv(_BODY - len(answer))
+            if not more:
+                return {"answer": "hung up"}
+            answer += more
+    except OSError as error:
+        return {"answer": _name(error)}
+    major, minor, result = struct.unpack("=iiI", answer)
+    return {"answer": "ok", "protocol": f"{major}.{minor}", "result": result}
+
+
+def _name(error: OSError) -> str:
+    return "timeout" if isinstance(error, socket.timeout) else errno.errorcode.get(error.errno or 0, str(error))
+
+
+def look(stage: Stage) -> None:
+    """What PC/SC lists: readers, and the states of the cards, without waiting and without a connection to a card."""
+    scard = _imported(stage)
+    if scard is None:
+        return
+    stage.report("task", library=_mapped())
+    hresult, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
+    stage.report("task", establish=stage.name(hresult))
+    if hresult:
+        return
+    hresult, readers = scard.SCardListReaders(context, [])
+    stage.report("task", list=stage.name(hresult), readers=list(readers) if not hresult else [])
+    if not hresult and readers:
+        wanted = [(reader, scard.SCARD_STATE_UNAWARE) for reader in readers]
+        hresult, states = scard.SCardGetStatusChange(context, 0, wanted)
+        told = [] if hresult else [[name, _flags(scard, state), bytes(atr).hex()] for name, state, atr in states]
+        stage.report("task", status=stage.name(hresult), states=told)
+    stage.report("task", release=stage.name(scard.SCardReleaseContext(context)))
+
+
+def _imported(stage: Stage) -> Any:
+    try:
+        stage.scard = importlib.import_module("smartcard.scard")
+    except Exception as error:
+        stage.report("task", imported=f"{type(error).__name__}: {error}")
+        return None
+    stage.report("task", imported="ok")
+    return stage.scard
+
+
+def _mapped() -> list[str]:
+    """The files of the PC/SC library that are mapped into this process."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            paths = {line.rstrip("\n").split(maxsplit=5)[-1] for line in maps}
+    except OSError:
+        return []
+    return sorted(path for path in paths if os.path.basename(path).startswith("libpcsclite"))
+
+
+_STATES = ("EMPTY", "PRESENT", "EXCLUSIVE", "INUSE", "MUTE", "UNPOWERED", "UNAVAILABLE")
+
+
+def _flags(scard: Any, state: int) -> list[str]:
+    return [name.lower() for name in _STATES if state & int(getattr(scard, f"SCARD_STATE_{name}", 0))]
+
+
+def load(stage: Stage) -> None:
+    """Import what an application does."""
+    try:
+        importlib.import_module("pcsc_safe.scard")
+    except Exception as error:
+        stage.report("task", imported=f"{type(error).__name__}: {error}")
+    else:
+        stage.report("task", imported="ok")
+
+
+def detection(stage: Stage) -> None:
+    """Fork by Python and by C, and see what notices it."""
+    from .. import _process
+
+    def child(name: str) -> Callable[[], None]:
+        return lambda: stage.report(name, noticed_by=_process.current().noticed_by)
+
+    stage.report("task", hooks=_process.FORKS, page=_process._page is not None)
+    stage.wait(stage.fork(child("os.fork")))
+    stage.wait(stage.fork(child("C fork"), ctypes.PyDLL(None).fork))
+
+
+def broker(stage: Stage, establish: str = "") -> None:
+    """Start a broker.
+
+    :param establish: if not empty, have it establish a context.
+    """
+    import pcsc_safe
+
+    from ..broker import _mine
+
+    pcsc_safe.configure(broker="always")
+    started = time.monotonic()
+    try:
+        _mine.describe()
+        stage.report("task", seconds=round(time.monotonic() - started, 3))
+        if not establish:
+            return
+        stage.scard = importlib.import_module("pcsc_safe.scard")
+        hresult, context = stage.scard.SCardEstablishContext(stage.scard.SCARD_SCOPE_SYSTEM)
+        stage.report("task", establish=stage.name(hresult))
+        if not hresult:
+            stage.scard.SCardReleaseContext(context)
+    except pcsc_safe.BrokerError as error:
+        stage.report("task", problem=error.problem, remedy=error.remedy)
+
+
+def inherited(stage: Stage) -> None:
+    """A context established before a fork, used in the child."""
+    _forked(stage)
+
+
+def c_fork(stage: Stage) -> None:
+    """The same after a fork that ran none of Python's hooks."""
+    _forked(stage, ctypes.PyDLL(None).fork)
+
+
+def _forked(stage: Stage, fork: Optional[Callable[[], int]] = None) -> None:
+    before = _connections()
+    hresult, context = stage.scard.SCardEstablishContext(stage.scard.SCARD_SCOPE_SYSTEM)
+    connection = _connections() - before
+    stage.report("parent", code=_listed(stage, context) if not hresult else stage.name(hresult), of=len(connection))
+
+    def child() -> None:
+        code = _listed(stage, context)
+        stage.report("child", code=code, shares=bool(connection & _connections()) if connection else None)
+
+    stage.report("child", ended=stage.wait(stage.fork(child, fork)))
+    stage.report("parent", afterwards=_listed(stage, context))
+
+
+def fresh(stage: Stage) -> None:
+    """A context that a forked child establishes itself."""
+    hresult, context = stage.scard.SCardEstablishContext(stage.scard.SCARD_SCOPE_SYSTEM)
+    stage.report("parent", code=_listed(stage, context) if not hresult else stage.name(hresult))
+
+    def child() -> None:
+        hresult, own = stage.scard.SCardEstablishContext(stage.scard.SCARD_SCOPE_SYSTEM)
+        stage.report("child", code=_listed(stage, own) if not hresult else stage.name(hresult))
+
+    stage.report("child", ended=stage.wait(stage.fork(child)))
+    stage.report("parent", afterwards=_listed(stage, context))
+
+
+def _listed(stage: Stage, context: Any) -> str:
+    return stage.name(stage.scard.SCardListReaders(context, [])[0])
+
+
+def _connections() -> set[int]:
+    """The connected Unix sockets of this process, by inode; none where there is no /proc."""
+    try:
+        own = set((_proc.sockets(os.getpid()) or {}).values())
+    except ProcessLookupError:
+        return set()
+    return {inode for inode, each in _sockets.table()[0].items() if each.connected} & own
+
+
+def touch(stage: Stage, reader: str) -> None:
+    """Connect to a card of the user's, and see what a fork does to the connection; no APDU is sent."""
+    scard = stage.scard
+    hresult, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
+    if hresult:
+        stage.report("parent", connect=stage.name(hresult))
+        return
+    hresult, card, protocol = scard.SCardConnect(context, reader, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_ANY)
+    stage.report("parent", connect=stage.name(hresult), protocol=_protocol(scard, protocol))
+    if hresult:
+        return
+
+    def child() -> None:
+        stage.report("child", inherited=stage.name(scard.SCardStatus(card)[0]))
+        code, _ = scard.SCardReconnect(card, scard.SCARD_SHARE_SHARED, protocol, scard.SCARD_LEAVE_CARD)
+        stage.report("child", reconnect=stage.name(code), own=stage.name(scard.SCardStatus(card)[0]))
+        scard.SCardDisconnect(card, scard.SCARD_LEAVE_CARD)
+
+    try:
+        stage.report("child", ended=stage.wait(stage.fork(child)))
+        stage.report("parent", afterwards=stage.name(scard.SCardStatus(card)[0]))
+    finally:
+        stage.report("parent", disconnect=stage.name(scard.SCardDisconnect(card, scard.SCARD_LEAVE_CARD)))
+
+
+def _protocol(scard: Any, protocol: int) -> str:
+    names = {scard.SCARD_PROTOCOL_T0: "T=0", scard.SCARD_PROTOCOL_T1: "T=1", scard.SCARD_PROTOCOL_RAW: "raw"}
+    return names.get(protocol, str(protocol))
+
+
+TASKS: dict[str, Callable[..., None]] = {
+    task.__name__: task for task in (service, look, load, detection, broker, inherited, c_fork, fresh, touch)
+}
+
+
+def main(task: str, module: str, seconds: str, *arguments: str) -> int:
+    """Run one task."""
+    faulthandler.enable()
+    if hasattr(signal, "SIGALRM"):
+        faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
+    TASKS[task](Stage(importlib.import_module(module) if module else None, float(seconds)), *arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    # Not sys.exit: the interpreter's own clean-up may wait for a thread that hangs in a PC/SC call.
+    _status = 1
+    try:
+        _status = main(*sys.argv[1:])
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+    sys.stderr.flush()
+    os._exit(_status)

@@ -1,0 +1,658 @@
+"""The doctor: what it finds on machines of every kind, what it never does, and how it says it.
+
+Each state of pcscd is a real one on a virtual stack, but for those that a real pcscd can't be brought into here: there
+something else listens on a socket.  Nothing depends on a pcscd of this machine's: PCSCLITE_CSOCK_NAME names another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import macos
+import pytest
+from conftest import Session
+
+from pcsc_safe import _version, policy
+from pcsc_safe import scard as safe
+from pcsc_safe.__main__ import main
+from pcsc_safe._sacrifice import Sacrificed
+from pcsc_safe.doctor import _command, _fork, _machine, _pcscd, _probe, _tasks, _view
+from pcsc_safe.doctor._ask import Answer
+from pcsc_safe.doctor._findings import KEYS, Finding, Status
+from pcsc_safe.testing import CardEvent, EchoCard, VirtualPcsc, _activation, _install
+from pcsc_safe.testing._daemon import Daemon, short_temporary_path
+
+OK, WARNING, PROBLEM, UNKNOWN, SKIPPED = Status
+ON_LINUX = sys.platform.startswith("linux")
+on_linux = pytest.mark.skipif(not ON_LINUX, reason="elsewhere PC/SC has no pcscd")
+ALWAYS = [
+    *("pcsc_safe", "python", "platform", "pyscard", "wrapt", "settings", "pcscd.program", "pcscd.socket"),
+    *("pcscd.answer", "pcscd.clients", "libpcsclite", "pcsc.access", "readers", "reader", "reader"),
+    *("fork.hooks", "fork.page", "fork.detection", "policy.auto", "broker"),
+]
+
+
+class Told:
+    """What the doctor told."""
+
+    def __init__(self, status: int, whole: Any) -> None:
+        self.status = status
+        self.whole = whole
+        self.findings = whole["findings"]
+        self.of = {each["key"]: each for each in self.findings}  # the last of several
+
+    def statuses(self, *keys: str) -> list[str]:
+        return [self.of[key]["status"] for key in keys]
+
+
+def run(*arguments: str, env: Optional[dict[str, str]] = None, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pcsc_safe", "doctor", *arguments]
+    return subprocess.run(
+        command, env={**(env or os.environ), **more}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def doctor(*arguments: str, env: Optional[dict[str, str]] = None, **more: str) -> Told:
+    done = run("--json", "--no-probe", *arguments, env=env, **more)
+    assert done.stderr == ""
+    return Told(done.returncode, json.loads(done.stdout))
+
+
+def about_pcsc(path: str, seconds: float = 10.0) -> Told:
+    """What the doctor tells of PC/SC alone, without what it takes to examine the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(_activation.VARIABLE, path)
+        found = [finding for findings, _ in _pcscd.service(seconds) for finding in findings]
+    return Told(_command._status(found), {"findings": [each.as_json() for each in found]})
+
+
+def at(path: str) -> dict[str, str]:
+    """The environment in which pcscd's socket is there."""
+    return {**os.environ, _activation.VARIABLE: path}
+
+
+@pytest.fixture
+def path() -> Iterator[str]:
+    """Where a socket may be made."""
+    directory = short_temporary_path()
+    os.mkdir(directory)
+    yield os.path.join(directory, "pcscd.comm")
+    shutil.rmtree(directory)
+
+
+# What is promised.
+
+
+def test_keys() -> None:
+    """The keys of findings are a promise to programs: a new one may come, none may go."""
+    promised = (
+        *("pcsc_safe", "python", "platform", "pyscard", "wrapt", "libpcsclite", "settings"),
+        *("pcscd.program", "pcscd.socket", "pcscd.answer", "pcscd.clients", "pcsc.access", "readers", "reader"),
+        *("fork.hooks", "fork.page", "fork.detection", "policy.auto", "broker"),
+        *("probe.inherited", "probe.fresh", "probe.c-fork", "probe.card", "hazards", "hazard"),
+        *("family", "process"),
+    )
+    assert promised == KEYS
+
+
+@on_linux
+def test_a_well_machine_and_an_untouched_card() -> None:
+    """All is well: status 0, the promised JSON; and the card has noticed nothing."""
+    with VirtualPcsc(2, [EchoCard()], activate=False) as stack:
+        card = stack.readers[0].card
+        assert card is not None
+        card.wait_for(CardEvent.POWER_OFF)  # as pcscd does with a card that nobody uses
+        before = card.record
+        told = doctor(env=stack.env)
+        assert card.record == before
+    assert told.status == 0
+    assert list(told.whole) == ["version", "findings"]
+    assert [each["key"] for each in told.findings] == ALWAYS
+    assert {tuple(each) for each in told.findings} == {("key", "status", "what", "detail", "remedy", "data")}
+    assert {each["status"] for each in told.findings} == {"ok"}
+    states = [each["data"] for each in told.findings if each["key"] == "reader"]
+    assert [("present" in each["state"], each["atr"]) for each in states] == [(True, card.atr.hex()), (False, "")]
+    assert told.of["pcscd.clients"]["data"] == {"clients": 0, "limit": 200}
+    assert told.of["broker"]["data"]["seconds"] > 0
+    assert any("libpcsclite" in file for file in told.of["libpcsclite"]["data"]["files"])
+    assert told.of["fork.detection"]["data"]["layers"] == ["hook", "page"]
+    assert told.of["policy.auto"]["data"]["chooses"] == "reestablish"
+
+
+@on_linux
+def test_a_session_of_another_process_goes_on(session: Session) -> None:
+    """Whoever uses a card meanwhile keeps it, PIN and all, even with ``--touch-cards``."""
+    told = doctor("--touch-cards")
+    session.assert_untouched()
+    assert (told.status, told.of["probe.card"]["status"]) == (0, "ok")
+
+
+@on_linux
+def test_touched_cards_are_left_as_they_are() -> None:
+    """``--touch-cards`` connects and forks, but resets nothing and sends no APDU."""
+    with VirtualPcsc(2, [EchoCard()], activate=False) as stack:
+        card = stack.readers[0].card
+        assert card is not None
+        told = doctor("--touch-cards", env=stack.env)
+        assert (card.count(CardEvent.RESET), card.apdus) == (0, 0)
+    (touched,) = [each for each in told.findings if each["key"] == "probe.card"]
+    assert touched["data"]["parent"]["protocol"] == "T=1"
+    assert touched["data"]["parent"]["disconnect"] == touched["data"]["child"]["own"] == "SCARD_S_SUCCESS"
+
+
+@on_linux
+def test_a_card_held_exclusively(shared_stack: VirtualPcsc) -> None:
+    """A card that another application holds is said to be held; it is no problem of this machine's."""
+    session = Session(safe.SCARD_SHARE_EXCLUSIVE)
+    try:
+        told = doctor("--touch-cards")
+        session.assert_untouched()
+    finally:
+        session.close()
+    held, other = (each for each in told.findings if each["key"] == "reader")
+    assert (held["status"], "exclusive" in held["data"]["state"], other["status"]) == ("warning", True, "ok")
+    refused, touched = (each for each in told.findings if each["key"] == "probe.card")
+    assert (refused["status"], touched["status"]) == ("warning", "ok")
+    assert "SCARD_E_SHARING_VIOLATION" in refused["detail"]
+    assert told.status == 0
+
+
+# pcscd in other states.
+
+
+@on_linux
+def test_no_socket(path: str) -> None:
+    """Without pcscd: a problem with its remedy, status 1; the library and what forks are is told all the same."""
+    told = doctor(env=at(path))
+    assert told.status == 1
+    assert (told.of["pcscd.socket"]["data"]["connect"], told.of["pcscd.socket"]["status"]) == ("ENOENT", "problem")
+    assert "PCSCLITE_CSOCK_NAME" in told.of["pcscd.socket"]["remedy"]
+    assert told.statuses("libpcsclite", "fork.page", "policy.auto", "broker") == ["ok"] * 4
+    assert not {"pcscd.answer", "pcsc.access", "readers"} & set(told.of)
+
+
+@on_linux
+def test_a_socket_that_was_left_behind(path: str) -> None:
+    """A pcscd that died leaves a socket on which nobody listens."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+    told = about_pcsc(path)
+    assert (told.status, told.of["pcscd.socket"]["data"]["connect"]) == (1, "ECONNREFUSED")
+    assert "nobody listens" in told.of["pcscd.socket"]["detail"]
+
+
+@on_linux
+def test_a_stopped_pcscd() -> None:
+    """A pcscd that hangs is a finding in a time that one can wait, and nothing else waits for it."""
+    with VirtualPcsc(activate=False) as stack:
+        os.kill(stack.pid, signal.SIGSTOP)
+        try:
+            told = about_pcsc(stack.env[_activation.VARIABLE], 0.3)
+        finally:
+            os.kill(stack.pid, signal.SIGCONT)
+    assert (told.status, told.of["pcscd.answer"]["data"]["answer"]) == (1, "timeout")
+    assert "restart" in told.of["pcscd.answer"]["remedy"]
+    assert "pcsc.access" not in told.of
+
+
+@on_linux
+def test_a_pcscd_that_accepts_nobody(path: str) -> None:
+    """A queue of clients that nobody serves any more is a pcscd that hangs, too."""
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        first.connect(path)
+        told = about_pcsc(path)
+    assert (told.status, told.of["pcscd.socket"]["data"]["connect"]) == (1, "EAGAIN")
+    assert "hangs" in told.of["pcscd.socket"]["detail"]
+
+
+@contextlib.contextmanager
+def server(path: str, serve: Callable[[socket.socket], None]) -> Iterator[None]:
+    """Something in pcscd's place."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(8)
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    with client:
+                        serve(client)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@on_linux
+def test_a_user_who_is_refused(path: str) -> None:
+    """Who is refused by polkit is hung up on with the request unread, and PC/SC makes a code of it; the remedy says so.
+
+    A real refusal takes a pcscd that is built with polkit, and a bus.
+    """
+
+    def hangs_up(client: socket.socket) -> None:
+        while len(client.recv(100, socket.MSG_PEEK)) < _tasks._VERSION.size:
+            time.sleep(0.001)  # as polkit takes its time, so that the whole request is there
+
+    with server(path, hangs_up):
+        told = about_pcsc(path)
+    assert told.status == 1
+    assert told.of["pcscd.answer"]["data"]["answer"] in ("ECONNRESET", "hung up")
+    assert told.of["pcsc.access"]["data"]["establish"] == "SCARD_W_SECURITY_VIOLATION"
+    assert "polkit" in told.of["pcsc.access"]["remedy"]
+
+
+@on_linux
+def test_another_protocol(path: str) -> None:
+    """A pcscd of another version says so: containers meet that."""
+
+    def refuses(client: socket.socket) -> None:
+        client.recv(100)
+        client.sendall(struct.pack("=iiI", 5, 0, 0x8010001D))
+
+    with server(path, refuses):
+        told = about_pcsc(path)
+    assert (told.status, told.of["pcscd.answer"]["data"]["protocol"]) == (1, "5.0")
+    assert "one version" in told.of["pcscd.answer"]["remedy"]
+
+
+@on_linux
+def test_no_readers() -> None:
+    """A machine without a reader is well but for that."""
+    found = _install.look()
+    if isinstance(found, _install.Missing):
+        pytest.skip(found.problem)
+    daemon = Daemon(found, _activation.switch().path, 20)
+    try:
+        daemon.configure([])
+        daemon.start()
+        told = about_pcsc(daemon.path)
+    finally:
+        daemon.close()
+    assert (told.status, told.of["readers"]["status"]) == (0, "warning")
+    assert told.of["readers"]["data"] == {"readers": [], "list": "SCARD_E_NO_READERS_AVAILABLE"}
+
+
+@pytest.mark.parametrize(
+    ("reported", "keys", "words"),
+    [
+        ({}, [], ""),
+        (
+            {"list": "SCARD_S_SUCCESS", "readers": ["r"], "states": [["r", ["empty"], ""]]},
+            ["readers", "reader"],
+            "no card",
+        ),
+        ({"list": "SCARD_S_SUCCESS", "readers": ["r"]}, ["readers", "reader"], "did not end in 9 s"),
+        ({"list": "SCARD_E_X", "readers": []}, ["readers"], "answers SCARD_E_X"),
+    ],
+)
+def test_readers_as_far_as_they_were_told(reported: Any, keys: list[str], words: str) -> None:
+    """A process that hung on the way tells how far it came, and what it hung in is a problem."""
+    task = {"establish": "SCARD_S_SUCCESS" if reported else "SCARD_E_NO_SERVICE", **reported}
+    ended = {"exit_status": 0} if "states" in reported else {"timed_out": 9.0}
+    found = list(_pcscd._readers(Answer(Sacrificed({"task": task}, **ended))))
+    assert [each.key for each in found] == keys
+    assert not found or words in found[-1].detail
+    never = list(_pcscd._readers(Answer(Sacrificed({"task": {"establish": "SCARD_S_SUCCESS"}}, timed_out=9.0))))
+    assert [(each.key, each.status) for each in never] == [("readers", PROBLEM)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (["empty"], OK, "no card"),
+        (["present", "inuse"], OK, "in use"),
+        (["present", "mute"], WARNING, "doesn't answer"),
+        (["present", "exclusive", "inuse"], WARNING, "exclusively"),
+        (["unavailable"], WARNING, "can't be used"),
+    ],
+)
+def test_states_of_a_reader(flags: list[str], status: Status, words: str) -> None:
+    """What PC/SC says of a reader, in words; with a remedy for what isn't well."""
+    finding = _pcscd._reader("a reader", flags, "3b00")
+    assert finding.status is status
+    assert words in finding.detail
+    assert bool(finding.remedy) == (status is not OK)
+
+
+@pytest.mark.parametrize(
+    ("why", "container", "program", "words", "remedy"),
+    [
+        ("ENOENT", False, "/usr/sbin/pcscd", "not running", "pcscd"),
+        ("ENOENT", False, None, "not running", "install pcscd"),
+        ("ENOENT", True, None, "in this container", "docker run -v"),
+        ("EACCES", False, "/usr/sbin/pcscd", "may not connect", "permissions"),
+        ("EAGAIN", False, "/usr/sbin/pcscd", "hangs", "restart"),
+        ("ENOTSOCK", False, "/usr/sbin/pcscd", "ENOTSOCK", "pcscd"),
+    ],
+)
+def test_why_pcscd_is_not_reached(
+    monkeypatch: pytest.MonkeyPatch, why: str, container: bool, program: Any, words: str, remedy: str
+) -> None:
+    """Each reason has a sentence and a remedy of its own."""
+    monkeypatch.setattr(_pcscd, "in_container", lambda: container)
+    said = _pcscd._not_connected("/run/pcscd/pcscd.comm", why, _pcscd._Program(program, "2.0.0", "/run/pcscd"), False)
+    assert words in said[0]
+    assert remedy in said[1]
+
+
+def test_who_made_the_socket() -> None:
+    """Whether systemd, another process or pcscd itself listens is told by the process that does."""
+    assert "can't be seen" in _pcscd._origin(None)
+    assert f"process {os.getpid()}" in _pcscd._origin(os.getpid()) or not ON_LINUX
+
+
+def test_many_clients() -> None:
+    """Near pcscd's limit there is a warning: beyond it, clients are refused for no reason that they could see."""
+    assert [_pcscd._clients(count).status for count in (2, 195)] == [OK, WARNING]
+
+
+# The installation.
+
+
+def test_settings() -> None:
+    """Each setting is told with where it comes from; what can't be is a problem with what can, all of it at once."""
+    assert _machine.settings({}).status is OK
+    told = _machine.settings({"PCSC_SAFE_POLICY": "raise", "PCSC_SAFE_CARDS": ""})
+    assert (told.status, told.data["policy"]) == (OK, {"value": "raise", "from": "PCSC_SAFE_POLICY"})
+    assert told.data["cards"] == {"value": "reset", "from": "default"}
+    told = _machine.settings({"PCSC_SAFE_POLICY": "no", "PCSC_SAFE_QUIESCE_TIMEOUT": "-1"})
+    assert told.status is PROBLEM
+    assert "PCSC_SAFE_POLICY cannot be 'no'; PCSC_SAFE_QUIESCE_TIMEOUT cannot be '-1'" in told.detail
+    assert "'reestablish'" in told.remedy
+    assert _machine.settings({"PCSC_SAFE_POLICY": "share"}).status is PROBLEM
+    told = _machine.settings({"PCSC_SAFE_POLCY": "raise"})
+    assert (told.status, "PCSC_SAFE_POLICY" in told.remedy) == (WARNING, True)
+
+
+@on_linux
+def test_settings_that_make_no_sense(path: str) -> None:
+    """They are a finding, not a traceback, and everything else is found all the same."""
+    told = doctor(env=at(path), PCSC_SAFE_POLICY="nonsense", PCSC_SAFE_BROKER_PYTHON="/no/such/python")
+    assert told.statuses("settings", "broker", "fork.hooks", "policy.auto") == ["problem", "problem", "ok", "ok"]
+    assert "PCSC_SAFE_BROKER_PYTHON" in told.of["broker"]["remedy"]
+
+
+@pytest.mark.parametrize(("version", "status"), [("2.0.5", OK), ("1.9", PROBLEM), ("not installed", PROBLEM)])
+def test_packages(monkeypatch: pytest.MonkeyPatch, version: str, status: Status) -> None:
+    """A package that is missing or too old is a problem, and the remedy is a command for this very Python."""
+    monkeypatch.setattr(_machine, "versions", lambda: {**_version.versions(), "pyscard": version})
+    (found,) = [each for each in _machine.installation() if each.key == "pyscard"]
+    assert found.status is status
+    assert found.remedy.startswith(sys.executable if status is PROBLEM else "")
+
+
+@on_linux
+@pytest.mark.parametrize(
+    ("pyscard", "key", "words"),
+    [
+        ("raise ImportError('no library')", "libpcsclite", "ImportError: no library"),
+        ("SCARD_SCOPE_SYSTEM = 2\ndef SCardEstablishContext(scope): os.kill(0, 11)", "pcsc.access", "SIGSEGV"),
+    ],
+)
+def test_a_broken_pyscard(tmp_path: Path, shared_stack: VirtualPcsc, pyscard: str, key: str, words: str) -> None:
+    """A pyscard that can't be imported, or dies, is found out from outside."""
+    (tmp_path / "smartcard").mkdir()
+    (tmp_path / "smartcard" / "__init__.py").touch()
+    (tmp_path / "smartcard" / "scard.py").write_text(f"import os\n{pyscard}")
+    told = doctor(env=shared_stack.env, PYTHONPATH=str(tmp_path))
+    assert (told.status, told.of[key]["status"]) == (1, "problem")
+    assert words in told.of[key]["detail"]
+    assert told.of["pcsc_safe"]["status"] == "problem"
+
+
+# Forks.
+
+
+@on_linux
+def test_macos(tmp_path: Path, shared_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the simulated macOS no pcscd is looked for, policy auto chooses a broker, which reaches PC/SC.
+
+    And each probe, the fresh context included, fails raw and not on pcsc_safe.
+    """
+    try:
+        macos.build(tmp_path)
+    except macos.NoCompilerError as error:
+        pytest.skip(str(error))
+    told = doctor(env=macos.environment(shared_stack.env, tmp_path))
+    assert told.status == 0
+    assert not [key for key in told.of if key.startswith("pcscd.")]
+    assert told.of["policy.auto"]["data"]["chooses"] == "broker"
+    assert "macOS" in told.of["policy.auto"]["detail"]
+    assert told.of["broker"]["data"]["establish"] == "SCARD_S_SUCCESS"
+    for name, value in macos.environment(shared_stack.env, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    inherited, fresh, c_fork = _probe.probes()
+    assert {each.status for each in (inherited, fresh, c_fork)} == {OK}
+    assert inherited.data["raw"] == c_fork.data["raw"] == "the child died of SIGSEGV"
+    assert "SCARD_E_NO_SERVICE" in fresh.data["raw"]
+
+
+def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows there are no forks, so there is one sentence on them, and no probe."""
+    monkeypatch.setattr(policy, "PLATFORM", "win32")
+    (finding,) = _fork.forks(1, pcsc_works=False)
+    assert "no fork" in finding.detail
+    assert not _probe.is_possible()
+
+
+def test_the_tasks_can_be_imported_on_windows() -> None:
+    """What runs in the sacrificial processes needs no name at its import that only Unix has."""
+    code = (
+        "import os, signal, socket\n"
+        "lacks = (os, 'fork killpg waitid'), (signal, 'SIGALRM setitimer'), (socket, 'AF_UNIX AF_NETLINK')\n"
+        "for module, names in lacks:\n"
+        "    for name in names.split():\n"
+        "        vars(module).pop(name, None)\n"
+        "import pcsc_safe.doctor._tasks as tasks, pcsc_safe.doctor._command\n"
+        "tasks.Stage(None, 5).report('task', ran=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert json.loads(done.stdout) == ["task", {"ran": True}]
+
+
+@pytest.mark.parametrize(
+    ("noticed", "statuses", "layers"),
+    [
+        (("hook", "page"), [OK, OK], ["hook", "page"]),
+        (("hook", "pid"), [OK, WARNING if ON_LINUX else OK], ["hook", "pid"]),
+        (("page", "page"), [PROBLEM, OK], ["page"]),
+        (("hook", "import"), [OK, PROBLEM], ["hook"]),
+    ],
+)
+def test_what_notices_a_fork(noticed: tuple[str, str], statuses: list[Status], layers: list[str]) -> None:
+    """Each layer is told by what it did notice; what nothing notices is a problem."""
+    seen = {fork: {"noticed_by": by} for fork, by in zip(("os.fork", "C fork"), noticed)}
+    hooks, page, used = _fork._detection(Answer(Sacrificed({"task": {"page": True}, **seen}, 0)))
+    assert [hooks.status, page.status] == statuses
+    assert used.data["layers"] == layers
+
+
+@pytest.mark.parametrize(
+    ("environment", "platform", "chooses", "words"),
+    [
+        ({}, "linux", "reestablish", "a native context of its own"),
+        ({}, "darwin", "broker", "on macOS"),
+        ({"PCSC_SAFE_BROKER": "always"}, "linux", "broker", "'always'"),
+        ({"PCSC_SAFE_POLICY": "raise"}, "linux", "reestablish", "the policy is 'raise'"),
+    ],
+)
+def test_what_auto_chooses(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], platform: str, chooses: str, words: str
+) -> None:
+    """What policy auto chooses here, and why, in words and as data."""
+    monkeypatch.setattr(policy, "PLATFORM", platform)
+    monkeypatch.setattr(_machine.os, "environ", environment)
+    monkeypatch.setattr(_fork, "in_force", lambda: _machine.in_force(environment))
+    finding = _fork._auto()
+    assert (finding.data["chooses"], finding.data["after_unquiet_fork"]) == (chooses, "broker")
+    assert words in finding.detail
+
+
+# What is tried.
+
+
+@on_linux
+def test_the_probes(shared_stack: VirtualPcsc) -> None:
+    """The three that need no card: pcsc_safe passes each, raw pyscard is seen on its parent's connection.
+
+    And no card is powered, reset or spoken to.
+    """
+    cards = [reader.card for reader in shared_stack.readers if reader.card is not None]
+    before = [(card.power_ons, card.resets, card.apdus) for card in cards]
+    found = {each.key: each for each in _probe.probes()}
+    assert [(card.power_ons, card.resets, card.apdus) for card in cards] == before
+    assert {key: each.status for key, each in found.items()} == dict.fromkeys(
+        ("probe.inherited", "probe.fresh", "probe.c-fork"), OK
+    )
+    assert [bool(each.data["raw"]) for each in found.values()] == [True, False, True]
+
+
+CHILD, PARENT = {"code": "A", "shares": False, "ended": 0}, {"code": "A", "afterwards": "A"}
+
+
+@pytest.mark.parametrize(
+    ("reported", "ended", "harm", "known"),
+    [
+        ({"parent": PARENT, "child": CHILD}, {}, "", True),
+        ({}, {}, "", False),
+        ({"parent": PARENT}, {}, "", False),
+        ({"parent": PARENT}, {"timed_out": 2.0, "exit_status": None}, "did not end in 2 s", True),
+        ({}, {"killed_by": 11, "exit_status": None}, "died of SIGSEGV", False),
+        ({"parent": PARENT, "child": {**CHILD, "ended": -11}}, {}, "the child died of SIGSEGV", True),
+        ({"parent": PARENT, "child": {**CHILD, "code": "B"}}, {}, "was answered B", True),
+        ({"parent": PARENT, "child": {**CHILD, "shares": True}}, {}, "its parent's connection", True),
+        ({"parent": {**PARENT, "afterwards": "B"}, "child": CHILD}, {}, "answered B afterwards", True),
+    ],
+)
+def test_a_probe_is_judged_by_what_was_reported(reported: Any, ended: Any, harm: str, known: bool) -> None:
+    """Harm is what was seen; of too little nothing is concluded, and the finding is unknown."""
+    seen = _probe._judge(Answer(Sacrificed(reported, **{"exit_status": 0, **ended})))
+    assert (harm in seen.harm, bool(seen.harm), seen.known) == (True, bool(harm), known)
+    finding = _probe._probe_finding(_probe._PROBES[0], seen, seen)
+    assert finding.status is (UNKNOWN if not known else PROBLEM if harm else OK)
+
+
+@on_linux
+def test_hazards(monkeypatch: pytest.MonkeyPatch, shared_stack: VirtualPcsc) -> None:
+    """The demo's hazards are findings; one that pcsc_safe lets through is a problem, and ends the doctor with 1."""
+    from pcsc_safe.demo import hazards
+
+    (tenth,) = hazards.load(["10"])
+    monkeypatch.setattr(hazards, "load", lambda: [tenth])
+    assert [(each.key, each.status) for each in _probe.hazards()] == [("hazard", OK), ("hazards", OK)]
+    monkeypatch.setattr(_probe, "SAFE", _probe.RAW)
+    found = list(_probe.hazards())
+    assert [(each.key, each.status) for each in found] == [("hazard", PROBLEM), ("hazards", PROBLEM)]
+    assert _command._status(found) == 1
+
+
+def test_hazards_where_there_is_no_virtual_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are skipped, and what to install is said."""
+    monkeypatch.setattr(shutil, "which", lambda *given, **named: None)
+    _install.look.cache_clear()
+    try:
+        (finding,) = _probe.hazards()
+    finally:
+        _install.look.cache_clear()
+    assert (finding.key, finding.status) == ("hazards", SKIPPED)
+    assert finding.remedy
+
+
+# How it is said.
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+LONG = Finding("settings", PROBLEM, "a long name of something", "word " * 40, "remedy " * 30)
+
+
+@pytest.mark.parametrize("width", [200, 100, 80, 60, 40, 25])
+def test_the_page_fits(width: int) -> None:
+    """No line is longer than the terminal, and no word is lost, in columns or, where it is narrow, without."""
+    stream = io.StringIO()
+    page = _view.Page(stream, width)
+    page.section("A part")
+    page.show(LONG)
+    page.show(Finding("python", OK, "short", "well"))
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert (text.count("word"), text.count("remedy"), text.count("-> ")) == (40, 30, 1)
+
+
+def test_columns_are_aligned() -> None:
+    """Details begin in one column."""
+    stream = io.StringIO()
+    for what in ("short", "somewhat longer than that"):
+        _view.Page(stream, 100).show(Finding("python", OK, what, "here"))
+    assert len({line.index("here") for line in stream.getvalue().splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("stream", "environment", "coloured"),
+    [(Terminal(), {}, True), (Terminal(), {"NO_COLOR": "1"}, False), (io.StringIO(), {}, False)],
+)
+def test_colour(monkeypatch: pytest.MonkeyPatch, stream: Any, environment: dict[str, str], coloured: bool) -> None:
+    """Colour on a terminal only, and not where NO_COLOR has a value; it changes no column."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    _view.Page(stream, 80).show(LONG)
+    assert ("\033[31mproblem\033[0m" in stream.getvalue()) == coloured
+
+
+def test_the_page_is_printed(path: str) -> None:
+    """Without ``--json`` the same is printed for people, with a line of sums, and no escape in a file."""
+    done = run("--no-probe", env=at(path), COLUMNS="90")
+    assert done.stderr == ""
+    assert done.stdout.startswith("pcsc_safe ")
+    assert "\033" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 90
+    if ON_LINUX:
+        assert done.returncode == 1
+        assert "  problem  pcscd's socket " in done.stdout
+        assert done.stdout.splitlines()[-1] == "1 problem."
+
+
+def test_sums() -> None:
+    """The last line counts what isn't well, or says that everything is."""
+    ok = Finding("python", OK, "", "")
+    assert _view.summary([ok]) == "All is well."
+    assert _view.summary([ok, LONG, LONG, Finding("hazards", SKIPPED, "", "")]) == "2 problems, 1 skipped."
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--pid", "1", "--touch-cards"], ["--pid", "1", "--no-probe"], ["--pid", "x"], ["--pid", "0"], ["--timeout", "0"]],
+)
+def test_a_wrong_call_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What makes no sense ends with 2 and says how the doctor is used."""
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", *arguments])
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
