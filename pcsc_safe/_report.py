@@ -86,6 +86,7 @@ _TOLD = {
     "retrofit": "imported pyscard, and was retrofitted",
     "fork": "used PC/SC after its fork from process {parent}",
     "reestablished": "has a context of its own in the place of process {owner}'s",
+    "recovered": "established a context anew when pcscd had gone",
     "broker": "started the broker {broker}",
     "handover": "handed {contexts} context(s) over to a forked child",
     "share": "shared {contexts} context(s) with a forked child",

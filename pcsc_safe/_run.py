@@ -35,6 +35,7 @@ _HELP = {
     "broker_python": "the interpreter that runs brokers",
     "owner": "who has the sessions after a fork",
     "guard_native": "keep children out of the sessions of PKCS#11 modules and other native code",
+    "recover": "whether contexts are re-established when pcscd was restarted",
 }
 _MEANING_PROGRAM = ("-m", "-c")
 

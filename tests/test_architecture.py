@@ -80,11 +80,13 @@ MAY_IMPORT = {
         "_pcscd",
         "_process",
         "_pyscard",
+        "_recovery",
         "_settings",
         "_transactions",
         "_turns",
         "broker",
     },
+    "_recovery": {"_calls", "_handles", "_process", "_pyscard", "_settings", "_turns", "policy"},
     "scard": {"_router"},
 }
 BROKER_MAY_IMPORT = {
@@ -128,8 +130,8 @@ BROKER_MAY_IMPORT = {
 RETROFIT_MAY_IMPORT = {
     "__init__": {"_framework", "_monitors", "_patches", "_process", "_scard"},
     "_patches": {"_process"},
-    "_framework": {"_patches", "_process"},
-    "_monitors": {"_framework", "_patches"},
+    "_framework": {"_patches", "_process", "_settings"},
+    "_monitors": {"_framework", "_patches", "_recovery", "_settings"},
     "_scard": {
         "_calls",
         "_descriptors",

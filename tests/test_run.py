@@ -221,6 +221,7 @@ def test_what_keeps_the_retrofit_out_is_refused(programs: Path, flag: str) -> No
         (["--policy", "bogus", "who.py"], "--policy cannot be 'bogus'; use one of 'auto'"),
         (["--policy=share", "who.py"], "set broker='always' as well"),
         (["--guard-native=perhaps", "who.py"], "--guard-native cannot be 'perhaps'; use one of '1', 'true'"),
+        (["--recover=maybe", "who.py"], "--recover cannot be 'maybe'; use one of '1', 'true'"),
         (["--no-such", "who.py"], "unrecognized arguments: --no-such"),
         (["-u", "who.py"], "python -u -m pcsc_safe run"),
     ],
@@ -245,6 +246,7 @@ def test_options_end_where_the_program_begins() -> None:
     )
     assert _run.split(["-", "--report"]) == ([], ["-", "--report"])
     assert _run.split(["--", "--report"]) == ([], ["--", "--report"])
+    assert _run.split(["--recover", "x.py", "--recover=0"]) == (["--recover"], ["x.py", "--recover=0"])
     assert _run.split(["--broker-python", "-c"]) == (["--broker-python", "-c"], [])
     assert _run.split(["--guard-native", "x.py", "no"]) == (["--guard-native"], ["x.py", "no"])
     assert _run.split(["--guard-native=no", "x.py"]) == (["--guard-native=no"], ["x.py"])
@@ -252,18 +254,20 @@ def test_options_end_where_the_program_begins() -> None:
 
 def test_settings_are_given_on_by_the_environment(programs: Path) -> None:
     """Options stand above variables; both count for the program and for what it starts."""
-    code = "import pcsc_safe; print(*(getattr(v, 'value', v) for v in pcsc_safe.settings()))"
+    code = "import pcsc_safe; s = pcsc_safe.settings(); print(*(getattr(v, 'value', v) for v in s), s)"
     for arguments in (["-c", code], ["sub.py", "-c", code]):
         done = run(
             *RUN,
             "--policy",
             "raise",
             "--quiesce-timeout=2",
+            "--recover",
             *arguments,
             cwd=programs,
             env={"PCSC_SAFE_CARDS": "reconnect"},
         )
-        assert (done.err, done.out.splitlines()[-1 if arguments[0] == "-c" else 0][:19]) == ("", "raise reconnect 2.0")
+        told = done.out.splitlines()[-1 if arguments[0] == "-c" else 0]
+        assert (done.err, told[:19], "recover=True" in told) == ("", "raise reconnect 2.0", True)
 
 
 # How it gets into a Python.
@@ -395,6 +399,7 @@ def test_the_report_is_by_process() -> None:
         "3 2 fork parent=2",
         "3 2 reestablished owner=2",
         "3 1 reestablished owner=2",
+        "2 1 recovered",
         "2 1 broker broker=9",
         "2 1 handover contexts=1",
         "3 1 news a=b",
@@ -403,6 +408,7 @@ def test_the_report_is_by_process() -> None:
         "pcsc_safe: forked processes that used PC/SC: 1, contexts re-established: 2, brokers started: 1, handovers: 1\n"
         "  process 2, parent 1\n"
         "    imported pyscard, and was retrofitted\n"
+        "    established a context anew when pcscd had gone\n"
         "    started the broker 9\n"
         "    handed 1 context(s) over to a forked child\n"
         "  process 3, parent 2\n"
