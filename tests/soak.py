@@ -59,6 +59,11 @@ SETTINGS: list[dict[str, str]] = [
     {"policy": "auto", "broker": "always", "owner": "child"},
     {"policy": "share", "broker": "always"},
     {"policy": "share", "broker": "always", "cards": "reconnect"},
+    {"policy": "auto", "recover": "1"},
+    {"policy": "auto", "cards": "reconnect", "recover": "1"},
+    {"policy": "broker", "recover": "1"},
+    {"policy": "auto", "owner": "child", "recover": "1"},
+    {"policy": "share", "broker": "always", "recover": "1"},
 ]
 
 
