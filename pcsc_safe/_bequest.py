@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from types import TracebackType
 from typing import Any, Optional
 
@@ -42,6 +43,7 @@ from .policy import Owner, Policy, native_works_after_fork
 __all__ = ["files_to_preserve", "handover", "prepare"]
 
 _TURN_WITHIN = 1.0  # s; for the turn on a context that nobody is using
+_A_MOMENT = 0.02  # s
 
 
 class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
@@ -298,7 +300,7 @@ def _written(will: _Will, ident: int) -> Optional[str]:
             return why_not[0]
     for context in will.native:
         will.turns.append(context.turn)
-        if not context.turn.lock.acquire(timeout=_TURN_WITHIN):
+        if not _taken(context.turn):
             will.turns.pop()
             return "another thread has its turn on a context"
         context.turn.is_given = True
@@ -317,6 +319,16 @@ def _written(will: _Will, ident: int) -> Optional[str]:
     _wills[ident] = will
     will.is_made = True
     return None
+
+
+def _taken(turn: _turns.Turn) -> bool:
+    """Take the turn on a context that nobody is using."""
+    deadline = time.monotonic() + _TURN_WITHIN
+    while not turn.lock.acquire(timeout=_A_MOMENT):
+        if time.monotonic() > deadline:
+            return False
+        _gate.let_pass()  # who has it has come no further than the gate
+    return True
 
 
 def _numbers(contexts: list[Context]) -> list[int]:
