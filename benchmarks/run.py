@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -55,6 +56,7 @@ held up          os.fork() in the parent while its other threads are in PC/SC: w
 broker           SCardTransmit of a process whose PC/SC is done by a broker (broker="always"); and the first use in a
                  forked child that has to go through one (policy "broker"): that starts it (cold), or the parent has
                  started one ahead (prestarted)
+recorded         run --report or --timeline: pcsc_safe beside itself, in one process, on one session
 first use        in a forked child: SCardListReaders on the inherited context, which gets a context of its own first; on
                  raw pyscard SCardEstablishContext and SCardListReaders
 """
@@ -292,6 +294,18 @@ def by_turns(processes: dict[str, Process], command: Sequence[Any], rounds: int)
     return found
 
 
+def recording(effort: Effort) -> Iterator[Figure]:
+    """What it costs to be recorded, by ``run --report`` or ``--timeline``; beside pcsc_safe that isn't."""
+    with contextlib.ExitStack() as undo:
+        directory = undo.enter_context(tempfile.TemporaryDirectory())
+        command = [sys.executable, str(HERE / "recording.py"), str(effort.calls)]
+        env = {**stack(undo), "PCSC_SAFE_REPORT": directory}
+        output = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, timeout=300).stdout
+    for name, pairs in json.loads(output).items():
+        target = 1.05 if "Transmit" in name else None  # the others are rare
+        yield figure(f"{name}, recorded", pairs, against="pcsc_safe", ratio=target)
+
+
 MEASURES = {
     "calls": calls,
     "imports": imports,
@@ -302,6 +316,7 @@ MEASURES = {
     "threads": threads,
     "first-use": first_use,
     "broker": broker,
+    "recording": recording,
 }
 
 

@@ -40,6 +40,7 @@ COMPARED = {
     "8 threads, 2 on one busy context": {"raw pyscard"},
     "8 threads, 1 context monitored": {"raw pyscard"},
     "SCardTransmit, broker": {"raw pyscard"},
+    "SCardTransmit, 8 bytes, recorded": {"pcsc_safe"},
     "first use in a child, cold broker": {"raw pyscard"},
     "first use in a child, prestarted broker": {"raw pyscard"},
     "first use in a child": {"raw pyscard", "raw, wrapt imported"},
