@@ -329,7 +329,7 @@ def test_over_tls(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     certificate, key, config = (tmp_path / name for name in ("redis.crt", "redis.key", "redis.conf"))
     self_signed(certificate, key)
-    (text,) = re.findall(r"```\n(# redis.conf\n.*?)```", PAGE.read_text(), re.DOTALL)
+    (text,) = re.findall(r"```conf\n(# redis.conf\n.*?)```", PAGE.read_text(), re.DOTALL)
     here = [("ca.crt", "redis.crt"), ("/etc/redis", str(tmp_path)), ("6380", str(port)), ("PASSWORD", "secret")]
     for there, value in here:
         assert there in text
