@@ -44,7 +44,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def first_screen() -> str:
     """Of README.md, without its title."""
-    title, _, rest = (ROOT / "README.md").read_text().partition("\n")
+    _, _, rest = (ROOT / "README.md").read_text().partition("\n")
     return rest.partition("\n## ")[0]
 
 

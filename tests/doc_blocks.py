@@ -7,8 +7,9 @@ A comment above a block says what is special about it::
     <!-- not run: REASON -->        it can't be run here
     <!-- sample: REASON -->         output, which is never the same
 
-A Python block is run in a process of its own, as a program whose forked children end with it; warnings are errors.  A sh
-block is run by ``sh -eu``, with the virtual environment first on PATH, in a directory with the examples and nothing else.
+A Python block is run in a process of its own, as a program whose forked children end with it; warnings are errors.  A
+sh block is run by ``sh -eu``, with the virtual environment first on PATH, in a directory with the examples and nothing
+else; ``pip install`` sees that what it is to install is there.
 """
 
 from __future__ import annotations
@@ -162,9 +163,7 @@ def blocks() -> list[Block]:
         for token in MarkdownIt().parse(page.read_text()):
             if token.type == "fence":
                 line = token.map[0] + 1 if token.map else 0
-                found.append(
-                    Block(str(page.relative_to(ROOT)), line, token.info.strip(), token.content, above)
-                )
+                found.append(Block(str(page.relative_to(ROOT)), line, token.info.strip(), token.content, above))
             comment = re.fullmatch(r"<!-- (.*) -->\s*", token.content) if token.type == "html_block" else None
             above = comment.group(1) if comment else ""
     return found

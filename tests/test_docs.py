@@ -155,7 +155,17 @@ def test_the_site_is_built(tmp_path: Path) -> None:
 
 
 # What is said, but is not a message about something that is wrong.
-SILENT_MODULES = ("doctor/", "demo/", "_timeline", "_report", "_history", "_recorded", "_records", "__main__", "_version")
+SILENT_MODULES = (
+    "doctor/",
+    "demo/",
+    "_timeline",
+    "_report",
+    "_history",
+    "_recorded",
+    "_records",
+    "__main__",
+    "_version",
+)
 NOT_MESSAGES = re.compile(
     r"<\w+ .*>|FRIENDLYNAME .*|LIBPATH .*|Virtual PCD .*|[0-9A-F… ]+|A card holder|of unknown version|cannot create /|"
     r"failed to map segment|the broker's door|pcsc_safe virtual card on port .*|\w+\(key=.*|pyscard's functions and .*|"
@@ -199,11 +209,13 @@ HELP_ENDS = (ROOT / "pcsc_safe" / "_run.py").read_text().partition("set_defaults
 
 def test_every_message_is_on_the_page() -> None:
     """Errors, remedies, log lines and refusals: each is in docs/errors.md, word for word."""
-    text = re.sub(r"\s+", " ", (ROOT / "docs" / "errors.md").read_text())
-    spans = re.findall(r"`([^`]+)`", text)
+    text = re.sub(r"(?ms)^```.*?^```$", "", (ROOT / "docs" / "errors.md").read_text())
+    spans = re.findall(r"`([^`]+)`", re.sub(r"\s+", " ", text))
     missing = []
     for where, pieces in messages():
-        pattern = re.compile(".+?".join(re.escape(" ".join(piece.split())) if piece.strip() else r"\s*" for piece in pieces))
+        pattern = re.compile(
+            ".+?".join(re.escape(" ".join(piece.split())) if piece.strip() else r"\s*" for piece in pieces)
+        )
         if not any(pattern.search(span) for span in spans):
             missing.append(f"{where}: {'…'.join(pieces)}")
     assert missing == []
