@@ -42,6 +42,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return markdown.replace(FIRST_SCREEN, moved(first_screen(), ".", "."))
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Show the roles of Sphinx, which the docstrings have, as the code that they are about."""
+    return re.sub(r":(?:mod|class|func|meth|data|exc|attr):<code>~?", "<code>", html)
+
+
 def first_screen() -> str:
     """Of README.md, without its title."""
     _, _, rest = (ROOT / "README.md").read_text().partition("\n")
