@@ -130,7 +130,7 @@ def test_a_wrong_pin_is_tried_once(stack: VirtualPcsc, piv: ModuleType) -> None:
 
 
 def test_no_pin_no_signature(stack: VirtualPcsc) -> None:
-    """The card refuses to sign (6982), has no other application (6A82), and nothing is answered before SELECT (6985)."""
+    """The card refuses to sign (6982), has no other application (6A82), and answers nothing before SELECT."""
     _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
     name = stack.readers[0].name
     _, card, _ = scard.SCardConnect(context, name, scard.SCARD_SHARE_EXCLUSIVE, scard.SCARD_PROTOCOL_T1)
