@@ -1,7 +1,8 @@
 """What a call costs in a process that never forks: ``python calls.py ROUNDS [OPEN-FILES]``.
 
-Both modules are loaded in this one process and called by turns, a few calls each, so that a pair of samples is a
-fraction of a millisecond apart; who goes first alternates.  Prints {name: [[raw, safe], ...]}, in microseconds a call.
+Everything is loaded in this one process and called by turns, a few calls each, so that the samples of a round are a
+fraction of a millisecond apart; who goes first changes.  Prints {name: [[raw, check by hand, safe], ...]}, in
+microseconds a call.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, Callable
 
 import smartcard.scard as raw
@@ -21,23 +23,24 @@ clock = time.perf_counter_ns
 
 
 class Side:
-    """One of the two modules, and the handles as it takes them."""
+    """One way to call PC/SC, and the handles as it takes them."""
 
     def __init__(self, scard: Any, context: Any, reader: str, card: Any = None) -> None:
         self.scard, self.context, self.reader = scard, context, reader
         self.card = self.connect() if card is None else card
 
-    @classmethod
-    def both(cls) -> tuple[Side, Side]:
-        """Raw and safe, with one session between them.
+    @staticmethod
+    def all() -> tuple[Side, ...]:
+        """Raw, with a check by hand, and safe, with one session between them.
 
         pcscd has a thread for each session, and on which processor it happens to sit makes more of a difference than
         anything that we want to measure.
         """
         _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
         _, readers = safe.SCardListReaders(context, [])
-        ours = cls(safe, context, readers[0])
-        return cls(raw, int(context), ours.reader, int(ours.card)), ours
+        ours = Side(safe, context, readers[0])
+        theirs = (raw, int(context), ours.reader, int(ours.card))
+        return Side(*theirs), ByHand(*theirs), ours
 
     def connect(self) -> Any:
         """A new connection to the card."""
@@ -70,6 +73,41 @@ class Side:
         self.scard.SCardReleaseContext(context)
 
 
+class ByHand(Side):
+    """Raw pyscard in a careful application: it asks before each call whether this is still its process."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._pid = os.getpid()
+        super().__init__(*arguments)
+
+    @property
+    def context(self) -> Any:
+        """The context of this process."""
+        if os.getpid() != self._pid:
+            self._begin_anew()
+        return self._context
+
+    @context.setter
+    def context(self, value: Any) -> None:
+        self._context = value
+
+    @property
+    def card(self) -> Any:
+        """The card of this process."""
+        if os.getpid() != self._pid:
+            self._begin_anew()
+        return self._card
+
+    @card.setter
+    def card(self, value: Any) -> None:
+        self._card = value
+
+    def _begin_anew(self) -> None:
+        self._pid = os.getpid()
+        _, self._context = self.scard.SCardEstablishContext(self.scard.SCARD_SCOPE_SYSTEM)
+        self._card = self.connect()
+
+
 CALLS = {  # what, and how many calls a sample
     "SCardIsValidContext": ("is_valid", 500),
     "SCardTransmit, 8 bytes": ("transmit", 4),
@@ -88,32 +126,29 @@ def sample(call: Callable[[], None], times: int) -> float:
     return (clock() - start) / times / 1000
 
 
-def pairs(calls: tuple[Callable[[], None], Callable[[], None]], times: int, rounds: int) -> list[list[float]]:
-    """So many times (raw, safe)."""
-    found = []
+def rounds_of(sides: Sequence[Side], method: str, times: int, rounds: int) -> list[list[float]]:
+    """So many times (raw, by hand, safe)."""
+    calls = [getattr(side, method) for side in sides]
     for call in calls:
         call()
+    found = []
     for number in range(rounds):
-        order = (0, 1) if number % 2 else (1, 0)
-        pair = [0.0, 0.0]
-        for side in order:
-            pair[side] = sample(calls[side], times)
-        found.append(pair)
+        taken = [0.0] * len(calls)
+        for turn in range(len(calls)):
+            side = (number + turn) % len(calls)
+            taken[side] = sample(calls[side], times)
+        found.append(taken)
     return found
 
 
 def main() -> None:
     """Measure every call."""
     rounds = int(sys.argv[1])
-    sides = Side.both()
-    found = {}
-    for name, (method, times) in CALLS.items():
-        calls = getattr(sides[0], method), getattr(sides[1], method)
-        found[name] = pairs(calls, times, rounds)
+    sides = Side.all()
+    found = {name: rounds_of(sides, method, times, rounds) for name, (method, times) in CALLS.items()}
     more = [os.open(os.devnull, os.O_RDONLY) for _ in range(int(sys.argv[2]))]
     name = "SCardEstablishContext + Release"
-    calls = sides[0].establish_and_release, sides[1].establish_and_release
-    found[f"{name}, {len(more)} more open files"] = pairs(calls, CALLS[name][1], rounds)
+    found[f"{name}, {len(more)} more open files"] = rounds_of(sides, *CALLS[name], rounds)
     print(json.dumps(found))
 
 

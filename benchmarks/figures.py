@@ -1,6 +1,7 @@
 """From pairs of samples to a line of the table: medians, their spread, and whether a target is met.
 
-A pair is one sample of raw pyscard and one of pcsc_safe, taken right after each other in the same run.  Differences and
+A pair is one sample of raw pyscard, or of what users do instead, and one of pcsc_safe, taken right after each other in
+the same run.  Differences and
 ratios are taken inside each pair, before the median, so that whatever slows the machine down for a while slows both.
 """
 
@@ -11,15 +12,21 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
-__all__ = ["Figure", "Interval", "figure", "table"]
+__all__ = ["Figure", "Interval", "figure", "markdown", "table"]
 
 
 class Interval(NamedTuple):
-    """A median, and between what it lies with 95 % confidence (order statistics; no assumption on the shape)."""
+    """A median, and between what it lies.
+
+    :ivar low, high: with 95 % confidence (order statistics; no assumption on the shape).
+    :ivar first_quartile, third_quartile: half of the samples lie between them.
+    """
 
     median: float
     low: float
     high: float
+    first_quartile: float
+    third_quartile: float
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Interval:
@@ -27,14 +34,15 @@ class Interval(NamedTuple):
         ordered, half = sorted(samples), 0.98 * math.sqrt(len(samples))
         low = max(0, math.floor(len(samples) / 2 - half))
         high = min(len(samples) - 1, math.ceil(len(samples) / 2 + half))
-        return cls(statistics.median(ordered), ordered[low], ordered[high])
+        first, median, third = statistics.quantiles(ordered, n=4, method="inclusive") if ordered[1:] else ordered * 3
+        return cls(median, ordered[low], ordered[high], first, third)
 
 
 class Figure(NamedTuple):
     """One line of the table; times in microseconds.
 
     :ivar name: what was measured.
-    :ivar against: what it is compared with, "raw pyscard" or a variant of it.
+    :ivar against: what it is compared with: "raw pyscard", a variant of it, or what users do instead.
     :ivar raw: that; None if it froze in every round.
     :ivar safe: pcsc_safe.
     :ivar more: how much longer pcsc_safe takes, pair by pair; None if raw froze.
@@ -80,7 +88,7 @@ class Figure(NamedTuple):
         return f"<= x {self.most:g}" if self.target_is_ratio else f"<= +{_time(self.most)}"
 
     def as_json(self) -> dict[str, object]:
-        """For programs; intervals become {"median", "low", "high"}."""
+        """For programs; intervals become dicts of their fields."""
         plain = {
             key: value._asdict() if isinstance(value, Interval) else value for key, value in self._asdict().items()
         }
@@ -116,25 +124,48 @@ def figure(
     )
 
 
+HEADINGS = (
+    "what",
+    "compared with",
+    "that: median (quartiles)",
+    "pcsc_safe: median (quartiles)",
+    "more",
+    "ratio",
+    "95 % interval",
+    "target",
+    "met",
+    "rounds",
+)
+
+
 def table(figures: Sequence[Figure]) -> str:
-    """All of them, for people."""
-    rows = [("what", "compared with", "raw", "pcsc_safe", "more", "ratio", "95 % interval", "target", "")]
-    rows += [_row(line) for line in figures]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """All of them, for a terminal."""
+    rows = [HEADINGS, *map(_row, figures)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+def markdown(figures: Sequence[Figure]) -> str:
+    """All of them, for a page."""
+    rows = [HEADINGS, ("---",) * len(HEADINGS), *map(_row, figures)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def _row(line: Figure) -> tuple[str, ...]:
     if line.raw is None or line.more is None or line.ratio is None or line.judged is None:
-        compared = ("froze", _time(line.safe.median), "-", "-", "-")
+        compared = ("froze", _spread(line.safe), "-", "-", "-")
     else:
         low, high = line.judged.low, line.judged.high
         spread = f"x {low:.3f} to {high:.3f}" if line.target_is_ratio else f"{_time(low, '+')} to {_time(high, '+')}"
-        raw = _time(line.raw.median) + (f" (froze {line.froze} times)" if line.froze else "")
+        raw = _spread(line.raw) + (f", froze {line.froze} times" if line.froze else "")
         more, ratio = _time(line.more.median, "+"), f"x {line.ratio.median:.3f}"
-        compared = (raw, _time(line.safe.median), more, ratio, spread)
-    return (line.name, line.against, *compared, line.target, line.met)
+        compared = (raw, _spread(line.safe), more, ratio, spread)
+    return (line.name, line.against, *compared, line.target, line.met, str(line.rounds))
+
+
+def _spread(interval: Interval) -> str:
+    return f"{_time(interval.median)} ({_time(interval.first_quartile)} to {_time(interval.third_quartile)})"
 
 
 def _time(microseconds: float, sign: str = "") -> str:

@@ -11,7 +11,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-from calls import Side, pairs
+from calls import Side, rounds_of
 
 import pcsc_safe.scard as safe
 from pcsc_safe import _events, _router
@@ -53,7 +53,7 @@ def main() -> None:
     sides = Recorded(without_record(), context, readers[0], recorded.card), recorded
     found = {}
     for name, (method, times) in CALLS.items():
-        found[name] = pairs((getattr(sides[0], method), getattr(sides[1], method)), times, int(sys.argv[1]))
+        found[name] = rounds_of(sides, method, times, int(sys.argv[1]))
     print(json.dumps(found))
 
 

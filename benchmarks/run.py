@@ -1,8 +1,9 @@
-"""What pcsc_safe costs more than smartcard.scard, measured here and now: ``python benchmarks/run.py``.
+"""What pcsc_safe costs, measured here and now: ``python benchmarks/run.py [--output DIRECTORY]``.
 
-Needs what the tests need (pcscd, vpcd); brings its own virtual PC/SC stacks up.  Raw pyscard is measured in the same
-run, always by turns with pcsc_safe.  Not with pyperf: it measures one thing to the end before it begins the next, and
-on a machine that others use too, what changes meanwhile is more than what we look for.
+Needs what the tests need (pcscd, vpcd); brings its own virtual PC/SC stacks up.  Raw pyscard, and what users do in the
+place of pcsc_safe, are measured in the same run, always by turns with it.  Not with pyperf: it measures one thing to
+the end before it begins the next, and on a machine that others use too, what changes meanwhile is more than what we
+look for.  With ``--output`` the table is also a page (results.md), data (results.json) and a picture (results.svg).
 
 Exit status: 0, whatever the figures are; it measures, it does not judge a machine.
 """
@@ -10,31 +11,29 @@ Exit status: 0, whatever the figures are; it measures, it does not judge a machi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
-from figures import Figure, figure, table
+from figures import Figure, markdown, table
+from measures import FAST, MEASURES, OPEN_FILES, THOROUGH
+from picture import picture
 
-from pcsc_safe.testing import EchoCard, VirtualPcsc
+from pcsc_safe.testing._install import Missing, look
 
-HERE = Path(__file__).parent
-OPEN_FILES = 200
 EXPLANATION = f"""
-Times are medians of many samples; "more" and "ratio" are medians of differences and ratios inside pairs of samples
-taken right after each other; the 95 % interval is that of the ratio where the target is a ratio, else of "more".
-"unclear": the target lies inside the interval.
+Times are medians of many samples, with the quartiles beside them: half of the samples lie between. "more" and "ratio"
+are medians of differences and ratios inside pairs of samples taken right after each other; the 95 % interval is that of
+the ratio where the target is a ratio, else of "more". "unclear": the target lies inside the interval.
 
-calls            both modules in one process that never forks, on one session; the card is a Python thread elsewhere
+calls            all in one process that never forks, on one session; the card is a Python thread elsewhere. "check by
+                 hand": an application on raw pyscard that compares os.getpid() before each call
 {OPEN_FILES} more files   SCardEstablishContext looks for its connection among the descriptors of the process
 import           a whole "python -c", from start to end; "net": less an empty "python -c pass" of the same round
 first establish  the first SCardEstablishContext of a process: wrapt, and with it asyncio, is imported there, not before
@@ -45,295 +44,70 @@ fork             os.fork() until it returns in the parent; "to reaped": until a 
                  is all that a user notices
 guard            the same with guard_native=True, beside pcsc_safe without: the child looks at every descriptor; sockets
                  take longest
-held up          os.fork() in the parent while its other threads are in PC/SC: waiting for events that don't come, or
+waits, APDUs     os.fork() in the parent while its other threads are in PC/SC: waiting for events that don't come, or
                  exchanging APDUs of 10 ms, each on a context and a reader of its own. pcsc_safe's waits until they are
                  out; raw pyscard's doesn't, and a child that does more than _exit may hang
 8 threads        microseconds a call, of all threads together: their throughput, upside down. All exchange APDUs;
                  "10 ms": that is what a card takes, else it answers at once. "2 on one": two of them use one context,
                  which is always busy with APDUs of 10 ms. "monitored": one waits for events on a context that another
-                 uses. Both modules by turns in one process on the same sessions, but for the last two: there raw may
-                 freeze, and has processes of its own
+                 uses. Both modules by turns in one process on the same sessions, but for the last two, where raw may
+                 freeze, and for "broker" (broker="always"): there each has processes of its own
 broker           SCardTransmit of a process whose PC/SC is done by a broker (broker="always"); and the first use in a
                  forked child that has to go through one (policy "broker"): that starts it (cold), or the parent has
                  started one ahead (prestarted)
 recorded         run --report or --timeline: pcsc_safe beside itself, in one process, on one session
 first use        in a forked child: SCardListReaders on the inherited context, which gets a context of its own first; on
                  raw pyscard SCardEstablishContext and SCardListReaders
+pool             ProcessPoolExecutor of an application that has connected the card. pcsc_safe: workers are forked and
+                 use that card, with cards="reconnect"; "check by hand": they are forked and connect when they see that
+                 the process is another one; "spawn": they are new Pythons, which connect when they begin. The first
+                 answer of one worker, from the start of the pool; a task is one exchange, two workers do them
 """
 
 
-class Effort(NamedTuple):
-    """How many rounds of each."""
-
-    calls: int
-    imports: int
-    processes: int
-    forks: int
-    children: int
-    held_up: int
-    phases: int
-    crowds: int
-
-
-THOROUGH = Effort(calls=1500, imports=60, processes=20, forks=400, children=150, held_up=60, phases=100, crowds=3)
-FAST = Effort(calls=40, imports=3, processes=2, forks=10, children=5, held_up=5, phases=4, crowds=1)
-
-
-def environment(**more: str) -> dict[str, str]:
-    """That of the processes that are measured: the usual one, with .pyc files and the default settings."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("PCSC_SAFE_") and name != "PYTHONDONTWRITEBYTECODE"
-    }
-    return {**kept, **more}
-
-
-def stack(undo: contextlib.ExitStack, readers: int = 1) -> dict[str, str]:
-    """A PC/SC stack; returns the environment to reach it with."""
-    running = undo.enter_context(VirtualPcsc(readers, [EchoCard() for _ in range(readers)], activate=False))
-    return environment(PCSCLITE_CSOCK_NAME=running.env["PCSCLITE_CSOCK_NAME"])
-
-
-class Process:
-    """A worker.py."""
-
-    def __init__(self, variant: str, env: dict[str, str]) -> None:
-        command = [sys.executable, str(HERE / "worker.py"), variant]
-        self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate(timeout=30)
-
-    def ask(self, *command: Any) -> list[float]:
-        """Have one thing measured."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        answer: list[float] = json.loads(self._process.stdout.readline())
-        return answer
-
-
-def calls(effort: Effort) -> Iterator[Figure]:
-    """What a call costs more when nothing forked."""
-    more, ratio = {"SCardIsValidContext": 1.0}, {"SCardTransmit, 8 bytes": 1.01}
-    with contextlib.ExitStack() as undo:
-        command = [sys.executable, str(HERE / "calls.py"), str(effort.calls), str(OPEN_FILES)]
-        output = subprocess.run(command, env=stack(undo), check=True, stdout=subprocess.PIPE, timeout=300).stdout
-    for name, pairs in json.loads(output).items():
-        yield figure(name, pairs, more=more.get(name), ratio=ratio.get(name))
-
-
-def imports(effort: Effort) -> Iterator[Figure]:
-    """What an import costs, as a whole process, and less the start of the interpreter."""
-    programs = ("pass", "import smartcard.scard", "import pcsc_safe.scard")
-    rounds = []
-    for number in range(-1, effort.imports):  # the first one writes the .pyc files
-        taken = {}
-        for program in programs if number % 2 else reversed(programs):
-            start = time.perf_counter_ns()
-            subprocess.run([sys.executable, "-c", program], env=environment(), check=True)
-            taken[program] = (time.perf_counter_ns() - start) / 1000
-        rounds.append([taken[program] for program in programs])
-    del rounds[0]
-    yield figure("import, whole process", [(raw, safe) for _, raw, safe in rounds], ratio=1.3)
-    yield figure("import, net", [(raw - bare, safe - bare) for bare, raw, safe in rounds], ratio=1.3)
-
-
-def first_establish(effort: Effort) -> Iterator[Figure]:
-    """What the first context of a process costs."""
-    rounds = []
-    with contextlib.ExitStack() as undo:
-        env = stack(undo)
-        for _ in range(effort.processes):
-            pair = []
-            for variant in ("raw", "safe"):
-                with Process(variant, env) as process:
-                    pair.append(process.ask("first_establish")[0])
-            rounds.append((pair[0], pair[1]))
-    yield figure("first SCardEstablishContext", rounds)
-
-
-RAW, WRAPT, SAFE = "raw", "raw, wrapt imported", "safe"
-
-
-def forks(effort: Effort) -> Iterator[Figure]:
-    """What a fork costs, with few and with many contexts."""
-    with contextlib.ExitStack() as undo:
-        # One stack each: pcscd serves 200 contexts.
-        processes = {v: undo.enter_context(Process(v, stack(undo))) for v in (RAW, WRAPT, SAFE)}
-        for count, target in ((1, 1.05), (100, 1.2)):
-            for process in processes.values():
-                process.ask("contexts_are", count)
-            rounds = by_turns(processes, ("fork",), effort.forks)
-            for what, column in (("os.fork()", 0), ("fork to reaped", 1)):
-                for against in (WRAPT, RAW):
-                    pairs = [(taken[against][column], taken[SAFE][column]) for taken in rounds]
-                    name = f"{what}, {count} context{'s' if count > 1 else ''}"
-                    yield figure(name, pairs, against="raw pyscard" if against is RAW else against, ratio=target)
-
-
-def guard(effort: Effort) -> Iterator[Figure]:
-    """What guard_native costs a fork, by the number of sockets that a child has to look at."""
-    with contextlib.ExitStack() as undo:
-        env = stack(undo)
-        processes = {v: undo.enter_context(Process(v, env)) for v in (SAFE, "guarded")}
-        for count in (10, 1000):
-            for process in processes.values():
-                process.ask("contexts_are", 1)
-                process.ask("sockets_are", count)
-            rounds = by_turns(processes, ("fork",), effort.forks)
-            for what, column in (("os.fork()", 0), ("fork to reaped", 1)):
-                pairs = [(taken[SAFE][column], taken["guarded"][column]) for taken in rounds]
-                yield figure(f"{what}, guard_native, {count} sockets", pairs, against="guard off")
-
-
-def first_use(effort: Effort) -> Iterator[Figure]:
-    """What a forked child waits for its first answer."""
-    with contextlib.ExitStack() as undo:
-        env = stack(undo)
-        processes = {v: undo.enter_context(Process(v, env)) for v in (RAW, WRAPT, SAFE)}
-        for process in processes.values():
-            process.ask("contexts_are", 1)
-        rounds = by_turns(processes, ("first_use_in_child",), effort.children)
-        for against in (WRAPT, RAW):
-            pairs = [(taken[against][0], taken[SAFE][0]) for taken in rounds]
-            yield figure("first use in a child", pairs, against="raw pyscard" if against is RAW else against)
-
-
-def broker(effort: Effort) -> Iterator[Figure]:
-    """What it costs that another process does PC/SC."""
-    with contextlib.ExitStack() as undo:
-        # One card each, but one stack: what slows pcscd down slows both.
-        env = stack(undo)
-        variants = {v: undo.enter_context(Process(v, env)) for v in (RAW, "broker")}
-        rounds = by_turns(variants, ("exchange", 50), effort.processes * 5)
-        yield figure("SCardTransmit, broker", [(taken[RAW][0], taken["broker"][0]) for taken in rounds], ratio=1.5)
-    for what, target in (("cold", 150_000), ("prestarted", 5_000)):
-        with contextlib.ExitStack() as undo:
-            env = stack(undo)
-            variants = {v: undo.enter_context(Process(v, env)) for v in (RAW, "child's broker")}
-            for process in variants.values():
-                process.ask("contexts_are", 1)
-            if what == "prestarted":
-                variants["child's broker"].ask("prestart")
-            rounds = by_turns(variants, ("first_use_in_child",), max(2, effort.children // 5))
-            pairs = [(taken[RAW][0], taken["child's broker"][0]) for taken in rounds]
-            yield figure(f"first use in a child, {what} broker", pairs, more=target)
-
-
-def held_up(effort: Effort) -> Iterator[Figure]:
-    """How long a fork takes while other threads are in PC/SC."""
-    for what, count, name in (
-        ("wait", 1, "1 thread waiting for events"),
-        ("wait", 4, "4 threads waiting for events"),
-        ("exchange", 1, "10 ms APDUs in 1 thread"),
-        ("exchange", 4, "10 ms APDUs in 4 threads"),
-    ):
-        with contextlib.ExitStack() as undo:
-            # One stack each: two of them would wait for each other's cards.
-            processes = {v: undo.enter_context(Process(v, stack(undo, 4))) for v in (RAW, SAFE)}
-            for process in processes.values():
-                process.ask("busy", what, count)
-            rounds = by_turns(processes, ("fork_among_threads",), effort.held_up)
-        yield figure(f"os.fork(), {name}", [(taken[RAW][0], taken[SAFE][0]) for taken in rounds])
-
-
-FREEZES = 10  # seconds; a process that takes longer is given up
-
-
-def crowd(env: dict[str, str], scene: str, rounds: int, seconds: float, *variants: str) -> list[dict[str, Any]]:
-    """What threads.py says, or that what it was to measure froze."""
-    command = [sys.executable, str(HERE / "threads.py"), scene, str(rounds), str(seconds), *variants]
-    try:
-        done = subprocess.run(
-            command, env=env, check=True, stdout=subprocess.PIPE, timeout=FREEZES + 3 * rounds * seconds
-        )
-    except subprocess.TimeoutExpired:
-        return [dict.fromkeys(variants)]
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
-
-
-def threads(effort: Effort) -> Iterator[Figure]:
-    """What eight threads get done."""
-    with contextlib.ExitStack() as undo:
-        env = stack(undo, 8)
-        for scene, name, share, seconds in (
-            ("own", "8 threads, 8 contexts", 1, 0.04),
-            ("slow-cards", "8 threads, 8 contexts, 10 ms", 10, 0.15),
-        ):
-            rounds = crowd(env, scene, max(2, effort.phases // share), seconds, RAW, SAFE)
-            # 5 % less throughput is 1 / 0.95 of the time.
-            yield figure(name, [(taken[RAW], taken[SAFE]) for taken in rounds], ratio=1.053)
-        for scene, name in (
-            ("shared", "8 threads, 2 on one busy context"),
-            ("monitored", "8 threads, 1 context monitored"),
-        ):
-            pairs = []
-            for number in range(effort.crowds):
-                order = (RAW, SAFE) if number % 2 else (SAFE, RAW)
-                taken = {variant: crowd(env, scene, 1, 0.2, variant)[0][variant] for variant in order}
-                if taken[SAFE] is None:
-                    raise RuntimeError(f"pcsc_safe froze: {name}")
-                pairs.append((taken[RAW], taken[SAFE]))
-            yield figure(name, pairs, ratio=1)
-
-
-def by_turns(processes: dict[str, Process], command: Sequence[Any], rounds: int) -> list[dict[str, list[float]]]:
-    """Ask each process once a round, in an order that changes."""
-    names, found = list(processes), []
-    for number in range(rounds):
-        shift = number % len(names)
-        order = names[shift:] + names[:shift]
-        found.append({name: processes[name].ask(*command) for name in order})
-    return found
-
-
-def recording(effort: Effort) -> Iterator[Figure]:
-    """What it costs to be recorded, by ``run --report`` or ``--timeline``; beside pcsc_safe that isn't."""
-    with contextlib.ExitStack() as undo:
-        directory = undo.enter_context(tempfile.TemporaryDirectory())
-        command = [sys.executable, str(HERE / "recording.py"), str(effort.calls)]
-        env = {**stack(undo), "PCSC_SAFE_REPORT": directory}
-        output = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, timeout=300).stdout
-    for name, pairs in json.loads(output).items():
-        target = 1.05 if "Transmit" in name else None  # the others are rare
-        yield figure(f"{name}, recorded", pairs, against="pcsc_safe", ratio=target)
-
-
-MEASURES = {
-    "calls": calls,
-    "imports": imports,
-    "first-establish": first_establish,
-    "forks": forks,
-    "guard": guard,
-    "held-up": held_up,
-    "threads": threads,
-    "first-use": first_use,
-    "broker": broker,
-    "recording": recording,
-}
-
-
 def machine() -> dict[str, Any]:
-    """Where this was measured."""
+    """Where and when this is measured."""
+    found = look()
     return {
+        "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "platform": platform.platform(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
+        "load": f"{os.getloadavg()[0]:.2f}",
         "python": platform.python_version(),
+        "pcsc-lite": found.problem if isinstance(found, Missing) else found.version,
         **{name: version(name) for name in ("pcsc-safe", "pyscard", "wrapt")},
     }
+
+
+def processor() -> str:
+    """Its name, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "of unknown name")
+
+
+def write(directory: Path, where: dict[str, Any], figures: Sequence[Figure], fast: bool) -> None:
+    """The figures as a page, as data, and as a picture.
+
+    :param directory: where to; made if there is none.
+    :param where: what :func:`machine` said.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    document = {"machine": where, "fast": fast, "figures": [line.as_json() for line in figures]}
+    (directory / "results.json").write_text(json.dumps(document, indent=2) + "\n")
+    (directory / "results.svg").write_text(picture(figures))
+    about = "".join(f"- {name}: {value}\n" for name, value in where.items())
+    page = f"# What pcsc_safe costs\n\n{about}\n![the same as a picture](results.svg)\n\n{markdown(figures)}\n"
+    (directory / "results.md").write_text(f"{page}\n```\n{EXPLANATION.strip()}\n```\n")
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description="Measure what pcsc_safe costs more than smartcard.scard.")
     parser.add_argument("--fast", action="store_true", help="a few rounds only: to see that it runs, not what it says")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--output", metavar="DIRECTORY", type=Path, help="write a page, data and a picture there")
     parser.add_argument("--only", metavar="MEASURE", action="append", choices=MEASURES, help=", ".join(MEASURES))
     options = parser.parse_args(arguments)
     where = machine()
@@ -345,9 +119,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             figures += measure(FAST if options.fast else THOROUGH)
     print(EXPLANATION)
     print(table(figures))
-    if options.json:
-        document = {"machine": where, "fast": options.fast, "figures": [line.as_json() for line in figures]}
-        Path(options.json).write_text(json.dumps(document, indent=2) + "\n")
+    if options.output:
+        write(options.output, where, figures, options.fast)
     return 0
 
 

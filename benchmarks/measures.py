@@ -1,0 +1,320 @@
+"""What is measured: one function a measure, each with its own virtual PC/SC stacks and processes.
+
+A function yields its figures.  What is compared in one is measured by turns, in an order that changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from figures import Figure, figure
+
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+__all__ = ["FAST", "MEASURES", "OPEN_FILES", "THOROUGH", "Effort"]
+
+HERE = Path(__file__).parent
+OPEN_FILES = 200
+RAW, WRAPT, SAFE = "raw", "raw, wrapt imported", "safe"
+AGAINST = {RAW: "raw pyscard", WRAPT: WRAPT}
+BY_HAND, SPAWN = "check by hand", "spawn"
+
+
+class Effort(NamedTuple):
+    """How many rounds of each."""
+
+    calls: int
+    imports: int
+    processes: int
+    forks: int
+    children: int
+    held_up: int
+    phases: int
+    crowds: int
+    pools: int
+
+
+THOROUGH = Effort(
+    calls=1500, imports=60, processes=20, forks=400, children=150, held_up=60, phases=100, crowds=3, pools=40
+)
+FAST = Effort(calls=40, imports=2, processes=2, forks=5, children=5, held_up=2, phases=4, crowds=1, pools=2)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of the processes that are measured: the usual one, with .pyc files and the default settings."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PCSC_SAFE_") and name != "PYTHONDONTWRITEBYTECODE"
+    }
+    return {**kept, **more}
+
+
+def stack(undo: contextlib.ExitStack, readers: int = 1) -> dict[str, str]:
+    """A PC/SC stack; returns the environment to reach it with."""
+    running = undo.enter_context(VirtualPcsc(readers, [EchoCard() for _ in range(readers)], activate=False))
+    return environment(PCSCLITE_CSOCK_NAME=running.env["PCSCLITE_CSOCK_NAME"])
+
+
+class Process:
+    """A process that measures itself when it is told to.
+
+    :param variant: one of the program's.
+    :param env: its environment.
+    :param program: worker.py or pools.py.
+    """
+
+    def __init__(self, variant: str, env: dict[str, str], program: str = "worker.py") -> None:
+        command = [sys.executable, str(HERE / program), variant]
+        self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=30)
+
+    def ask(self, *command: Any) -> list[float]:
+        """Have one thing measured."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        answer: list[float] = json.loads(self._process.stdout.readline())
+        return answer
+
+
+def calls(effort: Effort) -> Iterator[Figure]:
+    """What a call costs more when nothing forked."""
+    more, ratio = {"SCardIsValidContext": 1.0}, {"SCardTransmit, 8 bytes": 1.01}
+    with contextlib.ExitStack() as undo:
+        command = [sys.executable, str(HERE / "calls.py"), str(effort.calls), str(OPEN_FILES)]
+        output = subprocess.run(command, env=stack(undo), check=True, stdout=subprocess.PIPE, timeout=300).stdout
+    for name, rounds in json.loads(output).items():
+        yield figure(name, [(raw, safe) for raw, _, safe in rounds], more=more.get(name), ratio=ratio.get(name))
+        yield figure(name, [(by_hand, safe) for _, by_hand, safe in rounds], against=BY_HAND)
+
+
+def imports(effort: Effort) -> Iterator[Figure]:
+    """What an import costs, as a whole process, and less the start of the interpreter."""
+    programs = ("pass", "import smartcard.scard", "import pcsc_safe.scard")
+    rounds = []
+    for number in range(-1, effort.imports):  # the first one writes the .pyc files
+        taken = {}
+        for program in programs if number % 2 else reversed(programs):
+            start = time.perf_counter_ns()
+            subprocess.run([sys.executable, "-c", program], env=environment(), check=True)
+            taken[program] = (time.perf_counter_ns() - start) / 1000
+        rounds.append([taken[program] for program in programs])
+    del rounds[0]
+    yield figure("import, whole process", [(raw, safe) for _, raw, safe in rounds], ratio=1.3)
+    yield figure("import, net", [(raw - bare, safe - bare) for bare, raw, safe in rounds], ratio=1.3)
+
+
+def first_establish(effort: Effort) -> Iterator[Figure]:
+    """What the first context of a process costs."""
+    rounds = []
+    with contextlib.ExitStack() as undo:
+        env = stack(undo)
+        for _ in range(effort.processes):
+            pair = []
+            for variant in ("raw", "safe"):
+                with Process(variant, env) as process:
+                    pair.append(process.ask("first_establish")[0])
+            rounds.append((pair[0], pair[1]))
+    yield figure("first SCardEstablishContext", rounds)
+
+
+def forks(effort: Effort) -> Iterator[Figure]:
+    """What a fork costs, with few and with many contexts."""
+    with contextlib.ExitStack() as undo:
+        # One stack each: pcscd serves 200 contexts.
+        processes = {v: undo.enter_context(Process(v, stack(undo))) for v in (RAW, WRAPT, SAFE)}
+        for count, target in {1: 1.05, 10: None, 50: None, 100: 1.2}.items():
+            for process in processes.values():
+                process.ask("contexts_are", count)
+            rounds = by_turns(processes, ("fork",), effort.forks)
+            for what, column in (("os.fork()", 0), ("fork to reaped", 1)):
+                for against in (WRAPT, RAW):
+                    pairs = [(taken[against][column], taken[SAFE][column]) for taken in rounds]
+                    name = f"{what}, {count} context{'s' if count > 1 else ''}"
+                    yield figure(name, pairs, against=AGAINST[against], ratio=target)
+
+
+def guard(effort: Effort) -> Iterator[Figure]:
+    """What guard_native costs a fork, by the number of sockets that a child has to look at."""
+    with contextlib.ExitStack() as undo:
+        env = stack(undo)
+        processes = {v: undo.enter_context(Process(v, env)) for v in (SAFE, "guarded")}
+        for count in (10, 1000):
+            for process in processes.values():
+                process.ask("contexts_are", 1)
+                process.ask("sockets_are", count)
+            rounds = by_turns(processes, ("fork",), effort.forks)
+            for what, column in (("os.fork()", 0), ("fork to reaped", 1)):
+                pairs = [(taken[SAFE][column], taken["guarded"][column]) for taken in rounds]
+                yield figure(f"{what}, guard_native, {count} sockets", pairs, against="guard off")
+
+
+def first_use(effort: Effort) -> Iterator[Figure]:
+    """What a forked child waits for its first answer."""
+    with contextlib.ExitStack() as undo:
+        env = stack(undo)
+        processes = {v: undo.enter_context(Process(v, env)) for v in (RAW, WRAPT, SAFE)}
+        for process in processes.values():
+            process.ask("contexts_are", 1)
+        rounds = by_turns(processes, ("first_use_in_child",), effort.children)
+        for against in (WRAPT, RAW):
+            pairs = [(taken[against][0], taken[SAFE][0]) for taken in rounds]
+            yield figure("first use in a child", pairs, against=AGAINST[against])
+
+
+def broker(effort: Effort) -> Iterator[Figure]:
+    """What it costs that another process does PC/SC."""
+    with contextlib.ExitStack() as undo:
+        # One card each, but one stack: what slows pcscd down slows both.
+        env = stack(undo)
+        variants = {v: undo.enter_context(Process(v, env)) for v in (RAW, "broker")}
+        rounds = by_turns(variants, ("exchange", 50), effort.processes * 5)
+        yield figure("SCardTransmit, broker", [(taken[RAW][0], taken["broker"][0]) for taken in rounds], ratio=1.5)
+    for what, target in (("cold", 150_000), ("prestarted", 5_000)):
+        with contextlib.ExitStack() as undo:
+            env = stack(undo)
+            variants = {v: undo.enter_context(Process(v, env)) for v in (RAW, "child's broker")}
+            for process in variants.values():
+                process.ask("contexts_are", 1)
+            if what == "prestarted":
+                variants["child's broker"].ask("prestart")
+            rounds = by_turns(variants, ("first_use_in_child",), max(2, effort.children // 5))
+            pairs = [(taken[RAW][0], taken["child's broker"][0]) for taken in rounds]
+            yield figure(f"first use in a child, {what} broker", pairs, more=target)
+
+
+def held_up(effort: Effort) -> Iterator[Figure]:
+    """How long a fork takes while other threads are in PC/SC."""
+    scenes = {
+        f"{name} in {count} thread{'s' if count > 1 else ''}": (what, count)
+        for what, name in (("wait", "waits for events"), ("exchange", "10 ms APDUs"))
+        for count in (1, 2, 4, 8)
+    }
+    for name, scene in scenes.items():
+        with contextlib.ExitStack() as undo:
+            # One stack each: two of them would wait for each other's cards.
+            processes = {v: undo.enter_context(Process(v, stack(undo, scene[1]))) for v in (RAW, SAFE)}
+            for process in processes.values():
+                process.ask("busy", *scene)
+            rounds = by_turns(processes, ("fork_among_threads",), effort.held_up)
+        yield figure(f"os.fork(), {name}", [(taken[RAW][0], taken[SAFE][0]) for taken in rounds])
+
+
+FREEZES = 10  # seconds; a process that takes longer is given up
+
+
+def crowd(env: dict[str, str], scene: str, rounds: int, seconds: float, *variants: str) -> list[dict[str, Any]]:
+    """What threads.py says, or that what it was to measure froze."""
+    command = [sys.executable, str(HERE / "threads.py"), scene, str(rounds), str(seconds), *variants]
+    try:
+        done = subprocess.run(
+            command, env=env, check=True, stdout=subprocess.PIPE, timeout=FREEZES + 3 * rounds * seconds
+        )
+    except subprocess.TimeoutExpired:
+        return [dict.fromkeys(variants)]
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def threads(effort: Effort) -> Iterator[Figure]:
+    """What eight threads get done."""
+    with contextlib.ExitStack() as undo:
+        env = stack(undo, 8)
+        for scene, name, share, seconds in (
+            ("own", "8 threads, 8 contexts", 1, 0.04),
+            ("slow-cards", "8 threads, 8 contexts, 10 ms", 10, 0.15),
+        ):
+            rounds = crowd(env, scene, max(2, effort.phases // share), seconds, RAW, SAFE)
+            # 5 % less throughput is 1 / 0.95 of the time.
+            yield figure(name, [(taken[RAW], taken[SAFE]) for taken in rounds], ratio=1.053)
+        pairs = []
+        for number in range(effort.crowds):
+            order = (RAW, SAFE) if number % 2 else (SAFE, RAW)
+            settings = {RAW: env, SAFE: {**env, "PCSC_SAFE_BROKER": "always"}}
+            taken = {variant: crowd(settings[variant], "own", 1, 0.2, variant)[0][variant] for variant in order}
+            pairs.append((taken[RAW], taken[SAFE]))
+        yield figure("8 threads, 8 contexts, broker", pairs)
+        for scene, name in (
+            ("shared", "8 threads, 2 on one busy context"),
+            ("monitored", "8 threads, 1 context monitored"),
+        ):
+            pairs = []
+            for number in range(effort.crowds):
+                order = (RAW, SAFE) if number % 2 else (SAFE, RAW)
+                taken = {variant: crowd(env, scene, 1, 0.2, variant)[0][variant] for variant in order}
+                if taken[SAFE] is None:
+                    raise RuntimeError(f"pcsc_safe froze: {name}")
+                pairs.append((taken[RAW], taken[SAFE]))
+            yield figure(name, pairs, ratio=1)
+
+
+def pools(effort: Effort) -> Iterator[Figure]:
+    """What users do instead of pcsc_safe: workers that check by hand whose card it is, or that are spawned."""
+    ways = (BY_HAND, SPAWN, SAFE, "cold broker", "prestarted broker")
+    with contextlib.ExitStack() as undo:
+        env = stack(undo)
+        processes = {way: undo.enter_context(Process(way, env, "pools.py")) for way in ways}
+        processes["prestarted broker"].ask("prestart")
+        first = by_turns(processes, ("first_answer",), effort.pools)
+        tasks = by_turns(processes, ("tasks", 40), effort.pools)
+    for way, said in {SAFE: "", "cold broker": ", cold broker", "prestarted broker": ", prestarted broker"}.items():
+        for against in (BY_HAND, SPAWN):
+            pairs = [(taken[against][0], taken[way][0]) for taken in first]
+            yield figure(f"first answer of a pool{said}", pairs, against=against)
+    for way, said in {SAFE: "", "prestarted broker": ", broker"}.items():
+        for against in (BY_HAND, SPAWN):
+            pairs = [(taken[against][0], taken[way][0]) for taken in tasks]
+            yield figure(f"a task in a pool of 2{said}", pairs, against=against)
+
+
+def by_turns(processes: dict[str, Process], command: Sequence[Any], rounds: int) -> list[dict[str, list[float]]]:
+    """Ask each process once a round, in an order that changes."""
+    names, found = list(processes), []
+    for number in range(rounds):
+        shift = number % len(names)
+        order = names[shift:] + names[:shift]
+        found.append({name: processes[name].ask(*command) for name in order})
+    return found
+
+
+def recording(effort: Effort) -> Iterator[Figure]:
+    """What it costs to be recorded, by ``run --report`` or ``--timeline``; beside pcsc_safe that isn't."""
+    with contextlib.ExitStack() as undo:
+        directory = undo.enter_context(tempfile.TemporaryDirectory())
+        command = [sys.executable, str(HERE / "recording.py"), str(effort.calls)]
+        env = {**stack(undo), "PCSC_SAFE_REPORT": directory}
+        output = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, timeout=300).stdout
+    for name, pairs in json.loads(output).items():
+        target = 1.05 if "Transmit" in name else None  # the others are rare
+        yield figure(f"{name}, recorded", pairs, against="pcsc_safe", ratio=target)
+
+
+MEASURES = {
+    "calls": calls,
+    "imports": imports,
+    "first-establish": first_establish,
+    "forks": forks,
+    "guard": guard,
+    "held-up": held_up,
+    "threads": threads,
+    "first-use": first_use,
+    "broker": broker,
+    "pools": pools,
+    "recording": recording,
+}
