@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+import pcsc_safe
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 pytest.importorskip("markdown_it", reason="markdown-it-py is not installed: pip install 'pcsc-safe[test]'")
 from doc_blocks import ROOT, SETUPS, Block, Ended, blocks, pages, run  # wants markdown-it
 
+PACKAGE = Path(pcsc_safe.__file__).parent
 BLOCKS = blocks()
 LANGUAGES = {"python", "sh", "console", "text", "json", "toml", "ini", "conf"}
 OTHER_SAYINGS = ("setup", "run by", "not run", "sample")
@@ -175,9 +177,8 @@ NOT_MESSAGES = re.compile(
 
 def messages() -> Iterator[tuple[str, list[str]]]:
     """Every sentence in the package's code, as where it is and the pieces between what is filled in."""
-    package = ROOT / "pcsc_safe"
-    for file in sorted(package.rglob("*.py")):
-        name = str(file.relative_to(package))
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = str(file.relative_to(PACKAGE))
         if any(part in name for part in SILENT_MODULES):
             continue
         tree = ast.parse(file.read_text())
@@ -203,7 +204,7 @@ def _is_help(name: str, node: ast.AST) -> bool:
     return name == "testing/plugin.py" or (name == "_run.py" and getattr(node, "lineno", 0) < HELP_ENDS)
 
 
-HELP_ENDS = (ROOT / "pcsc_safe" / "_run.py").read_text().partition("set_defaults(refuse")[0].count("\n")
+HELP_ENDS = (PACKAGE / "_run.py").read_text().partition("set_defaults(refuse")[0].count("\n")
 
 
 def test_every_message_is_on_the_page() -> None:
