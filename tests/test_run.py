@@ -464,7 +464,7 @@ if not pid:
     print(hresult == SCARD_S_SUCCESS and len(readers), flush=True)
     os._exit(0)
 os.waitpid(pid, 0)
-print(SCardIsValidContext(context) == SCARD_S_SUCCESS)
+print(SCardIsValidContext(context) == SCARD_S_SUCCESS, flush=True)  # it is killed
 os.kill(os.getpid(), 15)
 """
 
