@@ -84,11 +84,11 @@ def half(thing):
     return Thing(thing.value / 2)
 
 if __name__ == '__main__':
-    print(pickle.loads(pickle.dumps(Thing(3))).value)
+    print(pickle.loads(pickle.dumps(Thing(3))).value, flush=True)
     with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
-        print(pool.apply(half, [Thing(4)]).value, type(pool.apply(half, [Thing(1)])) is Thing)
+        print(pool.apply(half, [Thing(4)]).value, type(pool.apply(half, [Thing(1)])) is Thing, flush=True)
 else:
-    print(__name__)
+    print(__name__, flush=True)  # a pool's workers end by SIGTERM
 """
 FILES = {
     "who.py": WHO,
@@ -420,7 +420,7 @@ LISTENS = """
 import os, signal, sys, time
 heard = []
 signal.signal(signal.SIGINT, lambda *_: heard.append('int'))
-signal.signal(signal.SIGTERM, lambda *_: (print(heard, flush=True), os._exit(5)))
+signal.signal(signal.SIGTERM, lambda *_: (os.write(1, f'{heard}\\n'.encode()), os._exit(5)))  # print() may be going on
 print('ready', flush=True)
 while True:
     time.sleep(0.01)
