@@ -110,6 +110,7 @@ class Card:
     :ivar share_mode: SCARD_SHARE_* as last asked for.
     :ivar protocol: SCARD_PROTOCOL_* that was agreed on, or what was asked for where none was (SCARD_SHARE_DIRECT).
     :ivar transactions: how many SCardBeginTransaction are open.
+    :ivar transacting: the thread that has begun the last of them.
     :ivar warned: the epochs of the last loss that was logged: where, and whose it was.
     """
 
@@ -125,6 +126,7 @@ class Card:
         "released",
         "safe",
         "share_mode",
+        "transacting",
         "transactions",
         "warned",
     )
@@ -137,7 +139,7 @@ class Card:
         self.reader = reader
         self.share_mode = share_mode
         self.protocol = protocol
-        self.transactions = 0
+        self.transactions = self.transacting = 0
         self.warned: Optional[tuple[_process.Epoch, _process.Epoch]] = None
         self.key = os.urandom(8)
         self.released = False

@@ -148,12 +148,13 @@ def _own(call: Call, record: Record) -> int:
         if call.role is Role.VALIDITY:
             return INVALID_HANDLE
         raise
-    if isinstance(record, Card):
-        _transactions.wait("SCardConnect", record, (), _status)
-    with context.turn.lock:
-        context.turn.evict()
+    if isinstance(record, Context):
+        with context.turn.lock:
+            context.turn.evict()
+            return _own_context(context, through)
+    with _transactions.turn_to_connect("SCardConnect", record, _status):
         hresult = _own_context(context, through)
-        if hresult == SUCCESS and isinstance(record, Card) and record.owner is not context.owner:
+        if hresult == SUCCESS and record.owner is not context.owner:
             hresult, _ = _own_connection(record, record.share_mode, record.protocol, LEAVE_CARD)
         return hresult
 
@@ -266,9 +267,7 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """SCardReconnect gives an inherited handle a connection of this process's own."""
     assert isinstance(card, Card)
     through = gateway(call.name, card.context)
-    _transactions.wait(call.name, card, (), _status)
-    with card.context.turn.lock:
-        card.context.turn.evict()
+    with _transactions.turn_to_connect(call.name, card, _status):
         hresult, protocol = _own_context(card.context, through), 0
         if hresult == SUCCESS and card.owner is card.context.owner:
             return None

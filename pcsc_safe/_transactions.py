@@ -3,19 +3,26 @@
 pcscd lets a call on a reader wait for the end of a transaction that another handle has there, inside the call.  Where
 that handle is this process's own, its end may need the turn that the waiting call has; so such a call waits here,
 before it takes a turn.  A child has no transactions: those that it inherited are its parent's.
+
+Where the handle is another process's, SCardConnect waits inside pcscd, and its context takes no other call meanwhile,
+not even the end of its own transaction; two processes that do so to each other's readers wait for ever, and pcscd with
+them, even when they are dead.  An application that connects in the middle of another thread's transaction has that on
+raw pyscard too; the connections that a child gets unasked wait for the end of such transactions first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from time import sleep
-from typing import Any, Callable
+import contextlib
+from collections.abc import Iterator, Sequence
+from threading import get_ident
+from time import monotonic, sleep
+from typing import Any, Callable, Optional
 
 from . import _process
 from ._handles import Card, Record
 from ._pyscard import constant
 
-__all__ = ["WAITING", "began", "continued", "ended", "holders", "in_the_way", "wait"]
+__all__ = ["WAITING", "began", "continued", "ended", "holders", "in_the_way", "turn_to_connect", "wait"]
 
 # pcscd's or libpcsclite's loops that wait for the end of a transaction inside the call.
 WAITING = frozenset(
@@ -25,6 +32,7 @@ _LEAVE_CARD: int = constant("SCARD_LEAVE_CARD")
 _EXCLUSIVE: int = constant("SCARD_SHARE_EXCLUSIVE")
 _POLL = 0.002  # s
 _CHECKS_EVERY = 50
+_PATIENCE = 5.0  # s; with another thread's transaction, whose end may depend on the one that waits
 
 holders: dict[str, Card] = {}
 """The card that is in a transaction, by its reader's name."""
@@ -33,6 +41,7 @@ holders: dict[str, Card] = {}
 def began(card: Card) -> None:
     """One more is open on this card."""
     card.transactions += 1
+    card.transacting = get_ident()
     holders[card.reader] = card
 
 
@@ -49,7 +58,7 @@ def continued(card: Card) -> None:
         holders[card.reader] = card
 
 
-def in_the_way(name: str, record: Record, arguments: Sequence[Any]) -> Any:
+def in_the_way(name: str, record: Record, arguments: Sequence[Any]) -> Optional[Card]:
     """The card whose transaction a call would wait for, or None.
 
     :param name: of the function, one of :data:`WAITING`.
@@ -59,15 +68,20 @@ def in_the_way(name: str, record: Record, arguments: Sequence[Any]) -> Any:
     if name == "SCardDisconnect" and arguments[0] == _LEAVE_CARD:
         return None  # it leaves the others' session alone, too
     reader = record.reader if isinstance(record, Card) else arguments[0]
-    holder = holders.get(reader) if isinstance(reader, str) else None
-    if holder is None or holder is record:
+    holder = _holder(reader) if isinstance(reader, str) else None
+    if holder is record:
         return None
-    if holder.released or not holder.transactions or holder.owner is not _process.here:
-        holders.pop(reader, None)
-        return None
-    if name == "SCardConnect" and holder.share_mode == _EXCLUSIVE:
+    if name == "SCardConnect" and holder is not None and holder.share_mode == _EXCLUSIVE:
         return None  # pcscd refuses it at once
     return holder
+
+
+def _holder(reader: str) -> Optional[Card]:
+    holder = holders.get(reader)
+    if holder is None or (not holder.released and holder.transactions and holder.owner is _process.here):
+        return holder
+    holders.pop(reader, None)
+    return None
 
 
 def wait(name: str, record: Record, arguments: Sequence[Any], status: Callable[[Any], Any]) -> None:
@@ -76,8 +90,41 @@ def wait(name: str, record: Record, arguments: Sequence[Any], status: Callable[[
     :param name: of the function, and so on: see :func:`in_the_way`.
     :param status: SCardStatus, to see now and then whether the transaction still is: pcscd may be gone, or the card.
     """
+    _await_end(lambda: in_the_way(name, record, arguments), status)
+
+
+@contextlib.contextmanager
+def turn_to_connect(name: str, card: Card, status: Callable[[Any], Any]) -> Iterator[None]:
+    """The turn on the context of a card, when a connection to it won't wait with a transaction behind it.
+
+    :param name: of the function that the connection is for, one of :data:`WAITING`.
+    :param status: as for :func:`wait`.
+    """
+    deadline = monotonic() + _PATIENCE
+    while True:
+        wait(name, card, (), status)
+        _await_end(lambda: _of_another_thread(card, deadline), status)
+        with card.context.turn.lock:
+            card.context.turn.evict()
+            # One may have begun until the turn was ours.
+            if in_the_way(name, card, ()) is None and _of_another_thread(card, deadline) is None:
+                yield
+                return
+
+
+def _of_another_thread(card: Card, deadline: float) -> Optional[Card]:
+    """The card on the same context whose transaction another thread of this process has begun; None in the end."""
+    if monotonic() < deadline:
+        for reader in list(holders):
+            holder = _holder(reader)
+            if holder is not None and holder.context is card.context and holder.transacting != get_ident():
+                return holder
+    return None
+
+
+def _await_end(find: Callable[[], Optional[Card]], status: Callable[[Any], Any]) -> None:
     polls = 0
-    while (holder := in_the_way(name, record, arguments)) is not None:
+    while (holder := find()) is not None:
         sleep(_POLL)
         polls += 1
         if polls % _CHECKS_EVERY == 0 and status(holder.safe)[0] != 0:

@@ -5,7 +5,9 @@ Nothing here forks but the last part.  "Waiting" is what the kernel says of a th
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +15,11 @@ from typing import Any
 
 import pytest
 from conftest import ECHO, Session
-from forking import in_child
+from forking import in_child, start, wait_for
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe.policy import Broker
+from pcsc_safe.policy import Broker, Cards
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
 
@@ -412,6 +414,80 @@ def test_pcscd_dies_in_a_transaction(pcsc_stack: VirtualPcsc) -> None:
     session = Session()
     session.assert_untouched()
     session.close()
+
+
+# Connections that a child gets in the middle of a transaction.
+
+
+class Pair:
+    """A context with a connection to each of two cards, whose own pcscd may be stuck in the end."""
+
+    def __init__(self, undo: contextlib.ExitStack) -> None:
+        self.stack = undo.enter_context(VirtualPcsc(2, [EchoCard(), EchoCard()]))
+        _, self.context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+        undo.callback(safe.SCardReleaseContext, self.context)
+        readers = [reader.name for reader in self.stack.readers]
+        self.cards = [safe.SCardConnect(self.context, reader, SHARED, safe.SCARD_PROTOCOL_T1)[1] for reader in readers]
+
+
+def got(card: Any) -> int:
+    """An inherited card's own connection, in the way of the settings."""
+    if pcsc_safe.settings().cards is Cards.RECONNECT:
+        return int(safe.SCardStatus(card)[0])
+    return int(safe.SCardReconnect(card, SHARED, safe.SCARD_PROTOCOL_T1, safe.SCARD_LEAVE_CARD)[0])
+
+
+@pytest.fixture(params=["reset", "reconnect"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """Cards that a child has to get, and gets, its own connections to."""
+    found = look()
+    if isinstance(found, Missing):
+        pytest.skip(f"{found.problem}; {found.remedy}")
+    with contextlib.ExitStack() as undo:
+        pcsc_safe.configure(cards=request.param)
+        yield Pair(undo)
+
+
+@pytest.mark.parametrize("policy", ["reestablish", "broker"])
+def test_children_in_transactions_do_not_wait_for_each_other(pair: Pair, policy: str) -> None:
+    """In each of two, one thread has a transaction, and another gets a connection to the card that the other has.
+
+    pcscd lets SCardConnect wait for the end of a transaction; who waits so in the turn of the context whose transaction
+    is waited for by the other process, waits for ever, and so does pcscd.
+    """
+    pcsc_safe.configure(policy=policy)
+    have_begun = [os.pipe(), os.pipe()]
+
+    def child(number: int) -> Any:
+        mine, other = pair.cards[number], pair.cards[1 - number]
+        begun = got(mine), safe.SCardBeginTransaction(mine)
+        os.write(have_begun[1 - number][1], b"x")
+        os.read(have_begun[number][0], 1)
+        connecting = Calling(got, other)
+        time.sleep(0.2)
+        return begun, safe.SCardEndTransaction(mine, safe.SCARD_LEAVE_CARD), connecting.answer()
+
+    children = [start(child, number) for number in (0, 1)]
+    assert [wait_for(each) for each in children] == [((OK, OK), OK, OK)] * 2
+    for end in (*have_begun[0], *have_begun[1]):
+        os.close(end)
+
+
+def test_the_thread_of_a_transaction_gets_the_next_card(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It doesn't wait for its own transaction, nor for ever for one of a thread that waits for it."""
+    monkeypatch.setattr("pcsc_safe._transactions._PATIENCE", 0.2)
+    first, second = pair.cards
+
+    def child(connect: Callable[[], int]) -> Any:
+        begun = got(first), safe.SCardBeginTransaction(first)
+        return begun, connect(), safe.SCardEndTransaction(first, safe.SCARD_LEAVE_CARD)
+
+    def in_a_thread() -> int:
+        connecting = Calling(got, second)
+        return int(connecting.answer())
+
+    assert in_child(child, lambda: got(second)) == ((OK, OK), OK, OK)
+    assert in_child(child, in_a_thread) == ((OK, OK), OK, OK)
 
 
 # First use in the child by many threads at once.
