@@ -168,6 +168,8 @@ def _routed(call: Call) -> Callable[..., Any]:
 
 
 _GIVES_WAY = 0.0005  # s
+# What takes no time, and may be asked for in the middle of a transaction.
+_PASSES = ("SCardListReaders", "SCardGetStatusChange")
 
 
 def _routed_in_turn(call: Call) -> Callable[..., Any]:
@@ -175,9 +177,10 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
     name, native, after, discloses = call.name, _native.raw[call.name], _after(call.name), call.discloses
     registry: dict[Any, Any] = _handles.contexts if call.takes is Kind.CONTEXT else _handles.cards
     process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
-    here_itself = _native.gateway
+    here_itself, is_transacted = _native.gateway, _transactions.is_open
     polls, holders = name in _transactions.WAITING, _transactions.holders
     is_bare, unheard = call.failed is None, _recovery.UNHEARD[name]
+    is_retried, passes = name in _turns.RETRIED, name in _PASSES
 
     def route(handle: Any, *arguments: Any) -> Any:
         try:
@@ -200,13 +203,17 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
         if turn.waits and turn.current is None:
             sleep(_GIVES_WAY)  # a wait for events wants to go on; beside a busy thread it never could
         is_gone = False
-        with turn.lock:
+        # Others may wait for the end of a transaction of ours, so that it is not to wait for theirs.
+        with _turns.place(turn, passes or is_transacted(record)) if holders else turn.lock:
             if turn.current is not None:
                 turn.evict()
             ident = get_ident()
             before = inside.get(ident)
+            retries = is_retried and not record.transactions
             try:
                 inside[ident] = (name, monotonic(), None)
+                if retries:
+                    turn.retrying = ident
                 in_the_way = closers and ident not in closers
                 if polls and holders and not in_the_way:
                     in_the_way = _transactions.in_the_way(name, record, arguments) is not None
@@ -221,6 +228,8 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
                             return call.failure(hresult)
                         return after(record, arguments, result) if after else result
             finally:
+                if retries:
+                    turn.retrying = 0
                 if before is None:
                     inside.pop(ident, None)
                 else:

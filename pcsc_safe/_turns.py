@@ -7,8 +7,13 @@ time that was left, without its caller noticing; an SCardCancel of the applicati
 
 A wait holds no lock while it waits; who has the turn evicts it.
 
-Invariant: at most one thread is in the native library with a context, not counting SCardCancel and SCardIsValidContext,
-which libpcsclite answers without that context's lock.  A child gets new turns; nobody who waited is there any more.
+A call that waits for the end of another process's transaction has its turn meanwhile, and that process may be waiting
+for the end of one of ours.  libpcsclite makes such a call again and again, and between two tries it sleeps without its
+lock; so a call in a transaction passes a sleeping one (:func:`place`).
+
+Invariant: at most one thread is in the native library with a context, not counting one that sleeps there in that way,
+and not SCardCancel and SCardIsValidContext, which libpcsclite answers without that context's lock.  A child gets new
+turns; nobody who waited is there any more.
 """
 
 from __future__ import annotations
@@ -26,13 +31,18 @@ __all__ = [
     "CANCELLED",
     "CHANGED",
     "INFINITE",
+    "RETRIED",
     "TIMED_OUT",
     "NoTurn",
     "Turn",
     "await_change",
     "cancel",
     "is_for_new_readers",
+    "place",
 ]
+
+RETRIED = frozenset(("SCardBeginTransaction", "SCardReconnect", "SCardStatus", "SCardTransmit"))
+"""What libpcsclite makes again and again while another handle has the reader in a transaction (winscard_clnt.c)."""
 
 CANCELLED: int = constant("SCARD_E_CANCELLED")
 TIMED_OUT: int = constant("SCARD_E_TIMEOUT")
@@ -42,6 +52,8 @@ _NEW_READERS = "\\\\?pnp?\\notification"  # pcsc-lite: a change in the list of r
 _SLICE = 100  # ms; how long one of several waits on a context has it
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02  # s
 _BETWEEN_SLICES = 0.003  # s; longer than who waits for the turn pauses
+_LOOK_AFTER = 0.01  # s; whether who has the turn sleeps
+_LONG = 0.5  # s; what is in a call for so long is thought to sleep where that can't be seen
 
 
 class Turn:
@@ -52,17 +64,19 @@ class Turn:
     :ivar current: the one among them that is in the native library, or about to be; set with the lock held.
     :ivar is_given: the context is about to be another process's, so no wait enters; whoever sets it holds the lock, and
         then looks whether one is inside.
+    :ivar retrying: the thread that has the turn for a call that libpcsclite may make again and again, or 0.
     :ivar cancels: how often the application has called SCardCancel.
     :ivar outlasting: the threads whose waits go on although pcscd was gone meanwhile.
     """
 
-    __slots__ = ("cancels", "current", "is_given", "lock", "outlasting", "waits")
+    __slots__ = ("cancels", "current", "is_given", "lock", "outlasting", "retrying", "waits")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.waits: list[Wait] = []
         self.current: Optional[Wait] = None
         self.is_given = False
+        self.retrying = 0
         self.cancels = 0
         self.outlasting: list[int] = []
 
@@ -89,6 +103,56 @@ class NoTurn(Turn):
     def __init__(self) -> None:
         super().__init__()
         self.lock = contextlib.nullcontext()  # type: ignore[assignment]  # it is entered and left, no more
+
+
+def place(turn: Turn, passes: bool) -> contextlib.AbstractContextManager[Any]:
+    """Where a call is made: in its turn, or beside a call that sleeps.
+
+    :param passes: whether it may be beside one.
+    """
+    # Who has the turn already is in a signal handler or a finalizer, and gets it once more.
+    if passes and not isinstance(turn, NoTurn) and not _is_mine(turn):
+        return _Passing(turn)
+    return turn.lock
+
+
+class _Passing:
+    """The turn of a thread that hasn't got it yet, or none, where who has it sleeps."""
+
+    __slots__ = ("_turn",)
+
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+
+    def __enter__(self) -> None:
+        try:
+            while not self._turn.lock.acquire(timeout=_LOOK_AFTER):
+                if _sleeps(self._turn.retrying):
+                    return
+        except BaseException:  # a signal handler's, and the lock may be ours by now
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        if _is_mine(self._turn):
+            self._turn.lock.release()
+
+
+def _is_mine(turn: Turn) -> bool:
+    return bool(turn.lock._is_owned())  # type: ignore[attr-defined]  # as threading.Condition asks it
+
+
+def _sleeps(ident: int) -> bool:
+    """Whether a thread sleeps in the native library, as libpcsclite does between two tries."""
+    entry = _gate.inside.get(ident)
+    thread = next((thread for thread in threading.enumerate() if thread.ident == ident), None)
+    if entry is None or entry[0] not in RETRIED or thread is None:
+        return False
+    try:
+        with open(f"/proc/self/task/{thread.native_id}/wchan", encoding="ascii") as file:
+            return "nanosleep" in file.read()
+    except OSError:
+        return time.monotonic() - entry[1] > _LONG
 
 
 class Wait:

@@ -416,7 +416,7 @@ def test_pcscd_dies_in_a_transaction(pcsc_stack: VirtualPcsc) -> None:
     session.close()
 
 
-# Connections that a child gets in the middle of a transaction.
+# Transactions of other processes.
 
 
 class Pair:
@@ -428,6 +428,99 @@ class Pair:
         undo.callback(safe.SCardReleaseContext, self.context)
         readers = [reader.name for reader in self.stack.readers]
         self.cards = [safe.SCardConnect(self.context, reader, SHARED, safe.SCARD_PROTOCOL_T1)[1] for reader in readers]
+
+
+RETRIED = ("SCardBeginTransaction", "SCardReconnect", "SCardStatus", "SCardTransmit")
+
+
+def retried(call: str, card: Any) -> int:
+    """One of the calls that libpcsclite makes again and again while another process has a transaction there."""
+    if call == "SCardReconnect":
+        return int(safe.SCardReconnect(card, SHARED, safe.SCARD_PROTOCOL_T1, safe.SCARD_LEAVE_CARD)[0])
+    if call == "SCardTransmit":
+        return int(transmit(card, ECHO)[0])
+    if call == "SCardStatus":
+        return int(safe.SCardStatus(card)[0])
+    return int(safe.SCardBeginTransaction(card) or safe.SCardEndTransaction(card, safe.SCARD_LEAVE_CARD))
+
+
+def ended_by_each_other(stack: VirtualPcsc, call: str, end: Callable[[Any], Any]) -> list[Any]:
+    """In two children, a thread waits for the end of the other's transaction while another ends its own.
+
+    Both threads on one context: the one that waits has the turn that the other needs.
+    """
+    pipes = [os.pipe(), os.pipe()]
+    readers = [reader.name for reader in stack.readers]
+
+    def meet(number: int) -> None:
+        os.write(pipes[1 - number][1], b"x")
+        os.read(pipes[number][0], 1)
+
+    def child(number: int) -> Any:
+        context = establish()
+        mine, other = (connect(context, reader) for reader in (readers[number], readers[1 - number]))
+        meet(number)
+        begun = safe.SCardBeginTransaction(mine)
+        meet(number)
+        waiting = Calling(retried, call, other)
+        time.sleep(0.2)
+        ends = Calling(lambda: (transmit(mine, ECHO)[0], safe.SCardListReaders(context, [])[0], end(mine)))
+        return begun, ends.answer(), waiting.answer()
+
+    children = [start(child, number) for number in (0, 1)]
+    answers = [wait_for(each) for each in children]
+    for end_of_pipe in (*pipes[0], *pipes[1]):
+        os.close(end_of_pipe)
+    return answers
+
+
+def end(card: Any) -> int:
+    """SCardEndTransaction."""
+    return int(safe.SCardEndTransaction(card, safe.SCARD_LEAVE_CARD))
+
+
+@pytest.mark.parametrize("policy", ["reestablish", "broker"])
+@pytest.mark.parametrize("call", RETRIED)
+def test_processes_end_each_others_waits(pcsc_stack: VirtualPcsc, call: str, policy: str) -> None:
+    """Nobody waits for ever, as on raw pyscard."""
+    pcsc_safe.configure(policy=policy)
+    assert ended_by_each_other(pcsc_stack, call, end) == [(OK, (OK, OK, OK), OK)] * 2
+
+
+def test_a_disconnection_ends_a_wait(pcsc_stack: VirtualPcsc) -> None:
+    """As the end of the transaction does."""
+
+    def disconnect(card: Any) -> int:
+        return int(safe.SCardDisconnect(card, safe.SCARD_LEAVE_CARD))
+
+    assert ended_by_each_other(pcsc_stack, "SCardTransmit", disconnect) == [(OK, (OK, OK, OK), OK)] * 2
+
+
+def test_waits_are_ended_where_sleep_is_not_seen(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without /proc, a call that takes long is thought to be asleep."""
+
+    def missing(*arguments: Any, **keywords: Any) -> Any:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("pcsc_safe._turns.open", missing, raising=False)
+    assert ended_by_each_other(pcsc_stack, "SCardStatus", end) == [(OK, (OK, OK, OK), OK)] * 2
+
+
+def test_an_exchange_is_not_passed(held: VirtualPcsc) -> None:
+    """A call in a transaction waits for another thread's exchange: in libpcsclite it would freeze all other threads."""
+    context, another = establish(), establish()
+    slow, mine = (connect(context, held.readers[number].name) for number in (0, 2))
+    card = held.readers[0].card
+    assert isinstance(card, HeldCard)
+    assert safe.SCardBeginTransaction(mine) == OK
+    exchange = Calling(transmit, slow, HELD)
+    assert card.reached.wait(ENOUGH)
+    ends = Calling(end, mine)
+    assert stays(lambda: Calling(safe.SCardListReaders, another, []).answer()[0] == OK and ends.is_alive())
+    card.go.set()
+    assert (exchange.answer()[0], ends.answer()) == (OK, OK)
+    for each in (context, another):
+        assert safe.SCardReleaseContext(each) == OK
 
 
 def got(card: Any) -> int:

@@ -209,7 +209,11 @@ class _Connection:
             # Looked at again: who has begun one since needs this turn to end it, and the exchange would wait for that.
             if turn.current is not None or record.released or _transactions.holders:
                 return None
-            return native(*arguments)
+            turn.retrying = threading.get_ident()
+            try:
+                return native(*arguments)
+            finally:
+                turn.retrying = 0
 
     def _called(self, client: _Client, call: _calls.Call, name: str, arguments: Any) -> Any:
         if name == "SCardEstablishContext":
