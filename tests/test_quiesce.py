@@ -826,7 +826,7 @@ def forking_handler(threads: str) -> None:
                 status = os.waitstatus_to_exitcode(ended[1])
                 statuses[status] = statuses.get(status, 0) + 1
                 forks += 1
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # not only the timer, which the handler may set once more
     if os.getpid() != me:  # the last fork came after the last calls
         os._exit(0)
     with contextlib.suppress(ChildProcessError):
