@@ -57,10 +57,10 @@ broker           SCardTransmit of a process whose PC/SC is done by a broker (bro
                  started one ahead (prestarted)
 first use        in a forked child: SCardListReaders on the inherited context, which gets a context of its own first; on
                  raw pyscard SCardEstablishContext and SCardListReaders
-pool             ProcessPoolExecutor of an application that has connected the card. pcsc_safe: workers are forked and use
-                 that card, with cards="reconnect"; "check by hand": they are forked and connect when they see that the
-                 process is another one; "spawn": they are new Pythons, which connect when they begin. The first answer
-                 of one worker, from the start of the pool; a task is one exchange, two workers do them
+pool             ProcessPoolExecutor of an application that has connected the card. pcsc_safe: workers are forked and
+                 use that card, with cards="reconnect"; "check by hand": they are forked and connect when they see that
+                 the process is another one; "spawn": they are new Pythons, which connect when they begin. The first
+                 answer of one worker, from the start of the pool; a task is one exchange, two workers do them
 """
 
 
