@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -292,6 +293,18 @@ def by_turns(processes: dict[str, Process], command: Sequence[Any], rounds: int)
     return found
 
 
+def recording(effort: Effort) -> Iterator[Figure]:
+    """What it costs to be recorded, by ``run --report`` or ``--timeline``; beside pcsc_safe that isn't."""
+    with contextlib.ExitStack() as undo:
+        directory = undo.enter_context(tempfile.TemporaryDirectory())
+        command = [sys.executable, str(HERE / "recording.py"), str(effort.calls)]
+        env = {**stack(undo), "PCSC_SAFE_REPORT": directory}
+        output = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, timeout=300).stdout
+    for name, pairs in json.loads(output).items():
+        target = 1.05 if "Transmit" in name else None  # the others are rare
+        yield figure(f"{name}, recorded", pairs, against="pcsc_safe", ratio=target)
+
+
 MEASURES = {
     "calls": calls,
     "imports": imports,
@@ -303,4 +316,5 @@ MEASURES = {
     "first-use": first_use,
     "broker": broker,
     "pools": pools,
+    "recording": recording,
 }

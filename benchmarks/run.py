@@ -55,6 +55,7 @@ waits, APDUs     os.fork() in the parent while its other threads are in PC/SC: w
 broker           SCardTransmit of a process whose PC/SC is done by a broker (broker="always"); and the first use in a
                  forked child that has to go through one (policy "broker"): that starts it (cold), or the parent has
                  started one ahead (prestarted)
+recorded         run --report or --timeline: pcsc_safe beside itself, in one process, on one session
 first use        in a forked child: SCardListReaders on the inherited context, which gets a context of its own first; on
                  raw pyscard SCardEstablishContext and SCardListReaders
 pool             ProcessPoolExecutor of an application that has connected the card. pcsc_safe: workers are forked and

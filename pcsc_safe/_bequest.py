@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from types import TracebackType
 from typing import Any, Optional
 
@@ -42,6 +43,7 @@ from .policy import Owner, Policy, native_works_after_fork
 __all__ = ["files_to_preserve", "handover", "prepare"]
 
 _TURN_WITHIN = 1.0  # s; for the turn on a context that nobody is using
+_A_MOMENT = 0.02  # s
 
 
 class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
@@ -135,7 +137,8 @@ def files_to_preserve() -> list[int]:
     For python-daemon: ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  The numbers stay the same when
     the sessions are handed over or shared.
     """
-    own = [context.descriptor for context in _handles.contexts.values() if context.owner is _process.current()]
+    here = _process.current()  # first: it may be what makes contexts this process's own
+    own = [context.descriptor for context in _handles.contexts.values() if context.owner is here]
     numbers = {descriptor.number for descriptor in own if descriptor is not None and descriptor.is_intact()}
     return sorted(numbers | set(_mine.files_to_preserve()))
 
@@ -297,7 +300,7 @@ def _written(will: _Will, ident: int) -> Optional[str]:
             return why_not[0]
     for context in will.native:
         will.turns.append(context.turn)
-        if not context.turn.lock.acquire(timeout=_TURN_WITHIN):
+        if not _taken(context.turn):
             will.turns.pop()
             return "another thread has its turn on a context"
         context.turn.is_given = True
@@ -316,6 +319,16 @@ def _written(will: _Will, ident: int) -> Optional[str]:
     _wills[ident] = will
     will.is_made = True
     return None
+
+
+def _taken(turn: _turns.Turn) -> bool:
+    """Take the turn on a context that nobody is using."""
+    deadline = time.monotonic() + _TURN_WITHIN
+    while not turn.lock.acquire(timeout=_A_MOMENT):
+        if time.monotonic() > deadline:
+            return False
+        _gate.let_pass()  # who has it has come no further than the gate
+    return True
 
 
 def _numbers(contexts: list[Context]) -> list[int]:
@@ -415,6 +428,9 @@ def _in_hook() -> None:
         for block in will.blocks:
             block.happened()
     _accepted = (os.getpid(), will)
+    for how, given in (("handover", will.native), ("handover", will.in_broker), ("share", will.shared)):
+        for context in given:
+            _events.record("got", context=context.key, how=how)
 
 
 def _begin(epoch: _process.Epoch) -> None:
@@ -440,6 +456,8 @@ def _begin(epoch: _process.Epoch) -> None:
             context.gateway = broker or context.gateway
         # What the application has closed since the fork is lost: the number may be something else's by now.
         _take(context, epoch if is_there else _process.Epoch(epoch, _process.LOST))
+        if not is_there:
+            _events.record("lost", context=context.key)
         for card in list(context.cards.values()):
             if context in will.shared:
                 card.transactions = 0  # what is open is its parent's

@@ -23,6 +23,7 @@ def configure(
     broker_python: Optional[str] = None,
     owner: Union[Owner, str, None] = None,
     guard_native: Union[bool, str, None] = None,
+    recover: Union[bool, str, None] = None,
     context: Any = None,
 ) -> Settings:
     """Say what a process gets that uses a context or card which it inherited over a fork.
@@ -42,6 +43,8 @@ def configure(
     :param guard_native: whether the children that are forked from now on are to have none of this process's connections
         to pcscd, those included that a PKCS#11 module or other native code has opened, so that what becomes of a child
         doesn't reach the sessions of such code; not, by default.
+    :param recover: whether contexts are re-established when pcscd was restarted, or has ended and is started by the
+        next use.  Their cards are treated as if they were inherited; see ``cards``.
     :param context: a context, for settings that are to count for it and its cards alone.
     :return: the settings that are in force now, for that context if one was given.
     :raises SettingsError: a value is not one of these, or ``context`` is no context of this process, or the setting is
@@ -54,7 +57,7 @@ def configure(
         "owner": owner,
         "guard_native": guard_native,
     }
-    wanted = {"policy": policy, "cards": cards, **of_process}
+    wanted = {"policy": policy, "cards": cards, "recover": recover, **of_process}
     given = {name: value for name, value in wanted.items() if value is not None}
     changed = _settings.settings().changed(**given)
     if context is None:

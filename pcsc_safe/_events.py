@@ -1,58 +1,270 @@
-"""What happens to PC/SC in a family of processes, told for ``python -m pcsc_safe run --report``.
+"""What happens to PC/SC in a family of processes, written down for ``python -m pcsc_safe run --report | --timeline``.
 
-Each event is a line, appended to a file when it happens, for a forked child often ends without any exit handler.  The
-file is opened anew each time: a descriptor could be somebody else's by then.  Without a report this does nothing.  A
-forked child goes on with its parent's file.
+Each process has a record of its own: files of slots in a directory, mapped into memory.  Writing is assigning to
+memory.  So it costs no system call and takes no lock, can be done in an at-fork hook, goes on after ``chroot`` and
+``setuid``, and what was written stays however the process ends.  A counter gives the slots out, so no two threads get
+the same.  No descriptor is kept: it could be somebody else's by the time it is used.
+
+Without a directory in the environment nothing is written and nothing is mapped.
+
+At a fork the child begins a record of its own, and never writes to its parent's again.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import struct
+import sys
+from _thread import get_native_id
+from collections.abc import Iterator, Sequence
+from time import monotonic, monotonic_ns
+from typing import Any, Optional
 
-__all__ = ["VARIABLE", "Event", "parse", "record"]
+from . import _process
+
+__all__ = [
+    "NO_SPAN",
+    "SLOT",
+    "SPAN",
+    "SPAN_TAG",
+    "VARIABLE",
+    "Activity",
+    "born_elsewhere",
+    "forget",
+    "is_on",
+    "pid_space",
+    "record",
+]
 
 VARIABLE = "PCSC_SAFE_REPORT"
-"""The environment variable that holds the file's path."""
+"""The environment variable that holds the directory's path."""
 
-_LONGEST = 512  # bytes; POSIX's PIPE_BUF, so no two lines mix
-_path = os.environ.get(VARIABLE) or None
+SLOT = 256  # bytes
+SPAN_TAG = b"S"
+SPAN = struct.Struct("=c7s8sddd")
+"""A slot that holds a span: tag, activity, key, when it began and ended (s; 0: not yet), and how often it was done."""
+
+_TEXT = struct.Struct(f"{SLOT}s")
+_DOUBLE = 8  # bytes
+_END_AT = SPAN.size - 2 * _DOUBLE
+_SLOTS = 128  # a file
+_MOST_FILES = 1024  # 32 MB a process
+_FINENESS = 1 / 512  # of the time since the start: what is closer together is one span
+_LONGEST_WORD = 12  # where not all fit
+_PROT_READ_WRITE, _MAP_SHARED = 3, 1
+_MAP_POPULATE = 0x8000 if sys.platform.startswith("linux") else 0
+
+_directory = os.environ.get(VARIABLE) or None
+_origin = monotonic()
 
 
-def record(kind: str, **fields: object) -> None:
+def is_on() -> bool:
+    """Whether there is a record."""
+    return _directory is not None
+
+
+class _Record:
+    """The record of one process.
+
+    :param parent: the name of the record of the process that forked or started it; "" if that isn't known.
+    :ivar name: the PID and the time; two processes can have one PID, one after the other.
+    """
+
+    def __init__(self, pid: int, parent: str, how: str, program: str, parent_pid: int) -> None:
+        self.name = f"{pid}-{monotonic_ns()}"
+        self._files: dict[int, Any] = {}
+        self._slots = itertools.count()
+        self._is_lost = False
+        self.write(
+            "process",
+            {"pid": pid, "ppid": parent_pid, "parent": parent, "how": how, "program": program, "space": pid_space()},
+        )
+
+    def write(self, kind: str, fields: dict[str, Any]) -> None:
+        """Fill one slot."""
+        line = _line(kind, fields).encode()
+        if len(line) > SLOT:
+            short = {name: value[:_LONGEST_WORD] if isinstance(value, str) else value for name, value in fields.items()}
+            line = _line(kind, short).encode()
+        file, offset = self.slot()
+        _TEXT.pack_into(file, offset, line)
+
+    def slot(self) -> tuple[Any, int]:
+        """A free one: what it is in, and where."""
+        number, index = divmod(next(self._slots), _SLOTS)
+        file = self._files.get(number)
+        if file is None:  # two threads that come here map the same file
+            file = self._files.setdefault(number, self._map(number))
+        return file, index * SLOT
+
+    def _map(self, number: int) -> Any:
+        if not self._is_lost and number < _MOST_FILES:
+            try:
+                return _mapped(f"{_directory}/{self.name}.{number}", SLOT * _SLOTS)
+            except OSError:
+                pass
+        self._is_lost = True
+        if number:
+            last = _line("incomplete", {}).encode()
+            _TEXT.pack_into(self._files.get(number - 1, _nowhere), (_SLOTS - 1) * SLOT, last)
+        return _nowhere
+
+
+def _line(kind: str, fields: dict[str, Any]) -> str:
+    return ascii((monotonic_ns(), kind, get_native_id(), fields))
+
+
+def _mapped(path: str, size: int) -> Any:
+    # Not the mmap module, which keeps a descriptor.
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)  # or a full disk would be a SIGBUS
+        else:
+            os.ftruncate(file, size)
+        address = _mmap(None, size, _PROT_READ_WRITE, _MAP_SHARED | _MAP_POPULATE, file, 0)
+    finally:
+        os.close(file)
+    if address in (None, _MAP_FAILED):
+        raise OSError("mmap")
+    return memoryview((_ctypes.c_char * size).from_address(address)).cast("B")
+
+
+def pid_space() -> int:
+    """Which PID namespace this is; in another one a PID means nothing to the watcher."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+_mine: Optional[_Record] = None
+
+
+def record(kind: str, **fields: Any) -> None:
     """Tell that something happened in this process.
 
-    It never fails: who can't write to the file, in a chroot or as another user, tells nothing.
+    It never fails: who can't write, in a chroot or as another user, tells nothing.
 
     :param kind: what; a word.
-    :param fields: more of it; words and numbers.
+    :param fields: more of it; words and numbers, and the keys of records as they are.
     """
-    if _path is None:
-        return
-    words = [str(os.getpid()), str(os.getppid()), kind, *(f"{name}={value}" for name, value in fields.items())]
-    line = " ".join(words).encode(errors="replace")[: _LONGEST - 1] + b"\n"
-    with contextlib.suppress(OSError):
-        file = os.open(_path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_CLOEXEC", 0))
+    if _mine is not None:
+        _mine.write(kind, fields)
+
+
+def born_elsewhere(pid: int, how: str, program: str) -> None:
+    """Begin the record of a process that this one has started, and that keeps none itself."""
+    if _mine is not None:
+        _Record(pid, _mine.name, how, program, os.getpid())
+
+
+class Activity:
+    """Something that is done again and again, on contexts or cards; what is close in time is told as one span.
+
+    :param name: at most 7 letters.
+    :ivar spans: by key, the one that it is in: the file and where its end is there, behind which is the count; the next
+        count; and until when it lasts.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name.encode()
+        self.spans: dict[bytes, tuple[Any, int, Iterator[float], float]] = {}
+        _activities.append(self)
+
+    def happened(self, key: bytes, start: float, end: float) -> None:
+        """It was done once.
+
+        :param key: of what it was done on.
+        :param start: when it began, as monotonic() says.
+        :param end: when it ended; 0 if it goes on until :meth:`ended`.
+        """
+        file, at, count, limit = self.spans.get(key, NO_SPAN)
+        if (end or start) < limit:
+            file[at], file[at + 1] = end, next(count)
+            return
+        file, offset = _mine.slot() if _mine is not None else (_nowhere, 0)
+        SPAN.pack_into(file, offset, SPAN_TAG, self._name, key, start, end, 1)
+        limit = start + (start - _origin) * _FINENESS
+        self.spans[key] = file.cast("d"), (offset + _END_AT) // _DOUBLE, itertools.count(2.0), limit
+
+    def ended(self, key: bytes, end: float) -> None:
+        """What went on has ended."""
+        file, at, _, _ = self.spans.get(key, NO_SPAN)
+        if file is not None:
+            file[at] = end
+
+
+NO_SPAN: tuple[Any, int, Any, float] = (None, 0, None, 0.0)
+
+
+def forget(key: bytes) -> None:
+    """Nothing will be done on that any more."""
+    for activity in _activities:
+        activity.spans.pop(key, None)
+
+
+_activities: list[Activity] = []
+
+
+def _in_child() -> None:
+    global _mine
+    if _mine is not None:
+        how = "fork" if _process.ran_hook() else "C fork"
+        _mine = _Record(os.getpid(), _mine.name, how, "", os.getppid())
+    for activity in _activities:
+        activity.spans.clear()
+
+
+def _program(words: Sequence[str]) -> str:
+    """What a command line runs, without its arguments: they may be secret."""
+    python = os.path.basename(words[0]) if words else os.path.basename(sys.executable or "")
+    if "--multiprocessing-fork" in words:
+        return f"{python} (multiprocessing)"
+    rest = iter(words[1:])
+    for word in rest:
+        if word in ("-W", "-X"):
+            next(rest, None)
+        elif word[:2] == "-m":
+            return f"{python} -m {word[2:] or next(rest, '')}"
+        elif word[:2] == "-c":
+            return f"{python} -c"
+        elif word == "-" or word[:1] != "-":
+            return f"{python} {os.path.basename(word)}"
+    return python
+
+
+def _command_line() -> Sequence[str]:
+    words: Sequence[str] = getattr(sys, "orig_argv", ())  # since Python 3.10
+    if not words:
         try:
-            os.write(file, line)
-        finally:
-            os.close(file)
+            with open("/proc/self/cmdline", "rb") as file:
+                words = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
+        except OSError:
+            pass
+    return words
 
 
-class Event(NamedTuple):
-    """What a process told."""
+def _switch_on() -> None:
+    global _ctypes, _mmap, _MAP_FAILED, _nowhere, _mine
+    import ctypes as _ctypes
 
-    pid: int
-    parent: int
-    kind: str
-    fields: dict[str, str]
+    _mmap = _ctypes.CDLL(None).mmap
+    _mmap.restype = _ctypes.c_void_p
+    _mmap.argtypes = [_ctypes.c_void_p, _ctypes.c_size_t, *[_ctypes.c_int] * 3, _ctypes.c_long]
+    _MAP_FAILED = _ctypes.c_void_p(-1).value
+    _nowhere = memoryview(bytearray(SLOT * _SLOTS))
+    _process.at_fork(in_child=_in_child)
+    _mine = _Record(os.getpid(), "", "start", _program(_command_line()), os.getppid())
 
 
-def parse(lines: Iterable[str]) -> Iterator[Event]:
-    """The events that were told; a line that is none is passed over."""
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            pid, parent, kind, *fields = line.split()
-            yield Event(int(pid), int(parent), kind, dict(field.split("=", 1) for field in fields))
+_ctypes: Any = None
+_mmap: Any = None
+_MAP_FAILED: Any = None
+_nowhere: Any = None
+if is_on():
+    try:
+        _switch_on()
+    except Exception:  # a Python without ctypes, or no such libc: the program goes on, and is missing in the record
+        _directory = None

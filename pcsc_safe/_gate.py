@@ -27,6 +27,7 @@ __all__ = [
     "closers",
     "enter",
     "inside",
+    "let_pass",
     "open_again",
     "others_are_inside",
     "raise_later",
@@ -138,6 +139,14 @@ def close_quietly() -> bool:
 def open_again() -> None:
     """Open the gate, if this thread has closed it."""
     closers.pop(threading.get_ident(), None)
+
+
+def let_pass() -> None:
+    """Let those in that wait at the gate, and close it again when they are out; for a thread that has closed it."""
+    closed_for = closers.pop(threading.get_ident(), True)
+    time.sleep(2 * _PAUSE)
+    _close()
+    closers[threading.get_ident()] = closed_for
 
 
 def others_are_inside() -> bool:

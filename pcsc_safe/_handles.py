@@ -16,12 +16,12 @@ import os
 import sys
 from typing import Any, Callable, Optional, Union
 
-from . import _descriptors, _native, _process, _turns
+from . import _descriptors, _events, _native, _process, _turns
 from ._calls import Gateway, Kind
 from .errors import PcscSafeError
 from .policy import Settings
 
-__all__ = ["Card", "Context", "cards", "contexts", "family", "find", "load", "prepare", "register"]
+__all__ = ["Card", "Context", "cards", "contexts", "family", "find", "load", "lose", "prepare", "register"]
 
 family = os.urandom(16)
 """The same in every process that was forked since pcsc_safe was imported."""
@@ -110,7 +110,7 @@ class Card:
     :ivar share_mode: SCARD_SHARE_* as last asked for.
     :ivar protocol: SCARD_PROTOCOL_* that was agreed on, or what was asked for where none was (SCARD_SHARE_DIRECT).
     :ivar transactions: how many SCardBeginTransaction are open.
-    :ivar warned: the epoch in which its loss by a fork was logged.
+    :ivar warned: the epochs of the last loss that was logged: where, and whose it was.
     """
 
     kind = Kind.CARD
@@ -138,7 +138,7 @@ class Card:
         self.share_mode = share_mode
         self.protocol = protocol
         self.transactions = 0
-        self.warned: Optional[_process.Epoch] = None
+        self.warned: Optional[tuple[_process.Epoch, _process.Epoch]] = None
         self.key = os.urandom(8)
         self.released = False
 
@@ -217,12 +217,22 @@ def register(record: Record) -> Any:
 
 def disown(gateway: Gateway) -> None:
     """Give up what this process had through a gateway that is no more, as if it were another process's."""
-    here = _process.current()
     for context in list(contexts.values()):
-        if context.gateway is gateway and context.owner is here:
-            context.owner = lost = _process.Epoch(here, _process.LOST)
-            for card in list(context.cards.values()):
-                card.owner = lost
+        if context.gateway is gateway and context.owner is _process.current():
+            lose(context, _process.LOST)
+
+
+def lose(context: Context, how: str) -> None:
+    """Give up a context of this process and its cards, as if they were another process's.
+
+    :param how: LOST or SERVICE_LOST, of :mod:`_process`.
+    """
+    context.owner = lost = _process.Epoch(_process.current(), how)
+    _events.record("lost", context=context.key)
+    for card in list(context.cards.values()):
+        card.owner = lost
+    _descriptors.kill([context.descriptor])
+    _descriptors.unguard(context.descriptor)
 
 
 def find(kind: Kind, handle: object) -> Optional[Record]:

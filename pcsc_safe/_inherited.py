@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Optional
 
-from . import _descriptors, _events, _gate, _log, _native, _process, _pyscard, _transactions, policy
+from . import _descriptors, _events, _gate, _log, _native, _process, _pyscard, _recorded, _transactions, policy
 from ._calls import CALLS, Call, Gateway
 from ._handles import Card, Context, Record
 from ._pyscard import SUCCESS, constant
@@ -39,7 +39,7 @@ def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     :raises LostError: the broker died meanwhile.
     """
     verdict = decide(
-        _settings_of(record.context),
+        _settings_of(record),
         call.role,
         card=isinstance(record, Card),
         in_transaction=isinstance(record, Card) and record.transactions > 0,
@@ -53,6 +53,10 @@ def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     if verdict is Verdict.INVALID:
         return call.failure(INVALID_HANDLE, arguments)
     if verdict is Verdict.RESET:
+        if record.owner.noticed_by is _process.SERVICE_LOST:  # while there is no pcscd, that is the answer
+            hresult = _own(call, record.context)
+            if hresult != SUCCESS:
+                return call.failure(hresult, arguments)
         _warn_of_reset(call, record)
         return call.failure(RESET_CARD, arguments)
     if verdict is Verdict.JOIN:
@@ -69,7 +73,7 @@ def adopt(context: Context) -> None:
     Before they are handed over, which is to say that somebody counts on them.  What can't be had stays as it is, and so
     does what this process itself has handed over, or lost.
     """
-    if context.owner.noticed_by in (_process.HANDED_OVER, _process.LOST):
+    if context.owner.noticed_by in (_process.HANDED_OVER, _process.LOST, _process.SERVICE_LOST):
         return
     reconnects = _settings_of(context)._replace(cards=Cards.RECONNECT)
     status = CALLS["SCardStatus"]
@@ -104,9 +108,18 @@ def _forget(call: Call, record: Record) -> Optional[int]:
 def _release_dead(context: Context) -> bool:
     """Whether this process's native library knows an inherited context no more."""
     if context.gateway is not _native.gateway:
+        if context.owner.noticed_by is _process.SERVICE_LOST and isinstance(context.gateway, _client.Broker):
+            context.gateway.forget(context.real)
         return True
     dead, context.descriptor = context.descriptor, None
     return _native_works() and _native.release_dead(context.real, dead)
+
+
+def _forget_released(context: Context) -> None:
+    """Forget the cards that nothing knows any more: neither the application nor the native library."""
+    for card in list(context.cards.values()):
+        if card.released:
+            card.forget()
 
 
 def _native_works() -> bool:
@@ -114,10 +127,12 @@ def _native_works() -> bool:
     return _pyscard.is_loaded and (here.parent is None or (here.unquiet is None and native_works_after_fork()))
 
 
-def _settings_of(context: Context) -> Settings:
-    effective = context.settings(settings())
-    # What is lost with a broker was not inherited: no fork is to be refused.
-    lost = context.owner.noticed_by is _process.LOST and effective.policy in (Policy.RAISE, Policy.INVALID)
+def _settings_of(record: Record) -> Settings:
+    effective, owner = record.context.settings(settings()), record.owner
+    # What is lost was not inherited: no fork is to be refused. And there is nothing to share when pcscd is gone.
+    lost = owner.noticed_by in (_process.LOST, _process.SERVICE_LOST) and owner.parent is _process.current()
+    lost = lost and effective.policy in (Policy.RAISE, Policy.INVALID)
+    lost = lost or (owner.noticed_by is _process.SERVICE_LOST and effective.policy is Policy.SHARE)
     return effective._replace(policy=Policy.AUTO) if lost else effective
 
 
@@ -153,7 +168,7 @@ def _status(safe: Any) -> Any:
 
 
 def _own_context(context: Context, through: Gateway) -> int:
-    owner_pid = context.owner.pid
+    left = context.owner
 
     def keep(real: int, descriptor: Optional[_descriptors.Descriptor], owner: _process.Epoch, gateway: Gateway) -> None:
         # The owner last: a fork in another thread must find the connection recorded, or the context not ours.
@@ -162,13 +177,25 @@ def _own_context(context: Context, through: Gateway) -> int:
 
     # Again, if a signal handler has forked meanwhile, and this is the child.
     while context.owner is not _process.current():
-        _release_dead(context)
+        if _release_dead(context):
+            _forget_released(context)
         hresult = int(through.establish(context.scope, keep)[0])
         if hresult != SUCCESS:
             return hresult
-        _log.info("process %d has a context of its own in the place of process %d's", context.owner.pid, owner_pid)
-        _events.record("reestablished", owner=owner_pid)
+        _tell(context, left)
     return SUCCESS
+
+
+def _tell(context: Context, left: _process.Epoch) -> None:
+    """Tell that this process has a context in the place of one whose owner is, to it, another."""
+    here = context.owner
+    if left.noticed_by is _process.SERVICE_LOST:
+        _log.info("process %d has a new context in the place of one that ended with pcscd", here.pid)
+        _events.record("recovered")
+        _recorded.tell_established("established", context)
+    else:
+        _log.info("process %d has a context of its own in the place of process %d's", here.pid, left.pid)
+        _recorded.tell_established("reestablished", context, owner=left.pid)
 
 
 def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> tuple[int, int]:
@@ -186,6 +213,7 @@ def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization:
             card.real, card.share_mode, card.protocol = real, share_mode, protocol or protocols
             card.transactions = 0
             card.owner = owner
+            _recorded.tell_connected("connected", card)
         return hresult, protocol
 
     answer: tuple[int, int] = context.gateway.enter("SCardConnect", connect)
@@ -211,6 +239,7 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
             for card in cards:
                 card.transactions, card.owner = 0, _process.current()
             context.owner = _process.current()
+            _events.record("got", context=context.key, how="share")
             return None
     if call.role is Role.VALIDITY:
         return INVALID_HANDLE
@@ -323,9 +352,16 @@ def _forked_handle(function: str, record: Record) -> ForkedHandleError:
 def _warn_of_reset(call: Call, card: Record) -> None:
     assert isinstance(card, Card)
     here = _process.current()
-    if card.warned is here:
+    if card.warned == (here, card.owner):
         return
-    card.warned = here
+    card.warned = here, card.owner
+    if card.owner.noticed_by is _process.SERVICE_LOST:
+        _log.warning(
+            "%s answers SCARD_W_RESET_CARD because pcscd was restarted, not because of the card: call SCardReconnect, "
+            "or configure cards='reconnect'",
+            call.name,
+        )
+        return
     if card.owner.noticed_by is _process.LOST:
         _log.warning("%s answers SCARD_W_RESET_CARD because the broker of process %d died", call.name, here.pid)
         return

@@ -48,4 +48,5 @@ def _install() -> None:
         pid = _process.current().pid
         print(f"pcsc_safe: process {pid} is not retrofitted: {error}", file=sys.stderr)
     else:
+        _process.current()
         _events.record("retrofit")

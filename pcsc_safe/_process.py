@@ -23,6 +23,7 @@ from typing import Any, Callable, Optional, Protocol
 __all__ = [
     "HANDED_OVER",
     "LOST",
+    "SERVICE_LOST",
     "Epoch",
     "after_fork_in_parent",
     "around_fork",
@@ -43,6 +44,9 @@ _at_begin: list[Callable[[Epoch], None]] = []
 
 LOST = "loss"
 """What noticed the beginning of an epoch that is nobody's: the owner of what this process had, and has lost."""
+
+SERVICE_LOST = "service"
+"""The same, where pcscd is gone, and nothing that stands between it and this process."""
 
 HANDED_OVER = "handover"
 """That of the epoch of the child that this process has handed over to, as this process sees it."""

@@ -23,6 +23,8 @@ from . import (
     _pcscd,
     _process,
     _pyscard,
+    _recorded,
+    _recovery,
     _transactions,
     _turns,
 )
@@ -51,7 +53,7 @@ def _connected(context: Record, arguments: tuple[Any, ...], result: Any) -> Any:
 def _released(context: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     # libpcsclite drops its context whatever pcscd answers.
     context.forget()
-    return result
+    return SUCCESS if result in _recovery.GONE and _recovery.recovers(context) else result
 
 
 def _disconnected(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
@@ -93,6 +95,10 @@ _AFTER: dict[str, _After] = {
     "SCardBeginTransaction": _began,
     "SCardEndTransaction": _ended,
 }
+
+
+def _after(name: str) -> Optional[_After]:
+    return _recorded.followed(name, _AFTER.get(name))
 
 
 # The way of a call.
@@ -166,11 +172,12 @@ _GIVES_WAY = 0.0005  # s
 
 def _routed_in_turn(call: Call) -> Callable[..., Any]:
     """In the owner: get the turn, enter the native library, note the outcome; in as few steps as there are."""
-    name, native, after, discloses = call.name, _native.raw[call.name], _AFTER.get(call.name), call.discloses
+    name, native, after, discloses = call.name, _native.raw[call.name], _after(call.name), call.discloses
     registry: dict[Any, Any] = _handles.contexts if call.takes is Kind.CONTEXT else _handles.cards
     process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
     here_itself = _native.gateway
     polls, holders = name in _transactions.WAITING, _transactions.holders
+    is_bare, unheard = call.failed is None, _recovery.UNHEARD[name]
 
     def route(handle: Any, *arguments: Any) -> Any:
         try:
@@ -182,10 +189,9 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
         context = record.context
         if context.gateway is not here_itself:
             try:
-                result = context.gateway.functions[name](record.real, *arguments)
+                return _through_broker(call, route, record, handle, arguments)
             except LostError as lost:
                 return _after_loss(call, route, handle, arguments, lost)
-            return after(record, arguments, result) if after else result
         if closers:
             _gate.wait_until_open(get_ident())
         if polls and holders:
@@ -193,6 +199,7 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
         turn = context.turn
         if turn.waits and turn.current is None:
             sleep(_GIVES_WAY)  # a wait for events wants to go on; beside a busy thread it never could
+        is_gone = False
         with turn.lock:
             if turn.current is not None:
                 turn.evict()
@@ -205,18 +212,42 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
                     in_the_way = _transactions.in_the_way(name, record, arguments) is not None
                 # Nothing between this look and the native call can run other code: a fork in a handler is seen.
                 if not in_the_way and sentinel[0] and record.owner is process.here:
-                    result = native(record.real, *arguments)
-                    if discloses and result[0] != SUCCESS:
-                        return call.failure(result[0])
-                    return after(record, arguments, result) if after else result
+                    real = record.real
+                    result = native(real, *arguments)
+                    hresult = result if is_bare else result[0]
+                    is_gone = hresult != SUCCESS and hresult in unheard and _recovery.noticed(record, real, hresult)
+                    if not is_gone:
+                        if discloses and hresult != SUCCESS:
+                            return call.failure(hresult)
+                        return after(record, arguments, result) if after else result
             finally:
                 if before is None:
                     inside.pop(ident, None)
                 else:
                     inside[ident] = before
+        if is_gone:
+            return _recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
         return _route_slowly(call, route, handle, arguments)
 
     return route
+
+
+def _through_broker(
+    call: Call, route: Callable[..., Any], record: Record, handle: Any, arguments: tuple[Any, ...]
+) -> Any:
+    """A call on what this process has in a broker."""
+    real, after = record.real, _after(call.name)
+    result = record.context.gateway.functions[call.name](real, *arguments)
+    hresult = result if call.failed is None else result[0]
+    is_gone = hresult in _recovery.UNHEARD[call.name] and _recovery.noticed(record, real, hresult)
+    if hresult == INVALID_HANDLE and _recovery.lost_meanwhile(record, real):
+        is_gone = call.name != "SCardGetStatusChange"
+        result = call.failure(_recovery.NO_SERVICE, arguments)
+    if is_gone:
+        return _recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
+    if call.name == "SCardConnect" and record.real != real:
+        return call.failure(COMM_ERROR)  # another thread has noticed since that what it is through is lost
+    return after(record, arguments, result) if after else result
 
 
 def _routed_without_turn(call: Call) -> Callable[..., Any]:
@@ -241,7 +272,10 @@ def _routed_without_turn(call: Call) -> Callable[..., Any]:
             if closers:
                 _gate.through(ident, entry)
             if sentinel[0] and context.owner is process.here:
-                return native(context.real)
+                real = context.real
+                result = native(real)
+                if result == SUCCESS or context.real == real:
+                    return result
         finally:
             if before is None:
                 inside.pop(ident, None)
@@ -253,11 +287,17 @@ def _routed_without_turn(call: Call) -> Callable[..., Any]:
 
 
 def _routed_cancel(call: Call) -> Callable[..., Any]:
-    def route(handle: Any) -> Any:
+    def once(handle: Any) -> Any:
         context = _owned(handle)
         if context is None:
-            return _route_slowly(call, route, handle, ())
+            return _route_slowly(call, once, handle, ())
         return _turns.cancel(context.turn, context.real)
+
+    def route(handle: Any) -> Any:
+        record = _handles.find(Kind.CONTEXT, handle)
+        if not isinstance(record, Context):
+            return once(handle)
+        return _recovery.cancel(record, lambda: once(handle))
 
     return route
 
@@ -266,18 +306,37 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
     in_turn = _routed_in_turn(call)
 
     def route(handle: Any, timeout: Any, states: Any) -> Any:
-        context = _owned(handle)
-        if context is None or type(timeout) is not int or not 0 < timeout <= _turns.INFINITE:
+        record = _handles.find(Kind.CONTEXT, handle)
+        if not isinstance(record, Context) or type(timeout) is not int or not 0 <= timeout <= _turns.INFINITE:
             return in_turn(handle, timeout, states)
+        began, cancels = monotonic(), record.turn.cancels
+        answer = wait(handle, timeout, states)
+        if answer[0] in _recovery.GONE and _recovery.recovers(record):
+            list_readers = public["SCardListReaders"]
+            return _recovery.outlast(call, wait, list_readers, record, timeout, states, began, cancels)
+        return answer
+
+    def wait(handle: Any, timeout: int, states: Any) -> Any:
+        if not timeout:
+            return in_turn(handle, timeout, states)
+        context = _owned(handle)
+        if context is None:
+            return _route_slowly(call, wait, handle, (timeout, states))
+        real = context.real
         answer = _turns.await_change(
             context.turn,
-            lambda: bool(_process.sentinel[0]) and context.owner is _process.here,
-            context.real,
+            # The real handle too: another thread may have lost the context since, and established it anew.
+            lambda: bool(_process.sentinel[0]) and context.owner is _process.here and context.real == real,
+            real,
             timeout,
             states,
             call.failure(_turns.CANCELLED, (timeout, states)),
         )
-        return answer if answer is not None else _route_slowly(call, route, handle, (timeout, states))
+        if answer is not None:
+            return answer
+        if _recovery.lost_meanwhile(context, real):
+            return call.failure(_recovery.NO_SERVICE, (timeout, states))
+        return _route_slowly(call, wait, handle, (timeout, states))
 
     return route
 
@@ -311,8 +370,7 @@ def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments
             return answer
     through = record.context.gateway
     if through is not _native.gateway:
-        result, after = through.functions[call.name](record.real, *arguments), _AFTER.get(call.name)
-        return after(record, arguments, result) if after else result
+        return _through_broker(call, route, record, handle, arguments)
     if (_handles.contexts if record.kind is Kind.CONTEXT else _handles.cards).get(record.number) is not record:
         # pcscd was restarted, and has given the number to somebody else since.
         return through.enter(call.name, through.functions[call.name], record.real, *arguments)
@@ -349,7 +407,7 @@ def _exported(name: str, value: Any) -> Any:
     call = CALLS.get(name)
     if call is None or not _process.FORKS or (call.takes is None and name != "SCardEstablishContext"):
         return value
-    return _pyscard.shaped(_routed(call), _pyscard.signatures[name])
+    return _pyscard.shaped(_recorded.recorded(call, _routed(call)), _pyscard.signatures[name])
 
 
 public: dict[str, Any] = {name: _exported(name, value) for name, value in _pyscard.public.items()}

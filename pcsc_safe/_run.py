@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import _retrofitted
@@ -35,7 +36,9 @@ _HELP = {
     "broker_python": "the interpreter that runs brokers",
     "owner": "who has the sessions after a fork",
     "guard_native": "keep children out of the sessions of PKCS#11 modules and other native code",
+    "recover": "whether contexts are re-established when pcscd was restarted",
 }
+_TIMELINE = "--timeline"
 _MEANING_PROGRAM = ("-m", "-c")
 
 
@@ -48,7 +51,8 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     index = 0
     while index < len(arguments) and (arguments[index] == "-h" or arguments[index][:2] == "--" != arguments[index]):
         option, _, value = arguments[index].partition("=")
-        takes_next = not value and any(name.startswith(option) for name in _SETTINGS.keys() - _SWITCHES)
+        taking = (*(_SETTINGS.keys() - _SWITCHES), _TIMELINE)
+        takes_next = not value and any(name.startswith(option) for name in taking)
         index += 2 if takes_next else 1
     return list(arguments[:index]), list(arguments[index:])
 
@@ -65,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             parser.add_argument(option, metavar=setting.upper(), help=told)
     parser.add_argument("--report", action="store_true", help="tell on stderr, at the end, what happened to PC/SC")
+    parser.add_argument(
+        _TIMELINE, metavar="FILE", help="draw, at the end, which process had which session when: FILE.svg or FILE.html"
+    )
     parser.set_defaults(refuse=parser.error)
 
 
@@ -85,14 +92,31 @@ def main(options: argparse.Namespace) -> int:
     except SettingsError as error:
         options.refuse(str(error))
     command = [sys.executable, *_interpreter_options(), *program]
-    if not options.report and os.name == "posix":
+    timeline = _checked(options) if options.timeline is not None else None
+    if not options.report and timeline is None and os.name == "posix":
         os.execve(sys.executable, command, environment)  # noqa: S606  # it is what the user wants to run
-    from . import _report
+    from . import _report, _watch
 
-    status = _report.watch(command, environment, report=options.report)
+    status = _report.watch(command, environment, report=options.report, timeline=timeline)
     if sys.flags.inspect:
-        os._exit(_report.end_as(status))  # it is the program that is to be inspected
-    return _report.end_as(status)
+        os._exit(_watch.end_as(status))  # it is the program that is to be inspected
+    return _watch.end_as(status)
+
+
+def _checked(options: argparse.Namespace) -> Path:
+    """Where the timeline is to be; what can't be there is refused before the program runs."""
+    from ._timeline import SUFFIXES
+
+    if os.name != "posix":
+        options.refuse(f"{_TIMELINE} is not to be had on this platform: processes can't be recorded here")
+    file = Path(options.timeline).absolute()
+    if file.suffix not in SUFFIXES:
+        options.refuse(f"{_TIMELINE} {options.timeline}: name a file that ends in {' or '.join(SUFFIXES)}")
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        options.refuse(f"{_TIMELINE} {options.timeline}: {error.strerror}")
+    return file
 
 
 def _environment(mine: Mapping[str, str], options: argparse.Namespace) -> dict[str, str]:

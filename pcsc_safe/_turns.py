@@ -22,12 +22,22 @@ from typing import Any, Callable, Optional
 from . import _gate, _native
 from ._pyscard import SUCCESS, constant
 
-__all__ = ["NoTurn", "Turn", "await_change", "cancel"]
+__all__ = [
+    "CANCELLED",
+    "CHANGED",
+    "INFINITE",
+    "TIMED_OUT",
+    "NoTurn",
+    "Turn",
+    "await_change",
+    "cancel",
+    "is_for_new_readers",
+]
 
 CANCELLED: int = constant("SCARD_E_CANCELLED")
 TIMED_OUT: int = constant("SCARD_E_TIMEOUT")
 INFINITE: int = constant("INFINITE")
-_CHANGED: int = constant("SCARD_STATE_CHANGED")
+CHANGED: int = constant("SCARD_STATE_CHANGED")
 _NEW_READERS = "\\\\?pnp?\\notification"  # pcsc-lite: a change in the list of readers
 _SLICE = 100  # ms; how long one of several waits on a context has it
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02  # s
@@ -42,15 +52,19 @@ class Turn:
     :ivar current: the one among them that is in the native library, or about to be; set with the lock held.
     :ivar is_given: the context is about to be another process's, so no wait enters; whoever sets it holds the lock, and
         then looks whether one is inside.
+    :ivar cancels: how often the application has called SCardCancel.
+    :ivar outlasting: the threads whose waits go on although pcscd was gone meanwhile.
     """
 
-    __slots__ = ("current", "is_given", "lock", "waits")
+    __slots__ = ("cancels", "current", "is_given", "lock", "outlasting", "waits")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.waits: list[Wait] = []
         self.current: Optional[Wait] = None
         self.is_given = False
+        self.cancels = 0
+        self.outlasting: list[int] = []
 
     def evict(self) -> None:
         """Have the wait for events leave the native library; it can't come back while the caller holds the lock."""
@@ -176,23 +190,26 @@ class Wait:
         counters = _counters(result[1])
         changed = [before != now for before, now in zip(seen or [], counters)]
         if self._readers is not None and self._readers != self._list_readers():
-            changed = [name.lower() == _NEW_READERS or was for (name, *_), was in zip(self._states, changed)]
+            changed = [is_for_new_readers(name) or was for (name, *_), was in zip(self._states, changed)]
         if not any(changed):
             return None
-        states = [
-            (name, state | _CHANGED if was else state, atr) for (name, state, atr), was in zip(result[1], changed)
-        ]
+        states = [(name, state | CHANGED if was else state, atr) for (name, state, atr), was in zip(result[1], changed)]
         return [SUCCESS, states]
 
     def _list_readers(self) -> Optional[list[str]]:
         """The readers, if this wait is for changes of their list; libpcsclite counts them anew at each entry."""
         try:
-            if not any(name.lower() == _NEW_READERS for name, *_ in self._states):
+            if not any(is_for_new_readers(name) for name, *_ in self._states):
                 return None
         except (AttributeError, TypeError, ValueError):
             return None  # not what SCardGetStatusChange takes; pyscard has its own words for it
         readers: list[str] = _native.functions["SCardListReaders"](self._real, [])[1]
         return readers
+
+
+def is_for_new_readers(name: str) -> bool:
+    """Whether it is not a reader, but stands for their list."""
+    return name.lower() == _NEW_READERS
 
 
 def _counters(states: list[Any]) -> list[int]:

@@ -71,6 +71,7 @@ class Settings(NamedTuple):
     broker_python: str = ""
     owner: Owner = Owner.PARENT
     guard_native: bool = False
+    recover: bool = False
 
     def changed(self, **values: Any) -> "Settings":
         """These settings with some replaced.
@@ -141,6 +142,7 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
     "broker_python": _path,
     "owner": _member_of(Owner),
     "guard_native": _switch,
+    "recover": _switch,
 }
 
 

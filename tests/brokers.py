@@ -271,12 +271,30 @@ def held_card(stack: VirtualPcsc) -> Any:
 
 
 def let_go(stack: VirtualPcsc) -> None:
-    """Wait until nobody has a context on such a stack any more."""
+    """Wait until nobody has a context on such a stack any more, nor holds a card."""
     card = held_card(stack)
     card.go.set()
     stack.wait_for_clients(0)
+    # pcscd closes the connection of a client that is gone first, and gives up its cards then.
+    until(lambda: _is_free(stack), "pcscd has given up the cards of who is gone")
     card.go.clear()
     card.reached.clear()
+
+
+def _is_free(stack: VirtualPcsc) -> bool:
+    from pcsc_safe import scard
+
+    _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
+    answers = [
+        scard.SCardConnect(context, reader.name, scard.SCARD_SHARE_EXCLUSIVE, scard.SCARD_PROTOCOL_T1)
+        for reader in stack.readers
+        if reader.card is not None
+    ]
+    for hresult, card, _ in answers:
+        if hresult == scard.SCARD_S_SUCCESS:
+            scard.SCardDisconnect(card, scard.SCARD_UNPOWER_CARD)
+    scard.SCardReleaseContext(context)
+    return all(hresult == scard.SCARD_S_SUCCESS for hresult, _, _ in answers)
 
 
 def script(path: Path, text: str) -> str:

@@ -42,7 +42,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-PAGE = EXAMPLES.parent / "docs" / "host_celery.md"
+PAGE = EXAMPLES.parent / "docs" / "hosts" / "celery.md"
 REDELIVER_AFTER = 1  # seconds
 
 
@@ -324,12 +324,12 @@ def test_on_raw_pyscard_it_fails(example: ModuleType, hosts: list[Host], tmp_pat
 
 @pytest.mark.long
 def test_over_tls(tmp_path: Path) -> None:
-    """With the redis.conf of docs/host_celery.md: Redis by TLS, for one user with a password, and for nobody else."""
+    """With the redis.conf of docs/hosts/celery.md: Redis by TLS, for one user with a password, and for nobody else."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     certificate, key, config = (tmp_path / name for name in ("redis.crt", "redis.key", "redis.conf"))
     self_signed(certificate, key)
-    (text,) = re.findall(r"```\n(# redis.conf\n.*?)```", PAGE.read_text(), re.DOTALL)
+    (text,) = re.findall(r"```conf\n(# redis.conf\n.*?)```", PAGE.read_text(), re.DOTALL)
     here = [("ca.crt", "redis.crt"), ("/etc/redis", str(tmp_path)), ("6380", str(port)), ("PASSWORD", "secret")]
     for there, value in here:
         assert there in text

@@ -40,7 +40,7 @@ RUNS = [
 
 def gunicorn(*options: str, setting: str = "") -> list[str]:
     """The documented command, with more options."""
-    *command, application = documented("host_gunicorn.md", "gunicorn", "unix:{path}", setting)
+    *command, application = documented("hosts/gunicorn.md", "gunicorn", "unix:{path}", setting)
     return [*command, *options, application]
 
 
@@ -79,7 +79,7 @@ def test_reload_and_stop(stack: VirtualPcsc, card: DeadlyCard) -> None:
 def test_one_session_for_all_workers(stack: VirtualPcsc, card: DeadlyCard, tmp_path: Path, count: int) -> None:
     """With policy share the PIN is given to the card once, and forgotten before there is a worker."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / "config.py").write_text(code_of("host_gunicorn.md", "def when_ready"))
+    (tmp_path / "config.py").write_text(code_of("hosts/gunicorn.md", "def when_ready"))
     with serving(gunicorn(*THREADS, setting="POLICY=share"), stack, cwd=tmp_path) as server:
         sign_while_workers_die(server, card, count, lambda: server.tell(signal.SIGHUP))
         server.tell(signal.SIGTERM)

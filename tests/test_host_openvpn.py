@@ -52,8 +52,8 @@ if not hasattr(os, "pidfd_open"):
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 EXAMPLE = str(EXAMPLES / "openvpn_sign.py")
-PAGE = (ROOT / "docs" / "host_openvpn.md").read_text()
-CONFIGURATION = PAGE.partition("in the place of `cert` and `key`:\n\n```\n")[2].partition("```")[0]
+PAGE = (ROOT / "docs" / "hosts" / "openvpn.md").read_text()
+CONFIGURATION = PAGE.partition("```conf\n")[2].partition("```")[0]
 PIN = "123456"
 HANDSHAKE = "Control Channel: TLSv1.3, cipher TLSv1.3 "  # said by a client when it is done
 VERIFIED = "peer info: IV_PROTO="  # said by a server when it is done with TLS, the client's signature included

@@ -36,7 +36,7 @@ RUNS = [
 
 def uwsgi(*options: str, setting: str = "") -> list[str]:
     """The documented command, with more options."""
-    return [*documented("host_uwsgi.md", "uwsgi", "{path}", setting), "--forkbomb-delay", "0", *options]
+    return [*documented("hosts/uwsgi.md", "uwsgi", "{path}", setting), "--forkbomb-delay", "0", *options]
 
 
 @pytest.mark.parametrize(("count", "options"), RUNS)

@@ -92,6 +92,10 @@ def test_the_environment_sets_the_defaults() -> None:
     assert from_environment({"PCSC_SAFE_POLICY": "", "PCSC_SAFE_CARDS": "reconnect"}).cards is Cards.RECONNECT
     assert from_environment({"PCSC_SAFE_POLICY": "raise"}).policy is Policy.RAISE
     assert from_environment({"PCSC_SAFE_QUIESCE_TIMEOUT": "0.25"}).quiesce_timeout == 0.25
+    for value in ("1", "true", "Yes", "on"):
+        assert from_environment({"PCSC_SAFE_RECOVER": value}).recover is True
+    for value in ("0", "FALSE", "no", "off", ""):
+        assert from_environment({"PCSC_SAFE_RECOVER": value}).recover is False
 
 
 def test_a_variable_that_makes_no_sense_is_refused_by_name() -> None:
@@ -110,6 +114,8 @@ WRONG = [
     {"policy": ["raise"]},
     {"broker": "never"},
     {"broker_python": 3},
+    {"recover": "maybe"},
+    {"recover": 2},
     *({"quiesce_timeout": value} for value in (-1, "soon", float("nan"), float("inf"), True, [1])),
 ]
 

@@ -17,7 +17,9 @@ from typing import NamedTuple, Optional
 import pytest
 
 from pcsc_safe import __main__ as cli
-from pcsc_safe import _events, _report, _retrofitted, _run
+from pcsc_safe import _events, _recorded, _report, _retrofitted, _run
+from pcsc_safe._calls import CALLS
+from pcsc_safe._records import Event
 from pcsc_safe.broker import _start
 from pcsc_safe.testing import VirtualPcsc
 
@@ -82,11 +84,11 @@ def half(thing):
     return Thing(thing.value / 2)
 
 if __name__ == '__main__':
-    print(pickle.loads(pickle.dumps(Thing(3))).value)
+    print(pickle.loads(pickle.dumps(Thing(3))).value, flush=True)
     with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
-        print(pool.apply(half, [Thing(4)]).value, type(pool.apply(half, [Thing(1)])) is Thing)
+        print(pool.apply(half, [Thing(4)]).value, type(pool.apply(half, [Thing(1)])) is Thing, flush=True)
 else:
-    print(__name__)
+    print(__name__, flush=True)  # a pool's workers end by SIGTERM
 """
 FILES = {
     "who.py": WHO,
@@ -217,10 +219,13 @@ def test_what_keeps_the_retrofit_out_is_refused(programs: Path, flag: str) -> No
     [
         ([], "a program is missing"),
         (["--report"], "a program is missing"),
+        (["--timeline", "x.png", "who.py"], "--timeline x.png: name a file that ends in .html or .svg"),
+        (["--timeline=/no/such/x.svg", "who.py"], "--timeline /no/such/x.svg: No such file or directory"),
         (["--policy"], "expected one argument"),
         (["--policy", "bogus", "who.py"], "--policy cannot be 'bogus'; use one of 'auto'"),
         (["--policy=share", "who.py"], "set broker='always' as well"),
         (["--guard-native=perhaps", "who.py"], "--guard-native cannot be 'perhaps'; use one of '1', 'true'"),
+        (["--recover=maybe", "who.py"], "--recover cannot be 'maybe'; use one of '1', 'true'"),
         (["--no-such", "who.py"], "unrecognized arguments: --no-such"),
         (["-u", "who.py"], "python -u -m pcsc_safe run"),
     ],
@@ -243,8 +248,10 @@ def test_options_end_where_the_program_begins() -> None:
         ["--pol", "raise", "--owner=child"],
         ["-m", "x"],
     )
+    assert _run.split(["--timeline", "x.svg", "-m", "x"]) == (["--timeline", "x.svg"], ["-m", "x"])
     assert _run.split(["-", "--report"]) == ([], ["-", "--report"])
     assert _run.split(["--", "--report"]) == ([], ["--", "--report"])
+    assert _run.split(["--recover", "x.py", "--recover=0"]) == (["--recover"], ["x.py", "--recover=0"])
     assert _run.split(["--broker-python", "-c"]) == (["--broker-python", "-c"], [])
     assert _run.split(["--guard-native", "x.py", "no"]) == (["--guard-native"], ["x.py", "no"])
     assert _run.split(["--guard-native=no", "x.py"]) == (["--guard-native=no"], ["x.py"])
@@ -252,18 +259,20 @@ def test_options_end_where_the_program_begins() -> None:
 
 def test_settings_are_given_on_by_the_environment(programs: Path) -> None:
     """Options stand above variables; both count for the program and for what it starts."""
-    code = "import pcsc_safe; print(*(getattr(v, 'value', v) for v in pcsc_safe.settings()))"
+    code = "import pcsc_safe; s = pcsc_safe.settings(); print(*(getattr(v, 'value', v) for v in s), s)"
     for arguments in (["-c", code], ["sub.py", "-c", code]):
         done = run(
             *RUN,
             "--policy",
             "raise",
             "--quiesce-timeout=2",
+            "--recover",
             *arguments,
             cwd=programs,
             env={"PCSC_SAFE_CARDS": "reconnect"},
         )
-        assert (done.err, done.out.splitlines()[-1 if arguments[0] == "-c" else 0][:19]) == ("", "raise reconnect 2.0")
+        told = done.out.splitlines()[-1 if arguments[0] == "-c" else 0]
+        assert (done.err, told[:19], "recover=True" in told) == ("", "raise reconnect 2.0", True)
 
 
 # How it gets into a Python.
@@ -367,42 +376,37 @@ def test_it_is_shipped() -> None:
 # The report.
 
 
-def test_without_a_report_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_report_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events cost nothing and go nowhere."""
-    monkeypatch.setattr(_events, "_path", None)
+    assert not _events.is_on()
     monkeypatch.setattr(os, "open", lambda *_: pytest.fail("a file was opened"))
     _events.record("fork", parent=1)
-
-
-def test_an_event_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is appended at once, in one piece that no other can get into; and one that can't be written is dropped."""
-    file = tmp_path / "events"
-    monkeypatch.setattr(_events, "_path", str(file))
-    _events.record("fork", parent=1)
-    assert not file.exists()
-    file.touch()
-    _events.record("fork", parent=1)
-    _events.record("long", text="x" * 1000)
-    lines = file.read_text().splitlines()
-    assert [len(line) < 512 for line in lines] == [True, True]
-    assert next(_events.parse(["", "no event", "1 2", *lines])) == (os.getpid(), os.getppid(), "fork", {"parent": "1"})
+    _events.born_elsewhere(1, "broker", "broker")
+    assert _recorded.recorded(CALLS["SCardConnect"], print) is print
+    assert _recorded.followed("SCardTransmit", None) is None
 
 
 def test_the_report_is_by_process() -> None:
-    """A line of sums, and what each process did; what is not known is told as it is."""
-    lines = [
-        "2 1 retrofit",
-        "3 2 fork parent=2",
-        "3 2 reestablished owner=2",
-        "3 1 reestablished owner=2",
-        "2 1 broker broker=9",
-        "2 1 handover contexts=1",
-        "3 1 news a=b",
+    """A line of sums, and what each process did; what isn't known as it is, and nothing that is only drawn."""
+    told = [
+        Event(1, "2-1", "process", 2, {"ppid": 1}),
+        Event(2, "2-1", "retrofit", 2, {}),
+        Event(3, "2-1", "connected", 2, {}),
+        Event(4, "3-4", "process", 3, {"ppid": 2}),
+        Event(5, "3-4", "fork", 3, {"parent": 2}),
+        Event(6, "3-4", "reestablished", 3, {"owner": 2, "at": "x.py:1"}),
+        Event(7, "3-4", "reestablished", 3, {"owner": 2, "at": "x.py:2"}),
+        Event(8, "2-1", "recovered", 2, {}),
+        Event(8, "2-1", "broker", 2, {"broker": 9}),
+        Event(8, "9-8", "process", 2, {"ppid": 2}),
+        Event(9, "2-1", "handover", 2, {"contexts": 1}),
+        Event(9, "3-4", "news", 3, {"a": "b"}),
     ]
-    assert _report.summary(_events.parse(lines)) == (
+    assert _report.summary(told) == (
         "pcsc_safe: forked processes that used PC/SC: 1, contexts re-established: 2, brokers started: 1, handovers: 1\n"
         "  process 2, parent 1\n"
         "    imported pyscard, and was retrofitted\n"
+        "    established a context anew when pcscd had gone\n"
         "    started the broker 9\n"
         "    handed 1 context(s) over to a forked child\n"
         "  process 3, parent 2\n"
@@ -416,7 +420,7 @@ LISTENS = """
 import os, signal, sys, time
 heard = []
 signal.signal(signal.SIGINT, lambda *_: heard.append('int'))
-signal.signal(signal.SIGTERM, lambda *_: (print(heard, flush=True), os._exit(5)))
+signal.signal(signal.SIGTERM, lambda *_: (os.write(1, f'{heard}\\n'.encode()), os._exit(5)))  # print() may be going on
 print('ready', flush=True)
 while True:
     time.sleep(0.01)
@@ -460,7 +464,7 @@ if not pid:
     print(hresult == SCARD_S_SUCCESS and len(readers), flush=True)
     os._exit(0)
 os.waitpid(pid, 0)
-print(SCardIsValidContext(context) == SCARD_S_SUCCESS)
+print(SCardIsValidContext(context) == SCARD_S_SUCCESS, flush=True)  # it is killed
 os.kill(os.getpid(), 15)
 """
 

@@ -130,16 +130,18 @@ def test_a_wrong_pin_is_tried_once(stack: VirtualPcsc, piv: ModuleType) -> None:
 
 
 def test_no_pin_no_signature(stack: VirtualPcsc) -> None:
-    """The card refuses to sign (6982), and answers nothing before it is selected (6985)."""
+    """The card refuses to sign (6982), has no other application (6A82), and answers nothing before SELECT."""
     _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
     name = stack.readers[0].name
     _, card, _ = scard.SCardConnect(context, name, scard.SCARD_SHARE_EXCLUSIVE, scard.SCARD_PROTOCOL_T1)
     scard.SCardReconnect(card, scard.SCARD_SHARE_EXCLUSIVE, scard.SCARD_PROTOCOL_T1, scard.SCARD_RESET_CARD)
     sign = [0x00, 0x87, 0x11, 0x9A, 38, 0x7C, 36, 0x82, 0, 0x81, 32, *DIGEST, 0x00]
     select = list(bytes.fromhex("00A4040005A000000308"))
-    answers = [scard.SCardTransmit(card, scard.SCARD_PCI_T1, command)[1][-2:] for command in (sign, select, sign)]
+    other = list(bytes.fromhex("00A4040007A0000005272001"))
+    commands = (sign, other, select, sign)
+    answers = [scard.SCardTransmit(card, scard.SCARD_PCI_T1, command)[1][-2:] for command in commands]
     scard.SCardReleaseContext(context)
-    assert answers == [[0x69, 0x85], [0x90, 0x00], [0x69, 0x82]]
+    assert answers == [[0x69, 0x85], [0x6A, 0x82], [0x90, 0x00], [0x69, 0x82]]
 
 
 def on_a_stack(*arguments: str) -> subprocess.CompletedProcess[str]:

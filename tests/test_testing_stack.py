@@ -19,7 +19,7 @@ import forking
 import pytest
 from smartcard import scard
 
-from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc
+from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc, cards
 
 PRESENT, EMPTY = scard.SCARD_STATE_PRESENT, scard.SCARD_STATE_EMPTY
 ROOT = str(Path(__file__).parents[1])
@@ -488,7 +488,7 @@ def die_on_an_old_kernel(keeper: str) -> None:
 
 def test_keeper_without_pidfd(tmp_path: Path) -> None:
     """Where the kernel has no pidfd_open, the keeper notices its parent's death all the same."""
-    real = os.path.join(ROOT, "pcsc_safe", "testing", "_keeper.py")
+    real = str(Path(cards.__file__).with_name("_keeper.py"))
     keeper = tmp_path / "keeper.py"
     keeper.write_text(f"import os, runpy\ndel os.pidfd_open\nrunpy.run_path({real!r}, run_name='__main__')\n")
     here = [ROOT, os.path.dirname(__file__)]

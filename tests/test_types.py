@@ -65,6 +65,25 @@ def forked() -> Settings:
     return settings()
 
 
+def daemonized(context: int) -> list[int]:
+    pcsc_safe.freeze_support()
+    pcsc_safe.install()
+    kept: list[int] = pcsc_safe.files_to_preserve()
+    try:
+        with pcsc_safe.handover(), pcsc_safe.handover(context):
+            configure(owner=pcsc_safe.Owner.CHILD, broker="always", recover=True, guard_native="no", quiesce_timeout=5)
+            configure(broker=pcsc_safe.Broker.ON_FORK, broker_python="/usr/bin/python3")
+        pcsc_safe.prestart_broker()
+    except (pcsc_safe.HandoverError, pcsc_safe.BrokerError, pcsc_safe.ForkUnsafeError) as error:
+        print(error.pid, error.remedy)
+    except pcsc_safe.SettingsError as error:
+        print(error.remedy)
+    recovers: bool = settings().recover and settings().guard_native
+    patience: float = settings().quiesce_timeout
+    pcsc_safe.uninstall()
+    return kept if recovers and patience else []
+
+
 class Card(VirtualCard):
     def apdu(self, command: bytes) -> bytes:
         return command
@@ -76,12 +95,16 @@ with VirtualPcsc(2, [EchoCard(), Card()]) as stack:
 '''
 
 WRONG_PROGRAM = """
+import pcsc_safe
 from pcsc_safe import scard
 
 hresult, context = scard.SCardEstablishContext("user")
 hresult, card = scard.SCardConnect(context, "reader", 2, 3)
 scard.SCardTransmit(context, 2, b"command")
 scard.SCardNoSuchFunction(context)
+pcsc_safe.configure(recover=1.5)
+pcsc_safe.configure(no_such=True)
+pcsc_safe.handover("reader").nothing
 """
 
 
@@ -137,5 +160,21 @@ def test_a_strictly_typed_program_passes(tmp_path: Path) -> None:
 
 
 def test_a_wrong_program_does_not_pass(tmp_path: Path) -> None:
-    """A wrong argument, a wrong number of results, bytes for a list, and a function that is not there are found."""
-    assert check(WRONG_PROGRAM, tmp_path) == ["4: arg-type", "5: misc", "6: arg-type", "7: attr-defined"]
+    """A wrong argument, a wrong number of results, bytes for a list, and what is not there are found."""
+    found = [
+        "5: arg-type",
+        "6: misc",
+        "7: arg-type",
+        "8: attr-defined",
+        "9: arg-type",
+        "10: call-arg",
+        "11: attr-defined",
+    ]
+    assert check(WRONG_PROGRAM, tmp_path) == found
+
+
+def test_the_typed_program_uses_all_that_is_public() -> None:
+    """So that a name that is added is in it as well."""
+    used = {node.attr for node in ast.walk(ast.parse(USER_PROGRAM)) if isinstance(node, ast.Attribute)}
+    used |= {node.id for node in ast.walk(ast.parse(USER_PROGRAM)) if isinstance(node, ast.Name)}
+    assert set(pcsc_safe.__all__) <= used

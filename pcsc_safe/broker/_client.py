@@ -84,6 +84,12 @@ class Broker:
             result[1] = keep(result[1], None, self.epoch, self)
         return result
 
+    def forget(self, real: int) -> None:
+        """Have it release a context of this process that is no use any more; in a child nothing is to be done."""
+        if self.epoch is _process.current() and not self.lost:
+            with contextlib.suppress(LostError, BrokerError):
+                self.functions["SCardReleaseContext"](real)
+
     def _function(self, number: int) -> Callable[..., Any]:
         encode, decode, ask = _wire.encode_request, _wire.decode, self._ask
 

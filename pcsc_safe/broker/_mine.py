@@ -85,6 +85,7 @@ def _start_one(for_family: bool) -> Broker:
     finally:
         theirs.close()
     _events.record("broker", broker=helper.pid)
+    _events.born_elsewhere(helper.pid, "broker", "PC/SC broker")
     return Broker(door, helper, epoch, for_family=for_family)
 
 

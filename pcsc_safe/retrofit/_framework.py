@@ -14,6 +14,7 @@ import threading
 from typing import Any, Callable
 
 from .. import _process
+from .._settings import settings
 from ._patches import MISSING, Patch
 
 __all__ = [
@@ -133,14 +134,29 @@ def synchronization(module: Any) -> list[Patch]:
 
 
 def pcsc_context(module: Any) -> list[Patch]:
-    """The singleton of pyscard before 2.3. What it has is a context like any other, so only its lock is of interest."""
+    """The singleton of pyscard before 2.3. What it has is a context like any other; of interest is its lock.
+
+    And that pyscard renews it when pcscd is gone: that releases the context of everybody's cards, and leaves a released
+    one when there is no other to be had.  With ``recover`` it is not needed.
+    """
     singleton = module.PCSCContext
+    renew = singleton.renewContext
 
     def in_child() -> None:
         if singleton.instance is not None and type(singleton.instance.hcontext) is int:
             singleton.instance = None  # established before install(): nobody's here
 
-    return [Patch(singleton, "mutex", SharedLock(singleton.mutex, threading.RLock, in_child))]
+    def renew_context() -> Any:
+        instance = singleton.instance
+        record = getattr(instance and instance.hcontext, "_self_record", None)
+        if settings().recover and record is not None and not record.released:
+            return instance.hcontext
+        return renew()
+
+    return [
+        Patch(singleton, "mutex", SharedLock(singleton.mutex, threading.RLock, in_child)),
+        Patch(singleton, "renewContext", staticmethod(renew_context)),
+    ]
 
 
 def renew_pcsc_context() -> None:

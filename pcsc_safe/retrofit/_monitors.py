@@ -1,8 +1,11 @@
-"""pyscard's monitors in a forked child.
+"""pyscard's monitors in a forked child, and while there is no pcscd.
 
 CardMonitor and ReaderMonitor are singletons with a thread, and that thread is in the parent.  A child begins anew, as a
 fresh process does: at its first use of a monitor, not at the fork, so that who doesn't use one pays nothing and has no
 thread.  Its parent's observers are not told of anything here; to delete one succeeds.
+
+With the setting ``recover`` their threads go on when pcscd is gone, in the place of ending; meanwhile there are no
+readers, and the cards are those that there were.
 
 Invariant: nothing that the dead thread may have left locked is touched.
 """
@@ -10,9 +13,12 @@ Invariant: nothing that the dead thread may have left locked is touched.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
+import time
 from typing import Any, Callable
 
+from .._settings import settings
 from ._framework import SharedLock, here, renewing
 from ._patches import Patch
 
@@ -55,6 +61,64 @@ class _Renewal:
                 return None
 
         return delete_observer
+
+
+_LOOK_AGAIN = 0.2  # s; whether pcscd is back
+
+
+def _is_outage(error: Any) -> bool:
+    """Whether a monitor is to go on after an exception of pyscard's, for pcscd may be back."""
+    if not settings().recover:
+        return False
+    from .._recovery import GONE
+
+    # By its name: in pyscard 2.0 it has no code.
+    return type(error).__name__ == "CardServiceNotFoundException" or getattr(error, "hresult", None) in GONE
+
+
+def _patient_request(module: Any) -> Any:
+    """The request that a CardMonitoringThread waits with: while there is no pcscd, it has the cards that it had."""
+
+    class CardRequest(module.CardRequest):  # type: ignore[misc]
+        _last: Any = ()
+
+        def waitforcardevent(self) -> Any:
+            try:
+                if settings().recover:
+                    self._look_for_pcscd()
+                self._last = super().waitforcardevent()
+            except Exception as error:
+                if not _is_outage(error):
+                    raise
+                time.sleep(_LOOK_AGAIN)
+            return self._last
+
+        def _look_for_pcscd(self) -> None:
+            """See that it is there: when it is not, pyscard releases its context, and gets no other."""
+            request, scard = self.pcsccardrequest, sys.modules["smartcard.scard"]
+            hresult = scard.SCARD_S_SUCCESS
+            if request.hcontext == 0:
+                hresult, request.hcontext = scard.SCardEstablishContext(scard.SCARD_SCOPE_USER)
+            if hresult == scard.SCARD_S_SUCCESS:
+                hresult, _ = scard.SCardListReaders(request.hcontext, [])
+            if hresult == scard.SCARD_E_NO_SERVICE:
+                raise sys.modules["smartcard.Exceptions"].CardConnectionException(hresult=hresult)
+
+    return CardRequest
+
+
+def _patient_readers(list_readers: Callable[..., Any]) -> Callable[..., Any]:
+    """``list_readers``, but while there is no pcscd there are none."""
+
+    def none_meanwhile(*arguments: Any) -> Any:
+        try:
+            return list_readers(*arguments)
+        except Exception as error:
+            if not _is_outage(error):
+                raise
+            return []
+
+    return none_meanwhile
 
 
 def card_monitoring(module: Any) -> list[Patch]:
@@ -108,6 +172,7 @@ def card_monitoring(module: Any) -> list[Patch]:
         Patch(monitor, "__init__", __init__),
         Patch(monitor, "__getattribute__", __getattribute__),
         Patch(thread, "__init__", __init_of_thread),
+        Patch(module, "CardRequest", _patient_request(module)),
     ]
 
 
@@ -141,8 +206,14 @@ def reader_monitoring(module: Any) -> list[Patch]:
     def delete(self: Any, observer: Any) -> Any:
         return renewal.deleting(functools.partial(delete_observer, self))(observer)
 
+    @functools.wraps(module.ReaderMonitoringThread.__init__)
+    def __init_of_thread(self: Any, observable: Any, list_readers: Any, period: Any) -> None:
+        construct_thread(self, observable, _patient_readers(list_readers), period)
+
     add_observer, delete_observer = monitor.addObserver, monitor.deleteObserver
+    construct_thread = module.ReaderMonitoringThread.__init__
     return [
+        Patch(module.ReaderMonitoringThread, "__init__", __init_of_thread),
         Patch(monitor, "__init__", renewed(monitor.__init__)),
         Patch(monitor, "addObserver", renewed(functools.wraps(add_observer)(add))),
         Patch(monitor, "deleteObserver", renewed(functools.wraps(delete_observer)(delete))),

@@ -108,8 +108,9 @@ class PivCard(VirtualCard):
         if parsed.ins == _GET_RESPONSE:
             return self._next_piece() if self._rest else b"\x69\x85"
         self._rest = b""
-        if parsed.ins == _SELECT and parsed.data.startswith(_AID):
-            parsed.data = _AID  # the applet doesn't know that an AID may be given with its version
+        if parsed.ins == _SELECT:
+            if parsed.data.startswith(_AID):
+                parsed.data = _AID  # the applet doesn't know that an AID may be given with its version
         elif not self._applet.selected:
             return b"\x69\x85"
         if parsed.chained:

@@ -1,0 +1,61 @@
+"""What a record costs: ``PCSC_SAFE_REPORT=DIRECTORY python recording.py ROUNDS``.
+
+The functions of pcsc_safe as they are where there is a record, and as they are where there is none, in one process, on
+one session, by turns; as calls.py does it.  Prints {name: [[without, with], ...]}, in microseconds a call.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from calls import Side, rounds_of
+
+import pcsc_safe.scard as safe
+from pcsc_safe import _events, _router
+
+
+class Recorded(Side):
+    """What can be measured on either side."""
+
+    def transaction(self) -> None:
+        """One with nothing in it."""
+        self.scard.SCardBeginTransaction(self.card)
+        self.scard.SCardEndTransaction(self.card, self.scard.SCARD_LEAVE_CARD)
+
+
+CALLS = {  # what, and how many calls a sample
+    "SCardTransmit, 8 bytes": ("transmit", 4),
+    "SCardBeginTransaction + End": ("transaction", 4),
+    "SCardConnect + Disconnect": ("connect_and_disconnect", 4),
+    "SCardEstablishContext + Release": ("establish_and_release", 2),
+}
+
+
+def without_record() -> Any:
+    """``pcsc_safe.scard`` as it is where nothing is recorded."""
+    is_on, _events.is_on = _events.is_on, lambda: False
+    try:
+        return SimpleNamespace(
+            **{name: _router._exported(name, value) for name, value in _router._pyscard.public.items()}
+        )
+    finally:
+        _events.is_on = is_on
+
+
+def main() -> None:
+    """Measure every call."""
+    _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    _, readers = safe.SCardListReaders(context, [])
+    recorded = Recorded(safe, context, readers[0])
+    sides = Recorded(without_record(), context, readers[0], recorded.card), recorded
+    found = {}
+    for name, (method, times) in CALLS.items():
+        found[name] = rounds_of(sides, method, times, int(sys.argv[1]))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The calls of an application, written down as they are answered; see :mod:`_events`.
+
+A function is wrapped only where there is a record, so without one a call costs nothing more.  Noted are times, handles'
+keys, reader names and share modes; no data, and no length of any.
+
+At a fork nothing changes here: what a call notes goes to the record of the process in which it is answered.
+"""
+
+from __future__ import annotations
+
+from _thread import get_ident
+from time import monotonic
+from typing import Any, Callable, Optional
+
+from . import _events, _gate, _handles
+from ._calls import Call, Kind
+from ._handles import Card, Context
+from ._pyscard import SUCCESS, constant
+
+__all__ = ["followed", "recorded", "tell_connected", "tell_established"]
+
+_MODES = {
+    constant("SCARD_SHARE_SHARED"): "shared",
+    constant("SCARD_SHARE_EXCLUSIVE"): "exclusive",
+    constant("SCARD_SHARE_DIRECT"): "direct",
+}
+_Route = Callable[..., Any]
+_After = Callable[[Any, "tuple[Any, ...]", Any], Any]
+
+
+def recorded(call: Call, route: _Route) -> _Route:
+    """``route``, which also tells of what it did; itself if there is no record, or nothing to tell."""
+    wrap = _WRAPPERS.get(call.name) if _events.is_on() else None
+    return wrap(call, route) if wrap is not None else route
+
+
+def tell_established(kind: str, context: Context, **more: Any) -> None:
+    """Tell that a context is this process's.
+
+    :param kind: ``established`` or ``reestablished``.
+    :param more: fields.
+    """
+    _events.record(
+        kind,
+        context=context.key,
+        at=context.established_at.rpartition("/")[2],
+        through=getattr(context.gateway, "helper_pid", 0),
+        **more,
+    )
+
+
+def tell_connected(kind: str, card: Card) -> None:
+    """Tell that a connection to a card is this process's.
+
+    :param kind: ``connected`` or ``reconnected``.
+    """
+    _events.record(
+        kind,
+        card=card.key,
+        context=card.context.key,
+        reader=str(card.reader),
+        mode=_MODES.get(card.share_mode, "unknown"),
+    )
+
+
+def _establishing(call: Call, route: _Route) -> _Route:
+    def establish(scope: Any) -> Any:
+        result = route(scope)
+        record = getattr(result[1], "_self_record", None) if result[0] == SUCCESS else None
+        if isinstance(record, Context):
+            tell_established("established", record)
+        return result
+
+    return establish
+
+
+def _connecting(call: Call, route: _Route) -> _Route:
+    def connect(handle: Any, *arguments: Any) -> Any:
+        result = route(handle, *arguments)
+        record = getattr(result[1], "_self_record", None) if result[0] == SUCCESS else None
+        if isinstance(record, Card):
+            tell_connected("connected", record)
+        return result
+
+    return connect
+
+
+def _reconnecting(call: Call, route: _Route) -> _Route:
+    def reconnect(handle: Any, *arguments: Any) -> Any:
+        result = route(handle, *arguments)
+        record = _handles.cards.get(handle) if result[0] == SUCCESS else None
+        if record is not None:
+            tell_connected("reconnected", record)
+        return result
+
+    return reconnect
+
+
+def _ending(call: Call, route: _Route) -> _Route:
+    assert call.takes is not None
+    kind, word = call.takes, {"SCardReleaseContext": "released", "SCardDisconnect": "disconnected"}[call.name]
+
+    def end(handle: Any, *arguments: Any) -> Any:
+        record = _handles.find(kind, handle)
+        result = route(handle, *arguments)
+        if result == SUCCESS and record is not None:
+            _events.record(word, key=record.key)
+            _events.forget(record.key)
+        return result
+
+    return end
+
+
+# What follows a call that the router has made itself; as cheap as can be, and so no wrapper.
+
+
+def followed(name: str, after: Optional[_After]) -> Optional[_After]:
+    """``after``, which also tells of what was done; itself if there is no record, or nothing to tell.
+
+    :param name: of the function that it follows.
+    """
+    follow = _FOLLOWERS.get(name) if _events.is_on() else None
+    return follow(after) if follow is not None else after
+
+
+def _exchanged(after: Optional[_After]) -> _After:
+    spans, inside = exchanges.spans, _gate.inside
+
+    def exchanged(card: Any, arguments: tuple[Any, ...], result: Any) -> Any:
+        if result[0] == SUCCESS:
+            end = monotonic()
+            file, at, count, limit = spans.get(card.key, _events.NO_SPAN)
+            if end < limit:
+                file[at] = end  # not struct.pack_into: after a system call, all that is bigger is slow
+                file[at + 1] = next(count)
+            else:
+                # When it began the router has noted; of a call through a broker nobody has.
+                entry = inside.get(get_ident())
+                exchanges.happened(card.key, entry[1] if entry is not None else end, end)
+        return result
+
+    return exchanged
+
+
+def _began(after: Optional[_After]) -> _After:
+    assert after is not None
+    note = after
+
+    def began(card: Any, arguments: tuple[Any, ...], result: Any) -> Any:
+        note(card, arguments, result)
+        if result == SUCCESS and card.transactions == 1:
+            transactions.happened(card.key, monotonic(), 0.0)
+        return result
+
+    return began
+
+
+def _ended(after: Optional[_After]) -> _After:
+    assert after is not None
+    note = after
+
+    def ended(card: Any, arguments: tuple[Any, ...], result: Any) -> Any:
+        was_in = card.transactions
+        note(card, arguments, result)
+        if was_in and not card.transactions:
+            transactions.ended(card.key, monotonic())
+        return result
+
+    return ended
+
+
+def _waiting(call: Call, route: _Route) -> _Route:
+    def wait(handle: Any, timeout: Any, states: Any) -> Any:
+        record = _handles.find(Kind.CONTEXT, handle) if timeout else None
+        if record is None:
+            return route(handle, timeout, states)
+        waits.happened(record.key, monotonic(), 0.0)
+        try:
+            return route(handle, timeout, states)
+        finally:
+            waits.ended(record.key, monotonic())
+
+    return wait
+
+
+exchanges, transactions, waits = (_events.Activity(name) for name in ("apdu", "begun", "wait"))
+
+_WRAPPERS: dict[str, Callable[[Call, _Route], _Route]] = {
+    "SCardEstablishContext": _establishing,
+    "SCardReleaseContext": _ending,
+    "SCardConnect": _connecting,
+    "SCardReconnect": _reconnecting,
+    "SCardDisconnect": _ending,
+    "SCardGetStatusChange": _waiting,
+}
+_FOLLOWERS: dict[str, Callable[[Optional[_After]], _After]] = {
+    "SCardTransmit": _exchanged,
+    "SCardControl": _exchanged,
+    "SCardBeginTransaction": _began,
+    "SCardEndTransaction": _ended,
+}

@@ -1,0 +1,195 @@
+"""What happens when pcscd is gone: restarted, stopped, or ended by itself (setting ``recover``).
+
+To a context that is the same event as a fork: it belongs to something that is not there any more, and
+:mod:`_inherited` says what its next use gets.  Here is how it is noticed, and how a wait for events outlasts it.
+
+What libpcsclite answers (1.9.9 to 2.5.1) says whether pcscd has got a call:
+
+- SCARD_E_NO_SERVICE: it could not be sent.  pcscd itself never says so.
+- SCARD_W_SECURITY_VIOLATION: pcscd was gone before it had read it all; the kernel resets the connection then.  pcscd
+  itself says so to SCardConnect alone, where polkit forbids the card.
+- SCARD_F_COMM_ERROR: no answer came; it may have been carried out.  The next call is SCARD_E_NO_SERVICE.
+
+The first two were not carried out, and can be made again; the third if it changes nothing.  What is answered to a
+context or a connection that is being had again goes to the application as it is.  SCardIsValidContext,
+SCardListReaderGroups and SCardCancel notice nothing.
+
+At a fork: a child counts its own attempts; what its parent has lost it inherits as anything else.
+"""
+
+from __future__ import annotations
+
+import time
+from _thread import get_ident
+from typing import Any, Callable
+
+from . import _handles, _process
+from ._calls import CALLS, Call
+from ._handles import Context, Record
+from ._pyscard import SUCCESS, constant
+from ._settings import settings
+from ._turns import CANCELLED, CHANGED, INFINITE, TIMED_OUT, is_for_new_readers
+from .policy import Role
+
+__all__ = ["GONE", "NO_SERVICE", "UNHEARD", "again", "cancel", "lost_meanwhile", "noticed", "outlast", "recovers"]
+
+NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
+_RESET: int = constant("SCARD_W_SECURITY_VIOLATION")
+_COMM_ERROR: int = constant("SCARD_F_COMM_ERROR")
+GONE = (NO_SERVICE, _RESET, _COMM_ERROR)
+"""What a call is answered that pcscd could not answer."""
+
+
+def _unheard(call: Call) -> tuple[int, ...]:
+    if call.name == "SCardReleaseContext":
+        return ()  # libpcsclite has dropped its context all the same
+    if call.name == "SCardGetStatusChange":
+        return ()  # but for outlast()
+    if call.name == "SCardConnect":
+        return (NO_SERVICE,)
+    return GONE if call.role is Role.CLEANUP or call.name == "SCardListReaders" else (NO_SERVICE, _RESET)
+
+
+UNHEARD = {name: _unheard(call) for name, call in CALLS.items()}
+"""The codes of calls that can be made again, by PC/SC's name."""
+
+_ATTEMPTS = 3
+_POLL = 0.05  # s; for pcscd to be back
+_CANCEL_WITHIN = 1.0  # s
+
+_attempts: dict[int, int] = {}  # to make one call, by thread
+
+
+def recovers(record: Record) -> bool:
+    """Whether what is lost with pcscd is to be had again."""
+    return record.context.settings(settings()).recover
+
+
+def noticed(record: Record, real: int, hresult: int) -> bool:
+    """Note that pcscd is gone, if that is to make a difference.
+
+    :param record: of a call that can be made again.
+    :param real: its handle in that call; another thread may have got the record a new one since.
+    :param hresult: what the call was answered, one of :data:`UNHEARD`.
+    :return: whether the call is to be made again, by :func:`again`.
+    """
+    if not recovers(record):
+        return False
+    context = record.context
+    with context.turn.lock:
+        if hresult != _COMM_ERROR and record.real == real and record.owner is _process.current():
+            _handles.lose(context, _process.SERVICE_LOST)
+    return True
+
+
+def lost_meanwhile(record: Record, real: int) -> bool:
+    """Whether another thread has noticed, since a call was made, that what it was made on is lost.
+
+    :param real: the handle in that call.
+    """
+    is_same = record.real == real and record.owner is _process.current()
+    return not is_same and not record.released and recovers(record)
+
+
+def again(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
+    """Make a call again that pcscd has not got.
+
+    :param attempt: makes it; if it fails in the same way, by this function.
+    """
+    ident = get_ident()
+    attempts = _attempts.get(ident, 0)
+    if attempts >= _ATTEMPTS:  # something lets us establish contexts, and has no use for them
+        return call.failure(NO_SERVICE, arguments)
+    try:
+        _attempts[ident] = attempts + 1
+        return attempt()
+    finally:
+        if attempts:
+            _attempts[ident] = attempts
+        else:
+            _attempts.pop(ident, None)
+
+
+def outlast(
+    call: Call,
+    wait: Callable[[Any, int, Any], Any],
+    list_readers: Callable[[Any, Any], Any],
+    context: Context,
+    timeout: int,
+    states: Any,
+    began: float,
+    cancels: int,
+) -> Any:
+    """Go on with a wait for events that pcscd did not answer, until it is back, and has something to say.
+
+    :param call: SCardGetStatusChange.
+    :param wait: makes it, as far as pcscd is there.
+    :param list_readers: SCardListReaders, which notices a loss, and establishes the context anew.
+    :param context: of which the wait is.
+    :param timeout: of the whole wait, in ms; 0 if it is none, but asks for the states.
+    :param began: when that was, by ``time.monotonic()``.
+    :param cancels: how often waits on the context had been cancelled then.
+    :return: the answer.
+    """
+    turn, safe, ident = context.turn, context.safe, get_ident()
+
+    def left() -> int:
+        return INFINITE if timeout == INFINITE else max(0, timeout - round((time.monotonic() - began) * 1000))
+
+    refusals = 0
+    turn.outlasting.append(ident)
+    try:
+        while not context.released and turn is context.turn:
+            hresult = list_readers(safe, [])[0]
+            refusals = refusals + 1 if hresult == _RESET else 0
+            is_back = hresult not in GONE or refusals == _ATTEMPTS  # it is polkit who says so
+            if turn.cancels != cancels:
+                return call.failure(CANCELLED, (timeout, states))
+            if is_back:
+                answer = wait(safe, 0, states)
+                if answer[0] == TIMED_OUT and left():
+                    # Whether they are the same readers is not known.
+                    answer = _with_new_readers(answer[1]) or wait(safe, left(), states)
+                if answer[0] not in GONE or refusals:
+                    return answer
+            elif not left():
+                return call.failure(TIMED_OUT if timeout else hresult, (timeout, states))
+            time.sleep(_POLL)
+        return wait(safe, left() or 1, states)  # released meanwhile, or this is a child
+    finally:
+        turn.outlasting.remove(ident)
+
+
+def _with_new_readers(states: list[Any]) -> Any:
+    """The answer that the list of readers has changed; None if nobody has asked for that."""
+    if not any(is_for_new_readers(name) for name, *_ in states):
+        return None
+    return [
+        SUCCESS,
+        [(name, state | CHANGED if is_for_new_readers(name) else state, atr) for name, state, atr in states],
+    ]
+
+
+def cancel(context: Context, cancel_once: Callable[[], Any]) -> Any:
+    """SCardCancel, of a context on which a wait may be between pcscd and pcscd.
+
+    :param cancel_once: cancels what is in it now.
+    """
+    turn = context.turn
+    turn.cancels += 1
+    waits = [thread for thread in turn.outlasting if thread != get_ident()]
+    answer = cancel_once()
+    # One that is about to enter PC/SC again isn't there to be cancelled. Not for ever: it may need the turn that this
+    # very thread has, if this is a signal handler.
+    deadline = time.monotonic() + _CANCEL_WITHIN
+    while any(thread in turn.outlasting for thread in waits) and time.monotonic() < deadline:
+        time.sleep(_POLL / 10)
+        cancel_once()
+    return answer
+
+
+def _begin(epoch: _process.Epoch) -> None:
+    _attempts.clear()
+
+
+_process.at_fork(at_begin=_begin)

@@ -1,0 +1,161 @@
+"""Runs a program as a child, and sees when it, and the processes that keep a record, end.
+
+What the program is told by a signal, it is passed on, and the watcher ends as the program did.  The end of any other
+process is seen by a pidfd, which Linux has: nobody has to be its parent for that.  Nothing here forks Python code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from . import _events, _records
+
+__all__ = ["Ends", "end_as", "run"]
+
+_PASSED_ON = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+_FROM_TERMINAL = ("SIGINT", "SIGQUIT")
+_LOOKS_EVERY = 0.005  # s
+_UNBORN = 0.25  # s; a child may begin its record when its parent has ended already
+_PATIENCE = 2.0  # s, before it is said who is waited for
+
+
+def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[Ends] = None) -> int:
+    """Run a program until it ends.
+
+    :param ends: is told to watch, and waits for those that live longer; a signal ends that wait.
+    :return: its exit status; the negative number of the signal that ended it.
+    """
+    # What it was to inherit, it inherits, as if nobody stood between.
+    process = subprocess.Popen(command, env=environment, close_fds=False)  # noqa: S603  # it is the user's
+
+    def pass_on(number: int, frame: Any) -> None:
+        if process.returncode is not None and ends is not None:
+            ends.stop()
+        elif number not in at_terminal or not _have_terminal():
+            process.send_signal(number)
+
+    at_terminal = {getattr(signal, name, None) for name in _FROM_TERMINAL}
+    for name in _PASSED_ON:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, pass_on)
+    if ends is None:
+        return process.wait()
+    ends.watch()
+    status = process.wait()
+    ends.wait_for_the_rest()
+    return status
+
+
+def _have_terminal() -> bool:
+    """Whether Ctrl-C is for this process's group, so that the program was told by the terminal itself."""
+    try:
+        with open("/dev/tty", "rb", buffering=0) as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except (OSError, AttributeError):
+        return False
+
+
+def end_as(status: int) -> int:
+    """End by the signal that ended the program, or return its exit status."""
+    if status >= 0:
+        return status
+    with contextlib.suppress(ImportError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # one core dump is enough
+    with contextlib.suppress(OSError):
+        signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+    return 128 - status
+
+
+class Ends:
+    """When the processes that keep records in a directory ended.
+
+    :ivar at: by the name of the record, as monotonic_ns() says.
+    :ivar before: when it was seen that a process had ended already, of those whose end was too quick to be seen.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.at: dict[str, int] = {}
+        self.before: dict[str, int] = {}
+        self._directory = directory
+        self._space = _events.pid_space()
+        self._seen: set[str] = set()
+        self._alive: dict[int, str] = {}  # by pidfd
+        self._poll = select.poll()
+        self._thread = threading.Thread(target=self._look_on, daemon=True)
+        self._rest = threading.Event()
+        self._is_over = False
+        self._stopped = False
+
+    def watch(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def wait_for_the_rest(self) -> None:
+        """Wait until there is no such process any more."""
+        self._is_over = True
+        if not self._rest.wait(_PATIENCE):
+            pids = ", ".join(sorted(name.partition("-")[0] for name in list(self._alive.values())))
+            print(
+                f"pcsc_safe: the program has ended; process {pids} lives on, and is recorded until it ends, or Ctrl-C",
+                file=sys.stderr,
+                flush=True,
+            )
+            while not self._rest.wait(_PATIENCE):
+                pass
+
+    def stop(self) -> None:
+        """Wait for nobody any more."""
+        self._stopped = True
+
+    def _look_on(self) -> None:
+        busy = time.monotonic()
+        try:
+            while not self._stopped:
+                self._look()
+                now = time.monotonic()
+                busy = now if self._alive or not self._is_over else busy
+                if now - busy > _UNBORN:
+                    break
+        finally:
+            self._rest.set()
+
+    def _look(self) -> None:
+        for name in _records.names(self._directory) - self._seen:
+            self._meet(name)
+        if not self._alive:
+            time.sleep(_LOOKS_EVERY)
+        for descriptor, _ in self._poll.poll(_LOOKS_EVERY * 1000):
+            self.at[self._alive.pop(descriptor)] = time.monotonic_ns()
+            self._poll.unregister(descriptor)
+            os.close(descriptor)
+
+    def _meet(self, name: str) -> None:
+        told = _records.events(_records.read_one(self._directory, name))
+        if not told:
+            return  # it is about to be written
+        self._seen.add(name)
+        if not hasattr(os, "pidfd_open") or told[0].fields.get("space") != self._space:
+            return
+        try:
+            descriptor = os.pidfd_open(told[0].pid)
+        except ProcessLookupError:
+            self.before[name] = time.monotonic_ns()
+        except OSError:
+            pass  # Linux is older than 5.3
+        else:
+            self._alive[descriptor] = name
+            self._poll.register(descriptor, select.POLLIN)

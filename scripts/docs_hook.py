@@ -1,0 +1,86 @@
+"""What of the documentation is not in docs/: the README's first screen, and files that belong to the repository.
+
+The pages link to examples and to other files of the repository by relative paths, which work where the repository is
+looked at.  For the site each linked file becomes a page with its text, and the links lead there.  mkdocs loads this
+module (``hooks`` in mkdocs.yml).  No fork, no PC/SC.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST_SCREEN = "<!-- the first screen of README.md -->"
+PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+_LINK = re.compile(r"(\[[^]]*\]\()([^)#\s:]+)(#[^)\s]*)?\)")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that show files of the repository."""
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, content=moved((ROOT / source).read_text(), ".", ".")))
+    for example in sorted((ROOT / "examples").glob("*.py")):
+        name = f"examples/{example.name}"
+        page = File.generated(config, f"examples/{example.stem}.md", content=_listing(name, example.read_text()))
+        page.inclusion = page.inclusion.NOT_IN_NAV
+        files.append(page)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Put the README's first screen where it belongs, and lead links to the pages of this site."""
+    source = page.file.src_uri
+    if source in PAGES.values() or source.startswith("examples/"):
+        return markdown
+    directory = os.path.dirname(f"docs/{source}")
+    markdown = moved(markdown, directory, os.path.dirname(source) or ".")
+    return markdown.replace(FIRST_SCREEN, moved(first_screen(), ".", "."))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Show the roles of Sphinx, which the docstrings have, as the code that they are about."""
+    return re.sub(r":(?:mod|class|func|meth|data|exc|attr):<code>~?", "<code>", html)
+
+
+def first_screen() -> str:
+    """Of README.md, without its title."""
+    _, _, rest = (ROOT / "README.md").read_text().partition("\n")
+    return rest.partition("\n## ")[0]
+
+
+def moved(markdown: str, directory: str, page_directory: str) -> str:
+    """Text with its links to files of the repository made links between pages.
+
+    :param directory: where the text is, relative to the repository.
+    :param page_directory: where its page is, relative to the site.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        before, target, anchor = match.groups("")
+        path = os.path.normpath(os.path.join(directory, target))
+        page = _page_of(path)
+        return match.group() if page is None else f"{before}{os.path.relpath(page, page_directory)}{anchor})"
+
+    return _LINK.sub(link, markdown)
+
+
+def _page_of(path: str) -> str | None:
+    """The page that a file of the repository is on; None if it is on none."""
+    if path in PAGES:
+        return PAGES[path]
+    if path == "examples":
+        return "hosts/index.md"
+    if path.startswith("examples/") and path.endswith(".py"):
+        return f"{path[:-3]}.md"
+    if path.startswith("docs/"):
+        return path[len("docs/") :]
+    return None
+
+
+def _listing(name: str, text: str) -> str:
+    return f"# {name}\n\n````python\n{text.rstrip()}\n````\n"

@@ -1,0 +1,51 @@
+"""Checks what is in the archives of a release: ``release_contents.py SDIST WHEEL WHEEL-FROM-THE-CHECKOUT``."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tarfile
+import zipfile
+
+WANTED = {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml", "PKG-INFO", "mkdocs.yml"}
+FOLDERS = {"pcsc_safe", "tests", "examples", "docs", "benchmarks", "scripts"}
+MAY_BE = WANTED | {".gitignore"}
+
+
+def of_wheel(path: str) -> dict[str, str]:
+    """Each file of a wheel, with a hash; but for the list of them, whose order is the builder's."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/RECORD")]
+        return {name: hashlib.sha256(archive.read(name)).hexdigest() for name in names}
+
+
+def of_sdist(path: str) -> set[str]:
+    """The names in an sdist, below its one directory."""
+    with tarfile.open(path) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}
+
+
+def faults(sdist: str, wheel: str, direct: str) -> list[str]:
+    """What is wrong."""
+    found = []
+    if of_wheel(wheel) != of_wheel(direct):
+        found.append("the wheel from the sdist differs from that of the checkout")
+    if strange := {name for name in of_wheel(wheel) if not name.startswith(("pcsc_safe/", "pcsc_safe-"))}:
+        found.append(f"the wheel has {sorted(strange)}")
+    if not {"pcsc_safe/py.typed", "pcsc_safe/scard.pyi"} <= of_wheel(wheel).keys():
+        found.append("the wheel has no types")
+    names = of_sdist(sdist)
+    top = {name.partition("/")[0] for name in names}
+    if missing := (WANTED | FOLDERS) - top:
+        found.append(f"the sdist lacks {sorted(missing)}")
+    if more := top - MAY_BE - FOLDERS:
+        found.append(f"the sdist has {sorted(more)}")
+    if caches := {name for name in names if "__pycache__" in name or name.endswith(".pyc")}:
+        found.append(f"the sdist has {sorted(caches)[:3]}")
+    return found
+
+
+if __name__ == "__main__":
+    problems = faults(*sys.argv[1:])
+    print("\n".join(problems) or "the contents are as they should be")
+    sys.exit(bool(problems))
