@@ -186,9 +186,7 @@ def broker(effort: Effort) -> Iterator[Figure]:
         variants = {v: undo.enter_context(Process(v, env)) for v in (RAW, "broker")}
         rounds = by_turns(variants, ("exchange", 50), effort.processes * 5)
         yield figure("SCardTransmit, broker", [(taken[RAW][0], taken["broker"][0]) for taken in rounds], ratio=1.5)
-    for what, target in (("cold", 150_000), ("prestarted", 5_000)):
-        with contextlib.ExitStack() as undo:
-            env = stack(undo)
+        for what, target in (("cold", 150_000), ("prestarted", 5_000)):
             variants = {v: undo.enter_context(Process(v, env)) for v in (RAW, "child's broker")}
             for process in variants.values():
                 process.ask("contexts_are", 1)
@@ -206,14 +204,16 @@ def held_up(effort: Effort) -> Iterator[Figure]:
         for what, name in (("wait", "waits for events"), ("exchange", "10 ms APDUs"))
         for count in (1, 2, 4, 8)
     }
-    for name, scene in scenes.items():
-        with contextlib.ExitStack() as undo:
-            # One stack each: two of them would wait for each other's cards.
-            processes = {v: undo.enter_context(Process(v, stack(undo, scene[1]))) for v in (RAW, SAFE)}
-            for process in processes.values():
-                process.ask("busy", *scene)
-            rounds = by_turns(processes, ("fork_among_threads",), effort.held_up)
-        yield figure(f"os.fork(), {name}", [(taken[RAW][0], taken[SAFE][0]) for taken in rounds])
+    with contextlib.ExitStack() as undo:
+        # One stack each: two of them would wait for each other's cards.
+        stacks = {variant: stack(undo, 8) for variant in (RAW, SAFE)}
+        for name, scene in scenes.items():
+            with contextlib.ExitStack() as until_next:
+                processes = {v: until_next.enter_context(Process(v, env)) for v, env in stacks.items()}
+                for process in processes.values():
+                    process.ask("busy", *scene)
+                rounds = by_turns(processes, ("fork_among_threads",), effort.held_up)
+            yield figure(f"os.fork(), {name}", [(taken[RAW][0], taken[SAFE][0]) for taken in rounds])
 
 
 FREEZES = 10  # seconds; a process that takes longer is given up

@@ -33,7 +33,7 @@ class Panel(NamedTuple):
 
     :ivar title: with the unit.
     :ivar unit: of the axis, in microseconds.
-    :ivar figures: what stands on the x axis, and the name of its figure.
+    :ivar figures: what stands on the x axis (a line begins after ", "), and the name of its figure.
     :ivar lines: whether x is a number and the medians are joined; else they are bars.
     :ivar below: what x is.
     """
@@ -52,9 +52,9 @@ PANELS = (
         {
             "SCardTransmit": "SCardTransmit, 8 bytes",
             "SCardStatus": "SCardStatus",
-            "Connect": "SCardConnect + Disconnect",
-            "Establish": "SCardEstablishContext + Release",
-            "by broker": "SCardTransmit, broker",
+            "Connect, and Disconnect": "SCardConnect + Disconnect",
+            "Establish, and Release": "SCardEstablishContext + Release",
+            "SCardTransmit, broker": "SCardTransmit, broker",
         },
     ),
     Panel(
@@ -62,10 +62,10 @@ PANELS = (
         1,
         {
             "8 contexts": "8 threads, 8 contexts",
-            "broker": "8 threads, 8 contexts, broker",
-            "monitored": "8 threads, 1 context monitored",
-            "10 ms APDUs": "8 threads, 8 contexts, 10 ms",
-            "2 on one": "8 threads, 2 on one busy context",
+            "8 contexts, broker": "8 threads, 8 contexts, broker",
+            "1 context, monitored": "8 threads, 1 context monitored",
+            "APDUs, of 10 ms": "8 threads, 8 contexts, 10 ms",
+            "2 on one, with 10 ms": "8 threads, 2 on one busy context",
         },
     ),
     Panel(
@@ -189,11 +189,12 @@ def barred(panel: Panel, points: Points, series: Sequence[str], scale: Scale) ->
         names = [name for name in series if name in of]
         width = min(36.0, room * 0.8 / len(names))
         middle = LEFT + room * (number + 0.5)
-        yield text(middle, HEIGHT - BOTTOM + 16, label)
+        for line, words in enumerate(label.split(", ")):
+            yield text(middle, HEIGHT - BOTTOM + 16 + 14 * line, words)
         for place, name in enumerate(names):
             x, interval = middle + (place - len(names) / 2) * width, of[name]
             if interval is None:
-                yield text(x + width / 2, scale.y(0) - 4, "freezes", "middle", 'fill="#c00"')
+                yield text(x + width / 2, scale.y(0) - 16, "freezes", "middle", 'fill="#c00" font-size="9"')
                 continue
             y = scale.y(interval.median / panel.unit)
             yield (
@@ -208,7 +209,7 @@ def barred(panel: Panel, points: Points, series: Sequence[str], scale: Scale) ->
 def lined(panel: Panel, points: Points, series: Sequence[str], scale: Scale) -> Iterator[str]:
     """A line for each series; x is a number."""
     last = max(map(int, points))
-    places = {label: LEFT + 10 + int(label) / last * (WIDTH - LEFT - RIGHT - 30) for label in points}
+    places = {label: LEFT + 10 + int(label) / last * (WIDTH - LEFT - RIGHT - 50) for label in points}
     for label, x in places.items():
         yield text(x, HEIGHT - BOTTOM + 16, label)
     for name in series:
