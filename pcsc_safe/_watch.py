@@ -40,15 +40,17 @@ def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[E
 
     def pass_on(number: int, frame: Any) -> None:
         if process.returncode is not None and ends is not None:
-            ends.stop()
+            if number not in ignored:
+                ends.stop()
         elif number not in at_terminal or not _have_terminal():
             process.send_signal(number)
 
     at_terminal = {getattr(signal, name, None) for name in _FROM_TERMINAL}
-    for name in _PASSED_ON:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, pass_on)
+    passed_on = [getattr(signal, name) for name in _PASSED_ON if hasattr(signal, name)]
+    # As by nohup, or in the background of a script. The program ignores them, too, unless it wants to know.
+    ignored = [number for number in passed_on if signal.getsignal(number) is signal.SIG_IGN]
+    for number in passed_on:
+        signal.signal(number, pass_on)
     if ends is None:
         return process.wait()
     ends.watch()

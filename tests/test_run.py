@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -430,17 +431,20 @@ while True:
 """
 
 
+@pytest.mark.parametrize("before", [":", "trap '' INT"], ids=["default", "ignored"])
 @pytest.mark.parametrize("options", [[], ["--report"]], ids=["plain", "report"])
-def test_signals_reach_the_program(tmp_path: Path, options: list[str]) -> None:
-    """Who signals the process that was started signals the program, once."""
+def test_signals_reach_the_program(tmp_path: Path, options: list[str], before: str) -> None:
+    """Who signals the process that was started signals the program, once; as also where a shell has it ignored."""
     with subprocess.Popen(
-        [sys.executable, *RUN, *options, "-c", LISTENS],
+        ["sh", "-c", f'{before}; exec "$@"', "sh", sys.executable, *RUN, *options, "-c", LISTENS],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
     ) as process:
         assert process.stdout is not None
+        watchdog = threading.Timer(30, os.killpg, (process.pid, signal.SIGKILL))
+        watchdog.start()
         try:
             assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGINT)
@@ -449,6 +453,7 @@ def test_signals_reach_the_program(tmp_path: Path, options: list[str]) -> None:
             assert process.stdout.read() == "['int', 'told']\n"
             assert process.wait(10) == 5
         finally:
+            watchdog.cancel()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
