@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """See that what was asked for is so."""
+    """See that what was asked for is so, and that the programs that tests start heed SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell has it ignored in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     asked = config.getoption("gateway") == "always"
     if asked != (os.environ.get("PCSC_SAFE_BROKER") == "always"):
         raise pytest.UsageError("--gateway always and PCSC_SAFE_BROKER=always go together")

@@ -632,7 +632,8 @@ def test_the_page_is_printed(path: str) -> None:
     assert done.stderr == ""
     assert done.stdout.startswith("pcsc_safe ")
     assert "\033" not in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 90
+    # A path isn't broken.
+    assert all(len(line) <= 90 or " " not in line.strip() for line in done.stdout.splitlines())
     if ON_LINUX:
         assert done.returncode == 1
         assert "  problem  pcscd's socket " in done.stdout
