@@ -13,8 +13,7 @@ lock; so a call in a transaction passes a sleeping one (:func:`place`).
 
 Invariant: at most one thread is in the native library with a context and has its turn; beside it are only those in a
 transaction that passed one that slept, perhaps a little longer than that one, and SCardCancel and SCardIsValidContext,
-which libpcsclite answers without that context's lock.  A child gets new
-turns; nobody who waited is there any more.
+which libpcsclite answers without that context's lock.  A child gets new turns; nobody who waited is there any more.
 """
 
 from __future__ import annotations
