@@ -203,13 +203,19 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
         if turn.waits and turn.current is None:
             sleep(_GIVES_WAY)  # a wait for events wants to go on; beside a busy thread it never could
         is_gone = False
-        # Others may wait for the end of a transaction of ours, so that it is not to wait for theirs.
-        with _turns.place(turn, passes or is_transacted(record)) if holders else turn.lock:
+        place, is_held = turn.lock, False
+        if holders and (passes or is_transacted(record)):
+            # Others may wait for the end of a transaction of ours, so that it is not to wait for theirs.
+            place, is_held = _turns.place(turn)
+        with place:
+            if is_held:
+                turn.lock.release()
             if turn.current is not None:
                 turn.evict()
             ident = get_ident()
             before = inside.get(ident)
-            retries = is_retried and not record.transactions
+            retries = is_retried and not record.transactions and place is not _turns.BESIDE
+            retrying = turn.retrying
             try:
                 inside[ident] = (name, monotonic(), None)
                 if retries:
@@ -229,7 +235,7 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
                         return after(record, arguments, result) if after else result
             finally:
                 if retries:
-                    turn.retrying = 0
+                    turn.retrying = retrying  # this thread, if this is a signal handler
                 if before is None:
                     inside.pop(ident, None)
                 else:

@@ -11,9 +11,9 @@ A call that waits for the end of another process's transaction has its turn mean
 for the end of one of ours.  libpcsclite makes such a call again and again, and between two tries it sleeps without its
 lock; so a call in a transaction passes a sleeping one (:func:`place`).
 
-Invariant: at most one thread is in the native library with a context, not counting one that sleeps there in that way,
-and not SCardCancel and SCardIsValidContext, which libpcsclite answers without that context's lock.  A child gets new
-turns; nobody who waited is there any more.
+Invariant: at most one thread is in the native library with a context and has its turn; beside it are only those in a
+transaction that passed one that slept, perhaps a little longer than that one, and SCardCancel and SCardIsValidContext,
+which libpcsclite answers without that context's lock.  A child gets new turns; nobody who waited is there any more.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from . import _gate, _native
 from ._pyscard import SUCCESS, constant
 
 __all__ = [
+    "BESIDE",
     "CANCELLED",
     "CHANGED",
     "INFINITE",
@@ -54,6 +55,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02  # s
 _BETWEEN_SLICES = 0.003  # s; longer than who waits for the turn pauses
 _LOOK_AFTER = 0.01  # s; whether who has the turn sleeps
 _LONG = 0.5  # s; what is in a call for so long is thought to sleep where that can't be seen
+
+BESIDE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+"""The place of a call that passes one that sleeps; nothing is held there."""
 
 
 class Turn:
@@ -105,51 +109,38 @@ class NoTurn(Turn):
         self.lock = contextlib.nullcontext()  # type: ignore[assignment]  # it is entered and left, no more
 
 
-def place(turn: Turn, passes: bool) -> contextlib.AbstractContextManager[Any]:
-    """Where a call is made: in its turn, or beside a call that sleeps.
+def place(turn: Turn) -> tuple[contextlib.AbstractContextManager[Any], bool]:
+    """Where a call is made that may be beside one that sleeps.
 
-    :param passes: whether it may be beside one.
+    What is entered is no context manager written in Python: a signal handler that raises would leave the turn held.
+
+    :return: the turn's lock, or what holds nothing; and whether that lock is held already, to be released once inside.
     """
     # Who has the turn already is in a signal handler or a finalizer, and gets it once more.
-    if passes and not isinstance(turn, NoTurn) and not _is_mine(turn):
-        return _Passing(turn)
-    return turn.lock
-
-
-class _Passing:
-    """The turn of a thread that hasn't got it yet, or none, where who has it sleeps."""
-
-    __slots__ = ("_turn",)
-
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
-
-    def __enter__(self) -> None:
-        try:
-            while not self._turn.lock.acquire(timeout=_LOOK_AFTER):
-                if _sleeps(self._turn.retrying):
-                    return
-        except BaseException:  # a signal handler's, and the lock may be ours by now
-            self.__exit__()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        if _is_mine(self._turn):
-            self._turn.lock.release()
-
-
-def _is_mine(turn: Turn) -> bool:
-    return bool(turn.lock._is_owned())  # type: ignore[attr-defined]  # as threading.Condition asks it
+    if isinstance(turn, NoTurn) or turn.lock._is_owned():  # type: ignore[attr-defined]  # as threading.Condition asks it
+        return turn.lock, False
+    try:
+        held = turn.lock.acquire(blocking=False)
+        while not held:
+            if _sleeps(turn.retrying):
+                return BESIDE, False
+            held = turn.lock.acquire(timeout=_LOOK_AFTER)
+        return turn.lock, True
+    except BaseException:  # a signal handler's, and the lock may be ours by now
+        if turn.lock._is_owned():  # type: ignore[attr-defined]
+            turn.lock.release()
+        raise
 
 
 def _sleeps(ident: int) -> bool:
     """Whether a thread sleeps in the native library, as libpcsclite does between two tries."""
     entry = _gate.inside.get(ident)
-    thread = next((thread for thread in threading.enumerate() if thread.ident == ident), None)
-    if entry is None or entry[0] not in RETRIED or thread is None:
+    if entry is None or entry[0] not in RETRIED:
         return False
+    # One that threading doesn't know, as C code's, has none.
+    native_id = next((thread.native_id for thread in threading.enumerate() if thread.ident == ident), None)
     try:
-        with open(f"/proc/self/task/{thread.native_id}/wchan", encoding="ascii") as file:
+        with open(f"/proc/self/task/{native_id}/wchan", encoding="ascii") as file:
             return "nanosleep" in file.read()
     except OSError:
         return time.monotonic() - entry[1] > _LONG

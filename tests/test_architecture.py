@@ -120,6 +120,7 @@ BROKER_MAY_IMPORT = {
     "_server": {
         "_calls",
         "_descriptors",
+        "_gate",
         "_handles",
         "_native",
         "_pcscd",

@@ -721,18 +721,21 @@ def swept(threads: str) -> None:
 
 
 @before_3_10
-def test_an_exception_in_the_middle_of_calls(shared_stack: VirtualPcsc) -> None:
+@pytest.mark.parametrize("where", ["idle", "in a transaction"])
+def test_an_exception_in_the_middle_of_calls(shared_stack: VirtualPcsc, where: str) -> None:
     """Handlers that raise at any moment of the main thread's calls leave the context usable for other threads."""
-    calls, alarms, after = run(shared_stack, interrupted_calls)
+    calls, alarms, after = run(shared_stack, interrupted_calls, where)
     assert calls == 1000
     assert alarms > 500
     assert after == WORKS
 
 
-def interrupted_calls() -> None:
+def interrupted_calls(where: str) -> None:
     """Call in the main thread with an alarm set; then see whether another thread can."""
     context = establish()
     card = connect(context, READER)
+    if where == "in a transaction":
+        assert safe.SCardBeginTransaction(card) == 0
     ready, go = threading.Semaphore(0), threading.Semaphore(0)
 
     def call() -> None:
@@ -750,6 +753,7 @@ def interrupted_calls() -> None:
                 safe.SCardIsValidContext(context)
                 safe.SCardListReaderGroups(context)
                 safe.SCardGetStatusChange(context, 0, [(READER, 0)])
+                safe.SCardStatus(card)
         except Alarm:
             alarms += 1
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -757,6 +761,8 @@ def interrupted_calls() -> None:
         if not ready.acquire(timeout=5):
             break
         calls += 1
+    if where == "in a transaction":
+        assert safe.SCardEndTransaction(card, safe.SCARD_LEAVE_CARD) == 0
     after = in_child(works, context, card, READER) if calls == 1000 else []
     print(json.dumps([calls, alarms, after]), flush=True)
     os._exit(0)

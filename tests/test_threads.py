@@ -506,6 +506,44 @@ def test_waits_are_ended_where_sleep_is_not_seen(pcsc_stack: VirtualPcsc, monkey
     assert ended_by_each_other(pcsc_stack, "SCardStatus", end) == [(OK, (OK, OK, OK), OK)] * 2
 
 
+def test_who_waits_is_a_thread_of_c_code(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is passed all the same, although Python doesn't know it."""
+    monkeypatch.setattr("threading.enumerate", list)
+    assert ended_by_each_other(pcsc_stack, "SCardTransmit", end) == [(OK, (OK, OK, OK), OK)] * 2
+
+
+def test_an_exchange_in_a_broker_is_passed(pcsc_stack: VirtualPcsc) -> None:
+    """Also one that began to wait when no transaction of this process was open."""
+    theirs, mine = (reader.name for reader in pcsc_stack.readers)
+    pipes = (hears, tell), (answered, answer) = os.pipe(), os.pipe()
+
+    def other() -> Any:
+        card = connect(establish(), theirs)
+        os.read(hears, 1)
+        begun = safe.SCardBeginTransaction(card)
+        os.write(answer, b"x")
+        os.read(hears, 1)
+        return begun, end(card)
+
+    def child() -> Any:
+        pcsc_safe.configure(broker="always")
+        contexts = establish(), establish()
+        waited, held = connect(contexts[0], theirs), connect(contexts[1], mine)
+        os.write(tell, b"x")
+        os.read(answered, 1)
+        waiting = Calling(transmit, waited, ECHO)
+        time.sleep(0.2)
+        answers = safe.SCardBeginTransaction(held), safe.SCardListReaders(contexts[0], [])[0], waiting.is_alive()
+        os.write(tell, b"x")
+        return answers, end(held), waiting.answer()[0]
+
+    holder = start(other)  # which has no part in the broker
+    assert in_child(child) == ((OK, OK, True), OK, OK)
+    assert wait_for(holder) == (OK, OK)
+    for each in (*pipes[0], *pipes[1]):
+        os.close(each)
+
+
 def test_an_exchange_is_not_passed(held: VirtualPcsc) -> None:
     """A call in a transaction waits for another thread's exchange: in libpcsclite it would freeze all other threads."""
     context, another = establish(), establish()

@@ -19,7 +19,7 @@ import threading
 import time
 from typing import Any, Optional
 
-from .. import _calls, _descriptors, _handles, _native, _pcscd, _pyscard, _router, _transactions, _turns
+from .. import _calls, _descriptors, _gate, _handles, _native, _pcscd, _pyscard, _router, _transactions, _turns
 from . import _sharing, _start, _wire
 from ._sharing import Handle
 
@@ -211,7 +211,7 @@ class _Connection:
                 return None
             turn.retrying = threading.get_ident()
             try:
-                return native(*arguments)
+                return _gate.enter(_wire.FUNCTIONS[number], native, *arguments)
             finally:
                 turn.retrying = 0
 
