@@ -168,8 +168,8 @@ def _routed(call: Call) -> Callable[..., Any]:
 
 
 _GIVES_WAY = 0.0005  # s
-# What takes no time, and may be asked for in the middle of a transaction.
-_PASSES = ("SCardListReaders", "SCardGetStatusChange")
+_C_INFINITE = 0xFFFFFFFF  # winscard.h's; pyscard's is 0x7FFFFFFF
+_NEVER_PASS = ("SCardReleaseContext",)  # it frees what a call that sleeps has in use
 
 
 def _routed_in_turn(call: Call) -> Callable[..., Any]:
@@ -177,10 +177,10 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
     name, native, after, discloses = call.name, _native.raw[call.name], _after(call.name), call.discloses
     registry: dict[Any, Any] = _handles.contexts if call.takes is Kind.CONTEXT else _handles.cards
     process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
-    here_itself, is_transacted = _native.gateway, _transactions.is_open
+    here_itself = _native.gateway
     polls, holders = name in _transactions.WAITING, _transactions.holders
     is_bare, unheard = call.failed is None, _recovery.UNHEARD[name]
-    is_retried, passes = name in _turns.RETRIED, name in _PASSES
+    is_retried, passes = name in _turns.RETRIED, name not in _NEVER_PASS
 
     def route(handle: Any, *arguments: Any) -> Any:
         try:
@@ -204,9 +204,10 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
             sleep(_GIVES_WAY)  # a wait for events wants to go on; beside a busy thread it never could
         is_gone = False
         place, is_held = turn.lock, False
-        if holders and (passes or is_transacted(record)):
-            # Others may wait for the end of a transaction of ours, so that it is not to wait for theirs.
+        if holders and passes:
+            # Others may wait for the end of a transaction of ours, which is not to wait for the end of theirs.
             place, is_held = _turns.place(turn)
+        is_beside = place is _turns.BESIDE
         with place:
             if is_held:
                 turn.lock.release()
@@ -214,15 +215,21 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
                 turn.evict()
             ident = get_ident()
             before = inside.get(ident)
-            retries = is_retried and not record.transactions and place is not _turns.BESIDE
+            retries = is_retried and not is_beside and not record.transactions
             retrying = turn.retrying
             try:
                 inside[ident] = (name, monotonic(), None)
                 if retries:
                     turn.retrying = ident
+                if is_beside:
+                    turn.passing.add(ident)
                 in_the_way = closers and ident not in closers
                 if polls and holders and not in_the_way:
                     in_the_way = _transactions.in_the_way(name, record, arguments) is not None
+                if (
+                    is_beside and not in_the_way
+                ):  # looked at after the other was set; a wait does it the other way round
+                    in_the_way = not turn.retrying or turn.current is not None
                 # Nothing between this look and the native call can run other code: a fork in a handler is seen.
                 if not in_the_way and sentinel[0] and record.owner is process.here:
                     real = record.real
@@ -236,6 +243,8 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
             finally:
                 if retries:
                     turn.retrying = retrying  # this thread, if this is a signal handler
+                if is_beside:
+                    turn.passing.discard(ident)
                 if before is None:
                     inside.pop(ident, None)
                 else:
@@ -322,8 +331,9 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
 
     def route(handle: Any, timeout: Any, states: Any) -> Any:
         record = _handles.find(Kind.CONTEXT, handle)
-        if not isinstance(record, Context) or type(timeout) is not int or not 0 <= timeout <= _turns.INFINITE:
+        if not isinstance(record, Context) or type(timeout) is not int or not 0 <= timeout <= _C_INFINITE:
             return in_turn(handle, timeout, states)
+        timeout = min(timeout, _turns.INFINITE)
         began, cancels = monotonic(), record.turn.cancels
         answer = wait(handle, timeout, states)
         if answer[0] in _recovery.GONE and _recovery.recovers(record):

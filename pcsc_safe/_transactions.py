@@ -22,7 +22,7 @@ from . import _process
 from ._handles import Card, Record
 from ._pyscard import constant
 
-__all__ = ["WAITING", "began", "continued", "ended", "holders", "in_the_way", "is_open", "turn_to_connect", "wait"]
+__all__ = ["WAITING", "began", "continued", "ended", "holders", "in_the_way", "turn_to_connect", "wait"]
 
 # pcscd's or libpcsclite's loops that wait for the end of a transaction inside the call.
 WAITING = frozenset(
@@ -50,11 +50,6 @@ def ended(card: Card, how_many: int) -> None:
     card.transactions = max(0, card.transactions - how_many)
     if not card.transactions and holders.get(card.reader) is card:
         holders.pop(card.reader, None)
-
-
-def is_open(record: Record) -> bool:
-    """Whether a call on this would be in a transaction of this process."""
-    return isinstance(record, Card) and record.transactions > 0
 
 
 def continued(card: Card) -> None:

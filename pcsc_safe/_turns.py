@@ -9,11 +9,11 @@ A wait holds no lock while it waits; who has the turn evicts it.
 
 A call that waits for the end of another process's transaction has its turn meanwhile, and that process may be waiting
 for the end of one of ours.  libpcsclite makes such a call again and again, and between two tries it sleeps without its
-lock; so a call in a transaction passes a sleeping one (:func:`place`).
+lock; so while this process is in a transaction, other calls pass a sleeping one (:func:`place`).
 
-Invariant: at most one thread is in the native library with a context and has its turn; beside it are only those in a
-transaction that passed one that slept, perhaps a little longer than that one, and SCardCancel and SCardIsValidContext,
-which libpcsclite answers without that context's lock.  A child gets new turns; nobody who waited is there any more.
+Invariant: at most one thread is in the native library with a context and has its turn; beside it are only those that
+passed one that slept, perhaps a little longer than that one, and SCardCancel and SCardIsValidContext, which libpcsclite
+answers without that context's lock.  A child gets new turns; nobody who waited is there any more.
 """
 
 from __future__ import annotations
@@ -68,18 +68,21 @@ class Turn:
     :ivar current: the one among them that is in the native library, or about to be; set with the lock held.
     :ivar is_given: the context is about to be another process's, so no wait enters; whoever sets it holds the lock, and
         then looks whether one is inside.
+    :ivar passing: the threads that have passed it, by number; beside them no wait for events enters, for whose end they
+        would wait with the lock of the whole process.
     :ivar retrying: the thread that has the turn for a call that libpcsclite may make again and again, or 0.
     :ivar cancels: how often the application has called SCardCancel.
     :ivar outlasting: the threads whose waits go on although pcscd was gone meanwhile.
     """
 
-    __slots__ = ("cancels", "current", "is_given", "lock", "outlasting", "retrying", "waits")
+    __slots__ = ("cancels", "current", "is_given", "lock", "outlasting", "passing", "retrying", "waits")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.waits: list[Wait] = []
         self.current: Optional[Wait] = None
         self.is_given = False
+        self.passing: set[int] = set()
         self.retrying = 0
         self.cancels = 0
         self.outlasting: list[int] = []
@@ -141,9 +144,11 @@ def _sleeps(ident: int) -> bool:
     native_id = next((thread.native_id for thread in threading.enumerate() if thread.ident == ident), None)
     try:
         with open(f"/proc/self/task/{native_id}/wchan", encoding="ascii") as file:
-            return "nanosleep" in file.read()
+            where = file.read()
     except OSError:
-        return time.monotonic() - entry[1] > _LONG
+        where = "0"
+    # "0" says that it runs, or that this kernel doesn't tell.
+    return "nanosleep" in where if where != "0" else time.monotonic() - entry[1] > _LONG
 
 
 class Wait:
@@ -295,7 +300,8 @@ def await_change(turn: Turn, alive: Callable[[], bool], real: int, timeout: int,
     def step() -> Any:
         if wait.cancelled:
             return cancelled
-        return wait.step(alone=len(turn.waits) == 1) if alive() and not turn.is_given else None
+        is_free = not turn.is_given and not turn.passing
+        return wait.step(alone=len(turn.waits) == 1) if alive() and is_free else None
 
     try:
         turn.waits.append(wait)
@@ -312,7 +318,7 @@ def await_change(turn: Turn, alive: Callable[[], bool], real: int, timeout: int,
                 wait.settle(before)
             if result is not None and alive():  # else a signal handler has forked since, and this is the child
                 return result
-            if len(turn.waits) > 1:
+            if len(turn.waits) > 1 or turn.passing:
                 time.sleep(_BETWEEN_SLICES if mine else _FIRST_PAUSE)
         return None
     finally:

@@ -448,6 +448,8 @@ def ended_by_each_other(stack: VirtualPcsc, call: str, end: Callable[[Any], Any]
     """In two children, a thread waits for the end of the other's transaction while another ends its own.
 
     Both threads on one context: the one that waits has the turn that the other needs.
+
+    :param end: ends it, given the card; in the thread that has begun it.
     """
     pipes = [os.pipe(), os.pipe()]
     readers = [reader.name for reader in stack.readers]
@@ -459,13 +461,22 @@ def ended_by_each_other(stack: VirtualPcsc, call: str, end: Callable[[Any], Any]
     def child(number: int) -> Any:
         context = establish()
         mine, other = (connect(context, reader) for reader in (readers[number], readers[1 - number]))
+        has_begun, may_end = threading.Event(), threading.Event()
+
+        def transact() -> Any:
+            begun = safe.SCardBeginTransaction(mine)
+            has_begun.set()
+            assert may_end.wait(ENOUGH)
+            return begun, transmit(mine, ECHO)[0], safe.SCardListReaders(context, [])[0], end(mine)
+
         meet(number)
-        begun = safe.SCardBeginTransaction(mine)
+        transacting = Calling(transact)
+        assert has_begun.wait(ENOUGH)
         meet(number)
         waiting = Calling(retried, call, other)
         time.sleep(0.2)
-        ends = Calling(lambda: (transmit(mine, ECHO)[0], safe.SCardListReaders(context, [])[0], end(mine)))
-        return begun, ends.answer(), waiting.answer()
+        may_end.set()
+        return transacting.answer(), waiting.answer()
 
     children = [start(child, number) for number in (0, 1)]
     answers = [wait_for(each) for each in children]
@@ -484,7 +495,7 @@ def end(card: Any) -> int:
 def test_processes_end_each_others_waits(pcsc_stack: VirtualPcsc, call: str, policy: str) -> None:
     """Nobody waits for ever, as on raw pyscard."""
     pcsc_safe.configure(policy=policy)
-    assert ended_by_each_other(pcsc_stack, call, end) == [(OK, (OK, OK, OK), OK)] * 2
+    assert ended_by_each_other(pcsc_stack, call, end) == [((OK, OK, OK, OK), OK)] * 2
 
 
 def test_a_disconnection_ends_a_wait(pcsc_stack: VirtualPcsc) -> None:
@@ -493,7 +504,7 @@ def test_a_disconnection_ends_a_wait(pcsc_stack: VirtualPcsc) -> None:
     def disconnect(card: Any) -> int:
         return int(safe.SCardDisconnect(card, safe.SCARD_LEAVE_CARD))
 
-    assert ended_by_each_other(pcsc_stack, "SCardTransmit", disconnect) == [(OK, (OK, OK, OK), OK)] * 2
+    assert ended_by_each_other(pcsc_stack, "SCardTransmit", disconnect) == [((OK, OK, OK, OK), OK)] * 2
 
 
 def test_waits_are_ended_where_sleep_is_not_seen(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,13 +514,13 @@ def test_waits_are_ended_where_sleep_is_not_seen(pcsc_stack: VirtualPcsc, monkey
         raise FileNotFoundError
 
     monkeypatch.setattr("pcsc_safe._turns.open", missing, raising=False)
-    assert ended_by_each_other(pcsc_stack, "SCardStatus", end) == [(OK, (OK, OK, OK), OK)] * 2
+    assert ended_by_each_other(pcsc_stack, "SCardStatus", end) == [((OK, OK, OK, OK), OK)] * 2
 
 
 def test_who_waits_is_a_thread_of_c_code(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is passed all the same, although Python doesn't know it."""
     monkeypatch.setattr("threading.enumerate", list)
-    assert ended_by_each_other(pcsc_stack, "SCardTransmit", end) == [(OK, (OK, OK, OK), OK)] * 2
+    assert ended_by_each_other(pcsc_stack, "SCardTransmit", end) == [((OK, OK, OK, OK), OK)] * 2
 
 
 def test_an_exchange_in_a_broker_is_passed(pcsc_stack: VirtualPcsc) -> None:
@@ -542,6 +553,33 @@ def test_an_exchange_in_a_broker_is_passed(pcsc_stack: VirtualPcsc) -> None:
     assert wait_for(holder) == (OK, OK)
     for each in (*pipes[0], *pipes[1]):
         os.close(each)
+
+
+@pytest.mark.pcsc(readers=4)
+def test_in_a_transaction_other_cards_can_be_used(pcsc_stack: VirtualPcsc) -> None:
+    """And connected, although another thread waits for another process's transaction on the same context."""
+    free = pcsc_stack.readers[2].name
+
+    def end_later(mine: Any) -> int:
+        third = connect(mine._self_record.context.safe, free)
+        return max(transmit(third, ECHO)[0], retried("SCardBeginTransaction", third), end(mine))
+
+    assert ended_by_each_other(pcsc_stack, "SCardTransmit", end_later) == [((OK, OK, OK, OK), OK)] * 2
+
+
+def test_a_wait_for_events_does_not_enter_beside_a_call_that_passes(context: Any, reader: str) -> None:
+    """That would wait for its end in libpcsclite, with the lock of the whole process; and the wait goes on later."""
+    passing = context._self_record.turn.passing
+    known = [(reader, state_of(context, reader))]
+    passing.add(0)
+    waiter = Calling(safe.SCardGetStatusChange, context, 0xFFFFFFFF, known)  # C's INFINITE
+    assert stays(lambda: not waiter.waits)
+    passing.discard(0)
+    until(lambda: waits_on(waiter), "it waits")
+    assert safe.SCardListReaders(context, [])[0] == OK
+    until(lambda: waits_on(waiter), "it waits again")
+    assert safe.SCardCancel(context) == OK
+    assert waiter.answer()[0] == CANCELLED
 
 
 def test_an_exchange_is_not_passed(held: VirtualPcsc) -> None:
