@@ -177,7 +177,7 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
     name, native, after, discloses = call.name, _native.raw[call.name], _after(call.name), call.discloses
     registry: dict[Any, Any] = _handles.contexts if call.takes is Kind.CONTEXT else _handles.cards
     process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
-    here_itself = _native.gateway
+    here_itself, is_card = _native.gateway, call.takes is Kind.CARD
     polls, holders = name in _transactions.WAITING, _transactions.holders
     is_bare, unheard = call.failed is None, _recovery.UNHEARD[name]
     is_retried, passes = name in _turns.RETRIED, name not in _NEVER_PASS
@@ -197,7 +197,7 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
                 return _after_loss(call, route, handle, arguments, lost)
         if closers:
             _gate.wait_until_open(get_ident())
-        if polls and holders:
+        if polls and holders and not (is_card and holders.get(record.reader) is record):
             _transactions.wait(name, record, arguments, public["SCardStatus"])
         turn = context.turn
         if turn.waits and turn.current is None:
@@ -224,7 +224,7 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
                 if is_beside:
                     turn.passing.add(ident)
                 in_the_way = closers and ident not in closers
-                if polls and holders and not in_the_way:
+                if polls and holders and not in_the_way and not (is_card and holders.get(record.reader) is record):
                     in_the_way = _transactions.in_the_way(name, record, arguments) is not None
                 if (
                     is_beside and not in_the_way
