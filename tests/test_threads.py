@@ -567,6 +567,7 @@ def test_in_a_transaction_other_cards_can_be_used(pcsc_stack: VirtualPcsc) -> No
     assert ended_by_each_other(pcsc_stack, "SCardTransmit", end_later) == [((OK, OK, OK, OK), OK)] * 2
 
 
+@pytest.mark.native
 def test_a_wait_for_events_does_not_enter_beside_a_call_that_passes(context: Any, reader: str) -> None:
     """That would wait for its end in libpcsclite, with the lock of the whole process; and the wait goes on later."""
     passing = context._self_record.turn.passing
