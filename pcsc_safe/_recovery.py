@@ -36,6 +36,7 @@ __all__ = ["GONE", "NO_SERVICE", "UNHEARD", "again", "cancel", "lost_meanwhile",
 NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
 _RESET: int = constant("SCARD_W_SECURITY_VIOLATION")
 _COMM_ERROR: int = constant("SCARD_F_COMM_ERROR")
+_INVALID_HANDLE: int = constant("SCARD_E_INVALID_HANDLE")
 GONE = (NO_SERVICE, _RESET, _COMM_ERROR)
 """What a call is answered that pcscd could not answer."""
 
@@ -179,6 +180,8 @@ def cancel(context: Context, cancel_once: Callable[[], Any]) -> Any:
     turn.cancels += 1
     waits = [thread for thread in turn.outlasting if thread != get_ident()]
     answer = cancel_once()
+    if answer == _INVALID_HANDLE and not context.released and recovers(context):
+        answer = SUCCESS  # another pcscd than the context's has said so; its waits look at the count
     # One that is about to enter PC/SC again isn't there to be cancelled. Not for ever: it may need the turn that this
     # very thread has, if this is a signal handler.
     deadline = time.monotonic() + _CANCEL_WITHIN

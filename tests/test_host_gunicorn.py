@@ -41,7 +41,8 @@ RUNS = [
 def gunicorn(*options: str, setting: str = "") -> list[str]:
     """The documented command, with more options."""
     *command, application = documented("hosts/gunicorn.md", "gunicorn", "unix:{path}", setting)
-    return [*command, *options, application]
+    # A worker that is told to end before it listens to signals does not; gunicorn kills it after 30 s of its own.
+    return [*command, "--graceful-timeout", "5", *options, application]
 
 
 @pytest.mark.parametrize(("count", "options"), RUNS)

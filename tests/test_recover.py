@@ -561,6 +561,15 @@ def test_cancel(stack: VirtualPcsc, way: str, when: str) -> None:
     assert told(stack, way, story) == ([OK, OK], [OK, CANCELLED, CANCELLED], True)
 
 
+@pytest.mark.parametrize(("recover", "expected"), [(True, OK), (False, INVALID)])
+def test_a_cancel_before_the_loss_is_noticed(stack: VirtualPcsc, recover: bool, expected: int) -> None:
+    """Another pcscd knows nothing of the context, which is well all the same."""
+    pcsc_safe.configure(recover=recover)
+    context = establish()
+    assert _recovery.cancel(context._self_record, lambda: INVALID) == expected
+    assert safe.SCardReleaseContext(context) == OK
+
+
 @by_either_way
 def test_new_readers(stack: VirtualPcsc, way: str) -> None:
     """A wait for new readers ends when pcscd is back: they may be others."""
