@@ -92,8 +92,12 @@ def test_one_session_for_all_workers(stack: VirtualPcsc, card: DeadlyCard, tmp_p
 def test_raw_pyscard_signs_wrong(stack: VirtualPcsc, tmp_path: Path) -> None:
     """The same on smartcard.scard fails: this test can."""
     with serving(gunicorn(), stack, **raw_pyscard(tmp_path)) as server:
-        clients = Clients(server, certificate_of(server), 100, timeout=1)
-        clients.finish()
+        certificate = certificate_of(server)
+        for _ in range(5):  # one worker may serve them all before the other is there
+            clients = Clients(server, certificate, 100, timeout=1)
+            clients.finish()
+            if clients.wrong:
+                break
         assert clients.wrong
 
 
