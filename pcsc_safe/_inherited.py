@@ -152,11 +152,14 @@ def _own(call: Call, record: Record) -> int:
         with context.turn.lock:
             context.turn.evict()
             return _own_context(context, through)
-    with _transactions.turn_to_connect("SCardConnect", record, _status):
+
+    def connect() -> int:
         hresult = _own_context(context, through)
         if hresult == SUCCESS and record.owner is not context.owner:
             hresult, _ = _own_connection(record, record.share_mode, record.protocol, LEAVE_CARD)
         return hresult
+
+    return _transactions.connect_in_turn("SCardConnect", record, _status, connect)
 
 
 def _status(safe: Any) -> Any:
@@ -267,13 +270,16 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """SCardReconnect gives an inherited handle a connection of this process's own."""
     assert isinstance(card, Card)
     through = gateway(call.name, card.context)
-    with _transactions.turn_to_connect(call.name, card, _status):
+
+    def connect() -> Any:
         hresult, protocol = _own_context(card.context, through), 0
         if hresult == SUCCESS and card.owner is card.context.owner:
             return None
         if hresult == SUCCESS:
             hresult, protocol = _own_connection(card, *arguments)
-    return [hresult, protocol] if hresult == SUCCESS else call.failure(hresult)
+        return [hresult, protocol] if hresult == SUCCESS else call.failure(hresult)
+
+    return _transactions.connect_in_turn(call.name, card, _status, connect)
 
 
 def _way(context: Optional[Context]) -> Way:

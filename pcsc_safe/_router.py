@@ -226,9 +226,8 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
                 in_the_way = closers and ident not in closers
                 if polls and holders and not in_the_way and not (is_card and holders.get(record.reader) is record):
                     in_the_way = _transactions.in_the_way(name, record, arguments) is not None
-                if (
-                    is_beside and not in_the_way
-                ):  # looked at after the other was set; a wait does it the other way round
+                # Looked at after `passing` was set; a wait for events does it the other way round.
+                if is_beside and not in_the_way:
                     in_the_way = not turn.retrying or turn.current is not None
                 # Nothing between this look and the native call can run other code: a fork in a handler is seen.
                 if not in_the_way and sentinel[0] and record.owner is process.here:

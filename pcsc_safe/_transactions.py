@@ -12,17 +12,18 @@ raw pyscard too; the connections that a child gets unasked wait for the end of s
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from threading import get_ident
 from time import monotonic, sleep
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, TypeVar
 
 from . import _process
 from ._handles import Card, Record
 from ._pyscard import constant
 
-__all__ = ["WAITING", "began", "continued", "ended", "holders", "in_the_way", "turn_to_connect", "wait"]
+__all__ = ["WAITING", "began", "connect_in_turn", "continued", "ended", "holders", "in_the_way", "wait"]
+
+_Result = TypeVar("_Result")
 
 # pcscd's or libpcsclite's loops that wait for the end of a transaction inside the call.
 WAITING = frozenset(
@@ -93,9 +94,8 @@ def wait(name: str, record: Record, arguments: Sequence[Any], status: Callable[[
     _await_end(lambda: in_the_way(name, record, arguments), status)
 
 
-@contextlib.contextmanager
-def turn_to_connect(name: str, card: Card, status: Callable[[Any], Any]) -> Iterator[None]:
-    """The turn on the context of a card, when a connection to it won't wait with a transaction behind it.
+def connect_in_turn(name: str, card: Card, status: Callable[[Any], Any], connect: Callable[[], _Result]) -> _Result:
+    """``connect()`` with the turn on the context of a card, when it won't wait with a transaction behind it.
 
     :param name: of the function that the connection is for, one of :data:`WAITING`.
     :param status: as for :func:`wait`.
@@ -108,8 +108,7 @@ def turn_to_connect(name: str, card: Card, status: Callable[[Any], Any]) -> Iter
             card.context.turn.evict()
             # One may have begun until the turn was ours.
             if in_the_way(name, card, ()) is None and _of_another_thread(card, deadline) is None:
-                yield
-                return
+                return connect()
 
 
 def _of_another_thread(card: Card, deadline: float) -> Optional[Card]:
