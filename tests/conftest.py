@@ -50,8 +50,15 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--gateway always and PCSC_SAFE_BROKER=always go together")
 
 
+LONG_TIMEOUT = 2000
+"""Seconds for one of the long tests, more than any watchdog of theirs; pyproject.toml has that of the others."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is about the native library is not for the other gateways."""
+    """Give long tests their time limit; what is about the native library is not for the other gateways."""
+    for item in items:
+        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONG_TIMEOUT))
     if config.getoption("gateway") != "native":
         about_native = [item for item in items if item.get_closest_marker("native")]
         config.hook.pytest_deselected(items=about_native)
