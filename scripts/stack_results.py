@@ -1,0 +1,151 @@
+"""What was seen on each stack: read from the output of scripts/test, told, recorded, and the pages' table of it.
+
+A result is a dict, as JSON has it; docs/stacks.json has those that were green, and the table on the pages is made from
+that file and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "docs" / "stacks.json"
+PAGES = ("README.md", "docs/hosts/index.md")
+BEGIN, END = "<!-- table of stacks: scripts/stacks --record writes it -->\n", "<!-- end of the table of stacks -->"
+COUNTS = ("passed", "failed", "errors", "skipped", "xfailed")
+
+Result = dict[str, Any]
+
+
+def read_tests(output: str) -> Result:
+    """What pytest's runs say in the output of scripts/test: counts, failures, and skips with their reasons."""
+    counts: Counter[str] = Counter()
+    skips: Counter[str] = Counter()
+    failures: list[str] = []
+    for run in re.split(r"(?m)^== pytest", output)[1:]:
+        closing = re.findall(r"(?m)^=+ (.*\d+ .*) in [\d.]+s.*=+$", run)
+        for number, what in re.findall(r"(\d+) (\w+)", closing[-1] if closing else ""):
+            counts[{"error": "errors"}.get(what, what)] += int(number)
+        summary = run.rpartition("short test summary info")[2]
+        for number, reason in re.findall(r"(?m)^SKIPPED \[(\d+)\] (?:\S+:\d+: )?(.*)$", summary):
+            skips[reason] += int(number)
+        failures += re.findall(r"(?m)^((?:FAILED|ERROR) .*)$", summary)
+        if not closing:
+            failures.append(_unfinished(run))
+    told = {name: counts[name] for name in COUNTS}
+    lacking = re.findall(r"(?m)^optional, and not here: (.*) \(", output)
+    return {**told, "skips": dict(skips.most_common()), "failures": failures, "lacking": " ".join(lacking).split()}
+
+
+def _unfinished(run: str) -> str:
+    said = [line.strip() for line in run.splitlines() if line.strip()]
+    if any("Timeout" in line and line.startswith("+") for line in said):
+        return "a test took longer than its limit, and pytest ended; the log has its stacks"
+    return f"pytest did not come to its end; it said last: {said[-1] if said else 'nothing'}"
+
+
+def read_demo(output: str, status: int) -> str:
+    """What the demo's column says: its last line, or that it failed."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return "ok" if status == 0 else f"status {status}: {lines[-1] if lines else 'no output'}"
+
+
+def is_green(result: Result) -> bool:
+    """Whether everything that was run there is as it should be."""
+    return "impossible" not in result and result["demo"] == "ok" and result["status"] == 0
+
+
+COLUMNS = ("stack", "Debian", "pcsc-lite", "Python", "pyscard", "wrapt", "demo", "tests", "minutes")
+
+
+def tests_in_words(result: Result) -> str:
+    """The counts that aren't zero; passed and failed always."""
+    tests = result["tests"]
+    return ", ".join(f"{tests[name]} {name}" for name in COUNTS if tests[name] or name in ("passed", "failed"))
+
+
+def _row(result: Result) -> list[str]:
+    if "impossible" in result:
+        return [result["stack"], "-", "-", "-", "-", "-", "-", "not possible", "-"]
+    versions = [result[name] for name in ("debian", "pcsc_lite", "python", "pyscard", "wrapt")]
+    tests = tests_in_words(result) + ("" if result["status"] == 0 else f" (status {result['status']})")
+    demo = "ok" if result["demo"] == "ok" else "FAILED"
+    return [result["stack"], *versions, demo, tests, str(round(result["seconds"] / 60))]
+
+
+def as_text(results: list[Result]) -> str:
+    """The table for a terminal, and beneath it what it has no room for."""
+    rows = [list(COLUMNS), *map(_row, results)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, *(note for result in results for note in _notes(result))])
+
+
+def _notes(result: Result) -> list[str]:
+    if "impossible" in result:
+        return [f"\n{result['stack']}: {result['impossible']}"]
+    tests = result["tests"]
+    notes = [] if result["demo"] == "ok" else [f"demo: {result['demo']}"]
+    notes += tests["failures"]
+    notes += [f"skipped {number}: {reason}" for reason, number in tests["skips"].items()]
+    notes += [f"optional, can't be installed: {name}" for name in tests["lacking"]]
+    return [f"\n{result['stack']} (log: {result['log']})", *(f"  {note}" for note in notes)] if notes else []
+
+
+def record(results: list[Result], order: list[str], file: Path = RECORD) -> list[str]:
+    """Enter the green results of whole runs in the file, each in place of the one before of that stack.
+
+    :param order: the stacks' names, as the table has them.
+    :return: for each result that isn't entered, why.
+    """
+    refused = [f"{result['stack']}: {why}" for result in results if (why := _why_not(result))]
+    known = {result["stack"]: result for result in recorded(file)}
+    known |= {result["stack"]: _lasting(result) for result in results if not _why_not(result)}
+    lasting = [known[name] for name in order if name in known]
+    file.write_text(json.dumps(lasting, indent=1, ensure_ascii=False) + "\n")
+    return refused
+
+
+def _why_not(result: Result) -> str:
+    if not is_green(result):
+        return "not green"
+    return "" if result["arguments"] == [] else "only a part was run"
+
+
+def _lasting(result: Result) -> Result:
+    return {name: value for name, value in result.items() if name not in ("log", "arguments", "status")}
+
+
+def recorded(file: Path = RECORD) -> list[Result]:
+    """What is in the file."""
+    return json.loads(file.read_text()) if file.exists() else []  # type: ignore[no-any-return]
+
+
+def as_markdown(results: list[Result]) -> str:
+    """The pages' table of the stacks that were seen green."""
+    if not results:
+        return "No run of `scripts/stacks` has been recorded yet.\n"
+    lines = ["| Debian | pcsc-lite | Python | pyscard | wrapt | tests | seen |", "|---|---|---|---|---|---|---|"]
+    for result in results:
+        cells = [result[name] for name in ("debian", "pcsc_lite", "python", "pyscard", "wrapt")]
+        lines.append(f"| {' | '.join([*cells, tests_in_words(result), result['date']])} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str, table: str) -> str:
+    """A page with the table in its place."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin and end, f"the page lacks {BEGIN.strip()} or {END}"
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def write_pages() -> None:
+    """Put the table on the pages."""
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(with_table(page.read_text(), as_markdown(recorded())))
