@@ -122,7 +122,7 @@ def _lasting(result: Result) -> Result:
 
 def recorded(file: Path = RECORD) -> list[Result]:
     """What is in the file."""
-    return json.loads(file.read_text()) if file.exists() else []  # type: ignore[no-any-return]
+    return json.loads(file.read_text()) if file.exists() else []
 
 
 def as_markdown(results: list[Result]) -> str:
@@ -140,7 +140,8 @@ def with_table(text: str, table: str) -> str:
     """A page with the table in its place."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    assert begin and end, f"the page lacks {BEGIN.strip()} or {END}"
+    if not begin or not end:
+        raise ValueError(f"the page lacks {BEGIN.strip()} or {END}")
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
