@@ -44,7 +44,9 @@ def read_tests(output: str) -> Result:
 def _unfinished(run: str) -> str:
     said = [line.strip() for line in run.splitlines() if line.strip()]
     if any("Timeout" in line and line.startswith("+") for line in said):
-        return "a test took longer than its limit, and pytest ended; the log has its stacks"
+        tests = re.findall(r'File ".*/(test_\w+\.py)", line \d+, in (test_\w+)', run)
+        which = "::".join(tests[-1]) if tests else "a test"
+        return f"{which} took longer than its limit, and pytest ended; the log has its stacks"
     return f"pytest did not come to its end; it said last: {said[-1] if said else 'nothing'}"
 
 

@@ -38,6 +38,7 @@ ERROR tests/test_c.py::test_d
 ==== 1 failed, 2 passed, 1 error in 3.00s ====
 == pytest -m long
 tests/test_storm.py ++++++++++ Timeout ++++++++++
+  File "/srv/pcsc_safe/tests/test_storm.py", line 364, in test_of_wind
 +++++++++++ Timeout +++++++++++
 """
 
@@ -70,7 +71,7 @@ def test_a_run_that_did_not_end_is_a_failure() -> None:
     assert read["failures"] == [
         "FAILED tests/test_a.py::test_b - AssertionError: no",
         "ERROR tests/test_c.py::test_d",
-        "a test took longer than its limit, and pytest ended; the log has its stacks",
+        "test_storm.py::test_of_wind took longer than its limit, and pytest ended; the log has its stacks",
     ]
 
 
