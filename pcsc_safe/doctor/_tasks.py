@@ -26,7 +26,8 @@ from . import _proc, _sockets
 __all__ = ["TASKS", "main"]
 
 _VERSION = struct.Struct("=IIiiI")  # pcscd's header (length, command), major, minor, result
-_CMD_VERSION, _BODY, _MAJOR, _MINOR = 0x11, 12, 4, 4
+_CMD_VERSION, _BODY = 0x11, 12
+_NEWEST = (4, 6)  # of the protocol, in pcsc-lite 2.5; a pcscd that wants another one names it
 
 
 def service(stage: Stage, path: str, seconds: str) -> None:
@@ -51,18 +52,32 @@ def _listener(connection: socket.socket) -> Optional[int]:
 
 
 def _handshake(connection: socket.socket) -> dict[str, Any]:
+    """Agree on a version as libpcsclite does: propose the newest, then what pcscd names if it refuses that."""
     try:
-        connection.sendall(_VERSION.pack(_BODY, _CMD_VERSION, _MAJOR, _MINOR, 0))
-        answer = b""
-        while len(answer) < _BODY:
-            more = connection.recv(_BODY - len(answer))
-            if not more:
-                return {"answer": "hung up"}
-            answer += more
+        named, result = _propose(connection, _NEWEST)
+        if result:
+            named, result = _propose(connection, named)
     except OSError as error:
         return {"answer": _name(error)}
+    except EOFError:
+        return {"answer": "hung up"}
+    return {"answer": "ok", "protocol": "{}.{}".format(*named), "result": result}
+
+
+def _propose(connection: socket.socket, version: tuple[int, int]) -> tuple[tuple[int, int], int]:
+    """Propose a version of the protocol; returns the one that pcscd names, and what it makes of the other.
+
+    :raises EOFError: pcscd hangs up.
+    """
+    connection.sendall(_VERSION.pack(_BODY, _CMD_VERSION, *version, 0))
+    answer = b""
+    while len(answer) < _BODY:
+        more = connection.recv(_BODY - len(answer))
+        if not more:
+            raise EOFError
+        answer += more
     major, minor, result = struct.unpack("=iiI", answer)
-    return {"answer": "ok", "protocol": f"{major}.{minor}", "result": result}
+    return (major, minor), result
 
 
 def _name(error: OSError) -> str:
