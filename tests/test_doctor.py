@@ -546,7 +546,7 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "PLATFORM", "win32")
     (finding,) = _fork.forks()
     assert "no fork" in finding.detail
-    assert not _probe.is_possible()
+    assert not _fork.are_possible()
 
 
 def test_the_tasks_can_be_imported_on_windows() -> None:
