@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -66,17 +67,26 @@ def test_a_pcscd_that_ends_or_writes_nothing(tmp_path: Path, monkeypatch: pytest
         assert file.read_bytes() == b"1\n\0"
 
 
-def test_the_systems_pid_file() -> None:
-    """A stack leaves the file of the system's pcscd as it is, also as root."""
+def systems_pid_file() -> bytes | None:
+    """What is in it, while no keeper of this machine has a pcscd start."""
     installed = _install.look()
     assert isinstance(installed, _install.Installed)
-    file = Path(installed.directory, _keeper.PID_NAME)
-    before = _keeper.content(str(file))
+    lock = os.open(_keeper.nearest(installed.directory), os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        return _keeper.content(os.path.join(installed.directory, _keeper.PID_NAME))
+    finally:
+        os.close(lock)
+
+
+def test_the_systems_pid_file() -> None:
+    """A stack leaves the file of the system's pcscd as it is, also as root."""
+    before = systems_pid_file()
     with VirtualPcsc(activate=False) as stack, VirtualPcsc(activate=False):
-        assert _keeper.content(str(file)) == before
+        assert systems_pid_file() == before
         stack.restart()
-        assert _keeper.content(str(file)) == before
-    assert _keeper.content(str(file)) == before
+        assert systems_pid_file() == before
+    assert systems_pid_file() == before
 
 
 # What is said when it dies.
