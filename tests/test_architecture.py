@@ -166,7 +166,7 @@ DOCTOR_MAY_IMPORT = {
     "_machine": {"_ask", "_findings", "_version", "errors", "policy"},
     "_pcscd": {"_ask", "_findings", "_machine", "_proc", "policy"},
     "_fork": {"_ask", "_findings", "_machine", "policy"},
-    "_probe": {"_ask", "_findings", "demo", "policy"},
+    "_probe": {"_ask", "_findings", "demo"},
     "_process": {"_findings", "_proc", "_sockets"},
     "_view": {"_findings", "demo"},
     "_command": {"__version__", "_findings", "_fork", "_machine", "_pcscd", "_probe", "_process", "_view", "policy"},

@@ -32,7 +32,7 @@ from pcsc_safe.__main__ import main
 from pcsc_safe._sacrifice import Sacrificed
 from pcsc_safe.doctor import _command, _fork, _machine, _pcscd, _probe, _tasks, _view
 from pcsc_safe.doctor._ask import Answer
-from pcsc_safe.doctor._findings import KEYS, Finding, Status
+from pcsc_safe.doctor._findings import KEYS, NEEDS, Finding, Ledger, Status
 from pcsc_safe.testing import CardEvent, EchoCard, VirtualPcsc, _activation, _install
 from pcsc_safe.testing._daemon import Daemon, short_temporary_path
 
@@ -40,7 +40,7 @@ OK, WARNING, PROBLEM, UNKNOWN, SKIPPED = Status
 ON_LINUX = sys.platform.startswith("linux")
 on_linux = pytest.mark.skipif(not ON_LINUX, reason="elsewhere PC/SC has no pcscd")
 ALWAYS = [
-    *("pcsc_safe", "python", "platform", "pyscard", "wrapt", "settings", "pcscd.program", "pcscd.socket"),
+    *("python", "platform", "pyscard", "wrapt", "pcsc_safe", "settings", "pcscd.program", "pcscd.socket"),
     *("pcscd.answer", "pcscd.clients", "libpcsclite", "pcsc.access", "readers", "reader", "reader"),
     *("fork.hooks", "fork.page", "fork.detection", "policy.auto", "broker"),
 ]
@@ -120,7 +120,8 @@ def test_a_well_machine_and_an_untouched_card() -> None:
         told = doctor(env=stack.env)
         assert card.record == before
     assert told.status == 0
-    assert list(told.whole) == ["version", "findings"]
+    assert list(told.whole) == ["version", "findings", "left_out"]
+    assert told.whole["left_out"] == {}
     assert [each["key"] for each in told.findings] == ALWAYS
     assert {tuple(each) for each in told.findings} == {("key", "status", "what", "detail", "remedy", "data")}
     assert {each["status"] for each in told.findings} == {"ok"}
@@ -244,7 +245,7 @@ def server(path: str, serve: Callable[[socket.socket], None]) -> Iterator[None]:
 
 @on_linux
 def test_a_user_who_is_refused(path: str) -> None:
-    """Who is refused by polkit is hung up on with the request unread, and PC/SC makes a code of it; the remedy says so.
+    """Who is refused by polkit is hung up on with the request unread.
 
     A real refusal takes a pcscd that is built with polkit, and a bus.
     """
@@ -257,8 +258,46 @@ def test_a_user_who_is_refused(path: str) -> None:
         told = about_pcsc(path)
     assert told.status == 1
     assert told.of["pcscd.answer"]["data"]["answer"] in ("ECONNRESET", "hung up")
+    assert told.of["pcscd.answer"]["remedy"]
     assert told.of["pcsc.access"]["data"]["establish"] == "SCARD_W_SECURITY_VIOLATION"
-    assert "polkit" in told.of["pcsc.access"]["remedy"]
+
+
+POLKIT = _pcscd._Program("/usr/sbin/pcscd", "2.3.3", "/run/pcscd", True)
+
+
+@pytest.mark.parametrize(
+    ("program", "user", "seen", "clients", "why", "remedy"),
+    [
+        (POLKIT, 0, ("bus", ["init", "pcscd", "polkitd"]), 1, "would allow root", "see the log"),
+        (POLKIT, 0, ("bus", ["init", "pcscd"]), 1, "since no polkitd runs here", "--disable-polkit"),
+        (POLKIT, 0, ("", ["init", "pcscd"]), 1, "since no dbus-daemon runs", "--disable-polkit"),
+        (POLKIT, 1000, ("", ["init", "pcscd"]), 1, "since no dbus-daemon runs", "--disable-polkit"),
+        (POLKIT, 1000, ("bus", ["init", "pcscd", "polkitd"]), 1, "polkit refuses this user", "/etc/polkit-1"),
+        (POLKIT, 1000, ("bus", ["", "pcscd"]), 1, "polkit refuses this user", "/etc/polkit-1"),
+        (POLKIT, 1000, ("", ["init", ""]), 1, "can't be seen", "see its log where it runs"),
+        (POLKIT, 0, ("bus", ["init", "pcscd"]), 200, "serves 200 clients", "end some"),
+        (POLKIT._replace(asks_polkit=False), 0, ("", ["init", "pcscd"]), 1, "has no room", "see the log"),
+    ],
+)
+def test_why_pcscd_hangs_up(
+    monkeypatch: pytest.MonkeyPatch,
+    program: _pcscd._Program,
+    user: int,
+    seen: tuple[str, list[str]],
+    clients: int,
+    why: str,
+    remedy: str,
+) -> None:
+    """Root isn't told to become root: where nobody can ask polkit, that is said, and what to start or to leave out."""
+    bus, names = seen
+    monkeypatch.setattr(_pcscd, "_BUS", os.devnull if bus else "/no/such/bus")
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(_pcscd._proc, "all_pids", lambda: iter(range(1, len(names) + 1)))
+    monkeypatch.setattr(_pcscd._proc, "name", lambda pid: names[pid - 1])
+    said = _pcscd._refusal(2, clients, program)
+    assert why in said[0]
+    assert remedy in said[1]
+    assert "run as root" not in said[1] or user
 
 
 @on_linux
@@ -273,6 +312,25 @@ def test_another_protocol(path: str) -> None:
         told = about_pcsc(path)
     assert (told.status, told.of["pcscd.answer"]["data"]["protocol"]) == (1, "5.0")
     assert "one version" in told.of["pcscd.answer"]["remedy"]
+
+
+@on_linux
+@pytest.mark.parametrize(("oldest", "newest"), [(4, 4), (5, 5), (4, 6), (6, 6), (7, 8), (4, 9)])
+def test_every_protocol_that_a_client_can_agree_on(path: str, oldest: int, newest: int) -> None:
+    """pcsc-lite 1.9.9 speaks 4.4, 2.3.3 speaks 4.5 alone, 2.5.3 speaks 4.4 to 4.6: all is well with each."""
+
+    def speaks(client: socket.socket) -> None:
+        while request := client.recv(_tasks._VERSION.size):
+            minor = _tasks._VERSION.unpack(request)[3]
+            client.sendall(struct.pack("=iiI", 4, newest, 0 if oldest <= minor <= newest else 0x8010001E))
+
+    with server(path, speaks), socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(10)
+        client.connect(path)
+        told = _tasks._handshake(client)
+    assert told == {"answer": "ok", "protocol": f"4.{newest}", "result": 0}
+    finding = _pcscd._answer("ok", told, POLKIT)
+    assert (finding.status, finding.detail) == (OK, f"yes, protocol 4.{newest}")
 
 
 @on_linux
@@ -350,7 +408,9 @@ def test_why_pcscd_is_not_reached(
 ) -> None:
     """Each reason has a sentence and a remedy of its own."""
     monkeypatch.setattr(_pcscd, "in_container", lambda: container)
-    said = _pcscd._not_connected("/run/pcscd/pcscd.comm", why, _pcscd._Program(program, "2.0.0", "/run/pcscd"), False)
+    said = _pcscd._not_connected(
+        "/run/pcscd/pcscd.comm", why, _pcscd._Program(program, "2.0.0", "/run/pcscd", True), False
+    )
     assert words in said[0]
     assert remedy in said[1]
 
@@ -396,6 +456,10 @@ def test_settings_that_make_no_sense(path: str) -> None:
 def test_packages(monkeypatch: pytest.MonkeyPatch, version: str, status: Status) -> None:
     """A package that is missing or too old is a problem, and the remedy is a command for this very Python."""
     monkeypatch.setattr(_machine, "versions", lambda: {**_version.versions(), "pyscard": version})
+    imported = "ok" if version[0].isdecimal() else "ModuleNotFoundError: No module named 'smartcard'"
+    monkeypatch.setattr(
+        _machine, "ask", lambda *given: Answer(Sacrificed({"task": {"smartcard.scard": imported, "wrapt": "ok"}}, 0))
+    )
     (found,) = [each for each in _machine.installation() if each.key == "pyscard"]
     assert found.status is status
     assert found.remedy.startswith(sys.executable if status is PROBLEM else "")
@@ -405,7 +469,7 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, version: str, status: Status)
 @pytest.mark.parametrize(
     ("pyscard", "key", "words"),
     [
-        ("raise ImportError('no library')", "libpcsclite", "ImportError: no library"),
+        ("raise ImportError('no library')", "pyscard", "ImportError: no library"),
         ("SCARD_SCOPE_SYSTEM = 2\ndef SCardEstablishContext(scope): os.kill(0, 11)", "pcsc.access", "SIGSEGV"),
     ],
 )
@@ -417,7 +481,37 @@ def test_a_broken_pyscard(tmp_path: Path, shared_stack: VirtualPcsc, pyscard: st
     told = doctor(env=shared_stack.env, PYTHONPATH=str(tmp_path))
     assert (told.status, told.of[key]["status"]) == (1, "problem")
     assert words in told.of[key]["detail"]
-    assert told.of["pcsc_safe"]["status"] == "problem"
+
+
+@on_linux
+def test_one_cause_is_one_finding(tmp_path: Path, shared_stack: VirtualPcsc) -> None:
+    """Without pyscard one thing is a problem; what needs pyscard isn't tried, and is named as left out."""
+    (tmp_path / "smartcard").mkdir()
+    (tmp_path / "smartcard" / "__init__.py").write_text("raise ModuleNotFoundError('no pyscard')")
+    env = {**shared_stack.env, "PYTHONPATH": str(tmp_path)}
+    told = Told((done := run("--json", "--touch-cards", env=env)).returncode, json.loads(done.stdout))
+    assert told.status == 1
+    assert [each["key"] for each in told.findings if each["status"] != "ok"] == ["pyscard"]
+    needing = ["pcsc_safe", "libpcsclite", "broker", "probe.card", *_probe.KEYS, "hazards"]
+    assert told.whole["left_out"] == {"pyscard": needing}
+    page = run(env=env).stdout
+    assert "Left out because of the problem with pyscard: pcsc_safe, " in page
+    assert page.splitlines()[-1] == "1 problem."
+
+
+def test_what_needs_what() -> None:
+    """What is needed is looked at before what needs it, and whatever that needs is needed too."""
+    for key, needs in NEEDS.items():
+        assert {key, *needs} <= set(KEYS)
+    ledger = Ledger()
+    assert ledger.enter(Finding("wrapt", WARNING, "", "", "an opinion"))
+    assert ledger.allows("broker")
+    assert ledger.enter(Finding("pcscd.socket", PROBLEM, "", "", "start it"))
+    assert ledger.allows("broker")
+    assert not ledger.allows("reader")
+    assert not ledger.enter(Finding("readers", OK, "", ""))
+    assert [each.key for each in ledger.findings] == ["wrapt", "pcscd.socket"]
+    assert ledger.left_out == {"pcscd.socket": ["reader", "readers"]}
 
 
 # Forks.
@@ -450,9 +544,9 @@ def test_macos(tmp_path: Path, shared_stack: VirtualPcsc, monkeypatch: pytest.Mo
 def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """On Windows there are no forks, so there is one sentence on them, and no probe."""
     monkeypatch.setattr(policy, "PLATFORM", "win32")
-    (finding,) = _fork.forks(1, pcsc_works=False)
+    (finding,) = _fork.forks()
     assert "no fork" in finding.detail
-    assert not _probe.is_possible()
+    assert not _fork.are_possible()
 
 
 def test_the_tasks_can_be_imported_on_windows() -> None:

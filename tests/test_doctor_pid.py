@@ -251,7 +251,7 @@ def test_pcsc_safe(shared_stack: VirtualPcsc) -> None:
     told = outcome(safe_family, shared_stack)
     head = told["who"]["head"]
     assert told["status"] == 0
-    assert {told[role]["data"]["pcsc_safe"] for role in ("head", "idle", "user", "unhooked")} == {"page"}
+    assert {told[role]["data"]["pcsc_safe"] for role in ("head", "idle", "user", "unhooked")} == {"mark"}
     assert (told["idle"]["status"], told["idle"]["data"]["connections"]) == ("ok", [])
     assert list(told["idle"]["data"]["dead_sockets"].values()) == [head]
     assert f"a dead socket in the place of process {head}'s connection: harmless" in told["idle"]["detail"]
@@ -261,9 +261,59 @@ def test_pcsc_safe(shared_stack: VirtualPcsc) -> None:
 
 
 def test_a_page_is_no_proof(shared_stack: VirtualPcsc) -> None:
-    """Raw pyscard is not taken for pcsc_safe because of a page that other libraries have as well."""
+    """Raw pyscard is not taken for pcsc_safe because of a page that other libraries, glibc 2.41 too, have as well."""
     told = outcome(with_a_page, shared_stack)
-    assert (told["child"]["data"]["pcsc_safe"], told["child"]["data"]["hazards"]) == ("page", ["2", "3", "5"])
+    assert (told["child"]["data"]["pcsc_safe"], told["child"]["data"]["hazards"]) == ("", ["2", "3", "5"])
+
+
+def smaps(*areas: tuple[int, int, str], access: str = "rw-p", of: str = "") -> list[str]:
+    """The lines of /proc/PID/smaps for areas: first page, number of pages, flags."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    found = []
+    for first, count, flags in areas:
+        found.append(f"{first * page:x}-{(first + count) * page:x} {access} 00000000 00:00 0 {of}\n")
+        found += ["Size:  4 kB\n", f"VmFlags: rd wr mr mw me ac {flags} \n"]
+    return found
+
+
+MARKED = ((8, 1, "wf rr"), (9, 1, "sr"), (10, 1, "rr"), (11, 1, "sr"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_marked"),
+    [
+        (smaps(*MARKED), True),
+        (smaps(*MARKED, of="[anon:cpython:mmap]"), True),
+        (smaps((1, 7, "wf"), *MARKED, (12, 3, "")), True),
+        (smaps(*MARKED, access="r--p"), False),
+        (smaps(*MARKED[1:]), False),
+        (smaps((8, 1, "rr"), *MARKED[1:]), False),
+        (smaps((7, 2, "wf rr"), *MARKED[1:]), False),
+        (smaps(*MARKED[:3], (12, 1, "sr")), False),
+        (smaps((8, 1, "wf"), (9, 1, "wf dd"), (10, 4, "wf dp")), False),
+        ([], False),
+    ],
+)
+def test_what_a_mark_looks_like(lines: list[str], is_marked: bool) -> None:
+    """pcsc_safe is told by four pages that nobody else leaves, wherever they are; by nothing that resembles them."""
+    assert _proc.is_marked(lines) is is_marked
+
+
+def test_a_mark_goes_with_the_program() -> None:
+    """A forked child is marked, whichever fork made it; another program in its process isn't, and none is before."""
+    source = "import sys; {}; sys.stdout.write('!'); sys.stdout.flush(); sys.stdin.read()"
+    twice = "import os, pcsc_safe.scard; os.fork() and (os.wait(), os._exit(0))"
+    gone = "import os, pcsc_safe.scard; os.execv(sys.executable, [sys.executable, '-c', {!r}])".format(
+        source.format("0")
+    )
+    for body, expected in (("import pcsc_safe.scard", "mark"), (twice, "mark"), ("0", ""), (gone, "")):
+        command = [sys.executable, "-c", source.format(body)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.read(1) == b"!"
+            found = {_proc._mark(pid) for pid in _proc.descendants(process.pid)}
+            process.communicate(timeout=30)
+        assert found == {expected}, body
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import json
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from typing import NoReturn, Optional
+from typing import Any, NoReturn, Optional
 
 from .. import __version__, policy
 from . import _fork, _machine, _pcscd, _probe, _process
-from ._findings import Finding, Status
-from ._view import Page, summary
+from ._findings import Finding, Ledger, Status
+from ._view import Page, left_out, summary
 
 __all__ = ["EPILOG", "add_arguments", "main"]
 
@@ -22,9 +22,10 @@ No APDU is ever sent to them.
 
 exit status: 0 if nothing is a problem, 1 if something is, 2 if the doctor could not run or look
 
---json prints {"version": ..., "findings": [{"key", "status", "what", "detail", "remedy", "data"}, ...]}. A key is the
-same from version to version, and may occur several times (a reader, a hazard, a process). A status is ok, warning,
-problem, unknown or skipped. "data" has the facts of "detail"."""
+--json prints {"version", "findings": [{"key", "status", "what", "detail", "remedy", "data"}, ...], "left_out"}. A key
+is the same from version to version, and may occur several times (a reader, a hazard, a process). A status is ok,
+warning, problem, unknown or skipped. "data" has the facts of "detail". "left_out" has the keys of what can't be looked
+at because of a problem, by the key of that problem."""
 
 _Section = tuple[str, Iterator[Finding]]
 _LONGEST = 600.0
@@ -70,7 +71,8 @@ def main(options: argparse.Namespace) -> int:
     if options.pid is not None:
         return _examine(options)
     signal.signal(signal.SIGTERM, _terminated)
-    return _status(_show(_sections(options), options.json))
+    ledger = Ledger()
+    return _status(_show(_sections(options, ledger), options.json, ledger))
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
@@ -82,35 +84,42 @@ def _status(findings: Iterable[Finding]) -> int:
     return int(any(each.status is Status.PROBLEM for each in findings))
 
 
-def _show(sections: Iterable[_Section], as_json: bool) -> list[Finding]:
+def _show(sections: Iterable[_Section], as_json: bool, ledger: Ledger) -> list[Finding]:
     page: Optional[Page] = None if as_json else Page(sys.stdout)
     if page is not None:
         print(f"pcsc_safe {__version__}: doctor", flush=True)
-    findings = []
     for title, found in sections:
         if page is not None:
             page.section(title)
         for finding in found:
-            findings.append(finding)
-            if page is not None:
+            if ledger.enter(finding) and page is not None:
                 page.show(finding)
-    if as_json:
-        print(json.dumps({"version": __version__, "findings": [each.as_json() for each in findings]}, indent=2))
+    if page is None:
+        print(json.dumps(_as_json(ledger), indent=2))
     else:
-        print(f"\n{summary(findings)}")
-    return findings
+        page.end([*left_out(ledger), summary(ledger.findings)])
+    return ledger.findings
 
 
-def _sections(options: argparse.Namespace) -> Iterator[_Section]:
+def _as_json(ledger: Ledger) -> dict[str, Any]:
+    findings = [each.as_json() for each in ledger.findings]
+    return {"version": __version__, "findings": findings, "left_out": ledger.left_out}
+
+
+def _sections(options: argparse.Namespace, ledger: Ledger) -> Iterator[_Section]:
+    """The parts of the page; each is asked for when the findings of those before it have been entered."""
     yield "This installation", _installation()
     # What the generator of one section learns of PC/SC is what those of later ones go by.
     seen = [_pcscd.Service(False, [])]
     yield "PC/SC", _service(options.timeout, seen)
-    yield "Forks", _fork.forks(options.timeout, seen[-1].works)
-    if options.touch_cards:
+    yield "Forks", _forks(options.timeout, seen[-1].works, ledger)
+    if options.touch_cards and ledger.allows("probe.card"):
         yield "The cards", _probe.touches(seen[-1].cards)
-    if not options.no_probe and _probe.is_possible():
-        yield "Tried on this PC/SC", _probes(seen[-1])
+    if options.no_probe or not _fork.are_possible():
+        return
+    if ledger.allows(*_probe.KEYS):
+        yield "Tried on this PC/SC", _probe.probes()
+    if ledger.allows("hazards"):
         yield "Tried on virtual cards", _probe.hazards()
 
 
@@ -125,10 +134,10 @@ def _service(seconds: float, seen: list[_pcscd.Service]) -> Iterator[Finding]:
         yield from findings
 
 
-def _probes(service: _pcscd.Service) -> Iterator[Finding]:
-    if service.works:
-        return _probe.probes()
-    return _probe.skipped("no context can be established", "see above")
+def _forks(seconds: float, pcsc_works: bool, ledger: Ledger) -> Iterator[Finding]:
+    yield from _fork.forks()
+    if _fork.are_possible() and ledger.allows("broker"):
+        yield _fork.broker(seconds, pcsc_works)
 
 
 def _examine(options: argparse.Namespace) -> int:
@@ -140,5 +149,5 @@ def _examine(options: argparse.Namespace) -> int:
     except ProcessLookupError:
         print(f"the doctor cannot look: there is no process {options.pid}", file=sys.stderr)
         return 2
-    _show([(f"Process {options.pid} and its children", iter(findings))], options.json)
+    _show([(f"Process {options.pid} and its children", iter(findings))], options.json, Ledger())
     return _status(findings) if could_look else 2

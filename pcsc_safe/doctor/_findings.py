@@ -1,4 +1,6 @@
-"""What a finding is, and the keys that findings have: a promise to programs that read ``--json``.
+"""What a finding is, what it needs, and the keys that findings have: a promise to programs that read ``--json``.
+
+One cause is one finding: while something is a problem, what needs it is left out (:data:`NEEDS`).
 
 Nothing here is touched by a fork.
 """
@@ -9,7 +11,7 @@ import enum
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["KEYS", "Finding", "Status"]
+__all__ = ["KEYS", "NEEDS", "Finding", "Ledger", "Status"]
 
 KEYS = (
     # this machine and installation
@@ -45,6 +47,26 @@ KEYS = (
     "family",
     "process",  # one for each process
 )
+
+_ALL_OF_PCSC = ("pcsc_safe", "pcsc.access")
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "pcsc_safe": ("pyscard", "wrapt"),
+    "libpcsclite": ("pyscard",),
+    "pcscd.answer": ("pcscd.socket",),
+    "pcscd.clients": ("pcscd.socket",),
+    "pcsc.access": ("pyscard", "libpcsclite", "pcscd.answer"),
+    "readers": ("pcsc.access",),
+    "reader": ("readers",),
+    "broker": ("pcsc_safe",),
+    "probe.inherited": _ALL_OF_PCSC,
+    "probe.fresh": _ALL_OF_PCSC,
+    "probe.c-fork": _ALL_OF_PCSC,
+    "probe.card": _ALL_OF_PCSC,
+    "hazards": ("pcsc_safe",),
+    "hazard": ("pcsc_safe",),
+}
+"""What has to be well for a thing to be looked at, by their keys; what that needs is needed too."""
 
 
 class Status(str, enum.Enum):
@@ -83,3 +105,38 @@ class Finding:
     def as_json(self) -> dict[str, Any]:
         """It for ``json.dumps``."""
         return {**asdict(self), "status": self.status.value}
+
+
+class Ledger:
+    """What was found so far, and what is left out because of it."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+        self.left_out: dict[str, list[str]] = {}
+        """The keys that are left out, by the key of the problem."""
+
+    def allows(self, *keys: str) -> bool:
+        """Whether things can be looked at; those that can't are noted."""
+        causes = {key: self._cause(key) for key in keys}
+        for key, cause in causes.items():
+            if cause and key not in self.left_out.setdefault(cause, []):
+                self.left_out[cause].append(key)
+        return not any(causes.values())
+
+    def enter(self, finding: Finding) -> bool:
+        """Enter a finding, unless it is left out; returns whether it was entered."""
+        if not self.allows(finding.key):
+            return False
+        self.findings.append(finding)
+        return True
+
+    def _cause(self, key: str) -> str:
+        """The first problem that a thing comes upon; empty if there is none."""
+        for need in NEEDS.get(key, ()):
+            cause = self._cause(need) or (need if self._is_problem(need) else "")
+            if cause:
+                return cause
+        return ""
+
+    def _is_problem(self, key: str) -> bool:
+        return any(each.key == key and each.status is Status.PROBLEM for each in self.findings)

@@ -11,26 +11,34 @@ from ._ask import Answer, ask, plain_environment
 from ._findings import Finding, Status
 from ._machine import in_force
 
-__all__ = ["forks"]
+__all__ = ["are_possible", "broker", "forks"]
 
 _PATIENCE = 10.0  # seconds
 _PYTHON = "PCSC_SAFE_BROKER_PYTHON"
 
 
-def forks(seconds: float, pcsc_works: bool) -> Iterator[Finding]:
-    """Look at what a fork is here.
+def are_possible() -> bool:
+    """Whether this system has forks."""
+    return policy.PLATFORM != "win32"
 
-    :param seconds: that a broker may take to come up.
-    :param pcsc_works: a broker can be asked for a context.
-    """
-    if policy.PLATFORM == "win32":
+
+def forks() -> Iterator[Finding]:
+    """Look at what a fork is here."""
+    if not are_possible():
         detail = "Windows has no fork: pcsc_safe passes every call through"
         yield Finding("fork.hooks", Status.OK, "forks", detail, data={"forks": False})
         return
-    told = ask("detection", _PATIENCE)
-    yield from _detection(told)
+    yield from _detection(ask("detection", _PATIENCE))
     yield _auto()
-    yield _broker(ask("broker", seconds, *["establish"] * pcsc_works, env=plain_environment(keep=_PYTHON)))
+
+
+def broker(seconds: float, pcsc_works: bool) -> Finding:
+    """Have a broker started.
+
+    :param seconds: that it may take to come up.
+    :param pcsc_works: it can be asked for a context.
+    """
+    return _broker(ask("broker", seconds, *["establish"] * pcsc_works, env=plain_environment(keep=_PYTHON)))
 
 
 def _detection(told: Answer) -> Iterator[Finding]:

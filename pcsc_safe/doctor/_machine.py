@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from .. import policy
 from .._version import versions
@@ -19,15 +19,30 @@ from ._findings import Finding, Status
 __all__ = ["in_force", "installation", "library", "settings"]
 
 _PATIENCE = 10.0  # seconds
-_NEEDED = {"pyscard": (2, 0, 5), "wrapt": (1, 14)}
+_LIBRARY = "; if the PC/SC library is missing, install it (Debian, Ubuntu: apt-get install libpcsclite1)"
+
+
+class _Needed(NamedTuple):
+    """A package that pcsc_safe needs.
+
+    :ivar least: its oldest version that will do.
+    :ivar module: what is imported of it.
+    :ivar more: what may help besides installing it again.
+    """
+
+    least: tuple[int, ...]
+    module: str
+    more: str = ""
+
+
+_NEEDED = {"pyscard": _Needed((2, 0, 5), "smartcard.scard", _LIBRARY), "wrapt": _Needed((1, 14), "wrapt")}
 _NO_SETTINGS = {"PCSC_SAFE_REPORT", "PCSC_SAFE_PYTHON"}  # what other parts of the project read
 _CONTAINERS, _SYSTEMDS = ("/.dockerenv", "/run/.containerenv"), "container"
 
 
 def installation() -> Iterator[Finding]:
-    """Versions, and whether an application can import pcsc_safe."""
-    told = versions()
-    yield _itself(told["pcsc_safe"], ask("load", _PATIENCE))
+    """Versions, and whether an application can import pcsc_safe and what that imports."""
+    told, load = versions(), ask("load", _PATIENCE)
     yield Finding(
         "python",
         Status.OK,
@@ -40,16 +55,23 @@ def installation() -> Iterator[Finding]:
     yield Finding(
         "platform", Status.OK, "platform", detail, data={"platform": told["platform"], "container": container}
     )
-    for name, least in _NEEDED.items():
-        yield _package(name, told[name], least)
+    for name, needed in _NEEDED.items():
+        yield _package(name, told[name], needed.least, _imported(load, needed.module))
+    yield _itself(told["pcsc_safe"], _imported(load, "pcsc_safe.scard"))
 
 
-def _itself(version: str, load: Answer) -> Finding:
+def _imported(load: Answer, module: str) -> str:
+    """What became of an import in the task ``load``: ``ok``, or how it failed."""
+    imported: str = load.of().get(module, load.failure or "nothing was reported")
+    return imported
+
+
+def _itself(version: str, imported: str) -> Finding:
     place = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    data, imported = {"version": version, "place": place}, load.of().get("imported", load.failure)
+    data = {"version": version, "place": place}
     if imported == "ok":
         return Finding("pcsc_safe", Status.OK, "pcsc_safe", f"{version}, {place}", data=data)
-    remedy = f"see below; if all is well there: {sys.executable} -m pip install --force-reinstall pcsc-safe"
+    remedy = f"{sys.executable} -m pip install --force-reinstall pcsc-safe"
     return Finding("pcsc_safe", Status.PROBLEM, "pcsc_safe", f"{version}; can't be imported: {imported}", remedy, data)
 
 
@@ -58,17 +80,21 @@ def in_container() -> bool:
     return any(map(os.path.exists, _CONTAINERS)) or bool(os.environ.get(_SYSTEMDS))
 
 
-def _package(name: str, version: str, least: tuple[int, ...]) -> Finding:
-    wanted = ".".join(map(str, least))
-    data = {"version": version}
+def _package(name: str, version: str, least: tuple[int, ...], imported: str) -> Finding:
+    data, wanted = {"version": version, "imported": imported}, ".".join(map(str, least))
+    install = f"{sys.executable} -m pip install"
     numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
+    if numbers and numbers < least:
+        detail = f"{version}; pcsc_safe needs {wanted} or later"
+        return Finding(name, Status.PROBLEM, name, detail, f"{install} '{name}>={wanted}'", data)
+    if imported == "ok":
+        return Finding(name, Status.OK, name, version if numbers else "of a version that it does not tell", data=data)
     if not numbers:
-        remedy = f"{sys.executable} -m pip install {name}"
-        return Finding(name, Status.PROBLEM, name, f"{name} is not installed for this Python", remedy, data)
-    if numbers < least:
-        remedy = f"{sys.executable} -m pip install '{name}>={wanted}'"
-        return Finding(name, Status.PROBLEM, name, f"{version}; pcsc_safe needs {wanted} or later", remedy, data)
-    return Finding(name, Status.OK, name, version, data=data)
+        return Finding(
+            name, Status.PROBLEM, name, f"{name} is not installed for this Python", f"{install} {name}", data
+        )
+    remedy = f"{install} --force-reinstall {name}{_NEEDED[name].more}"
+    return Finding(name, Status.PROBLEM, name, f"{version}; can't be imported: {imported}", remedy, data)
 
 
 def library(look: Answer) -> Finding:

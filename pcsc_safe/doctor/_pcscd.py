@@ -26,6 +26,8 @@ _MANY = 0.9
 _UNITS = [f"{place}/systemd/system/pcscd.socket" for place in ("/etc", "/usr/lib", "/lib")]
 _INSTALL = "install pcscd (Debian, Ubuntu: sudo apt-get install pcscd; Fedora, Arch, Alpine: pcsc-lite)"
 _MOUNT = "give the container pcscd's socket: docker run -v /run/pcscd:/run/pcscd ..., with pcscd running outside"
+_BUS = "/run/dbus/system_bus_socket"
+_VERSIONS = "have pcscd and libpcsclite of one version of pcsc-lite (a container and its host often differ)"
 _POLKIT = (
     "polkit may allow PC/SC to users at the machine only: run as root, log in there, or write a rule in "
     "/etc/polkit-1/rules.d for the actions org.debian.pcsc-lite.access_pcsc and .access_card"
@@ -47,6 +49,7 @@ class _Program(NamedTuple):
     path: Optional[str]
     version: str
     directory: str
+    asks_polkit: bool
 
 
 def service(seconds: float) -> Iterator[tuple[list[Finding], Service]]:
@@ -56,13 +59,12 @@ def service(seconds: float) -> Iterator[tuple[list[Finding], Service]]:
     :return: findings, as they come, each time with what is known then.
     """
     nothing = Service(False, [])
-    answers, refused = True, False
+    answers = True
     if policy.PLATFORM not in ("darwin", "win32"):
         program = _program()
         yield [_installed(program)], nothing
         path = os.environ.get("PCSCLITE_CSOCK_NAME") or os.path.join(program.directory, "pcscd.comm")
         found, answers = _socket(path, program, seconds)
-        refused = any(each.key == "pcscd.answer" and each.status is Status.PROBLEM for each in found)
         yield found, nothing
     if not answers:
         loaded = ask("look", seconds, env={**plain_environment(), "PCSCLITE_CSOCK_NAME": os.devnull})
@@ -71,7 +73,7 @@ def service(seconds: float) -> Iterator[tuple[list[Finding], Service]]:
     look = ask("look", seconds)
     findings = [library(look)]
     if look.of().get("imported") == "ok":
-        findings += [_access(look, refused), *_readers(look)]
+        findings += [_access(look), *_readers(look)]
     states = look.of().get("states", [])
     cards = [name for name, flags, _ in states if "present" in flags and "mute" not in flags]
     yield findings, Service(look.of().get("establish") == "SCARD_S_SUCCESS" and not look.failure, cards)
@@ -88,7 +90,8 @@ def _program() -> _Program:
             said = ""
     version = re.search(r"version (\S+?)\.?\s", said)
     directory = re.search(r"ipcdir=(\S+)", said)
-    return _Program(path, version[1] if version else "", directory[1] if directory else "/run/pcscd")
+    asks_polkit = "polkit" in said.split() or not version  # one that can't be asked may
+    return _Program(path, version[1] if version else "", directory[1] if directory else "/run/pcscd", asks_polkit)
 
 
 def _installed(program: _Program) -> Finding:
@@ -114,7 +117,7 @@ def _socket(path: str, program: _Program, seconds: float) -> tuple[list[Finding]
         return [Finding("pcscd.socket", Status.PROBLEM, what, detail, remedy, data)], False
     found = [Finding("pcscd.socket", Status.OK, what, f"{shown}, {_origin(told.get('listener'))}", data=data)]
     answer = told.get("answer", "timeout")
-    found.append(_answer(answer, told))
+    found.append(_answer(answer, told, program))
     if told.get("clients"):
         found.append(_clients(told["clients"]))
     # Who is hung up on can learn why from PC/SC itself; whom nobody answers would only wait there too.
@@ -163,19 +166,53 @@ def _origin(listener: Optional[int]) -> str:
     return "made by a process that can't be seen from here"
 
 
-def _answer(answer: str, told: dict[str, Any]) -> Finding:
+def _answer(answer: str, told: dict[str, Any], program: _Program) -> Finding:
     what, data = "pcscd answers", {"answer": answer, "protocol": told.get("protocol")}
     if answer == "ok" and not told.get("result"):
         return Finding("pcscd.answer", Status.OK, what, f"yes, protocol {told['protocol']}", data=data)
     if answer == "ok":
-        detail = f"it speaks protocol {told['protocol']} and refuses 4.4"
-        remedy = "have pcscd and libpcsclite of one version of pcsc-lite (a container and its host often differ)"
-        return Finding("pcscd.answer", Status.PROBLEM, what, detail, remedy, data)
+        detail = f"it speaks protocol {told['protocol']}, and refuses clients of this machine's pcsc-lite"
+        return Finding("pcscd.answer", Status.PROBLEM, what, detail, _VERSIONS, data)
     if answer == "timeout":
         detail = "it accepts a connection and then says nothing: it hangs, or is stopped"
         return Finding("pcscd.answer", Status.PROBLEM, what, detail, _RESTART, data)
-    detail = f"it hangs up at once ({answer}): it refuses this user, or has no room for another client"
-    return Finding("pcscd.answer", Status.PROBLEM, what, detail, _POLKIT, data)
+    why, remedy = _refusal(told.get("listener"), told.get("clients"), program)
+    detail = f"it hangs up at once ({answer}): {why}. Programs get SCARD_W_SECURITY_VIOLATION or SCARD_E_NO_SERVICE"
+    return Finding("pcscd.answer", Status.PROBLEM, what, detail, remedy, data)
+
+
+def _refusal(listener: Optional[int], clients: Optional[int], program: _Program) -> tuple[str, str]:
+    """Why pcscd hangs up on this user, as far as it can be told, and the remedy.
+
+    polkit never refuses root; but pcscd refuses everybody when it can't ask polkit.
+    """
+    if clients and clients >= _LIMIT:
+        return f"it serves {clients} clients, and has no room for another", "end some, or restart pcscd"
+    if not listener or not _proc.name(listener):
+        remedy = "see its log where it runs; there polkit has to run, and to allow PC/SC to this user"
+        return "it refuses this user, and runs where it can't be seen from here", remedy
+    if program.path and not program.asks_polkit:
+        return "it has no room for another client, or fails", _LOG
+    missing = _missing_for_polkit()
+    if missing:
+        remedy = (
+            f"install and start {missing} (Debian, Ubuntu: apt-get install dbus polkitd), or, where every user may "
+        )
+        remedy += "use the readers, as in most containers, start pcscd with --disable-polkit (pcsc-lite 2.0 and later)"
+        return f"it has to ask polkit who may use PC/SC, and can't, since no {missing} runs here", remedy
+    if os.geteuid() == 0:
+        return "it can't ask polkit, which would allow root, or it has no room for another client", _LOG
+    return "polkit refuses this user, or pcscd has no room for another client", _POLKIT
+
+
+def _missing_for_polkit() -> str:
+    """What does not run of what pcscd asks polkit by; empty if all does, or it can't be told."""
+    if not os.path.exists(_BUS):
+        return "dbus-daemon"
+    # Where the processes of others are hidden, polkitd would be too.
+    if not _proc.name(1) or any(_proc.name(pid) == "polkitd" for pid in _proc.all_pids()):
+        return ""
+    return "polkitd"
 
 
 def _clients(clients: int) -> Finding:
@@ -198,11 +235,8 @@ def _limit() -> int:
     return _LIMIT
 
 
-def _access(look: Answer, refused: bool) -> Finding:
-    """Whether this user gets a context.
-
-    :param refused: pcscd was seen to refuse this user, or this version.
-    """
+def _access(look: Answer) -> Finding:
+    """Whether this user gets a context."""
     what, key = "PC/SC", "pcsc.access"
     code = look.of().get("establish")
     data = {"establish": code}
@@ -211,10 +245,9 @@ def _access(look: Answer, refused: bool) -> Finding:
     if code is None:
         detail = f"SCardEstablishContext never returned: the process {look.failure}"
         remedy = _RESTART if look.hung else "see the system's log; reinstall pyscard and the PC/SC library"
-    elif code == "SCARD_W_SECURITY_VIOLATION":
-        detail, remedy = f"SCardEstablishContext answers {code}: pcscd refuses this user", _POLKIT
-    elif refused:  # what PC/SC makes of that depends on how far it got
-        detail, remedy = f"SCardEstablishContext answers {code}: pcscd hangs up", "see above"
+    elif code == "SCARD_E_SERVICE_STOPPED":
+        detail = f"SCardEstablishContext answers {code}: libpcsclite doesn't speak the protocol of this pcscd"
+        remedy = _VERSIONS
     elif code == "SCARD_E_NO_SERVICE":
         detail = f"SCardEstablishContext answers {code}: PC/SC is not running for this process"
         remedy = _NO_SERVICE.get(policy.PLATFORM, "start pcscd")

@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
-from .. import policy
 from ..demo._judge import signal_name
 from ._ask import Answer, ask
 from ._findings import Finding, Status
 
-__all__ = ["hazards", "probes", "skipped", "touches"]
+__all__ = ["KEYS", "hazards", "probes", "touches"]
 
 RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
 _OK = "SCARD_S_SUCCESS"
@@ -38,10 +37,7 @@ _PROBES = (
 )
 
 
-def skipped(why: str, remedy: str) -> Iterator[Finding]:
-    """The probes, left out."""
-    for probe in _PROBES:
-        yield Finding(probe.key, Status.SKIPPED, probe.what, why, remedy)
+KEYS = tuple(each.key for each in _PROBES)
 
 
 def probes() -> Iterator[Finding]:
@@ -178,8 +174,3 @@ def _touched(reader: str, answer: Answer) -> Finding:
         return Finding("probe.card", Status.WARNING, what, detail, remedy, data)
     detail = f"{connected}; a forked child connected again, and its parent's connection went on"
     return Finding("probe.card", Status.OK, what, detail, data=data)
-
-
-def is_possible() -> bool:
-    """Whether there is anything to try: there are no forks on Windows."""
-    return policy.PLATFORM != "win32"

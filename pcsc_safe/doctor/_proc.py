@@ -8,12 +8,24 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Optional
 
-__all__ = ["Process", "all_pids", "command", "descendants", "environment", "look", "name", "sockets", "started"]
+__all__ = [
+    "Process",
+    "all_pids",
+    "command",
+    "descendants",
+    "environment",
+    "is_marked",
+    "look",
+    "name",
+    "sockets",
+    "started",
+]
 
 _BROKER = "pcsc_safe.broker"
+_MARK = ("rr", "sr", "rr", "sr")  # of pcsc_safe._process, which leaves it where it is imported
 
 
 class Process(NamedTuple):
@@ -47,6 +59,14 @@ class _Stat(NamedTuple):
     state: str
     parent: int
     started: int
+
+
+class _Area(NamedTuple):
+    """Memory of a process between two addresses, with the kernel's flags for it."""
+
+    start: int
+    end: int
+    flags: frozenset[str]
 
 
 def all_pids() -> Iterator[int]:
@@ -150,15 +170,15 @@ def _maps_libpcsclite(pid: int) -> Optional[bool]:
 
 
 def _mark(pid: int) -> str:
-    """What shows that pcsc_safe is in a process: ``broker``, ``page``, ``environment``, or nothing.
+    """What shows that pcsc_safe is in a process: ``broker``, ``mark``, ``environment``, or nothing.
 
-    The latter two are no proof: other libraries have such a page, and the environment only says that a Python which
-    imports pyscard is to have pcsc_safe.
+    The last is no proof: it only says that a Python which imports pyscard is to have pcsc_safe.
     """
     if _is_brokers(command(pid)[1:]):
         return "broker"
-    if _has_page(pid):
-        return "page"
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps", encoding="utf-8", errors="surrogateescape") as maps:
+        if is_marked(maps):
+            return "mark"
     given = environment(pid)
     is_run = "pcsc_safe" in given.get("PYTHONPATH", "") and "_retrofitted" in given.get("PYTHONPATH", "")
     return "environment" if is_run else ""
@@ -171,20 +191,34 @@ def _is_brokers(arguments: list[str]) -> bool:
     return arguments in (["-m", _BROKER], ["--pcsc-safe-broker"])
 
 
-def _has_page(pid: int) -> bool:
-    """Whether a Python has a page that the kernel wipes in a forked child; see :mod:`pcsc_safe._process`."""
-    is_python = is_candidate = has_page = False
-    try:
-        with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="surrogateescape") as maps:
-            for line in maps:
-                area = re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+)\s*(.*)", line)
-                if area:
-                    start, end, access, inode, path = area.groups()
-                    size = int(end, 16) - int(start, 16)
-                    is_candidate = (access, inode, path, size) == ("rw-p", "0", "", os.sysconf("SC_PAGE_SIZE"))
-                    is_python = is_python or "python" in os.path.basename(path).lower()
-                elif is_candidate and line.startswith("VmFlags:"):
-                    has_page = has_page or "wf" in line.split()
-    except OSError:
-        return False
-    return is_python and has_page
+def is_marked(smaps: Iterable[str]) -> bool:
+    """Whether a process has the pages that pcsc_safe leaves in it; see :mod:`pcsc_safe._process`.
+
+    :param smaps: the lines of its /proc/PID/smaps.
+    """
+    found: list[_Area] = []
+    for area in _private_areas(smaps):
+        follows = bool(found) and found[-1].end == area.start
+        found = [*found, area] if follows else [area]
+        if _is_mark(found[-len(_MARK) :]):
+            return True
+    return False
+
+
+def _private_areas(smaps: Iterable[str]) -> Iterator[_Area]:
+    """The writable private areas that map no file; they may have a name."""
+    start = end = 0
+    for line in smaps:
+        head = re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+)", line)
+        if head:
+            is_private = head.group(3, 4) == ("rw-p", "0")
+            start, end = (int(head[1], 16), int(head[2], 16)) if is_private else (0, 0)
+        elif end and line.startswith("VmFlags:"):
+            yield _Area(start, end, frozenset(line.split()[1:]))
+
+
+def _is_mark(areas: list[_Area]) -> bool:
+    page = os.sysconf("SC_PAGE_SIZE")
+    given = [each.flags & {"wf", *_MARK} for each in areas]
+    wanted = [{advice, "wf"} if not number else {advice} for number, advice in enumerate(_MARK)]
+    return given == wanted and all(each.end - each.start == page for each in areas)

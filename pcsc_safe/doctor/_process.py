@@ -238,7 +238,7 @@ def _all_well(process: Process, family: _Family) -> str:
     return "; ".join(said)
 
 
-_HOW = {"page": "by its page of memory", "environment": "by its environment"}
+_HOW = {"mark": "by its mark in memory", "environment": "by its environment"}
 
 
 def _verdict(
@@ -268,8 +268,8 @@ def _verdict(
 
 
 def _is_guarded(process: Process, family: _Family) -> bool:
-    """Whether pcsc_safe surely is in a process: it has the page, and a dead socket in store, as with every context."""
-    return process.pcsc_safe == "page" and not family.dead.isdisjoint((process.sockets or {}).values())
+    """Whether pcsc_safe surely is in a process: it has the mark, and a dead socket in store, as with every context."""
+    return process.pcsc_safe == "mark" and not family.dead.isdisjoint((process.sockets or {}).values())
 
 
 def _is_python(process: Process) -> bool:

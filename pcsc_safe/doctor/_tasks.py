@@ -26,7 +26,8 @@ from . import _proc, _sockets
 __all__ = ["TASKS", "main"]
 
 _VERSION = struct.Struct("=IIiiI")  # pcscd's header (length, command), major, minor, result
-_CMD_VERSION, _BODY, _MAJOR, _MINOR = 0x11, 12, 4, 4
+_CMD_VERSION, _BODY = 0x11, 12
+_NEWEST = (4, 6)  # of the protocol, in pcsc-lite 2.5; a pcscd that wants another one names it
 
 
 def service(stage: Stage, path: str, seconds: str) -> None:
@@ -51,18 +52,32 @@ def _listener(connection: socket.socket) -> Optional[int]:
 
 
 def _handshake(connection: socket.socket) -> dict[str, Any]:
+    """Agree on a version as libpcsclite does: propose the newest, then what pcscd names if it refuses that."""
     try:
-        connection.sendall(_VERSION.pack(_BODY, _CMD_VERSION, _MAJOR, _MINOR, 0))
-        answer = b""
-        while len(answer) < _BODY:
-            more = connection.recv(_BODY - len(answer))
-            if not more:
-                return {"answer": "hung up"}
-            answer += more
+        named, result = _propose(connection, _NEWEST)
+        if result and named[0] == _NEWEST[0]:
+            named, result = _propose(connection, named)
     except OSError as error:
         return {"answer": _name(error)}
+    except EOFError:
+        return {"answer": "hung up"}
+    return {"answer": "ok", "protocol": "{}.{}".format(*named), "result": result}
+
+
+def _propose(connection: socket.socket, version: tuple[int, int]) -> tuple[tuple[int, int], int]:
+    """Propose a version of the protocol; returns the one that pcscd names, and what it makes of the other.
+
+    :raises EOFError: pcscd hangs up.
+    """
+    connection.sendall(_VERSION.pack(_BODY, _CMD_VERSION, *version, 0))
+    answer = b""
+    while len(answer) < _BODY:
+        more = connection.recv(_BODY - len(answer))
+        if not more:
+            raise EOFError
+        answer += more
     major, minor, result = struct.unpack("=iiI", answer)
-    return {"answer": "ok", "protocol": f"{major}.{minor}", "result": result}
+    return (major, minor), result
 
 
 def _name(error: OSError) -> str:
@@ -71,9 +86,11 @@ def _name(error: OSError) -> str:
 
 def look(stage: Stage) -> None:
     """What PC/SC lists: readers, and the states of the cards, without waiting and without a connection to a card."""
-    scard = _imported(stage)
+    scard, imported = _import("smartcard.scard")
+    stage.report("task", imported=imported)
     if scard is None:
         return
+    stage.scard = scard
     stage.report("task", library=_mapped())
     hresult, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
     stage.report("task", establish=stage.name(hresult))
@@ -87,16 +104,6 @@ def look(stage: Stage) -> None:
         told = [] if hresult else [[name, _flags(scard, state), bytes(atr).hex()] for name, state, atr in states]
         stage.report("task", status=stage.name(hresult), states=told)
     stage.report("task", release=stage.name(scard.SCardReleaseContext(context)))
-
-
-def _imported(stage: Stage) -> Any:
-    try:
-        stage.scard = importlib.import_module("smartcard.scard")
-    except Exception as error:
-        stage.report("task", imported=f"{type(error).__name__}: {error}")
-        return None
-    stage.report("task", imported="ok")
-    return stage.scard
 
 
 def _mapped() -> list[str]:
@@ -117,13 +124,17 @@ def _flags(scard: Any, state: int) -> list[str]:
 
 
 def load(stage: Stage) -> None:
-    """Import what an application does."""
+    """Import what an application does, and first what that imports."""
+    for name in ("smartcard.scard", "wrapt", "pcsc_safe.scard"):
+        stage.report("task", **{name: _import(name)[1]})
+
+
+def _import(name: str) -> tuple[Any, str]:
+    """Import a module: it, and ``ok`` or how it failed."""
     try:
-        importlib.import_module("pcsc_safe.scard")
+        return importlib.import_module(name), "ok"
     except Exception as error:
-        stage.report("task", imported=f"{type(error).__name__}: {error}")
-    else:
-        stage.report("task", imported="ok")
+        return None, f"{type(error).__name__}: {error}"
 
 
 def detection(stage: Stage) -> None:

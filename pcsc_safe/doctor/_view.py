@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from typing import Optional, TextIO
 
 from ..demo._view import wants_colour
-from ._findings import Finding, Status
+from ._findings import Finding, Ledger, Status
 
-__all__ = ["Page", "summary"]
+__all__ = ["Page", "left_out", "summary"]
 
 _COLOURS = {
     Status.OK: "32",
@@ -54,6 +54,12 @@ class Page:
         lines = self._in_columns if self._width >= _FOR_COLUMNS else self._beneath
         self._print("\n".join(lines(status, finding.what, texts)))
 
+    def end(self, sentences: Iterable[str]) -> None:
+        """Print the last lines of the page."""
+        self._print("")
+        for sentence in sentences:
+            self._print("\n".join(self._wrapped(sentence, 0)))
+
     def _in_columns(self, status: str, what: str, texts: list[str]) -> list[str]:
         width = min(_WHAT, self._width // 4)
         names = textwrap.wrap(what, width)
@@ -75,6 +81,12 @@ class Page:
 
     def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
+
+
+def left_out(ledger: Ledger) -> Iterable[str]:
+    """What could not be looked at, and because of what."""
+    for cause, keys in ledger.left_out.items():
+        yield f"Left out because of the problem with {cause}: {', '.join(keys)}."
 
 
 def summary(findings: Iterable[Finding]) -> str:

@@ -50,14 +50,11 @@ class Daemon:
         self._control, theirs = socket.socketpair()
         self._control.settimeout(timeout)
         try:
-            self._process = subprocess.Popen(  # noqa: S603 - our own script
-                [sys.executable, "-I", "-S", _KEEPER, self.home, link, str(os.getpid()), *self._command()],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                # out of reach of the terminal's Ctrl-C, which is for the test to handle first
-                start_new_session=True,
-            )
+            self._process = self._start_keeper(theirs.fileno(), link)
+        except OSError as error:
+            self._control.close()
+            problem = f"the process that keeps pcscd can't be started: {error}"
+            raise PcscStackError(problem, remedy=f"see that this user may run {sys.executable}") from error
         except BaseException:
             self._control.close()
             raise
@@ -68,6 +65,17 @@ class Daemon:
         except BaseException:
             self.close()
             raise
+
+    def _start_keeper(self, control: int, link: str) -> subprocess.Popen[bytes]:
+        more = [self.home, link, self._installed.directory, str(os.getpid()), *self._command()]
+        return subprocess.Popen(  # noqa: S603 - our own script
+            [sys.executable, "-I", "-S", _KEEPER, *more],
+            stdin=control,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            # out of reach of the terminal's Ctrl-C, which is for the test to handle first
+            start_new_session=True,
+        )
 
     def configure(self, devices: Sequence[tuple[str, int]]) -> None:
         """Write reader.conf.d.
@@ -109,6 +117,8 @@ class Daemon:
             self._process.wait()
         finally:
             self._control.close()
+            assert self._process.stderr is not None
+            self._process.stderr.close()
 
     def _command(self) -> list[str]:
         config = os.path.join(self.home, "reader.conf.d")
@@ -126,17 +136,45 @@ class Daemon:
         return copy
 
     def _request(self, request: bytes) -> str:
-        self._control.sendall(request)
+        with contextlib.suppress(ConnectionError):  # of one that is dead, as the answer tells
+            self._control.sendall(request)
         return self._reply()
 
     def _reply(self) -> str:
         line = b""
         while not line.endswith(b"\n"):
-            more = self._control.recv(4096)
+            try:
+                more = self._control.recv(4096)
+            except ConnectionError:
+                more = b""
             if not more:
-                raise PcscStackError("the process that keeps pcscd has died", remedy="leave the with block")
+                raise self._why_it_died()
             line += more
         answer = line.decode().rstrip()
         if answer.startswith("error"):
             raise PcscStackError(f"pcscd's keeper: {answer}", remedy="see that TMPDIR is a writable directory")
         return answer
+
+    def _why_it_died(self) -> PcscStackError:
+        """The error for a keeper that has hung up: how it ended, and what it said last."""
+        assert self._process.stderr is not None
+        try:
+            status = self._process.wait(self._control.gettimeout())
+        except subprocess.TimeoutExpired:
+            return PcscStackError("the process that keeps pcscd hangs", remedy=f"end process {self._process.pid}")
+        said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        problem = f"the process that keeps pcscd has died ({how}{f': {said[-1]}' if said else ''})"
+        return PcscStackError(problem, remedy=_remedy(status, said))
+
+
+def _remedy(status: int, said: Sequence[str]) -> str:
+    """What to do about a keeper that died.
+
+    :param said: the lines that it wrote.
+    """
+    if not os.access(_KEEPER, os.R_OK):
+        return f"let this user read {_KEEPER}, or install pcsc-safe where it can"
+    if status < 0:
+        return "leave the with block, and see who killed it (the kernel does when memory runs out)"
+    return "leave the with block, and report this, with all that it said:\n" + "\n".join(said)

@@ -36,12 +36,14 @@ class Installed:
     :param version: its version, "1.9.9".
     :param polkit: whether it asks polkit who may use it.
     :param driver: path of the vpcd driver.
+    :param directory: where it leaves its process id, whatever else it is told.
     """
 
     pcscd: str
     version: str
     polkit: bool
     driver: str
+    directory: str
 
 
 @dataclass(frozen=True)
@@ -66,4 +68,5 @@ def look() -> Union[Installed, Missing]:
     # the path is pcscd's own
     words = subprocess.run([pcscd, "--version"], capture_output=True, text=True, check=False).stdout.split()  # noqa: S603
     version = words[2].rstrip(".") if len(words) > 2 else "of unknown version"
-    return Installed(os.path.abspath(pcscd), version, "polkit" in words, os.path.realpath(drivers[0]))
+    directory = next((word[7:] for word in words if word.startswith("ipcdir=")), "/run/pcscd")
+    return Installed(os.path.abspath(pcscd), version, "polkit" in words, os.path.realpath(drivers[0]), directory)

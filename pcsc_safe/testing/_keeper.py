@@ -1,9 +1,12 @@
 """The keeper: a small process that owns one pcscd, and outlives the process that wanted it just long enough to tidy up.
 
-Run as a script, never imported for its code: ``python -I -S _keeper.py HOME LINK PARENT COMMAND...``, with its control
-connection as standard input.  It makes the stack's directory HOME, starts and kills pcscd (COMMAND) on request, and
-when PARENT goes, however it goes, kills pcscd and removes HOME, and LINK if that points into it.  It imports little:
-its start is most of what the start of a stack costs.
+Run as a script, never imported for its code: ``python -I -S _keeper.py HOME LINK SYSTEM PARENT COMMAND...``, with its
+control connection as standard input.  It makes the stack's directory HOME, starts and kills pcscd (COMMAND) on request,
+and when PARENT goes, however it goes, kills pcscd and removes HOME, and LINK if that points into it.  It imports
+little: its start is most of what the start of a stack costs.
+
+Every pcscd writes its process id to SYSTEM/pcscd.pid, if it may, which is the system's pcscd's.  What was there is put
+back as soon as that has happened, under a lock that all keepers take.
 
 Invariant: pcscd and the directory exist no longer than this process, and this process no longer than its parent.
 
@@ -13,11 +16,13 @@ end of file, which a forked child of that process would hold back.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
 import socket
 import sys
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,9 +30,11 @@ if TYPE_CHECKING:
 
 SOCKET_NAME = "pcscd.comm"
 LOG_NAME = "pcscd.log"
+PID_NAME = "pcscd.pid"
+PATIENCE = 5.0  # seconds that pcscd may take to write its process id
 
 
-def main(home: str, link: str, parent: str, *command: str) -> None:
+def main(home: str, link: str, system: str, parent: str, *command: str) -> None:
     """Serve one stack; answers "ok" when the directory exists."""
     # what the parent ignores or blocks, it hands down
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -35,13 +42,15 @@ def main(home: str, link: str, parent: str, *command: str) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit())
     control = socket.socket(fileno=0)
-    keeper = Keeper(home, link, command)
+    keeper = Keeper(home, link, system, command)
     try:
         os.mkdir(home, 0o700)
-        reply(control, "ok")
-        watch(control, keeper, int(parent))
     except OSError as error:
         reply(control, f"error {error}")
+        return
+    try:
+        reply(control, "ok")
+        watch(control, keeper, int(parent))
     finally:
         keeper.clean_up()
 
@@ -86,9 +95,10 @@ def reply(control: socket.socket, line: str) -> None:
 class Keeper:
     """One directory and the pcscd that runs in it."""
 
-    def __init__(self, home: str, link: str, command: tuple[str, ...]) -> None:
+    def __init__(self, home: str, link: str, system: str, command: tuple[str, ...]) -> None:
         self.home = home
         self.link = link
+        self.system = system
         self.command = command
         self.pid = 0
 
@@ -102,10 +112,37 @@ class Keeper:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen(128)
-            self.pid = os.fork()
-            if not self.pid:
-                self.become_pcscd(listener.fileno())
+            if may_write(self.system):
+                self.start_and_put_back(listener.fileno())
+            else:
+                self.fork_pcscd(listener.fileno())
         return self.pid
+
+    def fork_pcscd(self, listener: int) -> None:
+        """Start pcscd, no more."""
+        self.pid = os.fork()
+        if not self.pid:
+            self.become_pcscd(listener)
+
+    def start_and_put_back(self, listener: int) -> None:
+        """Start pcscd, and put back what it overwrites when it has begun."""
+        path = os.path.join(self.system, PID_NAME)
+        lock = os.open(nearest(self.system), os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = content(path)
+            self.fork_pcscd(listener)
+            deadline = time.monotonic() + PATIENCE
+            while not names(path, self.pid) and not self.has_ended() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            if names(path, self.pid):
+                put_back(path, before)
+        finally:
+            os.close(lock)
+
+    def has_ended(self) -> bool:
+        """Whether pcscd has ended; it is waited for by `kill`."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def become_pcscd(self, listener: int) -> NoReturn:
         """In the forked child: descriptors and environment as sd_listen_fds(3) wants them, then exec."""
@@ -149,6 +186,46 @@ class Keeper:
             for name in files:
                 os.unlink(os.path.join(folder, name))
             os.rmdir(folder)
+
+
+def nearest(directory: str) -> str:
+    """A directory, or what there is of its parents."""
+    while not os.path.isdir(directory):
+        directory = os.path.dirname(directory)
+    return directory
+
+
+def may_write(directory: str) -> bool:
+    """Whether pcscd, as this user, can leave its process id there."""
+    path = os.path.join(directory, PID_NAME)
+    return os.access(path if os.path.exists(path) else nearest(directory), os.W_OK)
+
+
+def content(path: str) -> bytes | None:
+    """What is in a file; None if there is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def names(path: str, pid: int) -> bool:
+    """Whether a process id file has this one."""
+    return (content(path) or b"").split(b"\n")[0] == str(pid).encode()
+
+
+def put_back(path: str, before: bytes | None) -> None:
+    """Give a file its former content, or remove it if there was none."""
+    try:
+        if before is None:
+            os.unlink(path)
+            return
+        with open(path, "r+b") as file:
+            file.write(before)
+            file.truncate()
+    except OSError:
+        return  # the system's pcscd has ended, and has removed it
 
 
 if __name__ == "__main__":
