@@ -251,8 +251,13 @@ def test_it_gets_no_descriptor(stack: VirtualPcsc) -> None:
     (*standard, door), others, end_of_file = in_child(by_broker(child))
     assert standard == ["/dev/null"] * 3
     assert door.startswith("socket:")
-    assert [link for link in others if not link.startswith("socket:")] in ([], ["anon_inode:[pidfd]"])
+    assert [link for link in others if not link.startswith("socket:") and not _is_opened_by_the_broker(link)] == []
     assert end_of_file == b""
+
+
+def _is_opened_by_the_broker(link: str) -> bool:
+    # libffi 3.5, of Debian sid, keeps its own library open to map the code of callbacks from it
+    return link == "anon_inode:[pidfd]" or os.path.basename(link).startswith("libffi.so.")
 
 
 def test_it_leaves_no_core_dump(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

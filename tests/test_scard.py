@@ -61,7 +61,14 @@ def test_functions_have_pyscards_signature(name: str) -> None:
 
 @pytest.mark.parametrize("name", [call.name for call in CALLS.values() if call.takes and hasattr(raw, call.name)])
 def test_a_failed_answer_has_pyscards_shape(name: str, shared_stack: VirtualPcsc) -> None:
-    """What we answer for an inherited handle without asking pyscard looks as if pyscard had answered."""
+    """What we answer for an inherited handle without asking pyscard looks as if pyscard had answered.
+
+    In a process that has not had a context libpcsclite 2 has not loaded its other half, and fails without filling in
+    what it returns: pyscard's answers are then what happened to be in memory.
+    """
+    hresult, context = raw.SCardEstablishContext(raw.SCARD_SCOPE_SYSTEM)
+    assert hresult == raw.SCARD_S_SUCCESS
+    assert raw.SCardReleaseContext(context) == raw.SCARD_S_SUCCESS
     arguments: dict[str, list[Any]] = {
         "SCardListReaders": [[]],
         "SCardGetStatusChange": [0, [("reader", 16), ("other", 0, [0x3B, 0])]],

@@ -19,10 +19,12 @@ import forking
 import pytest
 from smartcard import scard
 
-from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc, cards
+from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc, _install, _slots, cards
+from pcsc_safe.testing._activation import VARIABLE
 
 PRESENT, EMPTY = scard.SCARD_STATE_PRESENT, scard.SCARD_STATE_EMPTY
 ROOT = str(Path(__file__).parents[1])
+CLEAN = {**os.environ, "PYTHONPATH": ROOT}  # for programs: another stack may be active in this process
 
 
 def establish() -> Any:
@@ -95,15 +97,21 @@ def descriptors() -> set[str]:
 # readers and cards
 
 
+def see_readers(wanted: str) -> None:
+    """Program: print how many readers a stack has and PC/SC lists."""
+    with VirtualPcsc(int(wanted), [EchoCard() for _ in range(int(wanted))]) as stack:
+        names = [reader.name for reader in stack.readers]
+        listed = reader_names()
+        assert listed[: len(names)] == names
+        assert [echo(name, number) for number, name in enumerate(names)] == [[i, 0x90, 0] for i in range(len(names))]
+        print(len(names), len(listed))
+
+
 @pytest.mark.parametrize(("wanted", "listed"), [(1, 2), (2, 2), (3, 4), (8, 8), (16, 16)])
 def test_number_of_readers(wanted: int, listed: int) -> None:
     """Any number of readers up to 16; PC/SC lists them in order, and one more after them for an odd number."""
-    with VirtualPcsc(wanted, [EchoCard() for _ in range(wanted)]) as stack:
-        names = [reader.name for reader in stack.readers]
-        assert len(names) == wanted
-        assert reader_names()[:wanted] == names
-        assert len(reader_names()) == listed
-        assert [echo(name, number) for number, name in enumerate(names)] == [[i, 0x90, 0] for i in range(wanted)]
+    done = forking.in_program(see_readers, str(wanted), env=CLEAN)
+    assert done.stdout == f"{wanted} {listed}\n", done.stderr
 
 
 @pytest.mark.parametrize("readers", [0, -1, 17])
@@ -312,17 +320,101 @@ def test_activation_follows_the_stack() -> None:
         path = os.environ["PCSCLITE_CSOCK_NAME"]
         context = establish()
         assert (first.clients(), len(reader_names())) == (1, 2)
-        with VirtualPcsc(4) as second, VirtualPcsc(6, activate=False) as third:
+        with VirtualPcsc(4) as second, VirtualPcsc(2, activate=False) as third:
             assert os.environ["PCSCLITE_CSOCK_NAME"] == path
             assert len(reader_names()) == 4
             with third.activated():
-                assert len(reader_names()) == 6
+                assert len(reader_names()) == 2
             assert len(reader_names()) == 4
             with first.activated(), second.activated():
                 assert len(reader_names()) == 4
         assert len(reader_names()) == 2
         scard.SCardReleaseContext(context)
     assert os.environ.get("PCSCLITE_CSOCK_NAME") == before
+
+
+def see_sizes(*sizes: str) -> None:
+    """Program: stacks that follow each other; print what pyscard lists in each, before and after a restart."""
+    for size in sizes:
+        with VirtualPcsc(int(size), activate=False) as stack:
+            with stack.activated():
+                before = len(reader_names())
+                stack.restart()
+                print(before, len(reader_names()))
+
+
+def test_stacks_of_any_sizes_follow_each_other() -> None:
+    """Also where libpcsclite's array of readers never shrinks, since pcsc-lite 2.5, and each is seen by raw pyscard."""
+    done = forking.in_program(see_sizes, "2", "3", "2", "6", "1", "8", "2", env=CLEAN)
+    assert done.stdout.split("\n") == ["2 2", "4 4", "2 2", "6 6", "2 2", "8 8", "2 2", ""], done.stderr
+
+
+def nest_a_larger_one() -> None:
+    """Program: print what becomes of a larger stack within a smaller one, and of one that is too small."""
+    with VirtualPcsc(2) as outer, VirtualPcsc(6, activate=False) as larger:
+        try:
+            with larger.activated():
+                print("inside", len(reader_names()))
+        except PcscStackError as error:
+            print(error)
+        print("outside", len(reader_names()))
+        small = outer
+    with VirtualPcsc(2, activate=False) as small, VirtualPcsc(6):
+        reader_names()
+        try:
+            with small.activated():
+                print("inside", len(reader_names()))
+        except PcscStackError as error:
+            print(error)
+    with VirtualPcsc(2, activate=False) as small:
+        with small.activated():
+            print("restarted", len(reader_names()))
+
+
+def test_what_libpcsclite_could_not_follow_is_refused() -> None:
+    """Since pcsc-lite 2.5 a larger stack within an active one: PC/SC calls could not go back to that one."""
+    done = forking.in_program(nest_a_larger_one, env=CLEAN)
+    assert done.stderr == ""
+    if slots_matter():
+        larger, outside, smaller, restarted, end = done.stdout.split("\n")
+        assert "a stack with room for 4 readers is active, and pcsc-lite 2.5 and later can't go back" in larger
+        assert "start the outer one with 6 readers, or this one with 4 at most" in larger
+        assert "this process has used a stack of 6 readers" in smaller
+        assert "restart() this stack before it is activated" in smaller
+        assert (outside, restarted, end) == ("outside 2", "restarted 2", "")
+    else:
+        assert done.stdout == "inside 6\noutside 2\ninside 2\nrestarted 2\n"
+
+
+def see_fewer_on_raw_pyscard(link: str, larger: str, smaller: str) -> None:
+    """Program: print what pyscard answers at a pcscd with fewer slots for readers than the one before."""
+    for target in (larger, smaller):
+        os.symlink(target, link + ".new")
+        os.replace(link + ".new", link)
+        context = establish()
+        hresult, names = scard.SCardListReaders(context, [])
+        changed, _ = scard.SCardGetStatusChange(context, 0, [("Virtual PCD 0 00 00", scard.SCARD_STATE_UNAWARE)])
+        print(f"0x{hresult & 0xFFFFFFFF:08X} {len(names)} 0x{changed & 0xFFFFFFFF:08X}")
+        scard.SCardReleaseContext(context)
+
+
+def test_pcsc_lites_own_fault(tmp_path: Path) -> None:
+    """Raw pyscard, no fork: a process that has seen a pcscd with more slots can't use one with fewer.
+
+    Seen on pcsc-lite 2.5.3, read in 2.5.0 and 2.5.1; 1.9.9 and 2.3.3 have an array of fixed size.
+    """
+    with VirtualPcsc(6, activate=False) as larger, VirtualPcsc(2, [EchoCard()], activate=False) as smaller:
+        link, *paths = str(tmp_path / "comm"), larger.env[VARIABLE], smaller.env[VARIABLE]
+        done = forking.in_program(see_fewer_on_raw_pyscard, link, *paths, env={**CLEAN, VARIABLE: link})
+    fault = "0x8010001F 0 0x8010001F" if slots_matter() else "0x00000000 2 0x00000000"
+    assert done.stdout == f"0x00000000 6 0x00000000\n{fault}\n", done.stderr
+
+
+def slots_matter() -> bool:
+    """Whether this libpcsclite has an array of readers that grows and never shrinks."""
+    found = _install.look()
+    assert isinstance(found, _install.Installed)
+    return _slots.matter(found)
 
 
 def test_environment_for_subprocesses() -> None:

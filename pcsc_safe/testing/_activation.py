@@ -16,6 +16,7 @@ import os
 import threading
 from typing import Optional
 
+from . import _slots
 from ._daemon import short_temporary_path
 
 VARIABLE = "PCSCLITE_CSOCK_NAME"
@@ -28,15 +29,20 @@ class Switch:
         self.owner = os.getpid()
         self.path = short_temporary_path() + ".comm"
         self._lock = threading.Lock()
-        self._active: list[str] = []
+        self._active: list[tuple[str, int]] = []
         self._before: Optional[str] = None
 
-    def activate(self, socket_path: str) -> None:
-        """Point the link to a stack's socket, and the environment to the link."""
+    def activate(self, socket_path: str, slots: int = 0) -> None:
+        """Point the link to a stack's socket, and the environment to the link.
+
+        :param slots: how many reader slots the stack's pcscd has; 0 where that does not matter, see :mod:`_slots`.
+        :raises PcscStackError: libpcsclite can't follow.
+        """
         with self._lock:
+            _slots.maximum.allow(slots, min((its_slots for _, its_slots in self._active), default=0))
             if not self._active:
                 self._before = os.environ.get(VARIABLE)
-            self._active.append(socket_path)
+            self._active.append((socket_path, slots))
             self._point()
             os.environ[VARIABLE] = self.path
 
@@ -45,7 +51,7 @@ class Switch:
         if self.owner != os.getpid():
             return
         with self._lock:
-            last = len(self._active) - 1 - self._active[::-1].index(socket_path)
+            last = max(at for at, (path, _) in enumerate(self._active) if path == socket_path)
             del self._active[last]
             if self._active:
                 self._point()
@@ -59,7 +65,7 @@ class Switch:
 
     def _point(self) -> None:
         fresh = self.path + ".new"
-        os.symlink(self._active[-1], fresh)
+        os.symlink(self._active[-1][0], fresh)
         os.replace(fresh, self.path)
 
 

@@ -19,11 +19,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import _keeper
+from . import _keeper, _slots
 from ._errors import PcscStackError
 from ._install import Installed
 
 _SUN_PATH_MAX = 107
+_NO_PORT = "0x1" + "0" * 32  # vpcd refuses what no number type has room for
 _KEEPER = os.path.abspath(_keeper.__file__)
 
 
@@ -77,18 +78,28 @@ class Daemon:
             start_new_session=True,
         )
 
-    def configure(self, devices: Sequence[tuple[str, int]]) -> None:
+    def configure(
+        self, devices: Sequence[tuple[str, int]], hidden: Sequence[int] = (), *, refused: bool = False
+    ) -> None:
         """Write reader.conf.d.
 
         :param devices: friendly name and first TCP port of each vpcd device.
+        :param hidden: first TCP ports of devices that pcscd shall add and remove again, see :mod:`_slots`.
+        :param refused: whether there shall be one more that can't be opened.
         """
-        config = Path(self.home, "reader.conf.d")
+        config = self._config
         config.mkdir(exist_ok=True)
-        lines = []
-        for number, (name, port) in enumerate(devices):
-            lines.append(f'FRIENDLYNAME "{name}"\nDEVICENAME /dev/null:{port:#x}')
-            lines.append(f"LIBPATH {self._driver(number)}\nCHANNELID {port:#x}\n")
-        Path(config, "vpcd").write_text("\n".join(lines))
+        entries = [_entry(name, f"{port:#x}", port, self._driver(at)) for at, (name, port) in enumerate(devices)]
+        channel = 1  # all one, no other device's
+        for at, port in enumerate(hidden, len(devices)):
+            entries.append(_entry(_slots.HIDDEN, f"{port:#x}", channel, self._driver(at)))
+        if refused or hidden:
+            entries.append(_entry(_slots.HIDDEN, _NO_PORT, channel, self._driver(0)))
+        Path(config, "vpcd").write_text("\n".join(entries))
+
+    def settle(self) -> None:
+        """Take reader.conf.d away: pcscd has read it, and at each :func:`nudge` it would try again what it refused."""
+        Path(self._config, "vpcd").unlink()
 
     def start(self) -> None:
         """Start pcscd; one that runs is killed first."""
@@ -120,9 +131,12 @@ class Daemon:
             assert self._process.stderr is not None
             self._process.stderr.close()
 
+    @property
+    def _config(self) -> Path:
+        return Path(self.home, "reader.conf.d")
+
     def _command(self) -> list[str]:
-        config = os.path.join(self.home, "reader.conf.d")
-        command = [self._installed.pcscd, "--foreground", "--info", "--config", config]
+        command = [self._installed.pcscd, "--foreground", "--info", "--config", str(self._config)]
         # whoever runs the tests may use the readers of the tests
         return [*command, "--disable-polkit"] if self._installed.polkit else command
 
@@ -178,3 +192,8 @@ def _remedy(status: int, said: Sequence[str]) -> str:
     if status < 0:
         return "leave the with block, and see who killed it (the kernel does when memory runs out)"
     return "leave the with block, and report this, with all that it said:\n" + "\n".join(said)
+
+
+def _entry(name: str, port: str, channel: int, driver: str) -> str:
+    # LIBPATH last: with name, device and library pcscd takes an entry for complete, and the channel for the next one's
+    return f'FRIENDLYNAME "{name}"\nDEVICENAME /dev/null:{port}\nCHANNELID {channel:#x}\nLIBPATH {driver}\n'

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,12 @@ class Installed:
     polkit: bool
     driver: str
     directory: str
+
+    @property
+    def version_info(self) -> tuple[int, ...]:
+        """The version to compare; the newest there can be, if it is unknown."""
+        numbers = re.findall(r"\d+", self.version)
+        return tuple(map(int, numbers)) if numbers else (sys.maxsize,)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Optional
 
-from . import _activation, _install
+from . import _activation, _install, _slots
 from ._daemon import Daemon
 from ._errors import PcscStackError
 from ._nudge import nudge
@@ -140,6 +140,8 @@ class VirtualPcsc:
         self._lock = threading.RLock()
         self._daemon: Optional[Daemon] = None
         self._cards_seen: list[VirtualCard] = []
+        self._ports: list[PortPair] = []  # the readers' devices, then those that pcscd adds and removes again
+        self._slots = 0  # that pcscd has for readers; 0: it does not matter
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> VirtualPcsc:
@@ -220,9 +222,12 @@ class VirtualPcsc:
         """
         with self._exclusive(), self._explained():
             self._unplug()
+            self._configure()
             self._running().start()
             with self._probe() as probe:
                 self._check_readers(probe.states())
+                self._slots = probe.slots() if self._slots else 0
+            self._running().settle()
             self._plug([reader for reader in self.readers if reader.card is not None])
 
     def restart(self) -> None:
@@ -241,7 +246,7 @@ class VirtualPcsc:
         """
         with self._exclusive():
             switch, path = _activation.switch(), self._running().path
-            switch.activate(path)
+            switch.activate(path, self._slots)
         try:
             yield self
         finally:
@@ -250,18 +255,14 @@ class VirtualPcsc:
     def _build(self, undo: contextlib.ExitStack) -> None:
         """Everything but pcscd itself."""
         installed = _find()
-        ports = []
-        for _ in range(0, self._count, 2):
-            ports.append(PortPair())
-            undo.callback(ports[-1].close)
-        devices = [(f"Virtual PCD {number}", pair.port) for number, pair in enumerate(ports)]
+        self._slots = _slots.LEAST if _slots.matter(installed) else 0
         undo.callback(self._forget)
+        self._reserve(self._device_count)
         self._daemon = Daemon(installed, _activation.switch().path, self._timeout)
         undo.callback(self._daemon.close)
-        self._daemon.configure(devices)
         readers = []
         for index in range(self._count):
-            (name, port), number = devices[index // 2], index % 2
+            (name, port), number = self._devices()[index // 2], index % 2
             readers.append(Reader(self, f"{name} 00 {number:02X}", Slot(port + number)))
         self.readers = tuple(readers)
         undo.callback(self._unplug)
@@ -270,9 +271,31 @@ class VirtualPcsc:
             if card is not None:
                 self._cards_seen.append(card)
 
+    @property
+    def _device_count(self) -> int:
+        return (self._count + 1) // 2
+
+    def _devices(self) -> list[tuple[str, int]]:
+        return [(f"Virtual PCD {number}", pair.port) for number, pair in enumerate(self._ports[: self._device_count])]
+
+    def _reserve(self, count: int) -> None:
+        """See that there are ports for so many devices."""
+        while len(self._ports) < count:
+            self._ports.append(PortPair())
+
+    def _configure(self) -> None:
+        """What pcscd reads when it starts."""
+        surplus = _slots.hidden_devices(self._device_count, self._slots and _slots.wanted(self._device_count))
+        shown, in_all = self._device_count, self._device_count + max(0, surplus - 1)
+        self._reserve(in_all)
+        hidden = [pair.port for pair in self._ports[shown:in_all]]
+        self._running().configure(self._devices(), hidden, refused=surplus > 0)
+
     def _forget(self) -> None:
         self._daemon = None
         self.readers = ()
+        while self._ports:
+            self._ports.pop().close()
 
     def _running(self) -> Daemon:
         if self._daemon is None:
@@ -313,9 +336,12 @@ class VirtualPcsc:
             probe.wait(as_wanted, hurry=lambda: nudge(self.pid))
 
     def _check_readers(self, states: Sequence[ReaderState]) -> None:
-        missing = {reader.name for reader in self.readers} - {state.name for state in states}
+        names = {state.name for state in states}
+        missing = {reader.name for reader in self.readers} - names
         if missing:
             raise ConnectionError(f"no reader {', '.join(sorted(missing))}")
+        if any(name.startswith(_slots.HIDDEN) for name in names):
+            raise ConnectionError("it goes on listing readers that it should have removed")
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

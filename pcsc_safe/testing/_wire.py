@@ -29,6 +29,7 @@ _STATE = struct.Struct(f"={_NAME_LENGTH}sIIi33s3xII")
 _HEADER = struct.Struct("=II")
 _ESTABLISH, _CONNECT, _DISCONNECT = 0x01, 0x04, 0x06
 _VERSION, _GET_STATES, _WAIT_CHANGE = 0x11, 0x12, 0x13
+_GET_SLOTS, _SLOTS = 0x16, struct.Struct("=i")
 _SHARED, _ANY_PROTOCOL, _RESET_CARD = 2, 3, 1
 _SHARING_VIOLATION, _NO_CARD, _REMOVED = 0x8010000B, 0x8010000C, 0x80100069
 
@@ -81,6 +82,10 @@ class Probe:
     def states(self) -> list[ReaderState]:
         """What is in the readers now."""
         return _parse(self._ask(_GET_STATES, b"", _STATE.size * MAX_READERS))
+
+    def slots(self) -> int:
+        """How many slots for readers pcscd has; pcsc-lite 2.5 and later know."""
+        return int(_SLOTS.unpack(self._ask(_GET_SLOTS, b"", _SLOTS.size))[0])
 
     def wait(self, satisfied: Callable[[list[ReaderState]], bool], hurry: Callable[[], None]) -> None:
         """Wait for the readers to be as wanted, woken by pcscd's own events.

@@ -1,0 +1,78 @@
+"""How many reader slots a pcscd gets, and why that matters to its clients since pcsc-lite 2.5.
+
+pcscd starts with two slots for readers and makes two more whenever they are full, never fewer.  Since pcsc-lite 2.5 its
+client library keeps an array of that size, one for the whole process, which never shrinks either: a process that has
+seen a pcscd with four slots gets 0x8010001F (SCARD_E_UNSUPPORTED_FEATURE) from SCardListReaders, SCardStatus and
+SCardGetStatusChange at a pcscd with two.  Stacks that follow each other in one process are such pcscds.
+
+So each stack gets as many slots as the largest stack before it in this process had, and :data:`LEAST` at least: stacks
+of up to that many readers never differ.  Slots without a reader come from devices that pcscd adds and removes again
+while it starts, before it serves anybody: devices of one name, and a last one of that name that can't be opened, with
+which pcscd removes all of that name.  The last one costs nothing, each device before it 0.8 seconds.
+
+Invariant: what a stack has is measured after each start; this module only says what to ask for.
+
+At a fork: the child's library has the parent's array, so it goes on from the parent's maximum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ._errors import PcscStackError
+from ._install import Installed
+
+__all__ = ["HIDDEN", "LEAST", "Maximum", "hidden_devices", "matter", "maximum", "wanted"]
+
+LEAST = 4
+HIDDEN = "pcsc_safe hidden"
+"""The friendly name of the devices that pcscd removes again."""
+
+_PER_DEVICE = 2
+
+
+@dataclass
+class Maximum:
+    """The most slots that a stack had that was active in this process."""
+
+    slots: int = 0
+
+    def allow(self, slots: int, outer: int) -> None:
+        """Note that a stack becomes active.
+
+        :param slots: its own; 0 where they don't matter.
+        :param outer: the fewest slots of the stacks that are active now, to which PC/SC calls go back later; 0: none.
+        :raises PcscStackError: PC/SC calls of this process could not use this stack, or not go back to another one.
+        """
+        if slots and slots < self.slots:
+            raise PcscStackError(
+                f"this process has used a stack of {self.slots} readers, and pcsc-lite 2.5 and later can't go back to "
+                f"one with room for {slots}",
+                remedy="restart() this stack before it is activated",
+            )
+        if outer and outer < slots:
+            raise PcscStackError(
+                f"a stack with room for {outer} readers is active, and pcsc-lite 2.5 and later can't go back to it "
+                f"after one of {slots}",
+                remedy=f"start the outer one with {slots} readers, or this one with {outer} at most, or with "
+                "activate=False for subprocesses that get its env",
+            )
+        self.slots = max(slots, self.slots)
+
+
+maximum = Maximum()  # one per process, because libpcsclite's array is
+
+
+def matter(installed: Installed) -> bool:
+    """Whether clients of this pcscd remember its slots."""
+    return installed.version_info >= (2, 5)
+
+
+def wanted(devices: int) -> int:
+    """How many slots a pcscd with so many devices is to have."""
+    return max(LEAST, devices * _PER_DEVICE, maximum.slots)
+
+
+def hidden_devices(devices: int, slots: int) -> int:
+    """How many devices pcscd has to add and remove again, with the one that can't be opened; 0 if it has the slots."""
+    return max(0, slots // _PER_DEVICE - devices)
