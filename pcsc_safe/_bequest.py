@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from types import TracebackType
 from typing import Any, Optional
 
@@ -31,19 +30,15 @@ from . import (
     _native,
     _process,
     _settings,
-    _transactions,
-    _turns,
 )
 from ._calls import LostError
 from ._handles import Context
+from ._unpatched import monotonic, sleep
 from .broker import _client, _mine
 from .errors import HandoverError, PcscSafeError
 from .policy import Owner, Policy, native_works_after_fork
 
 __all__ = ["files_to_preserve", "handover", "prepare"]
-
-_TURN_WITHIN = 1.0  # s; for the turn on a context that nobody is using
-_A_MOMENT = 0.02  # s
 
 
 class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
@@ -138,8 +133,9 @@ def files_to_preserve() -> list[int]:
     the sessions are handed over or shared.
     """
     here = _process.current()  # first: it may be what makes contexts this process's own
-    own = [context.descriptor for context in _handles.contexts.values() if context.owner is here]
-    numbers = {descriptor.number for descriptor in own if descriptor is not None and descriptor.is_intact()}
+    own = [context for context in list(_handles.contexts.values()) if context.owner is here]
+    found = [descriptor for context in own for descriptor in context.gateway.descriptors(context.real)]
+    numbers = {descriptor.number for descriptor in found if descriptor is not None and descriptor.is_intact()}
     return sorted(numbers | set(_mine.files_to_preserve()))
 
 
@@ -162,9 +158,15 @@ def _obstacle(context: Context) -> Optional[tuple[str, str]]:
         return None
     if not native_works_after_fork():
         return "a forked process can't use PC/SC on this platform", "set broker='always' before it is established"
-    if context.descriptor is None or not context.descriptor.is_intact():
+    if not _are_intact(context):
         return f"the connection of the context of {context.established_at} isn't known", "establish it anew"
     return None
+
+
+def _are_intact(context: Context) -> bool:
+    """Whether all its connections are known, and there."""
+    descriptors = context.gateway.descriptors(context.real)
+    return bool(descriptors) and all(one is not None and one.is_intact() for one in descriptors)
 
 
 def _error(problem: str, remedy: str) -> HandoverError:
@@ -178,7 +180,7 @@ class _Will:
 
     :ivar blocks: that it is made for, if any.
     :ivar native: contexts that are handed over with their connections.
-    :ivar turns: of these; the forking thread holds them.
+    :ivar given: those of them that nobody in the parent can use, until it is known whether there is a child.
     :ivar in_broker: contexts that are handed over in a broker.
     :ivar shared: contexts that are shared.
     :ivar legacy: how the child reaches the latter two; None if there is none of them.
@@ -191,7 +193,7 @@ class _Will:
     def __init__(self, blocks: tuple[handover, ...]) -> None:
         self.blocks = blocks
         self.native: list[Context] = []
-        self.turns: list[_turns.Turn] = []
+        self.given: list[Context] = []
         self.in_broker: list[Context] = []
         self.shared: list[Context] = []
         self.legacy: Optional[_client.Legacy] = None
@@ -201,6 +203,8 @@ class _Will:
         self.raised: list[BaseException] = []
 
 
+_GIVEN_WITHIN = 1.0  # s; for what another thread's fork has given to be its child's, or this process's again
+_PAUSE = 0.001  # s
 _blocks: dict[int, tuple[handover, ...]] = {}  # by thread; the innermost is the last
 _wills: dict[int, _Will] = {}
 _accepted: Optional[tuple[int, _Will]] = None  # in a child that has not begun yet: its PID, and what it gets
@@ -298,22 +302,19 @@ def _written(will: _Will, ident: int) -> Optional[str]:
         why_not = _obstacle(context)
         if why_not:
             return why_not[0]
-    for context in will.native:
-        will.turns.append(context.turn)
-        if not _taken(context.turn):
-            will.turns.pop()
-            return "another thread has its turn on a context"
-        context.turn.is_given = True
-    # Now that the turns are ours: a wait for events has none, but it doesn't enter any more.
     if given and not _gate.stays_quiet():
         return "a call of another thread is inside PC/SC"
+    for context in will.native:
+        if not _given(context):
+            return "another thread hands a context over"
+        will.given.append(context)
     if broker is not None and (will.in_broker or will.shared):
         will.legacy = broker.bequeath(_numbers(will.in_broker), _numbers(will.shared))
     will.birth = _socket.socketpair()
     if not _process.sentinel[0] or any(context.owner is not here for context in given):
         return "a signal handler has forked"
     _descriptors.kept[ident] = {
-        *(context.descriptor.number for context in will.native if context.descriptor is not None),
+        *(descriptor.number for descriptor in _connections(will.native) if descriptor is not None),
         *(will.legacy.descriptors() if will.legacy is not None else ()),
     }
     _wills[ident] = will
@@ -321,14 +322,19 @@ def _written(will: _Will, ident: int) -> Optional[str]:
     return None
 
 
-def _taken(turn: _turns.Turn) -> bool:
-    """Take the turn on a context that nobody is using."""
-    deadline = time.monotonic() + _TURN_WITHIN
-    while not turn.lock.acquire(timeout=_A_MOMENT):
-        if time.monotonic() > deadline:
+def _given(context: Context) -> bool:
+    """Keep the threads of this process out of a context; False if another one's fork has done so."""
+    deadline = monotonic() + _GIVEN_WITHIN
+    while not context.real.give():
+        if monotonic() > deadline:
             return False
-        _gate.let_pass()  # who has it has come no further than the gate
-    return True
+        sleep(_PAUSE)
+    return context.owner is _process.here
+
+
+def _connections(contexts: list[Context]) -> list[Optional[_descriptors.Descriptor]]:
+    """Those to pcscd of contexts that this process reaches natively."""
+    return [descriptor for context in contexts for descriptor in context.gateway.descriptors(context.real)]
 
 
 def _numbers(contexts: list[Context]) -> list[int]:
@@ -369,19 +375,17 @@ def _settle(will: _Will) -> None:
         gone = _process.Epoch(_process.here, _process.HANDED_OVER)
         for context in [*will.native, *will.in_broker]:
             _take(context, gone)
-        _descriptors.kill([context.descriptor for context in will.native])
+        _descriptors.kill(_connections(will.native))
         for block in will.blocks:
             block.happened()
         _events.record("handover", contexts=len(will.native) + len(will.in_broker))
+    for context in will.given:
+        if not will.is_born:
+            context.real.take_back()
     if will.is_born and will.shared:
         _events.record("share", contexts=len(will.shared))
     if will.legacy is not None:
         will.legacy.settle(will.is_born)
-    while will.turns:
-        will.turns[-1].is_given = False
-        with contextlib.suppress(RuntimeError):
-            will.turns[-1].lock.release()
-        will.turns.pop()
 
 
 def _was_born(will: _Will) -> bool:
@@ -400,10 +404,12 @@ def _was_born(will: _Will) -> bool:
 
 
 def _take(context: Context, owner: _process.Epoch) -> None:
-    """Make a context and its cards somebody else's."""
-    context.owner = owner
+    """Make a context somebody else's, and its cards: those that have the same owner, for others are an ancestor's."""
+    before = context.owner
     for card in list(context.cards.values()):
-        card.owner = owner
+        if card.owner is before:
+            card.owner = owner
+    context.owner = owner
 
 
 def _in_hook() -> None:
@@ -448,9 +454,9 @@ def _begin(epoch: _process.Epoch) -> None:
     for context in [*will.native, *will.in_broker, *will.shared]:
         if context in will.native:
             # A wait for events that began at the last moment is on this connection as well, and reads from it.
-            is_there = epoch.unquiet is None and context.descriptor is not None and context.descriptor.is_intact()
-            if context.descriptor is not None and is_there:
-                _descriptors.guard(context.descriptor)
+            is_there = epoch.unquiet is None and _are_intact(context)
+            if is_there:
+                context.real.take_over()
         else:
             is_there = broker is not None
             context.gateway = broker or context.gateway
@@ -461,7 +467,6 @@ def _begin(epoch: _process.Epoch) -> None:
         for card in list(context.cards.values()):
             if context in will.shared:
                 card.transactions = 0  # what is open is its parent's
-            _transactions.continued(card)
 
 
 _process.before_fork(_before)

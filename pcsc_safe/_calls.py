@@ -11,7 +11,7 @@ from ._descriptors import Descriptor
 from ._process import Epoch
 from .policy import Role
 
-__all__ = ["CALLS", "Call", "Gateway", "Keep", "Kind", "LostError"]
+__all__ = ["CALLS", "Call", "Gateway", "Keep", "KeepCard", "Kind", "LostError"]
 
 
 class Kind(enum.Enum):
@@ -102,13 +102,25 @@ CALLS: dict[str, Call] = {
 class Keep(Protocol):
     """Records a new context, before any other thread can fork: one that nobody knows of would live on in the child."""
 
-    def __call__(self, real: int, descriptor: Optional[Descriptor], owner: Epoch, gateway: "Gateway", /) -> Any:
+    def __call__(self, real: Any, number: int, owner: Epoch, gateway: "Gateway", /) -> Any:
         """Record it.
 
         :param real: the context, as the gateway knows it.
-        :param descriptor: of its connection to pcscd; None where it has none of its own.
+        :param number: what it counts as.
         :param owner: the epoch in which it was established.
         :param gateway: through which.
+        """
+
+
+class KeepCard(Protocol):
+    """Records a new connection to a card."""
+
+    def __call__(self, real: int, native: Any, protocol: int, /) -> Any:
+        """Record it.
+
+        :param real: the card, as the gateway knows it.
+        :param native: the native context where it lives, if any.
+        :param protocol: SCARD_PROTOCOL_*.
         """
 
 
@@ -133,6 +145,17 @@ class Gateway(Protocol):
         :param scope: SCARD_SCOPE_*.
         :return: pyscard's answer, with what ``keep`` returned in the place of the context.
         """
+
+    def connect(self, context: Any, arguments: Sequence[Any], keep: "KeepCard") -> Any:
+        """SCardConnect.
+
+        :param context: the record of the PC/SC context.
+        :param arguments: reader, share mode, protocols.
+        :return: pyscard's answer, with what ``keep`` returned in the place of the card.
+        """
+
+    def descriptors(self, real: Any) -> Sequence[Optional[Descriptor]]:
+        """The connections to pcscd that a context has in this process; None for one that could not be told."""
 
 
 class LostError(Exception):

@@ -16,7 +16,20 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from . import _process
 
-__all__ = ["Descriptor", "disarm", "guard", "guarded", "is_dead", "kept", "kill", "of", "others", "prepare", "unguard"]
+__all__ = [
+    "Descriptor",
+    "any_open",
+    "disarm",
+    "guard",
+    "guarded",
+    "is_dead",
+    "kept",
+    "kill",
+    "of",
+    "others",
+    "prepare",
+    "unguard",
+]
 
 
 class Descriptor(NamedTuple):
@@ -44,8 +57,8 @@ def of(number: int) -> Descriptor:
     return Descriptor(number, status.st_dev, status.st_ino)
 
 
-guarded: dict[int, Descriptor] = {}
-"""The connections of this process, by number."""
+guarded: dict[Descriptor, None] = {}
+"""The connections of this process."""
 
 kept: dict[int, set[int]] = {}
 """Those that the child is to have which a thread is about to fork, by the thread."""
@@ -57,13 +70,13 @@ others: Callable[[], Sequence[Descriptor]] = tuple
 
 def guard(connection: Descriptor) -> None:
     """From now on no forked child can use this connection."""
-    guarded[connection.number] = connection
+    guarded[connection] = None
 
 
 def unguard(connection: Optional[Descriptor]) -> None:
     """Say that a connection is closed, or was never this process's."""
-    if connection is not None and guarded.get(connection.number) == connection:
-        del guarded[connection.number]
+    if connection is not None:
+        guarded.pop(connection, None)
 
 
 _socket: Any = None
@@ -74,7 +87,7 @@ _dead_ones: set[tuple[int, int]] = set()
 def prepare() -> None:
     """Import and open what a fork takes, so that nothing need be imported in a child or at interpreter exit."""
     global _socket
-    import socket
+    import _socket as socket  # the module that Python's own is made of: eventlet and gevent patch that one
 
     _socket = socket
     if _process.FORKS and hasattr(socket, "AF_UNIX") and (_dead is None or not _dead.is_intact()):
@@ -87,6 +100,11 @@ def _make_dead_socket() -> Descriptor:
     _dead = of(int(_socket.socket(_socket.AF_UNIX).detach()))
     _dead_ones.add((_dead.device, _dead.inode))
     return _dead
+
+
+def any_open() -> Optional[int]:
+    """The number of a descriptor that is open, to be duplicated."""
+    return _dead.number if _dead is not None and _dead.is_intact() else None
 
 
 def is_dead(number: int) -> bool:
@@ -102,7 +120,7 @@ def disarm() -> None:
     """Put a dead socket in the place of each guarded connection, in the child."""
     if guarded:
         stays = kept.get(get_ident(), ())
-        kill([connection for connection in guarded.values() if connection.number not in stays])
+        kill([connection for connection in list(guarded) if connection.number not in stays])
     kept.clear()
 
 

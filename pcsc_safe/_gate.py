@@ -2,50 +2,85 @@
 
 libpcsclite has locks of its own.  A child that was forked while another thread held one hangs in its first call, for
 ever; so a fork waits until nobody is inside (it is *quiet*), at most for :data:`quiesce_timeout`, and keeps newcomers
-out meanwhile.  Threads that wait for events are cancelled, again and again until they are out: a cancel that comes
-before the wait has begun is lost.  :mod:`_turns` sends them back in afterwards.
+out until then.
 
-Invariant: a thread is in :data:`inside` while it is in the native library, and only then; also if a signal handler
-raises in the middle, which is why nothing here is a context manager written in Python.  The child judges by its copy of
-that table whether its fork was quiet, so a fork that ran no hook is judged too.  An unquiet child never enters the
-native library.  In a child nothing here stays closed or held.
+A thread is inside at a :class:`Place`.  To take the place, to enter the call in its list, the call itself, and to give
+the place back are one step of C (:func:`attempt`): no signal handler, no other thread's exception and, from Python 3.12
+on, no finalizer can run in between.  So no place is ever held while code of the application runs, a handler that
+raises leaves nothing behind, and who waits for a place waits for C code only.
+
+Invariant: a call is in the list of its place while its thread is in the native library, and only then.  The child
+judges by its copy of these lists whether its fork was quiet, so a fork that ran no hook is judged too.  An unquiet
+child never enters the native library.  In a child nothing here stays closed or held.
 """
 
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
 import threading
-import time
-from _thread import _count as _count_threads  # of Python's threads, without the main one
-from _thread import start_new_thread
-from typing import Any, Callable, NamedTuple, Optional, Protocol
+from collections import deque
+from functools import partial
+from itertools import takewhile
+from typing import Any, Callable, NamedTuple, Protocol, TypeVar
 
 from . import _process
+from ._unpatched import RLock, count_threads, get_ident, monotonic, sleep, start_new_thread
 
 __all__ = [
     "IMPORTS",
     "InFlight",
+    "Owned",
+    "Place",
     "Unquiet",
+    "attempt",
+    "call_it",
     "close_quietly",
     "closers",
-    "enter",
-    "inside",
-    "let_pass",
+    "during",
+    "elsewhere",
+    "exclusively",
+    "in_flight",
+    "in_one_step",
+    "is_not_false",
+    "made",
+    "nowhere",
     "open_again",
     "others_are_inside",
+    "places",
     "raise_later",
     "stays_quiet",
-    "through",
+    "stop_locking",
+    "wait_for",
     "wait_until_open",
 ]
 
 
-class Interruptible(Protocol):
-    """A wait for events, as a fork sees it."""
+class Owned(Protocol):
+    """What a call is made on: live in one process, that whose epoch is its owner."""
 
-    def interrupt(self) -> None:
-        """Have it leave the native library, for now."""
+    owner: _process.Epoch
+    released: bool
 
 
-InFlight = tuple[str, float, Optional[Interruptible]]
-"""A call that is inside: PC/SC's name, ``time.monotonic()`` when it began, and what to interrupt if it is a wait."""
+class InFlight(NamedTuple):
+    """A call that is inside.
+
+    :ivar function: PC/SC's name.
+    :ivar thread: the identifier of the thread.
+    :ivar since: ``monotonic()`` when it began.
+    :ivar wait: the wait for events that it is part of, if any.
+    """
+
+    function: str
+    thread: int
+    since: float
+    wait: Any = None
+
+
+Entry = tuple[str, int, float, Any]
+"""The same, as it is noted: a plain tuple takes less time to make."""
 
 
 class Unquiet(NamedTuple):
@@ -68,56 +103,247 @@ IMPORTS = "an import"
 """In the place of a function: who imports what PC/SC takes is inside as well, for a child in which a module is half
 imported has its lock held for ever."""
 
-inside: dict[int, InFlight] = {}
-"""Who is inside, by the thread's identifier."""
+may_child_use_native: Callable[[], bool] = partial(bool, 1)
+"""Whether a child may use the native library at all; if not, a fork waits for no native call."""
 
-closers: dict[int, bool] = {}
-"""The threads that have closed the gate; nobody else may enter. True: it is forking; False: it will, at some time."""
-
+_Result = TypeVar("_Result")
 _PAUSE = 0.001  # s
-_AT_ONCE = 0.05  # s
+_WAKE_AGAIN = 0.01  # s; a wait that can't be ended for good may have begun since
+_LONG_WAIT = 0.001  # s
+_GIVE_WAY = 0.0001  # s; longer than it takes a thread to wake up
+_GRACE = 1.0  # s; longer than a fork takes that waited for quiesce_timeout
+
+_call_a_partial: Any = partial.__call__
+call_it: Callable[[Callable[[], Any]], Any] = getattr(operator, "call", _call_a_partial)  # the former since 3.11
+is_not_false = partial(operator.is_not, False)
+nowhere: deque[Any] = deque(maxlen=0)
+"""Takes what C functions return that nobody wants."""
+
+
+def in_one_step(*operations: Callable[[], Any]) -> None:
+    """Call each of these, C functions in a ``partial``, without returning to the interpreter in between.
+
+    One that returns False ends it.
+    """
+    nowhere.extend(takewhile(is_not_false, map(call_it, operations)))
+
+
+OPEN, WOKEN, RELEASED, GIVEN = range(4)
+
+
+class Place:
+    """Where one thread at a time is in the native library.
+
+    :ivar calls: the calls that are there now: one, or more of the same thread where a finalizer runs in the middle.
+    :ivar cards: what lives there; a call that wants the place bare isn't made while there is any.
+    :ivar state: OPEN; WOKEN: the wait that was there has been ended, and the place is of no more use; RELEASED; GIVEN:
+        to a child that is being forked, or has just been, which is decided in a moment.
+    :ivar waiting: since when threads wait for the place, by ``monotonic()``.
+    :ivar acquire: takes the place, if it is free, and says whether it was.
+    :ivar release: gives it back.
+    :ivar leave: takes the last call off the list, and returns it.
+    """
+
+    __slots__ = ("acquire", "calls", "cards", "leave", "lock", "release", "state", "waiting")
+
+    def __init__(self) -> None:
+        self.state = OPEN
+        self.cards: list[Any] = []
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget who is there: this is a new process."""
+        self.lock = RLock()
+        self.calls: list[Entry] = []
+        self.waiting: list[float] = []
+        self.acquire: Callable[[], Any] = partial(self.lock.acquire, False)
+        self.release: Callable[[], Any] = partial(self.lock.release)
+        self.leave: Callable[[], Any] = partial(self.calls.pop)
+
+    def wake(self, wait: Any, *, may_pass: bool = False) -> None:
+        """End the native call of a wait for events that is here, if it can be ended.
+
+        :param may_pass: although the gate is closed.
+        """
+
+    def wait_until_free(self, timeout: float = -1) -> None:
+        """Wait until nobody is here.
+
+        :param timeout: in seconds; negative: for ever.
+        """
+        try:
+            self.waiting.append(monotonic())
+            in_one_step(partial(self.lock.acquire, True, timeout), self.release)
+        finally:
+            self.waiting.pop()
+
+    def give_way(self) -> None:
+        """Before a call: let a thread go first that has waited for long.
+
+        A thread that makes one call after the other would else be back before one that waits has woken up.
+        """
+        with contextlib.suppress(IndexError):
+            if monotonic() - self.waiting[0] > _LONG_WAIT:
+                sleep(_GIVE_WAY)
+
+
+places: dict[Place, None] = {}
+"""All of this process."""
+
+unsettled: dict[Any, None] = {}
+"""Places about which something is to be noted before a fork; each has ``settle()``."""
+
+elsewhere: dict[object, Entry] = {}
+"""What goes on that a fork waits for, and that has no place."""
+
+closers: dict[int, float] = {}
+"""The threads that have closed the gate, and until when: a thread that forks, not for long; a block, until its fork."""
+
 _thread_names: dict[int, str] = {}
+_forked_by = 0
 
 
-def through(ident: int, entry: InFlight) -> None:
-    """Enter, as soon as no fork is pending; for a thread that has entered itself in :data:`inside` and found it closed.
+def attempt(
+    place: Place,
+    owned: Owned,
+    function: str,
+    call: Callable[[], Any],
+    *more: Callable[[], Any],
+    wait: Any = None,
+    bare: bool = False,
+    most: int = OPEN,
+    may_pass: bool = False,
+) -> list[Any]:
+    """Make a native call, in one step of C, if the place is free and nothing is in the way.
 
-    A thread that is itself forking passes: it may be in another library's hook, and it can't be inside at the fork.
+    :param owned: what the call is on; it isn't made if that is no more this process's.
+    :param function: PC/SC's name.
+    :param call: the call, a ``partial`` of a C function.
+    :param more: what belongs to the same step, after it.
+    :param wait: the wait for events that it is part of; it isn't made if that was cancelled.
+    :param bare: it isn't made if a card lives there.
+    :param most: nor if the place is in a later state.
+    :param may_pass: it is made although the gate is closed.
+    :return: empty if the call wasn't made; else :func:`made` has the result.
     """
-    while closers and ident not in closers:
-        inside.pop(ident, None)
-        wait_until_open(ident)
-        inside[ident] = entry
-
-
-def wait_until_open(ident: int) -> None:
-    """Wait until no other thread is about to fork."""
-    while closers and ident not in closers:
-        time.sleep(_PAUSE)
-
-
-def enter(function: str, native: Callable[..., Any], *arguments: Any, wait: Optional[Interruptible] = None) -> Any:
-    """``native(*arguments)``, which is inside the native library.
-
-    :param function: PC/SC's name of the call.
-    :param wait: what can be interrupted, if it is a wait for events.
-    """
-    ident = threading.get_ident()
-    before = inside.get(ident)  # a finalizer may make a call in the middle of another
+    entry = (function, get_ident(), monotonic(), wait)
+    steps: list[Any] = []
+    operations: tuple[Any, ...] = (
+        place.acquire,
+        partial(place.calls.append, entry),
+        call,
+        *more,
+        place.release,
+        place.leave,
+    )
+    chain = takewhile(is_not_false, map(call_it, operations))
     try:
-        inside[ident] = entry = (function, time.monotonic(), wait)
-        if closers:
-            through(ident, entry)
-        return native(*arguments)
+        # From the first of these looks to the call of extend() no other code runs, of this thread or of any other.
+        if (
+            (may_pass or not closers)
+            and place.state <= most
+            and not (bare and place.cards)
+            and not (wait is not None and wait.cancelled)
+            and _process.sentinel[0]
+            and owned.owner is _process.here
+        ):
+            steps.extend(chain)
+    except BaseException:
+        # Raised by the call itself (TypeError), or by a handler after the last step.  Each of the calls below is the
+        # first in its block, so no handler comes before it.
+        if steps and steps[-1] is not entry:
+            try:
+                place.leave()
+            finally:
+                place.release()
+        raise
+    return steps
+
+
+def made(steps: list[Any]) -> Any:
+    """What the call of :func:`attempt` returned."""
+    return steps[2]
+
+
+def wait_for(place: Place, may_pass: bool = False) -> bool:
+    """Wait for what may have kept a call from being made: a closed gate, or another thread's call.
+
+    :param may_pass: the gate was no obstacle.
+    :return: whether the next attempt may pass a closed gate.
+    """
+    ident = get_ident()
+    if may_pass or not closers or ident in closers:
+        place.wait_until_free()
+        return may_pass or ident in closers
+    return wait_until_open(ident)
+
+
+def wait_until_open(ident: int) -> bool:
+    """Wait until no other thread is about to fork.
+
+    A handler that interrupted that thread may be waiting for this one, so a gate that a fork has closed is passed
+    after a while; the fork is unquiet then, at worst.
+
+    :return: whether the gate may be passed although it is closed: by the thread that closed it, or by anybody.
+    """
+    while closers and ident not in closers:
+        if all(until < monotonic() for until in list(closers.values())):
+            return True
+        sleep(_PAUSE)
+    return ident in closers
+
+
+def during(function: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """``call(*arguments)``, which a fork waits for, and which has no place.
+
+    :param function: PC/SC's name of the call, or another one.
+    """
+    key = object()
+    ident = get_ident()
+    try:
+        elsewhere[key] = entry = (function, ident, monotonic(), None)
+        while closers and ident not in closers:
+            elsewhere.pop(key, None)
+            may_pass = wait_until_open(ident)
+            elsewhere[key] = entry
+            if may_pass:
+                break
+        return call(*arguments)
     finally:
-        if before is None:
-            inside.pop(ident, None)
-        else:
-            inside[ident] = before
+        elsewhere.pop(key, None)
 
 
-def _others(ident: int) -> list[InFlight]:
-    return [entry for thread, entry in list(inside.items()) if thread != ident]
+def exclusively(lock: Any, function: Callable[[], _Result]) -> _Result:
+    """``function()`` with a lock held, and not left held by a handler that raises."""
+    held: list[bool] = []
+    try:
+        held.extend(map(call_it, (partial(lock.acquire),)))
+        return function()
+    finally:
+        if held:
+            lock.release()
+
+
+def in_flight() -> list[InFlight]:
+    """What is inside now."""
+    found = [call for place in list(places) if place.calls for call in list(place.calls)]
+    return [InFlight._make(call) for call in (*found, *list(elsewhere.values()))]
+
+
+def others_are_inside() -> bool:
+    """Whether a call of another thread is inside the native library."""
+    ident = get_ident()
+    return any(call.thread != ident for call in in_flight())
+
+
+def stop_locking() -> None:
+    """At interpreter exit: threads that are inside may never come out, so nobody waits for them."""
+    for place in list(places):
+        place.acquire = partial(bool, 1)
+        place.release = partial(int)
+
+
+# The gate.
 
 
 def close_quietly() -> bool:
@@ -128,91 +354,93 @@ def close_quietly() -> bool:
 
     :return: whether nobody else is inside; if somebody is, the gate is open.
     """
-    _close()
+    _close(everything=True)
     if others_are_inside():
         open_again()
         return False
-    closers[threading.get_ident()] = False
+    closers[get_ident()] = math.inf
     return True
 
 
 def open_again() -> None:
     """Open the gate, if this thread has closed it."""
-    closers.pop(threading.get_ident(), None)
-
-
-def let_pass() -> None:
-    """Let those in that wait at the gate, and close it again when they are out; for a thread that has closed it."""
-    closed_for = closers.pop(threading.get_ident(), True)
-    time.sleep(2 * _PAUSE)
-    _close()
-    closers[threading.get_ident()] = closed_for
-
-
-def others_are_inside() -> bool:
-    """Whether a call of another thread is inside the native library."""
-    return bool(_others(threading.get_ident()))
+    closers.pop(get_ident(), None)
 
 
 def stays_quiet() -> bool:
-    """Whether nobody else is inside, but who finds the gate closed and leaves at once."""
-    deadline = time.monotonic() + _AT_ONCE
-    while others_are_inside():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_PAUSE)
-    return True
+    """Whether nobody else is inside."""
+    _quiesce(get_ident(), monotonic() + quiesce_timeout, everything=True)
+    return not others_are_inside()
 
 
 def _before_fork() -> None:
-    if inside or _count_threads():
-        _close()
+    if count_threads() or in_flight():
+        _close(everything=may_child_use_native())
+    for place in list(unsettled):
+        place.settle()
 
 
-def _close() -> None:
+def _close(*, everything: bool) -> None:
     if not _process.sentinel[0]:
         return  # a child that never used PC/SC: whoever is in the table was inside in its parent
-    ident = threading.get_ident()
-    deadline = time.monotonic() + quiesce_timeout
-    while _another_forks(ident) and time.monotonic() < deadline:
-        time.sleep(_PAUSE)
-    closers[ident] = True
+    ident = get_ident()
+    deadline = monotonic() + quiesce_timeout
+    while _another_forks(ident) and monotonic() < deadline:
+        sleep(_PAUSE)
+    until = deadline + _GRACE
+    closers[ident] = until
     try:
-        _quiesce(ident, deadline)
+        _quiesce(ident, deadline, everything=everything)
     except BaseException as error:
         # A signal handler's, as KeyboardInterrupt. A hook can't raise: the fork goes on at once, and it comes after it.
         raise_later(ident, error)
     finally:
-        closers[ident] = True
-        if _others(ident):
+        closers[ident] = until
+        if others_are_inside():
             _thread_names.update({thread.ident or 0: thread.name for thread in threading.enumerate()})
 
 
 def _another_forks(ident: int) -> bool:
-    return any(forks for thread, forks in list(closers.items()) if thread != ident)
+    return any(until < math.inf for thread, until in list(closers.items()) if thread != ident)
 
 
-def _quiesce(ident: int, deadline: float) -> None:
-    """Wait until nobody else is inside, or time is up."""
-    interrupter = None
+def _quiesce(ident: int, deadline: float, *, everything: bool) -> None:
+    """Wait until nobody else is inside, or time is up.
+
+    :param everything: wait for native calls, too, and end waits for events.
+    """
+    ending: list[_Ending] = []
     try:
-        while _others(ident) and time.monotonic() < deadline:
-            if interrupter is None and any(wait for _, _, wait in _others(ident)):
-                interrupter = _Interrupter(ident)
-                start_new_thread(interrupter.run, ())
-            time.sleep(_PAUSE)
-            closers[ident] = True  # a signal handler may have forked meanwhile
+        _await_others(ident, deadline, everything, ending)
     finally:
-        if interrupter is not None:
-            interrupter.stopped = True
-    while _others(ident) and time.monotonic() < deadline:
-        time.sleep(_PAUSE)  # the interrupter, on its way out
+        for one in ending:
+            one.stopped = True
 
 
-class _Interrupter:
-    """Interrupts the waits for events.
+def _await_others(ident: int, deadline: float, everything: bool, ending: list[_Ending]) -> None:
+    while (left := deadline - monotonic()) > 0:
+        busy = [place for place in list(places) if everything and any(call[1] != ident for call in list(place.calls))]
+        others = [call for call in list(elsewhere.values()) if call[1] != ident]
+        if not busy and not others:
+            return
+        if not ending and any(call[3] is not None for place in busy for call in list(place.calls)):
+            ending.append(_Ending(ident))
+            start_new_thread(ending[0].run, ())
+        for call in others:
+            if call[3] is not None:
+                call[3].interrupt()
+        if busy:
+            busy[0].wait_until_free(left)
+        else:
+            sleep(_PAUSE)
+        closers.setdefault(ident, deadline + _GRACE)  # a signal handler may have forked meanwhile
 
-    In a thread of its own, since SCardCancel asks pcscd, which may not answer, and a fork waits no longer than it says.
+
+class _Ending:
+    """Ends the native calls of waits for events, for a fork.
+
+    In a thread of its own, since it may have to ask pcscd, which may not answer, and a fork waits no longer than it
+    says.
     """
 
     def __init__(self, forking: int) -> None:
@@ -220,18 +448,13 @@ class _Interrupter:
         self.stopped = False
 
     def run(self) -> None:
-        """Interrupt whoever waits, until stopped."""
-        ident = threading.get_ident()
+        """End them, and those that have begun since, until stopped."""
         while not self.stopped:
-            for wait in [wait for _, _, wait in _others(self._forking) if wait is not None]:
-                # Entered before the look, as everybody does: a fork that does not see us will be seen.
-                inside[ident] = ("SCardCancel", time.monotonic(), None)
-                try:
-                    if not self.stopped:
-                        wait.interrupt()
-                finally:
-                    inside.pop(ident, None)
-            time.sleep(_PAUSE)
+            for place in list(places):
+                for call in list(place.calls):
+                    if call[3] is not None and call[1] != self._forking and not self.stopped:
+                        place.wake(call[3], may_pass=True)
+            sleep(_WAKE_AGAIN)
 
 
 def raise_later(ident: int, error: BaseException) -> None:
@@ -240,27 +463,31 @@ def raise_later(ident: int, error: BaseException) -> None:
 
 
 def _raise_later(ident: int, error: BaseException) -> None:
-    import ctypes
+    import ctypes  # rarely needed
 
     while closers:
-        time.sleep(_PAUSE)
+        sleep(_PAUSE)
     # What is raised in another thread is a class, without arguments: one that makes the very instance.
     carrier = type(type(error).__name__, (type(error),), {"__new__": lambda kind: error})
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(carrier))
 
 
 def _in_hook() -> None:
-    if inside:
-        inside.pop(threading.get_ident(), None)  # the fork was made in the middle of a call, by a finalizer
+    global _forked_by
+    _forked_by = get_ident()  # if it is inside, the fork was made in the middle of a call, by a finalizer
 
 
 def _begin(epoch: _process.Epoch) -> None:
     """Judge whether the fork was quiet, and open the gate."""
+    global _forked_by
     # Whoever is in the table: a thread of this process may have got the number of one of its parent's.
-    for thread, (function, since, _) in inside.items():
-        if epoch.unquiet is None or function == IMPORTS:
-            epoch.unquiet = Unquiet(function, _thread_names.get(thread, str(thread)), time.monotonic() - since)
-    for table in (inside, closers, _thread_names):
+    for function, thread, since, _ in in_flight():
+        if thread != _forked_by and (epoch.unquiet is None or function == IMPORTS):
+            epoch.unquiet = Unquiet(function, _thread_names.get(thread, str(thread)), monotonic() - since)
+    _forked_by = 0
+    places.clear()
+    unsettled.clear()
+    for table in (elsewhere, closers, _thread_names):
         table.clear()
 
 

@@ -6,7 +6,7 @@ child inherited stays referenced and disarmed, for a finalizer that talked to th
 kilobyte.
 
 Invariant: a record is live in exactly one process, that whose epoch is its ``owner``; everywhere else it is inherited.
-A child's first call gives new turns to what it inherited; owners stay.
+A child's first call gives new locks to what it inherited; owners stay.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import os
 import sys
 from typing import Any, Callable, Optional, Union
 
-from . import _descriptors, _events, _native, _process, _turns
+from . import _descriptors, _events, _gate, _process
 from ._calls import Gateway, Kind
+from ._unpatched import RLock
 from .errors import PcscSafeError
 from .policy import Settings
 
@@ -32,53 +33,57 @@ class Context:
 
     :ivar safe: the proxy that the application holds.
     :ivar number: what the proxy counts as; the first real handle.
-    :ivar real: the native handle in the process that owns it.
+    :ivar real: what its gateway knows it by in the process that owns it: native contexts, or a number of a broker's.
     :ivar owner: the epoch in which it is live.
     :ivar gateway: through which its owner reaches it.
-    :ivar descriptor: its connection to pcscd, as the owner recorded it; in its place a child has a dead socket.
     :ivar established_at: ``file:line`` in the application.
     :ivar overrides: settings of this context alone.
     :ivar cards: those connected through it and not yet disconnected, by number.
-    :ivar turn: held by the thread that uses it, or gets this process its own; a new one after every fork.
+    :ivar lock: held by the thread that gets this process its own; a new one after every fork.
+    :ivar cancels: how often the application has called SCardCancel.
+    :ivar outlasting: the threads whose waits go on although pcscd was gone in between.
     :ivar context: itself, so that a context and a card can be asked alike.
     """
 
     kind = Kind.CONTEXT
     __slots__ = (
+        "cancels",
         "cards",
         "context",
-        "descriptor",
         "established_at",
         "gateway",
         "key",
+        "lock",
         "number",
+        "outlasting",
         "overrides",
         "owner",
         "real",
         "released",
         "safe",
         "scope",
-        "turn",
     )
 
     def __init__(
         self,
-        real: int,
+        real: Any,
+        number: int,
         scope: int,
-        descriptor: Optional[_descriptors.Descriptor],
         owner: _process.Epoch,
         gateway: Gateway,
     ) -> None:
         self.safe: Any = None
-        self.number = self.real = real
+        self.real = real
+        self.number = number
         self.scope = scope
-        self.descriptor = descriptor
         self.gateway = gateway
         self.owner = owner
         self.established_at = _outside_frame()
         self.overrides: dict[str, Any] = {}
         self.cards: dict[int, Card] = {}
-        self.turn = _turns.Turn()
+        self.lock = RLock()
+        self.cancels = 0
+        self.outlasting: list[int] = []
         self.context = self
         self.key = os.urandom(8)
         self.released = False
@@ -98,7 +103,6 @@ class Context:
         for card in list(self.cards.values()):
             card.forget()
         self.released = True
-        _descriptors.unguard(self.descriptor)
         _drop(contexts, self)
 
 
@@ -106,11 +110,12 @@ class Card:
     """A connection to a card.
 
     :ivar context: through which it was connected.
+    :ivar native: the native context where it lives, in the process that owns it; None where it lives in a broker.
     :ivar reader: the reader's name.
     :ivar share_mode: SCARD_SHARE_* as last asked for.
     :ivar protocol: SCARD_PROTOCOL_* that was agreed on, or what was asked for where none was (SCARD_SHARE_DIRECT).
     :ivar transactions: how many SCardBeginTransaction are open.
-    :ivar transacting: the thread that has begun the last of them.
+    :ivar lock: held by the thread that gets this process a connection of its own; a new one after every fork.
     :ivar warned: the epochs of the last loss that was logged: where, and whose it was.
     """
 
@@ -118,6 +123,8 @@ class Card:
     __slots__ = (
         "context",
         "key",
+        "lock",
+        "native",
         "number",
         "owner",
         "protocol",
@@ -126,20 +133,21 @@ class Card:
         "released",
         "safe",
         "share_mode",
-        "transacting",
         "transactions",
         "warned",
     )
 
-    def __init__(self, real: int, context: Context, reader: str, share_mode: int, protocol: int) -> None:
+    def __init__(self, real: int, native: Any, context: Context, reader: str, share_mode: int, protocol: int) -> None:
         self.safe: Any = None
         self.number = self.real = real
+        self.native = native
+        self.lock = RLock()
         self.context = context
         self.owner = context.owner
         self.reader = reader
         self.share_mode = share_mode
         self.protocol = protocol
-        self.transactions = self.transacting = 0
+        self.transactions = 0
         self.warned: Optional[tuple[_process.Epoch, _process.Epoch]] = None
         self.key = os.urandom(8)
         self.released = False
@@ -158,8 +166,9 @@ class Card:
         """Drop it from this process's registry."""
         self.released = True
         self.transactions = 0
-        self.context.cards.pop(self.number, None)
         _drop(cards, self)
+        if self.context.cards.get(self.number) is self:
+            self.context.cards.pop(self.number, None)
 
 
 Record = Union[Context, Card]
@@ -195,7 +204,7 @@ def hand_out(context: _Proxy, card: _Proxy) -> None:
     """
     global _context_proxy, _card_proxy
     _context_proxy, _card_proxy = context, card
-    atexit.register(_at_exit)
+    atexit.register(_gate.stop_locking)
 
 
 def register(record: Record) -> Any:
@@ -211,9 +220,9 @@ def register(record: Record) -> Any:
         contexts[record.safe] = record
     else:
         record.safe = _card_proxy(record)
+        record.context.cards[record.number] = record  # first: what a signal handler interrupts goes with its context
         cards.pop(record.number, None)
         cards[record.safe] = record
-        record.context.cards[record.number] = record
     return record.safe
 
 
@@ -233,8 +242,9 @@ def lose(context: Context, how: str) -> None:
     _events.record("lost", context=context.key)
     for card in list(context.cards.values()):
         card.owner = lost
-    _descriptors.kill([context.descriptor])
-    _descriptors.unguard(context.descriptor)
+    for descriptor in context.gateway.descriptors(context.real):
+        _descriptors.kill([descriptor])
+        _descriptors.unguard(descriptor)
 
 
 def find(kind: Kind, handle: object) -> Optional[Record]:
@@ -281,13 +291,10 @@ def _is_library(module: str) -> bool:
 
 def _begin(epoch: _process.Epoch) -> None:
     for context in list(contexts.values()):
-        context.turn = _turns.Turn()
-
-
-def _at_exit() -> None:
-    _native.exit_without_turns()
-    for context in list(contexts.values()):
-        context.turn = _turns.NoTurn()
+        context.lock = RLock()
+        context.outlasting.clear()
+        for card in list(context.cards.values()):
+            card.lock = RLock()
 
 
 _process.at_fork(at_begin=_begin)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Optional
 
-from . import _descriptors, _events, _gate, _log, _native, _process, _pyscard, _recorded, _transactions, policy
+from . import _events, _gate, _handles, _log, _native, _process, _pyscard, _recorded, policy
 from ._calls import CALLS, Call, Gateway
 from ._handles import Card, Context, Record
 from ._pyscard import SUCCESS, constant
@@ -80,7 +80,10 @@ def adopt(context: Context) -> None:
     for card in list(context.cards.values()):
         verdict = decide(reconnects, status.role, card=True, in_transaction=card.transactions > 0)
         # Nor one that would be waited for: in its reader this process itself has a transaction.
-        is_free = card.reader not in _transactions.holders
+        is_free = not any(
+            other.transactions and other.owner is _process.here and other.reader == card.reader
+            for other in list(_handles.cards.values())
+        )
         if verdict is Verdict.CONNECT and is_free and not card.released:
             with contextlib.suppress(PcscSafeError):
                 _own(status, card)
@@ -91,8 +94,8 @@ def _forget(call: Call, record: Record) -> Optional[int]:
 
     :return: SCARD_S_SUCCESS; None if another thread has made the record this process's own meanwhile.
     """
-    context = record.context
-    with context.turn.lock:
+
+    def forget() -> Optional[int]:
         if record.owner is _process.current():
             return None
         if call.name == "SCardEndTransaction":
@@ -102,7 +105,9 @@ def _forget(call: Call, record: Record) -> Optional[int]:
             record.forget()
         else:
             record.bury()
-    return SUCCESS
+        return SUCCESS
+
+    return _gate.exclusively(record.lock, forget)
 
 
 def _release_dead(context: Context) -> bool:
@@ -111,8 +116,7 @@ def _release_dead(context: Context) -> bool:
         if context.owner.noticed_by is _process.SERVICE_LOST and isinstance(context.gateway, _client.Broker):
             context.gateway.forget(context.real)
         return True
-    dead, context.descriptor = context.descriptor, None
-    return _native_works() and _native.release_dead(context.real, dead)
+    return _native_works() and bool(context.real.release_dead())
 
 
 def _forget_released(context: Context) -> None:
@@ -148,35 +152,25 @@ def _own(call: Call, record: Record) -> int:
         if call.role is Role.VALIDITY:
             return INVALID_HANDLE
         raise
-    if isinstance(record, Context):
-        with context.turn.lock:
-            context.turn.evict()
-            return _own_context(context, through)
-
-    def connect() -> int:
-        hresult = _own_context(context, through)
-        if hresult == SUCCESS and record.owner is not context.owner:
-            hresult, _ = _own_connection(record, record.share_mode, record.protocol, LEAVE_CARD)
+    hresult = _gate.exclusively(context.lock, lambda: _own_context(context, through))
+    if isinstance(record, Context) or hresult != SUCCESS:
         return hresult
 
-    return _transactions.connect_in_turn("SCardConnect", record, _status, connect)
+    def connect() -> int:
+        if record.owner is context.owner:
+            return SUCCESS
+        return _own_connection(record, record.share_mode, record.protocol, LEAVE_CARD)[0]
 
-
-def _status(safe: Any) -> Any:
-    """SCardStatus, of a card that this process owns."""
-    record = safe._self_record
-    with record.context.turn.lock:
-        record.context.turn.evict()
-        through = record.context.gateway
-        return through.enter("SCardStatus", through.functions["SCardStatus"], record.real)
+    # The connection may wait for another process's transaction: with the lock of the card alone.
+    return _gate.exclusively(record.lock, connect)
 
 
 def _own_context(context: Context, through: Gateway) -> int:
     left = context.owner
 
-    def keep(real: int, descriptor: Optional[_descriptors.Descriptor], owner: _process.Epoch, gateway: Gateway) -> None:
-        # The owner last: a fork in another thread must find the connection recorded, or the context not ours.
-        context.descriptor, context.real, context.gateway = descriptor, real, gateway
+    def keep(real: Any, number: int, owner: _process.Epoch, gateway: Gateway) -> None:
+        # The owner last: a fork in another thread must find what it is known by, or the context not ours.
+        context.real, context.gateway = real, gateway
         context.owner = owner
 
     # Again, if a signal handler has forked meanwhile, and this is the child.
@@ -203,25 +197,25 @@ def _tell(context: Context, left: _process.Epoch) -> None:
 
 
 def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> tuple[int, int]:
+    """Give a card of a context that is this process's own a connection of its own."""
     context = card.context
-    functions = context.gateway.functions
 
-    def connect() -> tuple[int, int]:
-        owner = context.owner
-        hresult, real, protocol = functions["SCardConnect"](context.real, card.reader, share_mode, protocols)
-        if hresult == SUCCESS and initialization != LEAVE_CARD:
-            hresult, protocol = functions["SCardReconnect"](real, share_mode, protocols, initialization)
-            if hresult != SUCCESS:
-                functions["SCardDisconnect"](real, LEAVE_CARD)
-        if hresult == SUCCESS:
-            card.real, card.share_mode, card.protocol = real, share_mode, protocol or protocols
-            card.transactions = 0
-            card.owner = owner
-            _recorded.tell_connected("connected", card)
-        return hresult, protocol
+    def keep(real: int, native: Any, protocol: int) -> None:
+        card.real, card.native, card.share_mode, card.protocol = real, native, share_mode, protocol or protocols
+        card.transactions = 0
+        card.owner = context.owner
+        _recorded.tell_connected("connected", card)
 
-    answer: tuple[int, int] = context.gateway.enter("SCardConnect", connect)
-    return answer
+    answer = context.gateway.connect(context, (card.reader, share_mode, protocols), keep)
+    if answer is _native.STALE:
+        return INVALID_HANDLE, 0
+    hresult, protocol = answer[0], answer[2]
+    if hresult == SUCCESS and initialization != LEAVE_CARD:
+        functions, real = context.gateway.functions, card.real
+        hresult, protocol = context.gateway.enter(
+            "SCardReconnect", functions["SCardReconnect"], real, share_mode, protocols, initialization
+        )
+    return hresult, protocol
 
 
 def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
@@ -232,9 +226,10 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
             return INVALID_HANDLE
         raise _lost_share(call.name, record)
     broker = _mine.mine()
-    with context.turn.lock:
+
+    def take_part() -> bool:
         if record.owner is _process.current():
-            return None
+            return True
         cards = list(context.cards.values())
         if isinstance(context.gateway, _client.Broker) and context.real in broker.inherit(
             context.gateway.key, [context.real, *(card.real for card in cards)], keeps=True
@@ -244,7 +239,11 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
                 card.transactions, card.owner = 0, _process.current()
             context.owner = _process.current()
             _events.record("got", context=context.key, how="share")
-            return None
+            return True
+        return False
+
+    if _gate.exclusively(context.lock, take_part):
+        return None
     if call.role is Role.VALIDITY:
         return INVALID_HANDLE
     raise _forked_handle(call.name, record)
@@ -271,15 +270,17 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     assert isinstance(card, Card)
     through = gateway(call.name, card.context)
 
+    hresult = _gate.exclusively(card.context.lock, lambda: _own_context(card.context, through))
+    if hresult != SUCCESS:
+        return call.failure(hresult)
+
     def connect() -> Any:
-        hresult, protocol = _own_context(card.context, through), 0
-        if hresult == SUCCESS and card.owner is card.context.owner:
+        if card.owner is card.context.owner:
             return None
-        if hresult == SUCCESS:
-            hresult, protocol = _own_connection(card, *arguments)
+        hresult, protocol = _own_connection(card, *arguments)
         return [hresult, protocol] if hresult == SUCCESS else call.failure(hresult)
 
-    return _transactions.connect_in_turn(call.name, card, _status, connect)
+    return _gate.exclusively(card.lock, connect)
 
 
 def _way(context: Optional[Context]) -> Way:

@@ -6,10 +6,10 @@ it would make the import slower, and not in a child, for another thread's import
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from . import _process
+from ._unpatched import count_threads
 
 __all__ = ["debug", "info", "prepare", "warning"]
 
@@ -27,7 +27,7 @@ def prepare() -> None:
 def _write(level: str, text: str, *arguments: object) -> None:
     epoch = _process.current()
     # Only a hooked fork renews the locks of logging. After any other, a thread that is no more may be holding one.
-    if _logging is None or (epoch.noticed_by in ("page", "pid") and len(sys._current_frames()) > 1):
+    if _logging is None or (epoch.noticed_by in ("page", "pid") and count_threads()):
         return
     getattr(_logging.getLogger("pcsc_safe"), level)(text, *arguments)
 

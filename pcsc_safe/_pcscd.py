@@ -13,15 +13,29 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Iterable
-from typing import Any, Optional
+from collections.abc import Iterable, Sequence
+from functools import partial
+from operator import methodcaller
+from typing import Any, Callable, Optional
 
 from . import _descriptors, _process
 from ._descriptors import Descriptor
+from ._gate import in_one_step, nowhere
 
-__all__ = ["connections", "guard_all", "open_numbers", "prepare", "strangers"]
+__all__ = [
+    "ARE_INHERITED",
+    "Traces",
+    "connections",
+    "guard_all",
+    "is_hung_up",
+    "open_numbers",
+    "prepare",
+    "shut_down",
+    "strangers",
+]
 
-_ARE_INHERITED = _process.FORKS and sys.platform != "darwin"  # macOS' PC/SC talks over Mach ports
+ARE_INHERITED = _process.FORKS and sys.platform != "darwin"  # macOS' PC/SC talks over Mach ports
+_FDS = "/proc/self/fd"
 _SOCKET_NAME = "pcscd.comm"
 _MOST_NUMBERS = 65536  # to look at where they can't be listed
 
@@ -32,10 +46,96 @@ _paths: set[str] = set()
 def prepare() -> None:
     """Import what the look at the descriptors takes, so that nothing need be imported in a child."""
     global _socket
-    import socket
+    import _socket as module  # the socket module may have been patched (gevent)
 
-    _socket = socket
+    _socket = module
     _learn_path()
+
+
+class Traces:
+    """What tells which connection libpcsclite opens in SCardEstablishContext.
+
+    Its socket gets the lowest free number.  A look before and one after it, in the same step of C and with nobody else
+    of this library in between, tell it, unless another thread of the application opens or closes files just then; a
+    thorough look lists all numbers, and tells it then, too.
+    """
+
+    def __init__(self) -> None:
+        self._next: list[int] = []  # the lowest free number, before
+        self._status: list[os.stat_result] = []  # of what has it afterwards
+        self._listed: list[list[str]] = []  # all numbers, before and after
+
+    def operations(self, thoroughly: bool) -> tuple[Sequence[Any], Sequence[Any]]:
+        """What is to be done before SCardEstablishContext and after it, in C."""
+        spare = _descriptors.any_open()
+        if not ARE_INHERITED or spare is None:
+            return (), ()
+        look = [
+            partial(self._next.extend, map(os.dup, (spare,))),
+            partial(nowhere.extend, map(os.close, self._next)),
+        ]
+        if not thoroughly:
+            return look, [partial(self._status.extend, map(os.fstat, self._next))]
+        listing = [partial(self._listed.extend, map(os.listdir, (_FDS,))) for _ in range(2)]
+        return [*look, listing[0]], [listing[1]]
+
+    def connection(self) -> Optional[Descriptor]:
+        """The connection, or None if it can't be told."""
+        if self._status:
+            status = self._status[0]
+            expected = Descriptor(self._next[0], status.st_dev, status.st_ino)
+            peer = _peer(expected.number)
+            # Guarded or not: another thread may be noting the same.
+            return expected if peer is not None and _is_pcscd(peer) and expected.is_intact() else None
+        if not self._listed:
+            return None
+        now = set(self._listed[1]) if len(self._listed) > 1 else _possible_numbers()
+        found = strangers((now - set(self._listed[0])) | set(map(str, self._next)))
+        likely = [descriptor for is_likely, descriptor in found if is_likely]
+        return likely[0] if len(likely) == 1 else None
+
+
+def shut_down(connection: Optional[Descriptor]) -> bool:
+    """End a connection to pcscd, and leave the descriptor to libpcsclite.
+
+    Whoever reads from it finds its end, also later: nothing that ends a call comes too early.
+
+    :return: whether it was there.
+    """
+    if connection is None or not connection.is_intact():
+        return False
+    _ask(connection.number, methodcaller("shutdown", _socket.SHUT_RDWR))
+    return True
+
+
+def is_hung_up(connection: Optional[Descriptor]) -> bool:
+    """Whether pcscd has closed its end of a connection."""
+    if connection is None or not connection.is_intact():
+        return False
+    return b"" in _ask(connection.number, methodcaller("recv", 1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT))
+
+
+def _ask(number: int, question: Callable[[Any], Any]) -> list[Any]:
+    """What a socket answers that has this number; nothing where there is none, or it has no answer.
+
+    :param question: a C function, of a socket.
+    """
+    # As one that doesn't block, whatever it is: after socket.setdefaulttimeout() Python would else make it one, for its
+    # owner and for the owner's parent as well.
+    make = partial(_socket.SocketType, _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK, 0)
+    sockets: list[Any] = []
+    answers: list[Any] = []
+    try:
+        # One step: a signal handler that raised before detach() would have the descriptor closed.
+        in_one_step(
+            partial(sockets.extend, map(make, (number,))),
+            partial(answers.extend, map(question, sockets)),
+            partial(nowhere.extend, map(methodcaller("detach"), sockets)),
+        )
+    except OSError:
+        for one in sockets:
+            one.detach()
+    return answers
 
 
 def guard_all(on: bool) -> None:
@@ -53,7 +153,7 @@ def connections() -> list[Descriptor]:
 
 def open_numbers() -> set[str]:
     """The open descriptors, by their names; without the one that it takes to look."""
-    if not _ARE_INHERITED:
+    if not ARE_INHERITED:
         return set()
     try:
         listing = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
@@ -83,7 +183,7 @@ def strangers(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
         if not stat.S_ISSOCK(status.st_mode):
             continue
         descriptor = Descriptor(number, status.st_dev, status.st_ino)
-        if _descriptors.guarded.get(number) == descriptor:
+        if descriptor in _descriptors.guarded:
             continue
         peer = _peer(number)
         if peer is not None:
@@ -93,18 +193,7 @@ def strangers(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
 
 def _peer(number: int) -> Optional[str]:
     """The path that a Unix socket is connected to; None for any other descriptor."""
-    try:
-        # As one that doesn't block, whatever it is: after socket.setdefaulttimeout() Python would else make it one, for
-        # its owner and for the owner's parent as well.
-        connection = _socket.SocketType(_socket.AF_UNIX, _socket.SOCK_NONBLOCK, 0, number)
-    except OSError:
-        return None
-    try:
-        peer = connection.getpeername()
-    except OSError:
-        return None
-    finally:
-        connection.detach()
+    peer = next(iter(_ask(number, methodcaller("getpeername"))), None)
     return peer if isinstance(peer, str) and peer else None
 
 

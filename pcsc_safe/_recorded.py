@@ -8,11 +8,10 @@ At a fork nothing changes here: what a call notes goes to the record of the proc
 
 from __future__ import annotations
 
-from _thread import get_ident
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from . import _events, _gate, _handles
+from . import _events, _handles
 from ._calls import Call, Kind
 from ._handles import Card, Context
 from ._pyscard import SUCCESS, constant
@@ -124,7 +123,7 @@ def followed(name: str, after: Optional[_After]) -> Optional[_After]:
 
 
 def _exchanged(after: Optional[_After]) -> _After:
-    spans, inside = exchanges.spans, _gate.inside
+    spans = exchanges.spans
 
     def exchanged(card: Any, arguments: tuple[Any, ...], result: Any) -> Any:
         if result[0] == SUCCESS:
@@ -134,9 +133,8 @@ def _exchanged(after: Optional[_After]) -> _After:
                 file[at] = end  # not struct.pack_into: after a system call, all that is bigger is slow
                 file[at + 1] = next(count)
             else:
-                # When it began the router has noted; of a call through a broker nobody has.
-                entry = inside.get(get_ident())
-                exchanges.happened(card.key, entry[1] if entry is not None else end, end)
+                # When it began its native context has noted; of a call through a broker nobody has.
+                exchanges.happened(card.key, card.native.began if card.native is not None else end, end)
         return result
 
     return exchanged

@@ -23,12 +23,12 @@ import time
 from _thread import get_ident
 from typing import Any, Callable
 
-from . import _handles, _process
+from . import _gate, _handles, _process
 from ._calls import CALLS, Call
 from ._handles import Context, Record
 from ._pyscard import SUCCESS, constant
 from ._settings import settings
-from ._turns import CANCELLED, CHANGED, INFINITE, TIMED_OUT, is_for_new_readers
+from ._waits import CANCELLED, CHANGED, INFINITE, TIMED_OUT, is_for_new_readers
 from .policy import Role
 
 __all__ = ["GONE", "NO_SERVICE", "UNHEARD", "again", "cancel", "lost_meanwhile", "noticed", "outlast", "recovers"]
@@ -77,9 +77,12 @@ def noticed(record: Record, real: int, hresult: int) -> bool:
     if not recovers(record):
         return False
     context = record.context
-    with context.turn.lock:
+
+    def lose() -> None:
         if hresult != _COMM_ERROR and record.real == real and record.owner is _process.current():
             _handles.lose(context, _process.SERVICE_LOST)
+
+    _gate.exclusively(context.lock, lose)
     return True
 
 
@@ -132,19 +135,19 @@ def outlast(
     :param cancels: how often waits on the context had been cancelled then.
     :return: the answer.
     """
-    turn, safe, ident = context.turn, context.safe, get_ident()
+    safe, ident, here = context.safe, get_ident(), _process.current()
 
     def left() -> int:
         return INFINITE if timeout == INFINITE else max(0, timeout - round((time.monotonic() - began) * 1000))
 
     refusals = 0
-    turn.outlasting.append(ident)
+    context.outlasting.append(ident)
     try:
-        while not context.released and turn is context.turn:
+        while not context.released and here is _process.current():
             hresult = list_readers(safe, [])[0]
             refusals = refusals + 1 if hresult == _RESET else 0
             is_back = hresult not in GONE or refusals == _ATTEMPTS  # it is polkit who says so
-            if turn.cancels != cancels:
+            if context.cancels != cancels:
                 return call.failure(CANCELLED, (timeout, states))
             if is_back:
                 answer = wait(safe, 0, states)
@@ -158,7 +161,8 @@ def outlast(
             time.sleep(_POLL)
         return wait(safe, left() or 1, states)  # released meanwhile, or this is a child
     finally:
-        turn.outlasting.remove(ident)
+        if ident in context.outlasting:
+            context.outlasting.remove(ident)
 
 
 def _with_new_readers(states: list[Any]) -> Any:
@@ -176,16 +180,15 @@ def cancel(context: Context, cancel_once: Callable[[], Any]) -> Any:
 
     :param cancel_once: cancels what is in it now.
     """
-    turn = context.turn
-    turn.cancels += 1
-    waits = [thread for thread in turn.outlasting if thread != get_ident()]
+    context.cancels += 1
+    waits = [thread for thread in context.outlasting if thread != get_ident()]
     answer = cancel_once()
     if answer == _INVALID_HANDLE and not context.released and recovers(context):
         answer = SUCCESS  # another pcscd than the context's has said so; its waits look at the count
     # One that is about to enter PC/SC again isn't there to be cancelled. Not for ever: it may need the turn that this
     # very thread has, if this is a signal handler.
     deadline = time.monotonic() + _CANCEL_WITHIN
-    while any(thread in turn.outlasting for thread in waits) and time.monotonic() < deadline:
+    while any(thread in context.outlasting for thread in waits) and time.monotonic() < deadline:
         time.sleep(_POLL / 10)
         cancel_once()
     return answer

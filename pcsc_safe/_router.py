@@ -7,12 +7,12 @@ apart by the epoch of its record, never by a flag that somebody would have to re
 
 from __future__ import annotations
 
-from _thread import get_ident
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any, Callable, Optional
 
 from . import (
     _bequest,
+    _contexts,
     _descriptors,
     _events,
     _gate,
@@ -25,10 +25,10 @@ from . import (
     _pyscard,
     _recorded,
     _recovery,
-    _transactions,
-    _turns,
+    _waits,
 )
 from ._calls import CALLS, Call, Gateway, Kind, LostError
+from ._contexts import STALE
 from ._handles import Card, Context, Record
 from ._inherited import INVALID_HANDLE
 from ._pyscard import SUCCESS, constant
@@ -39,15 +39,6 @@ __all__ = ["public"]
 
 
 # What follows a native call: keeps the records as PC/SC keeps its handles.
-
-
-def _connected(context: Record, arguments: tuple[Any, ...], result: Any) -> Any:
-    hresult, real, protocol = result
-    if hresult != SUCCESS or not isinstance(context, Context):
-        return result
-    reader, share_mode, preferred = arguments
-    card = Card(real, context, reader, share_mode, protocol or preferred)
-    return [hresult, _handles.register(card), protocol]
 
 
 def _released(context: Record, arguments: tuple[Any, ...], result: Any) -> Any:
@@ -72,23 +63,22 @@ def _reconnected(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
 
 def _began(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     if result == SUCCESS and isinstance(card, Card):
-        _transactions.began(card)
+        card.transactions += 1
     return result
 
 
 def _ended(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
-    if isinstance(card, Card):
+    if isinstance(card, Card) and result not in _REFUSED:
         # Any other failure says that the transaction went with the session, the card or pcscd.
-        refused = result in _REFUSED
-        _transactions.ended(card, 1 if result == SUCCESS else 0 if refused else card.transactions)
+        card.transactions = max(0, card.transactions - 1) if result == SUCCESS else 0
     return result
 
 
 _REFUSED = tuple(constant(name) for name in ("SCARD_E_INVALID_VALUE", "SCARD_E_SHARING_VIOLATION"))
 _After = Callable[[Record, "tuple[Any, ...]", Any], Any]
+_Native = Callable[[Any, "tuple[Any, ...]"], Any]
 
 _AFTER: dict[str, _After] = {
-    "SCardConnect": _connected,
     "SCardReleaseContext": _released,
     "SCardDisconnect": _disconnected,
     "SCardReconnect": _reconnected,
@@ -120,13 +110,21 @@ def _establish(scope: Any) -> Any:
     settings()
     if not _is_prepared and here.unquiet is not None and here.unquiet.function == _gate.IMPORTS:
         raise _inherited.unsafe("SCardEstablishContext", None)
-    _gate.enter(_gate.IMPORTS, _prepare)
+    if not _is_prepared or _descriptors.any_open() is None:
+        _gate.during(_gate.IMPORTS, _prepare)
+    kept: list[Context] = []
 
-    def keep(real: int, descriptor: Any, owner: _process.Epoch, gateway: Gateway) -> Any:
-        return _handles.register(Context(real, scope, descriptor, owner, gateway))
+    def keep(real: Any, number: int, owner: _process.Epoch, gateway: Gateway) -> Any:
+        kept.append(Context(real, number, scope, owner, gateway))
+        return _handles.register(kept[-1])
 
     call = CALLS["SCardEstablishContext"]
-    return _persistently(call, lambda: _inherited.gateway(call.name, None).establish(scope, keep), ())
+    try:
+        return _persistently(call, lambda: _inherited.gateway(call.name, None).establish(scope, keep), ())
+    except BaseException:  # a signal handler's: nobody gets what was established
+        for context in kept:
+            context.forget()
+        raise
 
 
 _ATTEMPTS = 3
@@ -156,31 +154,59 @@ def _after_loss(call: Call, route: Callable[..., Any], handle: Any, arguments: t
     return _route_slowly(call, route, handle, arguments)
 
 
+_C_INFINITE = 0xFFFFFFFF  # winscard.h's; pyscard's is 0x7FFFFFFF
+
+
 def _routed(call: Call) -> Callable[..., Any]:
     """The function that takes the application's call."""
     special: dict[str, Callable[[Call], Callable[..., Any]]] = {
         "SCardEstablishContext": lambda call: _establish,
         "SCardGetStatusChange": _routed_wait,
+        "SCardIsValidContext": _routed_validity,
         "SCardCancel": _routed_cancel,
-        "SCardIsValidContext": _routed_without_turn,
     }
-    return special.get(call.name, _routed_in_turn)(call)
+    if call.name in special:
+        return special[call.name](call)
+    if call.takes is Kind.CARD:
+        return _routed_to(call, _handles.cards, _contexts.card_call(call.name))
+    return _routed_to(call, _handles.contexts, _context_calls.get(call.name) or _context_call(call.name))
 
 
-_GIVES_WAY = 0.0005  # s
-_C_INFINITE = 0xFFFFFFFF  # winscard.h's; pyscard's is 0x7FFFFFFF
-_NEVER_PASS = ("SCardReleaseContext",)  # it frees what a call that sleeps has in use
+def _context_call(name: str) -> _Native:
+    return lambda context, arguments: context.real.call(context, name, *arguments)
 
 
-def _routed_in_turn(call: Call) -> Callable[..., Any]:
-    """In the owner: get the turn, enter the native library, note the outcome; in as few steps as there are."""
-    name, native, after, discloses = call.name, _native.raw[call.name], _after(call.name), call.discloses
-    registry: dict[Any, Any] = _handles.contexts if call.takes is Kind.CONTEXT else _handles.cards
-    process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
-    here_itself, is_card = _native.gateway, call.takes is Kind.CARD
-    polls, holders = name in _transactions.WAITING, _transactions.holders
-    is_bare, unheard = call.failed is None, _recovery.UNHEARD[name]
-    is_retried, passes = name in _turns.RETRIED, name not in _NEVER_PASS
+def _connect(context: Any, arguments: tuple[Any, ...]) -> Any:
+    return _native.gateway.connect(context, arguments, _keep_card(context, arguments))
+
+
+def _keep_card(context: Context, arguments: tuple[Any, ...]) -> Callable[[int, Any, int], Any]:
+    reader, share_mode, preferred = arguments
+    return lambda real, native, protocol: _handles.register(
+        Card(real, native, context, reader, share_mode, protocol or preferred)
+    )
+
+
+def _release(context: Any, arguments: tuple[Any, ...]) -> Any:
+    return context.real.release(context, context.forget)
+
+
+_context_calls: dict[str, _Native] = {
+    "SCardConnect": _connect,
+    "SCardReleaseContext": _release,
+    "SCardCancel": lambda context, arguments: context.real.cancel(context),
+}
+
+
+def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[..., Any]:
+    """In the owner: make the call, note the outcome; in as few steps as there are.
+
+    :param registry: where the records of the handles are that the function takes.
+    :param make: makes the call in this process's native library.
+    """
+    after, discloses, is_bare = _after(call.name), call.discloses, call.failed is None
+    process, sentinel, here_itself = _process, _process.sentinel, _native.gateway
+    unheard = _recovery.UNHEARD[call.name]
 
     def route(handle: Any, *arguments: Any) -> Any:
         try:
@@ -189,68 +215,22 @@ def _routed_in_turn(call: Call) -> Callable[..., Any]:
             record = None
         if record is None or record.safe is not handle or not sentinel[0] or record.owner is not process.here:
             return _route_slowly(call, route, handle, arguments)
-        context = record.context
-        if context.gateway is not here_itself:
+        if record.context.gateway is not here_itself:
             try:
                 return _through_broker(call, route, record, handle, arguments)
             except LostError as lost:
                 return _after_loss(call, route, handle, arguments, lost)
-        if closers:
-            _gate.wait_until_open(get_ident())
-        if polls and holders and not (is_card and holders.get(record.reader) is record):
-            _transactions.wait(name, record, arguments, public["SCardStatus"])
-        turn = context.turn
-        if turn.waits and turn.current is None:
-            sleep(_GIVES_WAY)  # a wait for events wants to go on; beside a busy thread it never could
-        is_gone = False
-        place, is_held = turn.lock, False
-        if holders and passes:
-            # Others may wait for the end of a transaction of ours, which is not to wait for the end of theirs.
-            place, is_held = _turns.place(turn)
-        is_beside = place is _turns.BESIDE
-        with place:
-            if is_held:
-                turn.lock.release()
-            if turn.current is not None:
-                turn.evict()
-            ident = get_ident()
-            before = inside.get(ident)
-            retries = is_retried and not is_beside and not record.transactions
-            retrying = turn.retrying
-            try:
-                inside[ident] = (name, monotonic(), None)
-                if retries:
-                    turn.retrying = ident
-                if is_beside:
-                    turn.passing.add(ident)
-                in_the_way = closers and ident not in closers
-                if polls and holders and not in_the_way and not (is_card and holders.get(record.reader) is record):
-                    in_the_way = _transactions.in_the_way(name, record, arguments) is not None
-                # Looked at after `passing` was set; a wait for events does it the other way round.
-                if is_beside and not in_the_way:
-                    in_the_way = not turn.retrying or turn.current is not None
-                # Nothing between this look and the native call can run other code: a fork in a handler is seen.
-                if not in_the_way and sentinel[0] and record.owner is process.here:
-                    real = record.real
-                    result = native(real, *arguments)
-                    hresult = result if is_bare else result[0]
-                    is_gone = hresult != SUCCESS and hresult in unheard and _recovery.noticed(record, real, hresult)
-                    if not is_gone:
-                        if discloses and hresult != SUCCESS:
-                            return call.failure(hresult)
-                        return after(record, arguments, result) if after else result
-            finally:
-                if retries:
-                    turn.retrying = retrying  # this thread, if this is a signal handler
-                if is_beside:
-                    turn.passing.discard(ident)
-                if before is None:
-                    inside.pop(ident, None)
-                else:
-                    inside[ident] = before
-        if is_gone:
-            return _recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
-        return _route_slowly(call, route, handle, arguments)
+        real = record.real
+        result = make(record, arguments)
+        if result is STALE:
+            return _route_slowly(call, route, handle, arguments)
+        hresult = result if is_bare else result[0]
+        if hresult != SUCCESS:
+            if hresult in unheard and _recovery.noticed(record, real, hresult):
+                return _recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
+            if discloses:
+                return call.failure(hresult)
+        return after(record, arguments, result) if after else result
 
     return route
 
@@ -268,16 +248,18 @@ def _through_broker(
         result = call.failure(_recovery.NO_SERVICE, arguments)
     if is_gone:
         return _recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
-    if call.name == "SCardConnect" and record.real != real:
-        return call.failure(COMM_ERROR)  # another thread has noticed since that what it is through is lost
+    if call.name == "SCardConnect":
+        if record.real != real:
+            return call.failure(COMM_ERROR)  # another thread has noticed since that what it is through is lost
+        if hresult == SUCCESS and isinstance(record, Context):
+            result[1] = _keep_card(record, arguments)(result[1], None, result[2])
+        return result
     return after(record, arguments, result) if after else result
 
 
-def _routed_without_turn(call: Call) -> Callable[..., Any]:
-    """For what libpcsclite answers at once, whatever else the context is used for."""
-    name, native = call.name, _native.functions[call.name]
-    process, sentinel, inside, closers = _process, _process.sentinel, _gate.inside, _gate.closers
-    contexts, here_itself = _handles.contexts, _native.gateway
+def _routed_validity(call: Call) -> Callable[..., Any]:
+    """SCardIsValidContext: libpcsclite, too, looks at its own table only."""
+    process, sentinel, contexts, here_itself = _process, _process.sentinel, _handles.contexts, _native.gateway
 
     def route(handle: Any) -> Any:
         try:
@@ -287,34 +269,15 @@ def _routed_without_turn(call: Call) -> Callable[..., Any]:
         if context is None or context.safe is not handle or not sentinel[0] or context.owner is not process.here:
             return _route_slowly(call, route, handle, ())
         if context.gateway is not here_itself:
-            return _route_slowly(call, route, handle, ())
-        ident = get_ident()
-        before = inside.get(ident)
-        try:
-            inside[ident] = entry = (name, monotonic(), None)
-            if closers:
-                _gate.through(ident, entry)
-            if sentinel[0] and context.owner is process.here:
-                real = context.real
-                result = native(real)
-                if result == SUCCESS or context.real == real:
-                    return result
-        finally:
-            if before is None:
-                inside.pop(ident, None)
-            else:
-                inside[ident] = before
-        return _route_slowly(call, route, handle, ())
+            return through_broker(handle)
+        return SUCCESS
 
+    through_broker = _routed_to(call, contexts, lambda context, arguments: SUCCESS)
     return route
 
 
 def _routed_cancel(call: Call) -> Callable[..., Any]:
-    def once(handle: Any) -> Any:
-        context = _owned(handle)
-        if context is None:
-            return _route_slowly(call, once, handle, ())
-        return _turns.cancel(context.turn, context.real)
+    once = _routed_to(call, _handles.contexts, _context_calls[call.name])
 
     def route(handle: Any) -> Any:
         record = _handles.find(Kind.CONTEXT, handle)
@@ -326,14 +289,14 @@ def _routed_cancel(call: Call) -> Callable[..., Any]:
 
 
 def _routed_wait(call: Call) -> Callable[..., Any]:
-    in_turn = _routed_in_turn(call)
+    at_once = _routed_to(call, _handles.contexts, _context_call(call.name))
 
     def route(handle: Any, timeout: Any, states: Any) -> Any:
         record = _handles.find(Kind.CONTEXT, handle)
         if not isinstance(record, Context) or type(timeout) is not int or not 0 <= timeout <= _C_INFINITE:
-            return in_turn(handle, timeout, states)
-        timeout = min(timeout, _turns.INFINITE)
-        began, cancels = monotonic(), record.turn.cancels
+            return at_once(handle, timeout, states)
+        timeout = min(timeout, _waits.INFINITE)
+        began, cancels = monotonic(), record.cancels
         answer = wait(handle, timeout, states)
         if answer[0] in _recovery.GONE and _recovery.recovers(record):
             list_readers = public["SCardListReaders"]
@@ -342,21 +305,20 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
 
     def wait(handle: Any, timeout: int, states: Any) -> Any:
         if not timeout:
-            return in_turn(handle, timeout, states)
+            return at_once(handle, timeout, states)
         context = _owned(handle)
         if context is None:
             return _route_slowly(call, wait, handle, (timeout, states))
         real = context.real
-        answer = _turns.await_change(
-            context.turn,
-            # The real handle too: another thread may have lost the context since, and established it anew.
-            lambda: bool(_process.sentinel[0]) and context.owner is _process.here and context.real == real,
-            real,
+        answer = _waits.await_change(
+            context,
+            # What it is known by, too: another thread may have lost the context since, and established it anew.
+            lambda: bool(_process.sentinel[0]) and context.owner is _process.here and context.real is real,
             timeout,
             states,
-            call.failure(_turns.CANCELLED, (timeout, states)),
+            call.failure(_waits.CANCELLED, (timeout, states)),
         )
-        if answer is not None:
+        if answer is not STALE:
             return answer
         if _recovery.lost_meanwhile(context, real):
             return call.failure(_recovery.NO_SERVICE, (timeout, states))
@@ -378,13 +340,24 @@ def _route_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments:
     return _persistently(call, lambda: _routed_slowly(call, route, handle, arguments), arguments)
 
 
+_NOBODYS = 1 << 40  # no handle of libpcsclite's has so many bits
+
+
+def _number_of(record: Record) -> int:
+    """What stands for a record where the library is to say that this is not what the call takes."""
+    if record.context.gateway is not _native.gateway or isinstance(record, Card):
+        return int(record.real)
+    # A thread may still be in the native library with a context that was released.
+    return record.number | _NOBODYS if record.released else record.number
+
+
 def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
     assert call.takes is not None
     here = _notice()
     record = _handles.find(call.takes, handle)
     if record is None or (record.owner is here and (record.released or record.kind is not call.takes)):
         through = _inherited.gateway(call.name, None) if record is None else record.context.gateway
-        real = handle if record is None else record.real
+        real = handle if record is None else _number_of(record)
         return through.enter(call.name, through.functions[call.name], real, *arguments)
     if record.kind is not call.takes or record.released:
         return call.failure(INVALID_HANDLE, arguments)
@@ -397,6 +370,8 @@ def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments
         return _through_broker(call, route, record, handle, arguments)
     if (_handles.contexts if record.kind is Kind.CONTEXT else _handles.cards).get(record.number) is not record:
         # pcscd was restarted, and has given the number to somebody else since.
+        if record.kind is Kind.CONTEXT:
+            return (_context_calls.get(call.name) or _context_call(call.name))(record, arguments)
         return through.enter(call.name, through.functions[call.name], record.real, *arguments)
     return route(record.safe, *arguments)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Optional
 
 from . import _gate, _pcscd
-from .policy import Owner, Policy, Settings, from_environment
+from .policy import Owner, Policy, Settings, from_environment, native_works_after_fork
 
 __all__ = ["gives_at_forks", "put_in_force", "settings"]
 
@@ -36,5 +36,6 @@ def put_in_force(new: Settings) -> Settings:
     global _settings
     _settings = new
     _gate.quiesce_timeout = new.quiesce_timeout
+    _gate.may_child_use_native = lambda: new.policy is not Policy.BROKER and native_works_after_fork()
     _pcscd.guard_all(new.guard_native)
     return new

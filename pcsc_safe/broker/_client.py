@@ -16,12 +16,12 @@ import contextlib
 import os
 import threading
 from _thread import get_ident
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any, Callable, Optional
 
 from .. import _descriptors, _gate, _log, _process
-from .._calls import Keep, LostError
+from .._calls import Keep, KeepCard, LostError
 from ..errors import BrokerError
 from . import _start, _wire
 from ._connection import Connection, adopt, pair
@@ -81,8 +81,19 @@ class Broker:
             where = os.path.abspath(where)
         result = self.functions["SCardEstablishContext"](scope, where)
         if result[0] == 0:
-            result[1] = keep(result[1], None, self.epoch, self)
+            result[1] = keep(result[1], result[1], self.epoch, self)
         return result
+
+    def connect(self, context: Any, arguments: Sequence[Any], keep: KeepCard) -> Any:
+        """SCardConnect; see :class:`_calls.Gateway`."""
+        result = self.functions["SCardConnect"](context.real, *arguments)
+        if result[0] == 0:
+            result[1] = keep(result[1], None, result[2])
+        return result
+
+    def descriptors(self, real: Any) -> Sequence[Any]:
+        """None: the broker has them."""
+        return ()
 
     def forget(self, real: int) -> None:
         """Have it release a context of this process that is no use any more; in a child nothing is to be done."""
@@ -171,12 +182,14 @@ class Broker:
     def _connect(self) -> Connection:
         self._drop_orphans()
         if self._presence is None:
-            with self._arriving:
-                if self._presence is None:
-                    self._presence = self._arrive()
+            _gate.exclusively(self._arriving, self._arrive_once)
         elif not self._presence.descriptor.is_intact():
             raise self._lost(under_way=False)  # the application has closed it, and the broker our sessions
         return self._greeted()
+
+    def _arrive_once(self) -> None:
+        if self._presence is None:
+            self._presence = self._arrive()
 
     def _drop_orphans(self) -> None:
         """Close connections that a signal handler's exception has left between their users."""
@@ -208,7 +221,7 @@ class Broker:
         connection: Optional[Connection] = None
         is_welcome = False
         try:
-            connection = _gate.enter("the broker's door", self._passed)
+            connection = _gate.during("the broker's door", self._passed)
             connection.user = get_ident()
             connection.wait_at_most(_READY_WITHIN)
             connection.send(_wire.encode(_wire.Hello(_wire.VERSION, key or self.key)))
@@ -284,10 +297,12 @@ class Broker:
         for connection in [*self._idle, *filter(None, [self._presence]), self._door]:
             self._drop(connection)
         del self._idle[:]
-        with self._arriving:
-            self._helper = self._helper.heard()
+        _gate.exclusively(self._arriving, self._note_helper)
         self._helper.reap()
         return LostError(self, under_way=under_way)
+
+    def _note_helper(self) -> None:
+        self._helper = self._helper.heard()
 
     def _drop(self, connection: Connection) -> None:
         if self._connections.get(connection.descriptor.number) is connection:

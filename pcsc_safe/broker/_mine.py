@@ -59,14 +59,17 @@ def prestart() -> None:
 
 def _started(for_family: bool) -> Broker:
     """The broker of this process; it is started if there is none."""
-    global _mine
     prepare()
     here = _process.current()  # first of all: what is locked or closed may be so in the parent
-    with _starting:
+
+    def start_once() -> Broker:
+        global _mine
         broker = usable()
         if broker is None or broker.epoch is not here:
-            broker = _mine = _gate.enter("the start of a broker", _start_one, for_family)
+            broker = _mine = _gate.during("the start of a broker", _start_one, for_family)
         return broker
+
+    return _gate.exclusively(_starting, start_once)
 
 
 def _start_one(for_family: bool) -> Broker:

@@ -19,7 +19,7 @@ import threading
 import time
 from typing import Any, Optional
 
-from .. import _calls, _descriptors, _gate, _handles, _native, _pcscd, _pyscard, _router, _transactions, _turns
+from .. import _calls, _contexts, _descriptors, _handles, _native, _pcscd, _pyscard, _router
 from . import _sharing, _start, _wire
 from ._sharing import Handle
 
@@ -27,7 +27,9 @@ __all__ = ["Server"]
 
 _AT_ONCE = 1 << 16  # bytes
 _SHARING_VIOLATION = _pyscard.constant("SCARD_E_SHARING_VIOLATION")
-_EXCHANGES = {_wire.NUMBERS[name]: _native.functions[name] for name in ("SCardTransmit", "SCardControl")}
+_EXCHANGES = {
+    _wire.NUMBERS[name]: (_contexts.card_call(name), _calls.CALLS[name]) for name in ("SCardTransmit", "SCardControl")
+}
 _LEAVE_CARD = _pyscard.constant("SCARD_LEAVE_CARD")
 _UNDOING = {
     "SCardEstablishContext": "SCardReleaseContext",
@@ -71,12 +73,9 @@ class _Client:
 
 
 def _cut_off(context: _handles.Context) -> None:
-    """Shut the connection to pcscd down, and leave the descriptor to libpcsclite."""
-    if context.descriptor is not None and context.descriptor.is_intact():
-        connection = socket.socket(fileno=context.descriptor.number)
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
-        connection.detach()
+    """Shut its connections to pcscd down, and leave the descriptors to libpcsclite."""
+    for descriptor in context.gateway.descriptors(context.real):
+        _pcscd.shut_down(descriptor)
 
 
 class _Connection:
@@ -195,25 +194,17 @@ class _Connection:
     def _exchanged(self, client: _Client, request: _wire.Request) -> Any:
         """An exchange with a card whose context is idle, in as few steps as there are; None if it isn't one."""
         number, arguments = request
-        native = _EXCHANGES.get(number)
-        if native is None or not arguments or type(arguments[0]) is not int or _transactions.holders:
+        exchange = _EXCHANGES.get(number)
+        if exchange is None or not arguments or type(arguments[0]) is not int:
             return None
         handle = client.handles.get(arguments[0])
         if handle is None or handle.holders or handle.record.kind is not _calls.Kind.CARD:
             return None
-        record = handle.record
-        turn = record.context.turn
-        if turn.waits:
+        make, call = exchange
+        result = make(handle.record, arguments[1:])
+        if result is _contexts.STALE:
             return None
-        with turn.lock:
-            # Looked at again: who has begun one since needs this turn to end it, and the exchange would wait for that.
-            if turn.current is not None or record.released or _transactions.holders:
-                return None
-            turn.retrying = threading.get_ident()
-            try:
-                return _gate.enter(_wire.FUNCTIONS[number], native, *arguments)
-            finally:
-                turn.retrying = 0
+        return result if result[0] == _pyscard.SUCCESS else call.failure(result[0])
 
     def _called(self, client: _Client, call: _calls.Call, name: str, arguments: Any) -> Any:
         if name == "SCardEstablishContext":
@@ -266,7 +257,7 @@ class _Connection:
         """
         waits_on = self._waits_on
         if waits_on is not None and context in (None, waits_on):
-            _turns.cancel(waits_on.turn, waits_on.real, self._thread)
+            waits_on.real.cancel(waits_on, self._thread)
 
     def _waited(self, function: Any, handle: Handle, arguments: Any) -> Any:
         record = handle.record
@@ -288,8 +279,8 @@ def _established(client: _Client, scope: Any, socket_name: Any) -> Any:
     :param socket_name: where the client would look for pcscd; None: where everybody does.
     """
 
-    def keep(real: int, descriptor: Any, owner: Any, gateway: _calls.Gateway) -> Any:
-        return _handles.register(_handles.Context(real, scope, descriptor, owner, gateway))
+    def keep(real: Any, number: int, owner: Any, gateway: _calls.Gateway) -> Any:
+        return _handles.register(_handles.Context(real, number, scope, owner, gateway))
 
     with _establishing:
         if isinstance(socket_name, str):

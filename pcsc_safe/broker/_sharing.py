@@ -10,13 +10,17 @@ from __future__ import annotations
 import threading
 from typing import Any, Callable, Optional, Protocol
 
-from .. import _handles, _pyscard, _router, _transactions
+from .. import _handles, _pyscard, _router
 
 __all__ = ["Client", "Handle", "call_on_card", "drop", "share"]
 
 _LOOK_AGAIN = 1.0  # s; whether the client that waits is still there
 _REFUSED = frozenset(("SCardControl", "SCardEndTransaction"))  # PC/SC doesn't wait in these
 _LEAVE, _RESET = _pyscard.constant("SCARD_LEAVE_CARD"), _pyscard.constant("SCARD_RESET_CARD")
+# pcscd's or libpcsclite's loops that wait for the end of a transaction inside the call.
+_WAITING = frozenset(
+    ("SCardBeginTransaction", "SCardConnect", "SCardDisconnect", "SCardReconnect", "SCardStatus", "SCardTransmit")
+)
 _EXCLUSIVE = _pyscard.constant("SCARD_SHARE_EXCLUSIVE")
 
 
@@ -97,7 +101,7 @@ def call_on_card(client: Client, name: str, handle: Handle, function: Callable[.
         while handle.transaction not in (None, client):
             if name in _REFUSED or client.is_gone:
                 return None
-            if name not in _transactions.WAITING:
+            if name not in _WAITING:
                 break
             handle.free.wait(_LOOK_AGAIN)
         if client.is_gone:

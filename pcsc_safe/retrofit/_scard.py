@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -24,6 +23,7 @@ from typing import Any, Callable, Optional
 from .. import _gate, _process
 from .._calls import CALLS, Call
 from .._settings import settings
+from .._unpatched import monotonic
 from ..policy import Broker
 from ._framework import here
 from ._patches import Patch
@@ -128,7 +128,7 @@ def _opened_before(call: Call, original: Optional[_Function], since: _process.Ep
 
     if original is None or (_in_force and here() is not since):
         return call.failure(INVALID_HANDLE, arguments[1:])
-    result = _gate.enter(call.name, original, *arguments)
+    result = _gate.during(call.name, original, *arguments)
     return call.failure(result[0]) if call.discloses and result[0] != SUCCESS else result
 
 
@@ -262,7 +262,8 @@ def _note_threads_inside() -> None:
     for ident, frame in sys._current_frames().items():
         code = frame.f_code
         if ident != threading.get_ident() and code.co_filename == wrappers and code.co_name in CALLS:
-            _gate.inside.setdefault(ident, (code.co_name, time.monotonic(), _Straggler(ident, id(frame))))
+            straggler = _Straggler(ident, id(frame))
+            _gate.elsewhere[straggler] = (code.co_name, ident, monotonic(), straggler)
 
 
 class _Straggler:
@@ -275,9 +276,8 @@ class _Straggler:
     def interrupt(self) -> None:
         """Strike it off if it is out. It can't be interrupted: its caller would notice."""
         frame = sys._current_frames().get(self._ident)
-        entry = _gate.inside.get(self._ident)
-        if entry is not None and entry[2] is self and (frame is None or id(frame) != self._frame):
-            _gate.inside.pop(self._ident, None)
+        if frame is None or id(frame) != self._frame:
+            _gate.elsewhere.pop(self, None)
 
 
 def leave_alone() -> None:

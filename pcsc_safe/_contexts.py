@@ -1,0 +1,577 @@
+"""The native contexts behind one PC/SC context of the application.
+
+libpcsclite lets one thread at a time use a context, and a thread that wants a busy one waits for it with the lock of
+the whole process in its hand: one thread that waits for events then freezes every other.  So nobody here ever wants a
+busy one.  A PC/SC context has as many native ones as things go on in it at the same time:
+
+- a card has one to itself, and calls on that card take turns;
+- a wait for events has one without a card, for as long as it lasts;
+- any other call uses one that is idle, or a new one.  What is idle and surplus is released, but for one.
+
+A new one is in the lists of this module as soon as libpcsclite has made it, in the same step of C, and so is a new
+connection to a card: what a signal handler interrupts can be finished, or undone, by whoever comes next.
+
+At a fork everything here stays the parent's; a child gets new native contexts, or those that were handed over to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import takewhile
+from typing import Any, Callable, Optional
+
+from . import _descriptors, _gate, _log, _pcscd, _process
+from ._calls import CALLS
+from ._descriptors import Descriptor
+from ._gate import GIVEN, OPEN, RELEASED, WOKEN, Owned, Place, attempt, made
+from ._pyscard import SUCCESS, constant, raw
+from ._unpatched import get_ident, monotonic, sleep
+
+__all__ = ["STALE", "NativeContext", "NativeContexts", "card_call"]
+
+STALE = object()
+"""The result of a call that wasn't made: what it is on is no more this process's."""
+
+NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
+_LEAVE_CARD: int = constant("SCARD_LEAVE_CARD")
+_32_BITS = 0xFFFFFFFF
+_SHORT = 100  # ms; a wait for events that has to use the native context of a card, because pcscd refuses another one
+_WAIT = "SCardGetStatusChange"
+_DOUBTFUL = constant("SCARD_E_UNSUPPORTED_FEATURE"), constant("SCARD_E_UNKNOWN_READER")
+_MOST_AVOIDED = 2
+_ATTEMPTS_TO_FIND = 4  # the connection of a new native context
+_CANCEL_WITHIN = 1.0  # s
+_RELEASE_WITHIN = 1.0  # s
+_CANCEL_AGAIN = 0.002  # s
+_UNTIL_GIVEN = 0.001  # s
+
+
+class _Establishing(Place):
+    """Where native contexts are established: one at a time, so that the descriptor of each can be told."""
+
+
+_establishing = _Establishing()
+_gate.places[_establishing] = None
+
+_doomed: list[tuple[NativeContext, Owned]] = []  # to be released, as soon as nobody is in them
+
+
+class NativeContext(Place):
+    """A context of libpcsclite's.
+
+    :ivar handle: libpcsclite's; 0 until it is known.
+    :ivar began: when the last call on a card there began, by ``monotonic()``.
+    :ivar descriptor: its connection to pcscd, if it could be told.
+    :ivar wakers: the threads that are ending a wait there.
+    :ivar cards: the native handles of the cards that live there, and an empty list for each SCardConnect that goes on.
+    """
+
+    __slots__ = ("began", "descriptor", "established", "handle", "traces", "wakers")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.handle = 0
+        self.began = 0.0
+        self.descriptor: Optional[Descriptor] = None
+        self.wakers: list[int] = []
+        self.established: list[Any] = []  # what SCardEstablishContext returned
+        self.traces = _pcscd.Traces()
+
+    def settle(self, is_mine: bool = True) -> None:
+        """Note what libpcsclite has made; whoever comes first does it, and a second time changes nothing.
+
+        :param is_mine: it is this process's.
+        """
+        if not self.handle and self.established and self.established[0][0] == SUCCESS:
+            descriptor = self.traces.connection()
+            if descriptor is not None and is_mine:
+                _descriptors.guard(descriptor)
+                self.descriptor = descriptor
+            elif descriptor is not None:
+                _descriptors.kill([descriptor])  # a finalizer has forked in the middle, and this is the child
+            self.handle = self.established[0][1]
+        _gate.unsettled.pop(self, None)
+
+    def wake(self, wait: Any, *, may_pass: bool = False) -> None:
+        """End the native call of a wait for events that is here; or if it isn't here, do nothing.
+
+        To shut the connection down ends it at every moment, as SCardCancel doesn't.  It ends the native context, too,
+        so there has to be another one: a process may have lost the right to connect to pcscd since.
+        """
+        is_known = self.descriptor is not None and self.descriptor.is_intact()
+        if is_known and self.state == OPEN and not wait.has_spare(self, may_pass):
+            is_known = False
+        try:
+            self.wakers.append(get_ident())  # while there is any, the connection isn't closed, nor its number reused
+            if not self.calls or self.calls[-1][3] is not wait:
+                return
+            wait.was_ended = True
+            # Nothing comes between that look and the next line: whoever is here next has seen it, and hasn't entered.
+            if is_known:
+                self.state = WOKEN
+                _pcscd.shut_down(self.descriptor)
+            else:
+                _cancel_natively(wait, self.handle, may_pass)
+        finally:
+            self.wakers.pop()
+
+    def is_dead(self) -> bool:
+        """Whether pcscd has closed the connection."""
+        # Looked at before and after: while it is released, its connection is closed as well.
+        return self._is_idle() and _pcscd.is_hung_up(self.descriptor) and self._is_idle()
+
+    def _is_idle(self) -> bool:
+        return self.state == OPEN and not self.calls
+
+
+class NativeContexts:
+    """Those behind one PC/SC context.
+
+    :ivar scope: SCARD_SCOPE_*.
+    :ivar natives: they.
+    :ivar waits: the waits for events on the PC/SC context, as their callers see them.
+    """
+
+    __slots__ = ("natives", "scope", "waits")
+
+    def __init__(self, scope: Any) -> None:
+        self.scope = scope
+        self.natives: dict[NativeContext, None] = {}  # in the order in which they were established
+        self.waits: dict[Any, None] = {}
+
+    # Calls.
+
+    def call(self, owned: Owned, function: str, *arguments: Any) -> Any:
+        """A call on the PC/SC context itself; one that doesn't last.
+
+        :param owned: the PC/SC context.
+        :return: pyscard's result, or :data:`STALE`.
+        """
+        native = raw[function]
+        return self._use(owned, function, lambda context: (partial(native, context.handle, *arguments),))
+
+    def wait(self, owned: Owned, wait: Any, timeout: int, states: Any) -> Any:
+        """SCardGetStatusChange, on a native context without a card.
+
+        :param wait: of which it is a part.
+        :return: pyscard's result, or :data:`STALE`.
+        """
+        native = raw[_WAIT]
+
+        def call(context: NativeContext) -> tuple[Callable[[], Any], ...]:
+            # A card lives there only if pcscd refuses another native context.
+            limit = min(timeout, _SHORT) if context.cards else timeout
+            return (partial(native, context.handle, limit, states),)
+
+        return self._use(owned, _WAIT, call, wait=wait, bare=True)
+
+    def connect(self, owned: Owned, arguments: Sequence[Any], keep: Callable[[int, NativeContext, int], Any]) -> Any:
+        """SCardConnect.
+
+        :param arguments: reader, share mode, protocols.
+        :param keep: records a new card; called with its native handle, where it lives, and its protocol.
+        :return: pyscard's result, with what ``keep`` returned in the place of the card; or :data:`STALE`.
+        """
+        native, connected, lives = raw["SCardConnect"], list[Any](), list[NativeContext]()
+        operands = [(argument,) for argument in arguments]
+
+        def call(context: NativeContext) -> tuple[Callable[[], Any], ...]:
+            lives[:] = [context]
+            # It counts as a card at once: who looks for a context without one must not find this one.
+            count = partial(context.cards.append, connected)
+            return partial(connected.extend, map(native, (context.handle,), *operands)), count
+
+        try:
+            result = self._use(owned, "SCardConnect", call, bare=True)
+            if result is STALE or not connected:
+                return result
+            hresult, handle, protocol = connected[0]
+            if hresult != SUCCESS:
+                return [hresult, 0, 0]
+            lives[0].cards.append(handle)
+            kept = keep(handle, lives[0], protocol)
+            connected.clear()
+            return [hresult, kept, protocol]
+        finally:
+            self._connected(owned, connected, lives)
+
+    def _connected(self, owned: Owned, connected: list[Any], lives: list[NativeContext]) -> None:
+        """The end of SCardConnect; a connection that a signal handler kept from being recorded is undone."""
+        for context in lives:
+            if connected and connected[0][0] == SUCCESS:
+                handle = connected[0][1]
+                context.wait_until_free()
+                attempt(context, owned, "SCardDisconnect", partial(raw["SCardDisconnect"], handle, _LEAVE_CARD))
+                context.cards[:] = [card for card in context.cards if card != handle]
+            context.cards[:] = [card for card in context.cards if card is not connected]
+            if not context.cards:
+                self.tidy(owned)
+
+    def cancel(self, owned: Owned, thread: Optional[int] = None) -> Any:
+        """SCardCancel: ends every wait for events on the PC/SC context, also one that is between two native calls.
+
+        :param thread: only the waits of this thread.
+        :return: pyscard's result.
+        """
+        waits = [wait for wait in list(self.waits) if thread in (None, wait.thread)]
+        for wait in waits:
+            wait.cancelled = True
+        self._wake(waits)
+        if waits or thread is not None or not self.natives:
+            return SUCCESS
+        return _cancel_natively(owned, next(iter(self.natives)).handle)
+
+    def has_spare(self, owned: Owned, context: NativeContext, may_pass: bool) -> bool:
+        """Whether there is another native context than this one that no wait has, after establishing it if need be."""
+        others = [
+            other for other in self.settled() if other is not context and not any(c[3] for c in list(other.calls))
+        ]
+        return bool(others) or self.establish(owned, may_pass=may_pass) == SUCCESS
+
+    def _wake(self, waits: Sequence[Any]) -> None:
+        """End the native calls of these waits."""
+        deadline = monotonic() + _CANCEL_WITHIN
+        for context in list(self.natives):
+            for wait in waits:
+                context.wake(wait)
+                # Where a connection can't be shut down, SCardCancel is lost on a wait that hasn't begun.
+                while context.state == OPEN and _is_at(wait, context) and monotonic() < deadline:
+                    sleep(_CANCEL_AGAIN)
+                    context.wake(wait)
+
+    # Which native context.
+
+    def _use(
+        self,
+        owned: Owned,
+        function: str,
+        call: Callable[[NativeContext], tuple[Callable[[], Any], ...]],
+        *,
+        wait: Any = None,
+        bare: bool = False,
+    ) -> Any:
+        """Make a call on any native context that is free, or on a new one."""
+        may_pass, refused = False, SUCCESS
+        avoided: list[NativeContext] = []
+        while not owned.released and owned.owner is _process.current() and not (wait is not None and wait.cancelled):
+            insists = bare and refused == SUCCESS
+            for context in self.settled():
+                if context in avoided or (insists and context.cards):
+                    continue
+                steps = attempt(context, owned, function, *call(context), wait=wait, bare=insists, may_pass=may_pass)
+                if steps:
+                    self._used(owned, context)
+                    result = made(steps)
+                    is_doubtful = function == _WAIT and result[0] in _DOUBTFUL and len(avoided) < _MOST_AVOIDED
+                    if not is_doubtful or not self._avoid(owned, context, may_pass):
+                        return result
+                    avoided.append(context)
+            given = [context for context in list(self.natives) if context.state == GIVEN]
+            if given:
+                _wait_until_given(given)
+                continue
+            if _gate.closers and not may_pass:
+                may_pass = _gate.wait_for(_establishing)
+                continue
+            refused = self.establish(owned, may_pass=may_pass)
+            if refused != SUCCESS:
+                # A call that isn't a wait for events ends by itself.
+                usable = [context for context in self.settled() if not any(call[3] for call in list(context.calls))]
+                if not usable:
+                    return CALLS[function].failure(refused, ([],))
+                usable[0].wait_until_free()
+        return STALE
+
+    def _avoid(self, owned: Owned, context: NativeContext, may_pass: bool) -> bool:
+        """Give a native context up whose conversation with pcscd may be out of step.
+
+        pcsc-lite 2.5 reads an event that comes at the wrong moment as the size of its array of readers; the answer is
+        then one that SCardGetStatusChange can't have, or that there is no such reader.
+
+        :return: whether there is another one to ask.
+        """
+        if not self.has_spare(owned, context, may_pass):
+            return False
+        if not context.cards:  # else what lives there goes on there, as on raw pyscard
+            context.state = WOKEN
+            self.tidy(owned)
+        return True
+
+    def _used(self, owned: Owned, context: NativeContext) -> None:
+        """After a call: release what is of no more use."""
+        if context.state == WOKEN:
+            self._release(owned, context)
+        if len(self.natives) > 1:
+            self.tidy(owned)
+        if _doomed:
+            sweep()
+
+    def tidy(self, owned: Owned) -> None:
+        """Release the native contexts that are idle, without a card, and surplus: all of them but one."""
+        idle = [context for context in list(self.natives) if context.handle and not context.cards and not context.calls]
+        woken = [context for context in idle if context.state == WOKEN]
+        for context in [*woken, *[context for context in idle if context.state == OPEN][1:]]:
+            self._release(owned, context)
+
+    def _release(self, owned: Owned, context: NativeContext, *, bare: bool = True) -> list[Any]:
+        if context.wakers:
+            return []  # it is released with what is surplus next
+        return attempt(
+            context,
+            owned,
+            "SCardReleaseContext",
+            partial(raw["SCardReleaseContext"], context.handle),
+            partial(setattr, context, "state", RELEASED),
+            partial(self.natives.pop, context, None),
+            partial(_gate.places.pop, context, None),
+            partial(_descriptors.guarded.pop, context.descriptor, None),
+            bare=bare,
+            most=WOKEN,
+            may_pass=get_ident() in _gate.closers,
+        )
+
+    # The life of a PC/SC context.
+
+    def establish(self, owned: Owned, *, may_pass: bool = False) -> int:
+        """SCardEstablishContext: one native context more.
+
+        :return: pyscard's result.
+        """
+        if any(context.is_dead() for context in list(self.natives)):
+            return NO_SERVICE  # a new one would be one of another pcscd's
+        for attempts_left in reversed(range(_ATTEMPTS_TO_FIND)):
+            context = self._establish_one(owned, may_pass, thoroughly=attempts_left < _ATTEMPTS_TO_FIND - 1)
+            if context is None:
+                return NO_SERVICE
+            hresult = int(context.established[0][0])
+            if hresult != SUCCESS:
+                self._refused(context, hresult)
+                return hresult
+            is_mine = owned.owner is _process.current()  # else a finalizer has forked in the middle
+            if context.descriptor is not None or not _pcscd.ARE_INHERITED or not is_mine or not attempts_left:
+                break
+            self._release(owned, context)  # whose connection can't be told, as other threads opened or closed files
+        if owned.released:
+            _doomed.extend((one, owned) for one in self.natives)
+            sweep()
+        return SUCCESS
+
+    def _establish_one(self, owned: Owned, may_pass: bool, *, thoroughly: bool) -> Optional[NativeContext]:
+        """A native context, or why there is none; None if what it is for is no more this process's."""
+        while owned.owner is _process.current():
+            context = NativeContext()
+            before, after = context.traces.operations(thoroughly)
+            made = (
+                partial(context.established.extend, map(raw["SCardEstablishContext"], (self.scope,))),
+                partial(self.natives.setdefault, context),
+                partial(_gate.places.setdefault, context),
+                partial(_gate.unsettled.setdefault, context),
+            )
+            try:
+                operations: list[Any] = [*before, *made, *after]
+                attempt(_establishing, owned, "SCardEstablishContext", *operations, may_pass=may_pass)
+            except OSError:  # a look at the descriptors failed: there is none left, or the one that was looked for
+                if not context.established:
+                    attempt(_establishing, owned, "SCardEstablishContext", *made, may_pass=may_pass)
+            if context.established:
+                context.settle(owned.owner is _process.current())
+                return context
+            may_pass = _gate.wait_for(_establishing, may_pass)
+        return None
+
+    def _refused(self, context: NativeContext, hresult: int) -> None:
+        self.natives.pop(context, None)
+        _gate.places.pop(context, None)
+        if self.natives and hresult != NO_SERVICE:
+            _log.warning("pcscd refuses one more connection: calls wait for each other (%s)", hex(hresult & _32_BITS))
+
+    def release(self, owned: Owned, forget: Callable[[], None]) -> int:
+        """SCardReleaseContext: end the waits, and release every native context; one that is busy, when it is free.
+
+        :param forget: forgets the PC/SC context.
+        :return: pyscard's result.
+        """
+        for context in list(self.natives):
+            context.settle()
+        natives, waits = [context for context in self.natives if context.handle], list(self.waits)
+        for wait in waits:
+            wait.cancelled = True
+        _doomed.extend((context, owned) for context in natives)
+        for context in natives:
+            context.cards.clear()
+        forget()
+        self._wake(waits)
+        # What was ended with its wait has lost its connection, and says so.
+        sound = [context for context in natives if context.state == OPEN]
+        results = [made(steps) for context in sound if (steps := self._release(owned, context, bare=False))]
+        sweep()
+        return int(results[0]) if results else SUCCESS
+
+    def settled(self) -> list[NativeContext]:
+        """Those that are in use or can be."""
+        for context in list(self.natives):
+            if not context.handle:
+                context.settle()
+        return [context for context in list(self.natives) if context.handle and context.state in (OPEN, GIVEN)]
+
+    def descriptors(self) -> list[Optional[Descriptor]]:
+        """Their connections to pcscd; None for one that could not be told."""
+        return [context.descriptor for context in self.settled()]
+
+    def give(self) -> bool:
+        """Keep everybody out, while a child is being forked that is to have them.
+
+        :return: False if another thread has done so.
+        """
+        natives = self.settled()
+        if any(context.state == GIVEN for context in natives):
+            return False
+        for context in natives:
+            context.state = GIVEN
+        return True
+
+    def take_back(self) -> None:
+        """Let everybody in again: there is no child."""
+        for context in self.settled():
+            context.state = OPEN
+
+    def take_over(self) -> None:
+        """In a child: what was handed over is this process's."""
+        self.natives = dict.fromkeys(self.settled())
+        self.waits.clear()
+        for context in self.natives:
+            context.renew()
+            context.state = OPEN
+            _gate.places[context] = None
+            if context.descriptor is not None:
+                _descriptors.guard(context.descriptor)
+
+    def release_dead(self) -> bool:
+        """Free what libpcsclite keeps for what was inherited, and the descriptors.
+
+        Without this a chain of forks would gather dead descriptors.  libpcsclite closes the number it knows, so it may
+        only be asked while the dead socket is there.
+
+        :return: whether libpcsclite has forgotten all of it.
+        """
+        natives = [context for context in self.natives if context.handle and context.state != RELEASED]
+        for context in natives:
+            if context.descriptor is not None and _descriptors.is_dead(context.descriptor.number):
+                if context in _gate.places:  # else its lock is the parent's
+                    context.wait_until_free(_RELEASE_WITHIN)
+                self.natives.pop(context, None)
+                _gate.places.pop(context, None)
+                _gate.during("SCardReleaseContext", raw["SCardReleaseContext"], context.handle)
+        return not any(context in self.natives for context in natives)
+
+
+def sweep() -> None:
+    """Release the native contexts of released PC/SC contexts that nobody is in any more."""
+    for doomed in list(_doomed):
+        context, owned = doomed
+        if context.state != RELEASED:
+            pool = NativeContexts(None)
+            pool.natives[context] = None
+            pool._release(owned, context, bare=False)
+        if context.state == RELEASED or owned.owner is not _process.here:
+            _discard(_doomed, doomed)
+
+
+def _cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
+    """SCardCancel, which has a connection to pcscd of its own, for a moment."""
+    call = partial(raw["SCardCancel"], handle)
+    while not (steps := attempt(_establishing, owned, "SCardCancel", call, may_pass=may_pass)):
+        if owned.owner is not _process.current():
+            return STALE
+        may_pass = _gate.wait_for(_establishing, may_pass)
+    return made(steps)
+
+
+def _discard(items: list[Any], item: Any) -> None:
+    if item in items:
+        items.remove(item)
+
+
+def _wait_until_given(given: Sequence[NativeContext]) -> None:
+    """Wait for what another thread's fork decides; the thread that forks itself, in a handler, goes on using them."""
+    if get_ident() not in _gate.closers:
+        sleep(_UNTIL_GIVEN)
+        return
+    for context in given:
+        context.state = OPEN
+
+
+def _is_at(wait: Any, context: NativeContext) -> bool:
+    calls = context.calls
+    return bool(calls) and calls[-1][3] is wait
+
+
+# The way of a call on a card, in as few steps as there are.
+
+
+def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
+    """What makes a call on a card that this process owns.
+
+    :param function: PC/SC's name.
+    :return: takes the card's record and the arguments behind the handle; returns pyscard's result, or :data:`STALE`.
+    """
+    native, process, sentinel, closers = raw[function], _process, _process.sentinel, _gate.closers
+    unbinds = function == "SCardDisconnect"
+    is_not_false, call_it = _gate.is_not_false, _gate.call_it
+
+    def call(card: Any, arguments: tuple[Any, ...]) -> Any:
+        may_pass = False
+        while True:
+            place = card.native
+            if place.waiting:
+                place.give_way()
+            entry = (function, get_ident(), monotonic(), None)
+            steps: list[Any] = []
+            operation = partial(native, card.real, *arguments)
+            enter = partial(place.calls.append, entry)
+            chain = takewhile(is_not_false, map(call_it, (place.acquire, enter, operation, place.release, place.leave)))
+            # As in _gate.attempt().
+            try:
+                if (
+                    (may_pass or not closers)
+                    and not place.state
+                    and sentinel[0]
+                    and card.owner is process.here
+                    and card.native is place
+                ):
+                    steps.extend(chain)
+            except BaseException:
+                if steps and steps[-1] is not entry:
+                    try:
+                        place.leave()
+                    finally:
+                        place.release()
+                raise
+            if steps:
+                break
+            if card.owner is not process.current() or place.state in (WOKEN, RELEASED):
+                return STALE
+            if place.state == GIVEN:
+                _wait_until_given([place])
+                continue
+            may_pass = _gate.wait_for(place, may_pass)
+        place.began = entry[2]
+        result = steps[2]
+        if unbinds and result == SUCCESS:
+            _discard(place.cards, card.real)
+            card.context.real.tidy(card)
+        if _doomed:
+            sweep()
+        return result
+
+    return call
+
+
+def _begin(epoch: _process.Epoch) -> None:
+    _doomed.clear()
+    _establishing.renew()
+    _gate.places[_establishing] = None
+
+
+_process.at_fork(at_begin=_begin)

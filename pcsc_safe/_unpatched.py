@@ -1,0 +1,36 @@
+"""Threads as the interpreter knows them: locks, identifiers and sleep that no library has replaced.
+
+gevent and eventlet replace what :mod:`threading`, :mod:`_thread` and :mod:`time` offer with versions that switch
+greenlets.  A native call blocks a whole thread, so what guards one has to belong to that thread.  A module that the
+interpreter makes from scratch has the functions that it was compiled with, whatever was patched before or is later.
+
+Nothing here changes at a fork.
+"""
+
+from __future__ import annotations
+
+from importlib.machinery import BuiltinImporter
+from importlib.util import module_from_spec
+from typing import Any
+
+__all__ = ["RLock", "count_threads", "get_ident", "monotonic", "sleep", "start_new_thread"]
+
+
+def _from_scratch(name: str) -> Any:
+    spec = BuiltinImporter.find_spec(name)
+    assert spec is not None
+    module = module_from_spec(spec)
+    BuiltinImporter.exec_module(module)
+    return module
+
+
+_thread, _time = _from_scratch("_thread"), _from_scratch("time")
+
+RLock = _thread.RLock
+get_ident = _thread.get_ident
+start_new_thread = _thread.start_new_thread
+count_threads = _thread._count
+"""How many threads Python has started that have not ended, without the main one."""
+
+sleep = _time.sleep
+monotonic = _time.monotonic

@@ -1,0 +1,157 @@
+"""SCardGetStatusChange: a wait for events, as its caller sees it.
+
+It has a native context to itself.  A fork ends the native call, and the wait goes on in the parent, on another native
+context and with the time that was left, without its caller noticing; what happened between the two is told as if the
+wait had seen it.  SCardCancel ends the whole wait, once.
+
+A child has none of its parent's waits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Optional
+
+from ._contexts import STALE, NativeContexts
+from ._gate import Owned
+from ._pyscard import SUCCESS, constant
+from ._unpatched import get_ident, monotonic
+
+__all__ = ["CANCELLED", "CHANGED", "INFINITE", "TIMED_OUT", "await_change", "is_for_new_readers"]
+
+CANCELLED: int = constant("SCARD_E_CANCELLED")
+TIMED_OUT: int = constant("SCARD_E_TIMEOUT")
+INFINITE: int = constant("INFINITE")
+CHANGED: int = constant("SCARD_STATE_CHANGED")
+_NEW_READERS = "\\\\?pnp?\\notification"  # pcsc-lite: a change in the list of readers
+_STATE = 0xFFFF  # the lower half of a reader's state; the upper one counts its events
+
+
+class Wait:
+    """One SCardGetStatusChange, over all its native calls.
+
+    :ivar thread: that of its caller.
+    :ivar cancelled: the application called SCardCancel, or released the context.
+    :ivar was_ended: its native call was ended before its time, by a fork.
+    """
+
+    def __init__(self, context: Any, timeout: int, states: Any) -> None:
+        self.thread = get_ident()
+        self.cancelled = self.was_ended = False
+        self._context: Owned = context
+        self._contexts: NativeContexts = context.real
+        self._states = states
+        self._deadline = None if timeout == INFINITE else monotonic() + timeout / 1000
+        self._seen: Optional[list[Optional[int]]] = None
+        self._readers: Optional[list[str]] = None
+
+    @property
+    def owner(self) -> Any:
+        """Whose it is; a native SCardCancel for this wait is made on the context's behalf."""
+        return self._context.owner
+
+    @property
+    def released(self) -> bool:
+        """Whether its context is released."""
+        return self._context.released
+
+    def has_spare(self, native: Any, may_pass: bool) -> bool:
+        """Whether there is a native context to go on with when this one is ended."""
+        return self.released or self._contexts.has_spare(self._context, native, may_pass)
+
+    def begin(self) -> None:
+        """Note the readers, if this wait is for changes of their list; libpcsclite counts them anew at each call."""
+        self._readers = self._list_readers()
+
+    def step(self) -> Any:
+        """Wait in the native library, until something happens or somebody ends that.
+
+        :return: the result; None to go on; :data:`STALE` where the context is no more this process's.
+        """
+        if self._seen is not None:
+            missed = self._missed()
+            if missed is not None:
+                return missed
+        self.was_ended = False
+        result = self._contexts.wait(self._context, self, self._left(), self._states)
+        if result is STALE:
+            return None if self.cancelled else STALE
+        hresult = result[0]
+        if hresult == SUCCESS or (hresult == TIMED_OUT and not self._left()):
+            return result
+        if self.cancelled:
+            return [CANCELLED, result[1]]
+        if self.was_ended or hresult == TIMED_OUT:
+            self._seen = _counters(result[1])
+            return None
+        return result
+
+    def _left(self) -> int:
+        """What is left of the timeout, in ms."""
+        if self._deadline is None:
+            return INFINITE
+        left: float = self._deadline - monotonic()
+        return max(0, round(left * 1000))
+
+    def _missed(self) -> Any:
+        """The event that came while this wait was interrupted, or None.
+
+        libpcsclite itself finds a state that differs from the one that the application knows.  A card that was taken
+        out and put back differs in its event counter only, and new readers in nothing.
+        """
+        seen, self._seen = self._seen, None
+        result = self._contexts.call(self._context, "SCardGetStatusChange", 0, self._states)
+        if result is STALE or result[0] != TIMED_OUT:
+            return result
+        counters = _counters(result[1])
+        changed = [None not in (before, now) and before != now for before, now in zip(seen or [], counters)]
+        if self._readers is not None and self._readers != self._list_readers():
+            changed = [is_for_new_readers(name) or was for (name, *_), was in zip(self._states, changed)]
+        if not any(changed):
+            return None
+        states = [(name, state | CHANGED if was else state, atr) for (name, state, atr), was in zip(result[1], changed)]
+        return [SUCCESS, states]
+
+    def _list_readers(self) -> Optional[list[str]]:
+        try:
+            if not any(is_for_new_readers(name) for name, *_ in self._states):
+                return None
+        except (AttributeError, TypeError, ValueError):
+            return None  # not what SCardGetStatusChange takes; pyscard has its own words for it
+        result = self._contexts.call(self._context, "SCardListReaders", [])
+        return None if result is STALE else result[1]
+
+
+def is_for_new_readers(name: str) -> bool:
+    """Whether it is not a reader, but stands for their list."""
+    return name.lower() == _NEW_READERS
+
+
+def _counters(states: list[Any]) -> list[Optional[int]]:
+    """The event counters that libpcsclite keeps in the upper half of each state; None where it hasn't looked yet."""
+    return [state >> 16 if state & _STATE else None for _, state, _ in states]
+
+
+def await_change(context: Any, alive: Callable[[], bool], timeout: int, states: Any, cancelled: Any) -> Any:
+    """SCardGetStatusChange.
+
+    :param context: the PC/SC context, of this process.
+    :param alive: whether it still is.
+    :param timeout: in ms, more than 0.
+    :param states: as the application gave them.
+    :param cancelled: the result of a wait that the application cancelled before it could begin.
+    :return: pyscard's result, or :data:`STALE`.
+    """
+    contexts, wait = context.real, Wait(context, timeout, states)
+    try:
+        contexts.waits[wait] = None
+        wait.begin()
+        while True:
+            result = wait.step()
+            if not alive():
+                return STALE
+            if result is not None:
+                return result
+            if wait.cancelled:
+                return cancelled
+    finally:
+        contexts.waits.pop(wait, None)
