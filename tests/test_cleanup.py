@@ -208,4 +208,4 @@ def test_fork_and_exec_pays_nothing(session: Session) -> None:
             ["ls", "-l", "/proc/self/fd"], preexec_fn=lambda: None, close_fds=False, capture_output=True, text=True
         )
     assert done.stdout.count("socket:") <= 2  # pytest's own at most: ours is closed on exec
-    assert not any(str(connection.inode) in done.stdout for connection in _descriptors.guarded.values())
+    assert not any(str(connection.inode) in done.stdout for connection in list(_descriptors.guarded))

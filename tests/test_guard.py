@@ -176,7 +176,7 @@ def test_handover_and_the_guard(session: Session, number: int) -> None:
     """What is handed over is alive in the child, and only that; in the child's own children it is dead."""
     pcsc_safe.configure(guard_native=True)
     context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1]
-    given, stays = (one._self_record.descriptor.number for one in (context, session.context))
+    given, stays = (one._self_record.real.descriptors()[0].number for one in (context, session.context))
     read_end, write_end = os.pipe()
     with pcsc_safe.handover(context):
         pid = fork()

@@ -401,6 +401,7 @@ class Activator(threading.Thread):
     def __init__(self, stack: VirtualPcsc) -> None:
         super().__init__(daemon=True)
         daemon = stack._running()
+        stack._configure()  # what pcscd reads when it starts; the stack takes it away when its own has read it
         self._command = daemon._command()
         self._home = daemon.home
         self.pcscd: Any = None
@@ -548,8 +549,7 @@ def test_cancel(stack: VirtualPcsc, way: str, when: str) -> None:
         pcscd("remove")
         known = [each.answer()[0] for each in waits]
         waits = [Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(reader(), EMPTY)]) for _ in range(2)]
-        turn = context._self_record.turn  # where native waits take turns
-        until(lambda: len(turn.waits) == 2 or (way == "broker" and all(map(waits_on, waits))), "they wait")
+        until(lambda: all(map(waits_on, waits)), "they wait")
         pcscd("kill", *(["start"] if when == "restarted" else []))
         answers = [safe.SCardCancel(context), *(each.answer()[0] for each in waits)]
         others = another.is_alive() or another.answer()[0] == OK
@@ -642,10 +642,9 @@ def test_threads_notice_at_once(stack: VirtualPcsc, way: str) -> None:
         session.close()
         return True
 
-    counts: list[int] = []
-    ASKED_FOR["count clients"] = lambda stack: counts.append(stack.clients())
+    # What is surplus, because several threads established at once, is released.
+    ASKED_FOR["count clients"] = lambda stack: stack.wait_for_clients(1)
     assert told(stack, way, story)
-    assert counts == [1] * 3
 
 
 @by_either_way

@@ -282,6 +282,7 @@ def test_children_leave_nothing_in_the_broker(stack: VirtualPcsc) -> None:
         session = Session()
         name = safe.SCardListReaders(session.context, [])[1][1]
         state = safe.SCardGetStatusChange(session.context, 0, [(name, 0)])[1][0][1]
+        safe.SCardGetStatusChange(session.context, 1, [(name, state)])  # a native context for waits
         lives: list[Callable[[], Any]] = [
             lambda: None,  # never uses anything
             lambda: os.kill(os.getpid(), signal.SIGKILL),  # nor does this one

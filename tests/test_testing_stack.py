@@ -336,11 +336,10 @@ def test_activation_follows_the_stack() -> None:
 def see_sizes(*sizes: str) -> None:
     """Program: stacks that follow each other; print what pyscard lists in each, before and after a restart."""
     for size in sizes:
-        with VirtualPcsc(int(size), activate=False) as stack:
-            with stack.activated():
-                before = len(reader_names())
-                stack.restart()
-                print(before, len(reader_names()))
+        with VirtualPcsc(int(size), activate=False) as stack, stack.activated():
+            before = len(reader_names())
+            stack.restart()
+            print(before, len(reader_names()))
 
 
 def test_stacks_of_any_sizes_follow_each_other() -> None:
@@ -366,9 +365,8 @@ def nest_a_larger_one() -> None:
                 print("inside", len(reader_names()))
         except PcscStackError as error:
             print(error)
-    with VirtualPcsc(2, activate=False) as small:
-        with small.activated():
-            print("restarted", len(reader_names()))
+    with VirtualPcsc(2, activate=False) as small, small.activated():
+        print("restarted", len(reader_names()))
 
 
 def test_what_libpcsclite_could_not_follow_is_refused() -> None:
