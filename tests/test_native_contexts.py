@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from conftest import ECHO
-from forking import in_child, in_program
+from forking import fork, in_child, in_program
 from test_threads import Calling, connect, establish, until, waits_on
 
 import pcsc_safe
@@ -160,7 +160,7 @@ def test_clients_after_a_handover(pcsc_stack: VirtualPcsc) -> None:
 
     def handing_over() -> int:
         with pcsc_safe.handover():
-            return os.fork()
+            return fork()
 
     assert in_child(lambda: ([transmit(card) for card in cards], pcsc_stack.clients()), fork=handing_over) == (
         [RIGHT] * 2,
@@ -406,7 +406,8 @@ def finalizers(what: str) -> None:
         safe.SCardStatus(card)
     stop.set()
     gc.set_threshold(700, 10, 10)
-    print(json.dumps([sorted(set(finalized)), len(finalized) > 20, sorted(other.answer())]))
+    print(json.dumps([sorted(set(finalized)), len(finalized) > 20, sorted(other.answer())]), flush=True)
+    os._exit(0)  # finalizers that run at the end of the interpreter would wait for threads that are no more
 
 
 @pytest.mark.parametrize("what", ["disconnects", "joins"])
