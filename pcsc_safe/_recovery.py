@@ -185,8 +185,8 @@ def cancel(context: Context, cancel_once: Callable[[], Any]) -> Any:
     answer = cancel_once()
     if answer == _INVALID_HANDLE and not context.released and recovers(context):
         answer = SUCCESS  # another pcscd than the context's has said so; its waits look at the count
-    # One that is about to enter PC/SC again isn't there to be cancelled. Not for ever: it may need what this very thread
-    # is doing below, if this is a signal handler.
+    # One that is about to enter PC/SC again isn't there to be cancelled. Not for ever: if this is a signal handler, it
+    # may need what this very thread is doing below.
     deadline = time.monotonic() + _CANCEL_WITHIN
     while any(thread in context.outlasting for thread in waits) and time.monotonic() < deadline:
         time.sleep(_POLL / 10)
