@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -11,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,14 +29,28 @@ SIGCHLD = 17
 SYS_CLONE = {"x86_64": 56, "aarch64": 220}.get(platform.machine())
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No other thread asks for the interpreter lock: a child in which no hook ran would wait for that thread."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        time.sleep(0.005)  # those that have asked get it
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def c_fork() -> int:
     """fork(2) from C: no at-fork hook of Python runs."""
-    return int(ctypes.PyDLL(None).fork())
+    with undisturbed():
+        return int(ctypes.PyDLL(None).fork())
 
 
 def raw_clone() -> int:
     """clone(2) itself, as a program does that goes past libc: not even pthread_atfork handlers run."""
-    return int(ctypes.PyDLL(None).syscall(SYS_CLONE, SIGCHLD, 0, 0, 0, 0))
+    with undisturbed():
+        return int(ctypes.PyDLL(None).syscall(SYS_CLONE, SIGCHLD, 0, 0, 0, 0))
 
 
 def uses_its_own(session: Session) -> tuple[Any, ...]:

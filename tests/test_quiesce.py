@@ -7,7 +7,6 @@ the place of pyscard's functions, and a child reads the copy that it got at the 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -27,6 +26,7 @@ from typing import Any
 import pytest
 from conftest import ECHO, Session
 from forking import in_child, in_program, start, wait_for
+from test_detection import c_fork
 from test_threads import (
     ATR,
     CANCELLED,
@@ -506,11 +506,6 @@ def importing(how: str, patience: str) -> None:
     threading.Timer(0.3, go_on.set).start()
     outcome = in_child(child, fork=os.fork if how == "os.fork" else c_fork)
     print(json.dumps([outcome, first.answer()[0]]))
-
-
-def c_fork() -> int:
-    """fork(2) from C: no at-fork hook of Python runs."""
-    return int(ctypes.PyDLL(None).fork())
 
 
 def test_how_long_a_fork_waits(held: VirtualPcsc) -> None:
