@@ -158,7 +158,8 @@ def _obstacle(context: Context) -> Optional[tuple[str, str]]:
         return None
     if not native_works_after_fork():
         return "a forked process can't use PC/SC on this platform", "set broker='always' before it is established"
-    if not _are_intact(context):
+    # Another thread may be releasing one that is surplus.
+    if not any(_are_intact(context) or sleep(_PAUSE) for _ in range(_LOOKS)):
         return f"the connection of the context of {context.established_at} isn't known", "establish it anew"
     return None
 
@@ -205,6 +206,7 @@ class _Will:
 
 _GIVEN_WITHIN = 1.0  # s; for what another thread's fork has given to be its child's, or this process's again
 _PAUSE = 0.001  # s
+_LOOKS = 20
 _blocks: dict[int, tuple[handover, ...]] = {}  # by thread; the innermost is the last
 _wills: dict[int, _Will] = {}
 _accepted: Optional[tuple[int, _Will]] = None  # in a child that has not begun yet: its PID, and what it gets

@@ -254,7 +254,7 @@ class NativeContexts:
         """Make a call on any native context that is free, or on a new one."""
         may_pass, refused = False, SUCCESS
         avoided: list[NativeContext] = []
-        while not owned.released and owned.owner is _process.current() and not (wait is not None and wait.cancelled):
+        while self._is_behind(owned) and not (wait is not None and wait.cancelled):
             insists = bare and refused == SUCCESS
             for context in self.settled():
                 if context in avoided or (insists and context.cards):
@@ -282,6 +282,10 @@ class NativeContexts:
                     return CALLS[function].failure(refused, ([],))
                 usable[0].wait_until_free()
         return STALE
+
+    def _is_behind(self, owned: Any) -> bool:
+        """Whether these are still what is behind the PC/SC context, in this process."""
+        return not owned.released and owned.owner is _process.current() and owned.real is self
 
     def _avoid(self, owned: Owned, context: NativeContext, may_pass: bool) -> bool:
         """Give a native context up whose conversation with pcscd may be out of step.
@@ -314,7 +318,7 @@ class NativeContexts:
         for context in [*woken, *[context for context in idle if context.state == OPEN][1:]]:
             self._release(owned, context)
 
-    def _release(self, owned: Owned, context: NativeContext, *, bare: bool = True) -> list[Any]:
+    def _release(self, owned: Owned, context: NativeContext, *, bare: bool = True, may_pass: bool = False) -> list[Any]:
         if context.wakers:
             return []  # it is released with what is surplus next
         return attempt(
@@ -328,7 +332,7 @@ class NativeContexts:
             partial(_descriptors.guarded.pop, context.descriptor, None),
             bare=bare,
             most=WOKEN,
-            may_pass=get_ident() in _gate.closers,
+            may_pass=may_pass or get_ident() in _gate.closers,
         )
 
     # The life of a PC/SC context.
@@ -351,7 +355,8 @@ class NativeContexts:
             is_mine = owned.owner is _process.current()  # else a finalizer has forked in the middle
             if context.descriptor is not None or not _pcscd.ARE_INHERITED or not is_mine or not attempts_left:
                 break
-            self._release(owned, context)  # whose connection can't be told, as other threads opened or closed files
+            # Its connection can't be told: other threads have opened or closed files.
+            self._release(owned, context, may_pass=may_pass)
         if owned.released:
             _doomed.extend((one, owned) for one in self.natives)
             sweep()
