@@ -257,7 +257,8 @@ class NativeContexts:
         while self._is_behind(owned) and not (wait is not None and wait.cancelled):
             insists = bare and refused == SUCCESS
             for context in self.settled():
-                if context in avoided or (insists and context.cards):
+                # Who ends a wait by SCardCancel must not end the next one there.
+                if context in avoided or context.wakers or (insists and context.cards):
                     continue
                 steps = attempt(context, owned, function, *call(context), wait=wait, bare=insists, may_pass=may_pass)
                 if steps:
