@@ -227,7 +227,7 @@ def test_nothing_is_lost(example: ModuleType, hosts: list[Host], broker: redis.R
 def test_nothing_is_lost_of_a_thousand(example: ModuleType, hosts: list[Host], broker: redis.Redis) -> None:
     """The same with 1,000; a worker is also told to end and started again, and two end without pcscd or card."""
     first, second = hosts
-    clients = Clients(example, hosts, 1000)
+    clients = Clients(example, hosts, 1000, patience=90)  # a host whose pool recycles a process needs 30 s to end
     vanished = []
 
     def end_first() -> None:
