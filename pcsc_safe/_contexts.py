@@ -17,14 +17,13 @@ At a fork everything here stays the parent's; a child gets new native contexts, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import takewhile
 from typing import Any, Callable, Optional
 
 from . import _descriptors, _gate, _log, _pcscd, _process
 from ._calls import CALLS
 from ._descriptors import Descriptor
-from ._gate import GIVEN, OPEN, RELEASED, WOKEN, Owned, Place, attempt, made
+from ._gate import GIVEN, OPEN, RELEASED, WOKEN, Operation, Owned, Place, attempt, made
 from ._pyscard import SUCCESS, constant, raw
 from ._unpatched import get_ident, monotonic, sleep
 
@@ -149,7 +148,7 @@ class NativeContexts:
         :return: pyscard's result, or :data:`STALE`.
         """
         native = raw[function]
-        return self._use(owned, function, lambda context: (partial(native, context.handle, *arguments),))
+        return self._use(owned, function, lambda context: ((native, context.handle, *arguments),))
 
     def wait(self, owned: Owned, wait: Any, timeout: int, states: Any) -> Any:
         """SCardGetStatusChange, on a native context without a card.
@@ -159,10 +158,10 @@ class NativeContexts:
         """
         native = raw[_WAIT]
 
-        def call(context: NativeContext) -> tuple[Callable[[], Any], ...]:
+        def call(context: NativeContext) -> tuple[Operation, ...]:
             # A card lives there only if pcscd refuses another native context.
             limit = min(timeout, _SHORT) if context.cards else timeout
-            return (partial(native, context.handle, limit, states),)
+            return ((native, context.handle, limit, states),)
 
         return self._use(owned, _WAIT, call, wait=wait, bare=True)
 
@@ -176,11 +175,11 @@ class NativeContexts:
         native, connected, lives = raw["SCardConnect"], list[Any](), list[NativeContext]()
         operands = [(argument,) for argument in arguments]
 
-        def call(context: NativeContext) -> tuple[Callable[[], Any], ...]:
+        def call(context: NativeContext) -> tuple[Operation, ...]:
             lives[:] = [context]
             # It counts as a card at once: who looks for a context without one must not find this one.
-            count = partial(context.cards.append, connected)
-            return partial(connected.extend, map(native, (context.handle,), *operands)), count
+            count = (context.cards.append, connected)
+            return (connected.extend, map(native, (context.handle,), *operands)), count
 
         try:
             result = self._use(owned, "SCardConnect", call, bare=True)
@@ -202,7 +201,7 @@ class NativeContexts:
             if connected and connected[0][0] == SUCCESS:
                 handle = connected[0][1]
                 context.wait_until_free()
-                attempt(context, owned, "SCardDisconnect", partial(raw["SCardDisconnect"], handle, _LEAVE_CARD))
+                attempt(context, owned, "SCardDisconnect", (raw["SCardDisconnect"], handle, _LEAVE_CARD))
                 context.cards[:] = [card for card in context.cards if card != handle]
             context.cards[:] = [card for card in context.cards if card is not connected]
             if not context.cards:
@@ -246,7 +245,7 @@ class NativeContexts:
         self,
         owned: Owned,
         function: str,
-        call: Callable[[NativeContext], tuple[Callable[[], Any], ...]],
+        call: Callable[[NativeContext], tuple[Operation, ...]],
         *,
         wait: Any = None,
         bare: bool = False,
@@ -326,11 +325,11 @@ class NativeContexts:
             context,
             owned,
             "SCardReleaseContext",
-            partial(raw["SCardReleaseContext"], context.handle),
-            partial(setattr, context, "state", RELEASED),
-            partial(self.natives.pop, context, None),
-            partial(_gate.places.pop, context, None),
-            partial(_descriptors.guarded.pop, context.descriptor, None),
+            (raw["SCardReleaseContext"], context.handle),
+            (setattr, context, "state", RELEASED),
+            (self.natives.pop, context, None),
+            (_gate.places.pop, context, None),
+            (_descriptors.guarded.pop, context.descriptor, None),
             bare=bare,
             most=WOKEN,
             may_pass=may_pass or get_ident() in _gate.closers,
@@ -368,14 +367,14 @@ class NativeContexts:
         while owned.owner is _process.current():
             context = NativeContext()
             before, after = context.traces.operations(thoroughly)
-            made = (
-                partial(context.established.extend, map(raw["SCardEstablishContext"], (self.scope,))),
-                partial(self.natives.setdefault, context),
-                partial(_gate.places.setdefault, context),
-                partial(_gate.unsettled.setdefault, context),
-            )
+            made: list[Operation] = [
+                (context.established.extend, map(raw["SCardEstablishContext"], (self.scope,))),
+                (self.natives.setdefault, context),
+                (_gate.places.setdefault, context),
+                (_gate.unsettled.setdefault, context),
+            ]
             try:
-                operations: list[Any] = [*before, *made, *after]
+                operations = [*before, *made, *after]
                 attempt(_establishing, owned, "SCardEstablishContext", *operations, may_pass=may_pass)
             except OSError:  # a look at the descriptors failed: there is none left, or the one that was looked for
                 if not context.established:
@@ -486,7 +485,7 @@ def sweep() -> None:
 
 def _cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
     """SCardCancel, which has a connection to pcscd of its own, for a moment."""
-    call = partial(raw["SCardCancel"], handle)
+    call = (raw["SCardCancel"], handle)
     while not (steps := attempt(_establishing, owned, "SCardCancel", call, may_pass=may_pass)):
         if owned.owner is not _process.current():
             return STALE
@@ -524,7 +523,7 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
     """
     native, process, sentinel, closers = raw[function], _process, _process.sentinel, _gate.closers
     unbinds = function == "SCardDisconnect"
-    is_not_false, call_it = _gate.is_not_false, _gate.call_it
+    is_not_false, called = _gate.is_not_false, _gate.called
 
     def call(card: Any, arguments: tuple[Any, ...]) -> Any:
         may_pass = False
@@ -534,9 +533,9 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
                 place.give_way()
             entry = (function, get_ident(), monotonic(), None)
             steps: list[Any] = []
-            operation = partial(native, card.real, *arguments)
-            enter = partial(place.calls.append, entry)
-            chain = takewhile(is_not_false, map(call_it, (place.acquire, enter, operation, place.release, place.leave)))
+            operation = (native, card.real, *arguments)
+            operations = ((place.acquire, False), (place.enter, entry), operation, (place.release,), (place.leave,))
+            chain = takewhile(is_not_false, called(operations))
             # As in _gate.attempt().
             try:
                 if (

@@ -21,8 +21,9 @@ import math
 import operator
 import threading
 from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import takewhile
+from itertools import starmap, takewhile
 from typing import Any, Callable, NamedTuple, Protocol, TypeVar
 
 from . import _process
@@ -31,11 +32,12 @@ from ._unpatched import RLock, count_threads, get_ident, monotonic, sleep, start
 __all__ = [
     "IMPORTS",
     "InFlight",
+    "Operation",
     "Owned",
     "Place",
     "Unquiet",
     "attempt",
-    "call_it",
+    "called",
     "close_quietly",
     "closers",
     "during",
@@ -113,19 +115,30 @@ _LONG_WAIT = 0.001  # s
 _GIVE_WAY = 0.0001  # s; longer than it takes a thread to wake up
 _GRACE = 1.0  # s; longer than a fork takes that waited for quiesce_timeout
 
+Operation = tuple[Any, ...]
+"""A C function and its arguments."""
+
+
+def _called(operations: Iterable[Operation]) -> Iterator[Any]:
+    return map(_call_a_partial, starmap(partial, operations))
+
+
 _call_a_partial: Any = partial.__call__
-call_it: Callable[[Callable[[], Any]], Any] = getattr(operator, "call", _call_a_partial)  # the former since 3.11
+_call: Any = getattr(operator, "call", None)  # since Python 3.11
+called: Callable[[Iterable[Operation]], Iterator[Any]] = partial(starmap, _call) if _call else _called
+"""What these return, each called when the iterator comes to it: by C alone, if C is what goes through it."""
+
 is_not_false = partial(operator.is_not, False)
 nowhere: deque[Any] = deque(maxlen=0)
 """Takes what C functions return that nobody wants."""
 
 
-def in_one_step(*operations: Callable[[], Any]) -> None:
-    """Call each of these, C functions in a ``partial``, without returning to the interpreter in between.
+def in_one_step(*operations: Operation) -> None:
+    """Call each of these without returning to the interpreter in between.
 
     One that returns False ends it.
     """
-    nowhere.extend(takewhile(is_not_false, map(call_it, operations)))
+    nowhere.extend(takewhile(is_not_false, called(operations)))
 
 
 OPEN, WOKEN, RELEASED, GIVEN = range(4)
@@ -139,12 +152,13 @@ class Place:
     :ivar state: OPEN; WOKEN: the wait that was there has been ended, and the place is of no more use; RELEASED; GIVEN:
         to a child that is being forked, or has just been, which is decided in a moment.
     :ivar waiting: since when threads wait for the place, by ``monotonic()``.
-    :ivar acquire: takes the place, if it is free, and says whether it was.
-    :ivar release: gives it back.
+    :ivar acquire: takes the place, if it is free, and says whether it was; its argument is False: don't wait.
+    :ivar enter: puts a call on the list.
+    :ivar release: gives the place back.
     :ivar leave: takes the last call off the list, and returns it.
     """
 
-    __slots__ = ("acquire", "calls", "cards", "leave", "lock", "release", "state", "waiting")
+    __slots__ = ("acquire", "calls", "cards", "enter", "leave", "lock", "release", "state", "waiting")
 
     def __init__(self) -> None:
         self.state = OPEN
@@ -156,9 +170,10 @@ class Place:
         self.lock = RLock()
         self.calls: list[Entry] = []
         self.waiting: list[float] = []
-        self.acquire: Callable[[], Any] = partial(self.lock.acquire, False)
-        self.release: Callable[[], Any] = partial(self.lock.release)
-        self.leave: Callable[[], Any] = partial(self.calls.pop)
+        self.acquire: Callable[[bool], Any] = self.lock.acquire
+        self.enter = self.calls.append
+        self.release: Callable[[], Any] = self.lock.release
+        self.leave = self.calls.pop
 
     def wake(self, wait: Any, *, may_pass: bool = False) -> None:
         """End the native call of a wait for events that is here, if it can be ended.
@@ -173,7 +188,7 @@ class Place:
         """
         try:
             self.waiting.append(monotonic())
-            in_one_step(partial(self.lock.acquire, True, timeout), self.release)
+            in_one_step((self.lock.acquire, True, timeout), (self.release,))
         finally:
             self.waiting.pop()
 
@@ -207,8 +222,8 @@ def attempt(
     place: Place,
     owned: Owned,
     function: str,
-    call: Callable[[], Any],
-    *more: Callable[[], Any],
+    call: Operation,
+    *more: Operation,
     wait: Any = None,
     bare: bool = False,
     most: int = OPEN,
@@ -218,7 +233,7 @@ def attempt(
 
     :param owned: what the call is on; it isn't made if that is no more this process's.
     :param function: PC/SC's name.
-    :param call: the call, a ``partial`` of a C function.
+    :param call: the call.
     :param more: what belongs to the same step, after it.
     :param wait: the wait for events that it is part of; it isn't made if that was cancelled.
     :param bare: it isn't made if a card lives there.
@@ -228,15 +243,8 @@ def attempt(
     """
     entry = (function, get_ident(), monotonic(), wait)
     steps: list[Any] = []
-    operations: tuple[Any, ...] = (
-        place.acquire,
-        partial(place.calls.append, entry),
-        call,
-        *more,
-        place.release,
-        place.leave,
-    )
-    chain = takewhile(is_not_false, map(call_it, operations))
+    operations = ((place.acquire, False), (place.enter, entry), call, *more, (place.release,), (place.leave,))
+    chain = takewhile(is_not_false, called(operations))
     try:
         # From the first of these looks to the call of extend() no other code runs, of this thread or of any other.
         if (
@@ -317,7 +325,7 @@ def exclusively(lock: Any, function: Callable[[], _Result]) -> _Result:
     """``function()`` with a lock held, and not left held by a handler that raises."""
     held: list[bool] = []
     try:
-        held.extend(map(call_it, (partial(lock.acquire),)))
+        held.extend(called(((lock.acquire,),)))
         return function()
     finally:
         if held:
@@ -339,8 +347,8 @@ def others_are_inside() -> bool:
 def stop_locking() -> None:
     """At interpreter exit: threads that are inside may never come out, so nobody waits for them."""
     for place in list(places):
-        place.acquire = partial(bool, 1)
-        place.release = partial(int)
+        place.acquire = operator.not_  # it says that the place is free
+        place.release = int
 
 
 # The gate.

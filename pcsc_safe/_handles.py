@@ -12,6 +12,7 @@ A child's first call gives new locks to what it inherited; owners stay.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import sys
 from typing import Any, Callable, Optional, Union
@@ -285,6 +286,7 @@ def _outside_frame() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+@functools.lru_cache(maxsize=None)
 def _is_library(module: str) -> bool:
     return module.partition(".")[0] in ("pcsc_safe", "smartcard") and not module.startswith("pcsc_safe.testing")
 

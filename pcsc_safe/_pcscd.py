@@ -20,7 +20,7 @@ from typing import Any, Callable, Optional
 
 from . import _descriptors, _process
 from ._descriptors import Descriptor
-from ._gate import in_one_step, nowhere
+from ._gate import Operation, in_one_step, nowhere
 
 __all__ = [
     "ARE_INHERITED",
@@ -65,18 +65,18 @@ class Traces:
         self._status: list[os.stat_result] = []  # of what has it afterwards
         self._listed: list[list[str]] = []  # all numbers, before and after
 
-    def operations(self, thoroughly: bool) -> tuple[Sequence[Any], Sequence[Any]]:
-        """What is to be done before SCardEstablishContext and after it, in C."""
+    def operations(self, thoroughly: bool) -> tuple[Sequence[Operation], Sequence[Operation]]:
+        """What is to be done before SCardEstablishContext and after it."""
         spare = _descriptors.any_open()
         if not ARE_INHERITED or spare is None:
             return (), ()
-        look = [
-            partial(self._next.extend, map(os.dup, (spare,))),
-            partial(nowhere.extend, map(os.close, self._next)),
+        look: list[Operation] = [
+            (self._next.extend, map(os.dup, (spare,))),
+            (nowhere.extend, map(os.close, self._next)),
         ]
         if not thoroughly:
-            return look, [partial(self._status.extend, map(os.fstat, self._next))]
-        listing = [partial(self._listed.extend, map(os.listdir, (_FDS,))) for _ in range(2)]
+            return look, [(self._status.extend, map(os.fstat, self._next))]
+        listing: list[Operation] = [(self._listed.extend, map(os.listdir, (_FDS,))) for _ in range(2)]
         return [*look, listing[0]], [listing[1]]
 
     def connection(self) -> Optional[Descriptor]:
@@ -128,9 +128,9 @@ def _ask(number: int, question: Callable[[Any], Any]) -> list[Any]:
     try:
         # One step: a signal handler that raised before detach() would have the descriptor closed.
         in_one_step(
-            partial(sockets.extend, map(make, (number,))),
-            partial(answers.extend, map(question, sockets)),
-            partial(nowhere.extend, map(methodcaller("detach"), sockets)),
+            (sockets.extend, map(make, (number,))),
+            (answers.extend, map(question, sockets)),
+            (nowhere.extend, map(methodcaller("detach"), sockets)),
         )
     except OSError:
         for one in sockets:

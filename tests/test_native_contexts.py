@@ -206,7 +206,7 @@ def held() -> dict[str, Any]:
     """What is held in this process now: nothing, when no call goes on."""
     from pcsc_safe import _contexts, _gate
 
-    free = [place.acquire() for place in _gate.places]
+    free = [place.acquire(False) for place in _gate.places]
     for place in _gate.places:
         place.release()
     return {
