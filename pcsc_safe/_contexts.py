@@ -557,20 +557,23 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
                 break
             if card.owner is not process.current() or place.state in (WOKEN, RELEASED):
                 return STALE
-            if place.state == GIVEN:
-                _wait_until_given([place])
-                continue
-            may_pass = _gate.wait_for(place, may_pass)
+            may_pass = _wait_for_card(place, may_pass)
         place.began = entry[2]
-        result = steps[2]
-        if unbinds and result == SUCCESS:
+        if unbinds and steps[2] == SUCCESS:
             _discard(place.cards, card.real)
             card.context.real.tidy(card)
         if _doomed:
             sweep()
-        return result
+        return steps[2]
 
     return call
+
+
+def _wait_for_card(place: NativeContext, may_pass: bool) -> bool:
+    if place.state != GIVEN:
+        return _gate.wait_for(place, may_pass)
+    _wait_until_given([place])
+    return may_pass
 
 
 def _begin(epoch: _process.Epoch) -> None:

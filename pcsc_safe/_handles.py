@@ -286,7 +286,7 @@ def _outside_frame() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_library(module: str) -> bool:
     return module.partition(".")[0] in ("pcsc_safe", "smartcard") and not module.startswith("pcsc_safe.testing")
 
