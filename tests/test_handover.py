@@ -201,7 +201,7 @@ def test_a_daemon(stack: VirtualPcsc, through: str, how: str) -> None:
         pytest.importorskip("daemon", reason="python-daemon is not installed")
     env = {**stack.env, "PCSC_SAFE_OWNER": "child"} if how == "PCSC_SAFE_OWNER" else stack.env
     done = in_program(becomes_a_daemon, through, how, env=env)
-    assert (done.returncode, done.stderr, json.loads(done.stdout)) == (0, "", [True, ALL])
+    assert (done.returncode, done.stderr, done.stdout and json.loads(done.stdout)) == (0, "", [True, ALL])
 
 
 def becomes_a_daemon(through: str, how: str) -> None:
