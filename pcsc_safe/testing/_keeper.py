@@ -7,8 +7,8 @@ little: its start is most of what the start of a stack costs.
 
 Every pcscd writes its process id to SYSTEM/pcscd.pid, if it may, and removes that file when it ends by itself; but the
 file is the system pcscd's.  So pcscd gets a mount namespace of its own, in which SYSTEM is a directory in HOME.  Where
-that isn't permitted, or SYSTEM doesn't exist, the file is put back as soon as pcscd has written it, under a lock that
-all keepers take; a pcscd that ends by itself later still removes it then.
+that isn't permitted, as in most containers and chroots, or SYSTEM doesn't exist, the file is put back as soon as pcscd
+has written it, under a lock that all keepers take; a pcscd that ends by itself later still removes it then.
 
 Invariant: pcscd and the directory exist no longer than this process, and this process no longer than its parent.
 
