@@ -130,18 +130,19 @@ def test_handles_are_passed_to_workers() -> None:
         stack.wait_for_clients(0)
 
 
-def program_that_passes_to_strangers() -> None:
+def program_that_passes_to_strangers(method: str) -> None:
     """Prints what a worker says of a context that is another family's."""
     from pcsc_safe.scard import SCARD_SCOPE_SYSTEM, SCardEstablishContext
 
     _, context = SCardEstablishContext(SCARD_SCOPE_SYSTEM)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as executor:
         print(type(executor.submit(str, context).exception()).__name__)
 
 
-def test_not_to_those_that_are_no_forks() -> None:
-    """A worker of spawn is of another family; it can't load a handle, and dies of a clear error."""
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_not_to_those_that_are_no_forks(method: str) -> None:
+    """A worker that was not forked from here is of another family; it can't load a handle, and dies of a clear error."""
     with stack_with(WatchedCard.personalised()) as stack:
-        done = in_program(program_that_passes_to_strangers, env=stack.env)
+        done = in_program(program_that_passes_to_strangers, method, env=stack.env)
     assert done.stdout == "BrokenProcessPool\n"
     assert "a handle is no use elsewhere: establish a context here" in done.stderr
