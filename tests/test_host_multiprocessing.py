@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import re
-import multiprocessing
 import secrets
 import subprocess
 import sys
