@@ -9,6 +9,7 @@ Sign every line of standard input; on standard output, the line after its signat
     seq 1000 | python examples/multiprocessing_sign.py executor           # or pool, or process
     seq 1000 | PYTHONPATH=examples python examples/multiprocessing_sign.py executor forkserver
 
+``fork`` is asked for by name: since Python 3.14 it is not the default, and this process's card would not be inherited.
 With ``forkserver`` the fork server opens the card, and not this process: it preloads the module `opened_card`, which
 has to be on PYTHONPATH for that.  The PIN is asked for on the terminal, or taken from PIV_PIN in the environment.
 Without a card::

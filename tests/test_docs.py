@@ -170,7 +170,7 @@ SILENT_MODULES = (
 NOT_MESSAGES = re.compile(
     r"<\w+ .*>|FRIENDLYNAME .*|LIBPATH .*|Virtual PCD .*|[0-9A-F… ]+|A card holder|of unknown version|cannot create /|"
     r"failed to map segment|the broker's door|pcsc_safe virtual card on port .*|\w+\(key=.*|pyscard's functions and .*|"
-    r"import sys; .*|(usage|The program runs|python -m pcsc_safe).*",
+    r"import sys; .*|mount --bind .*|(usage|The program runs|python -m pcsc_safe).*",
     re.DOTALL,
 )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
+import re
 import secrets
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from pathlib import Path
 import pytest
 from forking import in_program
 from local_hosts import EXAMPLES, PIN, Program, WatchedCard, raw, stack_with, until
+
+from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 NAME = "multiprocessing_sign.py"
 
@@ -95,6 +99,20 @@ def test_the_control(tmp_path: Path) -> None:
         assert len({line.partition(b" ")[2] for line in output.splitlines()} & messages) < 20
 
 
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_each_worker_opens_the_card(tmp_path: Path, method: str) -> None:
+    """The page's program with an initializer does the same by every start method, whatever the default is."""
+    page = EXAMPLES.parent / "docs/hosts/multiprocessing.md"
+    (code,) = re.findall(r"(?s)```python\n(.*?)```", page.read_text())
+    guard = 'if __name__ == "__main__":\n'
+    chosen = f"{guard}    import multiprocessing\n    multiprocessing.set_start_method({method!r})\n"
+    program = tmp_path / "program.py"
+    program.write_text(code.replace(guard, chosen))
+    with VirtualPcsc(cards=[EchoCard()], activate=False) as stack:
+        env = {**os.environ, **stack.env}
+        subprocess.run([sys.executable, str(program)], env=env, timeout=60, check=True)
+
+
 # Handles that are pickled.
 
 
@@ -130,18 +148,19 @@ def test_handles_are_passed_to_workers() -> None:
         stack.wait_for_clients(0)
 
 
-def program_that_passes_to_strangers() -> None:
+def program_that_passes_to_strangers(method: str) -> None:
     """Prints what a worker says of a context that is another family's."""
     from pcsc_safe.scard import SCARD_SCOPE_SYSTEM, SCardEstablishContext
 
     _, context = SCardEstablishContext(SCARD_SCOPE_SYSTEM)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as executor:
         print(type(executor.submit(str, context).exception()).__name__)
 
 
-def test_not_to_those_that_are_no_forks() -> None:
-    """A worker of spawn is of another family; it can't load a handle, and dies of a clear error."""
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_not_to_those_that_are_no_forks(method: str) -> None:
+    """A worker that was not forked from here is of another family, and dies of a clear error as it loads a handle."""
     with stack_with(WatchedCard.personalised()) as stack:
-        done = in_program(program_that_passes_to_strangers, env=stack.env)
+        done = in_program(program_that_passes_to_strangers, method, env=stack.env)
     assert done.stdout == "BrokenProcessPool\n"
     assert "a handle is no use elsewhere: establish a context here" in done.stderr

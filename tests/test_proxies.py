@@ -126,9 +126,10 @@ def _load(data: bytes) -> str:
     return "loaded"
 
 
-def test_another_family_refuses_a_pickle(session: Session) -> None:
-    """A spawned process shares nothing with us, and says so."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_another_family_refuses_a_pickle(session: Session, method: str) -> None:
+    """A process that is spawned, or forked by a fork server, shares nothing with us, and says so."""
+    with multiprocessing.get_context(method).Pool(1) as pool:
         text = pool.apply(_load, (pickle.dumps(session.card),))
     assert text.startswith(f"SCARDHANDLE {int(session.card)} of process {os.getpid()} belongs to another family")
 

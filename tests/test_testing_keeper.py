@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from forking import in_program
 
 from pcsc_safe.testing import PcscStackError, VirtualPcsc, _daemon, _install, _keeper
 
@@ -32,9 +35,28 @@ def fake_pcscd(tmp_path: Path, body: str) -> tuple[str, ...]:
 
 
 WRITES = 'printf "$$\\n\\0" 1<> {}; exec sleep 60'
+FAILS = "rm -f {}; exit 1"  # it has written there too, but nobody need have seen that
+FAILS_LATER = 'printf "$$\\n\\0" 1<> {0}; until [ -e {1} ]; do sleep 0.01; done; rm {0}; exit 1'
+
+
+def may_mount() -> bool:
+    """Whether this machine lets pcscd have a mount namespace of its own."""
+    return os.geteuid() == 0 and _keeper.run(*_keeper.in_mount_namespace("/tmp", "/tmp"), "true")
+
+
+needs_mount = pytest.mark.skipif(not may_mount(), reason="no mount namespace as this user, or in this chroot")
+
+
+@pytest.fixture(params=[pytest.param("hidden", marks=needs_mount), "put back"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the file is kept: by a mount namespace, and by what there is where that isn't permitted."""
+    if request.param == "put back":
+        monkeypatch.setattr(_keeper, "run", lambda *_: False)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("before", [b"1\n\0", b"1234567890\n\0", None])
+@pytest.mark.usefixtures("way")
 def test_the_pid_file_is_put_back(tmp_path: Path, before: bytes | None) -> None:
     """Whatever pcscd writes over what another pcscd wrote is undone when the start returns, again at a restart."""
     system, home = tmp_path / "run", tmp_path / "home"
@@ -53,6 +75,7 @@ def test_the_pid_file_is_put_back(tmp_path: Path, before: bytes | None) -> None:
     assert list(system.iterdir()) == ([] if before is None else [file])
 
 
+@pytest.mark.usefixtures("way")
 def test_a_pcscd_that_ends_or_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The start doesn't wait for what can't come, and nothing but pcscd's own number is taken away."""
     home = tmp_path / "home"
@@ -65,6 +88,39 @@ def test_a_pcscd_that_ends_or_writes_nothing(tmp_path: Path, monkeypatch: pytest
         keeper.start()
         keeper.kill()
         assert file.read_bytes() == b"1\n\0"
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("before", [b"1\n\0", None])
+def test_a_pcscd_that_fails_to_start(tmp_path: Path, before: bytes | None) -> None:
+    """It removes the file as it ends; that of the system's pcscd is there again."""
+    system, home = tmp_path / "run", tmp_path / "home"
+    system.mkdir()
+    home.mkdir()
+    file = system / _keeper.PID_NAME
+    if before is not None:
+        file.write_bytes(before)
+    keeper = _keeper.Keeper(str(home), str(tmp_path / "link"), str(system), fake_pcscd(tmp_path, FAILS.format(file)))
+    keeper.start()
+    os.waitid(os.P_PID, keeper.pid, os.WEXITED | os.WNOWAIT)
+    assert _keeper.content(str(file)) == before
+    keeper.clean_up()
+    assert _keeper.content(str(file)) == before
+
+
+@needs_mount
+def test_a_pcscd_that_fails_later(tmp_path: Path) -> None:
+    """It removes no file but its own, whenever it ends."""
+    home, file = tmp_path / "home", tmp_path / _keeper.PID_NAME
+    home.mkdir()
+    file.write_bytes(b"1\n\0")
+    body = FAILS_LATER.format(file, home / "go")
+    keeper = _keeper.Keeper(str(home), str(tmp_path / "link"), str(tmp_path), fake_pcscd(tmp_path, body))
+    keeper.start()
+    (home / "go").touch()
+    os.waitid(os.P_PID, keeper.pid, os.WEXITED | os.WNOWAIT)
+    assert file.read_bytes() == b"1\n\0"
+    keeper.clean_up()
 
 
 def systems_pid_file() -> bytes | None:
@@ -87,6 +143,82 @@ def test_the_systems_pid_file() -> None:
         stack.restart()
         assert systems_pid_file() == before
     assert systems_pid_file() == before
+
+
+SYSTEMS = b"1234567\n\0"
+
+
+def program_with_stacks() -> None:
+    """Prints whether the file of the system's pcscd is as it was, during and after whatever can become of a stack."""
+    file = installed_pid_file()
+    file.write_bytes(SYSTEMS)
+    seen = {}
+
+    def look(when: str) -> None:
+        seen[when] = _keeper.content(str(file)) == SYSTEMS
+
+    with VirtualPcsc(activate=False) as stack:
+        look("a stack")
+        os.kill(stack.pid, signal.SIGTERM)
+        until_gone(Path(f"/proc/{stack.pid}/stat"))
+        look("pcscd ended by SIGTERM")
+        stack.restart()
+        look("a restart")
+    look("after a stack")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_daemon.Daemon, "_command", lambda self: ["/bin/sh", "-c", FAILS.format(file)])
+        with pytest.raises(PcscStackError), VirtualPcsc(activate=False):
+            pass
+    look("a start that failed")
+    kill_a_program_with_a_stack()
+    look("a program that was killed")
+    print(json.dumps(seen))
+
+
+def installed_pid_file() -> Path:
+    installed = _install.look()
+    assert isinstance(installed, _install.Installed)
+    return Path(installed.directory, _keeper.PID_NAME)
+
+
+def until_gone(path: Path) -> None:
+    """Wait until a path is gone, or is the zombie of a process."""
+    for _ in range(1000):
+        if not path.exists() or (path.name == "stat" and path.read_text().rpartition(")")[2].split()[0] == "Z"):
+            return
+        time.sleep(0.01)
+    raise TimeoutError(path)
+
+
+def kill_a_program_with_a_stack() -> None:
+    source = f"""
+import signal, sys
+sys.path.insert(0, {ROOT!r})
+from pcsc_safe.testing import VirtualPcsc
+with VirtualPcsc(activate=False) as stack:
+    print(stack._daemon.home, flush=True)
+    signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        home = process.stdout.readline().strip()
+        process.kill()
+    until_gone(Path(home))
+
+
+@needs_mount
+def test_the_systems_pid_file_whatever_happens() -> None:
+    """As root, it is the same during and after a stack that is killed, ends or fails; tried where it is nobody's."""
+    directory = installed_pid_file().parent
+    if not directory.is_dir():
+        pytest.skip(f"there is no {directory}")
+    script = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+    prefix = ("unshare", "--mount", "--propagation", "private", "sh", "-c", script, str(directory))
+    done = in_program(program_with_stacks, prefix=prefix)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert len(seen) == 6
+    assert all(seen.values()), seen
 
 
 # What is said when it dies.

@@ -26,6 +26,7 @@ from pcsc_safe.testing import VirtualPcsc
 SVG = "{http://www.w3.org/2000/svg}"
 RUN = [sys.executable, "-m", "pcsc_safe", "run"]
 EXACT = 0.02  # px; x and width are rounded
+LEAST = 1  # px; what is thinner is drawn as wide as this, so that ends alone may differ by it
 
 
 class Bar(NamedTuple):
@@ -260,7 +261,7 @@ def test_lanes_are_processes(family: Ran) -> None:
     for lane, life in zip(members(family), lives):
         for each in lane.bars:
             assert life[0].start - EXACT <= each.start
-            assert each.end <= life[-1].end + 1  # what is thinner is drawn as a pixel
+            assert each.end <= life[-1].end + LEAST
             assert life[0].top <= each.top < each.bottom <= life[0].bottom
 
 
@@ -286,12 +287,12 @@ def test_a_child_that_has_a_session_of_its_own(family: Ran) -> None:
     assert f"context inherited from process {family.said[0]}, established at program.py" in inherited.title
     assert own.title.startswith("context re-established by thread")
     assert inherited.start == child.of("life")[0].start
-    assert inherited.end == pytest.approx(own.start, abs=1)
+    assert inherited.end == pytest.approx(own.start, abs=LEAST)
     assert child.of("card-inherited")[0].start == inherited.start
     card = child.one("card")
     assert card.start > own.start
     assert "2 exchanges, 0 transactions" in card.title
-    assert own.end == pytest.approx(card.end, abs=EXACT)
+    assert own.end == pytest.approx(card.end, abs=LEAST)
 
 
 def test_a_killed_child_keeps_what_it_told(family: Ran) -> None:
@@ -301,7 +302,7 @@ def test_a_killed_child_keeps_what_it_told(family: Ran) -> None:
     own, card, begun = killed.one("own"), killed.one("card"), killed.one("begun")
     assert card.kind == "card exclusive"
     assert "4 exchanges, 1 transaction" in card.title
-    assert begun.end == pytest.approx(own.end, abs=1)
+    assert begun.end == pytest.approx(own.end, abs=LEAST)
     assert "until the process ended" in own.title
 
 
@@ -381,7 +382,7 @@ def test_a_handover_to_a_daemon(shared_stack: VirtualPcsc, tmp_path: Path) -> No
         ("handover", middle.pid, daemon.pid),
     ]
     for giver, taker in ((first, middle), (middle, daemon)):
-        assert giver.of("own")[-1].end == pytest.approx(taker.one("own").start, abs=1)
+        assert giver.of("own")[-1].end == pytest.approx(taker.one("own").start, abs=LEAST)
         assert giver.one("inherited").start == pytest.approx(taker.one("own").start, abs=EXACT)
         assert f"handed over to process {taker.pid}" in giver.one("own").title
         assert not taker.of("lost")

@@ -5,8 +5,10 @@ control connection as standard input.  It makes the stack's directory HOME, star
 and when PARENT goes, however it goes, kills pcscd and removes HOME, and LINK if that points into it.  It imports
 little: its start is most of what the start of a stack costs.
 
-Every pcscd writes its process id to SYSTEM/pcscd.pid, if it may, which is the system's pcscd's.  What was there is put
-back as soon as that has happened, under a lock that all keepers take.
+Every pcscd writes its process id to SYSTEM/pcscd.pid, if it may, and removes that file when it ends by itself; but the
+file is the system pcscd's.  So pcscd gets a mount namespace of its own, in which SYSTEM is a directory in HOME.  Where
+that isn't permitted, as in most containers and chroots, or SYSTEM doesn't exist, the file is put back as soon as pcscd
+has written it, under a lock that all keepers take; a pcscd that ends by itself later still removes it then.
 
 Invariant: pcscd and the directory exist no longer than this process, and this process no longer than its parent.
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 SOCKET_NAME = "pcscd.comm"
 LOG_NAME = "pcscd.log"
 PID_NAME = "pcscd.pid"
+PRIVATE_NAME = "system"
 PATIENCE = 5.0  # seconds that pcscd may take to write its process id
 
 
@@ -100,6 +103,7 @@ class Keeper:
         self.link = link
         self.system = system
         self.command = command
+        self.hidden = False
         self.pid = 0
 
     def start(self) -> int:
@@ -112,11 +116,22 @@ class Keeper:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen(128)
-            if may_write(self.system):
+            if may_write(self.system) and not self.hide_system():
                 self.start_and_put_back(listener.fileno())
             else:
                 self.fork_pcscd(listener.fileno())
         return self.pid
+
+    def hide_system(self) -> bool:
+        """Let pcscd start where its system directory is a private one; whether that is permitted."""
+        private = os.path.join(self.home, PRIVATE_NAME)
+        if not os.path.isdir(private):
+            os.mkdir(private)
+            mounted = in_mount_namespace(private, self.system)
+            if run(*mounted, "true"):
+                self.command = (*mounted, *self.command)
+                self.hidden = True
+        return self.hidden
 
     def fork_pcscd(self, listener: int) -> None:
         """Start pcscd, no more."""
@@ -135,7 +150,7 @@ class Keeper:
             deadline = time.monotonic() + PATIENCE
             while not names(path, self.pid) and not self.has_ended() and time.monotonic() < deadline:
                 time.sleep(0.001)
-            if names(path, self.pid):
+            if names(path, self.pid) or (self.has_ended() and content(path) is None):
                 put_back(path, before)
         finally:
             os.close(lock)
@@ -160,7 +175,7 @@ class Keeper:
                 # real USB readers of this machine have no place in a test (pcsc-lite 2.0 and later)
                 "PCSCLITE_HP_DROPDIR": os.path.join(self.home, "no-usb-drivers"),
             }
-            os.execve(self.command[0], self.command, environment)  # noqa: S606 - the path is absolute
+            os.execvpe(self.command[0], self.command, environment)  # noqa: S606 - our own, or pcscd's absolute path
         except OSError as error:
             os.write(2, f"{self.command[0]}: {error}\n".encode())
         finally:
@@ -186,6 +201,22 @@ class Keeper:
             for name in files:
                 os.unlink(os.path.join(folder, name))
             os.rmdir(folder)
+
+
+def in_mount_namespace(private: str, system: str) -> tuple[str, ...]:
+    """The beginning of a command that sees one directory in place of another, and remains the same process."""
+    script = 'mount --bind "$0" "$1" && shift && exec "$@"'
+    return ("unshare", "--mount", "--propagation", "slave", "sh", "-c", script, private, system)
+
+
+def run(*command: str) -> bool:
+    """Whether a command succeeds; what it says is dropped."""
+    null = [(os.POSIX_SPAWN_OPEN, descriptor, os.devnull, os.O_RDWR, 0) for descriptor in range(3)]
+    try:
+        pid = os.posix_spawnp(command[0], command, os.environ, file_actions=null)
+    except OSError:
+        return False
+    return os.waitpid(pid, 0)[1] == 0
 
 
 def nearest(directory: str) -> str:
@@ -221,11 +252,11 @@ def put_back(path: str, before: bytes | None) -> None:
         if before is None:
             os.unlink(path)
             return
-        with open(path, "r+b") as file:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as file:
             file.write(before)
             file.truncate()
     except OSError:
-        return  # the system's pcscd has ended, and has removed it
+        return  # it is removed already, or the directory is
 
 
 if __name__ == "__main__":

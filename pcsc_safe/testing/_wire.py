@@ -56,7 +56,8 @@ class Probe:
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.connect(path)
-            # the answer tells which version pcscd speaks; ours has not changed since pcsc-lite 1.8.24
+            # the answer tells which version pcscd speaks; ours has not changed since pcsc-lite 1.8.24.  A newer pcscd
+            # logs a mismatch, and goes on in ours: in its own, waiting for changes is another thing (seen on 2.5.3)
             self._ask(_VERSION, struct.pack("=iiI", 4, 4, 0), 12)
         except BaseException:
             self._socket.close()
