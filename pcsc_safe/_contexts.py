@@ -27,7 +27,7 @@ from ._gate import GIVEN, OPEN, RELEASED, WOKEN, Operation, Owned, Place, attemp
 from ._pyscard import SUCCESS, constant, raw
 from ._unpatched import get_ident, monotonic, sleep
 
-__all__ = ["STALE", "NativeContext", "NativeContexts", "card_call"]
+__all__ = ["STALE", "NativeContext", "NativeContexts", "behind", "card_call"]
 
 STALE = object()
 """The result of a call that wasn't made: what it is on is no more this process's."""
@@ -471,6 +471,15 @@ class NativeContexts:
         return not any(context in self.natives for context in natives)
 
 
+def behind(context: Any) -> NativeContexts:
+    """Those behind a PC/SC context; with none in them, if another thread has just re-established it through a broker.
+
+    A call on them is :data:`STALE` then.
+    """
+    real = context.real
+    return real if isinstance(real, NativeContexts) else NativeContexts(context.scope)
+
+
 def sweep() -> None:
     """Release the native contexts of released PC/SC contexts that nobody is in any more."""
     for doomed in list(_doomed):
@@ -529,6 +538,8 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
         may_pass = False
         while True:
             place = card.native
+            if place is None:  # as in behind()
+                return STALE
             if place.waiting:
                 place.give_way()
             entry = (function, get_ident(), monotonic(), None)
@@ -565,7 +576,7 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
         result = steps[2]
         if unbinds and result == SUCCESS:
             _discard(place.cards, card.real)
-            card.context.real.tidy(card)
+            behind(card.context).tidy(card)
         if _doomed:
             sweep()
         return result
