@@ -1,8 +1,8 @@
 """``recover`` where the new pcscd has fewer readers than the one before, which pcsc-lite 2.5 can't bear.
 
 Its client library keeps one array of readers for the whole process (``readerStates`` in winscard_clnt.c), as large as
-pcscd has slots for readers.  It makes it larger, never smaller, and refuses a pcscd with fewer slots: SCARD_E_UNSUPPORTED_FEATURE from
-SCardListReaders, SCardStatus and SCardGetStatusChange, in every context of that process.
+pcscd has slots for readers.  It makes it larger, never smaller, and refuses a pcscd with fewer slots:
+SCARD_E_UNSUPPORTED_FEATURE from SCardListReaders, SCardStatus and SCardGetStatusChange, in every context of the process.
 
 Each story is told by a program: in a forked child the library would have the test's own array.
 """
