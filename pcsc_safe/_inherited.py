@@ -306,16 +306,14 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
     if result[0] != OUTGROWN:
         return result
     if effective.policy is Policy.REESTABLISH:
-        _log.warning(_NO_WAY_BACK, _process.current().pid)
+        _log.warning(
+            "process %d can't list readers or wait for events: pcscd had more readers before it was restarted, and "
+            "pcsc-lite 2.5 and later can't go back; restart the process, or use policy 'auto', which takes a broker",
+            _process.current().pid,
+        )
         return through.establish(scope, keep)
-    _log.info("process %d needs a broker: its PC/SC library has seen more readers", _process.current().pid)
+    _log.info("process %d needs a broker: pcscd had more readers before it was restarted", _process.current().pid)
     return _mine.mine().establish(scope, keep, OUTGROWN)
-
-
-_NO_WAY_BACK = (
-    "process %d can't list readers or wait for events: it has seen a pcscd with more of them, and pcsc-lite 2.5 and "
-    "later can't go back; restart it, or use policy 'auto', which goes through a broker here"
-)
 
 
 def gateway(function: str, context: Optional[Context]) -> Gateway:

@@ -93,7 +93,11 @@ class Broker:
             self.forget(real)
             raise
         if hresult == outgrown:
-            _log.info("process %d leaves the broker %d: it has seen more readers", self.epoch.pid, self.helper_pid)
+            _log.info(
+                "process %d leaves the broker %d: pcscd had more readers before it was restarted",
+                self.epoch.pid,
+                self.helper_pid,
+            )
             raise self._lost(under_way=False, say=False)  # a new broker has seen no other pcscd
 
     def connect(self, context: Any, arguments: Sequence[Any], keep: KeepCard) -> Any:
