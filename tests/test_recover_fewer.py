@@ -34,7 +34,8 @@ FAULT = [UNSUPPORTED, 0, UNSUPPORTED, OK, UNSUPPORTED, OK]
 MORE_BEFORE = "pcscd had more readers before it was restarted"
 DEFAULTS = {"way": "native", "policy": "auto"}
 
-by_either_way = pytest.mark.parametrize("way", ["native", "broker"])
+NATIVE = pytest.param("native", marks=pytest.mark.native)
+by_either_way = pytest.mark.parametrize("way", [NATIVE, "broker"])
 
 
 class Shrinking:
@@ -126,6 +127,7 @@ def on_raw_pyscard(options: str) -> None:
             break
 
 
+@pytest.mark.native
 def test_pcsc_lites_own_fault(shrinking: Shrinking) -> None:
     """Raw pyscard, no fork: after a restart with fewer readers nothing that lists them works, until there are as many.
 
@@ -256,7 +258,10 @@ def forks(options: str) -> None:
     say([older, own, in_child(child, False)])
 
 
-@pytest.mark.parametrize(("way", "policy"), [("native", "auto"), ("broker", "auto"), ("broker", "share")])
+WAYS = [pytest.param("native", "auto", marks=pytest.mark.native), ("broker", "auto"), ("broker", "share")]
+
+
+@pytest.mark.parametrize(("way", "policy"), WAYS)
 def test_forked_children_go_on(shrinking: Shrinking, way: str, policy: str) -> None:
     """They inherit the array as well, and the way to the broker that has one."""
     heard = shrinking.told(forks, 2, way=way, policy=policy)
@@ -278,6 +283,7 @@ def says_so(options: str) -> None:
     say([seen(scard, context), lines, os.getpid()])
 
 
+@pytest.mark.native
 def test_what_is_logged(shrinking: Shrinking) -> None:
     """That a broker is taken, and that another one is; and a warning where policy 'reestablish' forbids that."""
     if not version():
