@@ -139,11 +139,14 @@ class Gateway(Protocol):
         :param function: PC/SC's name for what it does.
         """
 
-    def establish(self, scope: Any, keep: Keep) -> Any:
+    def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
         """SCardEstablishContext.
 
         :param scope: SCARD_SCOPE_*.
-        :return: pyscard's answer, with what ``keep`` returned in the place of the context.
+        :param outgrown: what SCardListReaders returns where the library can't use this pcscd.  Such a
+            context is not kept.
+        :return: pyscard's answer, with what ``keep`` returned in the place of the context; or ``outgrown``.
+        :raises LostError: instead, where another gateway of this kind can use it.
         """
 
     def connect(self, context: Any, arguments: Sequence[Any], keep: "KeepCard") -> Any:

@@ -27,7 +27,7 @@ from ._gate import GIVEN, OPEN, RELEASED, WOKEN, Operation, Owned, Place, attemp
 from ._pyscard import SUCCESS, constant, raw
 from ._unpatched import get_ident, monotonic, sleep
 
-__all__ = ["STALE", "NativeContext", "NativeContexts", "card_call"]
+__all__ = ["STALE", "NativeContext", "NativeContexts", "behind", "card_call"]
 
 STALE = object()
 """The result of a call that wasn't made: what it is on is no more this process's."""
@@ -37,6 +37,7 @@ _LEAVE_CARD: int = constant("SCARD_LEAVE_CARD")
 _32_BITS = 0xFFFFFFFF
 _SHORT = 100  # ms; a wait for events that has to use the native context of a card, because pcscd refuses another one
 _WAIT = "SCardGetStatusChange"
+_ASKING = frozenset((_WAIT, "SCardListReaders"))
 _DOUBTFUL = constant("SCARD_E_UNSUPPORTED_FEATURE"), constant("SCARD_E_UNKNOWN_READER")
 _MOST_AVOIDED = 2
 _ATTEMPTS_TO_FIND = 4  # the connection of a new native context
@@ -263,7 +264,7 @@ class NativeContexts:
                 if steps:
                     self._used(owned, context)
                     result = made(steps)
-                    is_doubtful = function == _WAIT and result[0] in _DOUBTFUL and len(avoided) < _MOST_AVOIDED
+                    is_doubtful = function in _ASKING and result[0] in _DOUBTFUL and len(avoided) < _MOST_AVOIDED
                     if not is_doubtful or not self._avoid(owned, context, may_pass):
                         return result
                     avoided.append(context)
@@ -291,14 +292,14 @@ class NativeContexts:
         """Give a native context up whose conversation with pcscd may be out of step.
 
         pcsc-lite 2.5 reads an event that comes at the wrong moment as the size of its array of readers; the answer is
-        then one that SCardGetStatusChange can't have, or that there is no such reader.
+        then one that these calls can't have, or that there is no such reader.
 
         :return: whether there is another one to ask.
         """
         if not self.has_spare(owned, context, may_pass):
             return False
-        if not context.cards:  # else what lives there goes on there, as on raw pyscard
-            context.state = WOKEN
+        # In one step, for another thread may be connecting there; what lives there goes on there, as on raw pyscard.
+        if attempt(context, owned, _WAIT, (setattr, context, "state", WOKEN), bare=True, may_pass=may_pass):
             self.tidy(owned)
         return True
 
@@ -471,6 +472,15 @@ class NativeContexts:
         return not any(context in self.natives for context in natives)
 
 
+def behind(context: Any) -> NativeContexts:
+    """Those behind a PC/SC context; with none in them, if another thread has just re-established it through a broker.
+
+    A call on them is :data:`STALE` then.
+    """
+    real = context.real
+    return real if isinstance(real, NativeContexts) else NativeContexts(context.scope)
+
+
 def sweep() -> None:
     """Release the native contexts of released PC/SC contexts that nobody is in any more."""
     for doomed in list(_doomed):
@@ -529,6 +539,8 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
         may_pass = False
         while True:
             place = card.native
+            if place is None:  # as in behind()
+                return STALE
             if place.waiting:
                 place.give_way()
             entry = (function, get_ident(), monotonic(), None)
@@ -561,7 +573,7 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
         place.began = entry[2]
         if unbinds and steps[2] == SUCCESS:
             _discard(place.cards, card.real)
-            card.context.real.tidy(card)
+            behind(card.context).tidy(card)
         if _doomed:
             sweep()
         return steps[2]

@@ -11,7 +11,7 @@ import contextlib
 from typing import Any, Optional
 
 from . import _events, _gate, _handles, _log, _native, _process, _pyscard, _recorded, policy
-from ._calls import CALLS, Call, Gateway
+from ._calls import CALLS, Call, Gateway, Keep
 from ._handles import Card, Context, Record
 from ._pyscard import SUCCESS, constant
 from ._settings import settings
@@ -19,11 +19,16 @@ from .broker import _client, _mine
 from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, join_pyscard
 from .policy import Cards, Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
 
-__all__ = ["INVALID_HANDLE", "adopt", "answer", "gateway", "unsafe"]
+__all__ = ["INVALID_HANDLE", "adopt", "answer", "establish", "gateway", "unsafe"]
 
 INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
 RESET_CARD = constant("SCARD_W_RESET_CARD")
 LEAVE_CARD = constant("SCARD_LEAVE_CARD")
+OUTGROWN = constant("SCARD_E_UNSUPPORTED_FEATURE")
+"""What SCardListReaders returns on a new context where libpcsclite has seen a pcscd with more readers than this one.
+
+Since pcsc-lite 2.5 it keeps one array of readers for the whole process, which grows and never shrinks.
+"""
 
 
 def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
@@ -147,12 +152,11 @@ def _own(call: Call, record: Record) -> int:
     """
     context = record.context
     try:
-        through = gateway(call.name, context)
+        hresult = _gate.exclusively(context.lock, lambda: _own_context(call, context))
     except (BrokerError, ForkUnsafeError):
         if call.role is Role.VALIDITY:
             return INVALID_HANDLE
         raise
-    hresult = _gate.exclusively(context.lock, lambda: _own_context(context, through))
     if isinstance(record, Context) or hresult != SUCCESS:
         return hresult
 
@@ -165,7 +169,7 @@ def _own(call: Call, record: Record) -> int:
     return _gate.exclusively(record.lock, connect)
 
 
-def _own_context(context: Context, through: Gateway) -> int:
+def _own_context(call: Call, context: Context) -> int:
     left = context.owner
 
     def keep(real: Any, number: int, owner: _process.Epoch, gateway: Gateway) -> None:
@@ -177,7 +181,7 @@ def _own_context(context: Context, through: Gateway) -> int:
     while context.owner is not _process.current():
         if _release_dead(context):
             _forget_released(context)
-        hresult = int(through.establish(context.scope, keep)[0])
+        hresult = int(establish(call.name, context.scope, keep, context)[0])
         if hresult != SUCCESS:
             return hresult
         _tell(context, left)
@@ -268,9 +272,7 @@ def _thing(record: Record) -> str:
 def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """SCardReconnect gives an inherited handle a connection of this process's own."""
     assert isinstance(card, Card)
-    through = gateway(call.name, card.context)
-
-    hresult = _gate.exclusively(card.context.lock, lambda: _own_context(card.context, through))
+    hresult = _gate.exclusively(card.context.lock, lambda: _own_context(call, card.context))
     if hresult != SUCCESS:
         return call.failure(hresult)
 
@@ -288,6 +290,30 @@ def _way(context: Optional[Context]) -> Way:
     if not _pyscard.is_loaded:
         return Way.BROKER
     return choose_way(effective, forked=_process.current().parent is not None, native_works=_native_works())
+
+
+def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] = None) -> Any:
+    """A new context; see :class:`_calls.Gateway`.
+
+    With ``recover`` one that can be used: where this process's native library has outgrown a restarted pcscd, it is a
+    broker's.  Arguments and errors as in :func:`gateway`.
+
+    :raises LostError: the broker's has outgrown pcscd; the next one's has not.
+    """
+    effective = settings() if context is None else _settings_of(context)
+    through = gateway(function, context)
+    result = through.establish(scope, keep, OUTGROWN if effective.recover else None)
+    if result[0] != OUTGROWN:
+        return result
+    if effective.policy is Policy.REESTABLISH:
+        _log.warning(
+            "process %d can't list readers or wait for events: pcscd had more readers before it was restarted, and "
+            "pcsc-lite 2.5 and later can't go back; restart the process, or use policy 'auto', which takes a broker",
+            _process.current().pid,
+        )
+        return through.establish(scope, keep)
+    _log.info("process %d needs a broker: pcscd had more readers before it was restarted", _process.current().pid)
+    return _mine.mine().establish(scope, keep, OUTGROWN)
 
 
 def gateway(function: str, context: Optional[Context]) -> Gateway:

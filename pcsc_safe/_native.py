@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional
 
 from . import _gate, _process
 from ._calls import CALLS, Call, Keep
-from ._contexts import STALE, NativeContexts
+from ._contexts import STALE, NativeContexts, behind
 from ._descriptors import Descriptor
 from ._pyscard import SUCCESS, raw
 
@@ -36,9 +36,15 @@ functions: dict[str, Callable[..., Any]] = {
 class _Newcomer:
     """A PC/SC context that is being established."""
 
-    def __init__(self) -> None:
+    def __init__(self, contexts: NativeContexts) -> None:
         self.owner = _process.current()
+        self.real = contexts
         self.released = False
+
+
+def _checked(contexts: NativeContexts, newcomer: _Newcomer, outgrown: int) -> int:
+    result = contexts.call(newcomer, "SCardListReaders", [])
+    return outgrown if result is not STALE and result[0] == outgrown else SUCCESS
 
 
 class _Native:
@@ -50,11 +56,14 @@ class _Native:
         """``call(*arguments)``, inside the native library."""
         return _gate.during(function, call, *arguments)
 
-    def establish(self, scope: Any, keep: Keep) -> Any:
+    def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
         """SCardEstablishContext; see :class:`_calls.Gateway`."""
-        newcomer, contexts = _Newcomer(), NativeContexts(scope)
+        contexts = NativeContexts(scope)
+        newcomer = _Newcomer(contexts)
         try:
             hresult = contexts.establish(newcomer)
+            if hresult == SUCCESS and outgrown is not None:
+                hresult = _checked(contexts, newcomer, outgrown)
             if hresult != SUCCESS:
                 return [hresult, 0]
             kept = keep(contexts, next(iter(contexts.natives)).handle, newcomer.owner, self)
@@ -66,7 +75,7 @@ class _Native:
 
     def connect(self, context: Any, arguments: Sequence[Any], keep: Callable[..., Any]) -> Any:
         """SCardConnect; see :class:`_calls.Gateway`."""
-        return context.real.connect(context, arguments, keep)
+        return behind(context).connect(context, arguments, keep)
 
     def descriptors(self, real: Any) -> Sequence[Optional[Descriptor]]:
         """Those of its native contexts; see :class:`_calls.Gateway`."""

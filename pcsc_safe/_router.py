@@ -28,7 +28,7 @@ from . import (
     _waits,
 )
 from ._calls import CALLS, Call, Gateway, Kind, LostError
-from ._contexts import STALE
+from ._contexts import STALE, NativeContexts
 from ._handles import Card, Context, Record
 from ._inherited import INVALID_HANDLE
 from ._pyscard import SUCCESS, constant
@@ -120,7 +120,7 @@ def _establish(scope: Any) -> Any:
 
     call = CALLS["SCardEstablishContext"]
     try:
-        return _persistently(call, lambda: _inherited.gateway(call.name, None).establish(scope, keep), ())
+        return _persistently(call, lambda: _inherited.establish(call.name, scope, keep), ())
     except BaseException:  # a signal handler's: nobody gets what was established
         for context in kept:
             context.forget()
@@ -173,7 +173,7 @@ def _routed(call: Call) -> Callable[..., Any]:
 
 
 def _context_call(name: str) -> _Native:
-    return lambda context, arguments: context.real.call(context, name, *arguments)
+    return lambda context, arguments: _contexts.behind(context).call(context, name, *arguments)
 
 
 def _connect(context: Any, arguments: tuple[Any, ...]) -> Any:
@@ -188,13 +188,14 @@ def _keep_card(context: Context, arguments: tuple[Any, ...]) -> Callable[[int, A
 
 
 def _release(context: Any, arguments: tuple[Any, ...]) -> Any:
-    return context.real.release(context, context.forget)
+    contexts = context.real
+    return contexts.release(context, context.forget) if isinstance(contexts, NativeContexts) else STALE
 
 
 _context_calls: dict[str, _Native] = {
     "SCardConnect": _connect,
     "SCardReleaseContext": _release,
-    "SCardCancel": lambda context, arguments: context.real.cancel(context),
+    "SCardCancel": lambda context, arguments: _contexts.behind(context).cancel(context),
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Optional
 
-from ._contexts import STALE, NativeContexts
+from ._contexts import STALE, NativeContexts, behind
 from ._gate import Owned
 from ._pyscard import SUCCESS, constant
 from ._unpatched import get_ident, monotonic
@@ -34,11 +34,11 @@ class Wait:
     :ivar was_ended: its native call was ended before its time, by a fork.
     """
 
-    def __init__(self, context: Any, timeout: int, states: Any) -> None:
+    def __init__(self, context: Any, contexts: NativeContexts, timeout: int, states: Any) -> None:
         self.thread = get_ident()
         self.cancelled = self.was_ended = False
         self._context: Owned = context
-        self._contexts: NativeContexts = context.real
+        self._contexts: NativeContexts = contexts
         self._states = states
         self._deadline = None if timeout == INFINITE else monotonic() + timeout / 1000
         self._seen: Optional[list[Optional[int]]] = None
@@ -141,7 +141,8 @@ def await_change(context: Any, alive: Callable[[], bool], timeout: int, states: 
     :param cancelled: the result of a wait that the application cancelled before it could begin.
     :return: pyscard's result, or :data:`STALE`.
     """
-    contexts, wait = context.real, Wait(context, timeout, states)
+    contexts = behind(context)
+    wait = Wait(context, contexts, timeout, states)
     try:
         contexts.waits[wait] = None
         wait.begin()

@@ -73,16 +73,32 @@ class Broker:
         """``call(*arguments)``; nothing native is entered, so no fork need wait for it."""
         return call(*arguments)
 
-    def establish(self, scope: Any, keep: Keep) -> Any:
+    def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
         """SCardEstablishContext; see :class:`_calls.Gateway`."""
         # libpcsclite looks at the environment each time, and the broker's is that of its start.
         where = os.environ.get(_start.SOCKET_NAME)
         if where and not os.path.isabs(where):
             where = os.path.abspath(where)
         result = self.functions["SCardEstablishContext"](scope, where)
+        if result[0] == 0 and outgrown is not None:
+            self._check(result[1], outgrown)
         if result[0] == 0:
             result[1] = keep(result[1], result[1], self.epoch, self)
         return result
+
+    def _check(self, real: int, outgrown: int) -> None:
+        try:
+            hresult = self.functions["SCardListReaders"](real, [])[0]
+        except BaseException:  # a signal handler's: nobody gets what was established
+            self.forget(real)
+            raise
+        if hresult == outgrown:
+            _log.info(
+                "process %d leaves the broker %d: pcscd had more readers before it was restarted",
+                self.epoch.pid,
+                self.helper_pid,
+            )
+            raise self._lost(under_way=False, say=False)  # a new broker has seen no other pcscd
 
     def connect(self, context: Any, arguments: Sequence[Any], keep: KeepCard) -> Any:
         """SCardConnect; see :class:`_calls.Gateway`."""
