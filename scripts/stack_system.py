@@ -28,6 +28,7 @@ set -e
 system=$1 shown=$2
 shift 2
 mount --make-rprivate /
+mount --bind "$system" "$system" # a mount point is what a command in it can have a mount namespace of
 mount -t proc proc "$system/proc"
 mount --rbind /dev "$system/dev"
 mount -t tmpfs tmpfs "$system/dev/shm"
