@@ -458,7 +458,7 @@ def _begin(epoch: _process.Epoch) -> None:
             # A wait for events that began at the last moment is on this connection as well, and reads from it.
             is_there = epoch.unquiet is None and _are_intact(context)
             if is_there:
-                context.real.take_over()
+                context.real.take_over(epoch)
         else:
             is_there = broker is not None
             context.gateway = broker or context.gateway

@@ -54,12 +54,14 @@ class _Establishing(Place):
 _establishing = _Establishing()
 _gate.places[_establishing] = None
 
-_doomed: list[tuple[NativeContext, Owned]] = []  # to be released, as soon as nobody is in them
+_doomed: list[NativeContext] = []  # to be released, as soon as nobody is in them
 
 
 class NativeContext(Place):
     """A context of libpcsclite's.
 
+    :ivar owner: the process that established it, or that it was handed over to; that alone may release it.
+    :ivar released: the PC/SC context is; what lives here is nobody's any more.
     :ivar handle: libpcsclite's; 0 until it is known.
     :ivar began: when the last call on a card there began, by ``monotonic()``.
     :ivar descriptor: its connection to pcscd, if it could be told.
@@ -67,10 +69,12 @@ class NativeContext(Place):
     :ivar cards: the native handles of the cards that live there, and an empty list for each SCardConnect that goes on.
     """
 
-    __slots__ = ("began", "descriptor", "established", "handle", "traces", "wakers")
+    __slots__ = ("began", "descriptor", "established", "handle", "owner", "released", "traces", "wakers")
 
     def __init__(self) -> None:
         super().__init__()
+        self.owner = _process.current()
+        self.released = False
         self.handle = 0
         self.began = 0.0
         self.descriptor: Optional[Descriptor] = None
@@ -78,20 +82,21 @@ class NativeContext(Place):
         self.established: list[Any] = []  # what SCardEstablishContext returned
         self.traces = _pcscd.Traces()
 
-    def settle(self, is_mine: bool = True) -> None:
-        """Note what libpcsclite has made; whoever comes first does it, and a second time changes nothing.
-
-        :param is_mine: it is this process's.
-        """
+    def settle(self) -> None:
+        """Note what libpcsclite has made; whoever comes first does it, and a second time changes nothing."""
         if not self.handle and self.established and self.established[0][0] == SUCCESS:
             descriptor = self.traces.connection()
-            if descriptor is not None and is_mine:
+            if descriptor is not None and self.is_ours():
                 _descriptors.guard(descriptor)
                 self.descriptor = descriptor
             elif descriptor is not None:
                 _descriptors.kill([descriptor])  # a finalizer has forked in the middle, and this is the child
             self.handle = self.established[0][1]
         _gate.unsettled.pop(self, None)
+
+    def is_ours(self) -> bool:
+        """Whether it is this process's; not so in a child, nor if a finalizer has forked while it was established."""
+        return self.owner is _process.current()
 
     def wake(self, wait: Any, *, may_pass: bool = False) -> None:
         """End the native call of a wait for events that is here; or if it isn't here, do nothing.
@@ -189,24 +194,26 @@ class NativeContexts:
             hresult, handle, protocol = connected[0]
             if hresult != SUCCESS:
                 return [hresult, 0, 0]
+            if self._are_left(owned):
+                return STALE  # _connected() undoes it
             lives[0].cards.append(handle)
             kept = keep(handle, lives[0], protocol)
             connected.clear()
             return [hresult, kept, protocol]
         finally:
-            self._connected(owned, connected, lives)
+            self._connected(connected, lives)
 
-    def _connected(self, owned: Owned, connected: list[Any], lives: list[NativeContext]) -> None:
+    def _connected(self, connected: list[Any], lives: list[NativeContext]) -> None:
         """The end of SCardConnect; a connection that a signal handler kept from being recorded is undone."""
         for context in lives:
             if connected and connected[0][0] == SUCCESS:
                 handle = connected[0][1]
                 context.wait_until_free()
-                attempt(context, owned, "SCardDisconnect", (raw["SCardDisconnect"], handle, _LEAVE_CARD))
+                attempt(context, context, "SCardDisconnect", (raw["SCardDisconnect"], handle, _LEAVE_CARD))
                 context.cards[:] = [card for card in context.cards if card != handle]
             context.cards[:] = [card for card in context.cards if card is not connected]
             if not context.cards:
-                self.tidy(owned)
+                self.tidy()
 
     def cancel(self, owned: Owned, thread: Optional[int] = None) -> Any:
         """SCardCancel: ends every wait for events on the PC/SC context, also one that is between two native calls.
@@ -254,7 +261,7 @@ class NativeContexts:
         """Make a call on any native context that is free, or on a new one."""
         may_pass, refused = False, SUCCESS
         avoided: list[NativeContext] = []
-        while self._is_behind(owned) and not (wait is not None and wait.cancelled):
+        while self.is_behind(owned) and not (wait is not None and wait.cancelled):
             insists = bare and refused == SUCCESS
             for context in self.settled():
                 # Who ends a wait by SCardCancel must not end the next one there.
@@ -262,7 +269,7 @@ class NativeContexts:
                     continue
                 steps = attempt(context, owned, function, *call(context), wait=wait, bare=insists, may_pass=may_pass)
                 if steps:
-                    self._used(owned, context)
+                    self._used(context)
                     result = made(steps)
                     is_doubtful = function in _ASKING and result[0] in _DOUBTFUL and len(avoided) < _MOST_AVOIDED
                     if not is_doubtful or not self._avoid(owned, context, may_pass):
@@ -284,9 +291,13 @@ class NativeContexts:
                 usable[0].wait_until_free()
         return STALE
 
-    def _is_behind(self, owned: Any) -> bool:
+    def is_behind(self, owned: Any) -> bool:
         """Whether these are still what is behind the PC/SC context, in this process."""
         return not owned.released and owned.owner is _process.current() and owned.real is self
+
+    def _are_left(self, owned: Any) -> bool:
+        """Whether this process has released the PC/SC context, or has others behind it, perhaps of another pcscd."""
+        return owned.owner is _process.current() and not self.is_behind(owned)
 
     def _avoid(self, owned: Owned, context: NativeContext, may_pass: bool) -> bool:
         """Give a native context up whose conversation with pcscd may be out of step.
@@ -300,31 +311,31 @@ class NativeContexts:
             return False
         # In one step, for another thread may be connecting there; what lives there goes on there, as on raw pyscard.
         if attempt(context, owned, _WAIT, (setattr, context, "state", WOKEN), bare=True, may_pass=may_pass):
-            self.tidy(owned)
+            self.tidy()
         return True
 
-    def _used(self, owned: Owned, context: NativeContext) -> None:
+    def _used(self, context: NativeContext) -> None:
         """After a call: release what is of no more use."""
         if context.state == WOKEN:
-            self._release(owned, context)
+            self._release(context)
         if len(self.natives) > 1:
-            self.tidy(owned)
+            self.tidy()
         if _doomed:
             sweep()
 
-    def tidy(self, owned: Owned) -> None:
+    def tidy(self) -> None:
         """Release the native contexts that are idle, without a card, and surplus: all of them but one."""
         idle = [context for context in list(self.natives) if context.handle and not context.cards and not context.calls]
         woken = [context for context in idle if context.state == WOKEN]
         for context in [*woken, *[context for context in idle if context.state == OPEN][1:]]:
-            self._release(owned, context)
+            self._release(context)
 
-    def _release(self, owned: Owned, context: NativeContext, *, bare: bool = True, may_pass: bool = False) -> list[Any]:
+    def _release(self, context: NativeContext, *, bare: bool = True, may_pass: bool = False) -> list[Any]:
         if context.wakers:
             return []  # it is released with what is surplus next
         return attempt(
             context,
-            owned,
+            context,
             "SCardReleaseContext",
             (raw["SCardReleaseContext"], context.handle),
             (setattr, context, "state", RELEASED),
@@ -353,14 +364,13 @@ class NativeContexts:
             if hresult != SUCCESS:
                 self._refused(context, hresult)
                 return hresult
-            is_mine = owned.owner is _process.current()  # else a finalizer has forked in the middle
-            if context.descriptor is not None or not _pcscd.ARE_INHERITED or not is_mine or not attempts_left:
+            is_told = context.descriptor is not None or not _pcscd.ARE_INHERITED
+            if is_told or not context.is_ours() or not attempts_left:
                 break
             # Its connection can't be told: other threads have opened or closed files.
-            self._release(owned, context, may_pass=may_pass)
-        if owned.released:
-            _doomed.extend((one, owned) for one in self.natives)
-            sweep()
+            self._release(context, may_pass=may_pass)
+        if self._are_left(owned):
+            self.abandon()
         return SUCCESS
 
     def _establish_one(self, owned: Owned, may_pass: bool, *, thoroughly: bool) -> Optional[NativeContext]:
@@ -381,7 +391,7 @@ class NativeContexts:
                 if not context.established:
                     attempt(_establishing, owned, "SCardEstablishContext", *made, may_pass=may_pass)
             if context.established:
-                context.settle(owned.owner is _process.current())
+                context.settle()
                 return context
             may_pass = _gate.wait_for(_establishing, may_pass)
         return None
@@ -403,16 +413,28 @@ class NativeContexts:
         natives, waits = [context for context in self.natives if context.handle], list(self.waits)
         for wait in waits:
             wait.cancelled = True
-        _doomed.extend((context, owned) for context in natives)
+        _doomed.extend(natives)
         for context in natives:
+            context.released = True
             context.cards.clear()
         forget()
         self._wake(waits)
         # What was ended with its wait has lost its connection, and says so.
         sound = [context for context in natives if context.state == OPEN]
-        results = [made(steps) for context in sound if (steps := self._release(owned, context, bare=False))]
+        results = [made(steps) for context in sound if (steps := self._release(context, bare=False))]
         sweep()
         return int(results[0]) if results else SUCCESS
+
+    def abandon(self) -> None:
+        """Release what a thread has established here that didn't know yet that others have taken its place."""
+        for context in list(self.natives):
+            context.settle()
+            # One whose connection isn't there any more was lost, and is for release_dead().
+            is_there = context.descriptor is None or context.descriptor.is_intact()
+            if context.handle and context.is_ours() and is_there:
+                _doomed.append(context)
+        self._wake(list(self.waits))
+        sweep()
 
     def settled(self) -> list[NativeContext]:
         """Those that are in use or can be."""
@@ -442,13 +464,13 @@ class NativeContexts:
         for context in self.settled():
             context.state = OPEN
 
-    def take_over(self) -> None:
+    def take_over(self, here: _process.Epoch) -> None:
         """In a child: what was handed over is this process's."""
         self.natives = dict.fromkeys(self.settled())
         self.waits.clear()
         for context in self.natives:
             context.renew()
-            context.state = OPEN
+            context.owner, context.state = here, OPEN
             _gate.places[context] = None
             if context.descriptor is not None:
                 _descriptors.guard(context.descriptor)
@@ -461,10 +483,11 @@ class NativeContexts:
 
         :return: whether libpcsclite has forgotten all of it.
         """
+        self.abandon()
         natives = [context for context in self.natives if context.handle and context.state != RELEASED]
         for context in natives:
             if context.descriptor is not None and _descriptors.is_dead(context.descriptor.number):
-                if context in _gate.places:  # else its lock is the parent's
+                if context.is_ours():  # else its lock is the parent's
                     context.wait_until_free(_RELEASE_WITHIN)
                 self.natives.pop(context, None)
                 _gate.places.pop(context, None)
@@ -482,15 +505,12 @@ def behind(context: Any) -> NativeContexts:
 
 
 def sweep() -> None:
-    """Release the native contexts of released PC/SC contexts that nobody is in any more."""
-    for doomed in list(_doomed):
-        context, owned = doomed
+    """Release the native contexts that are of no more use, and that nobody is in any more."""
+    for context in list(_doomed):
         if context.state != RELEASED:
-            pool = NativeContexts(None)
-            pool.natives[context] = None
-            pool._release(owned, context, bare=False)
-        if context.state == RELEASED or owned.owner is not _process.here:
-            _discard(_doomed, doomed)
+            NativeContexts(None)._release(context, bare=not context.released)
+        if context.state == RELEASED or not context.is_ours():
+            _discard(_doomed, context)
 
 
 def _cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
@@ -573,7 +593,7 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
         place.began = entry[2]
         if unbinds and steps[2] == SUCCESS:
             _discard(place.cards, card.real)
-            behind(card.context).tidy(card)
+            behind(card.context).tidy()
         if _doomed:
             sweep()
         return steps[2]

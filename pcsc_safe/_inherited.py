@@ -173,9 +173,11 @@ def _own_context(call: Call, context: Context) -> int:
     left = context.owner
 
     def keep(real: Any, number: int, owner: _process.Epoch, gateway: Gateway) -> None:
+        former = context.real
         # The owner last: a fork in another thread must find what it is known by, or the context not ours.
         context.real, context.gateway = real, gateway
         context.owner = owner
+        _native.gateway.leave(former)
 
     # Again, if a signal handler has forked meanwhile, and this is the child.
     while context.owner is not _process.current():

@@ -73,6 +73,14 @@ class _Native:
             if not newcomer.released:
                 contexts.release(newcomer, lambda: setattr(newcomer, "released", True))
 
+    def leave(self, real: Any) -> None:
+        """Something else is behind the PC/SC context now; threads may not have known it when they used this.
+
+        :param real: native contexts, or a number of a broker's, for which nothing is to be done.
+        """
+        if isinstance(real, NativeContexts):
+            real.abandon()
+
     def connect(self, context: Any, arguments: Sequence[Any], keep: Callable[..., Any]) -> Any:
         """SCardConnect; see :class:`_calls.Gateway`."""
         return behind(context).connect(context, arguments, keep)

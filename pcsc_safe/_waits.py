@@ -56,7 +56,9 @@ class Wait:
 
     def has_spare(self, native: Any, may_pass: bool) -> bool:
         """Whether there is a native context to go on with when this one is ended."""
-        return self.released or self._contexts.has_spare(self._context, native, may_pass)
+        if not self._contexts.is_behind(self._context):
+            return True  # it goes on elsewhere, if at all
+        return self._contexts.has_spare(self._context, native, may_pass)
 
     def begin(self) -> None:
         """Note the readers, if this wait is for changes of their list; libpcsclite counts them anew at each call."""
