@@ -34,10 +34,10 @@ LEAVE, PRESENT = safe.SCARD_LEAVE_CARD, safe.SCARD_STATE_PRESENT
 RIGHT = [OK, [1, 2, 3, 0x90, 0x00]]
 
 
-def told(program: Callable[..., Any], *arguments: str, readers: int = 2) -> Any:
+def told(program: Callable[..., Any], *arguments: str, readers: int = 2, timeout: float = 60) -> Any:
     """What a program of this module printed as JSON, on a stack of its own."""
     with VirtualPcsc(readers, [EchoCard() for _ in range(readers)], activate=False) as stack:
-        done = in_program(program, *arguments, env={**os.environ, **stack.env})
+        done = in_program(program, *arguments, env={**os.environ, **stack.env}, timeout=timeout)
         assert done.returncode == 0, done.stderr
         stack.wait_for_clients(0)
     return json.loads(done.stdout.splitlines()[-1])
@@ -289,10 +289,11 @@ NOTHING = {"in flight": 0, "locked": 0, "doomed": 0, "natives": 0}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="CPython 3.9 runs handlers between any two instructions")
+@pytest.mark.parametrize("alarms", [300, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("where", ["idle", "in a transaction", "beside a wait", "broker"])
-def test_handlers_that_raise(where: str) -> None:
+def test_handlers_that_raise(where: str, alarms: int) -> None:
     """However often a handler raises, and wherever: no lock, native context, entry or record is left, and all works."""
-    works, answers, held, contexts, cards = told(interrupted, "300", where)
+    works, answers, held, contexts, cards = told(interrupted, str(alarms), where, timeout=60 + alarms / 10)
     assert works == [OK, OK, OK]
     assert answers == ([True, OK, CANCELLED] if where == "beside a wait" else None)
     assert (held, contexts, cards) == (NOTHING, 0, 0)
