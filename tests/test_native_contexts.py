@@ -10,10 +10,12 @@ import contextlib
 import ctypes
 import gc
 import json
+import logging
 import os
 import queue
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -496,3 +498,65 @@ def test_where_pcscd_refuses_another_connection(
     assert waiter.answer()[0] == TIMED_OUT
     assert any("refuses one more connection" in record.message for record in caplog.records)
     assert safe.SCardReleaseContext(context) == OK
+
+
+TAKES_ALL_BUT = """
+import sys
+from smartcard.scard import *
+contexts, hresult = [], SCARD_S_SUCCESS
+while hresult == SCARD_S_SUCCESS and len(contexts) < 1000:
+    hresult, context = SCardEstablishContext(SCARD_SCOPE_SYSTEM)
+    contexts.append(context)
+for context in contexts[-1 - int(sys.argv[1]) : -1]:
+    SCardReleaseContext(context)
+print(len(contexts) - 1, hresult & 0xFFFFFFFF, flush=True)
+sys.stdin.read()
+"""
+
+
+def at_the_limit(free: str) -> None:
+    """Program: other processes have all but so many of pcscd's connections; then threads use two cards and wait."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pcsc_safe").addHandler(handler)
+    other = subprocess.Popen(
+        [sys.executable, "-c", TAKES_ALL_BUT, free], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    most, refusal = map(int, other.stdout.readline().split())
+    time.sleep(0.5)  # pcscd notices a little later that contexts were released
+    context = establish()
+    readers = safe.SCardListReaders(context, [])[1]
+    cards = [Calling(connect, context, reader).answer() for reader in readers[:2]]
+    waiter = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(readers[0], PRESENT)])
+    time.sleep(0.3)
+    exchanges = [Calling(lambda card=card: [transmit(card) for _ in range(5)]) for card in cards for _ in range(2)]
+    right = [thread.answer() == [RIGHT] * 5 for thread in exchanges]
+    calls: list[tuple[Any, ...]] = [
+        (safe.SCardListReaders, context, []),
+        (safe.SCardGetStatusChange, context, 100, [(readers[1], PRESENT)]),
+        (safe.SCardStatus, cards[1]),
+    ]
+    codes = [Calling(*call).answer()[0] for call in calls]
+    more = Calling(safe.SCardEstablishContext, safe.SCARD_SCOPE_SYSTEM).answer()[0] & 0xFFFFFFFF
+    goes_on = waiter.is_alive()
+    ended = Calling(safe.SCardCancel, context).answer(), waiter.answer()[0]
+    last = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(readers[0], PRESENT)])
+    time.sleep(0.3)
+    released = Calling(safe.SCardReleaseContext, context).answer()
+    last_ended = last.answer()[0] != OK
+    other.communicate("")
+    print(json.dumps([most, right, codes, more == refusal, goes_on, ended, released, last_ended, sorted(set(said))]))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("free", [1, 2])
+def test_at_the_limit_of_pcscd(free: int) -> None:
+    """Its 200 connections are in use but one or two: nothing hangs or fails for that, and a log line says why."""
+    most, right, codes, same, goes_on, ended, released, last_ended, said = told(at_the_limit, str(free))
+    assert most >= 100
+    assert right == [True] * 4
+    assert codes == [OK, TIMED_OUT, OK]
+    assert (same, goes_on, ended, released, last_ended) == (True, True, [OK, CANCELLED], OK, True)
+    assert any("refuses one more connection" in line for line in said)
