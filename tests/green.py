@@ -167,7 +167,7 @@ def greenlets(*how: str) -> None:
 
 
 def forks(*how: str) -> None:
-    """A greenlet forks while the pool waits and exchanges; parent and child go on, and the wait ends when it is told."""
+    """A greenlet forks while the pool waits and exchanges; parent and child go on, and so does the wait."""
     green, safe, context, reader, card = _set_up(*how)
     stop: list[bool] = []
 

@@ -184,9 +184,7 @@ class Side:
                 succeeded = self.workers[step.process].code(step.thread) == 0
                 if succeeded and step.operation == "Begin":
                     self._begun.add((who, step.reader))
-                elif succeeded and step.operation == "Disconnect":
-                    self._begun.discard((who, step.reader))
-                elif not succeeded and step.operation == "End":  # one that succeeds may be the end of an inner one
+                elif step.operation == ("Disconnect" if succeeded else "End"):  # End may be that of an inner one
                     self._begun.discard((who, step.reader))
                 del self._last[who]
         return self._begun
@@ -302,7 +300,7 @@ def crossed() -> Iterator[list[Step]]:
 
 
 def in_one_process() -> Iterator[list[Step]]:
-    """Transactions of two threads of one process, each of which then wants what the other has; and the other process."""
+    """Two threads of one process are in transactions; the other process, and one of the two, want what they have."""
     begun = [Step(0, 0, "Begin", 0), Step(0, 1, "Begin", 1)]
     for wanted in BEHIND_A_TRANSACTION:
         for end in ("End", "Disconnect", "Reconnect"):

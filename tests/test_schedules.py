@@ -1,4 +1,7 @@
-"""Transactions of several processes: pcsc_safe blocks nowhere where raw pyscard with a context for each thread doesn't."""
+"""Transactions of several processes: pcsc_safe blocks nowhere where raw pyscard doesn't.
+
+That is raw pyscard with a context for each thread; on pcsc_safe the threads of a process share one.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,7 @@ def walks(seed: int, how_many: int) -> Iterator[list[Step]]:
 
 
 def sampled(every: Iterable[list[Step]], step: int) -> Iterator[list[Step]]:
-    """Every so manieth, beginning anywhere; a day's runs have them all."""
+    """One of ``step``, beginning anywhere: many runs have them all."""
     return itertools.islice(every, random.randrange(step), None, step)
 
 
