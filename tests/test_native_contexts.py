@@ -10,10 +10,12 @@ import contextlib
 import ctypes
 import gc
 import json
+import logging
 import os
 import queue
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -34,10 +36,10 @@ LEAVE, PRESENT = safe.SCARD_LEAVE_CARD, safe.SCARD_STATE_PRESENT
 RIGHT = [OK, [1, 2, 3, 0x90, 0x00]]
 
 
-def told(program: Callable[..., Any], *arguments: str, readers: int = 2) -> Any:
+def told(program: Callable[..., Any], *arguments: str, readers: int = 2, timeout: float = 60) -> Any:
     """What a program of this module printed as JSON, on a stack of its own."""
     with VirtualPcsc(readers, [EchoCard() for _ in range(readers)], activate=False) as stack:
-        done = in_program(program, *arguments, env={**os.environ, **stack.env})
+        done = in_program(program, *arguments, env={**os.environ, **stack.env}, timeout=timeout)
         assert done.returncode == 0, done.stderr
         stack.wait_for_clients(0)
     return json.loads(done.stdout.splitlines()[-1])
@@ -289,10 +291,11 @@ NOTHING = {"in flight": 0, "locked": 0, "doomed": 0, "natives": 0}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="CPython 3.9 runs handlers between any two instructions")
+@pytest.mark.parametrize("alarms", [300, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("where", ["idle", "in a transaction", "beside a wait", "broker"])
-def test_handlers_that_raise(where: str) -> None:
+def test_handlers_that_raise(where: str, alarms: int) -> None:
     """However often a handler raises, and wherever: no lock, native context, entry or record is left, and all works."""
-    works, answers, held, contexts, cards = told(interrupted, "300", where)
+    works, answers, held, contexts, cards = told(interrupted, str(alarms), where, timeout=60 + alarms / 10)
     assert works == [OK, OK, OK]
     assert answers == ([True, OK, CANCELLED] if where == "beside a wait" else None)
     assert (held, contexts, cards) == (NOTHING, 0, 0)
@@ -495,3 +498,79 @@ def test_where_pcscd_refuses_another_connection(
     assert waiter.answer()[0] == TIMED_OUT
     assert any("refuses one more connection" in record.message for record in caplog.records)
     assert safe.SCardReleaseContext(context) == OK
+
+
+TAKES_ALL_BUT = """
+import sys
+from smartcard.scard import *
+contexts, hresult = [], SCARD_S_SUCCESS
+while hresult == SCARD_S_SUCCESS and len(contexts) < 1000:
+    hresult, context = SCardEstablishContext(SCARD_SCOPE_SYSTEM)
+    contexts.append(context)
+for context in contexts[-1 - int(sys.argv[1]) : -1]:
+    SCardReleaseContext(context)
+print(len(contexts) - 1, hresult & 0xFFFFFFFF, flush=True)
+sys.stdin.read()
+"""
+
+
+def at_the_limit(free: str) -> None:
+    """Program: other processes have all but so many of pcscd's connections; then threads use two cards and wait."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pcsc_safe").addHandler(handler)
+    other = subprocess.Popen(
+        [sys.executable, "-c", TAKES_ALL_BUT, free], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    most, refusal = map(int, other.stdout.readline().split())
+    time.sleep(0.5)  # pcscd notices a little later that contexts were released
+    context = establish()
+    readers = safe.SCardListReaders(context, [])[1]
+    cards = [Calling(connect, context, reader).answer() for reader in readers[:2]]
+    waiter = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(readers[0], PRESENT)])
+    time.sleep(0.3)
+    exchanges = [Calling(lambda card=card: [transmit(card) for _ in range(5)]) for card in cards for _ in range(2)]
+    right = [thread.answer() == [RIGHT] * 5 for thread in exchanges]
+    calls: list[tuple[Any, ...]] = [
+        (safe.SCardListReaders, context, []),
+        (safe.SCardGetStatusChange, context, 100, [(readers[1], PRESENT)]),
+        (safe.SCardStatus, cards[1]),
+    ]
+    codes = [Calling(*call).answer()[0] for call in calls]
+    more = Calling(safe.SCardEstablishContext, safe.SCARD_SCOPE_SYSTEM).answer()[0] & 0xFFFFFFFF
+    goes_on = waiter.is_alive()
+    ended = Calling(safe.SCardCancel, context).answer(), waiter.answer()[0]
+    last = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(readers[0], PRESENT)])
+    time.sleep(0.3)
+    released = Calling(safe.SCardReleaseContext, context).answer()
+    last_ended = last.answer()[0] != OK
+    other.communicate("")
+    print(
+        json.dumps(
+            [
+                most,
+                right,
+                codes,
+                more in (refusal, safe.SCARD_E_NO_SERVICE),
+                goes_on,
+                ended,
+                released,
+                last_ended,
+                sorted(set(said)),
+            ]
+        )
+    )
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("free", [1, 2])
+def test_at_the_limit_of_pcscd(free: int) -> None:
+    """Its 200 connections are in use but one or two: nothing hangs or fails for that, and a log line says why."""
+    most, right, codes, same, goes_on, ended, released, last_ended, said = told(at_the_limit, str(free))
+    assert most >= 100
+    assert right == [True] * 4
+    assert codes == [OK, TIMED_OUT, OK]
+    assert (same, goes_on, ended, released, last_ended) == (True, True, [OK, CANCELLED], OK, True)
+    assert any("refuses one more connection" in line for line in said)

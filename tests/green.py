@@ -1,0 +1,214 @@
+"""Programs under gevent and eventlet, for test_host_green.py; each is run by a process of its own.
+
+Nothing here imports pcsc_safe but the programs themselves: whether it is imported before the interpreter's modules
+are patched, or after, is what the tests are about.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, Optional
+
+ECHO, RIGHT = [0x80, 1, 0, 0, 1], [0x90, 0]
+LEAVE, PRESENT, SHARED, INFINITE = 0, 0x20, 2, 0xFFFFFFFF
+OK, CANCELLED, TIMED_OUT = 0, 0x80100002, 0x8010000A
+
+
+class Gevent:
+    """gevent: greenlets, and the native threads of its hub's pool."""
+
+    child_has_pool = True
+
+    def __init__(self) -> None:
+        from gevent import monkey
+
+        monkey.patch_all()
+        import gevent
+
+        self.sleep = gevent.sleep
+        self._gevent = gevent
+
+    def spawn(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """Run it in a greenlet; returns what gives its result."""
+        return self._gevent.spawn(function, *arguments).get  # type: ignore[no-any-return]
+
+    def in_pool(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """Run it in a native thread; returns what gives its result, while other greenlets run."""
+        return self._gevent.get_hub().threadpool.spawn(function, *arguments).get  # type: ignore[no-any-return]
+
+
+class Eventlet:
+    """eventlet: green threads, and the native threads of tpool."""
+
+    child_has_pool = False  # tpool doesn't see a fork, and waits for the threads of the parent
+
+    def __init__(self) -> None:
+        import warnings
+
+        warnings.simplefilter("ignore")  # it is deprecated
+        import eventlet
+
+        eventlet.monkey_patch()
+        from eventlet import tpool
+
+        self.sleep = eventlet.sleep
+        self._eventlet, self._tpool = eventlet, tpool
+
+    def spawn(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """Run it in a green thread; returns what gives its result."""
+        return self._eventlet.spawn(function, *arguments).wait  # type: ignore[no-any-return]
+
+    def in_pool(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """Run it in a native thread; returns what gives its result, while other green threads run."""
+        return self.spawn(self._tpool.execute, function, *arguments)
+
+
+LIBRARIES: dict[str, Callable[[], Any]] = {"gevent": Gevent, "eventlet": Eventlet}
+
+
+def _set_up(library: str, gateway: str, order: str) -> tuple[Any, Any, Any, str, Any]:
+    """The library, pcsc_safe's scard, and a context, a reader and its card."""
+    signal.alarm(50)
+    green = LIBRARIES[library]() if order == "patched first" else None
+    import pcsc_safe
+    from pcsc_safe import scard as safe
+
+    pcsc_safe.configure(broker="always" if gateway == "broker" else "on-fork", cards="reconnect")
+    hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    assert hresult == OK, hresult
+    reader = safe.SCardListReaders(context, [])[1][0]
+    green = green or LIBRARIES[library]()
+    hresult, card, _ = safe.SCardConnect(context, reader, SHARED, safe.SCARD_PROTOCOL_T1)
+    assert hresult == OK, hresult
+    return green, safe, context, reader, card
+
+
+def _exchange(safe: Any, card: Any, number: int, times: int, pause: Callable[[], Any]) -> int:
+    """How many exchanges had their own bytes."""
+    right = 0
+    for _ in range(times):
+        right += safe.SCardTransmit(card, safe.SCARD_PCI_T1, [*ECHO, number]) == [OK, [number, *RIGHT]]
+        pause()
+    return right
+
+
+def _code(result: Any) -> int:
+    return int(result[0] if isinstance(result, (list, tuple)) else result) & 0xFFFFFFFF
+
+
+def _say(value: Any) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def pool(*how: str) -> None:
+    """A wait in the pool beside exchanges and other calls in the pool and in greenlets; then it is cancelled."""
+    green, safe, context, reader, card = _set_up(*how)
+    wait = green.in_pool(safe.SCardGetStatusChange, context, INFINITE, [(reader, PRESENT)])
+    green.sleep(0.3)
+    natively = [green.in_pool(_exchange, safe, card, number, 50, lambda: None) for number in range(3)]
+    lists = [green.in_pool(safe.SCardListReaders, context, []) for _ in range(3)]
+    greenlets = [green.spawn(_exchange, safe, card, number, 50, lambda: green.sleep(0)) for number in (8, 9)]
+    right = [get() for get in (*natively, *greenlets)]
+    listed = [_code(get()) for get in lists]
+    cancelled = safe.SCardCancel(context)
+    ended = _code(wait())
+    timed = _code(green.in_pool(safe.SCardGetStatusChange, context, 100, [(reader, PRESENT)])())
+    _say([right, listed, cancelled, ended, timed, safe.SCardReleaseContext(context)])
+
+
+def releases_beside_a_wait(*how: str) -> None:
+    """A greenlet disconnects and releases while the pool waits and exchanges."""
+    green, safe, context, reader, card = _set_up(*how)
+    wait = green.in_pool(safe.SCardGetStatusChange, context, INFINITE, [(reader, PRESENT)])
+    exchanges = green.in_pool(_exchange, safe, card, 5, 300, lambda: None)
+    green.sleep(0.3)
+    ended = green.spawn(lambda: [safe.SCardDisconnect(card, LEAVE), safe.SCardReleaseContext(context)])()
+    exchanges()  # those that came too late were refused
+    _say([ended, _code(wait()) != OK, safe.SCardIsValidContext(context) != OK])
+
+
+def greenlets(*how: str) -> None:
+    """Greenlets, and what threading.Thread is by now, use one context and one card in turn."""
+    green, safe, context, reader, card = _set_up(*how)
+    import threading
+
+    def poll() -> list[int]:
+        codes = set()
+        for _ in range(20):
+            codes.add(_code(safe.SCardGetStatusChange(context, 10, [(reader, PRESENT)])))
+            green.sleep(0.001)
+        return sorted(codes)
+
+    def transacts() -> int:
+        done = 0
+        for _ in range(20):
+            done += safe.SCardBeginTransaction(card) == OK
+            done += safe.SCardEndTransaction(card, LEAVE) == OK  # in one go: a greenlet is no thread of its own
+            green.sleep(0)
+        return done
+
+    threaded: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: threaded.append(_exchange(safe, card, 7, 20, lambda: time.sleep(0.001))))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    asked = [green.spawn(_exchange, safe, card, number, 20, lambda: green.sleep(0)) for number in range(4)]
+    polled, transacted = green.spawn(poll), green.spawn(transacts)
+    right = [get() for get in asked]
+    for thread in threads:
+        thread.join()
+    _say([right, threaded, polled(), transacted(), safe.SCardReleaseContext(context)])
+
+
+def forks(*how: str) -> None:
+    """A greenlet forks while the pool waits and exchanges; parent and child go on, and so does the wait."""
+    green, safe, context, reader, card = _set_up(*how)
+    stop: list[bool] = []
+
+    def exchanges() -> bool:
+        right = []
+        while not stop:
+            right.append(safe.SCardTransmit(card, safe.SCARD_PCI_T1, [*ECHO, 5]) == [OK, [5, *RIGHT]])
+        return len(right) > 10 and all(right)
+
+    wait = green.in_pool(safe.SCardGetStatusChange, context, INFINITE, [(reader, PRESENT)])
+    busy = green.in_pool(exchanges)
+    green.sleep(0.2)
+
+    def child() -> list[Any]:
+        right = _exchange(safe, card, 3, 10, lambda: green.sleep(0))
+        in_pool: Optional[int] = 10
+        if green.child_has_pool:
+            in_pool = green.in_pool(_exchange, safe, card, 4, 10, lambda: None)()
+        timed_out = _code(safe.SCardGetStatusChange(context, 20, [(reader, PRESENT)]))
+        return [_code(safe.SCardListReaders(context, [])), right, in_pool, timed_out, safe.SCardReleaseContext(context)]
+
+    def fork() -> list[Any]:
+        reads, writes = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            status = 70
+            try:
+                os.write(writes, json.dumps(child()).encode())
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(writes)
+        # First: a read would block the hub, and gevent's child, whose pool shares it at first, may need that.
+        status = os.waitpid(pid, 0)[1]
+        with open(reads, "rb") as pipe:
+            return [json.loads(pipe.read() or b"null"), status]
+
+    children = [green.spawn(fork)() for _ in range(3)]
+    after = _exchange(safe, card, 6, 10, lambda: green.sleep(0))
+    stop.append(True)
+    went_on = busy()
+    cancelled = safe.SCardCancel(context)
+    _say([children, after, went_on, cancelled, _code(wait()), safe.SCardReleaseContext(context)])

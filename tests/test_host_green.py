@@ -1,0 +1,71 @@
+"""pcsc_safe in a process that gevent or eventlet has patched.
+
+A native call blocks a whole thread, with all its greenlets; so do pcsc_safe's locks and pauses, which are the
+interpreter's own, not the patched ones: else native threads of the libraries' pools would wait for greenlets.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from forking import in_program
+from green import CANCELLED, LIBRARIES, OK, TIMED_OUT, forks, greenlets, pool, releases_beside_a_wait
+
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+ORDERS = ["patched first", "patched later"]
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request: pytest.FixtureRequest) -> str:
+    """gevent, eventlet; not imported here: they change the process that imports them."""
+    name = str(request.param)
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed; it is in the extra 'hosts'")
+    return name
+
+
+@pytest.fixture(params=["native", "broker"])
+def gateway(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=ORDERS)
+def how(request: pytest.FixtureRequest, library: str, gateway: str) -> tuple[str, ...]:
+    """The arguments of a program."""
+    return library, gateway, str(request.param)
+
+
+def told(program: Callable[..., Any], how: tuple[str, ...]) -> Any:
+    """What it printed, on a stack of its own; no context is left."""
+    with VirtualPcsc(2, [EchoCard(), EchoCard()], activate=False) as stack:
+        done = in_program(program, *how, env={**os.environ, **stack.env})
+        assert done.returncode == 0, done.stderr
+        stack.wait_for_clients(0)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_wait_in_the_pool(how: tuple[str, ...]) -> None:
+    """Calls of other threads of the pool, and of greenlets, go on beside it, each with its own bytes."""
+    assert told(pool, how) == [[50] * 5, [OK] * 3, OK, CANCELLED, TIMED_OUT, OK]
+
+
+def test_a_release_beside_the_pool(how: tuple[str, ...]) -> None:
+    """A greenlet that releases the context ends the wait, and waits for nobody who waits for it."""
+    assert told(releases_beside_a_wait, how) == [[OK, OK], True, True]
+
+
+def test_greenlets(how: tuple[str, ...]) -> None:
+    """On one context and one card they take turns; every exchange has its own bytes."""
+    assert told(greenlets, how) == [[20] * 4, [20, 20], [TIMED_OUT], 40, OK]
+
+
+def test_a_fork(how: tuple[str, ...]) -> None:
+    """Parent and child go on; a wait in the pool neither ends nor keeps the fork."""
+    child = [[OK, 10, 10, TIMED_OUT, OK], 0]
+    assert told(forks, how) == [[child] * 3, 10, True, OK, CANCELLED, OK]
