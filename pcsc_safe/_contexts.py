@@ -16,8 +16,9 @@ At a fork everything here stays the parent's; a child gets new native contexts, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import Iterator, Sequence
+from itertools import compress, takewhile
+from operator import itemgetter, not_
 from typing import Any, Callable, Optional
 
 from . import _descriptors, _gate, _log, _pcscd, _process
@@ -65,7 +66,7 @@ class NativeContext(Place):
     :ivar handle: libpcsclite's; 0 until it is known.
     :ivar began: when the last call on a card there began, by ``monotonic()``.
     :ivar descriptor: its connection to pcscd, if it could be told.
-    :ivar wakers: the threads that are ending a wait there.
+    :ivar wakers: one key for each thread that is ending a wait there.
     :ivar cards: the native handles of the cards that live there, and an empty list for each SCardConnect that goes on.
     """
 
@@ -78,9 +79,13 @@ class NativeContext(Place):
         self.handle = 0
         self.began = 0.0
         self.descriptor: Optional[Descriptor] = None
-        self.wakers: list[int] = []
+        self.wakers: dict[object, None] = {}
         self.established: list[Any] = []  # what SCardEstablishContext returned
         self.traces = _pcscd.Traces()
+
+    def if_established(self) -> Iterator[tuple[NativeContext, None]]:
+        """An entry for a table, if pcscd hasn't refused it when the iterator is asked."""
+        return compress([(self, None)], map(not_, map(itemgetter(0), self.established)))
 
     def settle(self) -> None:
         """Note what libpcsclite has made; whoever comes first does it, and a second time changes nothing."""
@@ -107,8 +112,9 @@ class NativeContext(Place):
         is_known = self.descriptor is not None and self.descriptor.is_intact()
         if is_known and self.state == OPEN and not wait.has_spare(self, may_pass):
             is_known = False
+        key = object()
         try:
-            self.wakers.append(get_ident())  # while there is any, the connection isn't closed, nor its number reused
+            self.wakers[key] = None  # while there is any, the connection isn't closed, nor its number reused
             if not self.calls or self.calls[-1][3] is not wait:
                 return
             wait.was_ended = True
@@ -119,7 +125,7 @@ class NativeContext(Place):
             else:
                 _cancel_natively(wait, self.handle, may_pass)
         finally:
-            self.wakers.pop()
+            self.wakers.pop(key, None)
 
     def is_dead(self) -> bool:
         """Whether pcscd has closed the connection."""
@@ -267,6 +273,8 @@ class NativeContexts:
                 # Who ends a wait by SCardCancel must not end the next one there.
                 if context in avoided or context.wakers or (insists and context.cards):
                     continue
+                if context.waiting:
+                    context.give_way()
                 steps = attempt(context, owned, function, *call(context), wait=wait, bare=insists, may_pass=may_pass)
                 if steps:
                     self._used(context)
@@ -284,8 +292,8 @@ class NativeContexts:
                 continue
             refused = self.establish(owned, may_pass=may_pass)
             if refused != SUCCESS:
-                # A call that isn't a wait for events ends by itself.
-                usable = [context for context in self.settled() if not any(call[3] for call in list(context.calls))]
+                # A call ends by itself, and so does a wait for events where a card lives (_SHORT).
+                usable = [one for one in self.settled() if one.cards or not any(call[3] for call in list(one.calls))]
                 if not usable:
                     return CALLS[function].failure(refused, ([],))
                 usable[0].wait_until_free()
@@ -362,7 +370,7 @@ class NativeContexts:
                 return NO_SERVICE
             hresult = int(context.established[0][0])
             if hresult != SUCCESS:
-                self._refused(context, hresult)
+                self._refused(hresult)
                 return hresult
             is_told = context.descriptor is not None or not _pcscd.ARE_INHERITED
             if is_told or not context.is_ours() or not attempts_left:
@@ -380,9 +388,7 @@ class NativeContexts:
             before, after = context.traces.operations(thoroughly)
             made: list[Operation] = [
                 (context.established.extend, map(raw["SCardEstablishContext"], (self.scope,))),
-                (self.natives.setdefault, context),
-                (_gate.places.setdefault, context),
-                (_gate.unsettled.setdefault, context),
+                *[(table.update, context.if_established()) for table in (self.natives, _gate.places, _gate.unsettled)],
             ]
             try:
                 operations = [*before, *made, *after]
@@ -396,9 +402,7 @@ class NativeContexts:
             may_pass = _gate.wait_for(_establishing, may_pass)
         return None
 
-    def _refused(self, context: NativeContext, hresult: int) -> None:
-        self.natives.pop(context, None)
-        _gate.places.pop(context, None)
+    def _refused(self, hresult: int) -> None:
         if self.natives and hresult != NO_SERVICE:
             _log.warning("pcscd refuses one more connection: calls wait for each other (%s)", hex(hresult & _32_BITS))
 

@@ -16,7 +16,6 @@ child never enters the native library.  In a child nothing here stays closed or 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
 import threading
@@ -169,7 +168,7 @@ class Place:
         """Forget who is there: this is a new process."""
         self.lock = RLock()
         self.calls: list[Entry] = []
-        self.waiting: list[float] = []
+        self.waiting: dict[object, float] = {}
         self.acquire: Callable[[bool], Any] = self.lock.acquire
         self.enter = self.calls.append
         self.release: Callable[[], Any] = self.lock.release
@@ -186,20 +185,20 @@ class Place:
 
         :param timeout: in seconds; negative: for ever.
         """
+        key = object()
         try:
-            self.waiting.append(monotonic())
+            self.waiting[key] = monotonic()
             in_one_step((self.lock.acquire, True, timeout), (self.release,))
         finally:
-            self.waiting.pop()
+            self.waiting.pop(key, None)
 
     def give_way(self) -> None:
         """Before a call: let a thread go first that has waited for long.
 
         A thread that makes one call after the other would else be back before one that waits has woken up.
         """
-        with contextlib.suppress(IndexError):
-            if monotonic() - self.waiting[0] > _LONG_WAIT:
-                sleep(_GIVE_WAY)
+        if any(monotonic() - since > _LONG_WAIT for since in list(self.waiting.values())):
+            sleep(_GIVE_WAY)
 
 
 places: dict[Place, None] = {}

@@ -26,7 +26,7 @@ _at_once = 0  # MSG_DONTWAIT
 def prepare() -> None:
     """Import what a connection takes, so that nothing need be imported in a child."""
     global _socket, _silently, _at_once
-    import socket
+    import _socket as socket  # the module that Python's own is made of: eventlet and gevent patch that one
 
     _silently, _at_once = getattr(socket, "MSG_NOSIGNAL", 0), socket.MSG_DONTWAIT
     _socket = socket
