@@ -431,14 +431,15 @@ class NativeContexts:
 
     def abandon(self) -> None:
         """Release what a thread has established here that didn't know yet that others have taken its place."""
-        for context in list(self.natives):
+        ours = [context for context in list(self.natives) if context.is_ours()]
+        for context in ours:
             context.settle()
-            # One whose connection isn't there any more was lost, and is for release_dead().
-            is_there = context.descriptor is None or context.descriptor.is_intact()
-            if context.handle and context.is_ours() and is_there:
-                _doomed.append(context)
-        self._wake(list(self.waits))
-        sweep()
+        # One whose connection isn't there any more was lost, and is for release_dead().
+        left = [one for one in ours if one.handle and (one.descriptor is None or one.descriptor.is_intact())]
+        if left:
+            _doomed.extend(left)
+            self._wake(list(self.waits))
+            sweep()
 
     def settled(self) -> list[NativeContext]:
         """Those that are in use or can be."""
