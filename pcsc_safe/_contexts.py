@@ -120,8 +120,8 @@ class NativeContext(Place):
             wait.was_ended = True
             # Nothing comes between that look and the next line: whoever is here next has seen it, and hasn't entered.
             if is_known:
-                self.state = WOKEN
-                _pcscd.shut_down(self.descriptor)
+                at_once, self.state = self.state == WOKEN, WOKEN  # the second time
+                _pcscd.shut_down(self.descriptor, at_once=at_once)
             else:
                 _cancel_natively(wait, self.handle, may_pass)
         finally:
@@ -248,8 +248,9 @@ class NativeContexts:
         for context in list(self.natives):
             for wait in waits:
                 context.wake(wait)
-                # Where a connection can't be shut down, SCardCancel is lost on a wait that hasn't begun.
-                while context.state == OPEN and _is_at(wait, context) and monotonic() < deadline:
+                # SCardCancel, where a connection can't be shut down, is lost on a wait that hasn't begun; and pcscd may
+                # not answer.
+                while _is_at(wait, context) and monotonic() < deadline:
                     sleep(_CANCEL_AGAIN)
                     context.wake(wait)
 

@@ -95,16 +95,18 @@ class Traces:
         return likely[0] if len(likely) == 1 else None
 
 
-def shut_down(connection: Optional[Descriptor]) -> bool:
+def shut_down(connection: Optional[Descriptor], *, at_once: bool) -> bool:
     """End a connection to pcscd, and leave the descriptor to libpcsclite.
 
     Whoever reads from it finds its end, also later: nothing that ends a call comes too early.
 
+    :param at_once: don't leave it to pcscd, which may not answer.  pcscd 2.5 goes on sending events to the number of a
+        client that it could not answer: whoever gets that number next takes one for the answer to his call.
     :return: whether it was there.
     """
     if connection is None or not connection.is_intact():
         return False
-    _ask(connection.number, methodcaller("shutdown", _socket.SHUT_RDWR))
+    _ask(connection.number, methodcaller("shutdown", _socket.SHUT_RDWR if at_once else _socket.SHUT_WR))
     return True
 
 

@@ -22,6 +22,7 @@ CANCELLED: int = constant("SCARD_E_CANCELLED")
 TIMED_OUT: int = constant("SCARD_E_TIMEOUT")
 INFINITE: int = constant("INFINITE")
 CHANGED: int = constant("SCARD_STATE_CHANGED")
+UNKNOWN: int = constant("SCARD_STATE_UNKNOWN")
 _NEW_READERS = "\\\\?pnp?\\notification"  # pcsc-lite: a change in the list of readers
 _STATE = 0xFFFF  # the lower half of a reader's state; the upper one counts its events
 
@@ -78,7 +79,9 @@ class Wait:
         if result is STALE:
             return None if self.cancelled else STALE
         hresult = result[0]
-        if hresult == SUCCESS or (hresult == TIMED_OUT and not self._left()):
+        if hresult == SUCCESS:
+            return self._confirmed(result)
+        if hresult == TIMED_OUT and not self._left():
             return result
         if self.cancelled:
             return [CANCELLED, result[1]]
@@ -86,6 +89,21 @@ class Wait:
             self._seen = _counters(result[1])
             return None
         return result
+
+    def _confirmed(self, result: Any) -> Any:
+        """An event; asked for again if it is that there is no such reader.
+
+        In pcsc-lite 2.5 the list of readers is the whole process's, and holds nonsense for a moment when another thread
+        has taken an event for a part of it.
+
+        :return: None to go on: it was no event.
+        """
+        if not any(state & UNKNOWN for _, state, _ in result[1]):
+            return result
+        now = self._contexts.call(self._context, "SCardGetStatusChange", 0, self._states)
+        if now is STALE or now[0] == SUCCESS:
+            return now
+        return None if now[0] == TIMED_OUT else result  # else there is no such reader indeed
 
     def _left(self) -> int:
         """What is left of the timeout, in ms."""

@@ -75,7 +75,7 @@ class _Client:
 def _cut_off(context: _handles.Context) -> None:
     """Shut its connections to pcscd down, and leave the descriptors to libpcsclite."""
     for descriptor in context.gateway.descriptors(context.real):
-        _pcscd.shut_down(descriptor)
+        _pcscd.shut_down(descriptor, at_once=True)
 
 
 class _Connection:
