@@ -45,6 +45,7 @@ _ATTEMPTS_TO_FIND = 4  # the connection of a new native context
 _CANCEL_WITHIN = 1.0  # s
 _RELEASE_WITHIN = 1.0  # s
 _CANCEL_AGAIN = 0.002  # s
+_PATIENCE = 0.1  # s; that pcscd has to end a conversation
 _UNTIL_GIVEN = 0.001  # s
 
 
@@ -66,18 +67,19 @@ class NativeContext(Place):
     :ivar handle: libpcsclite's; 0 until it is known.
     :ivar began: when the last call on a card there began, by ``monotonic()``.
     :ivar descriptor: its connection to pcscd, if it could be told.
+    :ivar woken: when its end was asked for first, by ``monotonic()``.
     :ivar wakers: one key for each thread that is ending a wait there.
     :ivar cards: the native handles of the cards that live there, and an empty list for each SCardConnect that goes on.
     """
 
-    __slots__ = ("began", "descriptor", "established", "handle", "owner", "released", "traces", "wakers")
+    __slots__ = ("began", "descriptor", "established", "handle", "owner", "released", "traces", "wakers", "woken")
 
     def __init__(self) -> None:
         super().__init__()
         self.owner = _process.current()
         self.released = False
         self.handle = 0
-        self.began = 0.0
+        self.began = self.woken = 0.0
         self.descriptor: Optional[Descriptor] = None
         self.wakers: dict[object, None] = {}
         self.established: list[Any] = []  # what SCardEstablishContext returned
@@ -112,6 +114,8 @@ class NativeContext(Place):
         is_known = self.descriptor is not None and self.descriptor.is_intact()
         if is_known and self.state == OPEN and not wait.has_spare(self, may_pass):
             is_known = False
+        if self.state == OPEN:
+            self.woken = monotonic()
         key = object()
         try:
             self.wakers[key] = None  # while there is any, the connection isn't closed, nor its number reused
@@ -120,8 +124,8 @@ class NativeContext(Place):
             wait.was_ended = True
             # Nothing comes between that look and the next line: whoever is here next has seen it, and hasn't entered.
             if is_known:
-                at_once, self.state = self.state == WOKEN, WOKEN  # the second time
-                _pcscd.shut_down(self.descriptor, at_once=at_once)
+                self.state = WOKEN
+                _pcscd.shut_down(self.descriptor, at_once=monotonic() - self.woken > _PATIENCE)
             else:
                 _cancel_natively(wait, self.handle, may_pass)
         finally:
