@@ -18,7 +18,7 @@ from green import CANCELLED, LIBRARIES, OK, TIMED_OUT, forks, greenlets, pool, r
 
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
-ORDERS = ["patched first", "patched later"]
+ORDERS = ["patched first", pytest.param("patched later", marks=pytest.mark.long)]
 
 
 @pytest.fixture(params=LIBRARIES)
