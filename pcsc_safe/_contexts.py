@@ -434,6 +434,12 @@ class NativeContexts:
         sweep()
         return int(results[0]) if results else SUCCESS
 
+    def cut_off(self) -> None:
+        """End calls that last, as the death of the process would; waits for events are for SCardCancel to end."""
+        for context in self.settled():
+            if not any(call[3] for call in list(context.calls)):
+                _pcscd.shut_down(context.descriptor, at_once=True)
+
     def abandon(self) -> None:
         """Release what a thread has established here that didn't know yet that others have taken its place."""
         ours = [context for context in list(self.natives) if context.is_ours()]

@@ -65,17 +65,11 @@ class _Client:
         ended = [handle for handle in contexts if _sharing.drop(self, handle)]
         # pcscd sees that at once, as it would see the death of a process: calls that last hold up no other context.
         for handle in ended:
-            _cut_off(handle.record.context)
+            handle.record.context.real.cut_off()
         for connection in list(self.connections):
             connection.hang_up()
         for handle in ended:
             _router.public["SCardReleaseContext"](handle)
-
-
-def _cut_off(context: _handles.Context) -> None:
-    """Shut its connections to pcscd down, and leave the descriptors to libpcsclite."""
-    for descriptor in context.gateway.descriptors(context.real):
-        _pcscd.shut_down(descriptor, at_once=True)
 
 
 class _Connection:
