@@ -55,24 +55,30 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("before", [b"1\n\0", b"1234567890\n\0", None])
-@pytest.mark.usefixtures("way")
-def test_the_pid_file_is_put_back(tmp_path: Path, before: bytes | None) -> None:
-    """Whatever pcscd writes over what another pcscd wrote is undone when the start returns, again at a restart."""
+def a_keeper(tmp_path: Path, before: bytes | None, body: str) -> tuple[_keeper.Keeper, Path]:
+    """One of a pcscd that is a shell script, and the pid file of the system's pcscd."""
     system, home = tmp_path / "run", tmp_path / "home"
     system.mkdir()
     home.mkdir()
     file = system / _keeper.PID_NAME
     if before is not None:
         file.write_bytes(before)
-    keeper = _keeper.Keeper(str(home), str(tmp_path / "link"), str(system), fake_pcscd(tmp_path, WRITES.format(file)))
+    command = fake_pcscd(tmp_path, body.format(file))
+    return _keeper.Keeper(str(home), str(tmp_path / "link"), str(system), command), file
+
+
+@pytest.mark.parametrize("before", [b"1\n\0", b"1234567890\n\0", None])
+@pytest.mark.usefixtures("way")
+def test_the_pid_file_is_put_back(tmp_path: Path, before: bytes | None) -> None:
+    """Whatever pcscd writes over what another pcscd wrote is undone when the start returns, again at a restart."""
+    keeper, file = a_keeper(tmp_path, before, WRITES)
     for _ in range(2):
         pid = keeper.start()
         assert (file.read_bytes() if file.exists() else None) == before
         os.kill(pid, 0)
     keeper.clean_up()
     assert (file.read_bytes() if file.exists() else None) == before
-    assert list(system.iterdir()) == ([] if before is None else [file])
+    assert list(file.parent.iterdir()) == ([] if before is None else [file])
 
 
 @pytest.mark.usefixtures("way")
@@ -94,13 +100,7 @@ def test_a_pcscd_that_ends_or_writes_nothing(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("before", [b"1\n\0", None])
 def test_a_pcscd_that_fails_to_start(tmp_path: Path, before: bytes | None) -> None:
     """It removes the file as it ends; that of the system's pcscd is there again."""
-    system, home = tmp_path / "run", tmp_path / "home"
-    system.mkdir()
-    home.mkdir()
-    file = system / _keeper.PID_NAME
-    if before is not None:
-        file.write_bytes(before)
-    keeper = _keeper.Keeper(str(home), str(tmp_path / "link"), str(system), fake_pcscd(tmp_path, FAILS.format(file)))
+    keeper, file = a_keeper(tmp_path, before, FAILS)
     keeper.start()
     os.waitid(os.P_PID, keeper.pid, os.WEXITED | os.WNOWAIT)
     assert _keeper.content(str(file)) == before
