@@ -418,7 +418,8 @@ class NativeContexts:
         :return: pyscard's result.
         """
         for context in list(self.natives):
-            context.settle()
+            if not context.handle:
+                context.settle()
         natives, waits = [context for context in self.natives if context.handle], list(self.waits)
         for wait in waits:
             wait.cancelled = True
@@ -427,7 +428,8 @@ class NativeContexts:
             context.released = True
             context.cards.clear()
         forget()
-        self._wake(waits)
+        if waits:
+            self._wake(waits)
         # What was ended with its wait has lost its connection, and says so.
         sound = [context for context in natives if context.state == OPEN]
         results = [made(steps) for context in sound if (steps := self._release(context, bare=False))]
