@@ -14,7 +14,8 @@ from typing import Any
 from calls import Side, rounds_of
 
 import pcsc_safe.scard as safe
-from pcsc_safe import _events, _router
+from pcsc_safe._core import router
+from pcsc_safe._trace import events
 
 
 class Recorded(Side):
@@ -36,13 +37,13 @@ CALLS = {  # what, and how many calls a sample
 
 def without_record() -> Any:
     """``pcsc_safe.scard`` as it is where nothing is recorded."""
-    is_on, _events.is_on = _events.is_on, lambda: False
+    is_on, events.is_on = events.is_on, lambda: False
     try:
         return SimpleNamespace(
-            **{name: _router._exported(name, value) for name, value in _router._pyscard.public.items()}
+            **{name: router._exported(name, value) for name, value in router._pyscard.public.items()}
         )
     finally:
-        _events.is_on = is_on
+        events.is_on = is_on
 
 
 def main() -> None:

@@ -11,21 +11,14 @@ from os import environ as _environment
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._bequest import files_to_preserve, handover
-    from ._configure import configure
-    from ._settings import settings
-    from .broker._freeze import freeze_support
-    from .broker._mine import prestart as prestart_broker
-    from .errors import (
-        BrokerError,
-        ForkedHandleError,
-        ForkUnsafeError,
-        HandoverError,
-        PcscSafeError,
-        SettingsError,
-    )
+    from ._core.configure import configure
+    from ._core.handover import files_to_preserve, handover
+    from ._core.settings import settings
+    from .broker.family import prestart as prestart_broker
+    from .broker.freeze import freeze_support
+    from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, HandoverError, PcscSafeError, SettingsError
     from .policy import Broker, Cards, Owner, Policy, Settings
-    from .retrofit import install, uninstall
+    from .retrofit.installation import install, uninstall
 
 __version__ = "0.1.0"
 
@@ -53,14 +46,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "configure": "_configure",
-    "settings": "_settings",
-    "files_to_preserve": "_bequest",
-    "handover": "_bequest",
-    "prestart_broker": "broker._mine:prestart",
-    "freeze_support": "broker._freeze",
-    "install": "retrofit",
-    "uninstall": "retrofit",
+    "configure": "_core.configure",
+    "settings": "_core.settings",
+    "files_to_preserve": "_core.handover",
+    "handover": "_core.handover",
+    "prestart_broker": "broker.family:prestart",
+    "freeze_support": "broker.freeze",
+    "install": "retrofit.installation",
+    "uninstall": "retrofit.installation",
     "BrokerError": "errors",
     "ForkUnsafeError": "errors",
     "HandoverError": "errors",
@@ -94,6 +87,7 @@ def __dir__() -> list[str]:
 _GUARD = "PCSC_SAFE_GUARD_NATIVE"
 if _environment.get(_GUARD):
     # It is for programs that may use nothing else of this package, so nothing else would look.
-    from . import _pcscd, policy
+    from . import policy
+    from ._native import connections
 
-    _pcscd.guard_all(policy.parse("guard_native", _environment[_GUARD], _GUARD))
+    connections.guard_all(policy.parse("guard_native", _environment[_GUARD], _GUARD))

@@ -37,8 +37,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("show each hazard on raw pyscard and on pcsc_safe, on a virtual PC/SC stack", "demo._command"),
     "doctor": Command("examine this machine, this installation, or a running program (--pid)", "doctor._command"),
-    "run": Command("run a Python program that uses pyscard, and the Pythons that it starts, on pcsc_safe", "_run"),
-    "version": Command("print the versions that a bug report wants", "_version"),
+    "run": Command(
+        "run a Python program that uses pyscard, and the Pythons that it starts, on pcsc_safe", "retrofit.launcher"
+    ),
+    "version": Command("print the versions that a bug report wants", "testing._versions"),
 }
 
 

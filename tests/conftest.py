@@ -17,8 +17,8 @@ import forking
 import pytest
 
 import pcsc_safe
-from pcsc_safe import _settings
 from pcsc_safe import scard as safe
+from pcsc_safe._core import settings
 from pcsc_safe.policy import Broker, Settings
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
@@ -91,11 +91,11 @@ def default_settings(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Confi
     defaults = Settings() if native else Settings(broker=Broker.ALWAYS)
     if not native:
         monkeypatch.setenv("PCSC_SAFE_BROKER", "always")
-    _settings.put_in_force(defaults)
-    _settings._settings = None
+    settings.put_in_force(defaults)
+    settings._settings = None
     yield
-    _settings.put_in_force(defaults)
-    _settings._settings = None
+    settings.put_in_force(defaults)
+    settings._settings = None
 
 
 class Session:

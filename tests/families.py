@@ -18,7 +18,7 @@ from test_threads import HeldCard
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._calls import CALLS, Kind
+from pcsc_safe._core.calls import CALLS, Kind
 from pcsc_safe.errors import PcscSafeError
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look

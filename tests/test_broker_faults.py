@@ -33,7 +33,7 @@ from test_threads import HELD, Calling
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._calls import CALLS
+from pcsc_safe._core.calls import CALLS
 from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import VirtualPcsc
 

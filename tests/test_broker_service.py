@@ -41,7 +41,7 @@ from test_threads import HELD, Calling
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe.broker import __main__ as main
-from pcsc_safe.broker import _start
+from pcsc_safe.broker import start
 from pcsc_safe.testing import DEFAULT_ATR, VirtualPcsc
 
 pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
@@ -215,7 +215,7 @@ def test_always_keeps_the_native_library_out(stack: VirtualPcsc, how: str) -> No
 
 # Security.
 
-_NEEDS = _start._NEEDED | {"PYTHONNOUSERSITE", "PYTHONSAFEPATH"}
+_NEEDS = start._NEEDED | {"PYTHONNOUSERSITE", "PYTHONSAFEPATH"}
 
 
 def test_it_gets_no_secret_of_the_environment(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_it_gets_no_secret_of_the_environment(stack: VirtualPcsc, monkeypatch: p
 
     names = in_child(by_broker(child))
     assert {"PATH", "LC_TIME", "PCSCLITE_CSOCK_NAME", "PYTHONSAFEPATH"} <= {*names}
-    assert [name for name in names if name not in _NEEDS and not name.startswith(_start._NEEDED_PREFIXES)] == []
+    assert [name for name in names if name not in _NEEDS and not name.startswith(start._NEEDED_PREFIXES)] == []
 
 
 def test_it_gets_no_descriptor(stack: VirtualPcsc) -> None:

@@ -35,7 +35,7 @@ from test_threads import Calling
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe.broker import _client, _mine, _start
+from pcsc_safe.broker import client, family, start
 from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import VirtualPcsc
 
@@ -254,13 +254,13 @@ def fails(python: str, within: float = 30.0) -> tuple[list[str], int, list[int],
 
     def child() -> Any:
         pcsc_safe.configure(broker_python=python)
-        _client._READY_WITHIN, _start._TIME_TO_EXIT = within, min(within, _start._TIME_TO_EXIT)
+        client._READY_WITHIN, start._TIME_TO_EXIT = within, min(within, start._TIME_TO_EXIT)
         messages = [told()]
         before = len(descriptors(os.getpid()))
         messages += [told(), told()]
         left = len(descriptors(os.getpid())) - before, children()
         pcsc_safe.configure(broker_python="")
-        _client._READY_WITHIN = 30.0
+        client._READY_WITHIN = 30.0
         return (messages, *left, bool(establish()))
 
     answer: tuple[list[str], int, list[int], bool] = in_child(by_broker(child))
@@ -302,7 +302,7 @@ def test_no_broker_and_why(stack: VirtualPcsc, tmp_path: Path, text: Any, mode: 
 
 def test_a_broker_of_another_version(stack: VirtualPcsc, tmp_path: Path) -> None:
     """Says so, and is not left alive."""
-    code = "from pcsc_safe.broker import _wire, __main__; _wire.VERSION = 999; __main__.main([])"
+    code = "from pcsc_safe.broker import wire, __main__; wire.VERSION = 999; __main__.main([])"
     messages, *left_and_then = fails(script(tmp_path / "python", f'exec {sys.executable} -c "{code}"'))
     assert all("both have to run the same version of pcsc_safe" in message for message in messages)
     assert left_and_then == [0, [], True]
@@ -310,7 +310,7 @@ def test_a_broker_of_another_version(stack: VirtualPcsc, tmp_path: Path) -> None
 
 def test_brokers_that_die_again_and_again(stack: VirtualPcsc, tmp_path: Path) -> None:
     """Not for ever: BrokerError, from ``import pcsc_safe.scard`` too."""
-    dies = "from pcsc_safe import _pyscard; _pyscard.catalogue = lambda: __import__('os')._exit(1); "
+    dies = "from pcsc_safe._native import pyscard; pyscard.catalogue = lambda: __import__('os')._exit(1); "
     code = f"{dies}from pcsc_safe.broker import __main__; __main__.main([])"
     python = script(tmp_path / "python", f'exec {sys.executable} -c "{code}"')
     env = {**stack.env, "PCSC_SAFE_BROKER": "always", "PCSC_SAFE_BROKER_PYTHON": python}
@@ -340,7 +340,7 @@ def test_no_descriptor_to_be_had(stack: VirtualPcsc) -> None:
     """However many are left: BrokerError that says so, or a broker; and none is leaked."""
 
     def child() -> Any:
-        _mine.prepare()
+        family.prepare()
         outcomes = [attempt(resource.RLIMIT_NOFILE, limit) for limit in range(len(descriptors(os.getpid())), 64)]
         return outcomes, len(brokers())
 

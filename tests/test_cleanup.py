@@ -18,8 +18,8 @@ from conftest import ECHO, Session
 from forking import fork, forks_with_threads, in_child, in_program
 
 import pcsc_safe
-from pcsc_safe import _descriptors, _handles
 from pcsc_safe import scard as safe
+from pcsc_safe._core import descriptors, handles
 from pcsc_safe.policy import Policy
 from pcsc_safe.testing import VirtualPcsc
 
@@ -62,7 +62,7 @@ def test_what_was_forgotten_is_invalid(session: Session, policy: Policy) -> None
             safe.SCardIsValidContext(session.context),
             session.transmit(ECHO),
             safe.SCardReleaseContext(session.context),
-            (int(session.context) in _handles.contexts, int(session.card) in _handles.cards),
+            (int(session.context) in handles.contexts, int(session.card) in handles.cards),
         )
 
     assert in_child(child) == (INVALID, INVALID, [INVALID, []], INVALID, (False, False))
@@ -208,4 +208,4 @@ def test_fork_and_exec_pays_nothing(session: Session) -> None:
             ["ls", "-l", "/proc/self/fd"], preexec_fn=lambda: None, close_fds=False, capture_output=True, text=True
         )
     assert done.stdout.count("socket:") <= 2  # pytest's own at most: ours is closed on exec
-    assert not any(str(connection.inode) in done.stdout for connection in list(_descriptors.guarded))
+    assert not any(str(connection.inode) in done.stdout for connection in list(descriptors.guarded))

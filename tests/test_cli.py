@@ -13,7 +13,7 @@ import pytest
 
 import pcsc_safe
 from pcsc_safe import __main__ as cli
-from pcsc_safe import _version
+from pcsc_safe.testing import _versions
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -33,7 +33,7 @@ def test_version_names_everything_that_a_bug_report_wants() -> None:
 
 def test_version_json_says_the_same() -> None:
     """``version --json`` is one object with the same keys and values."""
-    assert json.loads(run("version", "--json").stdout) == _version.versions()
+    assert json.loads(run("version", "--json").stdout) == _versions.versions()
 
 
 def test_version_works_where_a_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_version_works_where_a_package_is_missing(monkeypatch: pytest.MonkeyPatc
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    assert _version.versions()["pyscard"] == "not installed"
+    assert _versions.versions()["pyscard"] == "not installed"
 
 
 def test_version_loads_no_pcsc() -> None:
@@ -60,7 +60,7 @@ def test_a_command_pays_for_no_other() -> None:
     """``run`` imports neither the demo nor the doctor: every start of a program would pay for them."""
     code = (
         "import sys; from pcsc_safe.__main__ import main; main(['version']); "
-        "sys.exit(any(name in sys.modules for name in ('pcsc_safe.demo', 'pcsc_safe.doctor', 'pcsc_safe._run')))"
+        "sys.exit(any(name in sys.modules for name in ('pcsc_safe.demo', 'pcsc_safe.doctor', 'pcsc_safe.retrofit')))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=False).returncode == 0
 
@@ -101,5 +101,5 @@ def test_an_interrupt_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) 
     def interrupted(options: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_version, "main", interrupted)
+    monkeypatch.setattr(_versions, "main", interrupted)
     assert cli.main(["version"]) == 130

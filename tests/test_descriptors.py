@@ -16,9 +16,9 @@ import pytest
 from conftest import ECHO, Session
 from forking import fork, in_child, in_program
 
-from pcsc_safe import _handles, _process
 from pcsc_safe import scard as safe
-from pcsc_safe._descriptors import Descriptor
+from pcsc_safe._core import handles, process
+from pcsc_safe._core.descriptors import Descriptor
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 OK = safe.SCARD_S_SUCCESS
@@ -173,7 +173,7 @@ def test_the_owner_closed_it_before_the_fork(shared_stack: VirtualPcsc) -> None:
             return still_alive, used, theirs.recv(10)
 
         assert in_child(child) == (True, OK, b"mine")
-        _handles.find(context._self_record.kind, context).forget()  # type: ignore[union-attr]
+        handles.find(context._self_record.kind, context).forget()  # type: ignore[union-attr]
     ours.close()
     theirs.close()
 
@@ -321,7 +321,7 @@ def chain(how: str) -> None:
             assert safe.SCardReleaseContext(context) == OK
             context = establish()
         counts.append(len(os.listdir("/proc/self/fd")))
-    assert len(_handles.contexts) == 1
+    assert len(handles.contexts) == 1
     os.write(1, json.dumps(counts).encode())
     os._exit(0)
 
@@ -353,7 +353,7 @@ def test_the_first_stack_is_no_precondition(shared_stack: VirtualPcsc) -> None:
     """A process that was forked before anything was established is an owner like any other."""
 
     def child() -> Any:
-        assert _process.current().number == 1
+        assert process.current().number == 1
         own = Session()
         own.assert_untouched()
         result = in_child(own.transmit, ECHO)

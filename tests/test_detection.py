@@ -20,8 +20,8 @@ import pytest
 from conftest import ECHO, Session
 from forking import ChildFailedError, in_child, in_program
 
-from pcsc_safe import _process
 from pcsc_safe import scard as safe
+from pcsc_safe._core import process
 from pcsc_safe.testing import VirtualPcsc
 
 CLONE_NEWPID = 0x20000000
@@ -105,7 +105,7 @@ def test_grandchildren(session: Session) -> None:
         below = in_child(generation, depth - 1, uses_first) if depth > 1 else []
         own.append(safe.SCardListReaders(session.context, [])[0])
         own.append(session.context.owner_pid == os.getpid())
-        own.append(_process.here.number)
+        own.append(process.here.number)
         return [own, *below]
 
     assert in_child(generation, 5, False) == [[0, True, depth] for depth in range(1, 6)]
@@ -130,8 +130,8 @@ def test_the_hook_says_so(session: Session) -> None:
 def unhooked(fork_name: str, layer: str) -> None:
     """A program whose fork runs no Python hook: parent and child both go on, and the child says who noticed."""
     if layer == "pid":
-        _process._page = None
-        _process.sentinel = _process._PidSentinel()
+        process._page = None
+        process.sentinel = process._PidSentinel()
     fork = globals()[fork_name]
     session = Session()
     lines = Lines()
@@ -181,10 +181,10 @@ def unhooked_by_pid(fork_name: str) -> None:
     ]:
         del sys.modules[name]
     real, sys.platform = sys.platform, "freebsd14"
-    import pcsc_safe._process
+    import pcsc_safe._core.process
 
     sys.platform = real
-    assert isinstance(pcsc_safe._process.sentinel, pcsc_safe._process._PidSentinel)
+    assert isinstance(pcsc_safe._core.process.sentinel, pcsc_safe._core.process._PidSentinel)
     import test_detection
 
     test_detection.unhooked(fork_name, "as it is")
@@ -242,7 +242,7 @@ def threads_come_first() -> None:
         def ask() -> None:
             barrier.wait()
             safe.SCardListReaders(session.context, [])
-            seen.append((_process.current(), session.context._self_record.real))
+            seen.append((process.current(), session.context._self_record.real))
 
         threads = [threading.Thread(target=ask) for _ in range(10)]
         for thread in threads:

@@ -26,15 +26,15 @@ import macos
 import pytest
 from conftest import Session
 
-from pcsc_safe import _version, policy
+from pcsc_safe import policy
 from pcsc_safe import scard as safe
 from pcsc_safe.__main__ import main
-from pcsc_safe._sacrifice import Sacrificed
 from pcsc_safe.doctor import _command, _fork, _machine, _pcscd, _probe, _tasks, _view
 from pcsc_safe.doctor._ask import Answer
 from pcsc_safe.doctor._findings import KEYS, NEEDS, Finding, Ledger, Status
-from pcsc_safe.testing import CardEvent, EchoCard, VirtualPcsc, _activation, _install
+from pcsc_safe.testing import CardEvent, EchoCard, VirtualPcsc, _activation, _install, _versions
 from pcsc_safe.testing._daemon import Daemon, short_temporary_path
+from pcsc_safe.testing._disposable import Sacrificed
 
 OK, WARNING, PROBLEM, UNKNOWN, SKIPPED = Status
 ON_LINUX = sys.platform.startswith("linux")
@@ -455,7 +455,7 @@ def test_settings_that_make_no_sense(path: str) -> None:
 @pytest.mark.parametrize(("version", "status"), [("2.0.5", OK), ("1.9", PROBLEM), ("not installed", PROBLEM)])
 def test_packages(monkeypatch: pytest.MonkeyPatch, version: str, status: Status) -> None:
     """A package that is missing or too old is a problem, and the remedy is a command for this very Python."""
-    monkeypatch.setattr(_machine, "versions", lambda: {**_version.versions(), "pyscard": version})
+    monkeypatch.setattr(_machine, "versions", lambda: {**_versions.versions(), "pyscard": version})
     imported = "ok" if version[0].isdecimal() else "ModuleNotFoundError: No module named 'smartcard'"
     monkeypatch.setattr(
         _machine, "ask", lambda *given: Answer(Sacrificed({"task": {"smartcard.scard": imported, "wrapt": "ok"}}, 0))

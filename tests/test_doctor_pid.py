@@ -334,11 +334,11 @@ def test_what_a_broker_is_called(arguments: list[str], is_broker: bool) -> None:
 
 def test_how_brokers_are_started() -> None:
     """The doctor knows them by these very words."""
-    from pcsc_safe.broker import _start
+    from pcsc_safe.broker import start
 
-    assert _proc._is_brokers(["-c", _start._WITHOUT_CWD])
-    assert _proc._is_brokers(["-m", _start._MODULE])
-    assert _proc._is_brokers([_start.FROZEN_BROKER])
+    assert _proc._is_brokers(["-c", start._WITHOUT_CWD])
+    assert _proc._is_brokers(["-m", start._MODULE])
+    assert _proc._is_brokers([start.FROZEN_BROKER])
 
 
 def test_a_broker(shared_stack: VirtualPcsc) -> None:

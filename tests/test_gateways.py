@@ -70,7 +70,7 @@ def test_calls_through_a_broker_leave_nothing(shared_stack: VirtualPcsc) -> None
 
 def called_often() -> None:
     """Make the calls; say what stayed of them."""
-    from pcsc_safe.broker import _mine
+    from pcsc_safe.broker import family
 
     _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
     _, readers = safe.SCardListReaders(context, [])
@@ -84,7 +84,7 @@ def called_often() -> None:
             safe.SCardDisconnect(card, safe.SCARD_LEAVE_CARD)
 
     def pages() -> int:
-        return int(Path(f"/proc/{_mine.mine().helper_pid}/statm").read_text().split()[1])
+        return int(Path(f"/proc/{family.mine().helper_pid}/statm").read_text().split()[1])
 
     tracemalloc.start()
     calls()

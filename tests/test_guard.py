@@ -21,11 +21,13 @@ import pytest
 from conftest import Session
 from forking import fork, in_child, in_program
 from rawscard import raw
-from test_descriptors import descriptors, is_dead
+from test_descriptors import descriptors as open_descriptors
+from test_descriptors import is_dead
 
 import pcsc_safe
-from pcsc_safe import _descriptors, _pcscd
 from pcsc_safe import scard as safe
+from pcsc_safe._core import descriptors
+from pcsc_safe._native import connections
 from pcsc_safe.errors import SettingsError
 from pcsc_safe.policy import Settings, from_environment
 from pcsc_safe.testing import VirtualPcsc
@@ -38,10 +40,10 @@ fork_from_c = ctypes.PyDLL(None).fork
 @contextlib.contextmanager
 def native_context() -> Iterator[int]:
     """A context that pcsc_safe knows nothing of; the number of its connection."""
-    before = set(descriptors())
+    before = set(open_descriptors())
     hresult, context = raw.SCardEstablishContext(raw.SCARD_SCOPE_SYSTEM)
     assert hresult == raw.SCARD_S_SUCCESS
-    (number,) = set(descriptors()) - before
+    (number,) = set(open_descriptors()) - before
     try:
         yield number
         assert not is_dead(number)
@@ -169,7 +171,7 @@ def test_the_path_of_pcscd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("PCSCLITE_CSOCK_NAME", "/nowhere")
         assert in_child(is_dead, client.fileno()) is True
         assert is_dead(client.fileno()) is False
-    _pcscd._paths.clear()
+    connections._paths.clear()
 
 
 def test_handover_and_the_guard(session: Session, number: int) -> None:
@@ -210,8 +212,8 @@ def test_a_fork_from_c_is_guarded_at_first_use(number: int) -> None:
 def test_the_dead_socket_was_closed(number: int) -> None:
     """An application that closes what it doesn't know has a guard all the same."""
     pcsc_safe.configure(guard_native=True)
-    assert _descriptors._dead is not None
-    os.close(_descriptors._dead.number)
+    assert descriptors._dead is not None
+    os.close(descriptors._dead.number)
     assert in_child(is_dead, number) is True
 
 
@@ -219,7 +221,7 @@ def test_the_dead_socket_was_closed(number: int) -> None:
 def test_a_signal_handler_raises_in_the_middle(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it raises is lost, as in every hook; the guard is not."""
     pcsc_safe.configure(guard_native=True)
-    look, interrupted = _descriptors.others, list[int]()
+    look, interrupted = descriptors.others, list[int]()
 
     def others() -> Any:
         if not interrupted:
@@ -227,7 +229,7 @@ def test_a_signal_handler_raises_in_the_middle(number: int, monkeypatch: pytest.
             raise KeyboardInterrupt
         return look()
 
-    monkeypatch.setattr(_descriptors, "others", others)
+    monkeypatch.setattr(descriptors, "others", others)
     assert in_child(lambda: (is_dead(number), interrupted)) == (True, [1])
 
 
@@ -238,7 +240,7 @@ def test_no_descriptor_is_free(number: int, free: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     filler: list[int] = []
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(descriptors()) + 20, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 20, hard))
         with contextlib.suppress(OSError):
             while True:
                 filler.append(os.dup(0))
@@ -246,7 +248,7 @@ def test_no_descriptor_is_free(number: int, free: int) -> None:
             os.close(filler.pop())
         pid = fork()
         if pid == 0:
-            os._exit(0 if _descriptors.is_dead(number) else 1)
+            os._exit(0 if descriptors.is_dead(number) else 1)
         assert os.waitpid(pid, 0)[1] == 0
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -270,8 +272,8 @@ def test_without_proc(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(os, name)
 
-    monkeypatch.setattr(_pcscd, "os", Os())
-    assert in_child(lambda: _descriptors.is_dead(number)) is True
+    monkeypatch.setattr(connections, "os", Os())
+    assert in_child(lambda: descriptors.is_dead(number)) is True
 
 
 def test_subprocesses_are_none_of_its_business(number: int) -> None:

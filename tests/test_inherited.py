@@ -13,7 +13,7 @@ from forking import in_child, start, wait_for
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._calls import CALLS
+from pcsc_safe._core.calls import CALLS
 from pcsc_safe.errors import ForkedHandleError, PcscSafeError
 from pcsc_safe.policy import Cards, Policy
 from pcsc_safe.testing import EchoCard, VirtualPcsc
@@ -155,7 +155,7 @@ def test_settings_are_inherited_and_the_childs_own(session: Session) -> None:
 def test_the_environment_counts_until_configure(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """PCSC_SAFE_POLICY needs no call."""
     monkeypatch.setenv("PCSC_SAFE_POLICY", "invalid")
-    pcsc_safe._settings._settings = None  # type: ignore[attr-defined]
+    pcsc_safe._core.settings._settings = None  # type: ignore[attr-defined]
     assert in_child(safe.SCardListReaders, session.context, []) == [INVALID, []]
 
 

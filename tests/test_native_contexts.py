@@ -206,16 +206,17 @@ def raise_alarm(*_: object) -> None:
 
 def held() -> dict[str, Any]:
     """What is held in this process now: nothing, when no call goes on."""
-    from pcsc_safe import _contexts, _gate
+    from pcsc_safe._core import gate
+    from pcsc_safe._native import contexts
 
-    free = [place.acquire(False) for place in _gate.places]
-    for place in _gate.places:
+    free = [place.acquire(False) for place in gate.places]
+    for place in gate.places:
         place.release()
     return {
-        "in flight": len(_gate.in_flight()),
+        "in flight": len(gate.in_flight()),
         "locked": free.count(False),
-        "doomed": len(_contexts._doomed),
-        "natives": sum(isinstance(place, _contexts.NativeContext) for place in _gate.places),
+        "doomed": len(contexts._doomed),
+        "natives": sum(isinstance(place, contexts.NativeContext) for place in gate.places),
     }
 
 
@@ -280,11 +281,11 @@ def interrupted(how_many: str, where: str) -> None:
     answers = None
     if waiter is not None:
         answers = [waiter.is_alive(), safe.SCardCancel(context), waiter.answer()[0]]
-    from pcsc_safe import _handles
+    from pcsc_safe._core import handles
 
-    for handle in list(_handles.contexts):
+    for handle in list(handles.contexts):
         safe.SCardReleaseContext(handle)
-    print(json.dumps([works, answers, held(), len(_handles.contexts), len(_handles.cards)]))
+    print(json.dumps([works, answers, held(), len(handles.contexts), len(handles.cards)]))
 
 
 NOTHING = {"in flight": 0, "locked": 0, "doomed": 0, "natives": 0}
@@ -484,13 +485,13 @@ def test_where_pcscd_refuses_another_connection(
     pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Calls use the native contexts there are, and a log line says why; a wait doesn't hold up a card for long."""
-    from pcsc_safe import _contexts
+    from pcsc_safe._native import contexts
 
     readers = [reader.name for reader in pcsc_stack.readers]
     context = establish()
     first = connect(context, readers[0])
     full = [safe.SCARD_E_NO_MEMORY, 0]
-    monkeypatch.setitem(_contexts.raw, "SCardEstablishContext", lambda scope: list(full))
+    monkeypatch.setitem(contexts.raw, "SCardEstablishContext", lambda scope: list(full))
     second = connect(context, readers[1])
     assert [transmit(card) for card in (first, second)] == [RIGHT] * 2
     waiter = Calling(safe.SCardGetStatusChange, context, 300, [(readers[0], PRESENT)])

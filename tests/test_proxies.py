@@ -16,9 +16,9 @@ from conftest import Session
 from forking import in_child
 from rawscard import raw
 
-from pcsc_safe import _handles
 from pcsc_safe import scard as safe
-from pcsc_safe._calls import Kind
+from pcsc_safe._core import handles
+from pcsc_safe._core.calls import Kind
 from pcsc_safe.errors import PcscSafeError
 
 
@@ -167,7 +167,7 @@ def test_it_keeps_its_identity_over_a_re_establishment(session: Session) -> None
 
     def child() -> tuple[Any, ...]:
         assert safe.SCardListReaders(session.context, [])[0] == safe.SCARD_S_SUCCESS
-        record = _handles.find(Kind.CONTEXT, session.context)
+        record = handles.find(Kind.CONTEXT, session.context)
         assert record is not None
         assert record.real != record.number
         assert session.context.owner_pid == os.getpid()

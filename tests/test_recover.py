@@ -28,9 +28,9 @@ from rawscard import raw
 from test_threads import Calling, waits_on
 
 import pcsc_safe
-from pcsc_safe import _recovery
 from pcsc_safe import scard as safe
-from pcsc_safe._calls import CALLS
+from pcsc_safe._core import recovery
+from pcsc_safe._core.calls import CALLS
 from pcsc_safe.errors import ForkedHandleError
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
@@ -342,13 +342,13 @@ def test_nothing_is_left_of_old_contexts(stack: VirtualPcsc, way: str) -> None:
     """However often pcscd is restarted: no descriptor, and no record, more than before."""
 
     def story(pcscd: Pcscd) -> Any:
-        from pcsc_safe import _handles
-        from pcsc_safe.broker import _mine
+        from pcsc_safe._core import handles
+        from pcsc_safe.broker import family
 
         def used() -> Any:
-            broker = _mine.usable()  # it may be that of this process's family
+            broker = family.usable()  # it may be that of this process's family
             processes = [os.getpid(), *([broker.helper_pid] if broker is not None else [])]
-            return [len(descriptors(pid)) for pid in processes], len(_handles.contexts), len(_handles.cards)
+            return [len(descriptors(pid)) for pid in processes], len(handles.contexts), len(handles.cards)
 
         session = Session()
         counts = []
@@ -566,7 +566,7 @@ def test_a_cancel_before_the_loss_is_noticed(stack: VirtualPcsc, recover: bool, 
     """Another pcscd knows nothing of the context, which is well all the same."""
     pcsc_safe.configure(recover=recover)
     context = establish()
-    assert _recovery.cancel(context._self_record, lambda: INVALID) == expected
+    assert recovery.cancel(context._self_record, lambda: INVALID) == expected
     assert safe.SCardReleaseContext(context) == OK
 
 
@@ -814,6 +814,6 @@ def test_contexts_but_nothing_else() -> None:
 
     def fails() -> Any:
         made.append(1)
-        return _recovery.again(CALLS["SCardListReaders"], fails, ())
+        return recovery.again(CALLS["SCardListReaders"], fails, ())
 
-    assert (fails(), len(made), _recovery._attempts) == ([NO_SERVICE, []], 4, {})
+    assert (fails(), len(made), recovery._attempts) == ([NO_SERVICE, []], 4, {})

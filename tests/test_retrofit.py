@@ -191,9 +191,9 @@ def opened_before(configured: str) -> None:
     import smartcard.scard as pcsc
 
     def in_child() -> Any:
-        from pcsc_safe import _descriptors
+        from pcsc_safe._core import descriptors
 
-        dead = sum(_descriptors.is_dead(int(name)) for name in os.listdir("/proc/self/fd"))
+        dead = sum(descriptors.is_dead(int(name)) for name in os.listdir("/proc/self/fd"))
         context, card = inner.hcontext, inner.hcard
         return [
             dead >= 2,  # the connection's, and the spare one

@@ -18,10 +18,12 @@ from typing import NamedTuple, Optional
 import pytest
 
 from pcsc_safe import __main__ as cli
-from pcsc_safe import _events, _recorded, _report, _retrofitted, _run
-from pcsc_safe._calls import CALLS
-from pcsc_safe._records import Event
-from pcsc_safe.broker import _start
+from pcsc_safe._core import python_path
+from pcsc_safe._core.calls import CALLS
+from pcsc_safe._trace import events, recorder, report
+from pcsc_safe._trace.records import Event
+from pcsc_safe.broker import start
+from pcsc_safe.retrofit import launcher
 from pcsc_safe.testing import VirtualPcsc
 
 RUN = ["-m", "pcsc_safe", "run"]
@@ -208,7 +210,7 @@ def test_a_program_can_be_inspected(programs: Path) -> None:
 @pytest.mark.parametrize("flag", ["-E", "-I", "-S"])
 def test_what_keeps_the_retrofit_out_is_refused(programs: Path, flag: str) -> None:
     """A Python that would not look at PYTHONPATH can't run a program unprotected under this name."""
-    home = Path(_run.__file__).parent.parent
+    home = Path(launcher.__file__).parent.parent.parent
     code = f"import sys; sys.path[:0] = {[str(home), *sys.path]!r}; from pcsc_safe import __main__ as cli; "
     done = run(flag, "-c", code + "cli.main(['run', 'who.py'])", cwd=programs)
     assert (done.status, done.out) == (2, "")
@@ -241,21 +243,21 @@ def test_a_wrong_call_is_refused(arguments: list[str], reason: str, capsys: pyte
 
 def test_options_end_where_the_program_begins() -> None:
     """As python's own do: what follows the program is the program's."""
-    assert _run.split(["--policy", "raise", "--report", "x.py", "--report"]) == (
+    assert launcher.split(["--policy", "raise", "--report", "x.py", "--report"]) == (
         ["--policy", "raise", "--report"],
         ["x.py", "--report"],
     )
-    assert _run.split(["--pol", "raise", "--owner=child", "-m", "x"]) == (
+    assert launcher.split(["--pol", "raise", "--owner=child", "-m", "x"]) == (
         ["--pol", "raise", "--owner=child"],
         ["-m", "x"],
     )
-    assert _run.split(["--timeline", "x.svg", "-m", "x"]) == (["--timeline", "x.svg"], ["-m", "x"])
-    assert _run.split(["-", "--report"]) == ([], ["-", "--report"])
-    assert _run.split(["--", "--report"]) == ([], ["--", "--report"])
-    assert _run.split(["--recover", "x.py", "--recover=0"]) == (["--recover"], ["x.py", "--recover=0"])
-    assert _run.split(["--broker-python", "-c"]) == (["--broker-python", "-c"], [])
-    assert _run.split(["--guard-native", "x.py", "no"]) == (["--guard-native"], ["x.py", "no"])
-    assert _run.split(["--guard-native=no", "x.py"]) == (["--guard-native=no"], ["x.py"])
+    assert launcher.split(["--timeline", "x.svg", "-m", "x"]) == (["--timeline", "x.svg"], ["-m", "x"])
+    assert launcher.split(["-", "--report"]) == ([], ["-", "--report"])
+    assert launcher.split(["--", "--report"]) == ([], ["--", "--report"])
+    assert launcher.split(["--recover", "x.py", "--recover=0"]) == (["--recover"], ["x.py", "--recover=0"])
+    assert launcher.split(["--broker-python", "-c"]) == (["--broker-python", "-c"], [])
+    assert launcher.split(["--guard-native", "x.py", "no"]) == (["--guard-native"], ["x.py", "no"])
+    assert launcher.split(["--guard-native=no", "x.py"]) == (["--guard-native=no"], ["x.py"])
 
 
 def test_settings_are_given_on_by_the_environment(programs: Path) -> None:
@@ -290,10 +292,12 @@ def test_settings_are_given_on_by_the_environment(programs: Path) -> None:
 def test_another_sitecustomize_is_still_imported(programs: Path, tmp_path: Path, text: str) -> None:
     """Python finds the one that it would have found, and treats its errors as it does."""
     (tmp_path / "sitecustomize.py").write_text(text)
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", str(Path(_run.__file__).parent.parent))])
+    path = os.pathsep.join(
+        [str(tmp_path), os.environ.get("PYTHONPATH", str(Path(launcher.__file__).parent.parent.parent))]
+    )
     code = "import sys, sitecustomize; print(sitecustomize.x, sys.modules['sitecustomize'] is sitecustomize)"
     expected = run("-c", code, cwd=programs, env={"PYTHONPATH": path})
-    assert run("-c", code, cwd=programs, env={"PYTHONPATH": _retrofitted.put_on(path)}) == expected
+    assert run("-c", code, cwd=programs, env={"PYTHONPATH": python_path.put_on(path)}) == expected
 
 
 @pytest.mark.parametrize(
@@ -304,8 +308,8 @@ def test_a_python_without_pcsc_safe_notices_nothing(tmp_path: Path, theirs: Opti
     """Where there is none, or one that this Python can't use, a program runs as ever and nothing is said."""
     if theirs is not None:
         wrote(tmp_path / "pcsc_safe" / "__init__.py", theirs)
-    env = {"PYTHONPATH": os.pathsep.join([_retrofitted.DIRECTORY, str(tmp_path)])}
-    code = "import sys; print('ran', [p for p in sys.path if '_retrofitted' in p])"
+    env = {"PYTHONPATH": os.pathsep.join([python_path.DIRECTORY, str(tmp_path)])}
+    code = "import sys; print('ran', [p for p in sys.path if 'retrofit/site' in p])"
     for python in [sys.executable, *OTHERS] if theirs is None else [sys.executable]:
         assert run("-c", code, cwd=tmp_path, env=env, python=python) == (0, "ran []\n", "")
 
@@ -324,9 +328,9 @@ OTHERS = sorted(
 def test_a_retrofit_that_fails_is_told(tmp_path: Path) -> None:
     """A program that was to be protected and isn't says so, when it imports pyscard, and goes on."""
     code = """
-import os, pcsc_safe.retrofit
+import os, pcsc_safe.retrofit.installation
 def install(): raise ValueError('no sense')
-pcsc_safe.retrofit.install = install
+pcsc_safe.retrofit.installation.install = install
 import smartcard, smartcard.scard
 print(os.getpid())
 """
@@ -344,7 +348,9 @@ def test_a_guard_that_makes_no_sense_is_told(tmp_path: Path) -> None:
 
 def test_it_works_from_a_checkout(tmp_path: Path) -> None:
     """Where only ``-m`` finds pcsc_safe, in the current directory, the program finds it as well."""
-    shutil.copytree(Path(_run.__file__).parent, tmp_path / "pcsc_safe", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(launcher.__file__).parent.parent, tmp_path / "pcsc_safe", ignore=shutil.ignore_patterns("__pycache__")
+    )
     env = {"PYTHONPATH": ""}
     program = tmp_path / "programs" / "main.py"
     wrote(program, "import pcsc_safe, sys; print(pcsc_safe.__file__, sys.path[0])")
@@ -354,24 +360,24 @@ def test_it_works_from_a_checkout(tmp_path: Path) -> None:
 
 def test_the_path_is_put_on_once_and_taken_off() -> None:
     """PYTHONPATH keeps its entries, whose empty ones mean something."""
-    here = _retrofitted.DIRECTORY
-    assert _retrofitted.put_on("") == here
-    assert _retrofitted.put_on("a::b") == f"{here}:a::b"
-    assert _retrofitted.put_on(_retrofitted.put_on("a"), ["z"]) == f"{here}:a:z"
-    assert _retrofitted.take_off(f"{here}:a:{here}:b:") == "a:b:"
+    here = python_path.DIRECTORY
+    assert python_path.put_on("") == here
+    assert python_path.put_on("a::b") == f"{here}:a::b"
+    assert python_path.put_on(python_path.put_on("a"), ["z"]) == f"{here}:a:z"
+    assert python_path.take_off(f"{here}:a:{here}:b:") == "a:b:"
 
 
 def test_a_broker_is_not_retrofitted() -> None:
     """A broker gets neither the directory nor the report."""
-    mine = {"PYTHONPATH": _retrofitted.put_on("/a"), _events.VARIABLE: "/file", "PCSC_SAFE_POLICY": "raise"}
-    assert _start.environment(mine, []) == {"PYTHONPATH": "/a", "PYTHONSAFEPATH": "1"}
-    assert _start.environment({"PYTHONPATH": _retrofitted.DIRECTORY}, []) == {"PYTHONSAFEPATH": "1"}
-    assert _start.environment(mine, ["/b"])["PYTHONPATH"] == "/b:/a"
+    mine = {"PYTHONPATH": python_path.put_on("/a"), events.VARIABLE: "/file", "PCSC_SAFE_POLICY": "raise"}
+    assert start.environment(mine, []) == {"PYTHONPATH": "/a", "PYTHONSAFEPATH": "1"}
+    assert start.environment({"PYTHONPATH": python_path.DIRECTORY}, []) == {"PYTHONSAFEPATH": "1"}
+    assert start.environment(mine, ["/b"])["PYTHONPATH"] == "/b:/a"
 
 
 def test_it_is_shipped() -> None:
     """What a wheel packs of the package has the directory: it is Python like the rest."""
-    assert Path(_retrofitted.DIRECTORY, "sitecustomize.py").is_file()
+    assert Path(python_path.DIRECTORY, "sitecustomize.py").is_file()
 
 
 # The report.
@@ -379,12 +385,12 @@ def test_it_is_shipped() -> None:
 
 def test_without_a_report_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events cost nothing and go nowhere."""
-    assert not _events.is_on()
+    assert not events.is_on()
     monkeypatch.setattr(os, "open", lambda *_: pytest.fail("a file was opened"))
-    _events.record("fork", parent=1)
-    _events.born_elsewhere(1, "broker", "broker")
-    assert _recorded.recorded(CALLS["SCardConnect"], print) is print
-    assert _recorded.followed("SCardTransmit", None) is None
+    events.record("fork", parent=1)
+    events.born_elsewhere(1, "broker", "broker")
+    assert recorder.recorded(CALLS["SCardConnect"], print) is print
+    assert recorder.followed("SCardTransmit", None) is None
 
 
 def test_the_report_is_by_process() -> None:
@@ -403,7 +409,7 @@ def test_the_report_is_by_process() -> None:
         Event(9, "2-1", "handover", 2, {"contexts": 1}),
         Event(9, "3-4", "news", 3, {"a": "b"}),
     ]
-    assert _report.summary(told) == (
+    assert report.summary(told) == (
         "pcsc_safe: forked processes that used PC/SC: 1, contexts re-established: 2, brokers started: 1, handovers: 1\n"
         "  process 2, parent 1\n"
         "    imported pyscard, and was retrofitted\n"
@@ -492,8 +498,8 @@ pid = os.fork()
 if pid:
     os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 MODULE
-import pcsc_safe._process
-epoch = pcsc_safe._process.current()
+import pcsc_safe._core.process
+epoch = pcsc_safe._core.process.current()
 print(epoch.number, epoch.noticed_by)
 hresult, context = scard.SCardEstablishContext(0)
 print(hresult, hasattr(context, '_self_record'))

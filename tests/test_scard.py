@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rawscard import raw
 
 from pcsc_safe import scard as safe
-from pcsc_safe._calls import CALLS, Kind
+from pcsc_safe._core.calls import CALLS, Kind
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 NAMES = [
@@ -248,15 +248,15 @@ def test_handles_mix_with_plain_integers(shared_stack: VirtualPcsc) -> None:
 
 def test_nothing_is_kept_of_what_was_released(shared_stack: VirtualPcsc) -> None:
     """The registry holds what libpcsclite holds, and no more."""
-    from pcsc_safe import _handles
+    from pcsc_safe._core import handles
 
-    before, clients = (len(_handles.contexts), len(_handles.cards)), shared_stack.clients()
+    before, clients = (len(handles.contexts), len(handles.cards)), shared_stack.clients()
     for _ in range(50):
         _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
         for _ in range(2):
             safe.SCardConnect(context, shared_stack.readers[1].name, safe.SCARD_SHARE_SHARED, 3)
         safe.SCardReleaseContext(context)
-    assert (len(_handles.contexts), len(_handles.cards)) == before
+    assert (len(handles.contexts), len(handles.cards)) == before
     shared_stack.wait_for_clients(clients)
 
 

@@ -46,7 +46,7 @@ from forking import in_child
 from test_threads import HELD, Calling
 
 from pcsc_safe import scard as safe
-from pcsc_safe.broker import _connection
+from pcsc_safe.broker import connection
 from pcsc_safe.testing import VirtualPcsc
 
 __all__ = ["module_stack", "stack"]
@@ -271,7 +271,7 @@ def dies_asking(session: Session, *asked: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     called(session, *TRANSMIT)
-    _connection.Connection.send = send  # type: ignore[method-assign]
+    connection.Connection.send = send  # type: ignore[method-assign]
     called(session, *asked)
 
 

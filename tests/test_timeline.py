@@ -18,9 +18,9 @@ from xml.etree import ElementTree
 import pytest
 from forking import ChildFailedError
 
-from pcsc_safe import _timeline
-from pcsc_safe._history import History
-from pcsc_safe._records import Event, Span
+from pcsc_safe._trace import timeline
+from pcsc_safe._trace.history import History
+from pcsc_safe._trace.records import Event, Span
 from pcsc_safe.testing import VirtualPcsc
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -532,8 +532,8 @@ def made_up(processes: int, seconds: float, contexts: int, exchanges: int, reade
 @pytest.mark.parametrize("suffix", [".svg", ".html"])
 def test_names_are_text(suffix: str) -> None:
     """What readers and programs are called can't become part of the page."""
-    text = _timeline.draw(made_up(2, 1, 1, 1, NASTY), suffix)
-    clean = _timeline.draw(made_up(2, 1, 1, 1), suffix)
+    text = timeline.draw(made_up(2, 1, 1, 1, NASTY), suffix)
+    clean = timeline.draw(made_up(2, 1, 1, 1), suffix)
     assert text.count("<script") == clean.count("<script")
     assert text.encode("utf-8")
     svg = re.search("<svg .*</svg>", text, re.DOTALL)
@@ -548,7 +548,7 @@ def test_names_are_text(suffix: str) -> None:
 )
 def test_no_drawing_is_big(processes: int, seconds: float, contexts: int, exchanges: int) -> None:
     """Two processes or hundreds, 10 ms or 10 minutes: it stays below 2 MB, and what is drawn as one is counted."""
-    svg = _timeline.draw(made_up(processes, seconds, contexts, exchanges), ".svg")
+    svg = timeline.draw(made_up(processes, seconds, contexts, exchanges), ".svg")
     assert len(svg.encode()) < 2_000_000
     found = Drawing(svg)
     assert len(found.lanes) == min(processes, 500)
@@ -571,7 +571,7 @@ def test_what_is_missing_is_said() -> None:
         Event(5, "1-0", "incomplete", 1, {}),
         Event(6, "7-0", "established", 7, {"context": "b"}),
     ]
-    found = Drawing(_timeline.draw(History(told, {"1-0": 10}, {"2-0": 5}), ".svg"))
+    found = Drawing(timeline.draw(History(told, {"1-0": 10}, {"2-0": 5}), ".svg"))
     assert list(found.lanes) == [1]
     for words in ("1 more had nothing to do with PC/SC", "The record of process 1 is cut off", "Missing are processes"):
         assert words in found.text
@@ -580,7 +580,7 @@ def test_what_is_missing_is_said() -> None:
 
 def test_an_empty_history() -> None:
     """A program that is killed before it could tell anything has a drawing nevertheless."""
-    assert Drawing(_timeline.draw(History([], {}, {}), ".svg")).lanes == {}
+    assert Drawing(timeline.draw(History([], {}, {}), ".svg")).lanes == {}
 
 
 def test_the_page_asks_for_nothing(family: Ran) -> None:

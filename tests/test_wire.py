@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pcsc_safe._calls import CALLS
-from pcsc_safe.broker import _values
-from pcsc_safe.broker._wire import (
+from pcsc_safe._core.calls import CALLS
+from pcsc_safe.broker import values
+from pcsc_safe.broker.wire import (
     FUNCTIONS,
     MAX_BODY,
     MAX_DEPTH,
@@ -110,20 +110,20 @@ leaves: st.SearchStrategy[Any] = (
     | st.binary()
     | st.lists(st.integers(0, 255))
 )
-values = leaves
+told = leaves
 for _ in range(MAX_DEPTH - 2):
-    values = (
+    told = (
         leaves
-        | st.lists(values, max_size=4)
-        | st.lists(values, max_size=4).map(tuple)
-        | st.dictionaries(st.text(max_size=3), values, max_size=3)
+        | st.lists(told, max_size=4)
+        | st.lists(told, max_size=4).map(tuple)
+        | st.dictionaries(st.text(max_size=3), told, max_size=3)
     )
 
 
 @pytest.fixture(autouse=True)
 def no_opaques_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test begins as a new process does."""
-    monkeypatch.setattr(_values, "_opaques", {})
+    monkeypatch.setattr(values, "_opaques", {})
 
 
 def body_of(frame: bytes) -> bytes:
@@ -231,7 +231,7 @@ def test_a_request_for_each_function(number: int) -> None:
 
 
 @settings(deadline=None)
-@given(values)
+@given(told)
 @example([1 << 63, [1, 2]])
 @example([True, [1, 2]])
 @example([0, [True]])
@@ -246,7 +246,7 @@ def test_a_result_comes_back_as_it_was(value: Any) -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(0, len(FUNCTIONS) - 1), st.lists(values, max_size=4).map(tuple))
+@given(st.integers(0, len(FUNCTIONS) - 1), st.lists(told, max_size=4).map(tuple))
 @example(TRANSMIT, (1, 2, []))
 @example(TRANSMIT, (1 << 63, 2, [1]))
 @example(TRANSMIT, (1, -1 << 64, [1]))
@@ -421,7 +421,7 @@ def test_the_names_of_opaques_are_bounded() -> None:
     assert [type(thing).__name__ for thing in got[:255]] == [type(thing).__name__ for thing in crowd[:255]]
     assert len({type(thing) for thing in got}) == 256
     assert all(isinstance(thing, Opaque) for thing in got)
-    assert len(_values._opaques) == 256
+    assert len(values._opaques) == 256
     assert there_and_back(object()) is first
 
 
@@ -545,7 +545,7 @@ def test_the_largest_body() -> None:
 
 def test_the_largest_command() -> None:
     """The short way fills a frame to the last byte, and refuses one byte more, as the general way does."""
-    command = [1] * _values.MAX_OCTETS
+    command = [1] * values.MAX_OCTETS
     frame = encode_request(TRANSMIT, (1, 2, command))
     assert len(frame) == 4 + MAX_BODY
     assert frame == encode(Request(TRANSMIT, (1, 2, command)))
@@ -698,7 +698,7 @@ def test_made_up_names_cost_no_more() -> None:
     names = b"".join(b"o\4\0\0\0%04d" % index for index in range(7000))
     body = b"Rl" + struct.pack("<I", 7000) + names
     assert isinstance(decode(body), Result)
-    _values._opaques.clear()
+    values._opaques.clear()
     assert peak_of(body) < 64 * len(body)
 
 

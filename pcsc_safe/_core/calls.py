@@ -7,9 +7,9 @@ import enum
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Optional, Protocol
 
-from ._descriptors import Descriptor
-from ._process import Epoch
-from .policy import Role
+from ..policy import Role
+from .descriptors import Descriptor
+from .process import Epoch
 
 __all__ = ["CALLS", "Call", "Gateway", "Keep", "KeepCard", "Kind", "LostError"]
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Optional, Union
 
-from . import _settings
-from .errors import SettingsError
-from .policy import Broker, Cards, Owner, Policy, Settings
+from ..errors import SettingsError
+from ..policy import Broker, Cards, Owner, Policy, Settings
+from . import settings
 
 __all__ = ["configure"]
 
@@ -59,21 +59,21 @@ def configure(
     }
     wanted = {"policy": policy, "cards": cards, "recover": recover, **of_process}
     given = {name: value for name, value in wanted.items() if value is not None}
-    changed = _settings.settings().changed(**given)
+    changed = settings.settings().changed(**given)
     if context is None:
-        return _settings.put_in_force(changed)
+        return settings.put_in_force(changed)
     for name in of_process:
         if name in given:
             raise SettingsError(f"{name} cannot be set for one context", remedy="configure the process")
-    from . import _handles  # loads the native library
-    from ._calls import Kind
+    from . import handles  # loads the native library
+    from .calls import Kind
 
-    record = _handles.find(Kind.CONTEXT, context)
-    if not isinstance(record, _handles.Context) or record.released:
+    record = handles.find(Kind.CONTEXT, context)
+    if not isinstance(record, handles.Context) or record.released:
         raise SettingsError(
             "context is not a context that SCardEstablishContext gave",
             remedy="pass one that is not released, or leave it out to configure the process",
         )
-    _settings.for_contexts = True
+    settings.for_contexts = True
     record.overrides = {**record.overrides, **{name: getattr(changed, name) for name in given}}
-    return record.settings(_settings.settings())
+    return record.settings(settings.settings())

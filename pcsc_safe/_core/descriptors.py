@@ -14,7 +14,7 @@ from _thread import get_ident
 from collections.abc import Iterable, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
-from . import _process
+from . import process
 
 __all__ = [
     "Descriptor",
@@ -65,7 +65,7 @@ kept: dict[int, set[int]] = {}
 
 
 others: Callable[[], Sequence[Descriptor]] = tuple
-"""Finds, in a forked child, connections that aren't guarded and that it must not have either; :mod:`_pcscd` sets it."""
+"""Finds, in a forked child, further connections that it must not have; set for ``guard_native``."""
 
 
 def guard(connection: Descriptor) -> None:
@@ -90,7 +90,7 @@ def prepare() -> None:
     import _socket as socket  # the module that Python's own is made of: eventlet and gevent patch that one
 
     _socket = socket
-    if _process.FORKS and hasattr(socket, "AF_UNIX") and (_dead is None or not _dead.is_intact()):
+    if process.FORKS and hasattr(socket, "AF_UNIX") and (_dead is None or not _dead.is_intact()):
         _make_dead_socket()
 
 
@@ -168,9 +168,9 @@ def kill(connections: Iterable[Optional[Descriptor]]) -> None:
                 dead = _make_dead_socket()
 
 
-def _begin(epoch: _process.Epoch) -> None:
+def _begin(epoch: process.Epoch) -> None:
     guarded.clear()
     kept.clear()
 
 
-_process.at_fork(in_child=_at_fork, at_begin=_begin)
+process.at_fork(in_child=_at_fork, at_begin=_begin)

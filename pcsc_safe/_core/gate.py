@@ -25,8 +25,8 @@ from functools import partial
 from itertools import starmap, takewhile
 from typing import Any, Callable, NamedTuple, Protocol, TypeVar
 
-from . import _process
-from ._unpatched import RLock, count_threads, get_ident, monotonic, sleep, start_new_thread
+from . import process
+from .unpatched import RLock, count_threads, get_ident, monotonic, sleep, start_new_thread
 
 __all__ = [
     "IMPORTS",
@@ -61,7 +61,7 @@ __all__ = [
 class Owned(Protocol):
     """What a call is made on: live in one process, that whose epoch is its owner."""
 
-    owner: _process.Epoch
+    owner: process.Epoch
     released: bool
 
 
@@ -251,8 +251,8 @@ def attempt(
             and place.state <= most
             and not (bare and place.cards)
             and not (wait is not None and wait.cancelled)
-            and _process.sentinel[0]
-            and owned.owner is _process.here
+            and process.sentinel[0]
+            and owned.owner is process.here
         ):
             steps.extend(chain)
     except BaseException:
@@ -388,7 +388,7 @@ def _before_fork() -> None:
 
 
 def _close(*, everything: bool) -> None:
-    if not _process.sentinel[0]:
+    if not process.sentinel[0]:
         return  # a child that never used PC/SC: whoever is in the table was inside in its parent
     ident = get_ident()
     deadline = monotonic() + quiesce_timeout
@@ -484,7 +484,7 @@ def _in_hook() -> None:
     _forked_by = get_ident()  # if it is inside, the fork was made in the middle of a call, by a finalizer
 
 
-def _begin(epoch: _process.Epoch) -> None:
+def _begin(epoch: process.Epoch) -> None:
     """Judge whether the fork was quiet, and open the gate."""
     global _forked_by
     # Whoever is in the table: a thread of this process may have got the number of one of its parent's.
@@ -499,5 +499,5 @@ def _begin(epoch: _process.Epoch) -> None:
 
 
 # To open is one step that nothing can interrupt. A hook in Python could be left by what a signal handler raises.
-_process.around_fork(_before_fork, closers.clear)
-_process.at_fork(in_hook=_in_hook, at_begin=_begin)
+process.around_fork(_before_fork, closers.clear)
+process.at_fork(in_hook=_in_hook, at_begin=_begin)

@@ -17,11 +17,12 @@ import os
 import sys
 from typing import Any, Callable, Optional, Union
 
-from . import _descriptors, _events, _gate, _process
-from ._calls import Gateway, Kind
-from ._unpatched import RLock
-from .errors import PcscSafeError
-from .policy import Settings
+from .._trace import events
+from ..errors import PcscSafeError
+from ..policy import Settings
+from . import descriptors, gate, process
+from .calls import Gateway, Kind
+from .unpatched import RLock
 
 __all__ = ["Card", "Context", "cards", "contexts", "family", "find", "load", "lose", "prepare", "register"]
 
@@ -70,7 +71,7 @@ class Context:
         real: Any,
         number: int,
         scope: int,
-        owner: _process.Epoch,
+        owner: process.Epoch,
         gateway: Gateway,
     ) -> None:
         self.safe: Any = None
@@ -149,7 +150,7 @@ class Card:
         self.share_mode = share_mode
         self.protocol = protocol
         self.transactions = 0
-        self.warned: Optional[tuple[_process.Epoch, _process.Epoch]] = None
+        self.warned: Optional[tuple[process.Epoch, process.Epoch]] = None
         self.key = os.urandom(8)
         self.released = False
 
@@ -192,9 +193,9 @@ _card_proxy: Optional[_Proxy] = None
 def prepare() -> None:
     """Import the proxies, and wrapt with them, so that nothing need be imported in a child or at interpreter exit."""
     if _context_proxy is None:
-        from . import _proxies
+        from . import proxies
 
-        hand_out(_proxies.SafeContext, _proxies.SafeCard)
+        hand_out(proxies.SafeContext, proxies.SafeCard)
 
 
 def hand_out(context: _Proxy, card: _Proxy) -> None:
@@ -205,7 +206,7 @@ def hand_out(context: _Proxy, card: _Proxy) -> None:
     """
     global _context_proxy, _card_proxy
     _context_proxy, _card_proxy = context, card
-    atexit.register(_gate.stop_locking)
+    atexit.register(gate.stop_locking)
 
 
 def register(record: Record) -> Any:
@@ -230,22 +231,22 @@ def register(record: Record) -> Any:
 def disown(gateway: Gateway) -> None:
     """Give up what this process had through a gateway that is no more, as if it were another process's."""
     for context in list(contexts.values()):
-        if context.gateway is gateway and context.owner is _process.current():
-            lose(context, _process.LOST)
+        if context.gateway is gateway and context.owner is process.current():
+            lose(context, process.LOST)
 
 
 def lose(context: Context, how: str) -> None:
     """Give up a context of this process and its cards, as if they were another process's.
 
-    :param how: LOST or SERVICE_LOST, of :mod:`_process`.
+    :param how: LOST or SERVICE_LOST, of :mod:`process`.
     """
-    context.owner = lost = _process.Epoch(_process.current(), how)
-    _events.record("lost", context=context.key)
+    context.owner = lost = process.Epoch(process.current(), how)
+    events.record("lost", context=context.key)
     for card in list(context.cards.values()):
         card.owner = lost
     for descriptor in context.gateway.descriptors(context.real):
-        _descriptors.kill([descriptor])
-        _descriptors.unguard(descriptor)
+        descriptors.kill([descriptor])
+        descriptors.unguard(descriptor)
 
 
 def find(kind: Kind, handle: object) -> Optional[Record]:
@@ -291,7 +292,7 @@ def _is_library(module: str) -> bool:
     return module.partition(".")[0] in ("pcsc_safe", "smartcard") and not module.startswith("pcsc_safe.testing")
 
 
-def _begin(epoch: _process.Epoch) -> None:
+def _begin(epoch: process.Epoch) -> None:
     for context in list(contexts.values()):
         context.lock = RLock()
         context.outlasting.clear()
@@ -299,4 +300,4 @@ def _begin(epoch: _process.Epoch) -> None:
             card.lock = RLock()
 
 
-_process.at_fork(at_begin=_begin)
+process.at_fork(at_begin=_begin)

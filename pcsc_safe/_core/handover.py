@@ -20,23 +20,15 @@ import threading
 from types import TracebackType
 from typing import Any, Optional
 
-from . import (
-    _descriptors,
-    _events,
-    _gate,
-    _handles,
-    _inherited,
-    _log,
-    _native,
-    _process,
-    _settings,
-)
-from ._calls import LostError
-from ._handles import Context
-from ._unpatched import monotonic, sleep
-from .broker import _client, _mine
-from .errors import HandoverError, PcscSafeError
-from .policy import Owner, Policy, native_works_after_fork
+from .._native import gateway as native
+from .._trace import events
+from ..broker import client, family
+from ..errors import HandoverError, PcscSafeError
+from ..policy import Owner, Policy, native_works_after_fork
+from . import descriptors, gate, handles, inherited, log, process, settings
+from .calls import LostError
+from .handles import Context
+from .unpatched import monotonic, sleep
 
 __all__ = ["files_to_preserve", "handover", "prepare"]
 
@@ -62,25 +54,25 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
 
     def __init__(self, *contexts: Any) -> None:
         self._chosen = [_owned(context) for context in contexts] or None
-        self._epoch: Optional[_process.Epoch] = None
+        self._epoch: Optional[process.Epoch] = None
         self._done = False
         self.failure: Optional[tuple[str, str]] = None
 
     def __enter__(self) -> handover:
-        self._epoch = here = _process.current()
+        self._epoch = here = process.current()
         self._done, self.failure = False, None
         _prepare()
         if self._chosen is None:
-            for context in list(_handles.contexts.values()):
+            for context in list(handles.contexts.values()):
                 if context.owner is not here:
-                    _inherited.adopt(context)
+                    inherited.adopt(context)
         for context in self.contexts():
             why_not = _obstacle(context)
             if why_not:
                 raise _error(*why_not)
         ident = threading.get_ident()
         try:
-            if not _gate.close_quietly():
+            if not gate.close_quietly():
                 raise _error(
                     "calls of other threads are inside PC/SC",
                     "end them first, or configure a longer quiesce_timeout",
@@ -88,7 +80,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             _blocks[ident] = (*_blocks.get(ident, ()), self)
         except BaseException:  # a signal handler's too
             if ident not in _blocks:
-                _gate.open_again()
+                gate.open_again()
             raise
         return self
 
@@ -100,12 +92,12 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         if outer:
             _blocks[ident] = outer
         else:
-            _gate.open_again()
+            gate.open_again()
         if kind is not None or self._done:
             return
         if self.failure is not None:
             raise _error(*self.failure)
-        here = _process.current()
+        here = process.current()
         if here is not self._epoch and self._owned_by(self._epoch):
             if here.noticed_by == "hook":
                 raise _error("a signal handler raised during the fork", _AGAIN)
@@ -115,10 +107,10 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
 
     def contexts(self) -> list[Context]:
         """Those to hand over that this process owns."""
-        return self._owned_by(_process.here)
+        return self._owned_by(process.here)
 
-    def _owned_by(self, owner: Optional[_process.Epoch]) -> list[Context]:
-        chosen = self._chosen if self._chosen is not None else list(_handles.contexts.values())
+    def _owned_by(self, owner: Optional[process.Epoch]) -> list[Context]:
+        chosen = self._chosen if self._chosen is not None else list(handles.contexts.values())
         return [context for context in chosen if context.owner is owner and not context.released]
 
     def happened(self) -> None:
@@ -132,18 +124,18 @@ def files_to_preserve() -> list[int]:
     For python-daemon: ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  The numbers stay the same when
     the sessions are handed over or shared.
     """
-    here = _process.current()  # first: it may be what makes contexts this process's own
-    own = [context for context in list(_handles.contexts.values()) if context.owner is here]
+    here = process.current()  # first: it may be what makes contexts this process's own
+    own = [context for context in list(handles.contexts.values()) if context.owner is here]
     found = [descriptor for context in own for descriptor in context.gateway.descriptors(context.real)]
     numbers = {descriptor.number for descriptor in found if descriptor is not None and descriptor.is_intact()}
-    return sorted(numbers | set(_mine.files_to_preserve()))
+    return sorted(numbers | set(family.files_to_preserve()))
 
 
 def _owned(handle: Any) -> Context:
-    from ._calls import Kind
+    from .calls import Kind
 
-    record = _handles.find(Kind.CONTEXT, handle)
-    if not isinstance(record, Context) or record.released or record.owner is not _process.current():
+    record = handles.find(Kind.CONTEXT, handle)
+    if not isinstance(record, Context) or record.released or record.owner is not process.current():
         raise HandoverError(
             "this is not a context that this process has",
             remedy="pass what SCardEstablishContext gave, or nothing to hand all of them over",
@@ -154,7 +146,7 @@ def _owned(handle: Any) -> Context:
 
 def _obstacle(context: Context) -> Optional[tuple[str, str]]:
     """Why a context can't be handed over, and what to do; None if it can be."""
-    if context.gateway is not _native.gateway:
+    if context.gateway is not native.gateway:
         return None
     if not native_works_after_fork():
         return "a forked process can't use PC/SC on this platform", "set broker='always' before it is established"
@@ -197,7 +189,7 @@ class _Will:
         self.given: list[Context] = []
         self.in_broker: list[Context] = []
         self.shared: list[Context] = []
-        self.legacy: Optional[_client.Legacy] = None
+        self.legacy: Optional[client.Legacy] = None
         self.birth: tuple[Any, ...] = ()
         self.is_made = False
         self.is_born: Optional[bool] = None
@@ -229,17 +221,17 @@ def _prepare() -> None:
     if not _is_prepared:
         _is_prepared = True
         for _ in range(2):  # what a signal handler raises when one begins keeps that one from running
-            _process.after_fork_in_parent(_in_parent)
+            process.after_fork_in_parent(_in_parent)
 
 
 def _before() -> None:
     ident = threading.get_ident()
     blocks = _blocks.get(ident, ())
-    if not blocks and not _settings.gives_at_forks():
+    if not blocks and not settings.gives_at_forks():
         return
     if _accepted is not None:
-        _process.current()  # a child that has done nothing with what it got but to fork again
-    if not _process.sentinel[0]:
+        process.current()  # a child that has done nothing with what it got but to fork again
+    if not process.sentinel[0]:
         return
     will = _Will(blocks)
     try:
@@ -249,7 +241,7 @@ def _before() -> None:
         if why_not:
             _failed(will, why_not)
     except LostError as lost:
-        _handles.disown(lost.gateway)
+        handles.disown(lost.gateway)
         _failed(will, "the broker has died, and the sessions with it", "establish them anew")
     except BaseException as error:
         ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
@@ -264,10 +256,10 @@ _AGAIN = "the parent is still the owner: fork again"
 
 
 def _failed(will: _Will, why: str, remedy: str = _AGAIN) -> None:
-    _descriptors.kept.pop(threading.get_ident(), None)
+    descriptors.kept.pop(threading.get_ident(), None)
     for block in will.blocks:
         block.failure = (why, remedy)
-    _log.warning("process %d gives nothing to the child that it forks: %s", os.getpid(), why)
+    log.warning("process %d gives nothing to the child that it forks: %s", os.getpid(), why)
 
 
 def _to_give(blocks: tuple[handover, ...], owner: Owner) -> list[Context]:
@@ -275,7 +267,7 @@ def _to_give(blocks: tuple[handover, ...], owner: Owner) -> list[Context]:
         return list(dict.fromkeys(context for block in blocks for context in block.contexts()))
     if owner is not Owner.CHILD:
         return []
-    own = [context for context in list(_handles.contexts.values()) if context.owner is _process.here]
+    own = [context for context in list(handles.contexts.values()) if context.owner is process.here]
     return [context for context in own if not context.released and _obstacle(context) is None]
 
 
@@ -284,19 +276,19 @@ def _written(will: _Will, ident: int) -> Optional[str]:
 
     :return: None, or why there is nothing in it that should be.
     """
-    settings, here = _settings.settings(), _process.here
-    given = _to_give(will.blocks, settings.owner)
-    broker = _mine.usable()
-    will.native = [context for context in given if context.gateway is _native.gateway]
+    in_force, here = settings.settings(), process.here
+    given = _to_give(will.blocks, in_force.owner)
+    broker = family.usable()
+    will.native = [context for context in given if context.gateway is native.gateway]
     will.in_broker = [context for context in given if context.gateway is broker]
     will.shared = [
         context
-        for context in list(_handles.contexts.values())
+        for context in list(handles.contexts.values())
         if context.owner is here
         and not context.released
         and context not in given
         and context.gateway is broker
-        and context.settings(settings).policy is Policy.SHARE
+        and context.settings(in_force).policy is Policy.SHARE
     ]
     if not given and not will.shared:
         return None
@@ -304,7 +296,7 @@ def _written(will: _Will, ident: int) -> Optional[str]:
         why_not = _obstacle(context)
         if why_not:
             return why_not[0]
-    if given and not _gate.stays_quiet():
+    if given and not gate.stays_quiet():
         return "a call of another thread is inside PC/SC"
     for context in will.native:
         if not _given(context):
@@ -313,9 +305,9 @@ def _written(will: _Will, ident: int) -> Optional[str]:
     if broker is not None and (will.in_broker or will.shared):
         will.legacy = broker.bequeath(_numbers(will.in_broker), _numbers(will.shared))
     will.birth = _socket.socketpair()
-    if not _process.sentinel[0] or any(context.owner is not here for context in given):
+    if not process.sentinel[0] or any(context.owner is not here for context in given):
         return "a signal handler has forked"
-    _descriptors.kept[ident] = {
+    descriptors.kept[ident] = {
         *(descriptor.number for descriptor in _connections(will.native) if descriptor is not None),
         *(will.legacy.descriptors() if will.legacy is not None else ()),
     }
@@ -331,17 +323,17 @@ def _given(context: Context) -> bool:
         if monotonic() > deadline:
             return False
         sleep(_PAUSE)
-    return context.owner is _process.here
+    return context.owner is process.here
 
 
-def _connections(contexts: list[Context]) -> list[Optional[_descriptors.Descriptor]]:
+def _connections(contexts: list[Context]) -> list[Optional[descriptors.Descriptor]]:
     """Those to pcscd of contexts that this process reaches natively."""
     return [descriptor for context in contexts for descriptor in context.gateway.descriptors(context.real)]
 
 
 def _numbers(contexts: list[Context]) -> list[int]:
     """The real handles of contexts and their cards."""
-    records: list[_handles.Record] = []
+    records: list[handles.Record] = []
     for context in contexts:
         records += [context, *list(context.cards.values())]
     return [record.real for record in records]
@@ -359,7 +351,7 @@ def _in_parent() -> None:
         except BaseException as error:  # a signal handler's
             will.raised.append(error)
     for raised in will.raised[-1:]:
-        _gate.raise_later(threading.get_ident(), raised)
+        gate.raise_later(threading.get_ident(), raised)
 
 
 def _settle(will: _Will) -> None:
@@ -367,25 +359,25 @@ def _settle(will: _Will) -> None:
 
     Again from the beginning, if a signal handler has raised in the middle.
     """
-    _descriptors.kept.pop(threading.get_ident(), None)
+    descriptors.kept.pop(threading.get_ident(), None)
     if will.is_born is None:
         will.is_born = _was_born(will)
     birth, will.birth = will.birth, ()
     for end in birth:
         end.close()
     if will.is_born and (will.native or will.in_broker):
-        gone = _process.Epoch(_process.here, _process.HANDED_OVER)
+        gone = process.Epoch(process.here, process.HANDED_OVER)
         for context in [*will.native, *will.in_broker]:
             _take(context, gone)
-        _descriptors.kill(_connections(will.native))
+        descriptors.kill(_connections(will.native))
         for block in will.blocks:
             block.happened()
-        _events.record("handover", contexts=len(will.native) + len(will.in_broker))
+        events.record("handover", contexts=len(will.native) + len(will.in_broker))
     for context in will.given:
         if not will.is_born:
             context.real.take_back()
     if will.is_born and will.shared:
-        _events.record("share", contexts=len(will.shared))
+        events.record("share", contexts=len(will.shared))
     if will.legacy is not None:
         will.legacy.settle(will.is_born)
 
@@ -405,7 +397,7 @@ def _was_born(will: _Will) -> bool:
         return True
 
 
-def _take(context: Context, owner: _process.Epoch) -> None:
+def _take(context: Context, owner: process.Epoch) -> None:
     """Make a context somebody else's, and its cards: those that have the same owner, for others are an ancestor's."""
     before = context.owner
     for card in list(context.cards.values()):
@@ -431,17 +423,17 @@ def _in_hook() -> None:
     if will.legacy is not None:
         will.legacy.arrive()
         with contextlib.suppress(OSError):  # from a child of this one, if it is forked before this one begins
-            _descriptors.guard(_descriptors.of(will.legacy.number))
+            descriptors.guard(descriptors.of(will.legacy.number))
     if will.native or will.in_broker:
         for block in will.blocks:
             block.happened()
     _accepted = (os.getpid(), will)
     for how, given in (("handover", will.native), ("handover", will.in_broker), ("share", will.shared)):
         for context in given:
-            _events.record("got", context=context.key, how=how)
+            events.record("got", context=context.key, how=how)
 
 
-def _begin(epoch: _process.Epoch) -> None:
+def _begin(epoch: process.Epoch) -> None:
     """In the child: take possession."""
     global _accepted
     accepted, _accepted = _accepted, None
@@ -452,7 +444,7 @@ def _begin(epoch: _process.Epoch) -> None:
     if accepted is None or accepted[0] != epoch.pid:
         return
     will = accepted[1]
-    broker = _mine.usable()
+    broker = family.usable()
     for context in [*will.native, *will.in_broker, *will.shared]:
         if context in will.native:
             # A wait for events that began at the last moment is on this connection as well, and reads from it.
@@ -463,13 +455,13 @@ def _begin(epoch: _process.Epoch) -> None:
             is_there = broker is not None
             context.gateway = broker or context.gateway
         # What the application has closed since the fork is lost: the number may be something else's by now.
-        _take(context, epoch if is_there else _process.Epoch(epoch, _process.LOST))
+        _take(context, epoch if is_there else process.Epoch(epoch, process.LOST))
         if not is_there:
-            _events.record("lost", context=context.key)
+            events.record("lost", context=context.key)
         for card in list(context.cards.values()):
             if context in will.shared:
                 card.transactions = 0  # what is open is its parent's
 
 
-_process.before_fork(_before)
-_process.at_fork(in_child=_in_hook, at_begin=_begin)
+process.before_fork(_before)
+process.at_fork(in_child=_in_hook, at_begin=_begin)

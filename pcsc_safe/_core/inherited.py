@@ -10,14 +10,18 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Optional
 
-from . import _events, _gate, _handles, _log, _native, _process, _pyscard, _recorded, policy
-from ._calls import CALLS, Call, Gateway, Keep
-from ._handles import Card, Context, Record
-from ._pyscard import SUCCESS, constant
-from ._settings import settings
-from .broker import _client, _mine
-from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, join_pyscard
-from .policy import Cards, Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
+from .. import policy
+from .._native import gateway as native
+from .._native import pyscard
+from .._native.pyscard import SUCCESS, constant
+from .._trace import events, recorder
+from ..broker import client, family
+from ..errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, join_pyscard
+from ..policy import Cards, Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
+from . import gate, handles, log, process
+from .calls import CALLS, Call, Gateway, Keep
+from .handles import Card, Context, Record
+from .settings import settings
 
 __all__ = ["INVALID_HANDLE", "adopt", "answer", "establish", "gateway", "unsafe"]
 
@@ -58,7 +62,7 @@ def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     if verdict is Verdict.INVALID:
         return call.failure(INVALID_HANDLE, arguments)
     if verdict is Verdict.RESET:
-        if record.owner.noticed_by is _process.SERVICE_LOST:  # while there is no pcscd, that is the answer
+        if record.owner.noticed_by is process.SERVICE_LOST:  # while there is no pcscd, that is the answer
             hresult = _own(call, record.context)
             if hresult != SUCCESS:
                 return call.failure(hresult, arguments)
@@ -78,7 +82,7 @@ def adopt(context: Context) -> None:
     Before they are handed over, which is to say that somebody counts on them.  What can't be had stays as it is, and so
     does what this process itself has handed over, or lost.
     """
-    if context.owner.noticed_by in (_process.HANDED_OVER, _process.LOST, _process.SERVICE_LOST):
+    if context.owner.noticed_by in (process.HANDED_OVER, process.LOST, process.SERVICE_LOST):
         return
     reconnects = _settings_of(context)._replace(cards=Cards.RECONNECT)
     status = CALLS["SCardStatus"]
@@ -86,8 +90,8 @@ def adopt(context: Context) -> None:
         verdict = decide(reconnects, status.role, card=True, in_transaction=card.transactions > 0)
         # Nor one that would be waited for: in its reader this process itself has a transaction.
         is_free = not any(
-            other.transactions and other.owner is _process.here and other.reader == card.reader
-            for other in list(_handles.cards.values())
+            other.transactions and other.owner is process.here and other.reader == card.reader
+            for other in list(handles.cards.values())
         )
         if verdict is Verdict.CONNECT and is_free and not card.released:
             with contextlib.suppress(PcscSafeError):
@@ -101,7 +105,7 @@ def _forget(call: Call, record: Record) -> Optional[int]:
     """
 
     def forget() -> Optional[int]:
-        if record.owner is _process.current():
+        if record.owner is process.current():
             return None
         if call.name == "SCardEndTransaction":
             assert isinstance(record, Card)
@@ -112,13 +116,13 @@ def _forget(call: Call, record: Record) -> Optional[int]:
             record.bury()
         return SUCCESS
 
-    return _gate.exclusively(record.lock, forget)
+    return gate.exclusively(record.lock, forget)
 
 
 def _release_dead(context: Context) -> bool:
     """Whether this process's native library knows an inherited context no more."""
-    if context.gateway is not _native.gateway:
-        if context.owner.noticed_by is _process.SERVICE_LOST and isinstance(context.gateway, _client.Broker):
+    if context.gateway is not native.gateway:
+        if context.owner.noticed_by is process.SERVICE_LOST and isinstance(context.gateway, client.Broker):
             context.gateway.forget(context.real)
         return True
     return _native_works() and bool(context.real.release_dead())
@@ -132,16 +136,16 @@ def _forget_released(context: Context) -> None:
 
 
 def _native_works() -> bool:
-    here = _process.current()
-    return _pyscard.is_loaded and (here.parent is None or (here.unquiet is None and native_works_after_fork()))
+    here = process.current()
+    return pyscard.is_loaded and (here.parent is None or (here.unquiet is None and native_works_after_fork()))
 
 
 def _settings_of(record: Record) -> Settings:
     effective, owner = record.context.settings(settings()), record.owner
     # What is lost was not inherited: no fork is to be refused. And there is nothing to share when pcscd is gone.
-    lost = owner.noticed_by in (_process.LOST, _process.SERVICE_LOST) and owner.parent is _process.current()
+    lost = owner.noticed_by in (process.LOST, process.SERVICE_LOST) and owner.parent is process.current()
     lost = lost and effective.policy in (Policy.RAISE, Policy.INVALID)
-    lost = lost or (owner.noticed_by is _process.SERVICE_LOST and effective.policy is Policy.SHARE)
+    lost = lost or (owner.noticed_by is process.SERVICE_LOST and effective.policy is Policy.SHARE)
     return effective._replace(policy=Policy.AUTO) if lost else effective
 
 
@@ -152,7 +156,7 @@ def _own(call: Call, record: Record) -> int:
     """
     context = record.context
     try:
-        hresult = _gate.exclusively(context.lock, lambda: _own_context(call, context))
+        hresult = gate.exclusively(context.lock, lambda: _own_context(call, context))
     except (BrokerError, ForkUnsafeError):
         if call.role is Role.VALIDITY:
             return INVALID_HANDLE
@@ -166,21 +170,21 @@ def _own(call: Call, record: Record) -> int:
         return _own_connection(record, record.share_mode, record.protocol, LEAVE_CARD)[0]
 
     # The connection may wait for another process's transaction: with the lock of the card alone.
-    return _gate.exclusively(record.lock, connect)
+    return gate.exclusively(record.lock, connect)
 
 
 def _own_context(call: Call, context: Context) -> int:
     left = context.owner
 
-    def keep(real: Any, number: int, owner: _process.Epoch, gateway: Gateway) -> None:
+    def keep(real: Any, number: int, owner: process.Epoch, gateway: Gateway) -> None:
         former = context.real
         # The owner last: a fork in another thread must find what it is known by, or the context not ours.
         context.real, context.gateway = real, gateway
         context.owner = owner
-        _native.gateway.leave(former)
+        native.gateway.leave(former)
 
     # Again, if a signal handler has forked meanwhile, and this is the child.
-    while context.owner is not _process.current():
+    while context.owner is not process.current():
         if _release_dead(context):
             _forget_released(context)
         hresult = int(establish(call.name, context.scope, keep, context)[0])
@@ -190,16 +194,16 @@ def _own_context(call: Call, context: Context) -> int:
     return SUCCESS
 
 
-def _tell(context: Context, left: _process.Epoch) -> None:
+def _tell(context: Context, left: process.Epoch) -> None:
     """Tell that this process has a context in the place of one whose owner is, to it, another."""
     here = context.owner
-    if left.noticed_by is _process.SERVICE_LOST:
-        _log.info("process %d has a new context in the place of one that ended with pcscd", here.pid)
-        _events.record("recovered")
-        _recorded.tell_established("established", context)
+    if left.noticed_by is process.SERVICE_LOST:
+        log.info("process %d has a new context in the place of one that ended with pcscd", here.pid)
+        events.record("recovered")
+        recorder.tell_established("established", context)
     else:
-        _log.info("process %d has a context of its own in the place of process %d's", here.pid, left.pid)
-        _recorded.tell_established("reestablished", context, owner=left.pid)
+        log.info("process %d has a context of its own in the place of process %d's", here.pid, left.pid)
+        recorder.tell_established("reestablished", context, owner=left.pid)
 
 
 def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> tuple[int, int]:
@@ -210,10 +214,10 @@ def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization:
         card.real, card.native, card.share_mode, card.protocol = real, native, share_mode, protocol or protocols
         card.transactions = 0
         card.owner = context.owner
-        _recorded.tell_connected("connected", card)
+        recorder.tell_connected("connected", card)
 
     answer = context.gateway.connect(context, (card.reader, share_mode, protocols), keep)
-    if answer is _native.STALE:
+    if answer is native.STALE:
         return INVALID_HANDLE, 0
     hresult, protocol = answer[0], answer[2]
     if hresult == SUCCESS and initialization != LEAVE_CARD:
@@ -227,28 +231,28 @@ def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization:
 def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     """Take part in a session of the owner that this process did not get at the fork."""
     context = record.context
-    if context.owner.noticed_by is _process.LOST:
+    if context.owner.noticed_by is process.LOST:
         if call.role is Role.VALIDITY:
             return INVALID_HANDLE
         raise _lost_share(call.name, record)
-    broker = _mine.mine()
+    broker = family.mine()
 
     def take_part() -> bool:
-        if record.owner is _process.current():
+        if record.owner is process.current():
             return True
         cards = list(context.cards.values())
-        if isinstance(context.gateway, _client.Broker) and context.real in broker.inherit(
+        if isinstance(context.gateway, client.Broker) and context.real in broker.inherit(
             context.gateway.key, [context.real, *(card.real for card in cards)], keeps=True
         ):
             context.gateway = broker
             for card in cards:
-                card.transactions, card.owner = 0, _process.current()
-            context.owner = _process.current()
-            _events.record("got", context=context.key, how="share")
+                card.transactions, card.owner = 0, process.current()
+            context.owner = process.current()
+            events.record("got", context=context.key, how="share")
             return True
         return False
 
-    if _gate.exclusively(context.lock, take_part):
+    if gate.exclusively(context.lock, take_part):
         return None
     if call.role is Role.VALIDITY:
         return INVALID_HANDLE
@@ -256,7 +260,7 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
 
 
 def _lost_share(function: str, record: Record) -> BrokerError:
-    here = _process.current()
+    here = process.current()
     return BrokerError(
         f"the session of this {_thing(record)} is lost to process {here.pid}: its broker has died, or the descriptors "
         "that lead to it were closed",
@@ -274,7 +278,7 @@ def _thing(record: Record) -> str:
 def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """SCardReconnect gives an inherited handle a connection of this process's own."""
     assert isinstance(card, Card)
-    hresult = _gate.exclusively(card.context.lock, lambda: _own_context(call, card.context))
+    hresult = gate.exclusively(card.context.lock, lambda: _own_context(call, card.context))
     if hresult != SUCCESS:
         return call.failure(hresult)
 
@@ -284,18 +288,18 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
         hresult, protocol = _own_connection(card, *arguments)
         return [hresult, protocol] if hresult == SUCCESS else call.failure(hresult)
 
-    return _gate.exclusively(card.lock, connect)
+    return gate.exclusively(card.lock, connect)
 
 
 def _way(context: Optional[Context]) -> Way:
     effective = settings() if context is None else _settings_of(context)
-    if not _pyscard.is_loaded:
+    if not pyscard.is_loaded:
         return Way.BROKER
-    return choose_way(effective, forked=_process.current().parent is not None, native_works=_native_works())
+    return choose_way(effective, forked=process.current().parent is not None, native_works=_native_works())
 
 
 def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] = None) -> Any:
-    """A new context; see :class:`_calls.Gateway`.
+    """A new context; see :class:`calls.Gateway`.
 
     With ``recover`` one that can be used: where this process's native library has outgrown a restarted pcscd, it is a
     broker's.  Arguments and errors as in :func:`gateway`.
@@ -308,14 +312,14 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
     if result[0] != OUTGROWN:
         return result
     if effective.policy is Policy.REESTABLISH:
-        _log.warning(
+        log.warning(
             "process %d can't list readers or wait for events: pcscd had more readers before it was restarted, and "
             "pcsc-lite 2.5 and later can't go back; restart the process, or use policy 'auto', which takes a broker",
-            _process.current().pid,
+            process.current().pid,
         )
         return through.establish(scope, keep)
-    _log.info("process %d needs a broker: pcscd had more readers before it was restarted", _process.current().pid)
-    return _mine.mine().establish(scope, keep, OUTGROWN)
+    log.info("process %d needs a broker: pcscd had more readers before it was restarted", process.current().pid)
+    return family.mine().establish(scope, keep, OUTGROWN)
 
 
 def gateway(function: str, context: Optional[Context]) -> Gateway:
@@ -328,17 +332,17 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
     """
     way = _way(context)
     if way is Way.NATIVE:
-        return _native.gateway
+        return native.gateway
     if way is Way.BROKER:
-        return _mine.mine()
+        return family.mine()
     raise unsafe(function, context)
 
 
 def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
     """That there is no way to PC/SC in this process; arguments as in :func:`gateway`."""
-    here = _process.current()
+    here = process.current()
     remedy = "use policy 'auto', which goes through a broker here, or exec a program of its own"
-    if here.unquiet is not None and here.unquiet.function == _gate.IMPORTS:
+    if here.unquiet is not None and here.unquiet.function == gate.IMPORTS:
         remedy = "establish the first context of the parent before other threads fork"
     elif here.unquiet is not None:
         remedy += "; or fork when no call takes longer than quiesce_timeout"
@@ -352,7 +356,7 @@ def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
     )
 
 
-def _why_not(here: _process.Epoch) -> str:
+def _why_not(here: process.Epoch) -> str:
     if here.unquiet is None:
         return f"it was forked, and on {policy.PLATFORM} a forked process has none"
     function, thread, seconds = here.unquiet
@@ -361,8 +365,8 @@ def _why_not(here: _process.Epoch) -> str:
 
 def _forked_handle(function: str, record: Record) -> ForkedHandleError:
     join_pyscard()
-    here, owner = _process.current(), record.owner
-    if owner.noticed_by is _process.HANDED_OVER:
+    here, owner = process.current(), record.owner
+    if owner.noticed_by is process.HANDED_OVER:
         state = f"({record.established_at}) was handed over to a child that process {here.pid} has forked"
     else:
         relation = "forked child" if here.parent is owner else "forked descendant"
@@ -385,21 +389,21 @@ def _forked_handle(function: str, record: Record) -> ForkedHandleError:
 
 def _warn_of_reset(call: Call, card: Record) -> None:
     assert isinstance(card, Card)
-    here = _process.current()
+    here = process.current()
     if card.warned == (here, card.owner):
         return
     card.warned = here, card.owner
-    if card.owner.noticed_by is _process.SERVICE_LOST:
-        _log.warning(
+    if card.owner.noticed_by is process.SERVICE_LOST:
+        log.warning(
             "%s answers SCARD_W_RESET_CARD because pcscd was restarted, not because of the card: call SCardReconnect, "
             "or configure cards='reconnect'",
             call.name,
         )
         return
-    if card.owner.noticed_by is _process.LOST:
-        _log.warning("%s answers SCARD_W_RESET_CARD because the broker of process %d died", call.name, here.pid)
+    if card.owner.noticed_by is process.LOST:
+        log.warning("%s answers SCARD_W_RESET_CARD because the broker of process %d died", call.name, here.pid)
         return
-    _log.warning(
+    log.warning(
         "%s answers SCARD_W_RESET_CARD because this process (%d) was forked from the one that connected (%d), not "
         "because of the card: call SCardReconnect here, or configure cards='reconnect'",
         call.name,

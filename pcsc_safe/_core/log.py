@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _process
-from ._unpatched import count_threads
+from . import process
+from .unpatched import count_threads
 
 __all__ = ["debug", "info", "prepare", "warning"]
 
@@ -25,7 +25,7 @@ def prepare() -> None:
 
 
 def _write(level: str, text: str, *arguments: object) -> None:
-    epoch = _process.current()
+    epoch = process.current()
     # Only a hooked fork renews the locks of logging. After any other, a thread that is no more may be holding one.
     if _logging is None or (epoch.noticed_by in ("page", "pid") and count_threads()):
         return

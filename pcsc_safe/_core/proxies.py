@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import wrapt
 
-from . import _handles
+from . import handles
 
 __all__ = ["SafeCard", "SafeContext"]
 
@@ -27,7 +27,7 @@ class _SafeHandle(_IntegerProxy):
 
     __slots__ = ("_self_record",)
 
-    def __init__(self, record: _handles.Record) -> None:
+    def __init__(self, record: handles.Record) -> None:
         super().__init__(record.number)
         self._self_record = record
 
@@ -56,7 +56,7 @@ class _SafeHandle(_IntegerProxy):
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         record = self._self_record
         description = f"{record.kind.value} {record.number} of process {record.owner.pid}"
-        return _handles.load, (_handles.family, record.kind, record.key, description)
+        return handles.load, (handles.family, record.kind, record.key, description)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.__reduce_ex__(2)

@@ -1,7 +1,7 @@
 """What happens when pcscd is gone: restarted, stopped, or ended by itself (setting ``recover``).
 
 To a context that is the same event as a fork: it belongs to something that is not there any more, and
-:mod:`_inherited` says what its next use gets.  Here is how it is noticed, and how a wait for events outlasts it.
+:mod:`inherited` says what its next use gets.  Here is how it is noticed, and how a wait for events outlasts it.
 
 What libpcsclite answers (1.9.9 to 2.5.1) says whether pcscd has got a call:
 
@@ -23,13 +23,13 @@ import time
 from _thread import get_ident
 from typing import Any, Callable
 
-from . import _gate, _handles, _process
-from ._calls import CALLS, Call
-from ._handles import Context, Record
-from ._pyscard import SUCCESS, constant
-from ._settings import settings
-from ._waits import CANCELLED, CHANGED, INFINITE, TIMED_OUT, is_for_new_readers
-from .policy import Role
+from .._native.pyscard import SUCCESS, constant
+from .._native.waits import CANCELLED, CHANGED, INFINITE, TIMED_OUT, is_for_new_readers
+from ..policy import Role
+from . import gate, handles, process
+from .calls import CALLS, Call
+from .handles import Context, Record
+from .settings import settings
 
 __all__ = ["GONE", "NO_SERVICE", "UNHEARD", "again", "cancel", "lost_meanwhile", "noticed", "outlast", "recovers"]
 
@@ -79,10 +79,10 @@ def noticed(record: Record, real: int, hresult: int) -> bool:
     context = record.context
 
     def lose() -> None:
-        if hresult != _COMM_ERROR and record.real == real and record.owner is _process.current():
-            _handles.lose(context, _process.SERVICE_LOST)
+        if hresult != _COMM_ERROR and record.real == real and record.owner is process.current():
+            handles.lose(context, process.SERVICE_LOST)
 
-    _gate.exclusively(context.lock, lose)
+    gate.exclusively(context.lock, lose)
     return True
 
 
@@ -91,7 +91,7 @@ def lost_meanwhile(record: Record, real: int) -> bool:
 
     :param real: the handle in that call.
     """
-    is_same = record.real == real and record.owner is _process.current()
+    is_same = record.real == real and record.owner is process.current()
     return not is_same and not record.released and recovers(record)
 
 
@@ -135,7 +135,7 @@ def outlast(
     :param cancels: how often waits on the context had been cancelled then.
     :return: the answer.
     """
-    safe, ident, here = context.safe, get_ident(), _process.current()
+    safe, ident, here = context.safe, get_ident(), process.current()
 
     def left() -> int:
         return INFINITE if timeout == INFINITE else max(0, timeout - round((time.monotonic() - began) * 1000))
@@ -143,7 +143,7 @@ def outlast(
     refusals = 0
     context.outlasting.append(ident)
     try:
-        while not context.released and here is _process.current():
+        while not context.released and here is process.current():
             hresult = list_readers(safe, [])[0]
             refusals = refusals + 1 if hresult == _RESET else 0
             is_back = hresult not in GONE or refusals == _ATTEMPTS  # it is polkit who says so
@@ -194,8 +194,8 @@ def cancel(context: Context, cancel_once: Callable[[], Any]) -> Any:
     return answer
 
 
-def _begin(epoch: _process.Epoch) -> None:
+def _begin(epoch: process.Epoch) -> None:
     _attempts.clear()
 
 
-_process.at_fork(at_begin=_begin)
+process.at_fork(at_begin=_begin)

@@ -10,30 +10,17 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from . import (
-    _bequest,
-    _contexts,
-    _descriptors,
-    _events,
-    _gate,
-    _handles,
-    _inherited,
-    _log,
-    _native,
-    _pcscd,
-    _process,
-    _pyscard,
-    _recorded,
-    _recovery,
-    _waits,
-)
-from ._calls import CALLS, Call, Gateway, Kind, LostError
-from ._contexts import STALE, NativeContexts
-from ._handles import Card, Context, Record
-from ._inherited import INVALID_HANDLE
-from ._pyscard import SUCCESS, constant
-from ._settings import settings
-from .broker import _mine
+from .._native import connections, contexts, pyscard, waits
+from .._native import gateway as native
+from .._native.contexts import STALE, NativeContexts
+from .._native.pyscard import SUCCESS, constant
+from .._trace import events, recorder
+from ..broker import family
+from . import descriptors, gate, handles, handover, inherited, log, process, recovery
+from .calls import CALLS, Call, Gateway, Kind, LostError
+from .handles import Card, Context, Record
+from .inherited import INVALID_HANDLE
+from .settings import settings
 
 __all__ = ["public"]
 
@@ -44,7 +31,7 @@ __all__ = ["public"]
 def _released(context: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     # libpcsclite drops its context whatever pcscd answers.
     context.forget()
-    return SUCCESS if result in _recovery.GONE and _recovery.recovers(context) else result
+    return SUCCESS if result in recovery.GONE and recovery.recovers(context) else result
 
 
 def _disconnected(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
@@ -88,7 +75,7 @@ _AFTER: dict[str, _After] = {
 
 
 def _after(name: str) -> Optional[_After]:
-    return _recorded.followed(name, _AFTER.get(name))
+    return recorder.followed(name, _AFTER.get(name))
 
 
 # The way of a call.
@@ -100,7 +87,7 @@ _is_prepared = False
 def _prepare() -> None:
     """Import what PC/SC takes, so that nothing need be imported in a child."""
     global _is_prepared
-    for module in (_log, _descriptors, _pcscd, _handles, _mine, _bequest):
+    for module in (log, descriptors, connections, handles, family, handover):
         module.prepare()
     _is_prepared = True
 
@@ -108,19 +95,19 @@ def _prepare() -> None:
 def _establish(scope: Any) -> Any:
     here = _notice()
     settings()
-    if not _is_prepared and here.unquiet is not None and here.unquiet.function == _gate.IMPORTS:
-        raise _inherited.unsafe("SCardEstablishContext", None)
-    if not _is_prepared or _descriptors.any_open() is None:
-        _gate.during(_gate.IMPORTS, _prepare)
+    if not _is_prepared and here.unquiet is not None and here.unquiet.function == gate.IMPORTS:
+        raise inherited.unsafe("SCardEstablishContext", None)
+    if not _is_prepared or descriptors.any_open() is None:
+        gate.during(gate.IMPORTS, _prepare)
     kept: list[Context] = []
 
-    def keep(real: Any, number: int, owner: _process.Epoch, gateway: Gateway) -> Any:
+    def keep(real: Any, number: int, owner: process.Epoch, gateway: Gateway) -> Any:
         kept.append(Context(real, number, scope, owner, gateway))
-        return _handles.register(kept[-1])
+        return handles.register(kept[-1])
 
     call = CALLS["SCardEstablishContext"]
     try:
-        return _persistently(call, lambda: _inherited.establish(call.name, scope, keep), ())
+        return _persistently(call, lambda: inherited.establish(call.name, scope, keep), ())
     except BaseException:  # a signal handler's: nobody gets what was established
         for context in kept:
             context.forget()
@@ -141,14 +128,14 @@ def _persistently(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, 
         try:
             return attempt()
         except LostError as lost:
-            _handles.disown(lost.gateway)
+            handles.disown(lost.gateway)
             if lost.under_way:
                 return call.failure(COMM_ERROR, arguments)
-    raise _mine.died_too_often()
+    raise family.died_too_often()
 
 
 def _after_loss(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...], lost: LostError) -> Any:
-    _handles.disown(lost.gateway)
+    handles.disown(lost.gateway)
     if lost.under_way:
         return call.failure(COMM_ERROR, arguments)
     return _route_slowly(call, route, handle, arguments)
@@ -168,21 +155,21 @@ def _routed(call: Call) -> Callable[..., Any]:
     if call.name in special:
         return special[call.name](call)
     if call.takes is Kind.CARD:
-        return _routed_to(call, _handles.cards, _contexts.card_call(call.name))
-    return _routed_to(call, _handles.contexts, _context_calls.get(call.name) or _context_call(call.name))
+        return _routed_to(call, handles.cards, contexts.card_call(call.name))
+    return _routed_to(call, handles.contexts, _context_calls.get(call.name) or _context_call(call.name))
 
 
 def _context_call(name: str) -> _Native:
-    return lambda context, arguments: _contexts.behind(context).call(context, name, *arguments)
+    return lambda context, arguments: contexts.behind(context).call(context, name, *arguments)
 
 
 def _connect(context: Any, arguments: tuple[Any, ...]) -> Any:
-    return _native.gateway.connect(context, arguments, _keep_card(context, arguments))
+    return native.gateway.connect(context, arguments, _keep_card(context, arguments))
 
 
 def _keep_card(context: Context, arguments: tuple[Any, ...]) -> Callable[[int, Any, int], Any]:
     reader, share_mode, preferred = arguments
-    return lambda real, native, protocol: _handles.register(
+    return lambda real, native, protocol: handles.register(
         Card(real, native, context, reader, share_mode, protocol or preferred)
     )
 
@@ -195,7 +182,7 @@ def _release(context: Any, arguments: tuple[Any, ...]) -> Any:
 _context_calls: dict[str, _Native] = {
     "SCardConnect": _connect,
     "SCardReleaseContext": _release,
-    "SCardCancel": lambda context, arguments: _contexts.behind(context).cancel(context),
+    "SCardCancel": lambda context, arguments: contexts.behind(context).cancel(context),
 }
 
 
@@ -206,8 +193,8 @@ def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[
     :param make: makes the call in this process's native library.
     """
     after, discloses, is_bare = _after(call.name), call.discloses, call.failed is None
-    process, sentinel, here_itself = _process, _process.sentinel, _native.gateway
-    unheard = _recovery.UNHEARD[call.name]
+    sentinel, here_itself = process.sentinel, native.gateway
+    unheard = recovery.UNHEARD[call.name]
 
     def route(handle: Any, *arguments: Any) -> Any:
         try:
@@ -227,8 +214,8 @@ def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[
             return _route_slowly(call, route, handle, arguments)
         hresult = result if is_bare else result[0]
         if hresult != SUCCESS:
-            if hresult in unheard and _recovery.noticed(record, real, hresult):
-                return _recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
+            if hresult in unheard and recovery.noticed(record, real, hresult):
+                return recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
             if discloses:
                 return call.failure(hresult)
         return after(record, arguments, result) if after else result
@@ -243,12 +230,12 @@ def _through_broker(
     real, after = record.real, _after(call.name)
     result = record.context.gateway.functions[call.name](real, *arguments)
     hresult = result if call.failed is None else result[0]
-    is_gone = hresult in _recovery.UNHEARD[call.name] and _recovery.noticed(record, real, hresult)
-    if hresult == INVALID_HANDLE and _recovery.lost_meanwhile(record, real):
+    is_gone = hresult in recovery.UNHEARD[call.name] and recovery.noticed(record, real, hresult)
+    if hresult == INVALID_HANDLE and recovery.lost_meanwhile(record, real):
         is_gone = call.name != "SCardGetStatusChange"
-        result = call.failure(_recovery.NO_SERVICE, arguments)
+        result = call.failure(recovery.NO_SERVICE, arguments)
     if is_gone:
-        return _recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
+        return recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
     if call.name == "SCardConnect":
         if record.real != real:
             return call.failure(COMM_ERROR)  # another thread has noticed since that what it is through is lost
@@ -260,11 +247,11 @@ def _through_broker(
 
 def _routed_validity(call: Call) -> Callable[..., Any]:
     """SCardIsValidContext: libpcsclite, too, looks at its own table only."""
-    process, sentinel, contexts, here_itself = _process, _process.sentinel, _handles.contexts, _native.gateway
+    sentinel, contexts_by_handle, here_itself = process.sentinel, handles.contexts, native.gateway
 
     def route(handle: Any) -> Any:
         try:
-            context = contexts.get(handle)
+            context = contexts_by_handle.get(handle)
         except TypeError:
             context = None
         if context is None or context.safe is not handle or not sentinel[0] or context.owner is not process.here:
@@ -273,35 +260,35 @@ def _routed_validity(call: Call) -> Callable[..., Any]:
             return through_broker(handle)
         return SUCCESS
 
-    through_broker = _routed_to(call, contexts, lambda context, arguments: SUCCESS)
+    through_broker = _routed_to(call, contexts_by_handle, lambda context, arguments: SUCCESS)
     return route
 
 
 def _routed_cancel(call: Call) -> Callable[..., Any]:
-    once = _routed_to(call, _handles.contexts, _context_calls[call.name])
+    once = _routed_to(call, handles.contexts, _context_calls[call.name])
 
     def route(handle: Any) -> Any:
-        record = _handles.find(Kind.CONTEXT, handle)
+        record = handles.find(Kind.CONTEXT, handle)
         if not isinstance(record, Context):
             return once(handle)
-        return _recovery.cancel(record, lambda: once(handle))
+        return recovery.cancel(record, lambda: once(handle))
 
     return route
 
 
 def _routed_wait(call: Call) -> Callable[..., Any]:
-    at_once = _routed_to(call, _handles.contexts, _context_call(call.name))
+    at_once = _routed_to(call, handles.contexts, _context_call(call.name))
 
     def route(handle: Any, timeout: Any, states: Any) -> Any:
-        record = _handles.find(Kind.CONTEXT, handle)
+        record = handles.find(Kind.CONTEXT, handle)
         if not isinstance(record, Context) or type(timeout) is not int or not 0 <= timeout <= _C_INFINITE:
             return at_once(handle, timeout, states)
-        timeout = min(timeout, _waits.INFINITE)
+        timeout = min(timeout, waits.INFINITE)
         began, cancels = monotonic(), record.cancels
         answer = wait(handle, timeout, states)
-        if answer[0] in _recovery.GONE and _recovery.recovers(record):
+        if answer[0] in recovery.GONE and recovery.recovers(record):
             list_readers = public["SCardListReaders"]
-            return _recovery.outlast(call, wait, list_readers, record, timeout, states, began, cancels)
+            return recovery.outlast(call, wait, list_readers, record, timeout, states, began, cancels)
         return answer
 
     def wait(handle: Any, timeout: int, states: Any) -> Any:
@@ -311,18 +298,18 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
         if context is None:
             return _route_slowly(call, wait, handle, (timeout, states))
         real = context.real
-        answer = _waits.await_change(
+        answer = waits.await_change(
             context,
             # What it is known by, too: another thread may have lost the context since, and established it anew.
-            lambda: bool(_process.sentinel[0]) and context.owner is _process.here and context.real is real,
+            lambda: bool(process.sentinel[0]) and context.owner is process.here and context.real is real,
             timeout,
             states,
-            call.failure(_waits.CANCELLED, (timeout, states)),
+            call.failure(waits.CANCELLED, (timeout, states)),
         )
         if answer is not STALE:
             return answer
-        if _recovery.lost_meanwhile(context, real):
-            return call.failure(_recovery.NO_SERVICE, (timeout, states))
+        if recovery.lost_meanwhile(context, real):
+            return call.failure(recovery.NO_SERVICE, (timeout, states))
         return _route_slowly(call, wait, handle, (timeout, states))
 
     return route
@@ -330,10 +317,10 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
 
 def _owned(handle: Any) -> Optional[Context]:
     """The context that ``handle`` stands for, if this process owns it, in its own native library."""
-    record = _handles.find(Kind.CONTEXT, handle) if _process.sentinel[0] else None
-    if not isinstance(record, Context) or record.released or record.owner is not _process.here:
+    record = handles.find(Kind.CONTEXT, handle) if process.sentinel[0] else None
+    if not isinstance(record, Context) or record.released or record.owner is not process.here:
         return None
-    return record if record.gateway is _native.gateway else None
+    return record if record.gateway is native.gateway else None
 
 
 def _route_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
@@ -346,7 +333,7 @@ _NOBODYS = 1 << 40  # no handle of libpcsclite's has so many bits
 
 def _number_of(record: Record) -> int:
     """What stands for a record where the library is to say that this is not what the call takes."""
-    if record.context.gateway is not _native.gateway or isinstance(record, Card):
+    if record.context.gateway is not native.gateway or isinstance(record, Card):
         return int(record.real)
     # A thread may still be in the native library with a context that was released.
     return record.number | _NOBODYS if record.released else record.number
@@ -355,21 +342,21 @@ def _number_of(record: Record) -> int:
 def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
     assert call.takes is not None
     here = _notice()
-    record = _handles.find(call.takes, handle)
+    record = handles.find(call.takes, handle)
     if record is None or (record.owner is here and (record.released or record.kind is not call.takes)):
-        through = _inherited.gateway(call.name, None) if record is None else record.context.gateway
+        through = inherited.gateway(call.name, None) if record is None else record.context.gateway
         real = handle if record is None else _number_of(record)
         return through.enter(call.name, through.functions[call.name], real, *arguments)
     if record.kind is not call.takes or record.released:
         return call.failure(INVALID_HANDLE, arguments)
     if record.owner is not here:
-        answer = _inherited.answer(call, record, arguments)
+        answer = inherited.answer(call, record, arguments)
         if answer is not None:
             return answer
     through = record.context.gateway
-    if through is not _native.gateway:
+    if through is not native.gateway:
         return _through_broker(call, route, record, handle, arguments)
-    if (_handles.contexts if record.kind is Kind.CONTEXT else _handles.cards).get(record.number) is not record:
+    if (handles.contexts if record.kind is Kind.CONTEXT else handles.cards).get(record.number) is not record:
         # pcscd was restarted, and has given the number to somebody else since.
         if record.kind is Kind.CONTEXT:
             return (_context_calls.get(call.name) or _context_call(call.name))(record, arguments)
@@ -377,21 +364,21 @@ def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments
     return route(record.safe, *arguments)
 
 
-_announced: Optional[_process.Epoch] = None
+_announced: Optional[process.Epoch] = None
 
 
-def _notice() -> _process.Epoch:
+def _notice() -> process.Epoch:
     """The epoch of this process; says once how its beginning was noticed."""
     global _announced
-    here = _process.current()
+    here = process.current()
     if here is not _announced:
         _announced = here
-        if here.parent is not None and _handles.contexts:
-            _events.record("fork", parent=here.parent.pid)
-            _log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
+        if here.parent is not None and handles.contexts:
+            events.record("fork", parent=here.parent.pid)
+            log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
             if here.unquiet is not None:
                 function, thread, _ = here.unquiet
-                _log.warning(
+                log.warning(
                     "process %d can't use PC/SC: it was forked while thread %s was inside %s",
                     here.pid,
                     thread,
@@ -405,10 +392,10 @@ def _notice() -> _process.Epoch:
 
 def _exported(name: str, value: Any) -> Any:
     call = CALLS.get(name)
-    if call is None or not _process.FORKS or (call.takes is None and name != "SCardEstablishContext"):
+    if call is None or not process.FORKS or (call.takes is None and name != "SCardEstablishContext"):
         return value
-    return _pyscard.shaped(_recorded.recorded(call, _routed(call)), _pyscard.signatures[name])
+    return pyscard.shaped(recorder.recorded(call, _routed(call)), pyscard.signatures[name])
 
 
-public: dict[str, Any] = {name: _exported(name, value) for name, value in _pyscard.public.items()}
+public: dict[str, Any] = {name: _exported(name, value) for name, value in pyscard.public.items()}
 """Every public name of the installed ``smartcard.scard``; the functions that take or give a handle are ours."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Optional
 
-from . import _gate, _pcscd
-from .policy import Owner, Policy, Settings, from_environment, native_works_after_fork
+from .._native import connections
+from ..policy import Owner, Policy, Settings, from_environment, native_works_after_fork
+from . import gate
 
 __all__ = ["gives_at_forks", "put_in_force", "settings"]
 
@@ -35,7 +36,7 @@ def gives_at_forks() -> bool:
 def put_in_force(new: Settings) -> Settings:
     global _settings
     _settings = new
-    _gate.quiesce_timeout = new.quiesce_timeout
-    _gate.may_child_use_native = lambda: new.policy is not Policy.BROKER and native_works_after_fork()
-    _pcscd.guard_all(new.guard_native)
+    gate.quiesce_timeout = new.quiesce_timeout
+    gate.may_child_use_native = lambda: new.policy is not Policy.BROKER and native_works_after_fork()
+    connections.guard_all(new.guard_native)
     return new

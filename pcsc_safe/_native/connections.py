@@ -1,11 +1,11 @@
 """Which of this process's descriptors are connections to pcscd, whoever opened them.
 
-libpcsclite talks to pcscd over one Unix socket a context, and doesn't say which.  :mod:`_native` looks for those of our
+libpcsclite talks to pcscd over one Unix socket a context, and doesn't say which.  :mod:`gateway` looks for those of our
 contexts here.  Those of others in this process, a PKCS#11 module's for instance, are nobody's business by default;
 with ``guard_native=True`` a forked child must not have them either.
 
 At a fork that is what happens: in the child every connection to pcscd that came over the fork is handed to
-:mod:`_descriptors`, for a dead socket to take its place.  Everything that takes has been imported before.
+:mod:`descriptors`, for a dead socket to take its place.  Everything that takes has been imported before.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from functools import partial
 from operator import methodcaller
 from typing import Any, Callable, Optional
 
-from . import _descriptors, _process
-from ._descriptors import Descriptor
-from ._gate import Operation, in_one_step, nowhere
+from .._core import descriptors, process
+from .._core.descriptors import Descriptor
+from .._core.gate import Operation, in_one_step, nowhere
 
 __all__ = [
     "ARE_INHERITED",
@@ -34,7 +34,7 @@ __all__ = [
     "strangers",
 ]
 
-ARE_INHERITED = _process.FORKS and sys.platform != "darwin"  # macOS' PC/SC talks over Mach ports
+ARE_INHERITED = process.FORKS and sys.platform != "darwin"  # macOS' PC/SC talks over Mach ports
 _FDS = "/proc/self/fd"
 _SOCKET_NAME = "pcscd.comm"
 _MOST_NUMBERS = 65536  # to look at where they can't be listed
@@ -67,7 +67,7 @@ class Traces:
 
     def operations(self, thoroughly: bool) -> tuple[Sequence[Operation], Sequence[Operation]]:
         """What is to be done before SCardEstablishContext and after it."""
-        spare = _descriptors.any_open()
+        spare = descriptors.any_open()
         if not ARE_INHERITED or spare is None:
             return (), ()
         look: list[Operation] = [
@@ -144,8 +144,8 @@ def guard_all(on: bool) -> None:
     """Whether children that are forked from now on are to have none of this process's connections to pcscd."""
     if on:
         prepare()
-        _descriptors.prepare()
-    _descriptors.others = _inherited if on else tuple
+        descriptors.prepare()
+    descriptors.others = _inherited if on else tuple
 
 
 def connections() -> list[Descriptor]:
@@ -185,7 +185,7 @@ def strangers(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
         if not stat.S_ISSOCK(status.st_mode):
             continue
         descriptor = Descriptor(number, status.st_dev, status.st_ino)
-        if descriptor in _descriptors.guarded:
+        if descriptor in descriptors.guarded:
             continue
         peer = _peer(number)
         if peer is not None:
@@ -217,7 +217,7 @@ def _learn_path() -> None:
 def _inherited() -> list[Descriptor]:
     """In a forked child: the connections that it has from its parent."""
     found = connections()
-    if found and not _process.ran_hook():
+    if found and not process.ran_hook():
         # It may have run for long, and have connections of its own; but none that its parent has too.
         parents = _files_of(os.getppid())
         found = [connection for connection in found if (connection.device, connection.inode) in parents]

@@ -21,12 +21,13 @@ from itertools import compress, takewhile
 from operator import itemgetter, not_
 from typing import Any, Callable, Optional
 
-from . import _descriptors, _gate, _log, _pcscd, _process
-from ._calls import CALLS
-from ._descriptors import Descriptor
-from ._gate import GIVEN, OPEN, RELEASED, WOKEN, Operation, Owned, Place, attempt, made
-from ._pyscard import SUCCESS, constant, raw
-from ._unpatched import get_ident, monotonic, sleep
+from .._core import descriptors, gate, log, process
+from .._core.calls import CALLS
+from .._core.descriptors import Descriptor
+from .._core.gate import GIVEN, OPEN, RELEASED, WOKEN, Operation, Owned, Place, attempt, made
+from .._core.unpatched import get_ident, monotonic, sleep
+from . import connections
+from .pyscard import SUCCESS, constant, raw
 
 __all__ = ["STALE", "NativeContext", "NativeContexts", "behind", "card_call"]
 
@@ -54,7 +55,7 @@ class _Establishing(Place):
 
 
 _establishing = _Establishing()
-_gate.places[_establishing] = None
+gate.places[_establishing] = None
 
 _doomed: list[NativeContext] = []  # to be released, as soon as nobody is in them
 
@@ -76,14 +77,14 @@ class NativeContext(Place):
 
     def __init__(self) -> None:
         super().__init__()
-        self.owner = _process.current()
+        self.owner = process.current()
         self.released = False
         self.handle = 0
         self.began = self.woken = 0.0
         self.descriptor: Optional[Descriptor] = None
         self.wakers: dict[object, None] = {}
         self.established: list[Any] = []  # what SCardEstablishContext returned
-        self.traces = _pcscd.Traces()
+        self.traces = connections.Traces()
 
     def if_established(self) -> Iterator[tuple[NativeContext, None]]:
         """An entry for a table, if pcscd hasn't refused it when the iterator is asked."""
@@ -94,16 +95,16 @@ class NativeContext(Place):
         if not self.handle and self.established and self.established[0][0] == SUCCESS:
             descriptor = self.traces.connection()
             if descriptor is not None and self.is_ours():
-                _descriptors.guard(descriptor)
+                descriptors.guard(descriptor)
                 self.descriptor = descriptor
             elif descriptor is not None:
-                _descriptors.kill([descriptor])  # a finalizer has forked in the middle, and this is the child
+                descriptors.kill([descriptor])  # a finalizer has forked in the middle, and this is the child
             self.handle = self.established[0][1]
-        _gate.unsettled.pop(self, None)
+        gate.unsettled.pop(self, None)
 
     def is_ours(self) -> bool:
         """Whether it is this process's; not so in a child, nor if a finalizer has forked while it was established."""
-        return self.owner is _process.current()
+        return self.owner is process.current()
 
     def wake(self, wait: Any, *, may_pass: bool = False) -> None:
         """End the native call of a wait for events that is here; or if it isn't here, do nothing.
@@ -125,7 +126,7 @@ class NativeContext(Place):
             # Nothing comes between that look and the next line: whoever is here next has seen it, and hasn't entered.
             if is_known:
                 self.state = WOKEN
-                _pcscd.shut_down(self.descriptor, at_once=monotonic() - self.woken > _PATIENCE)
+                connections.shut_down(self.descriptor, at_once=monotonic() - self.woken > _PATIENCE)
             else:
                 _cancel_natively(wait, self.handle, may_pass)
         finally:
@@ -134,7 +135,7 @@ class NativeContext(Place):
     def is_dead(self) -> bool:
         """Whether pcscd has closed the connection."""
         # Looked at before and after: while it is released, its connection is closed as well.
-        return self._is_idle() and _pcscd.is_hung_up(self.descriptor) and self._is_idle()
+        return self._is_idle() and connections.is_hung_up(self.descriptor) and self._is_idle()
 
     def _is_idle(self) -> bool:
         return self.state == OPEN and not self.calls
@@ -292,8 +293,8 @@ class NativeContexts:
             if given:
                 _wait_until_given(given)
                 continue
-            if _gate.closers and not may_pass:
-                may_pass = _gate.wait_for(_establishing)
+            if gate.closers and not may_pass:
+                may_pass = gate.wait_for(_establishing)
                 continue
             refused = self.establish(owned, may_pass=may_pass)
             if refused != SUCCESS:
@@ -306,11 +307,11 @@ class NativeContexts:
 
     def is_behind(self, owned: Any) -> bool:
         """Whether these are still what is behind the PC/SC context, in this process."""
-        return not owned.released and owned.owner is _process.current() and owned.real is self
+        return not owned.released and owned.owner is process.current() and owned.real is self
 
     def _are_left(self, owned: Any) -> bool:
         """Whether this process has released the PC/SC context, or has others behind it, perhaps of another pcscd."""
-        return owned.owner is _process.current() and not self.is_behind(owned)
+        return owned.owner is process.current() and not self.is_behind(owned)
 
     def _avoid(self, owned: Owned, context: NativeContext, may_pass: bool) -> bool:
         """Give a native context up whose conversation with pcscd may be out of step.
@@ -353,11 +354,11 @@ class NativeContexts:
             (raw["SCardReleaseContext"], context.handle),
             (setattr, context, "state", RELEASED),
             (self.natives.pop, context, None),
-            (_gate.places.pop, context, None),
-            (_descriptors.guarded.pop, context.descriptor, None),
+            (gate.places.pop, context, None),
+            (descriptors.guarded.pop, context.descriptor, None),
             bare=bare,
             most=WOKEN,
-            may_pass=may_pass or get_ident() in _gate.closers,
+            may_pass=may_pass or get_ident() in gate.closers,
         )
 
     # The life of a PC/SC context.
@@ -377,7 +378,7 @@ class NativeContexts:
             if hresult != SUCCESS:
                 self._refused(hresult)
                 return hresult
-            is_told = context.descriptor is not None or not _pcscd.ARE_INHERITED
+            is_told = context.descriptor is not None or not connections.ARE_INHERITED
             if is_told or not context.is_ours() or not attempts_left:
                 break
             # Its connection can't be told: other threads have opened or closed files.
@@ -388,12 +389,12 @@ class NativeContexts:
 
     def _establish_one(self, owned: Owned, may_pass: bool, *, thoroughly: bool) -> Optional[NativeContext]:
         """A native context, or why there is none; None if what it is for is no more this process's."""
-        while owned.owner is _process.current():
+        while owned.owner is process.current():
             context = NativeContext()
             before, after = context.traces.operations(thoroughly)
             made: list[Operation] = [
                 (context.established.extend, map(raw["SCardEstablishContext"], (self.scope,))),
-                *[(table.update, context.if_established()) for table in (self.natives, _gate.places, _gate.unsettled)],
+                *[(table.update, context.if_established()) for table in (self.natives, gate.places, gate.unsettled)],
             ]
             try:
                 operations = [*before, *made, *after]
@@ -404,12 +405,12 @@ class NativeContexts:
             if context.established:
                 context.settle()
                 return context
-            may_pass = _gate.wait_for(_establishing, may_pass)
+            may_pass = gate.wait_for(_establishing, may_pass)
         return None
 
     def _refused(self, hresult: int) -> None:
         if self.natives and hresult != NO_SERVICE:
-            _log.warning("pcscd refuses one more connection: calls wait for each other (%s)", hex(hresult & _32_BITS))
+            log.warning("pcscd refuses one more connection: calls wait for each other (%s)", hex(hresult & _32_BITS))
 
     def release(self, owned: Owned, forget: Callable[[], None]) -> int:
         """SCardReleaseContext: end the waits, and release every native context; one that is busy, when it is free.
@@ -440,7 +441,7 @@ class NativeContexts:
         """End calls that last, as the death of the process would; waits for events are for SCardCancel to end."""
         for context in self.settled():
             if not any(call[3] for call in list(context.calls)):
-                _pcscd.shut_down(context.descriptor, at_once=True)
+                connections.shut_down(context.descriptor, at_once=True)
 
     def abandon(self) -> None:
         """Release what a thread has established here that didn't know yet that others have taken its place."""
@@ -482,16 +483,16 @@ class NativeContexts:
         for context in self.settled():
             context.state = OPEN
 
-    def take_over(self, here: _process.Epoch) -> None:
+    def take_over(self, here: process.Epoch) -> None:
         """In a child: what was handed over is this process's."""
         self.natives = dict.fromkeys(self.settled())
         self.waits.clear()
         for context in self.natives:
             context.renew()
             context.owner, context.state = here, OPEN
-            _gate.places[context] = None
+            gate.places[context] = None
             if context.descriptor is not None:
-                _descriptors.guard(context.descriptor)
+                descriptors.guard(context.descriptor)
 
     def release_dead(self) -> bool:
         """Free what libpcsclite keeps for what was inherited, and the descriptors.
@@ -504,12 +505,12 @@ class NativeContexts:
         self.abandon()
         natives = [context for context in self.natives if context.handle and context.state != RELEASED]
         for context in natives:
-            if context.descriptor is not None and _descriptors.is_dead(context.descriptor.number):
+            if context.descriptor is not None and descriptors.is_dead(context.descriptor.number):
                 if context.is_ours():  # else its lock is the parent's
                     context.wait_until_free(_RELEASE_WITHIN)
                 self.natives.pop(context, None)
-                _gate.places.pop(context, None)
-                _gate.during("SCardReleaseContext", raw["SCardReleaseContext"], context.handle)
+                gate.places.pop(context, None)
+                gate.during("SCardReleaseContext", raw["SCardReleaseContext"], context.handle)
         return not any(context in self.natives for context in natives)
 
 
@@ -535,9 +536,9 @@ def _cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
     """SCardCancel, which has a connection to pcscd of its own, for a moment."""
     call = (raw["SCardCancel"], handle)
     while not (steps := attempt(_establishing, owned, "SCardCancel", call, may_pass=may_pass)):
-        if owned.owner is not _process.current():
+        if owned.owner is not process.current():
             return STALE
-        may_pass = _gate.wait_for(_establishing, may_pass)
+        may_pass = gate.wait_for(_establishing, may_pass)
     return made(steps)
 
 
@@ -548,7 +549,7 @@ def _discard(items: list[Any], item: Any) -> None:
 
 def _wait_until_given(given: Sequence[NativeContext]) -> None:
     """Wait for what another thread's fork decides; the thread that forks itself, in a handler, goes on using them."""
-    if get_ident() not in _gate.closers:
+    if get_ident() not in gate.closers:
         sleep(_UNTIL_GIVEN)
         return
     for context in given:
@@ -569,9 +570,9 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
     :param function: PC/SC's name.
     :return: takes the card's record and the arguments behind the handle; returns pyscard's result, or :data:`STALE`.
     """
-    native, process, sentinel, closers = raw[function], _process, _process.sentinel, _gate.closers
+    native, sentinel, closers = raw[function], process.sentinel, gate.closers
     unbinds = function == "SCardDisconnect"
-    is_not_false, called = _gate.is_not_false, _gate.called
+    is_not_false, called = gate.is_not_false, gate.called
 
     def call(card: Any, arguments: tuple[Any, ...]) -> Any:
         may_pass = False
@@ -586,7 +587,7 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
             operation = (native, card.real, *arguments)
             operations = ((place.acquire, False), (place.enter, entry), operation, (place.release,), (place.leave,))
             chain = takewhile(is_not_false, called(operations))
-            # As in _gate.attempt().
+            # As in gate.attempt().
             try:
                 if (
                     (may_pass or not closers)
@@ -621,15 +622,15 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
 
 def _wait_for_card(place: NativeContext, may_pass: bool) -> bool:
     if place.state != GIVEN:
-        return _gate.wait_for(place, may_pass)
+        return gate.wait_for(place, may_pass)
     _wait_until_given([place])
     return may_pass
 
 
-def _begin(epoch: _process.Epoch) -> None:
+def _begin(epoch: process.Epoch) -> None:
     _doomed.clear()
     _establishing.renew()
-    _gate.places[_establishing] = None
+    gate.places[_establishing] = None
 
 
-_process.at_fork(at_begin=_begin)
+process.at_fork(at_begin=_begin)

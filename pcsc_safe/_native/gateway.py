@@ -1,6 +1,6 @@
 """PC/SC in this process: the native gateway.
 
-At a fork nothing changes here; see :mod:`_contexts`.
+At a fork nothing changes here; see :mod:`contexts`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, Optional
 
-from . import _gate, _process
-from ._calls import CALLS, Call, Keep
-from ._contexts import STALE, NativeContexts, behind
-from ._descriptors import Descriptor
-from ._pyscard import SUCCESS, raw
+from .._core import gate, process
+from .._core.calls import CALLS, Call, Keep
+from .._core.descriptors import Descriptor
+from .contexts import STALE, NativeContexts, behind
+from .pyscard import SUCCESS, raw
 
 __all__ = ["STALE", "SUCCESS", "functions", "gateway", "raw"]
 
@@ -37,7 +37,7 @@ class _Newcomer:
     """A PC/SC context that is being established."""
 
     def __init__(self, contexts: NativeContexts) -> None:
-        self.owner = _process.current()
+        self.owner = process.current()
         self.real = contexts
         self.released = False
 
@@ -54,10 +54,10 @@ class _Native:
 
     def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """``call(*arguments)``, inside the native library."""
-        return _gate.during(function, call, *arguments)
+        return gate.during(function, call, *arguments)
 
     def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
-        """SCardEstablishContext; see :class:`_calls.Gateway`."""
+        """SCardEstablishContext; see :class:`calls.Gateway`."""
         contexts = NativeContexts(scope)
         newcomer = _Newcomer(contexts)
         try:
@@ -82,11 +82,11 @@ class _Native:
             real.abandon()
 
     def connect(self, context: Any, arguments: Sequence[Any], keep: Callable[..., Any]) -> Any:
-        """SCardConnect; see :class:`_calls.Gateway`."""
+        """SCardConnect; see :class:`calls.Gateway`."""
         return behind(context).connect(context, arguments, keep)
 
     def descriptors(self, real: Any) -> Sequence[Optional[Descriptor]]:
-        """Those of its native contexts; see :class:`_calls.Gateway`."""
+        """Those of its native contexts; see :class:`calls.Gateway`."""
         contexts: NativeContexts = real
         return contexts.descriptors()
 

@@ -11,10 +11,10 @@ import sys
 import types
 from typing import Any, Callable, NamedTuple
 
-from . import errors
-from ._calls import CALLS
-from ._settings import settings
-from .policy import Broker
+from .. import errors
+from .._core.calls import CALLS
+from .._core.settings import settings
+from ..policy import Broker
 
 __all__ = ["SUCCESS", "Signature", "catalogue", "constant", "is_loaded", "public", "raw", "shaped", "signatures"]
 
@@ -80,14 +80,14 @@ def _from_pyscard() -> None:
 
 
 def _from_broker() -> None:
-    from .broker import _mine
+    from ..broker import family
 
-    described = _mine.describe()
+    described = family.describe()
     public["error"] = type("error", (Exception,), {"__module__": "scard"})
     public.update(described["constants"])
     for name, (parameters, doc) in described["functions"].items():
         signatures[name] = Signature(name, tuple(parameters), doc)
-        raw[name] = _mine.functions[name]
+        raw[name] = family.functions[name]
         public[name] = shaped(raw[name], signatures[name])
 
 

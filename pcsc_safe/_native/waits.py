@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Any, Callable, Optional
 
-from ._contexts import STALE, NativeContexts, behind
-from ._gate import Owned
-from ._pyscard import SUCCESS, constant
-from ._unpatched import get_ident, monotonic
+from .._core.gate import Owned
+from .._core.unpatched import get_ident, monotonic
+from .contexts import STALE, NativeContexts, behind
+from .pyscard import SUCCESS, constant
 
 __all__ = ["CANCELLED", "CHANGED", "INFINITE", "TIMED_OUT", "await_change", "is_for_new_readers"]
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from time import monotonic, monotonic_ns
 from typing import Any, Optional
 
-from . import _process
+from .._core import process
 
 __all__ = [
     "NO_SPAN",
@@ -211,7 +211,7 @@ _activities: list[Activity] = []
 def _in_child() -> None:
     global _mine
     if _mine is not None:
-        how = "fork" if _process.ran_hook() else "C fork"
+        how = "fork" if process.ran_hook() else "C fork"
         _mine = _Record(os.getpid(), _mine.name, how, "", os.getppid())
     for activity in _activities:
         activity.spans.clear()
@@ -255,7 +255,7 @@ def _switch_on() -> None:
     _mmap.argtypes = [_ctypes.c_void_p, _ctypes.c_size_t, *[_ctypes.c_int] * 3, _ctypes.c_long]
     _MAP_FAILED = _ctypes.c_void_p(-1).value
     _nowhere = memoryview(bytearray(SLOT * _SLOTS))
-    _process.at_fork(in_child=_in_child)
+    process.at_fork(in_child=_in_child)
     _mine = _Record(os.getpid(), "", "start", _program(_command_line()), os.getppid())
 
 

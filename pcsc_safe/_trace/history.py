@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional, Union
 
-from ._records import Event, Span
+from .records import Event, Span
 
 __all__ = ["Arrow", "Connection", "History", "Lane", "Mark", "Session"]
 

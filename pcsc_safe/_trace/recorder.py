@@ -1,4 +1,4 @@
-"""The calls of an application, written down as they are answered; see :mod:`_events`.
+"""The calls of an application, written down as they are answered; see :mod:`events`.
 
 A function is wrapped only where there is a record, so without one a call costs nothing more.  Noted are times, handles'
 keys, reader names and share modes; no data, and no length of any.
@@ -11,10 +11,11 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from . import _events, _handles
-from ._calls import Call, Kind
-from ._handles import Card, Context
-from ._pyscard import SUCCESS, constant
+from .._core import handles
+from .._core.calls import Call, Kind
+from .._core.handles import Card, Context
+from .._native.pyscard import SUCCESS, constant
+from . import events
 
 __all__ = ["followed", "recorded", "tell_connected", "tell_established"]
 
@@ -29,7 +30,7 @@ _After = Callable[[Any, "tuple[Any, ...]", Any], Any]
 
 def recorded(call: Call, route: _Route) -> _Route:
     """``route``, which also tells of what it did; itself if there is no record, or nothing to tell."""
-    wrap = _WRAPPERS.get(call.name) if _events.is_on() else None
+    wrap = _WRAPPERS.get(call.name) if events.is_on() else None
     return wrap(call, route) if wrap is not None else route
 
 
@@ -39,7 +40,7 @@ def tell_established(kind: str, context: Context, **more: Any) -> None:
     :param kind: ``established`` or ``reestablished``.
     :param more: fields.
     """
-    _events.record(
+    events.record(
         kind,
         context=context.key,
         at=context.established_at.rpartition("/")[2],
@@ -53,7 +54,7 @@ def tell_connected(kind: str, card: Card) -> None:
 
     :param kind: ``connected`` or ``reconnected``.
     """
-    _events.record(
+    events.record(
         kind,
         card=card.key,
         context=card.context.key,
@@ -87,7 +88,7 @@ def _connecting(call: Call, route: _Route) -> _Route:
 def _reconnecting(call: Call, route: _Route) -> _Route:
     def reconnect(handle: Any, *arguments: Any) -> Any:
         result = route(handle, *arguments)
-        record = _handles.cards.get(handle) if result[0] == SUCCESS else None
+        record = handles.cards.get(handle) if result[0] == SUCCESS else None
         if record is not None:
             tell_connected("reconnected", record)
         return result
@@ -100,11 +101,11 @@ def _ending(call: Call, route: _Route) -> _Route:
     kind, word = call.takes, {"SCardReleaseContext": "released", "SCardDisconnect": "disconnected"}[call.name]
 
     def end(handle: Any, *arguments: Any) -> Any:
-        record = _handles.find(kind, handle)
+        record = handles.find(kind, handle)
         result = route(handle, *arguments)
         if result == SUCCESS and record is not None:
-            _events.record(word, key=record.key)
-            _events.forget(record.key)
+            events.record(word, key=record.key)
+            events.forget(record.key)
         return result
 
     return end
@@ -118,7 +119,7 @@ def followed(name: str, after: Optional[_After]) -> Optional[_After]:
 
     :param name: of the function that it follows.
     """
-    follow = _FOLLOWERS.get(name) if _events.is_on() else None
+    follow = _FOLLOWERS.get(name) if events.is_on() else None
     return follow(after) if follow is not None else after
 
 
@@ -128,7 +129,7 @@ def _exchanged(after: Optional[_After]) -> _After:
     def exchanged(card: Any, arguments: tuple[Any, ...], result: Any) -> Any:
         if result[0] == SUCCESS:
             end = monotonic()
-            file, at, count, limit = spans.get(card.key, _events.NO_SPAN)
+            file, at, count, limit = spans.get(card.key, events.NO_SPAN)
             if end < limit:
                 file[at] = end  # not struct.pack_into: after a system call, all that is bigger is slow
                 file[at + 1] = next(count)
@@ -169,7 +170,7 @@ def _ended(after: Optional[_After]) -> _After:
 
 def _waiting(call: Call, route: _Route) -> _Route:
     def wait(handle: Any, timeout: Any, states: Any) -> Any:
-        record = _handles.find(Kind.CONTEXT, handle) if timeout else None
+        record = handles.find(Kind.CONTEXT, handle) if timeout else None
         if record is None:
             return route(handle, timeout, states)
         waits.happened(record.key, monotonic(), 0.0)
@@ -181,7 +182,7 @@ def _waiting(call: Call, route: _Route) -> _Route:
     return wait
 
 
-exchanges, transactions, waits = (_events.Activity(name) for name in ("apdu", "begun", "wait"))
+exchanges, transactions, waits = (events.Activity(name) for name in ("apdu", "begun", "wait"))
 
 _WRAPPERS: dict[str, Callable[[Call, _Route], _Route]] = {
     "SCardEstablishContext": _establishing,

@@ -1,4 +1,4 @@
-"""Reads what processes have written down; see :mod:`_events`, whose format this is the other end of.
+"""Reads what processes have written down; see :mod:`events`, whose format this is the other end of.
 
 A record is read as it is: its process may have been killed in the middle of a slot, and that slot counts for nothing.
 Nothing here forks.
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
-from ._events import SLOT, SPAN, SPAN_TAG
+from .events import SLOT, SPAN, SPAN_TAG
 
 __all__ = ["Event", "Span", "events", "names", "read", "read_one"]
 

@@ -1,6 +1,6 @@
 """What ``run --report`` and ``run --timeline`` tell of a program when it has ended.
 
-The program, and all that it starts, keep records in a directory that is there for them; see :mod:`_events`.  Nothing
+The program, and all that it starts, keep records in a directory that is there for them; see :mod:`events`.  Nothing
 here forks.
 """
 
@@ -14,39 +14,38 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Optional
 
-from . import _events, _records, _watch
-from ._records import Event
+from . import events, records, watch
+from .records import Event
 
-__all__ = ["summary", "watch"]
+__all__ = ["run", "summary"]
 
 
-def watch(
-    command: Sequence[str], environment: Mapping[str, str], *, report: bool, timeline: Optional[Path] = None
-) -> int:
+def run(command: Sequence[str], environment: Mapping[str, str], *, report: bool, picture: Optional[Path] = None) -> int:
     """Run a program, and tell of it when it has ended.
 
     :param report: whether a report is to be printed on stderr.
-    :param timeline: where to draw it; .svg or .html.
+    :param picture: where to draw its timeline; .svg or .html.
     :return: its exit status; the negative number of the signal that ended it.
     """
-    if not report and timeline is None:
-        return _watch.run(command, environment)
+    if not report and picture is None:
+        return watch.run(command, environment)
     directory = Path(tempfile.mkdtemp(prefix="pcsc_safe-"))
     try:
-        ends = _watch.Ends(directory) if timeline is not None else None
-        status = _watch.run(command, {**environment, _events.VARIABLE: str(directory)}, ends)
-        told = _records.read(directory)
+        ends = watch.Ends(directory) if picture is not None else None
+        status = watch.run(command, {**environment, events.VARIABLE: str(directory)}, ends)
+        told = records.read(directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)  # somebody may be writing still
-    if timeline is not None and ends is not None:
-        from . import _history, _timeline
+    if picture is not None and ends is not None:
+        from . import history, timeline
 
         try:
-            timeline.write_text(_timeline.draw(_history.History(told, ends.at, ends.before), timeline.suffix), "utf-8")
+            drawn = timeline.draw(history.History(told, ends.at, ends.before), picture.suffix)
+            picture.write_text(drawn, "utf-8")
         except OSError as error:
-            print(f"pcsc_safe: no timeline: {timeline}: {error.strerror}", file=sys.stderr, flush=True)
+            print(f"pcsc_safe: no timeline: {picture}: {error.strerror}", file=sys.stderr, flush=True)
     if report:
-        print(summary(_records.events(told)), end="", file=sys.stderr, flush=True)
+        print(summary(records.events(told)), end="", file=sys.stderr, flush=True)
     return status
 
 
@@ -70,11 +69,11 @@ _ONLY_DRAWN = frozenset(
 )
 
 
-def summary(events: Iterable[Event]) -> str:
+def summary(happened: Iterable[Event]) -> str:
     """The report: a line of sums, and one for each thing that a process told."""
-    events = list(events)
-    parents = {event.process: event.fields["ppid"] for event in events if event.kind == "process"}
-    told = [event for event in events if event.kind not in _ONLY_DRAWN]
+    happened = list(happened)
+    parents = {event.process: event.fields["ppid"] for event in happened if event.kind == "process"}
+    told = [event for event in happened if event.kind not in _ONLY_DRAWN]
     kinds = Counter(event.kind for event in told)
     lines = ["pcsc_safe: " + ", ".join(f"{what}: {kinds[kind]}" for kind, what in _COUNTED.items())]
     for process in dict.fromkeys(event.process for event in told):

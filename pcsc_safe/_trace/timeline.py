@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 
-from ._history import Arrow, Connection, History, Lane, Session
-from ._records import Span
+from .history import Arrow, Connection, History, Lane, Session
+from .records import Span
 
 __all__ = ["SUFFIXES", "draw"]
 
@@ -43,7 +43,7 @@ def draw(history: History, suffix: str) -> str:
         picture = _Drawing(history, pixels).svg()
     if suffix == ".svg":
         return picture
-    page = files(__package__).joinpath("_timeline.html").read_text("utf-8")
+    page = files(__package__).joinpath("timeline.html").read_text("utf-8")
     return page.replace("<!--drawing-->", picture)
 
 
@@ -109,7 +109,7 @@ class _Drawing:
         ]
         notes = list(_notes(self._history, len(self._history.lanes) - len(lanes)))
         height = y + 22 + 16 * len(notes)
-        style = files(__package__).joinpath("_timeline.css").read_text("utf-8")
+        style = files(__package__).joinpath("timeline.css").read_text("utf-8")
         count = len(self._history.lanes)
         lead = self._from - self._history.since
         title = f"PC/SC in {count} process{'es' if count != 1 else ''}, {_duration(lead + self._span)}"

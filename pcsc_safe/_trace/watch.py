@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from . import _events, _records
+from . import events, records
 
 __all__ = ["Ends", "end_as", "run"]
 
@@ -93,7 +93,7 @@ class Ends:
         self.at: dict[str, int] = {}
         self.before: dict[str, int] = {}
         self._directory = directory
-        self._space = _events.pid_space()
+        self._space = events.pid_space()
         self._seen: set[str] = set()
         self._alive: dict[int, str] = {}  # by pidfd
         self._poll = select.poll()
@@ -136,7 +136,7 @@ class Ends:
             self._rest.set()
 
     def _look(self) -> None:
-        for name in _records.names(self._directory) - self._seen:
+        for name in records.names(self._directory) - self._seen:
             self._meet(name)
         if not self._alive:
             time.sleep(_LOOKS_EVERY)
@@ -146,7 +146,7 @@ class Ends:
             os.close(descriptor)
 
     def _meet(self, name: str) -> None:
-        told = _records.events(_records.read_one(self._directory, name))
+        told = records.events(records.read_one(self._directory, name))
         if not told:
             return  # it is about to be written
         self._seen.add(name)

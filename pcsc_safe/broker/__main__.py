@@ -16,7 +16,7 @@ import threading
 from collections.abc import Sequence
 from typing import Optional
 
-from ._start import DOOR, IGNORED
+from .start import DOOR, IGNORED
 
 __all__ = ["main"]
 
@@ -43,7 +43,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return 0 if asked else 2
     _stand_alone()
     _leave_no_trace()
-    from ._server import Server
+    from .server import Server
 
     server = Server(socket.socket(fileno=DOOR))
     threading.Thread(target=int).start()  # if there is no memory for threads, this says so

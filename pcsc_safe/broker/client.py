@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from .. import _descriptors, _gate, _log, _process
-from .._calls import Keep, KeepCard, LostError
+from .._core import descriptors, gate, log, process
+from .._core.calls import Keep, KeepCard, LostError
 from ..errors import BrokerError
-from . import _start, _wire
-from ._connection import Connection, adopt, pair
+from . import start, wire
+from .connection import Connection, adopt, pair
 
 __all__ = ["Broker", "Legacy"]
 
@@ -37,7 +37,7 @@ _LONGEST_APDU = 65544  # bytes; MAX_BUFFER_SIZE_EXTENDED of pcsc-lite's reader.h
 
 
 class Broker:
-    """A broker that this process is a client of; a :class:`_calls.Gateway`.
+    """A broker that this process is a client of; a :class:`calls.Gateway`.
 
     :ivar epoch: of the process.
     :ivar for_family: forked children inherit the door.
@@ -47,8 +47,8 @@ class Broker:
     def __init__(
         self,
         door: Connection,
-        helper: _start.Helper,
-        epoch: _process.Epoch,
+        helper: start.Helper,
+        epoch: process.Epoch,
         *,
         for_family: bool,
         key: Optional[bytes] = None,
@@ -58,7 +58,7 @@ class Broker:
         self.for_family = for_family
         self.lost = False
         self.functions: Mapping[str, Callable[..., Any]] = {
-            name: self._function(number) for name, number in _wire.NUMBERS.items()
+            name: self._function(number) for name, number in wire.NUMBERS.items()
         }
         self._door = door
         self._helper = helper
@@ -74,9 +74,9 @@ class Broker:
         return call(*arguments)
 
     def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
-        """SCardEstablishContext; see :class:`_calls.Gateway`."""
+        """SCardEstablishContext; see :class:`calls.Gateway`."""
         # libpcsclite looks at the environment each time, and the broker's is that of its start.
-        where = os.environ.get(_start.SOCKET_NAME)
+        where = os.environ.get(start.SOCKET_NAME)
         if where and not os.path.isabs(where):
             where = os.path.abspath(where)
         result = self.functions["SCardEstablishContext"](scope, where)
@@ -93,7 +93,7 @@ class Broker:
             self.forget(real)
             raise
         if hresult == outgrown:
-            _log.info(
+            log.info(
                 "process %d leaves the broker %d: pcscd had more readers before it was restarted",
                 self.epoch.pid,
                 self.helper_pid,
@@ -101,7 +101,7 @@ class Broker:
             raise self._lost(under_way=False, say=False)  # a new broker has seen no other pcscd
 
     def connect(self, context: Any, arguments: Sequence[Any], keep: KeepCard) -> Any:
-        """SCardConnect; see :class:`_calls.Gateway`."""
+        """SCardConnect; see :class:`calls.Gateway`."""
         result = self.functions["SCardConnect"](context.real, *arguments)
         if result[0] == 0:
             result[1] = keep(result[1], None, result[2])
@@ -113,34 +113,34 @@ class Broker:
 
     def forget(self, real: int) -> None:
         """Have it release a context of this process that is no use any more; in a child nothing is to be done."""
-        if self.epoch is _process.current() and not self.lost:
+        if self.epoch is process.current() and not self.lost:
             with contextlib.suppress(LostError, BrokerError):
                 self.functions["SCardReleaseContext"](real)
 
     def _function(self, number: int) -> Callable[..., Any]:
-        encode, decode, ask = _wire.encode_request, _wire.decode, self._ask
+        encode, decode, ask = wire.encode_request, wire.decode, self._ask
 
         def function(*arguments: Any) -> Any:
             try:
                 frame = encode(number, arguments)
-            except _wire.WireError as error:
+            except wire.WireError as error:
                 raise BrokerError(
                     f"the arguments can't be told to the broker: {error}",
-                    remedy=f"they may have {_wire.MAX_BODY} bytes; an APDU has {_LONGEST_APDU} at most",
-                    function=_wire.FUNCTIONS[number],
+                    remedy=f"they may have {wire.MAX_BODY} bytes; an APDU has {_LONGEST_APDU} at most",
+                    function=wire.FUNCTIONS[number],
                     pid=os.getpid(),
                 ) from error
             try:
                 reply = decode(ask(frame))
-            except _wire.WireError as error:
+            except wire.WireError as error:
                 raise _misunderstood(error) from error
-            return reply.value if type(reply) is _wire.Result else self._unusual(reply)
+            return reply.value if type(reply) is wire.Result else self._unusual(reply)
 
         return function
 
     def describe(self) -> Any:
-        """The names of its pyscard; see :func:`_pyscard.catalogue`."""
-        return self._told(self._ask(_wire.encode(_wire.Describe())))
+        """The names of its pyscard; see :func:`pyscard.catalogue`."""
+        return self._told(self._ask(wire.encode(wire.Describe())))
 
     def inherit(self, key: bytes, handles: list[int], *, keeps: bool) -> Any:
         """Get contexts and cards of another client.
@@ -150,16 +150,16 @@ class Broker:
         :param keeps: the other has them as well then.
         :return: the handles that were got, without those that it had no more.
         """
-        return self._told(self._ask(_wire.encode(_wire.Inherit(key, tuple(handles), keeps))))
+        return self._told(self._ask(wire.encode(wire.Inherit(key, tuple(handles), keeps))))
 
     def _told(self, body: bytes) -> Any:
-        reply = _wire.decode(body)
-        return reply.value if isinstance(reply, _wire.Result) else self._unusual(reply)
+        reply = wire.decode(body)
+        return reply.value if isinstance(reply, wire.Result) else self._unusual(reply)
 
-    def _unusual(self, reply: _wire.Message) -> Any:
-        if isinstance(reply, _wire.Raised):
+    def _unusual(self, reply: wire.Message) -> Any:
+        if isinstance(reply, wire.Raised):
             raise getattr(builtins, reply.kind)(reply.text)
-        raise _misunderstood(reply.text if isinstance(reply, _wire.Refused) else "it answered something else")
+        raise _misunderstood(reply.text if isinstance(reply, wire.Refused) else "it answered something else")
 
     def _ask(self, frame: bytes) -> bytes:
         """One exchange, on a connection that no other thread is using."""
@@ -171,7 +171,7 @@ class Broker:
             state = _SENT
             body = connection.receive()
             # Refused: the broker may have hung up.
-            state = _ANSWERED if body[:1] != _wire.REFUSED else _SENT
+            state = _ANSWERED if body[:1] != wire.REFUSED else _SENT
             return body
         except (OSError, EOFError) as error:
             raise self._lost(under_way=state is _SENT) from error
@@ -198,7 +198,7 @@ class Broker:
     def _connect(self) -> Connection:
         self._drop_orphans()
         if self._presence is None:
-            _gate.exclusively(self._arriving, self._arrive_once)
+            gate.exclusively(self._arriving, self._arrive_once)
         elif not self._presence.descriptor.is_intact():
             raise self._lost(under_way=False)  # the application has closed it, and the broker our sessions
         return self._greeted()
@@ -219,7 +219,7 @@ class Broker:
         """The connection that says that this process lives: the first one, which carries no calls."""
         presence = self._greeted()
         self._helper = self._helper.heard()
-        _log.info("process %d does PC/SC through the broker %d", self.epoch.pid, self.helper_pid)
+        log.info("process %d does PC/SC through the broker %d", self.epoch.pid, self.helper_pid)
         return presence
 
     @property
@@ -237,16 +237,16 @@ class Broker:
         connection: Optional[Connection] = None
         is_welcome = False
         try:
-            connection = _gate.during("the broker's door", self._passed)
+            connection = gate.during("the broker's door", self._passed)
             connection.user = get_ident()
             connection.wait_at_most(_READY_WITHIN)
-            connection.send(_wire.encode(_wire.Hello(_wire.VERSION, key or self.key)))
-            answer = _wire.decode(connection.receive())
-            is_welcome = isinstance(answer, _wire.Welcome) and answer.version == _wire.VERSION
+            connection.send(wire.encode(wire.Hello(wire.VERSION, key or self.key)))
+            answer = wire.decode(connection.receive())
+            is_welcome = isinstance(answer, wire.Welcome) and answer.version == wire.VERSION
             connection.wait_at_most(None)
         except (OSError, EOFError) as error:
             raise self._turned_away(error) from error
-        except _wire.WireError as error:
+        except wire.WireError as error:
             raise _misunderstood(error) from error
         finally:
             if connection is not None and not is_welcome:
@@ -263,9 +263,9 @@ class Broker:
         try:
             self._connections[connection.descriptor.number] = connection
             # A signal handler may have forked meanwhile, and this is the child: the far end is the parent's to pass.
-            if self.epoch is not _process.current():
+            if self.epoch is not process.current():
                 raise LostError(self, under_way=False)
-            self._door.pass_on(_start.FOR_FAMILY if self.for_family else _start.FOR_ONE, theirs.fileno())
+            self._door.pass_on(start.FOR_FAMILY if self.for_family else start.FOR_ONE, theirs.fileno())
             return connection
         except BaseException:
             self._drop(connection)
@@ -275,7 +275,7 @@ class Broker:
 
     def _turned_away(self, error: Exception) -> Exception:
         """What to raise when the broker has not let us in: it never began, it is gone, or something is used up."""
-        if self.epoch is not _process.current():
+        if self.epoch is not process.current():
             return LostError(self, under_way=False)
         is_ours = isinstance(error, OSError) and not isinstance(error, ConnectionError)
         patience = 0.0 if is_ours else _DYING_TAKES
@@ -305,15 +305,15 @@ class Broker:
         :param say: in the log.
         :return: what to raise.
         """
-        if self.epoch is not _process.current():
+        if self.epoch is not process.current():
             return LostError(self, under_way=False)
         was_lost, self.lost = self.lost, True
         if say and not was_lost:
-            _log.warning("process %d has lost the broker %d, and its sessions", self.epoch.pid, self.helper_pid)
+            log.warning("process %d has lost the broker %d, and its sessions", self.epoch.pid, self.helper_pid)
         for connection in [*self._idle, *filter(None, [self._presence]), self._door]:
             self._drop(connection)
         del self._idle[:]
-        _gate.exclusively(self._arriving, self._note_helper)
+        gate.exclusively(self._arriving, self._note_helper)
         self._helper.reap()
         return LostError(self, under_way=under_way)
 
@@ -327,14 +327,14 @@ class Broker:
 
     # At a fork, and at exit.
 
-    def heir(self, epoch: _process.Epoch) -> Optional[Broker]:
+    def heir(self, epoch: process.Epoch) -> Optional[Broker]:
         """In a child: leave the parent's connections; the child's own way to the same broker, if there is one."""
         for connection in [*self._connections.values()]:
             connection.abandon()
         if self._accepted is not None and self._accepted[0] == epoch.pid:
             legacy = self._accepted[1]
             if not self.for_family:
-                _descriptors.guard(self._door.descriptor)
+                descriptors.guard(self._door.descriptor)
             if legacy.descriptor is not None and legacy.descriptor.is_intact():
                 presence = adopt(legacy.number, guarded=True)
                 return Broker(
@@ -360,7 +360,7 @@ class Broker:
         try:
             for handles, keeps in ((given, False), (shared, True)):
                 if handles:
-                    connection.send(_wire.encode(_wire.Inherit(self.key, tuple(handles), keeps)))
+                    connection.send(wire.encode(wire.Inherit(self.key, tuple(handles), keeps)))
                     self._told(connection.receive())
         except (OSError, EOFError) as error:
             self._drop(connection)
@@ -395,7 +395,7 @@ class Legacy:
         self.key = key
         self.number = number
         self._broker = broker
-        self.descriptor: Optional[_descriptors.Descriptor] = None
+        self.descriptor: Optional[descriptors.Descriptor] = None
         self._connection = connection
         self._given = given
 
@@ -408,7 +408,7 @@ class Legacy:
         with contextlib.suppress(OSError):
             os.dup2(self._connection.descriptor.number, self.number, inheritable=False)
             os.close(self._connection.descriptor.number)
-            self.descriptor = _descriptors.of(self.number)
+            self.descriptor = descriptors.of(self.number)
             self._broker._accepted = (os.getpid(), self)
 
     def settle(self, born: bool) -> None:

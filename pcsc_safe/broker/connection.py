@@ -11,8 +11,8 @@ import struct
 import time
 from typing import Any, Optional
 
-from .. import _descriptors
-from . import _wire
+from .._core import descriptors
+from . import wire
 
 __all__ = ["Connection", "adopt", "pair", "prepare"]
 
@@ -46,8 +46,8 @@ class Connection:
         self._socket = ours
         self._send = ours.sendall
         self._receive = ours.recv
-        self._receiver = _wire.Receiver()
-        self.descriptor = _descriptors.of(ours.fileno())
+        self._receiver = wire.Receiver()
+        self.descriptor = descriptors.of(ours.fileno())
         self.user = 0
         self.since = time.monotonic()
 
@@ -101,7 +101,7 @@ class Connection:
     def close(self) -> None:
         """Close it, if the descriptor is still this connection and not something of the application's."""
         mine = self.descriptor.is_intact()
-        _descriptors.unguard(self.descriptor)
+        descriptors.unguard(self.descriptor)
         number = self._socket.detach()
         if mine and number >= 0:
             os.close(number)
@@ -109,7 +109,7 @@ class Connection:
     def abandon(self) -> None:
         """In a child: forget it; what is in its place is a dead socket, or none of our business."""
         number = self._socket.detach()
-        if number >= 0 and _descriptors.is_dead(number):
+        if number >= 0 and descriptors.is_dead(number):
             os.close(number)
 
     def go_on_at_exit(self) -> None:
@@ -151,7 +151,7 @@ def adopt(ours: Any, *, guarded: bool) -> Connection:
         ours.settimeout(None)
     connection = Connection(ours)
     if guarded:
-        _descriptors.guard(connection.descriptor)
+        descriptors.guard(connection.descriptor)
     if hasattr(_socket, "SO_NOSIGPIPE"):
         ours.setsockopt(_socket.SOL_SOCKET, _socket.SO_NOSIGPIPE, 1)  # macOS
     return connection

@@ -13,17 +13,18 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
-from .. import _descriptors, _events, _gate, _process
-from .._calls import CALLS, LostError
-from .._settings import settings
+from .._core import descriptors, gate, process
+from .._core.calls import CALLS, LostError
+from .._core.settings import settings
+from .._trace import events
 from ..errors import BrokerError
 from ..policy import Broker as When
-from . import _connection, _start
-from ._client import Broker
+from . import connection, start
+from .client import Broker
 
 __all__ = ["describe", "died_too_often", "files_to_preserve", "functions", "mine", "prepare", "prestart", "usable"]
 
-_mine: Optional[Broker] = None
+_broker: Optional[Broker] = None
 _starting = threading.RLock()
 
 
@@ -37,7 +38,7 @@ def mine() -> Broker:
 
 def usable() -> Optional[Broker]:
     """The broker of this process, if it has one; for who knows that its epoch has begun, or is about to."""
-    return _mine if _mine is not None and not _mine.lost else None
+    return _broker if _broker is not None and not _broker.lost else None
 
 
 def files_to_preserve() -> list[int]:
@@ -60,35 +61,35 @@ def prestart() -> None:
 def _started(for_family: bool) -> Broker:
     """The broker of this process; it is started if there is none."""
     prepare()
-    here = _process.current()  # first of all: what is locked or closed may be so in the parent
+    here = process.current()  # first of all: what is locked or closed may be so in the parent
 
     def start_once() -> Broker:
-        global _mine
+        global _broker
         broker = usable()
         if broker is None or broker.epoch is not here:
-            broker = _mine = _gate.during("the start of a broker", _start_one, for_family)
+            broker = _broker = gate.during("the start of a broker", _start_one, for_family)
         return broker
 
-    return _gate.exclusively(_starting, start_once)
+    return gate.exclusively(_starting, start_once)
 
 
 def _start_one(for_family: bool) -> Broker:
-    epoch = _process.current()
+    epoch = process.current()
     try:
-        door, theirs = _connection.pair(guarded=not for_family)
+        door, theirs = connection.pair(guarded=not for_family)
     except OSError as error:
         raise BrokerError(
             f"the broker can't be started in process {os.getpid()}: {error.strerror}", pid=os.getpid()
         ) from error
     try:
-        helper = _start.spawn(theirs.fileno(), settings().broker_python)
+        helper = start.spawn(theirs.fileno(), settings().broker_python)
     except BaseException:
         door.close()
         raise
     finally:
         theirs.close()
-    _events.record("broker", broker=helper.pid)
-    _events.born_elsewhere(helper.pid, "broker", "PC/SC broker")
+    events.record("broker", broker=helper.pid)
+    events.born_elsewhere(helper.pid, "broker", "PC/SC broker")
     return Broker(door, helper, epoch, for_family=for_family)
 
 
@@ -121,7 +122,7 @@ functions: Mapping[str, Callable[..., Any]] = {name: _function(name) for name in
 
 
 def describe() -> Any:
-    """What a broker says of its pyscard; see :func:`_pyscard.catalogue`."""
+    """What a broker says of its pyscard; see :func:`pyscard.catalogue`."""
     return _persistently(Broker.describe)
 
 
@@ -133,21 +134,21 @@ def prepare() -> None:
     global _is_prepared
     if not _is_prepared:
         _is_prepared = True
-        _connection.prepare()
-        _descriptors.prepare()
+        connection.prepare()
+        descriptors.prepare()
         atexit.register(_at_exit)
 
 
 def _at_exit() -> None:
-    if _mine is not None and _mine.epoch is _process.current():
-        _mine.go_on_at_exit()
+    if _broker is not None and _broker.epoch is process.current():
+        _broker.go_on_at_exit()
 
 
-def _begin(epoch: _process.Epoch) -> None:
-    global _mine, _starting
+def _begin(epoch: process.Epoch) -> None:
+    global _broker, _starting
     _starting = threading.RLock()
-    if _mine is not None:
-        _mine = _mine.heir(epoch)
+    if _broker is not None:
+        _broker = _broker.heir(epoch)
 
 
-_process.at_fork(at_begin=_begin)
+process.at_fork(at_begin=_begin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from . import _start
+from . import start
 
 __all__ = ["freeze_support"]
 
@@ -15,8 +15,8 @@ def freeze_support() -> None:
     A broker of such a program is the program itself, started again; this call is where it becomes one, and doesn't
     return.  Anywhere else it does nothing.
     """
-    _start.can_freeze = True
-    if sys.argv[1:2] == [_start.FROZEN_BROKER]:
+    start.can_freeze = True
+    if sys.argv[1:2] == [start.FROZEN_BROKER]:
         from .__main__ import main
 
         sys.exit(main([]))

@@ -19,24 +19,26 @@ import threading
 import time
 from typing import Any, Optional
 
-from .. import _calls, _contexts, _descriptors, _handles, _native, _pcscd, _pyscard, _router
-from . import _sharing, _start, _wire
-from ._sharing import Handle
+from .._core import calls, descriptors, handles, router
+from .._native import connections, contexts, pyscard
+from .._native import gateway as native
+from . import sharing, start, wire
+from .sharing import Handle
 
 __all__ = ["Server"]
 
 _AT_ONCE = 1 << 16  # bytes
-_SHARING_VIOLATION = _pyscard.constant("SCARD_E_SHARING_VIOLATION")
+_SHARING_VIOLATION = pyscard.constant("SCARD_E_SHARING_VIOLATION")
 _EXCHANGES = {
-    _wire.NUMBERS[name]: (_contexts.card_call(name), _calls.CALLS[name]) for name in ("SCardTransmit", "SCardControl")
+    wire.NUMBERS[name]: (contexts.card_call(name), calls.CALLS[name]) for name in ("SCardTransmit", "SCardControl")
 }
-_LEAVE_CARD = _pyscard.constant("SCARD_LEAVE_CARD")
+_LEAVE_CARD = pyscard.constant("SCARD_LEAVE_CARD")
 _UNDOING = {
     "SCardEstablishContext": "SCardReleaseContext",
     "SCardConnect": "SCardDisconnect",
     "SCardBeginTransaction": "SCardEndTransaction",
 }
-_REGISTRIES: tuple[dict[Any, Any], ...] = (_handles.contexts, _handles.cards)
+_REGISTRIES: tuple[dict[Any, Any], ...] = (handles.contexts, handles.cards)
 _BRACKETS = frozenset(("SCardBeginTransaction", "SCardEndTransaction"))
 _32_BITS = 0xFFFFFFFF
 _UNTIL_CANCELLED = 0.002  # s
@@ -61,15 +63,15 @@ class _Client:
     def release(self) -> None:
         """End its sessions, as far as nobody else has them; also one that it gets while it goes."""
         self.is_gone = True
-        contexts = [handle for handle in list(self.handles.values()) if isinstance(handle.record, _handles.Context)]
-        ended = [handle for handle in contexts if _sharing.drop(self, handle)]
+        contexts = [handle for handle in list(self.handles.values()) if isinstance(handle.record, handles.Context)]
+        ended = [handle for handle in contexts if sharing.drop(self, handle)]
         # pcscd sees that at once, as it would see the death of a process: calls that last hold up no other context.
         for handle in ended:
             handle.record.context.real.cut_off()
         for connection in list(self.connections):
             connection.hang_up()
         for handle in ended:
-            _router.public["SCardReleaseContext"](handle)
+            router.public["SCardReleaseContext"](handle)
 
 
 class _Connection:
@@ -80,7 +82,7 @@ class _Connection:
         self._socket = ours
         self.number = ours.fileno()
         self.client: Optional[_Client] = None
-        self._waits_on: Optional[_handles.Context] = None
+        self._waits_on: Optional[handles.Context] = None
         self._thread = 0
         self._has_hung_up = False
         self.unwatched = threading.Event()
@@ -92,9 +94,9 @@ class _Connection:
             self._serve()
         except (OSError, EOFError):
             pass
-        except _wire.WireError as error:
+        except wire.WireError as error:
             with contextlib.suppress(OSError):
-                self._socket.sendall(_wire.encode(_wire.Refused(str(error))))
+                self._socket.sendall(wire.encode(wire.Refused(str(error))))
         finally:
             self.hang_up()  # which the server, who watches it, sees
             self.unwatched.wait()
@@ -121,13 +123,13 @@ class _Connection:
             time.sleep(_UNTIL_CANCELLED)
 
     def _serve(self) -> None:
-        receiver = _wire.Receiver()
-        hello = _wire.decode(self._next(receiver))
-        if not isinstance(hello, _wire.Hello) or hello.version != _wire.VERSION:
-            raise _wire.WireError("the first frame is not a greeting of this version")
+        receiver = wire.Receiver()
+        hello = wire.decode(self._next(receiver))
+        if not isinstance(hello, wire.Hello) or hello.version != wire.VERSION:
+            raise wire.WireError("the first frame is not a greeting of this version")
         client = self.client = self._server.welcome(hello.key, self)
-        self._socket.sendall(_wire.encode(_wire.Welcome(_wire.VERSION, os.getpid())))
-        receive, send, feed, decode = self._socket.recv, self._socket.sendall, receiver.feed, _wire.decode
+        self._socket.sendall(wire.encode(wire.Welcome(wire.VERSION, os.getpid())))
+        receive, send, feed, decode = self._socket.recv, self._socket.sendall, receiver.feed, wire.decode
         while True:
             data = receive(_AT_ONCE)
             if not data:
@@ -135,21 +137,21 @@ class _Connection:
             body = feed(data)
             if body is not None:
                 message = decode(body)
-                if type(message) is _wire.Request:
+                if type(message) is wire.Request:
                     answer = self._answer(client, message)
                     try:
                         send(answer)
                     except OSError:
                         self._undo(client, message, answer)
                         raise
-                elif isinstance(message, _wire.Describe):
-                    send(_wire.encode(_wire.Result(_pyscard.catalogue())))
-                elif isinstance(message, _wire.Inherit):
-                    send(_wire.encode(_wire.Result(self._server.bequeath(client, *message))))
+                elif isinstance(message, wire.Describe):
+                    send(wire.encode(wire.Result(pyscard.catalogue())))
+                elif isinstance(message, wire.Inherit):
+                    send(wire.encode(wire.Result(self._server.bequeath(client, *message))))
                 else:
-                    raise _wire.WireError("not a request")
+                    raise wire.WireError("not a request")
 
-    def _next(self, receiver: _wire.Receiver) -> bytes:
+    def _next(self, receiver: wire.Receiver) -> bytes:
         while True:
             data = self._socket.recv(_AT_ONCE)
             if not data:
@@ -158,52 +160,52 @@ class _Connection:
             if body is not None:
                 return body
 
-    def _answer(self, client: _Client, request: _wire.Request) -> bytes:
+    def _answer(self, client: _Client, request: wire.Request) -> bytes:
         try:
             result = self._exchanged(client, request)
             if result is None:
-                name = _wire.FUNCTIONS[request.function]
-                result = self._called(client, _calls.CALLS[name], name, request.arguments)
+                name = wire.FUNCTIONS[request.function]
+                result = self._called(client, calls.CALLS[name], name, request.arguments)
         except Exception as error:
-            kind = next(kind for kind in type(error).__mro__ if kind is Exception or kind.__name__ in _wire.RAISABLE)
+            kind = next(kind for kind in type(error).__mro__ if kind is Exception or kind.__name__ in wire.RAISABLE)
             text = str(error) if kind is not Exception else f"{type(error).__name__}: {error}"
-            return _wire.encode(_wire.Raised(kind.__name__ if kind is not Exception else "RuntimeError", text))
+            return wire.encode(wire.Raised(kind.__name__ if kind is not Exception else "RuntimeError", text))
         try:
-            return _wire.encode_result(result)
-        except _wire.WireError as error:
-            return _wire.encode(_wire.Refused(f"the answer can't be told: {error}"))
+            return wire.encode_result(result)
+        except wire.WireError as error:
+            return wire.encode(wire.Refused(f"the answer can't be told: {error}"))
 
-    def _undo(self, client: _Client, request: _wire.Request, answer: bytes) -> None:
+    def _undo(self, client: _Client, request: wire.Request, answer: bytes) -> None:
         """Take back what nobody has heard that it was granted: its caller was left by a signal handler, or died."""
-        name, arguments = _wire.FUNCTIONS[request.function], request.arguments
-        reply = _wire.decode(answer[_wire.HEADER :])
-        result = reply.value if isinstance(reply, _wire.Result) else None
+        name, arguments = wire.FUNCTIONS[request.function], request.arguments
+        reply = wire.decode(answer[wire.HEADER :])
+        result = reply.value if isinstance(reply, wire.Result) else None
         undoing = _UNDOING.get(name)
-        if undoing is None or (result[0] if isinstance(result, list) else result) != _pyscard.SUCCESS:
+        if undoing is None or (result[0] if isinstance(result, list) else result) != pyscard.SUCCESS:
             return
         handle = result[1] if isinstance(result, list) else arguments[0]
-        call = _calls.CALLS[undoing]
-        self._called(client, call, undoing, (handle, *([_LEAVE_CARD] if call.takes is _calls.Kind.CARD else [])))
+        call = calls.CALLS[undoing]
+        self._called(client, call, undoing, (handle, *([_LEAVE_CARD] if call.takes is calls.Kind.CARD else [])))
 
-    def _exchanged(self, client: _Client, request: _wire.Request) -> Any:
+    def _exchanged(self, client: _Client, request: wire.Request) -> Any:
         """An exchange with a card whose context is idle, in as few steps as there are; None if it isn't one."""
         number, arguments = request
         exchange = _EXCHANGES.get(number)
         if exchange is None or not arguments or type(arguments[0]) is not int:
             return None
         handle = client.handles.get(arguments[0])
-        if handle is None or handle.holders or handle.record.kind is not _calls.Kind.CARD:
+        if handle is None or handle.holders or handle.record.kind is not calls.Kind.CARD:
             return None
         make, call = exchange
         result = make(handle.record, arguments[1:])
-        if result is _contexts.STALE:
+        if result is contexts.STALE:
             return None
-        return result if result[0] == _pyscard.SUCCESS else call.failure(result[0])
+        return result if result[0] == pyscard.SUCCESS else call.failure(result[0])
 
-    def _called(self, client: _Client, call: _calls.Call, name: str, arguments: Any) -> Any:
+    def _called(self, client: _Client, call: calls.Call, name: str, arguments: Any) -> Any:
         if name == "SCardEstablishContext":
             return _established(client, *arguments)
-        function = _router.public.get(name)
+        function = router.public.get(name)
         if function is None:
             raise AttributeError(f"module 'smartcard.scard' has no attribute {name!r}")
         if call.takes is None or not arguments:
@@ -213,7 +215,7 @@ class _Connection:
             known = client.handles.get(handle)
             # Also what would be another's after C code has made it 32 bits long, as handles are on macOS.
             if known is None and any(other in found for other in (handle, handle & _32_BITS) for found in _REGISTRIES):
-                return call.failure(_pyscard.constant("SCARD_E_INVALID_HANDLE"), rest)  # another client's
+                return call.failure(pyscard.constant("SCARD_E_INVALID_HANDLE"), rest)  # another client's
             handle = known if known is not None else handle
         if type(handle) is Handle and name == "SCardGetStatusChange":
             return self._waited(function, handle, rest)
@@ -222,29 +224,29 @@ class _Connection:
             result = self._shared(client, call, function, handle, rest)
         else:
             result = function(handle, *rest)
-        if name == "SCardConnect" and result[0] == _pyscard.SUCCESS:
+        if name == "SCardConnect" and result[0] == pyscard.SUCCESS:
             client.handles[int(result[1])] = result[1]
         elif name in ("SCardDisconnect", "SCardReleaseContext") and type(handle) is Handle:
             _forget_released(client, handle)
         return result
 
-    def _shared(self, client: _Client, call: _calls.Call, function: Any, handle: Handle, arguments: Any) -> Any:
+    def _shared(self, client: _Client, call: calls.Call, function: Any, handle: Handle, arguments: Any) -> Any:
         """A call on what other clients have as well."""
         name = call.name
         if name == "SCardCancel":  # of this client's waits, not of the others'
             for connection in list(client.connections):
                 connection.cancel_wait(handle.record)
-            return _pyscard.SUCCESS
+            return pyscard.SUCCESS
         if name in ("SCardDisconnect", "SCardReleaseContext"):
-            if not _sharing.drop(client, handle):
-                return _pyscard.SUCCESS  # the others go on
+            if not sharing.drop(client, handle):
+                return pyscard.SUCCESS  # the others go on
             return function(handle, *arguments)
-        if handle.record.kind is _calls.Kind.CONTEXT:
+        if handle.record.kind is calls.Kind.CONTEXT:
             return function(handle, *arguments)
-        result = _sharing.call_on_card(client, name, handle, function, arguments)
+        result = sharing.call_on_card(client, name, handle, function, arguments)
         return result if result is not None else call.failure(_SHARING_VIOLATION, arguments)
 
-    def cancel_wait(self, context: Optional[_handles.Record] = None) -> None:
+    def cancel_wait(self, context: Optional[handles.Record] = None) -> None:
         """End the wait for events that it is in, if any.
 
         :param context: only if it waits on this one.
@@ -256,7 +258,7 @@ class _Connection:
     def _waited(self, function: Any, handle: Handle, arguments: Any) -> Any:
         record = handle.record
         try:
-            self._waits_on = record if isinstance(record, _handles.Context) else None
+            self._waits_on = record if isinstance(record, handles.Context) else None
             if self._has_hung_up:
                 raise EOFError
             return function(handle, *arguments)
@@ -273,16 +275,16 @@ def _established(client: _Client, scope: Any, socket_name: Any) -> Any:
     :param socket_name: where the client would look for pcscd; None: where everybody does.
     """
 
-    def keep(real: Any, number: int, owner: Any, gateway: _calls.Gateway) -> Any:
-        return _handles.register(_handles.Context(real, number, scope, owner, gateway))
+    def keep(real: Any, number: int, owner: Any, gateway: calls.Gateway) -> Any:
+        return handles.register(handles.Context(real, number, scope, owner, gateway))
 
     with _establishing:
         if isinstance(socket_name, str):
-            os.environ[_start.SOCKET_NAME] = socket_name
+            os.environ[start.SOCKET_NAME] = socket_name
         else:
-            os.environ.pop(_start.SOCKET_NAME, None)
-        result = _native.gateway.establish(scope, keep)
-    if result[0] == _pyscard.SUCCESS:
+            os.environ.pop(start.SOCKET_NAME, None)
+        result = native.gateway.establish(scope, keep)
+    if result[0] == pyscard.SUCCESS:
         client.handles[int(result[1])] = result[1]
         if client.is_gone:
             client.release()
@@ -293,7 +295,7 @@ def _forget_released(client: _Client, handle: Handle) -> None:
     record = handle.record
     if record.released:
         client.handles.pop(handle, None)
-    if record.released and isinstance(record, _handles.Context):
+    if record.released and isinstance(record, handles.Context):
         for number, other in list(client.handles.items()):
             if other.record.released:
                 client.handles.pop(number, None)
@@ -312,9 +314,9 @@ class Server:
         self._connections: dict[int, _Connection] = {}
         self._clients: dict[bytes, _Client] = {}
         self._arriving = threading.Lock()
-        _descriptors.prepare()
-        _pcscd.prepare()
-        _handles.hand_out(Handle, Handle)
+        descriptors.prepare()
+        connections.prepare()
+        handles.hand_out(Handle, Handle)
 
     def run(self) -> None:
         """Serve until the door is closed."""
@@ -334,7 +336,7 @@ class Server:
             return False
         if not data:
             return False
-        self._has_one_client = data == _start.FOR_ONE
+        self._has_one_client = data == start.FOR_ONE
         for level, kind, rights in control:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._serve(struct.unpack("i", rights[:_ONE_DESCRIPTOR])[0])
@@ -380,7 +382,7 @@ class Server:
         giver = self._clients.get(key)
         if giver is None or giver is taker:
             return []
-        return [number for number in handles if _sharing.share(giver, taker, number, keeps=keeps)]
+        return [number for number in handles if sharing.share(giver, taker, number, keeps=keeps)]
 
     def _watch(self, client: _Client, connection: _Connection) -> None:
         """See when the client's process ends; it may have forked, with no hook run, and left copies of everything."""

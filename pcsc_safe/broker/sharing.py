@@ -10,18 +10,19 @@ from __future__ import annotations
 import threading
 from typing import Any, Callable, Optional, Protocol
 
-from .. import _handles, _pyscard, _router
+from .._core import handles, router
+from .._native import pyscard
 
 __all__ = ["Client", "Handle", "call_on_card", "drop", "share"]
 
 _LOOK_AGAIN = 1.0  # s; whether the client that waits is still there
 _REFUSED = frozenset(("SCardControl", "SCardEndTransaction"))  # PC/SC doesn't wait in these
-_LEAVE, _RESET = _pyscard.constant("SCARD_LEAVE_CARD"), _pyscard.constant("SCARD_RESET_CARD")
+_LEAVE, _RESET = pyscard.constant("SCARD_LEAVE_CARD"), pyscard.constant("SCARD_RESET_CARD")
 # pcscd's or libpcsclite's loops that wait for the end of a transaction inside the call.
 _WAITING = frozenset(
     ("SCardBeginTransaction", "SCardConnect", "SCardDisconnect", "SCardReconnect", "SCardStatus", "SCardTransmit")
 )
-_EXCLUSIVE = _pyscard.constant("SCARD_SHARE_EXCLUSIVE")
+_EXCLUSIVE = pyscard.constant("SCARD_SHARE_EXCLUSIVE")
 
 
 class Client(Protocol):
@@ -44,12 +45,13 @@ class Handle(int):
         notified when a transaction has ended.
     """
 
-    _self_record: _handles.Record
+    _self_record: handles.Record
     holders: set[Client]
     transaction: Optional[Client]
     free: threading.Condition
 
-    def __new__(cls, record: _handles.Record) -> Handle:
+    def __new__(cls, record: handles.Record) -> Handle:
+        """What stands for ``record``."""
         handle = super().__new__(cls, record.number)
         handle._self_record = record
         handle.holders = set()
@@ -58,7 +60,7 @@ class Handle(int):
         return handle
 
     @property
-    def record(self) -> _handles.Record:
+    def record(self) -> handles.Record:
         """What it stands for."""
         return self._self_record
 
@@ -116,7 +118,7 @@ def call_on_card(client: Client, name: str, handle: Handle, function: Callable[.
 def _settle(client: Client, handle: Handle) -> None:
     """Note whose transaction is open after a call of this client; with the handle's lock."""
     record = handle.record
-    if isinstance(record, _handles.Card) and record.transactions:
+    if isinstance(record, handles.Card) and record.transactions:
         handle.transaction = handle.transaction or client
     elif handle.transaction is not None:
         handle.transaction = None
@@ -126,8 +128,8 @@ def _settle(client: Client, handle: Handle) -> None:
 def _end_transaction(client: Client, handle: Handle) -> None:
     """End what is open of this client on a shared card; with the handle's lock."""
     if handle.transaction is client:
-        while isinstance(handle.record, _handles.Card) and handle.record.transactions:
-            if _router.public["SCardEndTransaction"](handle, _LEAVE) != _pyscard.SUCCESS:
+        while isinstance(handle.record, handles.Card) and handle.record.transactions:
+            if router.public["SCardEndTransaction"](handle, _LEAVE) != pyscard.SUCCESS:
                 break
         _settle(client, handle)
 
@@ -140,7 +142,7 @@ def drop(client: Client, handle: Handle) -> bool:
     :return: whether no other client has it: the session is to be ended.
     """
     ended = []
-    if isinstance(handle.record, _handles.Context):
+    if isinstance(handle.record, handles.Context):
         mine = [other for other in list(client.handles.values()) if other.record.context is handle.record]
         ended = [other for other in mine if other is not handle and handle.holders and drop(client, other)]
     with _bookkeeping:
@@ -150,7 +152,7 @@ def drop(client: Client, handle: Handle) -> bool:
     if is_last:  # then its cards and its transaction go with it
         return True
     for other in ended:
-        _router.public["SCardDisconnect"](other, _disposition(other.record))
+        router.public["SCardDisconnect"](other, _disposition(other.record))
     if handle.transaction is client:
         # Else not, for who has the lock may wait for a transaction that this client has elsewhere. What it begins at
         # this moment, the thread that begins it ends.
@@ -159,7 +161,7 @@ def drop(client: Client, handle: Handle) -> bool:
     return False
 
 
-def _disposition(record: _handles.Record) -> int:
+def _disposition(record: handles.Record) -> int:
     """How pcscd leaves the card of an application that is gone."""
-    is_locked = isinstance(record, _handles.Card) and (record.transactions or record.share_mode == _EXCLUSIVE)
+    is_locked = isinstance(record, handles.Card) and (record.transactions or record.share_mode == _EXCLUSIVE)
     return _RESET if is_locked else _LEAVE

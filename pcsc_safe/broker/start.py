@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
 
-from .. import _descriptors, _retrofitted
+from .._core import descriptors, python_path
 from ..errors import BrokerError
 
 __all__ = [
@@ -76,7 +76,7 @@ class Helper(NamedTuple):
 
     pid: int
     parent: int
-    errors: Optional[_descriptors.Descriptor]
+    errors: Optional[descriptors.Descriptor]
 
     def why_not(self) -> str:
         """What it said and how it ended; it is killed if it has not begun."""
@@ -176,7 +176,7 @@ def spawn(door: int, configured: str) -> Helper:
     finally:
         for number in opened:
             os.close(number)
-    return Helper(pid, os.getpid(), _descriptors.of(read_end))
+    return Helper(pid, os.getpid(), descriptors.of(read_end))
 
 
 def _command(configured: str) -> list[str]:
@@ -214,7 +214,7 @@ def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
     kept = {name: value for name, value in mine.items() if name in _NEEDED or name.startswith(_NEEDED_PREFIXES)}
     if sys.flags.ignore_environment:  # python -I and -E: what this process doesn't trust is not for its broker either
         kept = {name: value for name, value in kept.items() if not name.startswith("PYTHON")}
-    places = [*path, *filter(None, [_retrofitted.take_off(kept.pop("PYTHONPATH", ""))])]
+    places = [*path, *filter(None, [python_path.take_off(kept.pop("PYTHONPATH", ""))])]
     given = {"PYTHONPATH": os.pathsep.join(places)} if places else {}
     no_user_site = {"PYTHONNOUSERSITE": "1"} if sys.flags.no_user_site else {}
     return {**kept, **given, **no_user_site, "PYTHONSAFEPATH": "1"}

@@ -1,7 +1,7 @@
 """The protocol between a process and its broker, with no I/O in it: messages to bytes, and back.
 
 A connection carries one request, then one reply, and so on.  A frame is the length of its body (4 bytes, little-endian
-as every number here) and the body: a byte for the kind of message, then its fields, each a value as ``_values`` tells
+as every number here) and the body: a byte for the kind of message, then its fields, each a value as ``values`` tells
 it.  The tests pin the bytes.  Hello, Welcome and Refused stay as they are in every version, for they are what peers of
 different versions say to each other.
 
@@ -15,8 +15,8 @@ At a fork: nothing to do.  A Receiver belongs to one connection, and is dropped 
 import struct
 from typing import Any, Callable, NamedTuple, Optional, Union
 
-from .._calls import CALLS
-from ._values import (
+from .._core.calls import CALLS
+from .values import (
     INT,
     LIST,
     MAX_BODY,

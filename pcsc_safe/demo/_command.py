@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> int:
     :return: the exit status, see :data:`EPILOG`.
     """
     try:
-        from pcsc_safe.testing import PcscStackError, VirtualPcsc
+        from ..testing import PcscStackError, VirtualPcsc
     except ImportError as error:
         print(
             f"the demo cannot run: {error}; install pcsc_safe with what it needs: pip install pcsc-safe",
@@ -116,7 +116,7 @@ def _summary(rows: Sequence[Row], safe: str, let_through: Sequence[str]) -> str:
 
 
 def _as_json(results: Sequence[tuple[Hazard, _Pair]], safe: str, let_through: Sequence[str]) -> dict[str, Any]:
-    from .._version import versions
+    from ..testing._versions import versions
 
     return {
         "versions": versions(),

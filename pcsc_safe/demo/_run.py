@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Mapping
 
-from .._sacrifice import Stopped, sacrifice
+from ..testing._disposable import Stopped, sacrifice
 from ._judge import Run, Verdict, conclude
 from ._stage import PCSCD
 from .hazards import Hazard
@@ -26,7 +26,7 @@ def run(hazard: Hazard, module: str, stop: threading.Event) -> Run:
     :raises PcscStackError: there is no virtual stack to be had.
     :raises Stopped: ``stop`` was set.
     """
-    from pcsc_safe.testing import EchoCard, VirtualPcsc
+    from ..testing import EchoCard, VirtualPcsc
 
     with VirtualPcsc(cards=[EchoCard(), EchoCard()], activate=False) as stack:
         # Settings of the user's would make it another demonstration.

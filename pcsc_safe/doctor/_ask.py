@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from .._sacrifice import Sacrificed, sacrifice
 from ..demo._judge import signal_name
+from ..testing._disposable import Sacrificed, sacrifice
 
 __all__ = ["Answer", "ask", "plain_environment"]
 

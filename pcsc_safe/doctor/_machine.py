@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Optional
 
 from .. import policy
-from .._version import versions
 from ..errors import SettingsError
+from ..testing._versions import versions
 from ._ask import Answer, ask
 from ._findings import Finding, Status
 

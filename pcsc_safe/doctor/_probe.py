@@ -120,7 +120,7 @@ def hazards() -> Iterator[Finding]:
 
 
 def _no_stack() -> Optional[tuple[str, str]]:
-    from pcsc_safe.testing import PcscStackError, VirtualPcsc
+    from ..testing import PcscStackError, VirtualPcsc
 
     try:
         with VirtualPcsc(activate=False):

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _BROKER = "pcsc_safe.broker"
-_MARK = ("rr", "sr", "rr", "sr")  # of pcsc_safe._process, which leaves it where it is imported
+_MARK = ("rr", "sr", "rr", "sr")  # of pcsc_safe._core.process, which leaves it where it is imported
 
 
 class Process(NamedTuple):
@@ -180,19 +180,18 @@ def _mark(pid: int) -> str:
         if is_marked(maps):
             return "mark"
     given = environment(pid)
-    is_run = "pcsc_safe" in given.get("PYTHONPATH", "") and "_retrofitted" in given.get("PYTHONPATH", "")
-    return "environment" if is_run else ""
+    return "environment" if "pcsc_safe/retrofit/site" in given.get("PYTHONPATH", "") else ""
 
 
 def _is_brokers(arguments: list[str]) -> bool:
-    """Whether a program with these arguments is a broker; see `pcsc_safe.broker._start`."""
+    """Whether a program with these arguments is a broker; see `pcsc_safe.broker.start`."""
     if arguments[:1] == ["-c"]:
         return any(f"run_module({_BROKER!r}" in text for text in arguments[1:2])
     return arguments in (["-m", _BROKER], ["--pcsc-safe-broker"])
 
 
 def is_marked(smaps: Iterable[str]) -> bool:
-    """Whether a process has the pages that pcsc_safe leaves in it; see :mod:`pcsc_safe._process`.
+    """Whether a process has the pages that pcsc_safe leaves in it; see :mod:`pcsc_safe._core.process`.
 
     :param smaps: the lines of its /proc/PID/smaps.
     """

@@ -139,12 +139,12 @@ def _import(name: str) -> tuple[Any, str]:
 
 def detection(stage: Stage) -> None:
     """Fork by Python and by C, and see what notices it."""
-    from .. import _process
+    from .._core import process
 
     def child(name: str) -> Callable[[], None]:
-        return lambda: stage.report(name, noticed_by=_process.current().noticed_by)
+        return lambda: stage.report(name, noticed_by=process.current().noticed_by)
 
-    stage.report("task", hooks=_process.FORKS, page=_process._page is not None)
+    stage.report("task", hooks=process.FORKS, page=process._page is not None)
     stage.wait(stage.fork(child("os.fork")))
     stage.wait(stage.fork(child("C fork"), ctypes.PyDLL(None).fork))
 
@@ -156,12 +156,12 @@ def broker(stage: Stage, establish: str = "") -> None:
     """
     import pcsc_safe
 
-    from ..broker import _mine
+    from ..broker import family
 
     pcsc_safe.configure(broker="always")
     started = time.monotonic()
     try:
-        _mine.describe()
+        family.describe()
         stage.report("task", seconds=round(time.monotonic() - started, 3))
         if not establish:
             return

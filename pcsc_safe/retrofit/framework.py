@@ -13,9 +13,9 @@ import sys
 import threading
 from typing import Any, Callable
 
-from .. import _process
-from .._settings import settings
-from ._patches import MISSING, Patch
+from .._core import process
+from .._core.settings import settings
+from .patches import MISSING, Patch
 
 __all__ = [
     "SharedLock",
@@ -30,9 +30,9 @@ __all__ = [
 ]
 
 
-def here() -> _process.Epoch:
+def here() -> process.Epoch:
     """The epoch of this process; quick where it is not the first use."""
-    return _process.here if _process.sentinel[0] else _process.current()
+    return process.here if process.sentinel[0] else process.current()
 
 
 class _Renewing:
@@ -40,9 +40,9 @@ class _Renewing:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        _process.at_fork(at_begin=self._begin)
+        process.at_fork(at_begin=self._begin)
 
-    def _begin(self, epoch: _process.Epoch) -> None:
+    def _begin(self, epoch: process.Epoch) -> None:
         self.lock = threading.RLock()
 
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import _retrofitted
-from .errors import SettingsError
-from .policy import Settings, from_environment, parse
+from .._core import python_path
+from ..errors import SettingsError
+from ..policy import Settings, from_environment, parse
 
 __all__ = ["EPILOG", "add_arguments", "main", "split"]
 
@@ -95,17 +95,17 @@ def main(options: argparse.Namespace) -> int:
     timeline = _checked(options) if options.timeline is not None else None
     if not options.report and timeline is None and os.name == "posix":
         os.execve(sys.executable, command, environment)  # noqa: S606  # it is what the user wants to run
-    from . import _report, _watch
+    from .._trace import report, watch
 
-    status = _report.watch(command, environment, report=options.report, timeline=timeline)
+    status = report.run(command, environment, report=options.report, picture=timeline)
     if sys.flags.inspect:
-        os._exit(_watch.end_as(status))  # it is the program that is to be inspected
-    return _watch.end_as(status)
+        os._exit(watch.end_as(status))  # it is the program that is to be inspected
+    return watch.end_as(status)
 
 
 def _checked(options: argparse.Namespace) -> Path:
     """Where the timeline is to be; what can't be there is refused before the program runs."""
-    from ._timeline import SUFFIXES
+    from .._trace.timeline import SUFFIXES
 
     if os.name != "posix":
         options.refuse(f"{_TIMELINE} is not to be had on this platform: processes can't be recorded here")
@@ -131,9 +131,8 @@ def _environment(mine: Mapping[str, str], options: argparse.Namespace) -> dict[s
             parse(setting, value, option)
             environment[f"PCSC_SAFE_{setting.upper()}"] = value
     from_environment(environment)
-    package = os.path.dirname(os.path.abspath(__file__))
-    last = [] if _is_found(package) else [os.path.dirname(package)]
-    environment["PYTHONPATH"] = _retrofitted.put_on(mine.get("PYTHONPATH", ""), last)
+    last = [] if _is_found(python_path.PACKAGE) else [os.path.dirname(python_path.PACKAGE)]
+    environment["PYTHONPATH"] = python_path.put_on(mine.get("PYTHONPATH", ""), last)
     return environment
 
 

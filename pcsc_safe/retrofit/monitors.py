@@ -18,9 +18,9 @@ import threading
 import time
 from typing import Any, Callable
 
-from .._settings import settings
-from ._framework import SharedLock, here, renewing
-from ._patches import Patch
+from .._core.settings import settings
+from .framework import SharedLock, here, renewing
+from .patches import Patch
 
 __all__ = ["card_monitoring", "reader_monitoring"]
 
@@ -70,7 +70,7 @@ def _is_outage(error: Any) -> bool:
     """Whether a monitor is to go on after an exception of pyscard's, for pcscd may be back."""
     if not settings().recover:
         return False
-    from .._recovery import GONE
+    from .._core.recovery import GONE
 
     # By its name: in pyscard 2.0 it has no code.
     return type(error).__name__ == "CardServiceNotFoundException" or getattr(error, "hresult", None) in GONE

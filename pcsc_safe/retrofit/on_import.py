@@ -10,7 +10,8 @@ import sys
 from importlib.machinery import ModuleSpec
 from typing import Any, Optional
 
-from . import _events, _process
+from .._core import process
+from .._trace import events
 
 __all__ = ["install_late"]
 
@@ -41,12 +42,12 @@ _finder: Any = _Finder()
 
 def _install() -> None:
     try:
-        from .retrofit import install
+        from .installation import install
 
         install()
     except Exception as error:  # the program goes on as it would without us, and its user is told
-        pid = _process.current().pid
+        pid = process.current().pid
         print(f"pcsc_safe: process {pid} is not retrofitted: {error}", file=sys.stderr)
     else:
-        _process.current()
-        _events.record("retrofit")
+        process.current()
+        events.record("retrofit")

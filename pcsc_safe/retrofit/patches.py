@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any, Callable, NamedTuple
 
-from .. import _process
+from .._core import process
 
 __all__ = ["MISSING", "Patch", "Patches"]
 
@@ -42,7 +42,7 @@ class Patches:
         self._replaced: dict[tuple[int, str], tuple[Patch, Any]] = {}
         self._lock = threading.RLock()
         self.wanted = False
-        _process.at_fork(at_begin=self._begin)
+        process.at_fork(at_begin=self._begin)
 
     def has(self, name: str, module: Any) -> bool:
         """Whether this module was patched."""
@@ -83,7 +83,7 @@ class Patches:
             if not self.wanted:
                 self.undo()
 
-    def _begin(self, epoch: _process.Epoch) -> None:
+    def _begin(self, epoch: process.Epoch) -> None:
         self._lock = threading.RLock()
 
 

@@ -20,13 +20,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Callable, Optional
 
-from .. import _gate, _process
-from .._calls import CALLS, Call
-from .._settings import settings
-from .._unpatched import monotonic
+from .._core import gate, process
+from .._core.calls import CALLS, Call
+from .._core.settings import settings
+from .._core.unpatched import monotonic
 from ..policy import Broker
-from ._framework import here
-from ._patches import Patch
+from .framework import here
+from .patches import Patch
 
 __all__ = ["begin", "end", "functions", "leave_alone", "stand_in", "still_needed", "take_over"]
 
@@ -40,7 +40,7 @@ def functions(module: Any) -> list[Patch]:
     :param module: that; only its C module is looked at.
     """
     native = sys.modules[_NATIVE]
-    return [] if native is stand_in.module or not _process.FORKS else _rows(native)
+    return [] if native is stand_in.module or not process.FORKS else _rows(native)
 
 
 def _rows(native: Any) -> list[Patch]:
@@ -102,17 +102,17 @@ def _replacement(name: str, native: Any) -> _Function:
     def function(handle: Any, *arguments: Any) -> Any:
         nonlocal find, route
         if route is None:
-            from .. import _handles, _router
+            from .._core import handles, router
 
-            find, route = _handles.find, _router.public[name]
+            find, route = handles.find, router.public[name]
         if type(handle) is int and find(kind, handle) is None:
             return _opened_before(call, original, since, handle, *arguments)
         return route(handle, *arguments)
 
     def releasing(handle: Any) -> Any:
-        from .. import _handles
+        from .._core import handles
 
-        record = _handles.find(kind, handle)
+        record = handles.find(kind, handle)
         result = function(handle)
         if record is not None and record.released:
             _no_more(record)
@@ -121,14 +121,14 @@ def _replacement(name: str, native: Any) -> _Function:
     return _named(name, releasing if name == "SCardReleaseContext" else function, original)
 
 
-def _opened_before(call: Call, original: Optional[_Function], since: _process.Epoch, *arguments: Any) -> Any:
+def _opened_before(call: Call, original: Optional[_Function], since: process.Epoch, *arguments: Any) -> Any:
     """For a number that pcsc_safe has not given out."""
-    from .._inherited import INVALID_HANDLE
-    from .._pyscard import SUCCESS
+    from .._core.inherited import INVALID_HANDLE
+    from .._native.pyscard import SUCCESS
 
     if original is None or (_in_force and here() is not since):
         return call.failure(INVALID_HANDLE, arguments[1:])
-    result = _gate.during(call.name, original, *arguments)
+    result = gate.during(call.name, original, *arguments)
     return call.failure(result[0]) if call.discloses and result[0] != SUCCESS else result
 
 
@@ -138,7 +138,7 @@ def _establishing(native: Any, original: Optional[_Function]) -> _Function:
     def function(scope: Any) -> Any:
         nonlocal route
         if route is None:
-            from .._router import public
+            from .._core.router import public
 
             route = public[_ESTABLISH]
         under_way = object()
@@ -202,7 +202,7 @@ class _StandIn:
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Of all that the broker's pyscard has."""
-        from .._router import public
+        from .._core.router import public
 
         self.module = ModuleType(_NATIVE, "pyscard's functions and constants, by a broker; see pcsc_safe.install().")
         vars(self.module).update(public)
@@ -244,16 +244,17 @@ _strangers: list[Any] = []
 def take_over() -> None:
     """Keep children away from what was opened before, if anything was."""
     native = sys.modules.get(_NATIVE)
-    if native is None or native is stand_in.module or not _process.FORKS:
+    if native is None or native is stand_in.module or not process.FORKS:
         return
-    from .. import _descriptors, _pcscd
+    from .._core import descriptors
+    from .._native import connections
 
-    _descriptors.prepare()
-    _pcscd.prepare()
+    descriptors.prepare()
+    connections.prepare()
     _note_threads_inside()
-    for connection in _pcscd.connections():
+    for connection in connections.connections():
         _strangers.append(connection)
-        _descriptors.guard(connection)
+        descriptors.guard(connection)
 
 
 def _note_threads_inside() -> None:
@@ -263,7 +264,7 @@ def _note_threads_inside() -> None:
         code = frame.f_code
         if ident != threading.get_ident() and code.co_filename == wrappers and code.co_name in CALLS:
             straggler = _Straggler(ident, id(frame))
-            _gate.elsewhere[straggler] = (code.co_name, ident, monotonic(), straggler)
+            gate.elsewhere[straggler] = (code.co_name, ident, monotonic(), straggler)
 
 
 class _Straggler:
@@ -277,14 +278,14 @@ class _Straggler:
         """Strike it off if it is out. It can't be interrupted: its caller would notice."""
         frame = sys._current_frames().get(self._ident)
         if frame is None or id(frame) != self._frame:
-            _gate.elsewhere.pop(self, None)
+            gate.elsewhere.pop(self, None)
 
 
 def leave_alone() -> None:
     """Have what was opened before be inherited as it always was."""
     if not _strangers:
         return
-    from .. import _descriptors
+    from .._core import descriptors
 
     while _strangers:
-        _descriptors.unguard(_strangers.pop())
+        descriptors.unguard(_strangers.pop())

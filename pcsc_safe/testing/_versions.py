@@ -9,7 +9,7 @@ import argparse
 import json
 import platform
 
-from . import __version__
+from .. import __version__
 
 __all__ = ["add_arguments", "main", "versions"]
 

@@ -15,7 +15,7 @@ def _install():  # type: () -> None
     if sys.version_info < (3, 9):  # noqa: UP036  # it runs in any
         return
     try:
-        from pcsc_safe._late import install_late
+        from pcsc_safe.retrofit.on_import import install_late
     except ValueError as error:  # of PCSC_SAFE_GUARD_NATIVE
         sys.stderr.write("pcsc_safe: process " + str(os.getpid()) + " is not retrofitted: " + str(error) + "\n")
         return

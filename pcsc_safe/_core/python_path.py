@@ -1,6 +1,6 @@
-"""The directory by which the retrofit gets into a Python process: it stands first on PYTHONPATH, with a sitecustomize.
+"""PYTHONPATH, which starts with the directory of our ``sitecustomize.py`` in a program that ``run`` has started.
 
-Python processes that the process starts inherit it; :mod:`pcsc_safe.broker` is started without it.
+Python processes that the program starts inherit it; brokers are started without it.  A fork changes nothing here.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-__all__ = ["DIRECTORY", "put_on", "take_off"]
+__all__ = ["DIRECTORY", "PACKAGE", "put_on", "take_off"]
 
-DIRECTORY = os.path.dirname(os.path.abspath(__file__))
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DIRECTORY = os.path.join(PACKAGE, "retrofit", "site")
 
 
 def put_on(path: str, last: Sequence[str] = ()) -> str:

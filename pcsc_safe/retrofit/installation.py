@@ -1,0 +1,106 @@
+"""pyscard itself made fork-aware, for programs whose imports can't be edited.
+
+:func:`install` puts pcsc_safe's functions in the place of pyscard's, and makes pyscard's classes (connections,
+requests, monitors) usable in a forked child; :func:`uninstall` takes all of it back.  What is patched stands in
+:data:`PATCHES`, module by module.  A module that has not been imported is patched when it is; none is imported for it.
+
+Invariant: nothing of pyscard is patched unless :func:`install` was called, and everything that is patched can be put
+back.  At a fork nothing happens here: what a child needs renewed is renewed at its first use.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from importlib import import_module
+from typing import Any, Callable
+
+from .._core import process
+from . import framework, monitors, scard
+from .patches import Patch, Patches
+
+__all__ = ["PATCHES", "install", "uninstall"]
+
+PATCHES: dict[str, Callable[[Any], list[Patch]]] = {
+    "smartcard.scard": scard.functions,
+    "smartcard.Synchronization": framework.synchronization,
+    "smartcard.CardService": framework.card_service,
+    "smartcard.pcsc.PCSCContext": framework.pcsc_context,
+    "smartcard.pcsc.PCSCCardConnection": framework.pcsc_card_connection,
+    "smartcard.pcsc.PCSCCardRequest": framework.pcsc_card_request,
+    "smartcard.CardMonitoring": monitors.card_monitoring,
+    "smartcard.ReaderMonitoring": monitors.reader_monitoring,
+}
+"""What is patched, by the module in which it stands: owner, name and replacement, as rows of :class:`Patch`."""
+
+_applied = Patches()
+_installing = threading.RLock()  # held while modules are imported, so no import may wait for it
+_awaited: set[str] = set()
+
+
+def install() -> None:
+    """Make pyscard fork-aware in this process and its children, whatever was imported, by whatever name, and when.
+
+    Again is no harm.  Call it early, before the program opens contexts: those that it has already go on working here,
+    but are no use in a forked child (SCARD_E_INVALID_HANDLE), and their connections to pcscd are dead there.
+
+    With ``broker="always"`` configured, pyscard is imported without its native library from now on.
+
+    :raises BrokerError: ``broker="always"``, pyscard has been imported, and no broker can be started.
+    """
+    from wrapt import register_post_import_hook
+
+    process.current()
+    with _installing:
+        if _applied.wanted:
+            return
+        _applied.wanted = True
+        scard.begin(_applied.finish)
+        try:
+            for name in PATCHES:
+                if name in sys.modules:
+                    _imported(sys.modules[name])
+                elif name not in _awaited:
+                    _awaited.add(name)
+                    register_post_import_hook(_imported, name)
+            scard.take_over()
+        except BaseException:
+            uninstall()
+            raise
+
+
+def uninstall() -> None:
+    """Put back everything that :func:`install` has replaced.
+
+    Contexts and cards that were opened meanwhile go on working: while there are any, pyscard's functions are such as
+    know them, and C functions again when the last of them has been released.  Everything else is pyscard's own at once.
+    Where a stand-in was in the place of the native library, that is loaded now.
+    """
+    process.current()
+    with _installing:
+        if not _applied.wanted:
+            return
+        scard.end()
+        _applied.undo(scard.still_needed)
+        scard.stand_in.give_way(_applied.put)
+        scard.leave_alone()
+        framework.renew_pcsc_context()
+
+
+def _imported(module: Any) -> None:
+    """A module is there, or is being imported by another thread."""
+    name = module.__name__
+    _awaited.discard(name)
+    if not _applied.wanted:
+        return
+    module = import_module(name)  # waits for the other thread
+    if not _applied.has(name, module):
+        _applied.apply(name, module, PATCHES[name](module))
+
+
+def _begin(epoch: process.Epoch) -> None:
+    global _installing
+    _installing = threading.RLock()
+
+
+process.at_fork(at_begin=_begin)
