@@ -48,8 +48,8 @@ __all__ = [
 _HOME = {
     "configure": "_core.configure",
     "settings": "_core.settings",
-    "files_to_preserve": "_core.handover",
-    "handover": "_core.handover",
+    "files_to_preserve": "_gateways",
+    "handover": "_gateways",
     "prestart_broker": "broker.family:prestart",
     "freeze_support": "broker.freeze",
     "install": "retrofit.installation",
@@ -88,6 +88,6 @@ _GUARD = "PCSC_SAFE_GUARD_NATIVE"
 if _environment.get(_GUARD):
     # It is for programs that may use nothing else of this package, so nothing else would look.
     from . import policy
-    from ._native import connections
+    from ._core import connections
 
     connections.guard_all(policy.parse("guard_native", _environment[_GUARD], _GUARD))

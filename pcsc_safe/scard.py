@@ -6,7 +6,7 @@ process that never forks only one thing differs: a failed call answers no uninit
 
 import sys as _sys
 
-from ._core.router import public as _public
+from ._gateways import public as _public
 
 globals().update(_public)
 scard = _sys.modules[__name__]  # some import the module smartcard.scard.scard from smartcard.scard

@@ -1,4 +1,4 @@
-"""The shape of the library: which module may import which, and what importing it does."""
+"""The shape of the library: which room may import which, what importing it does, and that nothing runs in a circle."""
 
 from __future__ import annotations
 
@@ -6,219 +6,147 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pcsc_safe
 
 PACKAGE = Path(pcsc_safe.__file__).parent
-MAY_IMPORT = {
-    "__init__": {"_bequest", "_configure", "_pcscd", "_settings", "broker", "errors", "policy", "retrofit"},
+PUBLIC = {"__init__", "__main__", "errors", "policy", "scard"}
+COMPOSITION = "_gateways"
+
+MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "policy": {"errors"},
-    "_process": set(),
-    "_events": {"_process"},
-    "_late": {"_events", "_process", "retrofit"},
-    "_records": {"_events"},
-    "_watch": {"_events", "_records"},
-    "_history": {"_records"},
-    "_timeline": {"_history", "_records"},
-    "_report": {"_events", "_history", "_records", "_timeline", "_watch"},
-    "_run": {"_report", "_retrofitted", "_timeline", "_watch", "errors", "policy"},
-    "_log": {"_process", "_unpatched"},
-    "_sacrifice": set(),
-    "_version": {"__version__"},
-    "_descriptors": {"_process"},
-    "_pcscd": {"_descriptors", "_gate", "_process"},
-    "_calls": {"_descriptors", "_process", "policy"},
-    "_unpatched": set(),
-    "_gate": {"_process", "_unpatched"},
-    "_pyscard": {"_calls", "_settings", "broker", "errors", "policy"},
-    "_contexts": {"_calls", "_descriptors", "_gate", "_log", "_pcscd", "_process", "_pyscard", "_unpatched"},
-    "_waits": {"_contexts", "_gate", "_pyscard", "_unpatched"},
-    "_native": {"_calls", "_contexts", "_descriptors", "_gate", "_process", "_pyscard"},
-    "_handles": {
-        "_calls",
-        "_descriptors",
-        "_events",
-        "_gate",
-        "_process",
-        "_proxies",
-        "_unpatched",
-        "errors",
-        "policy",
-    },
-    "_proxies": {"_handles"},
-    "_recorded": {"_calls", "_events", "_handles", "_pyscard"},
-    "_settings": {"_gate", "_pcscd", "policy"},
-    "_configure": {"_calls", "_handles", "_settings", "errors", "policy"},
-    "_inherited": {
-        "_calls",
-        "_events",
-        "_gate",
-        "_handles",
-        "_log",
-        "_native",
-        "_process",
-        "_pyscard",
-        "_recorded",
-        "_settings",
-        "broker",
-        "errors",
-        "policy",
-    },
-    "_bequest": {
-        "_calls",
-        "_descriptors",
-        "_events",
-        "_gate",
-        "_handles",
-        "_inherited",
-        "_log",
-        "_native",
-        "_process",
-        "_settings",
-        "_unpatched",
-        "broker",
-        "errors",
-        "policy",
-    },
-    "_router": {
-        "_bequest",
-        "_calls",
-        "_contexts",
-        "_descriptors",
-        "_events",
-        "_gate",
-        "_handles",
-        "_inherited",
-        "_log",
-        "_native",
-        "_pcscd",
-        "_process",
-        "_pyscard",
-        "_recorded",
-        "_recovery",
-        "_settings",
-        "_waits",
-        "broker",
-    },
-    "_recovery": {"_calls", "_gate", "_handles", "_process", "_pyscard", "_settings", "_waits", "policy"},
-    "scard": {"_router"},
+    "_core": {"errors", "policy"},
+    "_native": {"_core", "errors"},
+    "broker": {"_core", "errors", "policy"},
+    "_trace": {"_core"},
+    COMPOSITION: {"_core", "_native", "_trace", "broker", "policy"},
+    "scard": {COMPOSITION},
+    "retrofit": {COMPOSITION, "_core", "_trace", "errors", "policy"},
+    "testing": {"__init__", "errors"},
+    "demo": {"__init__", "testing"},
+    "doctor": {"__init__", "_core", "broker", "demo", "errors", "policy", "testing"},
+    "__init__": {"_core", "policy"},  # the rest by name, when it is first asked for
+    "__main__": set(),
 }
-BROKER_MAY_IMPORT = {
-    "__init__": set(),
-    "_values": set(),
-    "_wire": {"_calls", "_values"},
-    "_start": {"_descriptors", "_retrofitted", "errors"},
-    "_client": {"_calls", "_connection", "_descriptors", "_gate", "_log", "_process", "_start", "_wire", "errors"},
-    "_connection": {"_descriptors", "_wire"},
-    "_mine": {
-        "_calls",
-        "_client",
-        "_connection",
-        "_descriptors",
-        "_events",
-        "_gate",
-        "_process",
-        "_settings",
-        "_start",
-        "errors",
-        "policy",
-    },
-    "_freeze": {"__main__", "_start"},
-    "_server": {
-        "_calls",
-        "_contexts",
-        "_descriptors",
-        "_handles",
-        "_native",
-        "_pcscd",
-        "_pyscard",
-        "_router",
-        "_sharing",
-        "_start",
-        "_wire",
-    },
-    "_sharing": {"_handles", "_pyscard", "_router"},
-    "__main__": {"_server", "_start"},
-}
-RETROFIT_MAY_IMPORT = {
-    "__init__": {"_framework", "_monitors", "_patches", "_process", "_scard"},
-    "_patches": {"_process"},
-    "_framework": {"_patches", "_process", "_settings"},
-    "_monitors": {"_framework", "_patches", "_recovery", "_settings"},
-    "_scard": {
-        "_calls",
-        "_descriptors",
-        "_framework",
-        "_gate",
-        "_handles",
-        "_inherited",
-        "_patches",
-        "_pcscd",
-        "_process",
-        "_pyscard",
-        "_router",
-        "_settings",
-        "_unpatched",
-        "policy",
-    },
-}
-DOCTOR_MAY_IMPORT = {
-    "__init__": set(),
-    "_findings": set(),
-    "_sockets": set(),
-    "_proc": set(),
-    "_ask": {"_sacrifice", "demo"},
-    "_tasks": {"_proc", "_process", "_sockets", "broker", "demo"},
-    "_machine": {"_ask", "_findings", "_version", "errors", "policy"},
-    "_pcscd": {"_ask", "_findings", "_machine", "_proc", "policy"},
-    "_fork": {"_ask", "_findings", "_machine", "policy"},
-    "_probe": {"_ask", "_findings", "demo"},
-    "_process": {"_findings", "_proc", "_sockets"},
-    "_view": {"_findings", "demo"},
-    "_command": {"__version__", "_findings", "_fork", "_machine", "_pcscd", "_probe", "_process", "_view", "policy"},
-}
-"""DESIGN section 6 as data: application > scard > router > gateway > PC/SC, and never back."""
+"""A room, and the rooms that it may import; DESIGN, section 6.  A call goes down, and nothing leads back up."""
+
+WITH_A_REASON = {("broker.__main__", COMPOSITION)}
+"""A program of its own that puts the rooms together, after it has become what a broker has to be."""
 
 
-def imports_of(path: Path) -> tuple[set[str], set[str]]:
-    """The modules of the package, and the others, that a module imports anywhere in it."""
-    own, others = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            others.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            own.update([node.module] if node.module else [alias.name for alias in node.names])
-        elif isinstance(node, ast.ImportFrom):
-            others.add(node.module or "")
-    return {name.partition(".")[0] for name in own}, others
+class Import(NamedTuple):
+    """One module imports another of the package.
+
+    :ivar importer: its name in the package, with the room.
+    :ivar imported: that of the other one.
+    :ivar line: where.
+    :ivar is_inner: in a function.
+    """
+
+    importer: str
+    imported: str
+    line: int
+    is_inner: bool
+
+
+def modules() -> dict[str, Path]:
+    """Those of the package, by name; without what Python imports by itself."""
+    files = [file for file in PACKAGE.rglob("*.py") if "site" not in file.parts]
+    return {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in files}
+
+
+def imports() -> list[Import]:
+    """All, but those for type checkers."""
+    found = []
+    for name, file in modules().items():
+        tree = ast.parse(file.read_text())
+        skipped = {
+            inner
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            for inner in ast.walk(node)
+        }
+        inside = {
+            inner
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.Lambda))
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level and node not in skipped:
+                for imported in imported_by(name, node):
+                    found.append(Import(name, imported, node.lineno, node in inside))
+    return found
+
+
+def imported_by(importer: str, node: ast.ImportFrom) -> set[str]:
+    """The modules that a statement imports."""
+    here = importer.split(".")[: -node.level]
+    base = [*here, *(node.module.split(".") if node.module else [])]
+    known = modules()
+    found = set()
+    for alias in node.names:
+        names = (".".join([*base, alias.name]), ".".join([*base, alias.name, "__init__"]), ".".join(base))
+        found.add(next((name for name in names if name in known), ".".join([*base, "__init__"])))
+    return found
+
+
+def room(module: str) -> str:
+    """The room of a module."""
+    return module.partition(".")[0]
+
+
+def test_the_rooms() -> None:
+    """Beside the rooms stand the public modules, and the one that puts the rooms together."""
+    top = {name for name in modules() if "." not in name}
+    assert top == PUBLIC | {COMPOSITION}
+    assert {room(name) for name in modules()} == MAY_IMPORT.keys()
 
 
 def test_the_import_table() -> None:
-    """Each core module imports what the table gives it and no more, and each has a row."""
-    modules = {path.stem: imports_of(path)[0] for path in PACKAGE.glob("*.py") if path.stem != "__main__"}
-    assert modules == MAY_IMPORT
-    broker = {path.stem: imports_of(path)[0] for path in (PACKAGE / "broker").glob("*.py")}
-    assert broker == BROKER_MAY_IMPORT
-    retrofit = {path.stem: imports_of(path)[0] for path in (PACKAGE / "retrofit").glob("*.py")}
-    assert retrofit == RETROFIT_MAY_IMPORT
-    doctor = {path.stem: imports_of(path)[0] for path in (PACKAGE / "doctor").glob("*.py")}
-    assert doctor == DOCTOR_MAY_IMPORT
+    """Each room imports what the table allows, and uses all of it."""
+    used: dict[str, set[str]] = {name: set() for name in MAY_IMPORT}
+    for one in imports():
+        if room(one.importer) != room(one.imported) and (one.importer, room(one.imported)) not in WITH_A_REASON:
+            used[room(one.importer)].add(room(one.imported))
+    assert used == MAY_IMPORT
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    """Not even one that a function hides."""
+    arrows: dict[str, set[str]] = {name: set() for name in modules()}
+    for one in imports():
+        if one.imported != one.importer:
+            arrows[one.importer].add(one.imported)
+    while leaves := [name for name, imported in arrows.items() if not imported & arrows.keys()]:
+        for name in leaves:
+            del arrows[name]
+    assert not arrows
+
+
+def test_an_import_in_a_function_has_its_reason_beside_it() -> None:
+    """As a comment on its line, or in the line above."""
+    silent = []
+    for one in imports():
+        if one.is_inner and room(one.importer) not in ("demo", "doctor", "testing"):
+            lines = modules()[one.importer].read_text().split("\n")
+            if "#" not in lines[one.line - 1] and "#" not in lines[one.line - 2]:
+                silent.append(f"{one.importer}:{one.line}")
+    assert not silent
 
 
 def test_one_module_imports_pyscard() -> None:
     """The untyped world has one door."""
-    importers = {
-        path.stem: {name for name in imports_of(path)[1] if name.startswith("smartcard")}
-        for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "broker").glob("*.py"), *(PACKAGE / "retrofit").glob("*.py")]
-    }
-    assert {stem: names for stem, names in importers.items() if names} == {"_pyscard": {"smartcard.scard"}}
-
-
-def test_the_core_does_not_know_the_rest() -> None:
-    """Test kit, demonstration and command line build on the library; nothing leads back."""
-    for path in PACKAGE.glob("_[a-z]*.py"):
-        assert not imports_of(path)[0] & {"testing", "demo", "doctor", "__main__"}, path
+    importers = set()
+    for name, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if any(room(each) == "smartcard" for each in names) and room(name) not in ("demo", "doctor"):
+                importers.add(name)
+    assert importers == {"_native.pyscard"}
 
 
 def test_importing_the_package_loads_nothing() -> None:
@@ -246,7 +174,7 @@ def test_the_hooks_are_registered_once() -> None:
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.Attribute) and node.attr == "register_at_fork"
         ]
-    assert {stem for stem, _ in calls} == {"_process"}
+    assert {stem for stem, _ in calls} == {"process"}
 
 
 def test_public_modules_say_what_is_public() -> None:

@@ -310,7 +310,7 @@ def test_a_broker_of_another_version(stack: VirtualPcsc, tmp_path: Path) -> None
 
 def test_brokers_that_die_again_and_again(stack: VirtualPcsc, tmp_path: Path) -> None:
     """Not for ever: BrokerError, from ``import pcsc_safe.scard`` too."""
-    dies = "from pcsc_safe._native import pyscard; pyscard.catalogue = lambda: __import__('os')._exit(1); "
+    dies = "from pcsc_safe._core import library; library.catalogue = lambda: __import__('os')._exit(1); "
     code = f"{dies}from pcsc_safe.broker import __main__; __main__.main([])"
     python = script(tmp_path / "python", f'exec {sys.executable} -c "{code}"')
     env = {**stack.env, "PCSC_SAFE_BROKER": "always", "PCSC_SAFE_BROKER_PYTHON": python}

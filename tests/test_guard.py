@@ -26,8 +26,7 @@ from test_descriptors import is_dead
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import descriptors
-from pcsc_safe._native import connections
+from pcsc_safe._core import connections, descriptors
 from pcsc_safe.errors import SettingsError
 from pcsc_safe.policy import Settings, from_environment
 from pcsc_safe.testing import VirtualPcsc

@@ -29,7 +29,7 @@ from test_detection import c_fork
 from test_threads import Calling, until, waits_on
 
 from pcsc_safe._core.calls import CALLS
-from pcsc_safe._native.gateway import raw
+from pcsc_safe._native.pyscard import raw
 from pcsc_safe.demo import _run
 from pcsc_safe.demo._judge import Outcome, Verdict, conclude
 from pcsc_safe.demo._stage import PCSCD

@@ -11,7 +11,7 @@ from ..policy import Role
 from .descriptors import Descriptor
 from .process import Epoch
 
-__all__ = ["CALLS", "Call", "Gateway", "Keep", "KeepCard", "Kind", "LostError"]
+__all__ = ["CALLS", "STALE", "Call", "Gateway", "Keep", "KeepCard", "Kind", "LostError"]
 
 
 class Kind(enum.Enum):
@@ -159,6 +159,10 @@ class Gateway(Protocol):
 
     def descriptors(self, real: Any) -> Sequence[Optional[Descriptor]]:
         """The connections to pcscd that a context has in this process; None for one that could not be told."""
+
+
+STALE = object()
+"""The result of a call that was not made: what it is on is no longer this process's."""
 
 
 class LostError(Exception):

@@ -9,7 +9,7 @@ from typing import Any, Optional, Union
 
 from ..errors import SettingsError
 from ..policy import Broker, Cards, Owner, Policy, Settings
-from . import settings
+from . import settings  # connections: for guard_native, which counts without any PC/SC call
 
 __all__ = ["configure"]
 
@@ -65,7 +65,7 @@ def configure(
     for name in of_process:
         if name in given:
             raise SettingsError(f"{name} cannot be set for one context", remedy="configure the process")
-    from . import handles  # loads the native library
+    from . import handles  # not needed to configure the process
     from .calls import Kind
 
     record = handles.find(Kind.CONTEXT, context)

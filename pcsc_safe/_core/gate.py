@@ -25,7 +25,9 @@ from functools import partial
 from itertools import starmap, takewhile
 from typing import Any, Callable, NamedTuple, Protocol, TypeVar
 
+from ..policy import Policy, Settings, native_works_after_fork
 from . import process
+from .settings import when_changed
 from .unpatched import RLock, count_threads, get_ident, monotonic, sleep, start_new_thread
 
 __all__ = [
@@ -98,7 +100,7 @@ class Unquiet(NamedTuple):
 
 
 quiesce_timeout = 1.0
-"""How long a fork waits, in seconds; set by :func:`pcsc_safe.configure`."""
+"""How long a fork waits, in seconds; a setting."""
 
 IMPORTS = "an import"
 """In the place of a function: who imports what PC/SC takes is inside as well, for a child in which a module is half
@@ -501,3 +503,12 @@ def _begin(epoch: process.Epoch) -> None:
 # To open is one step that nothing can interrupt. A hook in Python could be left by what a signal handler raises.
 process.around_fork(_before_fork, closers.clear)
 process.at_fork(in_hook=_in_hook, at_begin=_begin)
+
+
+def _configured(settings: Settings) -> None:
+    global quiesce_timeout, may_child_use_native
+    quiesce_timeout = settings.quiesce_timeout
+    may_child_use_native = lambda: settings.policy is not Policy.BROKER and native_works_after_fork()  # noqa: E731
+
+
+when_changed(_configured)

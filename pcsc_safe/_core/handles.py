@@ -17,14 +17,25 @@ import os
 import sys
 from typing import Any, Callable, Optional, Union
 
-from .._trace import events
 from ..errors import PcscSafeError
 from ..policy import Settings
-from . import descriptors, gate, process
+from . import descriptors, gate, observer, process
 from .calls import Gateway, Kind
 from .unpatched import RLock
 
-__all__ = ["Card", "Context", "cards", "contexts", "family", "find", "load", "lose", "prepare", "register"]
+__all__ = [
+    "Card",
+    "Context",
+    "cards",
+    "contexts",
+    "family",
+    "find",
+    "hand_out",
+    "has_proxies",
+    "load",
+    "lose",
+    "register",
+]
 
 family = os.urandom(16)
 """The same in every process that was forked since pcsc_safe was imported."""
@@ -190,12 +201,9 @@ _context_proxy: Optional[_Proxy] = None
 _card_proxy: Optional[_Proxy] = None
 
 
-def prepare() -> None:
-    """Import the proxies, and wrapt with them, so that nothing need be imported in a child or at interpreter exit."""
-    if _context_proxy is None:
-        from . import proxies
-
-        hand_out(proxies.SafeContext, proxies.SafeCard)
+def has_proxies() -> bool:
+    """Whether it is known what applications get in the place of numbers."""
+    return _context_proxy is not None
 
 
 def hand_out(context: _Proxy, card: _Proxy) -> None:
@@ -241,7 +249,7 @@ def lose(context: Context, how: str) -> None:
     :param how: LOST or SERVICE_LOST, of :mod:`process`.
     """
     context.owner = lost = process.Epoch(process.current(), how)
-    events.record("lost", context=context.key)
+    observer.record("lost", context=context.key)
     for card in list(context.cards.values()):
         card.owner = lost
     for descriptor in context.gateway.descriptors(context.real):

@@ -20,13 +20,10 @@ import threading
 from types import TracebackType
 from typing import Any, Optional
 
-from .._native import gateway as native
-from .._trace import events
-from ..broker import client, family
 from ..errors import HandoverError, PcscSafeError
 from ..policy import Owner, Policy, native_works_after_fork
-from . import descriptors, gate, handles, inherited, log, process, settings
-from .calls import LostError
+from . import descriptors, gate, gateways, handles, inherited, log, observer, process, settings
+from .calls import Kind, LostError
 from .handles import Context
 from .unpatched import monotonic, sleep
 
@@ -128,12 +125,10 @@ def files_to_preserve() -> list[int]:
     own = [context for context in list(handles.contexts.values()) if context.owner is here]
     found = [descriptor for context in own for descriptor in context.gateway.descriptors(context.real)]
     numbers = {descriptor.number for descriptor in found if descriptor is not None and descriptor.is_intact()}
-    return sorted(numbers | set(family.files_to_preserve()))
+    return sorted(numbers | set(gateways.brokers.files_to_preserve()))
 
 
 def _owned(handle: Any) -> Context:
-    from .calls import Kind
-
     record = handles.find(Kind.CONTEXT, handle)
     if not isinstance(record, Context) or record.released or record.owner is not process.current():
         raise HandoverError(
@@ -146,7 +141,7 @@ def _owned(handle: Any) -> Context:
 
 def _obstacle(context: Context) -> Optional[tuple[str, str]]:
     """Why a context can't be handed over, and what to do; None if it can be."""
-    if context.gateway is not native.gateway:
+    if context.gateway is not gateways.native:
         return None
     if not native_works_after_fork():
         return "a forked process can't use PC/SC on this platform", "set broker='always' before it is established"
@@ -189,7 +184,7 @@ class _Will:
         self.given: list[Context] = []
         self.in_broker: list[Context] = []
         self.shared: list[Context] = []
-        self.legacy: Optional[client.Legacy] = None
+        self.legacy: Optional[gateways.Transfer] = None
         self.birth: tuple[Any, ...] = ()
         self.is_made = False
         self.is_born: Optional[bool] = None
@@ -278,8 +273,8 @@ def _written(will: _Will, ident: int) -> Optional[str]:
     """
     in_force, here = settings.settings(), process.here
     given = _to_give(will.blocks, in_force.owner)
-    broker = family.usable()
-    will.native = [context for context in given if context.gateway is native.gateway]
+    broker = gateways.brokers.usable()
+    will.native = [context for context in given if context.gateway is gateways.native]
     will.in_broker = [context for context in given if context.gateway is broker]
     will.shared = [
         context
@@ -372,12 +367,12 @@ def _settle(will: _Will) -> None:
         descriptors.kill(_connections(will.native))
         for block in will.blocks:
             block.happened()
-        events.record("handover", contexts=len(will.native) + len(will.in_broker))
+        observer.record("handover", contexts=len(will.native) + len(will.in_broker))
     for context in will.given:
         if not will.is_born:
             context.real.take_back()
     if will.is_born and will.shared:
-        events.record("share", contexts=len(will.shared))
+        observer.record("share", contexts=len(will.shared))
     if will.legacy is not None:
         will.legacy.settle(will.is_born)
 
@@ -430,7 +425,7 @@ def _in_hook() -> None:
     _accepted = (os.getpid(), will)
     for how, given in (("handover", will.native), ("handover", will.in_broker), ("share", will.shared)):
         for context in given:
-            events.record("got", context=context.key, how=how)
+            observer.record("got", context=context.key, how=how)
 
 
 def _begin(epoch: process.Epoch) -> None:
@@ -444,7 +439,7 @@ def _begin(epoch: process.Epoch) -> None:
     if accepted is None or accepted[0] != epoch.pid:
         return
     will = accepted[1]
-    broker = family.usable()
+    broker = gateways.brokers.usable()
     for context in [*will.native, *will.in_broker, *will.shared]:
         if context in will.native:
             # A wait for events that began at the last moment is on this connection as well, and reads from it.
@@ -457,7 +452,7 @@ def _begin(epoch: process.Epoch) -> None:
         # What the application has closed since the fork is lost: the number may be something else's by now.
         _take(context, epoch if is_there else process.Epoch(epoch, process.LOST))
         if not is_there:
-            events.record("lost", context=context.key)
+            observer.record("lost", context=context.key)
         for card in list(context.cards.values()):
             if context in will.shared:
                 card.transactions = 0  # what is open is its parent's

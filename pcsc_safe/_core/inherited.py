@@ -11,16 +11,12 @@ import contextlib
 from typing import Any, Optional
 
 from .. import policy
-from .._native import gateway as native
-from .._native import pyscard
-from .._native.pyscard import SUCCESS, constant
-from .._trace import events, recorder
-from ..broker import client, family
 from ..errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, join_pyscard
 from ..policy import Cards, Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
-from . import gate, handles, log, process
-from .calls import CALLS, Call, Gateway, Keep
+from . import gate, gateways, handles, log, observer, process
+from .calls import CALLS, STALE, Call, Gateway, Keep
 from .handles import Card, Context, Record
+from .library import SUCCESS, constant
 from .settings import settings
 
 __all__ = ["INVALID_HANDLE", "adopt", "answer", "establish", "gateway", "unsafe"]
@@ -121,9 +117,10 @@ def _forget(call: Call, record: Record) -> Optional[int]:
 
 def _release_dead(context: Context) -> bool:
     """Whether this process's native library knows an inherited context no more."""
-    if context.gateway is not native.gateway:
-        if context.owner.noticed_by is process.SERVICE_LOST and isinstance(context.gateway, client.Broker):
-            context.gateway.forget(context.real)
+    if context.gateway is not gateways.native:
+        through = gateways.brokers.as_broker(context.gateway)
+        if context.owner.noticed_by is process.SERVICE_LOST and through is not None:
+            through.forget(context.real)
         return True
     return _native_works() and bool(context.real.release_dead())
 
@@ -137,7 +134,7 @@ def _forget_released(context: Context) -> None:
 
 def _native_works() -> bool:
     here = process.current()
-    return pyscard.is_loaded and (here.parent is None or (here.unquiet is None and native_works_after_fork()))
+    return gateways.native.is_loaded() and (here.parent is None or (here.unquiet is None and native_works_after_fork()))
 
 
 def _settings_of(record: Record) -> Settings:
@@ -181,7 +178,7 @@ def _own_context(call: Call, context: Context) -> int:
         # The owner last: a fork in another thread must find what it is known by, or the context not ours.
         context.real, context.gateway = real, gateway
         context.owner = owner
-        native.gateway.leave(former)
+        gateways.native.leave(former)
 
     # Again, if a signal handler has forked meanwhile, and this is the child.
     while context.owner is not process.current():
@@ -199,11 +196,11 @@ def _tell(context: Context, left: process.Epoch) -> None:
     here = context.owner
     if left.noticed_by is process.SERVICE_LOST:
         log.info("process %d has a new context in the place of one that ended with pcscd", here.pid)
-        events.record("recovered")
-        recorder.tell_established("established", context)
+        observer.record("recovered")
+        observer.established("established", context)
     else:
         log.info("process %d has a context of its own in the place of process %d's", here.pid, left.pid)
-        recorder.tell_established("reestablished", context, owner=left.pid)
+        observer.established("reestablished", context, owner=left.pid)
 
 
 def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> tuple[int, int]:
@@ -214,10 +211,10 @@ def _own_connection(card: Card, share_mode: Any, protocols: Any, initialization:
         card.real, card.native, card.share_mode, card.protocol = real, native, share_mode, protocol or protocols
         card.transactions = 0
         card.owner = context.owner
-        recorder.tell_connected("connected", card)
+        observer.connected("connected", card)
 
     answer = context.gateway.connect(context, (card.reader, share_mode, protocols), keep)
-    if answer is native.STALE:
+    if answer is STALE:
         return INVALID_HANDLE, 0
     hresult, protocol = answer[0], answer[2]
     if hresult == SUCCESS and initialization != LEAVE_CARD:
@@ -235,20 +232,21 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
         if call.role is Role.VALIDITY:
             return INVALID_HANDLE
         raise _lost_share(call.name, record)
-    broker = family.mine()
+    broker = gateways.brokers.mine()
 
     def take_part() -> bool:
         if record.owner is process.current():
             return True
         cards = list(context.cards.values())
-        if isinstance(context.gateway, client.Broker) and context.real in broker.inherit(
-            context.gateway.key, [context.real, *(card.real for card in cards)], keeps=True
+        owners = gateways.brokers.as_broker(context.gateway)
+        if owners is not None and context.real in broker.inherit(
+            owners.key, [context.real, *(card.real for card in cards)], keeps=True
         ):
             context.gateway = broker
             for card in cards:
                 card.transactions, card.owner = 0, process.current()
             context.owner = process.current()
-            events.record("got", context=context.key, how="share")
+            observer.record("got", context=context.key, how="share")
             return True
         return False
 
@@ -293,7 +291,7 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
 
 def _way(context: Optional[Context]) -> Way:
     effective = settings() if context is None else _settings_of(context)
-    if not pyscard.is_loaded:
+    if not gateways.native.is_loaded():
         return Way.BROKER
     return choose_way(effective, forked=process.current().parent is not None, native_works=_native_works())
 
@@ -319,7 +317,7 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
         )
         return through.establish(scope, keep)
     log.info("process %d needs a broker: pcscd had more readers before it was restarted", process.current().pid)
-    return family.mine().establish(scope, keep, OUTGROWN)
+    return gateways.brokers.mine().establish(scope, keep, OUTGROWN)
 
 
 def gateway(function: str, context: Optional[Context]) -> Gateway:
@@ -332,9 +330,9 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
     """
     way = _way(context)
     if way is Way.NATIVE:
-        return native.gateway
+        return gateways.native
     if way is Way.BROKER:
-        return family.mine()
+        return gateways.brokers.mine()
     raise unsafe(function, context)
 
 

@@ -23,12 +23,12 @@ import time
 from _thread import get_ident
 from typing import Any, Callable
 
-from .._native.pyscard import SUCCESS, constant
-from .._native.waits import CANCELLED, CHANGED, INFINITE, TIMED_OUT, is_for_new_readers
 from ..policy import Role
 from . import gate, handles, process
 from .calls import CALLS, Call
 from .handles import Context, Record
+from .library import SUCCESS, constant
+from .reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, is_for_new_readers
 from .settings import settings
 
 __all__ = ["GONE", "NO_SERVICE", "UNHEARD", "again", "cancel", "lost_meanwhile", "noticed", "outlast", "recovers"]

@@ -10,16 +10,24 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from .._native import connections, contexts, pyscard, waits
-from .._native import gateway as native
-from .._native.contexts import STALE, NativeContexts
-from .._native.pyscard import SUCCESS, constant
-from .._trace import events, recorder
-from ..broker import family
-from . import descriptors, gate, handles, handover, inherited, log, process, recovery
-from .calls import CALLS, Call, Gateway, Kind, LostError
+from . import (
+    descriptors,
+    gate,
+    gateways,
+    handles,
+    handover,
+    inherited,
+    library,
+    log,
+    observer,
+    process,
+    reader_states,
+    recovery,
+)
+from .calls import CALLS, STALE, Call, Gateway, Kind, LostError
 from .handles import Card, Context, Record
 from .inherited import INVALID_HANDLE
+from .library import SUCCESS, constant
 from .settings import settings
 
 __all__ = ["public"]
@@ -75,7 +83,8 @@ _AFTER: dict[str, _After] = {
 
 
 def _after(name: str) -> Optional[_After]:
-    return recorder.followed(name, _AFTER.get(name))
+    after: Optional[_After] = observer.followed(name, _AFTER.get(name))
+    return after
 
 
 # The way of a call.
@@ -87,8 +96,12 @@ _is_prepared = False
 def _prepare() -> None:
     """Import what PC/SC takes, so that nothing need be imported in a child."""
     global _is_prepared
-    for module in (log, descriptors, connections, handles, family, handover):
-        module.prepare()
+    if not handles.has_proxies():
+        from . import proxies  # wrapt takes longer to import than all the rest, and a broker needs none
+
+        handles.hand_out(proxies.SafeContext, proxies.SafeCard)
+    for part in (log, descriptors, handover, gateways.native, gateways.brokers):
+        part.prepare()
     _is_prepared = True
 
 
@@ -131,7 +144,7 @@ def _persistently(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, 
             handles.disown(lost.gateway)
             if lost.under_way:
                 return call.failure(COMM_ERROR, arguments)
-    raise family.died_too_often()
+    raise gateways.brokers.died_too_often()
 
 
 def _after_loss(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...], lost: LostError) -> Any:
@@ -154,17 +167,17 @@ def _routed(call: Call) -> Callable[..., Any]:
     }
     if call.name in special:
         return special[call.name](call)
-    if call.takes is Kind.CARD:
-        return _routed_to(call, handles.cards, contexts.card_call(call.name))
-    return _routed_to(call, handles.contexts, _context_calls.get(call.name) or _context_call(call.name))
+    registry: dict[Any, Any] = handles.cards if call.takes is Kind.CARD else handles.contexts
+    return _routed_to(call, registry, _caller(call))
 
 
-def _context_call(name: str) -> _Native:
-    return lambda context, arguments: contexts.behind(context).call(context, name, *arguments)
+def _caller(call: Call) -> _Native:
+    """What makes a call in this process's native library."""
+    return _connect if call.name == "SCardConnect" else gateways.native.caller(call)
 
 
 def _connect(context: Any, arguments: tuple[Any, ...]) -> Any:
-    return native.gateway.connect(context, arguments, _keep_card(context, arguments))
+    return gateways.native.connect(context, arguments, _keep_card(context, arguments))
 
 
 def _keep_card(context: Context, arguments: tuple[Any, ...]) -> Callable[[int, Any, int], Any]:
@@ -174,18 +187,6 @@ def _keep_card(context: Context, arguments: tuple[Any, ...]) -> Callable[[int, A
     )
 
 
-def _release(context: Any, arguments: tuple[Any, ...]) -> Any:
-    contexts = context.real
-    return contexts.release(context, context.forget) if isinstance(contexts, NativeContexts) else STALE
-
-
-_context_calls: dict[str, _Native] = {
-    "SCardConnect": _connect,
-    "SCardReleaseContext": _release,
-    "SCardCancel": lambda context, arguments: contexts.behind(context).cancel(context),
-}
-
-
 def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[..., Any]:
     """In the owner: make the call, note the outcome; in as few steps as there are.
 
@@ -193,7 +194,7 @@ def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[
     :param make: makes the call in this process's native library.
     """
     after, discloses, is_bare = _after(call.name), call.discloses, call.failed is None
-    sentinel, here_itself = process.sentinel, native.gateway
+    sentinel, here_itself = process.sentinel, gateways.native
     unheard = recovery.UNHEARD[call.name]
 
     def route(handle: Any, *arguments: Any) -> Any:
@@ -247,7 +248,7 @@ def _through_broker(
 
 def _routed_validity(call: Call) -> Callable[..., Any]:
     """SCardIsValidContext: libpcsclite, too, looks at its own table only."""
-    sentinel, contexts_by_handle, here_itself = process.sentinel, handles.contexts, native.gateway
+    sentinel, contexts_by_handle, here_itself = process.sentinel, handles.contexts, gateways.native
 
     def route(handle: Any) -> Any:
         try:
@@ -265,7 +266,7 @@ def _routed_validity(call: Call) -> Callable[..., Any]:
 
 
 def _routed_cancel(call: Call) -> Callable[..., Any]:
-    once = _routed_to(call, handles.contexts, _context_calls[call.name])
+    once = _routed_to(call, handles.contexts, _caller(call))
 
     def route(handle: Any) -> Any:
         record = handles.find(Kind.CONTEXT, handle)
@@ -277,13 +278,13 @@ def _routed_cancel(call: Call) -> Callable[..., Any]:
 
 
 def _routed_wait(call: Call) -> Callable[..., Any]:
-    at_once = _routed_to(call, handles.contexts, _context_call(call.name))
+    at_once = _routed_to(call, handles.contexts, _caller(call))
 
     def route(handle: Any, timeout: Any, states: Any) -> Any:
         record = handles.find(Kind.CONTEXT, handle)
         if not isinstance(record, Context) or type(timeout) is not int or not 0 <= timeout <= _C_INFINITE:
             return at_once(handle, timeout, states)
-        timeout = min(timeout, waits.INFINITE)
+        timeout = min(timeout, reader_states.INFINITE)
         began, cancels = monotonic(), record.cancels
         answer = wait(handle, timeout, states)
         if answer[0] in recovery.GONE and recovery.recovers(record):
@@ -298,13 +299,13 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
         if context is None:
             return _route_slowly(call, wait, handle, (timeout, states))
         real = context.real
-        answer = waits.await_change(
+        answer = gateways.native.await_change(
             context,
             # What it is known by, too: another thread may have lost the context since, and established it anew.
             lambda: bool(process.sentinel[0]) and context.owner is process.here and context.real is real,
             timeout,
             states,
-            call.failure(waits.CANCELLED, (timeout, states)),
+            call.failure(reader_states.CANCELLED, (timeout, states)),
         )
         if answer is not STALE:
             return answer
@@ -320,7 +321,7 @@ def _owned(handle: Any) -> Optional[Context]:
     record = handles.find(Kind.CONTEXT, handle) if process.sentinel[0] else None
     if not isinstance(record, Context) or record.released or record.owner is not process.here:
         return None
-    return record if record.gateway is native.gateway else None
+    return record if record.gateway is gateways.native else None
 
 
 def _route_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
@@ -333,7 +334,7 @@ _NOBODYS = 1 << 40  # no handle of libpcsclite's has so many bits
 
 def _number_of(record: Record) -> int:
     """What stands for a record where the library is to say that this is not what the call takes."""
-    if record.context.gateway is not native.gateway or isinstance(record, Card):
+    if record.context.gateway is not gateways.native or isinstance(record, Card):
         return int(record.real)
     # A thread may still be in the native library with a context that was released.
     return record.number | _NOBODYS if record.released else record.number
@@ -354,12 +355,12 @@ def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments
         if answer is not None:
             return answer
     through = record.context.gateway
-    if through is not native.gateway:
+    if through is not gateways.native:
         return _through_broker(call, route, record, handle, arguments)
     if (handles.contexts if record.kind is Kind.CONTEXT else handles.cards).get(record.number) is not record:
         # pcscd was restarted, and has given the number to somebody else since.
         if record.kind is Kind.CONTEXT:
-            return (_context_calls.get(call.name) or _context_call(call.name))(record, arguments)
+            return _caller(call)(record, arguments)
         return through.enter(call.name, through.functions[call.name], record.real, *arguments)
     return route(record.safe, *arguments)
 
@@ -374,7 +375,7 @@ def _notice() -> process.Epoch:
     if here is not _announced:
         _announced = here
         if here.parent is not None and handles.contexts:
-            events.record("fork", parent=here.parent.pid)
+            observer.record("fork", parent=here.parent.pid)
             log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
             if here.unquiet is not None:
                 function, thread, _ = here.unquiet
@@ -394,8 +395,8 @@ def _exported(name: str, value: Any) -> Any:
     call = CALLS.get(name)
     if call is None or not process.FORKS or (call.takes is None and name != "SCardEstablishContext"):
         return value
-    return pyscard.shaped(recorder.recorded(call, _routed(call)), pyscard.signatures[name])
+    return library.shaped(observer.recorded(call, _routed(call)), library.signatures[name])
 
 
-public: dict[str, Any] = {name: _exported(name, value) for name, value in pyscard.public.items()}
+public: dict[str, Any] = {name: _exported(name, value) for name, value in library.public.items()}
 """Every public name of the installed ``smartcard.scard``; the functions that take or give a handle are ours."""

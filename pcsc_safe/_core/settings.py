@@ -5,13 +5,11 @@ They are plain values, replaced whole and inherited over a fork as any other; a 
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Callable, Optional
 
-from .._native import connections
-from ..policy import Owner, Policy, Settings, from_environment, native_works_after_fork
-from . import gate
+from ..policy import Owner, Policy, Settings, from_environment
 
-__all__ = ["gives_at_forks", "put_in_force", "settings"]
+__all__ = ["gives_at_forks", "put_in_force", "settings", "when_changed"]
 
 _settings: Optional[Settings] = None
 for_contexts = False
@@ -33,10 +31,20 @@ def gives_at_forks() -> bool:
     return _settings.owner is Owner.CHILD or _settings.policy is Policy.SHARE or for_contexts
 
 
+_listeners: list[Callable[[Settings], None]] = []
+
+
+def when_changed(listener: Callable[[Settings], None]) -> None:
+    """Have a function called with the settings, now if there are any, and whenever they change."""
+    _listeners.append(listener)
+    if _settings is not None:
+        listener(_settings)
+
+
 def put_in_force(new: Settings) -> Settings:
+    """Replace the settings of this process."""
     global _settings
     _settings = new
-    gate.quiesce_timeout = new.quiesce_timeout
-    gate.may_child_use_native = lambda: new.policy is not Policy.BROKER and native_works_after_fork()
-    connections.guard_all(new.guard_native)
+    for listener in _listeners:
+        listener(new)
     return new

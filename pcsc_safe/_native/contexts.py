@@ -21,18 +21,15 @@ from itertools import compress, takewhile
 from operator import itemgetter, not_
 from typing import Any, Callable, Optional
 
-from .._core import descriptors, gate, log, process
-from .._core.calls import CALLS
+from .._core import connections, descriptors, gate, log, process
+from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
 from .._core.gate import GIVEN, OPEN, RELEASED, WOKEN, Operation, Owned, Place, attempt, made
+from .._core.library import SUCCESS, constant
 from .._core.unpatched import get_ident, monotonic, sleep
-from . import connections
-from .pyscard import SUCCESS, constant, raw
+from .pyscard import raw
 
-__all__ = ["STALE", "NativeContext", "NativeContexts", "behind", "card_call"]
-
-STALE = object()
-"""The result of a call that wasn't made: what it is on is no more this process's."""
+__all__ = ["NativeContext", "NativeContexts", "behind", "card_call"]
 
 NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
 _LEAVE_CARD: int = constant("SCARD_LEAVE_CARD")

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, Optional
 
-from .._core import gate, process
-from .._core.calls import CALLS, Call, Keep
+from .._core import connections, gate, process
+from .._core.calls import CALLS, STALE, Call, Keep, Kind
 from .._core.descriptors import Descriptor
-from .contexts import STALE, NativeContexts, behind
-from .pyscard import SUCCESS, raw
+from .._core.library import SUCCESS
+from . import contexts, pyscard, waits
+from .contexts import NativeContexts, behind
+from .pyscard import raw
 
-__all__ = ["STALE", "SUCCESS", "functions", "gateway", "raw"]
+__all__ = ["functions", "gateway"]
 
 
 def _silenced(call: Call, native: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,10 +49,42 @@ def _checked(contexts: NativeContexts, newcomer: _Newcomer, outgrown: int) -> in
     return outgrown if result is not STALE and result[0] == outgrown else SUCCESS
 
 
+def _context_call(name: str) -> Callable[[Any, tuple[Any, ...]], Any]:
+    return lambda context, arguments: behind(context).call(context, name, *arguments)
+
+
+def _release(context: Any, arguments: tuple[Any, ...]) -> Any:
+    real = context.real
+    return real.release(context, context.forget) if isinstance(real, NativeContexts) else STALE
+
+
+def _cancel(context: Any, arguments: tuple[Any, ...]) -> Any:
+    return behind(context).cancel(context)
+
+
 class _Native:
     """The gateway that is this process's own native library."""
 
     functions: Mapping[str, Callable[..., Any]] = functions
+
+    def is_loaded(self) -> bool:
+        """Whether there is a native library in this process at all."""
+        return pyscard.is_loaded()
+
+    def prepare(self) -> None:
+        """Import what it takes, so that nothing need be imported in a child."""
+        connections.prepare()
+
+    def caller(self, call: Call) -> Callable[[Any, tuple[Any, ...]], Any]:
+        """What makes a call on a record; see :class:`pcsc_safe._core.gateways.NativeGateway`."""
+        if call.takes is Kind.CARD:
+            return contexts.card_call(call.name)
+        special = {"SCardReleaseContext": _release, "SCardCancel": _cancel}
+        return special.get(call.name) or _context_call(call.name)
+
+    def await_change(self, context: Any, alive: Callable[[], bool], timeout: int, states: Any, cancelled: Any) -> Any:
+        """SCardGetStatusChange; see :func:`waits.await_change`."""
+        return waits.await_change(context, alive, timeout, states, cancelled)
 
     def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """``call(*arguments)``, inside the native library."""

@@ -11,19 +11,15 @@ from __future__ import annotations
 
 from typing import Any, Callable, Optional
 
+from .._core.calls import STALE
 from .._core.gate import Owned
+from .._core.library import SUCCESS
+from .._core.reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, UNKNOWN, is_for_new_readers
 from .._core.unpatched import get_ident, monotonic
-from .contexts import STALE, NativeContexts, behind
-from .pyscard import SUCCESS, constant
+from .contexts import NativeContexts, behind
 
-__all__ = ["CANCELLED", "CHANGED", "INFINITE", "TIMED_OUT", "await_change", "is_for_new_readers"]
+__all__ = ["await_change"]
 
-CANCELLED: int = constant("SCARD_E_CANCELLED")
-TIMED_OUT: int = constant("SCARD_E_TIMEOUT")
-INFINITE: int = constant("INFINITE")
-CHANGED: int = constant("SCARD_STATE_CHANGED")
-UNKNOWN: int = constant("SCARD_STATE_UNKNOWN")
-_NEW_READERS = "\\\\?pnp?\\notification"  # pcsc-lite: a change in the list of readers
 _STATE = 0xFFFF  # the lower half of a reader's state; the upper one counts its events
 
 
@@ -139,11 +135,6 @@ class Wait:
             return None  # not what SCardGetStatusChange takes; pyscard has its own words for it
         result = self._contexts.call(self._context, "SCardListReaders", [])
         return None if result is STALE else result[1]
-
-
-def is_for_new_readers(name: str) -> bool:
-    """Whether it is not a reader, but stands for their list."""
-    return name.lower() == _NEW_READERS
 
 
 def _counters(states: list[Any]) -> list[Optional[int]]:

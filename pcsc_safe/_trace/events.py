@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from time import monotonic, monotonic_ns
 from typing import Any, Optional
 
-from .._core import process
+from .._core import observer, process
 
 __all__ = [
     "NO_SPAN",
@@ -256,6 +256,7 @@ def _switch_on() -> None:
     _MAP_FAILED = _ctypes.c_void_p(-1).value
     _nowhere = memoryview(bytearray(SLOT * _SLOTS))
     process.at_fork(in_child=_in_child)
+    observer.record, observer.born_elsewhere = record, born_elsewhere
     _mine = _Record(os.getpid(), "", "start", _program(_command_line()), os.getppid())
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from .._core import handles
+from .._core import handles, observer
 from .._core.calls import Call, Kind
 from .._core.handles import Card, Context
-from .._native.pyscard import SUCCESS, constant
+from .._core.library import SUCCESS, constant
 from . import events
 
-__all__ = ["followed", "recorded", "tell_connected", "tell_established"]
+__all__ = ["begin"]
 
 _MODES = {
     constant("SCARD_SHARE_SHARED"): "shared",
@@ -28,13 +28,19 @@ _Route = Callable[..., Any]
 _After = Callable[[Any, "tuple[Any, ...]", Any], Any]
 
 
+def begin() -> None:
+    """Have the core tell of contexts, cards and calls from now on; before its functions are made."""
+    observer.established, observer.connected = established, connected
+    observer.recorded, observer.followed = recorded, followed
+
+
 def recorded(call: Call, route: _Route) -> _Route:
     """``route``, which also tells of what it did; itself if there is no record, or nothing to tell."""
     wrap = _WRAPPERS.get(call.name) if events.is_on() else None
     return wrap(call, route) if wrap is not None else route
 
 
-def tell_established(kind: str, context: Context, **more: Any) -> None:
+def established(kind: str, context: Context, **more: Any) -> None:
     """Tell that a context is this process's.
 
     :param kind: ``established`` or ``reestablished``.
@@ -49,7 +55,7 @@ def tell_established(kind: str, context: Context, **more: Any) -> None:
     )
 
 
-def tell_connected(kind: str, card: Card) -> None:
+def connected(kind: str, card: Card) -> None:
     """Tell that a connection to a card is this process's.
 
     :param kind: ``connected`` or ``reconnected``.
@@ -68,7 +74,7 @@ def _establishing(call: Call, route: _Route) -> _Route:
         result = route(scope)
         record = getattr(result[1], "_self_record", None) if result[0] == SUCCESS else None
         if isinstance(record, Context):
-            tell_established("established", record)
+            established("established", record)
         return result
 
     return establish
@@ -79,7 +85,7 @@ def _connecting(call: Call, route: _Route) -> _Route:
         result = route(handle, *arguments)
         record = getattr(result[1], "_self_record", None) if result[0] == SUCCESS else None
         if isinstance(record, Card):
-            tell_connected("connected", record)
+            connected("connected", record)
         return result
 
     return connect
@@ -90,7 +96,7 @@ def _reconnecting(call: Call, route: _Route) -> _Route:
         result = route(handle, *arguments)
         record = handles.cards.get(handle) if result[0] == SUCCESS else None
         if record is not None:
-            tell_connected("reconnected", record)
+            connected("reconnected", record)
         return result
 
     return reconnect

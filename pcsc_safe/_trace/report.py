@@ -37,7 +37,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], *, report: bool,
     finally:
         shutil.rmtree(directory, ignore_errors=True)  # somebody may be writing still
     if picture is not None and ends is not None:
-        from . import history, timeline
+        from . import history, timeline  # a report needs neither
 
         try:
             drawn = timeline.draw(history.History(told, ends.at, ends.before), picture.suffix)

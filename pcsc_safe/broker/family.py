@@ -13,16 +13,25 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
-from .._core import descriptors, gate, process
+from .._core import descriptors, gate, observer, process
 from .._core.calls import CALLS, LostError
 from .._core.settings import settings
-from .._trace import events
 from ..errors import BrokerError
 from ..policy import Broker as When
 from . import connection, start
 from .client import Broker
 
-__all__ = ["describe", "died_too_often", "files_to_preserve", "functions", "mine", "prepare", "prestart", "usable"]
+__all__ = [
+    "as_broker",
+    "describe",
+    "died_too_often",
+    "files_to_preserve",
+    "functions",
+    "mine",
+    "prepare",
+    "prestart",
+    "usable",
+]
 
 _broker: Optional[Broker] = None
 _starting = threading.RLock()
@@ -39,6 +48,11 @@ def mine() -> Broker:
 def usable() -> Optional[Broker]:
     """The broker of this process, if it has one; for who knows that its epoch has begun, or is about to."""
     return _broker if _broker is not None and not _broker.lost else None
+
+
+def as_broker(gateway: object) -> Optional[Broker]:
+    """The gateway, if it is a broker."""
+    return gateway if isinstance(gateway, Broker) else None
 
 
 def files_to_preserve() -> list[int]:
@@ -88,8 +102,8 @@ def _start_one(for_family: bool) -> Broker:
         raise
     finally:
         theirs.close()
-    events.record("broker", broker=helper.pid)
-    events.born_elsewhere(helper.pid, "broker", "PC/SC broker")
+    observer.record("broker", broker=helper.pid)
+    observer.born_elsewhere(helper.pid, "broker", "PC/SC broker")
     return Broker(door, helper, epoch, for_family=for_family)
 
 

@@ -17,6 +17,6 @@ def freeze_support() -> None:
     """
     start.can_freeze = True
     if sys.argv[1:2] == [start.FROZEN_BROKER]:
-        from .__main__ import main
+        from .__main__ import main  # only in a process that becomes a broker
 
         sys.exit(main([]))

@@ -19,20 +19,19 @@ import threading
 import time
 from typing import Any, Optional
 
-from .._core import calls, descriptors, handles, router
-from .._native import connections, contexts, pyscard
-from .._native import gateway as native
+from .._core import calls, descriptors, gateways, handles, library, router
 from . import sharing, start, wire
 from .sharing import Handle
 
 __all__ = ["Server"]
 
 _AT_ONCE = 1 << 16  # bytes
-_SHARING_VIOLATION = pyscard.constant("SCARD_E_SHARING_VIOLATION")
+_SHARING_VIOLATION = library.constant("SCARD_E_SHARING_VIOLATION")
 _EXCHANGES = {
-    wire.NUMBERS[name]: (contexts.card_call(name), calls.CALLS[name]) for name in ("SCardTransmit", "SCardControl")
+    wire.NUMBERS[name]: (gateways.native.caller(calls.CALLS[name]), calls.CALLS[name])
+    for name in ("SCardTransmit", "SCardControl")
 }
-_LEAVE_CARD = pyscard.constant("SCARD_LEAVE_CARD")
+_LEAVE_CARD = library.constant("SCARD_LEAVE_CARD")
 _UNDOING = {
     "SCardEstablishContext": "SCardReleaseContext",
     "SCardConnect": "SCardDisconnect",
@@ -145,7 +144,7 @@ class _Connection:
                         self._undo(client, message, answer)
                         raise
                 elif isinstance(message, wire.Describe):
-                    send(wire.encode(wire.Result(pyscard.catalogue())))
+                    send(wire.encode(wire.Result(library.catalogue())))
                 elif isinstance(message, wire.Inherit):
                     send(wire.encode(wire.Result(self._server.bequeath(client, *message))))
                 else:
@@ -181,7 +180,7 @@ class _Connection:
         reply = wire.decode(answer[wire.HEADER :])
         result = reply.value if isinstance(reply, wire.Result) else None
         undoing = _UNDOING.get(name)
-        if undoing is None or (result[0] if isinstance(result, list) else result) != pyscard.SUCCESS:
+        if undoing is None or (result[0] if isinstance(result, list) else result) != library.SUCCESS:
             return
         handle = result[1] if isinstance(result, list) else arguments[0]
         call = calls.CALLS[undoing]
@@ -198,9 +197,9 @@ class _Connection:
             return None
         make, call = exchange
         result = make(handle.record, arguments[1:])
-        if result is contexts.STALE:
+        if result is calls.STALE:
             return None
-        return result if result[0] == pyscard.SUCCESS else call.failure(result[0])
+        return result if result[0] == library.SUCCESS else call.failure(result[0])
 
     def _called(self, client: _Client, call: calls.Call, name: str, arguments: Any) -> Any:
         if name == "SCardEstablishContext":
@@ -215,7 +214,7 @@ class _Connection:
             known = client.handles.get(handle)
             # Also what would be another's after C code has made it 32 bits long, as handles are on macOS.
             if known is None and any(other in found for other in (handle, handle & _32_BITS) for found in _REGISTRIES):
-                return call.failure(pyscard.constant("SCARD_E_INVALID_HANDLE"), rest)  # another client's
+                return call.failure(library.constant("SCARD_E_INVALID_HANDLE"), rest)  # another client's
             handle = known if known is not None else handle
         if type(handle) is Handle and name == "SCardGetStatusChange":
             return self._waited(function, handle, rest)
@@ -224,7 +223,7 @@ class _Connection:
             result = self._shared(client, call, function, handle, rest)
         else:
             result = function(handle, *rest)
-        if name == "SCardConnect" and result[0] == pyscard.SUCCESS:
+        if name == "SCardConnect" and result[0] == library.SUCCESS:
             client.handles[int(result[1])] = result[1]
         elif name in ("SCardDisconnect", "SCardReleaseContext") and type(handle) is Handle:
             _forget_released(client, handle)
@@ -236,10 +235,10 @@ class _Connection:
         if name == "SCardCancel":  # of this client's waits, not of the others'
             for connection in list(client.connections):
                 connection.cancel_wait(handle.record)
-            return pyscard.SUCCESS
+            return library.SUCCESS
         if name in ("SCardDisconnect", "SCardReleaseContext"):
             if not sharing.drop(client, handle):
-                return pyscard.SUCCESS  # the others go on
+                return library.SUCCESS  # the others go on
             return function(handle, *arguments)
         if handle.record.kind is calls.Kind.CONTEXT:
             return function(handle, *arguments)
@@ -283,8 +282,8 @@ def _established(client: _Client, scope: Any, socket_name: Any) -> Any:
             os.environ[start.SOCKET_NAME] = socket_name
         else:
             os.environ.pop(start.SOCKET_NAME, None)
-        result = native.gateway.establish(scope, keep)
-    if result[0] == pyscard.SUCCESS:
+        result = gateways.native.establish(scope, keep)
+    if result[0] == library.SUCCESS:
         client.handles[int(result[1])] = result[1]
         if client.is_gone:
             client.release()
@@ -315,7 +314,7 @@ class Server:
         self._clients: dict[bytes, _Client] = {}
         self._arriving = threading.Lock()
         descriptors.prepare()
-        connections.prepare()
+        gateways.native.prepare()
         handles.hand_out(Handle, Handle)
 
     def run(self) -> None:

@@ -10,19 +10,18 @@ from __future__ import annotations
 import threading
 from typing import Any, Callable, Optional, Protocol
 
-from .._core import handles, router
-from .._native import pyscard
+from .._core import handles, library, router
 
 __all__ = ["Client", "Handle", "call_on_card", "drop", "share"]
 
 _LOOK_AGAIN = 1.0  # s; whether the client that waits is still there
 _REFUSED = frozenset(("SCardControl", "SCardEndTransaction"))  # PC/SC doesn't wait in these
-_LEAVE, _RESET = pyscard.constant("SCARD_LEAVE_CARD"), pyscard.constant("SCARD_RESET_CARD")
+_LEAVE, _RESET = library.constant("SCARD_LEAVE_CARD"), library.constant("SCARD_RESET_CARD")
 # pcscd's or libpcsclite's loops that wait for the end of a transaction inside the call.
 _WAITING = frozenset(
     ("SCardBeginTransaction", "SCardConnect", "SCardDisconnect", "SCardReconnect", "SCardStatus", "SCardTransmit")
 )
-_EXCLUSIVE = pyscard.constant("SCARD_SHARE_EXCLUSIVE")
+_EXCLUSIVE = library.constant("SCARD_SHARE_EXCLUSIVE")
 
 
 class Client(Protocol):
@@ -129,7 +128,7 @@ def _end_transaction(client: Client, handle: Handle) -> None:
     """End what is open of this client on a shared card; with the handle's lock."""
     if handle.transaction is client:
         while isinstance(handle.record, handles.Card) and handle.record.transactions:
-            if router.public["SCardEndTransaction"](handle, _LEAVE) != pyscard.SUCCESS:
+            if router.public["SCardEndTransaction"](handle, _LEAVE) != library.SUCCESS:
                 break
         _settle(client, handle)
 

@@ -105,7 +105,7 @@ def main(options: argparse.Namespace) -> int:
 
 def _checked(options: argparse.Namespace) -> Path:
     """Where the timeline is to be; what can't be there is refused before the program runs."""
-    from .._trace.timeline import SUFFIXES
+    from .._trace.timeline import SUFFIXES  # most runs draw nothing
 
     if os.name != "posix":
         options.refuse(f"{_TIMELINE} is not to be had on this platform: processes can't be recorded here")

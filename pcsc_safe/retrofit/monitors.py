@@ -70,7 +70,7 @@ def _is_outage(error: Any) -> bool:
     """Whether a monitor is to go on after an exception of pyscard's, for pcscd may be back."""
     if not settings().recover:
         return False
-    from .._core.recovery import GONE
+    from .._core.recovery import GONE  # PC/SC's constants are not known while pyscard is being imported
 
     # By its name: in pyscard 2.0 it has no code.
     return type(error).__name__ == "CardServiceNotFoundException" or getattr(error, "hresult", None) in GONE

@@ -42,7 +42,7 @@ _finder: Any = _Finder()
 
 def _install() -> None:
     try:
-        from .installation import install
+        from .installation import install  # takes longer to import than Python takes to start
 
         install()
     except Exception as error:  # the program goes on as it would without us, and its user is told

@@ -20,7 +20,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Callable, Optional
 
-from .._core import gate, process
+from .._core import connections, descriptors, gate, handles, library, process
 from .._core.calls import CALLS, Call
 from .._core.settings import settings
 from .._core.unpatched import monotonic
@@ -96,22 +96,14 @@ def _replacement(name: str, native: Any) -> _Function:
         return _named(name, _establishing(native, original), original)
     call, kind, since = CALLS[name], CALLS[name].takes, here()
     assert kind is not None
-    find: Any = None
-    route: Any = None
+    find = handles.find
 
     def function(handle: Any, *arguments: Any) -> Any:
-        nonlocal find, route
-        if route is None:
-            from .._core import handles, router
-
-            find, route = handles.find, router.public[name]
         if type(handle) is int and find(kind, handle) is None:
             return _opened_before(call, original, since, handle, *arguments)
-        return route(handle, *arguments)
+        return (_public or _load())[name](handle, *arguments)
 
     def releasing(handle: Any) -> Any:
-        from .._core import handles
-
         record = handles.find(kind, handle)
         result = function(handle)
         if record is not None and record.released:
@@ -121,26 +113,31 @@ def _replacement(name: str, native: Any) -> _Function:
     return _named(name, releasing if name == "SCardReleaseContext" else function, original)
 
 
+_public: dict[str, Any] = {}
+
+
+def _load() -> dict[str, Any]:
+    """The functions of the drop-in, by name.
+
+    From the first context on they are there: a finalizer that runs at interpreter exit imports nothing.
+    """
+    from .._gateways import public  # loads the native library; here the application has asked for it
+
+    _public.update(public)
+    return _public
+
+
 def _opened_before(call: Call, original: Optional[_Function], since: process.Epoch, *arguments: Any) -> Any:
     """For a number that pcsc_safe has not given out."""
-    from .._core.inherited import INVALID_HANDLE
-    from .._native.pyscard import SUCCESS
-
     if original is None or (_in_force and here() is not since):
-        return call.failure(INVALID_HANDLE, arguments[1:])
+        return call.failure((_public or _load())["SCARD_E_INVALID_HANDLE"], arguments[1:])
     result = gate.during(call.name, original, *arguments)
-    return call.failure(result[0]) if call.discloses and result[0] != SUCCESS else result
+    return call.failure(result[0]) if call.discloses and result[0] != library.SUCCESS else result
 
 
 def _establishing(native: Any, original: Optional[_Function]) -> _Function:
-    route: Any = None
-
     def function(scope: Any) -> Any:
-        nonlocal route
-        if route is None:
-            from .._core.router import public
-
-            route = public[_ESTABLISH]
+        route = (_public or _load())[_ESTABLISH]
         under_way = object()
         _given.add(under_way)  # before the look: who puts functions back sees this, or we see that
         try:
@@ -202,8 +199,7 @@ class _StandIn:
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Of all that the broker's pyscard has."""
-        from .._core.router import public
-
+        public = _load()
         self.module = ModuleType(_NATIVE, "pyscard's functions and constants, by a broker; see pcsc_safe.install().")
         vars(self.module).update(public)
         vars(self.module).update({name: _replacement(name, None) for name in _NAMES if name in public})
@@ -246,9 +242,6 @@ def take_over() -> None:
     native = sys.modules.get(_NATIVE)
     if native is None or native is stand_in.module or not process.FORKS:
         return
-    from .._core import descriptors
-    from .._native import connections
-
     descriptors.prepare()
     connections.prepare()
     _note_threads_inside()
@@ -285,7 +278,5 @@ def leave_alone() -> None:
     """Have what was opened before be inherited as it always was."""
     if not _strangers:
         return
-    from .._core import descriptors
-
     while _strangers:
         descriptors.unguard(_strangers.pop())

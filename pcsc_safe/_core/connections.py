@@ -18,9 +18,10 @@ from functools import partial
 from operator import methodcaller
 from typing import Any, Callable, Optional
 
-from .._core import descriptors, process
-from .._core.descriptors import Descriptor
-from .._core.gate import Operation, in_one_step, nowhere
+from . import descriptors, process
+from .descriptors import Descriptor
+from .gate import Operation, in_one_step, nowhere
+from .settings import when_changed
 
 __all__ = [
     "ARE_INHERITED",
@@ -234,3 +235,6 @@ def _files_of(pid: int) -> set[tuple[int, int]]:
     except OSError:
         pass
     return files
+
+
+when_changed(lambda settings: guard_all(settings.guard_native))

@@ -1,0 +1,82 @@
+"""What the installed pyscard has: its public names and their values, and the signatures of its functions.
+
+Whoever reaches a pyscard fills this in, once, before anything else of the core is imported: this process's native
+library, or a broker (see :mod:`pcsc_safe._gateways`).  Nothing here changes at a fork.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Callable, NamedTuple
+
+__all__ = ["SUCCESS", "Signature", "catalogue", "constant", "public", "shaped", "signatures"]
+
+SUCCESS = 0
+"""SCARD_S_SUCCESS; the one code that is the same on every platform."""
+
+
+class Signature(NamedTuple):
+    """How one of pyscard's functions is called."""
+
+    name: str
+    parameters: tuple[str, ...]
+    doc: str
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Signature:
+        """That of a function written in Python, as pyscard's wrappers of its C functions are."""
+        code = function.__code__
+        return cls(function.__name__, code.co_varnames[: code.co_argcount], function.__doc__ or "")
+
+
+_TAKING: dict[int, Callable[[Callable[..., Any]], Any]] = {
+    1: lambda route: lambda a: route(a),
+    2: lambda route: lambda a, b: route(a, b),
+    3: lambda route: lambda a, b, c: route(a, b, c),
+    4: lambda route: lambda a, b, c, d: route(a, b, c, d),
+}
+
+
+def shaped(route: Callable[..., Any], like: Signature) -> Any:
+    """``route`` with the name, parameters and docstring of pyscard's own function.
+
+    So that it takes the same keywords, and Python words a wrong call the same way.
+    """
+    function = _TAKING[len(like.parameters)](route)
+    function.__code__ = function.__code__.replace(co_name=like.name, co_varnames=like.parameters)
+    function.__name__ = function.__qualname__ = like.name
+    function.__module__, function.__doc__ = "pcsc_safe.scard", like.doc
+    return function
+
+
+public: dict[str, Any] = {}
+"""Every public name of ``smartcard.scard``, with its value."""
+
+signatures: dict[str, Signature] = {}
+"""Of those that are functions."""
+
+
+def catalogue() -> dict[str, Any]:
+    """The same as plain values, as a broker tells it to its client; :func:`describe` takes it in."""
+    constants = {name: value for name, value in public.items() if isinstance(value, (int, str))}
+    functions = {name: (list(like.parameters), like.doc) for name, like in signatures.items()}
+    return {"constants": constants, "functions": functions}
+
+
+def describe(told: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> None:
+    """Fill this in with what another process has told of its pyscard.
+
+    :param told: its :func:`catalogue`.
+    :param functions: what reaches its functions, by PC/SC's name.
+    """
+    public["error"] = type("error", (Exception,), {"__module__": "scard"})
+    public.update(told["constants"])
+    for name, (parameters, doc) in told["functions"].items():
+        if name in functions:
+            signatures[name] = Signature(name, tuple(parameters), doc)
+            public[name] = shaped(functions[name], signatures[name])
+
+
+def constant(name: str) -> int:
+    """The value of one of PC/SC's constants on this platform and in this pyscard."""
+    return int(public[name])

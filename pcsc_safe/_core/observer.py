@@ -1,0 +1,39 @@
+"""Who is told what happens to PC/SC in this process: nobody, unless a recorder has put its functions here.
+
+``run --report`` and ``run --timeline`` record; see :mod:`pcsc_safe._trace`.  So a process that is not recorded pays for
+a call of an empty function at each event, and for nothing at each PC/SC call.  Nothing here changes at a fork.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+__all__ = ["born_elsewhere", "connected", "established", "followed", "record", "recorded"]
+
+
+def _nothing(*arguments: Any, **fields: Any) -> None:
+    """Tell nobody."""
+
+
+def _as_it_is(of: Any, function: Any) -> Any:
+    return function
+
+
+record: Callable[..., None] = _nothing
+"""Takes an event: its kind, a word; and its fields by name."""
+
+established: Callable[..., None] = _nothing
+"""Takes the kind of the event, and the record of a context that this process has now."""
+
+connected: Callable[..., None] = _nothing
+"""Takes the kind of the event, and the record of a card that this process has now."""
+
+born_elsewhere: Callable[[int, str, str], None] = _nothing
+"""Takes the PID of a process that was started and records nothing itself, how it was started, and its name."""
+
+recorded: Callable[[Any, Any], Any] = _as_it_is
+"""Takes a row of the table of calls and the function that an application is to call; returns that function, or one
+that also records what it does."""
+
+followed: Callable[[str, Any], Any] = _as_it_is
+"""Takes a PC/SC function's name and what is to follow each call of it; returns that, or what also records the call."""
