@@ -93,7 +93,13 @@ def kill_in_an_exchange(stack: VirtualPcsc) -> None:
 def stop(stack: VirtualPcsc) -> None:
     """An orderly end, as systemd asks for it."""
     os.kill(stack.pid, signal.SIGTERM)
-    until(lambda: Path(f"/proc/{stack.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z", "pcscd has ended")
+    until(lambda: has_ended(stack.pid), "pcscd has ended")
+
+
+def has_ended(pid: int) -> bool:
+    """Whether nothing is left but what its parent has to read: no thread, and so no listening socket."""
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state == "Z" and len(os.listdir(f"/proc/{pid}/task")) == 1
 
 
 ASKED_FOR: dict[str, Callable[[VirtualPcsc], Any]] = {

@@ -239,10 +239,17 @@ class NativeContexts:
 
     def has_spare(self, owned: Owned, context: NativeContext, may_pass: bool) -> bool:
         """Whether there is another native context than this one that no wait has, after establishing it if need be."""
+        return self._spare(owned, context, may_pass) == SUCCESS
+
+    def _spare(self, owned: Owned, context: NativeContext, may_pass: bool) -> int:
+        """See that there is another native context than this one that no wait has.
+
+        :return: SCARD_S_SUCCESS, or why there is none.
+        """
         others = [
             other for other in self.settled() if other is not context and not any(c[3] for c in list(other.calls))
         ]
-        return bool(others) or self.establish(owned, may_pass=may_pass) == SUCCESS
+        return SUCCESS if others else self.establish(owned, may_pass=may_pass)
 
     def _wake(self, waits: Sequence[Any]) -> None:
         """End the native calls of these waits."""
@@ -283,8 +290,11 @@ class NativeContexts:
                     self._used(context)
                     result = made(steps)
                     is_doubtful = function in _ASKING and result[0] in _DOUBTFUL and len(avoided) < _MOST_AVOIDED
-                    if not is_doubtful or not self._avoid(owned, context, may_pass):
+                    if not is_doubtful:
                         return result
+                    refused = self._avoid(owned, context, may_pass)
+                    if refused != SUCCESS:  # pcscd is gone, or takes no more: then that answer is all there is
+                        return CALLS[function].failure(refused, ([],)) if refused == NO_SERVICE else result
                     avoided.append(context)
             given = [context for context in list(self.natives) if context.state == GIVEN]
             if given:
@@ -310,20 +320,21 @@ class NativeContexts:
         """Whether this process has released the PC/SC context, or has others behind it, perhaps of another pcscd."""
         return owned.owner is process.current() and not self.is_behind(owned)
 
-    def _avoid(self, owned: Owned, context: NativeContext, may_pass: bool) -> bool:
+    def _avoid(self, owned: Owned, context: NativeContext, may_pass: bool) -> int:
         """Give a native context up whose conversation with pcscd may be out of step.
 
         pcsc-lite 2.5 reads an event that comes at the wrong moment as the size of its array of readers; the answer is
         then one that these calls can't have, or that there is no such reader.
 
-        :return: whether there is another one to ask.
+        :return: SCARD_S_SUCCESS if there is another one to ask, or why there is none.
         """
-        if not self.has_spare(owned, context, may_pass):
-            return False
+        hresult = self._spare(owned, context, may_pass)
+        if hresult != SUCCESS:
+            return hresult
         # In one step, for another thread may be connecting there; what lives there goes on there, as on raw pyscard.
         if attempt(context, owned, _WAIT, (setattr, context, "state", WOKEN), bare=True, may_pass=may_pass):
             self.tidy()
-        return True
+        return SUCCESS
 
     def _used(self, context: NativeContext) -> None:
         """After a call: release what is of no more use."""
