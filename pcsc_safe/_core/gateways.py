@@ -11,7 +11,7 @@ from typing import Any, Callable, Optional, Protocol
 
 from .calls import Call, Gateway
 
-__all__ = ["BrokerGateway", "Brokers", "NativeGateway", "Transfer", "brokers", "compose", "native"]
+__all__ = ["BrokerGateway", "Brokers", "InheritedConnection", "NativeGateway", "brokers", "compose", "native"]
 
 
 class NativeGateway(Gateway, Protocol):
@@ -40,7 +40,7 @@ class NativeGateway(Gateway, Protocol):
         """Something else is behind the PC/SC context now; threads may not have known it when they used this."""
 
 
-class Transfer(Protocol):
+class InheritedConnection(Protocol):
     """How a child reaches what its parent gives it in a broker.
 
     :ivar number: the descriptor's in the child.
@@ -72,7 +72,7 @@ class BrokerGateway(Gateway, Protocol):
     def inherit(self, key: bytes, handles: list[int], *, keeps: bool) -> Any:
         """Get contexts and cards of another client; returns those that were got."""
 
-    def bequeath(self, given: list[int], shared: list[int]) -> Any:
+    def prepare_child(self, given: list[int], shared: list[int]) -> Any:
         """Prepare a client for the child that is about to be forked, with these contexts and cards."""
 
 

@@ -15,7 +15,6 @@ from . import (
     gate,
     gateways,
     handles,
-    handover,
     inherited,
     library,
     log,
@@ -23,6 +22,7 @@ from . import (
     process,
     reader_states,
     recovery,
+    transfer,
 )
 from .calls import CALLS, STALE, Call, Gateway, Kind, LostError
 from .handles import Card, Context, Record
@@ -100,7 +100,7 @@ def _prepare() -> None:
         from . import proxies  # wrapt takes longer to import than all the rest, and a broker needs none
 
         handles.hand_out(proxies.SafeContext, proxies.SafeCard)
-    for part in (log, descriptors, handover, gateways.native, gateways.brokers):
+    for part in (log, descriptors, transfer, gateways.native, gateways.brokers):
         part.prepare()
     _is_prepared = True
 

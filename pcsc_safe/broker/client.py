@@ -26,7 +26,7 @@ from ..errors import BrokerError
 from . import start, wire
 from .connection import Connection, adopt, pair
 
-__all__ = ["Broker", "Legacy"]
+__all__ = ["Broker", "InheritedConnection"]
 
 _READY_WITHIN = 30.0  # s; from its start
 _MOST_IDLE = 16  # connections that are kept for the next calls
@@ -67,7 +67,7 @@ class Broker:
         self._arriving = threading.RLock()
         self._idle: list[Connection] = []
         self._connections = {presence.descriptor.number: presence} if presence is not None else {}
-        self._accepted: Optional[tuple[int, Legacy]] = None
+        self._accepted: Optional[tuple[int, InheritedConnection]] = None
 
     def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """``call(*arguments)``; nothing native is entered, so no fork need wait for it."""
@@ -327,18 +327,23 @@ class Broker:
 
     # At a fork, and at exit.
 
-    def heir(self, epoch: process.Epoch) -> Optional[Broker]:
+    def for_child(self, epoch: process.Epoch) -> Optional[Broker]:
         """In a child: leave the parent's connections; the child's own way to the same broker, if there is one."""
         for connection in [*self._connections.values()]:
             connection.abandon()
         if self._accepted is not None and self._accepted[0] == epoch.pid:
-            legacy = self._accepted[1]
+            inherited_connection = self._accepted[1]
             if not self.for_family:
                 descriptors.guard(self._door.descriptor)
-            if legacy.descriptor is not None and legacy.descriptor.is_intact():
-                presence = adopt(legacy.number, guarded=True)
+            if inherited_connection.descriptor is not None and inherited_connection.descriptor.is_intact():
+                presence = adopt(inherited_connection.number, guarded=True)
                 return Broker(
-                    self._door, self._helper, epoch, for_family=self.for_family, key=legacy.key, presence=presence
+                    self._door,
+                    self._helper,
+                    epoch,
+                    for_family=self.for_family,
+                    key=inherited_connection.key,
+                    presence=presence,
                 )
         elif self.for_family and not self.lost:
             return Broker(self._door, self._helper, epoch, for_family=True)
@@ -346,7 +351,7 @@ class Broker:
         self._helper = self._helper.heard()
         return None
 
-    def bequeath(self, given: list[int], shared: list[int]) -> Legacy:
+    def prepare_child(self, given: list[int], shared: list[int]) -> InheritedConnection:
         """Have a client made for the child that is about to be forked, and give contexts and cards to it.
 
         :param given: those that this process has no more then.
@@ -369,7 +374,7 @@ class Broker:
             self._drop(connection)
             raise
         assert self._presence is not None
-        return Legacy(self, key, connection, self._presence.descriptor.number, given)
+        return InheritedConnection(self, key, connection, self._presence.descriptor.number, given)
 
     def files_to_preserve(self) -> list[int]:
         """The descriptors without which it is lost."""
@@ -382,7 +387,7 @@ class Broker:
             connection.go_on_at_exit()
 
 
-class Legacy:
+class InheritedConnection:
     """What a client gets that is not born yet.
 
     :ivar key: the client's.

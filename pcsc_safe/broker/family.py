@@ -162,7 +162,7 @@ def _begin(epoch: process.Epoch) -> None:
     global _broker, _starting
     _starting = threading.RLock()
     if _broker is not None:
-        _broker = _broker.heir(epoch)
+        _broker = _broker.for_child(epoch)
 
 
 process.at_fork(at_begin=_begin)

@@ -146,7 +146,7 @@ class _Connection:
                 elif isinstance(message, wire.Describe):
                     send(wire.encode(wire.Result(library.catalogue())))
                 elif isinstance(message, wire.Inherit):
-                    send(wire.encode(wire.Result(self._server.bequeath(client, *message))))
+                    send(wire.encode(wire.Result(self._server.give(client, *message))))
                 else:
                     raise wire.WireError("not a request")
 
@@ -371,7 +371,7 @@ class Server:
                     self._watch(client, connection)
             return client
 
-    def bequeath(self, taker: _Client, key: bytes, handles: tuple[int, ...], keeps: bool) -> list[int]:
+    def give(self, taker: _Client, key: bytes, handles: tuple[int, ...], keeps: bool) -> list[int]:
         """Give contexts and cards of one client to another.
 
         :param key: of the one that has them.

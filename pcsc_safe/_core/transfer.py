@@ -1,0 +1,389 @@
+"""What a fork gives to its child, in three steps: plan, transfer, confirm.
+
+- *Plan*, in the parent before the fork, with every other thread kept out: :func:`_plan_before_fork`.
+- *Confirm*, in the child's hook: the child says over a socket pair that there is one, :func:`_confirm_in_child`; and in
+  the parent after the fork, which gives up what the child has now, or keeps everything, :func:`_settle_in_parent`.  A
+  hook in the parent is not told whether there is a child, and a fork can fail.
+- *Transfer*: the child takes possession when it begins its epoch, :func:`_take_possession`.
+
+A session that is handed over is the child's from the fork on.  A session that is shared belongs to both.
+
+Invariant: of a session that is handed over one process is the owner, at every moment; if anything goes wrong before the
+fork, that is the parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from typing import Any, Optional, Protocol
+
+from ..errors import PcscSafeError
+from ..policy import Owner, Policy, native_works_after_fork
+from . import descriptors, gate, gateways, handles, log, observer, process, settings
+from .calls import LostError
+from .handles import Context
+from .unpatched import monotonic, sleep
+
+__all__ = ["AGAIN", "Block", "are_intact", "blocks", "obstacle", "prepare", "prepare_parent"]
+
+
+class Block(Protocol):
+    """A ``with handover():`` block that a thread is in.
+
+    :ivar failure: why the fork in it gave nothing, and what to do.
+    """
+
+    failure: Optional[tuple[str, str]]
+
+    def contexts(self) -> list[Context]:
+        """Those to hand over that this process owns."""
+
+    def happened(self) -> None:
+        """Note that there was a fork, and it handed over."""
+
+
+blocks: dict[int, tuple[Any, ...]] = {}
+"""The blocks that each thread is in; the innermost is the last."""
+
+
+def obstacle(context: Context) -> Optional[tuple[str, str]]:
+    """Why a context can't be handed over, and what to do; None if it can be."""
+    if context.gateway is not gateways.native:
+        return None
+    if not native_works_after_fork():
+        return "a forked process can't use PC/SC on this platform", "set broker='always' before it is established"
+    # Another thread may be releasing one that is surplus.
+    if not any(are_intact(context) or sleep(_PAUSE) for _ in range(_LOOKS)):
+        return f"the connection of the context of {context.established_at} isn't known", "establish it anew"
+    return None
+
+
+def are_intact(context: Context) -> bool:
+    """Whether all its connections are known, and there."""
+    descriptors = context.gateway.descriptors(context.real)
+    return bool(descriptors) and all(one is not None and one.is_intact() for one in descriptors)
+
+
+class Plan:
+    """What a fork gives to its child.
+
+    What it takes is noted here first, so that it can be given back wherever a signal handler raises.
+
+    :ivar blocks: that it is made for, if any.
+    :ivar native: contexts that are handed over with their connections.
+    :ivar given: those of them that nobody in the parent can use, until it is known whether there is a child.
+    :ivar in_broker: contexts that are handed over in a broker.
+    :ivar shared: contexts that are shared.
+    :ivar inherited_connection: how the child reaches the latter two; None if there is none of them.
+    :ivar start_signal: a socket pair, over whose second end the child says that it has started; empty at first.
+    :ivar is_complete: the child that is forked now gets all this.
+    :ivar has_child: there is that child; None until the parent knows.
+    :ivar raised: by signal handlers meanwhile; it has to wait until all is settled.
+    """
+
+    def __init__(self, blocks: tuple[Block, ...]) -> None:
+        self.blocks = blocks
+        self.native: list[Context] = []
+        self.given: list[Context] = []
+        self.in_broker: list[Context] = []
+        self.shared: list[Context] = []
+        self.inherited_connection: Optional[gateways.InheritedConnection] = None
+        self.start_signal: tuple[Any, ...] = ()
+        self.is_complete = False
+        self.has_child: Optional[bool] = None
+        self.raised: list[BaseException] = []
+
+    def handed_over(self) -> list[Context]:
+        """All contexts that are handed over."""
+        return [*self.native, *self.in_broker]
+
+
+_GIVEN_WITHIN = 1.0  # s; for what another thread's fork has given to be its child's, or this process's again
+_PAUSE = 0.001  # s
+_LOOKS = 20
+_plans: dict[int, Plan] = {}
+_received: Optional[tuple[int, Plan]] = None  # in a child that has not begun yet: its PID, and what it gets
+_is_prepared = False
+_socket: Any = None
+
+
+def prepare() -> None:
+    """Import what a fork takes, so that nothing need be imported in a child."""
+    global _socket
+    import socket
+
+    _socket = socket
+
+
+def prepare_parent() -> None:
+    """Register what only a process that hands over needs: after a fork, a Python function in the parent."""
+    global _is_prepared
+    prepare()
+    if not _is_prepared:
+        _is_prepared = True
+        for _ in range(2):  # what a signal handler raises when one begins keeps that one from running
+            process.after_fork_in_parent(_settle_in_parent)
+
+
+def _plan_before_fork() -> None:
+    ident = threading.get_ident()
+    of_thread = blocks.get(ident, ())
+    if not of_thread and not settings.gives_at_forks():
+        return
+    if _received is not None:
+        process.current()  # a child that has done nothing with what it got but to fork again
+    if not process.sentinel[0]:
+        return
+    plan = Plan(of_thread)
+    try:
+        prepare_parent()
+        _plans[ident] = plan
+        why_not = _complete(plan, ident)
+        if why_not:
+            _failed(plan, why_not)
+    except LostError as lost:
+        handles.disown(lost.gateway)
+        _failed(plan, "the broker has died, and the sessions with it", "establish them anew")
+    except BaseException as error:
+        ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
+        if not plan.is_complete:
+            _failed(plan, str(error) if ours else "a signal handler raised")
+        if not ours:  # the fork goes on
+            plan.raised.append(error)
+            _plans[ident] = plan
+
+
+AGAIN = "the parent is still the owner: fork again"
+
+
+def _failed(plan: Plan, why: str, remedy: str = AGAIN) -> None:
+    descriptors.kept.pop(threading.get_ident(), None)
+    for block in plan.blocks:
+        block.failure = (why, remedy)
+    log.warning("process %d gives nothing to the child that it forks: %s", os.getpid(), why)
+
+
+def _contexts_to_give(of_thread: tuple[Block, ...], owner: Owner) -> list[Context]:
+    if of_thread:
+        return list(dict.fromkeys(context for block in of_thread for context in block.contexts()))
+    if owner is not Owner.CHILD:
+        return []
+    own = [context for context in list(handles.contexts.values()) if context.owner is process.here]
+    return [context for context in own if not context.released and obstacle(context) is None]
+
+
+def _complete(plan: Plan, ident: int) -> Optional[str]:
+    """Choose what the child gets, and reserve it.
+
+    :return: None, or why the child gets nothing although it should.
+    """
+    _choose(plan)
+    if not plan.handed_over() and not plan.shared:
+        return None
+    why_not = _cannot_begin(plan) or _reserve(plan)
+    if why_not:
+        return why_not
+    descriptors.kept[ident] = {
+        *(descriptor.number for descriptor in _connections(plan.native) if descriptor is not None),
+        *(plan.inherited_connection.descriptors() if plan.inherited_connection is not None else ()),
+    }
+    _plans[ident] = plan
+    plan.is_complete = True
+    return None
+
+
+def _choose(plan: Plan) -> None:
+    in_force = settings.settings()
+    given = _contexts_to_give(plan.blocks, in_force.owner)
+    broker = gateways.brokers.usable()
+    plan.native = [context for context in given if context.gateway is gateways.native]
+    plan.in_broker = [context for context in given if context.gateway is broker]
+    own = [context for context in list(handles.contexts.values()) if context.owner is process.here]
+    plan.shared = [
+        context
+        for context in own
+        if not context.released
+        and context not in given
+        and context.gateway is broker
+        and context.settings(in_force).policy is Policy.SHARE
+    ]
+
+
+def _cannot_begin(plan: Plan) -> Optional[str]:
+    """Why nothing can be handed over now; None if it can."""
+    for context in plan.handed_over():  # one that is younger than the block
+        why_not = obstacle(context)
+        if why_not:
+            return why_not[0]
+    if plan.handed_over() and not gate.stays_quiet():
+        return "a call of another thread is inside PC/SC"
+    return None
+
+
+def _reserve(plan: Plan) -> Optional[str]:
+    """Keep this process's threads out of what is handed over, and have the broker prepare for the child."""
+    here = process.here
+    for context in plan.native:
+        if not _keep_threads_out(context):
+            return "another thread hands a context over"
+        plan.given.append(context)
+    broker = gateways.brokers.usable()
+    if broker is not None and (plan.in_broker or plan.shared):
+        plan.inherited_connection = broker.prepare_child(_numbers(plan.in_broker), _numbers(plan.shared))
+    plan.start_signal = _socket.socketpair()
+    if not process.sentinel[0] or any(context.owner is not here for context in plan.handed_over()):
+        return "a signal handler has forked"
+    return None
+
+
+def _keep_threads_out(context: Context) -> bool:
+    """Keep the threads of this process out of a context; False if another one's fork has done so."""
+    deadline = monotonic() + _GIVEN_WITHIN
+    while not context.real.give():
+        if monotonic() > deadline:
+            return False
+        sleep(_PAUSE)
+    return context.owner is process.here
+
+
+def _connections(contexts: list[Context]) -> list[Optional[descriptors.Descriptor]]:
+    """Those to pcscd of contexts that this process reaches natively."""
+    return [descriptor for context in contexts for descriptor in context.gateway.descriptors(context.real)]
+
+
+def _numbers(contexts: list[Context]) -> list[int]:
+    """The real handles of contexts and their cards."""
+    records: list[handles.Record] = []
+    for context in contexts:
+        records += [context, *list(context.cards.values())]
+    return [record.real for record in records]
+
+
+def _settle_in_parent() -> None:
+    plan = _plans.get(threading.get_ident())
+    if plan is None:
+        return
+    while True:
+        try:
+            _settle_once(plan)
+            _plans.pop(threading.get_ident(), None)
+            break
+        except BaseException as error:  # a signal handler's
+            plan.raised.append(error)
+    for raised in plan.raised[-1:]:
+        gate.raise_later(threading.get_ident(), raised)
+
+
+def _settle_once(plan: Plan) -> None:
+    """In the parent: give up what the child has now; or keep it, if there is no child.
+
+    Again from the beginning, if a signal handler has raised in the middle.
+    """
+    descriptors.kept.pop(threading.get_ident(), None)
+    if plan.has_child is None:
+        plan.has_child = _child_has_started(plan)
+    start_signal, plan.start_signal = plan.start_signal, ()
+    for end in start_signal:
+        end.close()
+    if plan.has_child and plan.handed_over():
+        gone = process.Epoch(process.here, process.HANDED_OVER)
+        for context in plan.handed_over():
+            _make_owner(context, gone)
+        descriptors.kill(_connections(plan.native))
+        for block in plan.blocks:
+            block.happened()
+        observer.record("handover", contexts=len(plan.handed_over()))
+    for context in plan.given:
+        if not plan.has_child:
+            context.real.take_back()
+    if plan.has_child and plan.shared:
+        observer.record("share", contexts=len(plan.shared))
+    if plan.inherited_connection is not None:
+        plan.inherited_connection.settle(plan.has_child)
+
+
+def _child_has_started(plan: Plan) -> bool:
+    """Whether there is a child: it has said so, or has its end of the socket pair still."""
+    if not plan.is_complete:
+        return False
+    ours, *theirs = plan.start_signal
+    plan.start_signal = (ours,)
+    for end in theirs:
+        end.close()
+    # Not select.poll or os.read, which set errno to 0: until Python 3.10 it is read after this, where fork() failed.
+    try:
+        return bool(ours.recv(1, _socket.MSG_DONTWAIT | _socket.MSG_PEEK))
+    except BlockingIOError:
+        return True
+
+
+def _make_owner(context: Context, owner: process.Epoch) -> None:
+    """Make a context somebody else's, and its cards: those that have the same owner, for others are an ancestor's."""
+    before = context.owner
+    for card in list(context.cards.values()):
+        if card.owner is before:
+            card.owner = owner
+    context.owner = owner
+
+
+def _confirm_in_child() -> None:
+    """In the child's hook: say that there is a child, and take over the connection to the broker."""
+    global _received
+    plan, plans = _plans.get(threading.get_ident()), list(_plans.values())
+    _plans.clear()
+    _received = None
+    if plan is not None and plan.is_complete:
+        with contextlib.suppress(OSError):
+            plan.start_signal[1].send(b"\1")
+    for each in plans:
+        for end in each.start_signal:
+            end.close()
+    if plan is None or not plan.is_complete:
+        return
+    if plan.inherited_connection is not None:
+        plan.inherited_connection.arrive()
+        with contextlib.suppress(OSError):  # from a child of this one, if it is forked before this one begins
+            descriptors.guard(descriptors.of(plan.inherited_connection.number))
+    if plan.handed_over():
+        for block in plan.blocks:
+            block.happened()
+    _received = (os.getpid(), plan)
+    for how, given in (("handover", plan.handed_over()), ("share", plan.shared)):
+        for context in given:
+            observer.record("got", context=context.key, how=how)
+
+
+def _take_possession(epoch: process.Epoch) -> None:
+    """In the child, when its epoch begins: be the owner."""
+    global _received
+    received, _received = _received, None
+    _plans.clear()
+    ident = threading.get_ident()
+    for other in [thread for thread in blocks if thread != ident]:
+        del blocks[other]
+    if received is None or received[0] != epoch.pid:
+        return
+    plan = received[1]
+    broker = gateways.brokers.usable()
+    for context in [*plan.handed_over(), *plan.shared]:
+        if context in plan.native:
+            # A wait for events that began at the last moment is on this connection as well, and reads from it.
+            is_there = epoch.unquiet is None and are_intact(context)
+            if is_there:
+                context.real.take_over(epoch)
+        else:
+            is_there = broker is not None
+            context.gateway = broker or context.gateway
+        # What the application has closed since the fork is lost: the number may be something else's by now.
+        _make_owner(context, epoch if is_there else process.Epoch(epoch, process.LOST))
+        if not is_there:
+            observer.record("lost", context=context.key)
+        for card in list(context.cards.values()):
+            if context in plan.shared:
+                card.transactions = 0  # what is open is its parent's
+
+
+process.before_fork(_plan_before_fork)
+process.at_fork(in_child=_confirm_in_child, at_begin=_take_possession)
