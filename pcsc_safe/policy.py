@@ -8,17 +8,19 @@ import enum
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, TypeVar
 
 from .errors import SettingsError
 
 __all__ = [
     "PLATFORM",
+    "SETTINGS",
     "Broker",
     "Cards",
     "Owner",
     "Policy",
     "Role",
+    "Setting",
     "Settings",
     "Verdict",
     "Way",
@@ -26,6 +28,9 @@ __all__ = [
     "decide",
     "from_environment",
     "native_works_after_fork",
+    "option",
+    "parse",
+    "variable",
 ]
 
 
@@ -61,17 +66,52 @@ class Owner(str, enum.Enum):
     CHILD = "child"
 
 
+class Setting(NamedTuple):
+    """What is to be known about a setting, in its one place.
+
+    :ivar default: what it is where nobody says anything.
+    :ivar summary: what it is for, in a line.
+    :ivar of_context: a context can have one of its own.
+    """
+
+    default: Any
+    summary: str
+    of_context: bool
+
+    def parse(self, value: Any) -> Any:
+        """The setting that a user means by a value, or by its text; what it may be follows from the default.
+
+        :raises ValueError: none; says what to use.
+        """
+        kind = type(self.default)
+        return _member_of(kind)(value) if issubclass(kind, enum.Enum) else _PARSERS[kind](value)
+
+    def choices(self) -> list[str]:
+        """The words that it can be, if they are few."""
+        kind = type(self.default)
+        return [member.value for member in kind] if issubclass(kind, enum.Enum) else []
+
+
+_rows: list[Setting] = []
+_Value = TypeVar("_Value")
+
+
+def _setting(default: _Value, summary: str, *, of_context: bool = False) -> _Value:
+    _rows.append(Setting(default, summary, of_context))
+    return default
+
+
 class Settings(NamedTuple):
     """How this process treats what it inherits; see :func:`pcsc_safe.configure`."""
 
-    policy: Policy = Policy.AUTO
-    cards: Cards = Cards.RESET
-    quiesce_timeout: float = 1.0
-    broker: Broker = Broker.ON_FORK
-    broker_python: str = ""
-    owner: Owner = Owner.PARENT
-    guard_native: bool = False
-    recover: bool = False
+    policy: Policy = _setting(Policy.AUTO, "what the first use of an inherited context gives", of_context=True)
+    cards: Cards = _setting(Cards.RESET, "what an inherited card handle does meanwhile", of_context=True)
+    quiesce_timeout: float = _setting(1.0, "seconds that a fork waits for the calls of other threads")
+    broker: Broker = _setting(Broker.ON_FORK, "when PC/SC is done by a helper process")
+    broker_python: str = _setting("", "the interpreter that runs brokers")
+    owner: Owner = _setting(Owner.PARENT, "who has the sessions after a fork")
+    guard_native: bool = _setting(False, "keep children out of the sessions of PKCS#11 modules and other native code")
+    recover: bool = _setting(False, "whether contexts are re-established when pcscd was restarted", of_context=True)
 
     def changed(self, **values: Any) -> "Settings":
         """These settings with some replaced.
@@ -134,16 +174,21 @@ def _switch(value: Any) -> bool:
 
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _LONGEST_TIMEOUT = 86400
-_CONVERT: dict[str, Callable[[Any], Any]] = {
-    "policy": _member_of(Policy),
-    "cards": _member_of(Cards),
-    "quiesce_timeout": _seconds,
-    "broker": _member_of(Broker),
-    "broker_python": _path,
-    "owner": _member_of(Owner),
-    "guard_native": _switch,
-    "recover": _switch,
-}
+_PARSERS: dict[type, Callable[[Any], Any]] = {bool: _switch, float: _seconds, str: _path}
+
+SETTINGS: dict[str, Setting] = dict(zip(Settings._fields, _rows))
+"""Every setting by its name, which is also its keyword in :func:`pcsc_safe.configure`, its option of ``run`` and, with
+``PCSC_SAFE_`` before it, its environment variable."""
+
+
+def variable(setting: str) -> str:
+    """The environment variable of a setting."""
+    return f"PCSC_SAFE_{setting.upper()}"
+
+
+def option(setting: str) -> str:
+    """The option of ``python -m pcsc_safe run`` for a setting."""
+    return f"--{setting.replace('_', '-')}"
 
 
 def parse(setting: str, value: Any, called: str = "") -> Any:
@@ -155,7 +200,7 @@ def parse(setting: str, value: Any, called: str = "") -> Any:
     :raises SettingsError: the setting cannot have this value.
     """
     try:
-        return _CONVERT[setting](value)
+        return SETTINGS[setting].parse(value)
     except ValueError as error:
         raise SettingsError(f"{called or setting} cannot be {value!r}", remedy=str(error)) from None
 
@@ -167,9 +212,9 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     """
     given = {}
     for setting in Settings._fields:
-        variable = f"PCSC_SAFE_{setting.upper()}"
-        if environment.get(variable):
-            given[setting] = parse(setting, environment[variable], variable)
+        name = variable(setting)
+        if environment.get(name):
+            given[setting] = parse(setting, environment[name], name)
     return Settings(**given).checked()
 
 

@@ -1,73 +1,78 @@
 """``pcsc_safe.configure()``: the one way to change settings.
 
-At a fork nothing changes: settings are inherited, and a child may change its own.
+What settings there are says :class:`pcsc_safe.policy.Settings`: a new one is a row there.  At a fork nothing changes:
+settings are inherited, and a child may change its own.
 """
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ..errors import SettingsError
-from ..policy import Broker, Cards, Owner, Policy, Settings
-from . import settings  # connections: for guard_native, which counts without any PC/SC call
+from ..policy import SETTINGS, Broker, Cards, Owner, Policy, Settings
+from . import connections, handles, settings
+from .calls import Kind
 
 __all__ = ["configure"]
 
+connections.listen()  # for guard_native, which counts without any call of PC/SC
 
-def configure(
-    *,
-    policy: Union[Policy, str, None] = None,
-    cards: Union[Cards, str, None] = None,
-    quiesce_timeout: Union[float, str, None] = None,
-    broker: Union[Broker, str, None] = None,
-    broker_python: Optional[str] = None,
-    owner: Union[Owner, str, None] = None,
-    guard_native: Union[bool, str, None] = None,
-    recover: Union[bool, str, None] = None,
-    context: Any = None,
-) -> Settings:
-    """Say what a process gets that uses a context or card which it inherited over a fork.
+if TYPE_CHECKING:
+    # What type checkers know; the function below takes whatever Settings has.
+    def configure(
+        *,
+        policy: Union[Policy, str, None] = None,
+        cards: Union[Cards, str, None] = None,
+        quiesce_timeout: Union[float, str, None] = None,
+        broker: Union[Broker, str, None] = None,
+        broker_python: Optional[str] = None,
+        owner: Union[Owner, str, None] = None,
+        guard_native: Union[bool, str, None] = None,
+        recover: Union[bool, str, None] = None,
+        context: Any = None,
+    ) -> Settings: ...
 
-    It can be called at any time, in the parent or in the child, and counts from the next call on.  What is not given
-    stays as it was.
+else:
 
-    :param policy: ``auto`` (the default), ``reestablish``, ``broker``, ``share``, ``raise`` or ``invalid``.
-    :param cards: what an inherited card handle does meanwhile: ``reset`` (the default) or ``reconnect``.
-    :param quiesce_timeout: seconds that a fork waits, at most, for the calls that other threads have in flight.
-    :param broker: when PC/SC is done by a helper process: ``on-fork`` (the default), where a forked process can't do it
-        itself, or ``always``.  The latter counts for the contexts that are established from then on; to keep the native
-        library out of the process it has to be set before :mod:`pcsc_safe.scard` is imported.
-    :param broker_python: the Python interpreter that runs brokers; ``""``, the default: the one that runs this program.
-    :param owner: who has the sessions after a fork: the ``parent`` (the default), or the ``child``, as in
+    def configure(*, context=None, **given):
+        """Say what a process gets that uses a context or card which it inherited over a fork.
+
+        It can be called at any time, in the parent or in the child, and counts from the next call on.  What is not
+        given stays as it was.
+
+        :param policy: ``auto`` (the default), ``reestablish``, ``broker``, ``share``, ``raise`` or ``invalid``.
+        :param cards: what an inherited card handle does meanwhile: ``reset`` (the default) or ``reconnect``.
+        :param quiesce_timeout: seconds that a fork waits, at most, for the calls that other threads have in flight.
+        :param broker: when PC/SC is done by a helper process: ``on-fork`` (the default), where a forked process can't
+            do it itself, or ``always``.  The latter counts for the contexts that are established from then on; to keep
+            the native library out of the process it has to be set before :mod:`pcsc_safe.scard` is imported.
+        :param broker_python: the Python interpreter that runs brokers; ``""``, the default: the one that runs this
+            program.
+        :param owner: who has the sessions after a fork: the ``parent`` (the default), or the ``child``, as in
         :func:`pcsc_safe.handover`.
-    :param guard_native: whether the children that are forked from now on are to have none of this process's connections
-        to pcscd, those included that a PKCS#11 module or other native code has opened, so that what becomes of a child
-        doesn't reach the sessions of such code; not, by default.
-    :param recover: whether contexts are re-established when pcscd was restarted, or has ended and is started by the
-        next use.  Their cards are treated as if they were inherited; see ``cards``.
-    :param context: a context, for settings that are to count for it and its cards alone.
-    :return: the settings that are in force now, for that context if one was given.
-    :raises SettingsError: a value is not one of these, or ``context`` is no context of this process, or the setting is
-        one that a context can't have for itself.
-    """
-    of_process = {
-        "quiesce_timeout": quiesce_timeout,
-        "broker": broker,
-        "broker_python": broker_python,
-        "owner": owner,
-        "guard_native": guard_native,
-    }
-    wanted = {"policy": policy, "cards": cards, "recover": recover, **of_process}
-    given = {name: value for name, value in wanted.items() if value is not None}
-    changed = settings.settings().changed(**given)
-    if context is None:
-        return settings.put_in_force(changed)
-    for name in of_process:
-        if name in given:
-            raise SettingsError(f"{name} cannot be set for one context", remedy="configure the process")
-    from . import handles  # not needed to configure the process
-    from .calls import Kind
+        :param guard_native: whether the children that are forked from now on are to have none of this process's
+            connections to pcscd, those included that a PKCS#11 module or other native code has opened, so that what
+            becomes of a child doesn't reach the sessions of such code; not, by default.
+        :param recover: whether contexts are re-established when pcscd was restarted, or has ended and is started by the
+            next use.  Their cards are treated as if they were inherited; see ``cards``.
+        :param context: a context, for settings that are to count for it and its cards alone.
+        :return: the settings that are in force now, for that context if one was given.
+        :raises SettingsError: a value is not one of these, or ``context`` is no context of this process, or the setting
+            is one that a context can't have for itself.
+        """
+        unknown = given.keys() - SETTINGS.keys()
+        if unknown:
+            raise TypeError(f"configure() got an unexpected keyword argument {min(unknown)!r}")
+        given = {name: value for name, value in given.items() if value is not None}
+        changed = settings.settings().changed(**given)
+        return settings.put_in_force(changed) if context is None else _configure_context(context, changed, given)
 
+
+def _configure_context(context: Any, changed: Settings, given: Iterable[str]) -> Settings:
+    for name in given:
+        if not SETTINGS[name].of_context:
+            raise SettingsError(f"{name} cannot be set for one context", remedy="configure the process")
     record = handles.find(Kind.CONTEXT, context)
     if not isinstance(record, handles.Context) or record.released:
         raise SettingsError(

@@ -102,10 +102,10 @@ class Brokers(Protocol):
 
 
 class _NotYet:
-    """In the place of gateways, until they are composed."""
+    """In the place of gateways, until :mod:`pcsc_safe._gateways` is imported."""
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError("pcsc_safe._gateways has not been imported: there is no way to PC/SC")
+        raise RuntimeError(name)
 
 
 _not_yet: Any = _NotYet()

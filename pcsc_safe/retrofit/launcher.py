@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import policy
 from .._core import python_path
 from ..errors import SettingsError
-from ..policy import Settings, from_environment, parse
 
 __all__ = ["EPILOG", "add_arguments", "main", "split"]
 
@@ -26,18 +26,8 @@ EPILOG = """The program runs as by python itself; options of Python's own go bef
 Python processes that it starts are retrofitted as well, if they have pcsc_safe and are not started with -E, -I or -S,
 nor with an environment that lacks PYTHONPATH."""
 _USAGE = "python -m pcsc_safe run [options] script.py | -m module | -c code | -  [argument ...]"
-_SETTINGS = {f"--{setting.replace('_', '-')}": setting for setting in Settings._fields}
-_SWITCHES = {option for option, setting in _SETTINGS.items() if isinstance(getattr(Settings(), setting), bool)}
-_HELP = {
-    "policy": "what the first use of an inherited context gives",
-    "cards": "what an inherited card handle does meanwhile",
-    "quiesce_timeout": "seconds that a fork waits for the calls of other threads",
-    "broker": "when PC/SC is done by a helper process",
-    "broker_python": "the interpreter that runs brokers",
-    "owner": "who has the sessions after a fork",
-    "guard_native": "keep children out of the sessions of PKCS#11 modules and other native code",
-    "recover": "whether contexts are re-established when pcscd was restarted",
-}
+_SETTINGS = {policy.option(name): name for name in policy.SETTINGS}
+_SWITCHES = {option for option, name in _SETTINGS.items() if isinstance(policy.SETTINGS[name].default, bool)}
 _TIMELINE = "--timeline"
 _MEANING_PROGRAM = ("-m", "-c")
 
@@ -61,9 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; the program is told apart by :func:`split`."""
     parser.usage = _USAGE
     for option, setting in _SETTINGS.items():
-        kind = type(getattr(Settings(), setting))
-        choices = ", ".join(member.value for member in kind) if hasattr(kind, "__members__") else ""
-        told = ": ".join(filter(None, [_HELP[setting], choices]))
+        row = policy.SETTINGS[setting]
+        told = ": ".join(filter(None, [row.summary, ", ".join(row.choices())]))
         if option in _SWITCHES:
             parser.add_argument(option, nargs="?", const="1", metavar="=0", help=told)
         else:
@@ -128,9 +117,9 @@ def _environment(mine: Mapping[str, str], options: argparse.Namespace) -> dict[s
     for option, setting in _SETTINGS.items():
         value = getattr(options, setting)
         if value is not None:
-            parse(setting, value, option)
-            environment[f"PCSC_SAFE_{setting.upper()}"] = value
-    from_environment(environment)
+            policy.parse(setting, value, option)
+            environment[policy.variable(setting)] = value
+    policy.from_environment(environment)
     last = [] if _is_found(python_path.PACKAGE) else [os.path.dirname(python_path.PACKAGE)]
     environment["PYTHONPATH"] = python_path.put_on(mine.get("PYTHONPATH", ""), last)
     return environment
