@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import pcsc_safe
+from pcsc_safe import policy
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 pytest.importorskip("markdown_it", reason="markdown-it-py is not installed: pip install 'pcsc-safe[test]'")
@@ -167,7 +168,7 @@ SILENT_MODULES = (
 NOT_MESSAGES = re.compile(
     r"<\w+ .*>|FRIENDLYNAME .*|LIBPATH .*|Virtual PCD .*|[0-9A-F… ]+|A card holder|of unknown version|cannot create /|"
     r"failed to map segment|the broker's door|pcsc_safe virtual card on port .*|\w+\(key=.*|pyscard's functions and .*|"
-    r"import sys; .*|mount --bind .*|(usage|The program runs|python -m pcsc_safe).*",
+    r"import sys; .*|configure\(\) got an .*|mount --bind .*|(usage|The program runs|python -m pcsc_safe).*",
     re.DOTALL,
 )
 
@@ -198,6 +199,8 @@ def _pieces(node: ast.AST, inner: set[int]) -> list[str]:
 
 
 def _is_help(name: str, node: ast.AST) -> bool:
+    if isinstance(node, ast.Constant) and node.value in {row.summary for row in policy.SETTINGS.values()}:
+        return True
     return name == "testing/plugin.py" or (name == "retrofit/launcher.py" and getattr(node, "lineno", 0) < HELP_ENDS)
 
 

@@ -139,7 +139,9 @@ def test_threads_go_on(stack: VirtualPcsc, through: str) -> None:
 # 2. Signals.
 
 
-unsettled = pytest.mark.xfail(strict=False, reason="Broker.prepare_child, interrupted, ends the session that it was to move")
+unsettled = pytest.mark.xfail(
+    strict=False, reason="Broker.prepare_child, interrupted, ends the session that it was to move"
+)
 
 
 @before_3_10
