@@ -206,17 +206,17 @@ def raise_alarm(*_: object) -> None:
 
 def held() -> dict[str, Any]:
     """What is held in this process now: nothing, when no call goes on."""
-    from pcsc_safe._core import gate
+    from pcsc_safe._core import in_flight
     from pcsc_safe._native import contexts
 
-    free = [place.acquire(False) for place in gate.places]
-    for place in gate.places:
+    free = [place.acquire(False) for place in in_flight.places]
+    for place in in_flight.places:
         place.release()
     return {
-        "in flight": len(gate.in_flight()),
+        "in flight": len(in_flight.calls()),
         "locked": free.count(False),
         "doomed": len(contexts._doomed),
-        "natives": sum(isinstance(place, contexts.NativeContext) for place in gate.places),
+        "natives": sum(isinstance(place, contexts.NativeContext) for place in in_flight.places),
     }
 
 

@@ -18,8 +18,20 @@ __all__ = ["configure"]
 
 connections.listen()  # for guard_native, which counts without any call of PC/SC
 
-if TYPE_CHECKING:
-    # What type checkers know; the function below takes whatever Settings has.
+if not TYPE_CHECKING:
+
+    def configure(*, context=None, **given):
+        unknown = given.keys() - SETTINGS.keys()
+        if unknown:
+            raise TypeError(f"configure() got an unexpected keyword argument {min(unknown)!r}")
+        given = {name: value for name, value in given.items() if value is not None}
+        changed = settings.settings().changed(**given)
+        return settings.put_in_force(changed) if context is None else _configure_context(context, changed, given)
+
+    _rows = [f"{name}: {row.summary}" for name, row in SETTINGS.items()]
+    configure.__doc__ = "\n    ".join(["Change settings of this process, or of one context.\n", *_rows])
+else:  # what type checkers and the documentation know
+
     def configure(
         *,
         policy: Union[Policy, str, None] = None,
@@ -31,11 +43,7 @@ if TYPE_CHECKING:
         guard_native: Union[bool, str, None] = None,
         recover: Union[bool, str, None] = None,
         context: Any = None,
-    ) -> Settings: ...
-
-else:
-
-    def configure(*, context=None, **given):
+    ) -> Settings:
         """Say what a process gets that uses a context or card which it inherited over a fork.
 
         It can be called at any time, in the parent or in the child, and counts from the next call on.  What is not
@@ -61,12 +69,7 @@ else:
         :raises SettingsError: a value is not one of these, or ``context`` is no context of this process, or the setting
             is one that a context can't have for itself.
         """
-        unknown = given.keys() - SETTINGS.keys()
-        if unknown:
-            raise TypeError(f"configure() got an unexpected keyword argument {min(unknown)!r}")
-        given = {name: value for name, value in given.items() if value is not None}
-        changed = settings.settings().changed(**given)
-        return settings.put_in_force(changed) if context is None else _configure_context(context, changed, given)
+        raise NotImplementedError
 
 
 def _configure_context(context: Any, changed: Settings, given: Iterable[str]) -> Settings:

@@ -20,7 +20,7 @@ from typing import Any, Callable, Optional
 
 from . import descriptors, process
 from .descriptors import Descriptor
-from .gate import Operation, in_one_step, nowhere
+from .one_step import Operation, in_one_step, nowhere
 from .settings import when_changed
 
 __all__ = [

@@ -19,7 +19,7 @@ from typing import Any, Callable, Optional, Union
 
 from ..errors import PcscSafeError
 from ..policy import Settings
-from . import descriptors, gate, observer, process
+from . import descriptors, in_flight, observer, process
 from .calls import Gateway, Kind
 from .unpatched import RLock
 
@@ -214,7 +214,7 @@ def hand_out(context: _Proxy, card: _Proxy) -> None:
     """
     global _context_proxy, _card_proxy
     _context_proxy, _card_proxy = context, card
-    atexit.register(gate.stop_locking)
+    atexit.register(in_flight.stop_locking)
 
 
 def register(record: Record) -> Any:

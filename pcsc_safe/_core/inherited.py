@@ -13,7 +13,7 @@ from typing import Any, Optional
 from .. import policy
 from ..errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, join_pyscard
 from ..policy import Cards, Policy, Role, Settings, Verdict, Way, choose_way, decide, native_works_after_fork
-from . import gate, gateways, handles, log, observer, process
+from . import gateways, handles, in_flight, log, observer, one_step, process
 from .calls import CALLS, STALE, Call, Gateway, Keep
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
@@ -112,7 +112,7 @@ def _forget(call: Call, record: Record) -> Optional[int]:
             record.bury()
         return SUCCESS
 
-    return gate.exclusively(record.lock, forget)
+    return one_step.exclusively(record.lock, forget)
 
 
 def _release_dead(context: Context) -> bool:
@@ -153,7 +153,7 @@ def _own(call: Call, record: Record) -> int:
     """
     context = record.context
     try:
-        hresult = gate.exclusively(context.lock, lambda: _own_context(call, context))
+        hresult = one_step.exclusively(context.lock, lambda: _own_context(call, context))
     except (BrokerError, ForkUnsafeError):
         if call.role is Role.VALIDITY:
             return INVALID_HANDLE
@@ -167,7 +167,7 @@ def _own(call: Call, record: Record) -> int:
         return _own_connection(record, record.share_mode, record.protocol, LEAVE_CARD)[0]
 
     # The connection may wait for another process's transaction: with the lock of the card alone.
-    return gate.exclusively(record.lock, connect)
+    return one_step.exclusively(record.lock, connect)
 
 
 def _own_context(call: Call, context: Context) -> int:
@@ -250,7 +250,7 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
             return True
         return False
 
-    if gate.exclusively(context.lock, take_part):
+    if one_step.exclusively(context.lock, take_part):
         return None
     if call.role is Role.VALIDITY:
         return INVALID_HANDLE
@@ -276,7 +276,7 @@ def _thing(record: Record) -> str:
 def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """SCardReconnect gives an inherited handle a connection of this process's own."""
     assert isinstance(card, Card)
-    hresult = gate.exclusively(card.context.lock, lambda: _own_context(call, card.context))
+    hresult = one_step.exclusively(card.context.lock, lambda: _own_context(call, card.context))
     if hresult != SUCCESS:
         return call.failure(hresult)
 
@@ -286,7 +286,7 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
         hresult, protocol = _own_connection(card, *arguments)
         return [hresult, protocol] if hresult == SUCCESS else call.failure(hresult)
 
-    return gate.exclusively(card.lock, connect)
+    return one_step.exclusively(card.lock, connect)
 
 
 def _way(context: Optional[Context]) -> Way:
@@ -340,7 +340,7 @@ def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
     """That there is no way to PC/SC in this process; arguments as in :func:`gateway`."""
     here = process.current()
     remedy = "use policy 'auto', which goes through a broker here, or exec a program of its own"
-    if here.unquiet is not None and here.unquiet.function == gate.IMPORTS:
+    if here.unquiet is not None and here.unquiet.function == in_flight.IMPORTS:
         remedy = "establish the first context of the parent before other threads fork"
     elif here.unquiet is not None:
         remedy += "; or fork when no call takes longer than quiesce_timeout"

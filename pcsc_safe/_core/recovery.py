@@ -24,7 +24,7 @@ from _thread import get_ident
 from typing import Any, Callable
 
 from ..policy import Role
-from . import gate, handles, process
+from . import handles, one_step, process
 from .calls import CALLS, Call
 from .handles import Context, Record
 from .library import SUCCESS, constant
@@ -82,7 +82,7 @@ def noticed(record: Record, real: int, hresult: int) -> bool:
         if hresult != _COMM_ERROR and record.real == real and record.owner is process.current():
             handles.lose(context, process.SERVICE_LOST)
 
-    gate.exclusively(context.lock, lose)
+    one_step.exclusively(context.lock, lose)
     return True
 
 

@@ -15,6 +15,7 @@ from . import (
     gate,
     gateways,
     handles,
+    in_flight,
     inherited,
     library,
     log,
@@ -108,10 +109,10 @@ def _prepare() -> None:
 def _establish(scope: Any) -> Any:
     here = _notice()
     settings()
-    if not _is_prepared and here.unquiet is not None and here.unquiet.function == gate.IMPORTS:
+    if not _is_prepared and here.unquiet is not None and here.unquiet.function == in_flight.IMPORTS:
         raise inherited.unsafe("SCardEstablishContext", None)
     if not _is_prepared or descriptors.any_open() is None:
-        gate.during(gate.IMPORTS, _prepare)
+        gate.during(in_flight.IMPORTS, _prepare)
     kept: list[Context] = []
 
     def keep(real: Any, number: int, owner: process.Epoch, gateway: Gateway) -> Any:

@@ -21,11 +21,12 @@ from itertools import compress, takewhile
 from operator import itemgetter, not_
 from typing import Any, Callable, Optional
 
-from .._core import connections, descriptors, gate, log, process
+from .._core import connections, descriptors, gate, in_flight, log, one_step, process
 from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
-from .._core.gate import GIVEN, OPEN, RELEASED, WOKEN, Operation, Owned, Place, attempt, made
+from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, Place, attempt, made
 from .._core.library import SUCCESS, constant
+from .._core.one_step import Operation
 from .._core.unpatched import get_ident, monotonic, sleep
 from .pyscard import raw
 
@@ -52,7 +53,7 @@ class _Establishing(Place):
 
 
 _establishing = _Establishing()
-gate.places[_establishing] = None
+in_flight.places[_establishing] = None
 
 _doomed: list[NativeContext] = []  # to be released, as soon as nobody is in them
 
@@ -97,7 +98,7 @@ class NativeContext(Place):
             elif descriptor is not None:
                 descriptors.kill([descriptor])  # a finalizer has forked in the middle, and this is the child
             self.handle = self.established[0][1]
-        gate.unsettled.pop(self, None)
+        in_flight.unsettled.pop(self, None)
 
     def is_ours(self) -> bool:
         """Whether it is this process's; not so in a child, nor if a finalizer has forked while it was established."""
@@ -300,7 +301,7 @@ class NativeContexts:
             if given:
                 _wait_until_given(given)
                 continue
-            if gate.closers and not may_pass:
+            if in_flight.closers and not may_pass:
                 may_pass = gate.wait_for(_establishing)
                 continue
             refused = self.establish(owned, may_pass=may_pass)
@@ -362,11 +363,11 @@ class NativeContexts:
             (raw["SCardReleaseContext"], context.handle),
             (setattr, context, "state", RELEASED),
             (self.natives.pop, context, None),
-            (gate.places.pop, context, None),
+            (in_flight.places.pop, context, None),
             (descriptors.guarded.pop, context.descriptor, None),
             bare=bare,
             most=WOKEN,
-            may_pass=may_pass or get_ident() in gate.closers,
+            may_pass=may_pass or get_ident() in in_flight.closers,
         )
 
     # The life of a PC/SC context.
@@ -402,7 +403,10 @@ class NativeContexts:
             before, after = context.traces.operations(thoroughly)
             made: list[Operation] = [
                 (context.established.extend, map(raw["SCardEstablishContext"], (self.scope,))),
-                *[(table.update, context.if_established()) for table in (self.natives, gate.places, gate.unsettled)],
+                *[
+                    (table.update, context.if_established())
+                    for table in (self.natives, in_flight.places, in_flight.unsettled)
+                ],
             ]
             try:
                 operations = [*before, *made, *after]
@@ -498,7 +502,7 @@ class NativeContexts:
         for context in self.natives:
             context.renew()
             context.owner, context.state = here, OPEN
-            gate.places[context] = None
+            in_flight.places[context] = None
             if context.descriptor is not None:
                 descriptors.guard(context.descriptor)
 
@@ -517,7 +521,7 @@ class NativeContexts:
                 if context.is_ours():  # else its lock is the parent's
                     context.wait_until_free(_RELEASE_WITHIN)
                 self.natives.pop(context, None)
-                gate.places.pop(context, None)
+                in_flight.places.pop(context, None)
                 gate.during("SCardReleaseContext", raw["SCardReleaseContext"], context.handle)
         return not any(context in self.natives for context in natives)
 
@@ -557,7 +561,7 @@ def _discard(items: list[Any], item: Any) -> None:
 
 def _wait_until_given(given: Sequence[NativeContext]) -> None:
     """Wait for what another thread's fork decides; the thread that forks itself, in a handler, goes on using them."""
-    if get_ident() not in gate.closers:
+    if get_ident() not in in_flight.closers:
         sleep(_UNTIL_GIVEN)
         return
     for context in given:
@@ -578,9 +582,9 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
     :param function: PC/SC's name.
     :return: takes the card's record and the arguments behind the handle; returns pyscard's result, or :data:`STALE`.
     """
-    native, sentinel, closers = raw[function], process.sentinel, gate.closers
+    native, sentinel, closers = raw[function], process.sentinel, in_flight.closers
     unbinds = function == "SCardDisconnect"
-    is_not_false, called = gate.is_not_false, gate.called
+    is_not_false, called = one_step.is_not_false, one_step.called
 
     def call(card: Any, arguments: tuple[Any, ...]) -> Any:
         may_pass = False
@@ -595,7 +599,7 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
             operation = (native, card.real, *arguments)
             operations = ((place.acquire, False), (place.enter, entry), operation, (place.release,), (place.leave,))
             chain = takewhile(is_not_false, called(operations))
-            # As in gate.attempt().
+            # As in in_flight.attempt().
             try:
                 if (
                     (may_pass or not closers)
@@ -638,7 +642,7 @@ def _wait_for_card(place: NativeContext, may_pass: bool) -> bool:
 def _begin(epoch: process.Epoch) -> None:
     _doomed.clear()
     _establishing.renew()
-    gate.places[_establishing] = None
+    in_flight.places[_establishing] = None
 
 
 process.at_fork(at_begin=_begin)

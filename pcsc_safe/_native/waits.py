@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, Callable, Optional
 
 from .._core.calls import STALE
-from .._core.gate import Owned
+from .._core.in_flight import Owned
 from .._core.library import SUCCESS
 from .._core.reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, UNKNOWN, is_for_new_readers
 from .._core.unpatched import get_ident, monotonic

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from .._core import descriptors, gate, log, process
+from .._core import descriptors, gate, log, one_step, process
 from .._core.calls import Keep, KeepCard, LostError
 from ..errors import BrokerError
 from . import start, wire
@@ -198,7 +198,7 @@ class Broker:
     def _connect(self) -> Connection:
         self._drop_orphans()
         if self._presence is None:
-            gate.exclusively(self._arriving, self._arrive_once)
+            one_step.exclusively(self._arriving, self._arrive_once)
         elif not self._presence.descriptor.is_intact():
             raise self._lost(under_way=False)  # the application has closed it, and the broker our sessions
         return self._greeted()
@@ -313,7 +313,7 @@ class Broker:
         for connection in [*self._idle, *filter(None, [self._presence]), self._door]:
             self._drop(connection)
         del self._idle[:]
-        gate.exclusively(self._arriving, self._note_helper)
+        one_step.exclusively(self._arriving, self._note_helper)
         self._helper.reap()
         return LostError(self, under_way=under_way)
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
-from .._core import descriptors, gate, observer, process
+from .._core import descriptors, gate, observer, one_step, process
 from .._core.calls import CALLS, LostError
 from .._core.settings import settings
 from ..errors import BrokerError
@@ -84,7 +84,7 @@ def _started(for_family: bool) -> Broker:
             broker = _broker = gate.during("the start of a broker", _start_one, for_family)
         return broker
 
-    return gate.exclusively(_starting, start_once)
+    return one_step.exclusively(_starting, start_once)
 
 
 def _start_one(for_family: bool) -> Broker:

@@ -20,7 +20,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Callable, Optional
 
-from .._core import connections, descriptors, gate, handles, library, process
+from .._core import connections, descriptors, gate, handles, in_flight, library, process
 from .._core.calls import CALLS, Call
 from .._core.settings import settings
 from .._core.unpatched import monotonic
@@ -257,7 +257,7 @@ def _note_threads_inside() -> None:
         code = frame.f_code
         if ident != threading.get_ident() and code.co_filename == wrappers and code.co_name in CALLS:
             straggler = _Straggler(ident, id(frame))
-            gate.elsewhere[straggler] = (code.co_name, ident, monotonic(), straggler)
+            in_flight.elsewhere[straggler] = (code.co_name, ident, monotonic(), straggler)
 
 
 class _Straggler:
@@ -271,7 +271,7 @@ class _Straggler:
         """Strike it off if it is out. It can't be interrupted: its caller would notice."""
         frame = sys._current_frames().get(self._ident)
         if frame is None or id(frame) != self._frame:
-            gate.elsewhere.pop(self, None)
+            in_flight.elsewhere.pop(self, None)
 
 
 def leave_alone() -> None:

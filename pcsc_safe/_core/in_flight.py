@@ -1,0 +1,238 @@
+"""The calls that are inside the native library.
+
+A thread is inside at a :class:`Place`.  To take the place, to enter the call in its list, the call itself, and to give
+the place back are one step of C (:func:`attempt`): no signal handler, no other thread's exception and, from Python 3.12
+on, no finalizer can run in between.  So no place is ever held while code of the application runs, a handler that
+raises leaves nothing behind, and who waits for a place waits for C code only.
+
+Invariant: a call is in the list of its place while its thread is in the native library, and only then.  A child judges
+by its copy of these lists whether its fork was quiet, so a fork that ran no hook is judged too; see :mod:`gate`.
+"""
+
+from __future__ import annotations
+
+import operator
+from itertools import takewhile
+from typing import Any, Callable, NamedTuple, Protocol
+
+from . import process
+from .one_step import Operation, called, in_one_step, is_not_false
+from .unpatched import RLock, get_ident, monotonic, sleep
+
+__all__ = [
+    "GIVEN",
+    "IMPORTS",
+    "OPEN",
+    "RELEASED",
+    "WOKEN",
+    "Entry",
+    "InFlight",
+    "Owned",
+    "Place",
+    "Unquiet",
+    "attempt",
+    "calls",
+    "closers",
+    "elsewhere",
+    "made",
+    "others_are_inside",
+    "places",
+    "stop_locking",
+    "unsettled",
+]
+
+
+class Owned(Protocol):
+    """What a call is made on: live in one process, that whose epoch is its owner."""
+
+    owner: process.Epoch
+    released: bool
+
+
+class InFlight(NamedTuple):
+    """A call that is inside.
+
+    :ivar function: PC/SC's name.
+    :ivar thread: the identifier of the thread.
+    :ivar since: ``monotonic()`` when it began.
+    :ivar wait: the wait for events that it is part of, if any.
+    """
+
+    function: str
+    thread: int
+    since: float
+    wait: Any = None
+
+
+Entry = tuple[str, int, float, Any]
+"""The same, as it is noted: a plain tuple takes less time to make."""
+
+
+class Unquiet(NamedTuple):
+    """Why a process cannot use the native library: who was inside when it was forked.
+
+    :ivar function: PC/SC's name of the call.
+    :ivar thread: the name of the thread, or its number where the name could not be had.
+    :ivar seconds: how long it had been inside.
+    """
+
+    function: str
+    thread: str
+    seconds: float
+
+
+IMPORTS = "an import"
+"""In the place of a function: who imports what PC/SC takes is inside as well, for a child in which a module is half
+imported has its lock held for ever."""
+
+
+_LONG_WAIT = 0.001  # s
+
+_GIVE_WAY = 0.0001  # s; longer than it takes a thread to wake up
+
+OPEN, WOKEN, RELEASED, GIVEN = range(4)
+
+
+class Place:
+    """Where one thread at a time is in the native library.
+
+    :ivar calls: the calls that are there now: one, or more of the same thread where a finalizer runs in the middle.
+    :ivar cards: what lives there; a call that wants the place bare isn't made while there is any.
+    :ivar state: OPEN; WOKEN: the wait that was there has been ended, and the place is of no more use; RELEASED; GIVEN:
+        to a child that is being forked, or has just been, which is decided in a moment.
+    :ivar waiting: since when threads wait for the place, by ``monotonic()``.
+    :ivar acquire: takes the place, if it is free, and says whether it was; its argument is False: don't wait.
+    :ivar enter: puts a call on the list.
+    :ivar release: gives the place back.
+    :ivar leave: takes the last call off the list, and returns it.
+    """
+
+    __slots__ = ("acquire", "calls", "cards", "enter", "leave", "lock", "release", "state", "waiting")
+
+    def __init__(self) -> None:
+        self.state = OPEN
+        self.cards: list[Any] = []
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget who is there: this is a new process."""
+        self.lock = RLock()
+        self.calls: list[Entry] = []
+        self.waiting: dict[object, float] = {}
+        self.acquire: Callable[[bool], Any] = self.lock.acquire
+        self.enter = self.calls.append
+        self.release: Callable[[], Any] = self.lock.release
+        self.leave = self.calls.pop
+
+    def wake(self, wait: Any, *, may_pass: bool = False) -> None:
+        """End the native call of a wait for events that is here, if it can be ended.
+
+        :param may_pass: although the gate is closed.
+        """
+
+    def wait_until_free(self, timeout: float = -1) -> None:
+        """Wait until nobody is here.
+
+        :param timeout: in seconds; negative: for ever.
+        """
+        key = object()
+        try:
+            self.waiting[key] = monotonic()
+            in_one_step((self.lock.acquire, True, timeout), (self.release,))
+        finally:
+            self.waiting.pop(key, None)
+
+    def give_way(self) -> None:
+        """Before a call: let a thread go first that has waited for long.
+
+        A thread that makes one call after the other would else be back before one that waits has woken up.
+        """
+        if any(monotonic() - since > _LONG_WAIT for since in list(self.waiting.values())):
+            sleep(_GIVE_WAY)
+
+
+places: dict[Place, None] = {}
+"""All of this process."""
+
+unsettled: dict[Any, None] = {}
+"""Places about which something is to be noted before a fork; each has ``settle()``."""
+
+elsewhere: dict[object, Entry] = {}
+"""What goes on that a fork waits for, and that has no place."""
+
+closers: dict[int, float] = {}
+"""The threads that have closed the gate, and until when: a thread that forks, not for long; a block, until its fork."""
+
+
+def attempt(
+    place: Place,
+    owned: Owned,
+    function: str,
+    call: Operation,
+    *more: Operation,
+    wait: Any = None,
+    bare: bool = False,
+    most: int = OPEN,
+    may_pass: bool = False,
+) -> list[Any]:
+    """Make a native call, in one step of C, if the place is free and nothing is in the way.
+
+    :param owned: what the call is on; it isn't made if that is no more this process's.
+    :param function: PC/SC's name.
+    :param call: the call.
+    :param more: what belongs to the same step, after it.
+    :param wait: the wait for events that it is part of; it isn't made if that was cancelled.
+    :param bare: it isn't made if a card lives there.
+    :param most: nor if the place is in a later state.
+    :param may_pass: it is made although the gate is closed.
+    :return: empty if the call wasn't made; else :func:`made` has the result.
+    """
+    entry = (function, get_ident(), monotonic(), wait)
+    steps: list[Any] = []
+    operations = ((place.acquire, False), (place.enter, entry), call, *more, (place.release,), (place.leave,))
+    chain = takewhile(is_not_false, called(operations))
+    try:
+        # From the first of these looks to the call of extend() no other code runs, of this thread or of any other.
+        if (
+            (may_pass or not closers)
+            and place.state <= most
+            and not (bare and place.cards)
+            and not (wait is not None and wait.cancelled)
+            and process.sentinel[0]
+            and owned.owner is process.here
+        ):
+            steps.extend(chain)
+    except BaseException:
+        # Raised by the call itself (TypeError), or by a handler after the last step.  Each of the calls below is the
+        # first in its block, so no handler comes before it.
+        if steps and steps[-1] is not entry:
+            try:
+                place.leave()
+            finally:
+                place.release()
+        raise
+    return steps
+
+
+def made(steps: list[Any]) -> Any:
+    """What the call of :func:`attempt` returned."""
+    return steps[2]
+
+
+def calls() -> list[InFlight]:
+    """What is inside now."""
+    found = [call for place in list(places) if place.calls for call in list(place.calls)]
+    return [InFlight._make(call) for call in (*found, *list(elsewhere.values()))]
+
+
+def others_are_inside() -> bool:
+    """Whether a call of another thread is inside the native library."""
+    ident = get_ident()
+    return any(call.thread != ident for call in calls())
+
+
+def stop_locking() -> None:
+    """At interpreter exit: threads that are inside may never come out, so nobody waits for them."""
+    for place in list(places):
+        place.acquire = operator.not_  # it says that the place is free
+        place.release = int

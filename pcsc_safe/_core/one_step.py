@@ -1,0 +1,60 @@
+"""Several C functions in one step of the interpreter.
+
+Between two steps of Python a signal handler, a finalizer or another thread's exception can run.  A C function that goes
+through an iterator of C functions doesn't return to the interpreter in between: none of these runs there (finalizers:
+from Python 3.12 on).  So a lock that is taken and given back in one step is never held while code of the application
+runs.  Nothing here changes at a fork.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import starmap, takewhile
+from typing import Any, Callable, TypeVar
+
+__all__ = ["Operation", "called", "exclusively", "in_one_step", "is_not_false", "nowhere"]
+
+
+_Result = TypeVar("_Result")
+
+Operation = tuple[Any, ...]
+"""A C function and its arguments."""
+
+
+def _called(operations: Iterable[Operation]) -> Iterator[Any]:
+    return map(_call_a_partial, starmap(partial, operations))
+
+
+_call_a_partial: Any = partial.__call__
+
+_call: Any = getattr(operator, "call", None)  # since Python 3.11
+
+called: Callable[[Iterable[Operation]], Iterator[Any]] = partial(starmap, _call) if _call else _called
+"""What these return, each called when the iterator comes to it: by C alone, if C is what goes through it."""
+
+is_not_false = partial(operator.is_not, False)
+
+nowhere: deque[Any] = deque(maxlen=0)
+"""Takes what C functions return that nobody wants."""
+
+
+def in_one_step(*operations: Operation) -> None:
+    """Call each of these without returning to the interpreter in between.
+
+    One that returns False ends it.
+    """
+    nowhere.extend(takewhile(is_not_false, called(operations)))
+
+
+def exclusively(lock: Any, function: Callable[[], _Result]) -> _Result:
+    """``function()`` with a lock held, and not left held by a handler that raises."""
+    held: list[bool] = []
+    try:
+        held.extend(called(((lock.acquire,),)))
+        return function()
+    finally:
+        if held:
+            lock.release()
