@@ -215,7 +215,7 @@ def held() -> dict[str, Any]:
     return {
         "in flight": len(in_flight.calls()),
         "locked": free.count(False),
-        "doomed": len(contexts._doomed),
+        "doomed": len(contexts.doomed),
         "natives": sum(isinstance(place, contexts.NativeContext) for place in in_flight.places),
     }
 

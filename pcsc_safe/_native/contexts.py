@@ -16,21 +16,20 @@ At a fork everything here stays the parent's; a child gets new native contexts, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import compress, takewhile
-from operator import itemgetter, not_
+from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
-from .._core import connections, descriptors, gate, in_flight, log, one_step, process
+from .._core import connections, descriptors, gate, in_flight, log, process
 from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
-from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, Place, attempt, made
+from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, made
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation
 from .._core.unpatched import get_ident, monotonic, sleep
+from .native_context import NativeContext, cancel_natively, establishing, is_at, wait_until_given
 from .pyscard import raw
 
-__all__ = ["NativeContext", "NativeContexts", "behind", "card_call"]
+__all__ = ["NativeContexts", "behind", "discard", "doomed", "sweep"]
 
 NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
 _LEAVE_CARD: int = constant("SCARD_LEAVE_CARD")
@@ -44,99 +43,7 @@ _ATTEMPTS_TO_FIND = 4  # the connection of a new native context
 _CANCEL_WITHIN = 1.0  # s
 _RELEASE_WITHIN = 1.0  # s
 _CANCEL_AGAIN = 0.002  # s
-_PATIENCE = 0.1  # s; that pcscd has to end a conversation
-_UNTIL_GIVEN = 0.001  # s
-
-
-class _Establishing(Place):
-    """Where native contexts are established: one at a time, so that the descriptor of each can be told."""
-
-
-_establishing = _Establishing()
-in_flight.places[_establishing] = None
-
-_doomed: list[NativeContext] = []  # to be released, as soon as nobody is in them
-
-
-class NativeContext(Place):
-    """A context of libpcsclite's.
-
-    :ivar owner: the process that established it, or that it was handed over to; that alone may release it.
-    :ivar released: the PC/SC context is; what lives here is nobody's any more.
-    :ivar handle: libpcsclite's; 0 until it is known.
-    :ivar began: when the last call on a card there began, by ``monotonic()``.
-    :ivar descriptor: its connection to pcscd, if it could be told.
-    :ivar woken: when its end was asked for first, by ``monotonic()``.
-    :ivar wakers: one key for each thread that is ending a wait there.
-    :ivar cards: the native handles of the cards that live there, and an empty list for each SCardConnect that goes on.
-    """
-
-    __slots__ = ("began", "descriptor", "established", "handle", "owner", "released", "traces", "wakers", "woken")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.owner = process.current()
-        self.released = False
-        self.handle = 0
-        self.began = self.woken = 0.0
-        self.descriptor: Optional[Descriptor] = None
-        self.wakers: dict[object, None] = {}
-        self.established: list[Any] = []  # what SCardEstablishContext returned
-        self.traces = connections.Traces()
-
-    def if_established(self) -> Iterator[tuple[NativeContext, None]]:
-        """An entry for a table, if pcscd hasn't refused it when the iterator is asked."""
-        return compress([(self, None)], map(not_, map(itemgetter(0), self.established)))
-
-    def settle(self) -> None:
-        """Note what libpcsclite has made; whoever comes first does it, and a second time changes nothing."""
-        if not self.handle and self.established and self.established[0][0] == SUCCESS:
-            descriptor = self.traces.connection()
-            if descriptor is not None and self.is_ours():
-                descriptors.guard(descriptor)
-                self.descriptor = descriptor
-            elif descriptor is not None:
-                descriptors.kill([descriptor])  # a finalizer has forked in the middle, and this is the child
-            self.handle = self.established[0][1]
-        in_flight.unsettled.pop(self, None)
-
-    def is_ours(self) -> bool:
-        """Whether it is this process's; not so in a child, nor if a finalizer has forked while it was established."""
-        return self.owner is process.current()
-
-    def wake(self, wait: Any, *, may_pass: bool = False) -> None:
-        """End the native call of a wait for events that is here; or if it isn't here, do nothing.
-
-        To shut the connection down ends it at every moment, as SCardCancel doesn't.  It ends the native context, too,
-        so there has to be another one: a process may have lost the right to connect to pcscd since.
-        """
-        is_known = self.descriptor is not None and self.descriptor.is_intact()
-        if is_known and self.state == OPEN and not wait.has_spare(self, may_pass):
-            is_known = False
-        if self.state == OPEN:
-            self.woken = monotonic()
-        key = object()
-        try:
-            self.wakers[key] = None  # while there is any, the connection isn't closed, nor its number reused
-            if not self.calls or self.calls[-1][3] is not wait:
-                return
-            wait.was_ended = True
-            # Nothing comes between that look and the next line: whoever is here next has seen it, and hasn't entered.
-            if is_known:
-                self.state = WOKEN
-                connections.shut_down(self.descriptor, at_once=monotonic() - self.woken > _PATIENCE)
-            else:
-                _cancel_natively(wait, self.handle, may_pass)
-        finally:
-            self.wakers.pop(key, None)
-
-    def is_dead(self) -> bool:
-        """Whether pcscd has closed the connection."""
-        # Looked at before and after: while it is released, its connection is closed as well.
-        return self._is_idle() and connections.is_hung_up(self.descriptor) and self._is_idle()
-
-    def _is_idle(self) -> bool:
-        return self.state == OPEN and not self.calls
+doomed: list[NativeContext] = []  # to be released, as soon as nobody is in them
 
 
 class NativeContexts:
@@ -236,7 +143,7 @@ class NativeContexts:
         self._wake(waits)
         if waits or thread is not None or not self.natives:
             return SUCCESS
-        return _cancel_natively(owned, next(iter(self.natives)).handle)
+        return cancel_natively(owned, next(iter(self.natives)).handle)
 
     def has_spare(self, owned: Owned, context: NativeContext, may_pass: bool) -> bool:
         """Whether there is another native context than this one that no wait has, after establishing it if need be."""
@@ -260,7 +167,7 @@ class NativeContexts:
                 context.wake(wait)
                 # SCardCancel, where a connection can't be shut down, is lost on a wait that hasn't begun; and pcscd may
                 # not answer.
-                while _is_at(wait, context) and monotonic() < deadline:
+                while is_at(wait, context) and monotonic() < deadline:
                     sleep(_CANCEL_AGAIN)
                     context.wake(wait)
 
@@ -299,10 +206,10 @@ class NativeContexts:
                     avoided.append(context)
             given = [context for context in list(self.natives) if context.state == GIVEN]
             if given:
-                _wait_until_given(given)
+                wait_until_given(given)
                 continue
             if in_flight.closers and not may_pass:
-                may_pass = gate.wait_for(_establishing)
+                may_pass = gate.wait_for(establishing)
                 continue
             refused = self.establish(owned, may_pass=may_pass)
             if refused != SUCCESS:
@@ -343,7 +250,7 @@ class NativeContexts:
             self._release(context)
         if len(self.natives) > 1:
             self.tidy()
-        if _doomed:
+        if doomed:
             sweep()
 
     def tidy(self) -> None:
@@ -410,14 +317,14 @@ class NativeContexts:
             ]
             try:
                 operations = [*before, *made, *after]
-                attempt(_establishing, owned, "SCardEstablishContext", *operations, may_pass=may_pass)
+                attempt(establishing, owned, "SCardEstablishContext", *operations, may_pass=may_pass)
             except OSError:  # a look at the descriptors failed: there is none left, or the one that was looked for
                 if not context.established:
-                    attempt(_establishing, owned, "SCardEstablishContext", *made, may_pass=may_pass)
+                    attempt(establishing, owned, "SCardEstablishContext", *made, may_pass=may_pass)
             if context.established:
                 context.settle()
                 return context
-            may_pass = gate.wait_for(_establishing, may_pass)
+            may_pass = gate.wait_for(establishing, may_pass)
         return None
 
     def _refused(self, hresult: int) -> None:
@@ -436,7 +343,7 @@ class NativeContexts:
         natives, waits = [context for context in self.natives if context.handle], list(self.waits)
         for wait in waits:
             wait.cancelled = True
-        _doomed.extend(natives)
+        doomed.extend(natives)
         for context in natives:
             context.released = True
             context.cards.clear()
@@ -463,7 +370,7 @@ class NativeContexts:
         # One whose connection isn't there any more was lost, and is for release_dead().
         left = [one for one in ours if one.handle and (one.descriptor is None or one.descriptor.is_intact())]
         if left:
-            _doomed.extend(left)
+            doomed.extend(left)
             self._wake(list(self.waits))
             sweep()
 
@@ -537,112 +444,19 @@ def behind(context: Any) -> NativeContexts:
 
 def sweep() -> None:
     """Release the native contexts that are of no more use, and that nobody is in any more."""
-    for context in list(_doomed):
+    for context in list(doomed):
         if context.state != RELEASED:
             NativeContexts(None)._release(context, bare=not context.released)
         if context.state == RELEASED or not context.is_ours():
-            _discard(_doomed, context)
+            discard(doomed, context)
 
 
-def _cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
-    """SCardCancel, which has a connection to pcscd of its own, for a moment."""
-    call = (raw["SCardCancel"], handle)
-    while not (steps := attempt(_establishing, owned, "SCardCancel", call, may_pass=may_pass)):
-        if owned.owner is not process.current():
-            return STALE
-        may_pass = gate.wait_for(_establishing, may_pass)
-    return made(steps)
-
-
-def _discard(items: list[Any], item: Any) -> None:
+def discard(items: list[Any], item: Any) -> None:
     if item in items:
         items.remove(item)
 
 
-def _wait_until_given(given: Sequence[NativeContext]) -> None:
-    """Wait for what another thread's fork decides; the thread that forks itself, in a handler, goes on using them."""
-    if get_ident() not in in_flight.closers:
-        sleep(_UNTIL_GIVEN)
-        return
-    for context in given:
-        context.state = OPEN
-
-
-def _is_at(wait: Any, context: NativeContext) -> bool:
-    calls = context.calls
-    return bool(calls) and calls[-1][3] is wait
-
-
-# The way of a call on a card, in as few steps as there are.
-
-
-def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
-    """What makes a call on a card that this process owns.
-
-    :param function: PC/SC's name.
-    :return: takes the card's record and the arguments behind the handle; returns pyscard's result, or :data:`STALE`.
-    """
-    native, sentinel, closers = raw[function], process.sentinel, in_flight.closers
-    unbinds = function == "SCardDisconnect"
-    is_not_false, called = one_step.is_not_false, one_step.called
-
-    def call(card: Any, arguments: tuple[Any, ...]) -> Any:
-        may_pass = False
-        while True:
-            place = card.native
-            if place is None:  # as in behind()
-                return STALE
-            if place.waiting:
-                place.give_way()
-            entry = (function, get_ident(), monotonic(), None)
-            steps: list[Any] = []
-            operation = (native, card.real, *arguments)
-            operations = ((place.acquire, False), (place.enter, entry), operation, (place.release,), (place.leave,))
-            chain = takewhile(is_not_false, called(operations))
-            # As in in_flight.attempt().
-            try:
-                if (
-                    (may_pass or not closers)
-                    and not place.state
-                    and sentinel[0]
-                    and card.owner is process.here
-                    and card.native is place
-                ):
-                    steps.extend(chain)
-            except BaseException:
-                if steps and steps[-1] is not entry:
-                    try:
-                        place.leave()
-                    finally:
-                        place.release()
-                raise
-            if steps:
-                break
-            if card.owner is not process.current() or place.state in (WOKEN, RELEASED):
-                return STALE
-            may_pass = _wait_for_card(place, may_pass)
-        place.began = entry[2]
-        if unbinds and steps[2] == SUCCESS:
-            _discard(place.cards, card.real)
-            behind(card.context).tidy()
-        if _doomed:
-            sweep()
-        return steps[2]
-
-    return call
-
-
-def _wait_for_card(place: NativeContext, may_pass: bool) -> bool:
-    if place.state != GIVEN:
-        return gate.wait_for(place, may_pass)
-    _wait_until_given([place])
-    return may_pass
-
-
 def _begin(epoch: process.Epoch) -> None:
-    _doomed.clear()
-    _establishing.renew()
-    in_flight.places[_establishing] = None
-
-
-process.at_fork(at_begin=_begin)
+    doomed.clear()
+    establishing.renew()
+    in_flight.places[establishing] = None

@@ -12,7 +12,8 @@ from .._core import connections, gate, process
 from .._core.calls import CALLS, STALE, Call, Keep, Kind
 from .._core.descriptors import Descriptor
 from .._core.library import SUCCESS
-from . import contexts, pyscard, waits
+from . import pyscard, waits
+from .card_calls import card_call
 from .contexts import NativeContexts, behind
 from .pyscard import raw
 
@@ -78,7 +79,7 @@ class _Native:
     def caller(self, call: Call) -> Callable[[Any, tuple[Any, ...]], Any]:
         """What makes a call on a record; see :class:`pcsc_safe._core.gateways.NativeGateway`."""
         if call.takes is Kind.CARD:
-            return contexts.card_call(call.name)
+            return card_call(call.name)
         special = {"SCardReleaseContext": _release, "SCardCancel": _cancel}
         return special.get(call.name) or _context_call(call.name)
 

@@ -1,0 +1,141 @@
+"""One context of libpcsclite's, with its connection to pcscd.
+
+It is entered in the lists that know of it as soon as libpcsclite has made it, in the same step of C.  A wait for events
+that is in it ends when its connection is shut down, at every moment, as SCardCancel doesn't.
+
+Invariant: the process that established it, or that it was handed over to, is its ``owner``, and alone may release it.
+At a fork it stays the parent's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import compress
+from operator import itemgetter, not_
+from typing import Any, Optional
+
+from .._core import connections, descriptors, gate, in_flight, process
+from .._core.calls import STALE
+from .._core.descriptors import Descriptor
+from .._core.in_flight import OPEN, WOKEN, Owned, Place, attempt, made
+from .._core.library import SUCCESS
+from .._core.unpatched import get_ident, monotonic, sleep
+from .pyscard import raw
+
+__all__ = ["NativeContext", "cancel_natively", "establishing", "is_at", "wait_until_given"]
+
+_PATIENCE = 0.1  # s; that pcscd has to end a conversation
+_UNTIL_GIVEN = 0.001  # s
+
+
+class _Establishing(Place):
+    """Where native contexts are established: one at a time, so that the descriptor of each can be told."""
+
+
+establishing = _Establishing()
+in_flight.places[establishing] = None
+
+
+class NativeContext(Place):
+    """A context of libpcsclite's.
+
+    :ivar owner: the process that established it, or that it was handed over to; that alone may release it.
+    :ivar released: the PC/SC context is; what lives here is nobody's any more.
+    :ivar handle: libpcsclite's; 0 until it is known.
+    :ivar began: when the last call on a card there began, by ``monotonic()``.
+    :ivar descriptor: its connection to pcscd, if it could be told.
+    :ivar woken: when its end was asked for first, by ``monotonic()``.
+    :ivar wakers: one key for each thread that is ending a wait there.
+    :ivar cards: the native handles of the cards that live there, and an empty list for each SCardConnect that goes on.
+    """
+
+    __slots__ = ("began", "descriptor", "established", "handle", "owner", "released", "traces", "wakers", "woken")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owner = process.current()
+        self.released = False
+        self.handle = 0
+        self.began = self.woken = 0.0
+        self.descriptor: Optional[Descriptor] = None
+        self.wakers: dict[object, None] = {}
+        self.established: list[Any] = []  # what SCardEstablishContext returned
+        self.traces = connections.Traces()
+
+    def if_established(self) -> Iterator[tuple[NativeContext, None]]:
+        """An entry for a table, if pcscd hasn't refused it when the iterator is asked."""
+        return compress([(self, None)], map(not_, map(itemgetter(0), self.established)))
+
+    def settle(self) -> None:
+        """Note what libpcsclite has made; whoever comes first does it, and a second time changes nothing."""
+        if not self.handle and self.established and self.established[0][0] == SUCCESS:
+            descriptor = self.traces.connection()
+            if descriptor is not None and self.is_ours():
+                descriptors.guard(descriptor)
+                self.descriptor = descriptor
+            elif descriptor is not None:
+                descriptors.kill([descriptor])  # a finalizer has forked in the middle, and this is the child
+            self.handle = self.established[0][1]
+        in_flight.unsettled.pop(self, None)
+
+    def is_ours(self) -> bool:
+        """Whether it is this process's; not so in a child, nor if a finalizer has forked while it was established."""
+        return self.owner is process.current()
+
+    def wake(self, wait: Any, *, may_pass: bool = False) -> None:
+        """End the native call of a wait for events that is here; or if it isn't here, do nothing.
+
+        To shut the connection down ends it at every moment, as SCardCancel doesn't.  It ends the native context, too,
+        so there has to be another one: a process may have lost the right to connect to pcscd since.
+        """
+        is_known = self.descriptor is not None and self.descriptor.is_intact()
+        if is_known and self.state == OPEN and not wait.has_spare(self, may_pass):
+            is_known = False
+        if self.state == OPEN:
+            self.woken = monotonic()
+        key = object()
+        try:
+            self.wakers[key] = None  # while there is any, the connection isn't closed, nor its number reused
+            if not self.calls or self.calls[-1][3] is not wait:
+                return
+            wait.was_ended = True
+            # Nothing comes between that look and the next line: whoever is here next has seen it, and hasn't entered.
+            if is_known:
+                self.state = WOKEN
+                connections.shut_down(self.descriptor, at_once=monotonic() - self.woken > _PATIENCE)
+            else:
+                cancel_natively(wait, self.handle, may_pass)
+        finally:
+            self.wakers.pop(key, None)
+
+    def is_dead(self) -> bool:
+        """Whether pcscd has closed the connection."""
+        # Looked at before and after: while it is released, its connection is closed as well.
+        return self._is_idle() and connections.is_hung_up(self.descriptor) and self._is_idle()
+
+    def _is_idle(self) -> bool:
+        return self.state == OPEN and not self.calls
+
+
+def cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
+    """SCardCancel, which has a connection to pcscd of its own, for a moment."""
+    call = (raw["SCardCancel"], handle)
+    while not (steps := attempt(establishing, owned, "SCardCancel", call, may_pass=may_pass)):
+        if owned.owner is not process.current():
+            return STALE
+        may_pass = gate.wait_for(establishing, may_pass)
+    return made(steps)
+
+
+def wait_until_given(given: Sequence[NativeContext]) -> None:
+    """Wait for what another thread's fork decides; the thread that forks itself, in a handler, goes on using them."""
+    if get_ident() not in in_flight.closers:
+        sleep(_UNTIL_GIVEN)
+        return
+    for context in given:
+        context.state = OPEN
+
+
+def is_at(wait: Any, context: NativeContext) -> bool:
+    calls = context.calls
+    return bool(calls) and calls[-1][3] is wait
