@@ -196,29 +196,45 @@ class NativeContexts:
                 steps = attempt(context, owned, function, *call(context), wait=wait, bare=insists, may_pass=may_pass)
                 if steps:
                     self._used(context)
-                    result = made(steps)
-                    is_doubtful = function in _ASKING and result[0] in _DOUBTFUL and len(avoided) < _MOST_AVOIDED
-                    if not is_doubtful:
+                    result = self._checked(owned, function, made(steps), context, avoided, may_pass)
+                    if result is not None:
                         return result
-                    refused = self._avoid(owned, context, may_pass)
-                    if refused != SUCCESS:  # pcscd is gone, or takes no more: then that answer is all there is
-                        return CALLS[function].failure(refused, ([],)) if refused == NO_SERVICE else result
-                    avoided.append(context)
-            given = [context for context in list(self.natives) if context.state == GIVEN]
-            if given:
+            if given := [context for context in list(self.natives) if context.state == GIVEN]:
                 wait_until_given(given)
-                continue
-            if in_flight.closers and not may_pass:
+            elif in_flight.closers and not may_pass:
                 may_pass = gate.wait_for(establishing)
-                continue
-            refused = self.establish(owned, may_pass=may_pass)
-            if refused != SUCCESS:
-                # A call ends by itself, and so does a wait for events where a card lives (_SHORT).
-                usable = [one for one in self.settled() if one.cards or not any(call[3] for call in list(one.calls))]
-                if not usable:
+            else:
+                refused = self.establish(owned, may_pass=may_pass)
+                if refused != SUCCESS and not self._wait_for_one():
                     return CALLS[function].failure(refused, ([],))
-                usable[0].wait_until_free()
         return STALE
+
+    def _wait_for_one(self) -> bool:
+        """Wait until a native context may be free, where pcscd refuses another one; False if none will be."""
+        # A call ends by itself, and so does a wait for events where a card lives (_SHORT).
+        usable = [one for one in self.settled() if one.cards or not any(call[3] for call in list(one.calls))]
+        if usable:
+            usable[0].wait_until_free()
+        return bool(usable)
+
+    def _checked(
+        self,
+        owned: Owned,
+        function: str,
+        result: Any,
+        context: NativeContext,
+        avoided: list[NativeContext],
+        may_pass: bool,
+    ) -> Any:
+        """The result of a call; None if another native context is to be asked, for this one's may be nonsense."""
+        if function not in _ASKING or result[0] not in _DOUBTFUL or len(avoided) == _MOST_AVOIDED:
+            return result
+        refused = self._avoid(owned, context, may_pass)
+        if refused == SUCCESS:
+            avoided.append(context)
+            return None
+        # pcscd is gone, or takes no more: then that answer is all there is.
+        return CALLS[function].failure(refused, ([],)) if refused == NO_SERVICE else result
 
     def is_behind(self, owned: Any) -> bool:
         """Whether these are still what is behind the PC/SC context, in this process."""
