@@ -2,6 +2,8 @@
 
 An error is worded as object, state, remedy, and carries the facts as fields, so that a program can act on them.  All of
 them survive pickling: a worker's error reaches its parent whole.
+
+A fork changes nothing here.
 """
 
 from __future__ import annotations

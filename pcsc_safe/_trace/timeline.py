@@ -3,6 +3,8 @@
 The drawing is one SVG that asks for nothing else: by itself, or in a page whose script zooms it.  Whatever comes from
 outside, the names of readers and programs, goes through :func:`_text`.  What is closer together than a pixel is drawn
 as one, coarser if need be, so that no drawing is bigger than :data:`_BIGGEST`.
+
+A fork changes nothing here: it runs when the program has ended.
 """
 
 from __future__ import annotations

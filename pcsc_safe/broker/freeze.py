@@ -1,4 +1,7 @@
-"""How a frozen program is its own broker."""
+"""How a frozen program is its own broker.
+
+A fork changes nothing here: a broker is a new program.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 To PC/SC they are one application with one handle, so what it does between applications is done here: a transaction of
 one client makes the others wait until it ends, or the client is gone.  A session ends when the last client that has it
 drops it.
+
+Nothing here forks: it runs in brokers.
 """
 
 from __future__ import annotations

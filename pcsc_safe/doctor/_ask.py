@@ -1,6 +1,8 @@
 """Asking a sacrificial process: one of the functions of `_tasks`, and how it ended in words.
 
 Nothing of PC/SC is ever imported on this side.
+
+Nothing here forks: the process that is asked may.
 """
 
 from __future__ import annotations

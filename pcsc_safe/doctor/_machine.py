@@ -1,4 +1,7 @@
-"""Findings about the installation: Python, pyscard, wrapt, the PC/SC library, the settings."""
+"""Findings about the installation: Python, pyscard, wrapt, the PC/SC library, the settings.
+
+Nothing here forks.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Findings about pcscd: whether it is there, who starts it, whether it answers and whom, readers and cards.
 
 On macOS and Windows PC/SC has no daemon whose socket could be looked at; what is left there is what PC/SC itself says.
+
+Nothing here forks.
 """
 
 from __future__ import annotations

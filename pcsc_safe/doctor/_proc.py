@@ -1,6 +1,8 @@
 """What /proc tells of processes: names, parents, descriptors, libraries, and the marks that pcsc_safe leaves.
 
 A process may end between any two looks, and may be another user's: both are told apart from "nothing there".
+
+Nothing here forks.
 """
 
 from __future__ import annotations

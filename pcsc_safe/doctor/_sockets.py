@@ -4,6 +4,8 @@ The kernel tells the other end of each socket over netlink (sock_diag), to every
 descriptor is borrowed (pidfd_getfd) from a process that we may trace.  /proc/net/unix alone pairs no sockets.
 
 Everything here looks; a borrowed descriptor is asked for its name or its credentials, and closed.
+
+Nothing here forks.
 """
 
 from __future__ import annotations

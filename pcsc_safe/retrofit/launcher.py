@@ -3,6 +3,8 @@
 This process becomes the program, by exec: Python runs it as it runs any, and nothing has to imitate that.  What makes
 the difference is in the environment, which is also how it gets to further processes: the settings, and a directory on
 PYTHONPATH whose sitecustomize calls ``pcsc_safe.install()``.
+
+Nothing here forks: the program takes this process's place.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """``python -m pcsc_safe version``, and the versions that everything else tells.
 
 Nothing native is loaded for it: a broken installation is what one asks about.
+
+Nothing here forks.
 """
 
 from __future__ import annotations
