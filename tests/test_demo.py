@@ -138,37 +138,37 @@ def test_status_2_on_macos(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 @pytest.fixture
-def sacrifice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run_disposable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run the body of a hazard program, without a stack."""
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
 
     def run(body: str, seconds: float = 5.0, stop: Optional[threading.Event] = None) -> Run:
         lines = "".join(f"    {line}\n" for line in body.splitlines())
         (tmp_path / "a_hazard.py").write_text(f"import os, signal, time\ndef program(stage):\n{lines}")
-        return _run._sacrifice(program("a_hazard", seconds), "math", dict(os.environ), stop or threading.Event())
+        return _run._run_disposable(program("a_hazard", seconds), "math", dict(os.environ), stop or threading.Event())
 
     return run
 
 
-def test_reports_of_a_program_that_dies_are_kept(sacrifice: Any) -> None:
+def test_reports_of_a_program_that_dies_are_kept(run_disposable: Any) -> None:
     """What a program reported before it died is known, and so is the signal it died of."""
-    seen = sacrifice("stage.report('child', wrong=1)\nstage.report('child', wrong=2)\nos.kill(os.getpid(), 11)")
+    seen = run_disposable("stage.report('child', wrong=1)\nstage.report('child', wrong=2)\nos.kill(os.getpid(), 11)")
     assert seen.reported == {"child": {"wrong": 2}}
     assert (seen.exit_status, seen.killed_by, seen.timed_out) == (None, signal.SIGSEGV, None)
 
 
-def test_a_program_that_hangs_is_given_up(sacrifice: Any) -> None:
+def test_a_program_that_hangs_is_given_up(run_disposable: Any) -> None:
     """A program that does not end is killed when its time is over, and where it hung is in the log."""
     started = time.monotonic()
-    seen = sacrifice("stage.report('parent', alive=True)\ntime.sleep(60)", seconds=0.7)
+    seen = run_disposable("stage.report('parent', alive=True)\ntime.sleep(60)", seconds=0.7)
     assert (seen.exit_status, seen.killed_by, seen.timed_out) == (None, None, 0.7)
     assert "in program" in seen.log
     assert time.monotonic() - started < 20
 
 
-def test_nothing_of_a_program_is_left(sacrifice: Any) -> None:
+def test_nothing_of_a_program_is_left(run_disposable: Any) -> None:
     """A child that the program forgot is killed with it."""
-    seen = sacrifice("stage.report('parent', child=stage.fork(lambda: time.sleep(60)))")
+    seen = run_disposable("stage.report('parent', child=stage.fork(lambda: time.sleep(60)))")
     child = seen.reported["parent"]["child"]
     deadline = time.monotonic() + 10
     while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
@@ -180,20 +180,20 @@ def test_nothing_of_a_program_is_left(sacrifice: Any) -> None:
         assert not os.path.exists(f"/proc/{child}")
 
 
-def test_a_program_that_fails_says_why(sacrifice: Any) -> None:
+def test_a_program_that_fails_says_why(run_disposable: Any) -> None:
     """An exception in the program is its failure, not a hazard: the status and the traceback are kept."""
-    seen = sacrifice("raise RuntimeError('no card')")
+    seen = run_disposable("raise RuntimeError('no card')")
     assert seen.exit_status == 1
     assert "no card" in seen.log
     assert conclude(Finding([], ["all is well"]), seen) == (UNKNOWN, "the program failed with status 1")
 
 
-def test_an_interrupted_run_is_no_result(sacrifice: Any) -> None:
+def test_an_interrupted_run_is_no_result(run_disposable: Any) -> None:
     """When the demo is interrupted a run ends at once, and nothing is said of it."""
     stop = threading.Event()
     stop.set()
     with pytest.raises(_run.Stopped):
-        sacrifice("time.sleep(60)", stop=stop)
+        run_disposable("time.sleep(60)", stop=stop)
 
 
 # What is said of what was seen.

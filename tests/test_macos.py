@@ -219,7 +219,7 @@ with.  Not 10: the demo doesn't judge a child that died before it could report. 
 def demonstrate(number: str, module: str, stack: VirtualPcsc, env: Mapping[str, str]) -> Verdict:
     """What the demo says of a hazard's program."""
     (hazard,) = load([number])
-    run = _run._sacrifice(hazard, module, {**env, PCSCD: str(stack.pid)}, threading.Event())
+    run = _run._run_disposable(hazard, module, {**env, PCSCD: str(stack.pid)}, threading.Event())
     return conclude(hazard.judge(run), run)
 
 

@@ -1,4 +1,4 @@
-"""One run of one hazard: a fresh virtual stack, a sacrificial process on it, and what is seen of it from outside.
+"""One run of one hazard: a fresh virtual stack, a disposable process on it, and what is seen of it from outside.
 
 Invariant: the run ends within the hazard's ``SECONDS`` and a little, and nothing of it is left.  The demo itself never
 forks and never uses PC/SC.
@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Mapping
 
-from ..testing._disposable import Stopped, sacrifice
+from ..testing._disposable import Stopped, run_disposable
 from ._judge import Run, Verdict, conclude
 from ._stage import PCSCD
 from .hazards import Hazard
@@ -31,7 +31,7 @@ def run(hazard: Hazard, module: str, stop: threading.Event) -> Run:
     with VirtualPcsc(cards=[EchoCard(), EchoCard()], activate=False) as stack:
         # Settings of the user's would make it another demonstration.
         env = {name: value for name, value in stack.env.items() if not name.startswith("PCSC_SAFE_")}
-        return _sacrifice(hazard, module, {**env, PCSCD: str(stack.pid)}, stop)
+        return _run_disposable(hazard, module, {**env, PCSCD: str(stack.pid)}, stop)
 
 
 def judged(hazard: Hazard, module: str, stop: threading.Event) -> tuple[Run, Verdict]:
@@ -40,6 +40,6 @@ def judged(hazard: Hazard, module: str, stop: threading.Event) -> tuple[Run, Ver
     return seen, conclude(hazard.judge(seen), seen)
 
 
-def _sacrifice(hazard: Hazard, module: str, env: Mapping[str, str], stop: threading.Event) -> Run:
+def _run_disposable(hazard: Hazard, module: str, env: Mapping[str, str], stop: threading.Event) -> Run:
     command = [sys.executable, "-m", "pcsc_safe.demo._stage", hazard.__name__, module, f"{hazard.SECONDS + 5}"]
-    return Run(module, *sacrifice(command, env, hazard.SECONDS, stop))
+    return Run(module, *run_disposable(command, env, hazard.SECONDS, stop))

@@ -1,6 +1,6 @@
 """What a hazard program stands on: the scard module under test, its report, forks and their ends.
 
-Runs in a sacrificial process, started by `_run` as ``python -m pcsc_safe.demo._stage HAZARD SCARD SECONDS``.  Reports
+Runs in a disposable process, started by `_run` as ``python -m pcsc_safe.demo._stage HAZARD SCARD SECONDS``.  Reports
 are lines of JSON on descriptor 1, one write each, so those of several processes do not mix and those of a process that
 crashes later are not lost.
 

@@ -1,4 +1,4 @@
-"""Asking a sacrificial process: one of the functions of `_tasks`, and how it ended in words.
+"""Asking a disposable process: one of the functions of `_tasks`, and how it ended in words.
 
 Nothing of PC/SC is ever imported on this side.
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 from ..demo._judge import signal_name
-from ..testing._disposable import Sacrificed, sacrifice
+from ..testing._disposable import Ended, run_disposable
 
 __all__ = ["Answer", "ask", "plain_environment"]
 
@@ -23,10 +23,10 @@ _START = 5.0  # seconds that a Python may take to start, on a machine that has m
 class Answer:
     """What a task reported, and how it ended.
 
-    :param done: the sacrificial process.
+    :param done: the disposable process.
     """
 
-    def __init__(self, done: Sacrificed) -> None:
+    def __init__(self, done: Ended) -> None:
         self._done = done
 
     def of(self, process: str = "task") -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Answer:
 def ask(
     task: str, seconds: float, *arguments: str, module: str = "", env: Optional[Mapping[str, str]] = None
 ) -> Answer:
-    """Run a task in a sacrificial process.
+    """Run a task in a disposable process.
 
     :param task: the name of a function of `_tasks`.
     :param seconds: that it may take, beside what Python takes to start.
@@ -62,7 +62,7 @@ def ask(
     :param env: its environment; without the settings of pcsc_safe if None.
     """
     command = [sys.executable, "-m", "pcsc_safe.doctor._tasks", task, module, f"{seconds + 2 * _START}", *arguments]
-    return Answer(sacrifice(command, plain_environment() if env is None else env, seconds + _START))
+    return Answer(run_disposable(command, plain_environment() if env is None else env, seconds + _START))
 
 
 def plain_environment(keep: str = "") -> dict[str, str]:

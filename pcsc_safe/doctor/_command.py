@@ -76,7 +76,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
-    # As an exception, so that stacks and sacrificial processes are cleared away.
+    # As an exception, so that stacks and disposable processes are cleared away.
     raise SystemExit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""A sacrificial process: it may crash, hang, or leave children behind, and does its starter no harm.
+"""A disposable process: it may crash, hang, or leave children behind, and does its starter no harm.
 
 Invariant: whatever the process does, it is over within its seconds and a little, and nothing of it is left: it leads a
 session of its own, which is killed as a group.  Nothing here forks Python code or uses PC/SC.
@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any, NamedTuple, Optional
 
-__all__ = ["Sacrificed", "Stopped", "sacrifice"]
+__all__ = ["Ended", "Stopped", "run_disposable"]
 
 _POLL = 0.01
 _LAST_WORDS = 0.5  # seconds that a process gets to dump its stacks after it was given up
@@ -29,8 +29,8 @@ class Stopped(Exception):  # noqa: N818  # not an error: who started it was inte
     """The starter is ending; there is no result."""
 
 
-class Sacrificed(NamedTuple):
-    """What is known of a sacrificial process.
+class Ended(NamedTuple):
+    """What is known of a disposable process.
 
     :ivar reported: what it and its children reported, by process: ``{"child": {"wrong": 3}}``.
     :ivar exit_status: if it ended by itself.
@@ -48,9 +48,9 @@ class Sacrificed(NamedTuple):
     log: str = ""
 
 
-def sacrifice(
+def run_disposable(
     command: Sequence[str], env: Mapping[str, str], seconds: float, stop: Optional[threading.Event] = None
-) -> Sacrificed:
+) -> Ended:
     """Run a program that may come to grief.
 
     :param command: of the program, which reports in lines of JSON, ``["child", {"wrong": 3}]``, on descriptor 1.
@@ -69,7 +69,7 @@ def sacrifice(
         finally:
             _end_group(process)
         took = round(time.monotonic() - started, 2)
-        return Sacrificed(_reported(reports), *end, took, _read(log)[-_LOG_TAIL:].decode(errors="replace"))
+        return Ended(_reported(reports), *end, took, _read(log)[-_LOG_TAIL:].decode(errors="replace"))
 
 
 _End = tuple[Optional[int], Optional[int], Optional[float]]

@@ -1,7 +1,7 @@
 """The hazards that the demo shows: one module each, found by being here.
 
 A module ``hNN_name`` has ``NUMBER`` (as in the README), ``NAME``, ``SECONDS`` (that a run may take),
-``program(stage)``, which runs in a sacrificial process and reports what it sees, and ``judge(run)``, a pure function of
+``program(stage)``, which runs in a disposable process and reports what it sees, and ``judge(run)``, a pure function of
 what was reported.
 Importing one uses no PC/SC.
 """
