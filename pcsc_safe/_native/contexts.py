@@ -39,6 +39,7 @@ _WAIT = "SCardGetStatusChange"
 _ASKING = frozenset((_WAIT, "SCardListReaders"))
 _DOUBTFUL = constant("SCARD_E_UNSUPPORTED_FEATURE"), constant("SCARD_E_UNKNOWN_READER")
 _MOST_AVOIDED = 2
+_ASK_ANOTHER = object()
 _ATTEMPTS_TO_FIND = 4  # the connection of a new native context
 _CANCEL_WITHIN = 1.0  # s
 _RELEASE_WITHIN = 1.0  # s
@@ -197,7 +198,7 @@ class NativeContexts:
                 if steps:
                     self._used(context)
                     result = self._checked(owned, function, made(steps), context, avoided, may_pass)
-                    if result is not None:
+                    if result is not _ASK_ANOTHER:
                         return result
             if given := [context for context in list(self.natives) if context.state == GIVEN]:
                 wait_until_given(given)
@@ -226,13 +227,13 @@ class NativeContexts:
         avoided: list[NativeContext],
         may_pass: bool,
     ) -> Any:
-        """The result of a call; None if another native context is to be asked, for this one's may be nonsense."""
+        """The result of a call; _ASK_ANOTHER if another native context is to be asked, for this one's may be nonsense."""
         if function not in _ASKING or result[0] not in _DOUBTFUL or len(avoided) == _MOST_AVOIDED:
             return result
         refused = self._avoid(owned, context, may_pass)
         if refused == SUCCESS:
             avoided.append(context)
-            return None
+            return _ASK_ANOTHER
         # pcscd is gone, or takes no more: then that answer is all there is.
         return CALLS[function].failure(refused, ([],)) if refused == NO_SERVICE else result
 
