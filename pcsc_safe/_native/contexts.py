@@ -227,7 +227,7 @@ class NativeContexts:
         avoided: list[NativeContext],
         may_pass: bool,
     ) -> Any:
-        """The result of a call; _ASK_ANOTHER if another native context is to be asked, for this one's may be nonsense."""
+        """The result of a call; _ASK_ANOTHER where this native context's answer may be nonsense."""
         if function not in _ASKING or result[0] not in _DOUBTFUL or len(avoided) == _MOST_AVOIDED:
             return result
         refused = self._avoid(owned, context, may_pass)
