@@ -11,7 +11,7 @@ import pty
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +28,27 @@ from brokers import (
     brokers,
     by_broker,
     held_card,
-    let_go,
-    stack_to_hold,
+    module_stack,
+    stack,
     until,
     watched,
 )
+from calling import HELD, Calling
+from cforks import SYS_CLONE, c_fork, raw_clone
 from conftest import ECHO, IS_VERIFIED, Session
 from forking import in_child
-from test_detection import SYS_CLONE, c_fork, raw_clone
-from test_threads import HELD, Calling
 
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe.testing import VirtualPcsc
+
+__all__ = ["module_stack", "stack"]
 
 pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
 
 OK = safe.SCARD_S_SUCCESS
 ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
 C_FORKS = [c_fork, pytest.param(raw_clone, marks=pytest.mark.skipif(SYS_CLONE is None, reason="no clone number"))]
-
-
-@pytest.fixture(scope="module")
-def module_stack() -> Iterator[VirtualPcsc]:
-    """Only this module has contexts there."""
-    with stack_to_hold() as stack:
-        yield stack
-
-
-@pytest.fixture
-def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
-    """That stack; when the test is over nobody has a context there."""
-    yield module_stack
-    let_go(module_stack)
 
 
 def establish() -> Any:

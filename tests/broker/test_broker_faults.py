@@ -25,11 +25,11 @@ from brokers import (
     until,
     watched,
 )
+from calling import HELD, Calling
 from conftest import ECHO, IS_VERIFIED, Session
 from forking import in_child
-from test_faults import AGAIN, USES, outcome
-from test_inherited import TABLE, Row
-from test_threads import HELD, Calling
+from inherited_calls import TABLE, Row
+from lives import AGAIN, USES, outcome
 
 import pcsc_safe
 from pcsc_safe import scard as safe

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,16 @@ from brokers import (
     by_broker,
     descriptors,
     held_card,
-    let_go,
+    module_stack,
     script,
-    stack_to_hold,
+    stack,
     stopped,
     until,
     without_native,
 )
+from calling import HELD, Calling
 from conftest import ECHO, Session
 from forking import in_child, in_program
-from test_threads import HELD, Calling
 
 import pcsc_safe
 from pcsc_safe import scard as safe
@@ -44,24 +43,12 @@ from pcsc_safe.broker import __main__ as main
 from pcsc_safe.broker import start
 from pcsc_safe.testing import DEFAULT_ATR, VirtualPcsc
 
+__all__ = ["module_stack", "stack"]
+
 pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
 
 OK = safe.SCARD_S_SUCCESS
 ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
-
-
-@pytest.fixture(scope="module")
-def module_stack() -> Iterator[VirtualPcsc]:
-    """Only this module has contexts there."""
-    with stack_to_hold() as stack:
-        yield stack
-
-
-@pytest.fixture
-def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
-    """That stack; when the test is over nobody has a context there."""
-    yield module_stack
-    let_go(module_stack)
 
 
 def establish() -> Any:

@@ -25,19 +25,22 @@ from brokers import (
     children,
     descriptors,
     imports,
-    let_go,
     script,
+    stack,
     stack_to_hold,
 )
+from calling import Calling
 from conftest import ECHO, Session
 from forking import in_child, in_program
-from test_threads import Calling
+from places import TESTS
 
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe.broker import client, family, start
 from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import VirtualPcsc
+
+__all__ = ["stack"]
 
 pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
 
@@ -51,13 +54,6 @@ def module_stack() -> Iterator[VirtualPcsc]:
     with stack_to_hold() as stack:
         assert safe.SCardReleaseContext(establish()) == OK
         yield stack
-
-
-@pytest.fixture
-def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
-    """That stack; when the test is over nobody has a context there."""
-    yield module_stack
-    let_go(module_stack)
 
 
 def establish() -> Any:
@@ -226,7 +222,7 @@ def test_a_frozen_program_is_its_own_broker(stack: VirtualPcsc, tmp_path: Path) 
     program = tmp_path / "program"
     main = tmp_path / "main.py"
     main.write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import sys\nsys.path[:0] = {[str(Path(__file__).parent), str(TESTS)]!r}\n"
         f"import test_broker_start\ntest_broker_start.frozen({str(program)!r})\n"
     )
     script(program, f'exec {sys.executable} {main} "$@"')

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 from brokers import ENOUGH, Client, Link, broker, brokers, until, watched
+from calling import Calling
+from cforks import c_fork
 from conftest import ECHO, IS_VERIFIED, Session
 from families import (
     BEGIN,
@@ -44,16 +46,14 @@ from families import (
     stack,
 )
 from forking import in_child, in_program, start, wait_for
-from test_detection import c_fork
-from test_macos import OnMacos, on_macos
-from test_threads import Calling
+from macos import OnMacos
 
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe.errors import SettingsError
 from pcsc_safe.testing import VirtualPcsc
 
-__all__ = ["module_stack", "on_macos", "stack"]
+__all__ = ["module_stack", "stack"]
 
 pytestmark = pytest.mark.native  # each family says itself how it reaches PC/SC
 

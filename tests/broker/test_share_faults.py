@@ -15,6 +15,7 @@ from typing import Any
 import forking
 import pytest
 from brokers import ENOUGH, Client, Link, broker, descriptors, until
+from calling import HELD, Calling
 from conftest import ECHO, Session
 from families import (
     A_WHILE,
@@ -43,7 +44,6 @@ from families import (
     stack,
 )
 from forking import in_child
-from test_threads import HELD, Calling
 
 from pcsc_safe import scard as safe
 from pcsc_safe.broker import connection

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import ECHO, Session
 from forking import fork, in_child, in_program
+from own_descriptors import descriptors, is_dead
 
 from pcsc_safe import scard as safe
 from pcsc_safe._core import handles, process
@@ -22,15 +23,6 @@ from pcsc_safe._core.descriptors import Descriptor
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 OK = safe.SCARD_S_SUCCESS
-
-
-def descriptors() -> dict[int, str]:
-    """What each descriptor of this process stands for."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-    return found
 
 
 def connection_of(context: Any) -> Descriptor:
@@ -44,17 +36,6 @@ def establish() -> Any:
     hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
     assert hresult == OK
     return context
-
-
-def is_dead(number: int) -> bool:
-    """Whether a socket can neither send nor receive."""
-    duplicate = socket.socket(fileno=os.dup(number))
-    with duplicate:
-        try:
-            duplicate.getpeername()
-        except OSError:
-            return True
-        return False
 
 
 def test_the_connection_is_found(session: Session) -> None:

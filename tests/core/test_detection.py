@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import logging
@@ -12,11 +11,10 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from cforks import SYS_CLONE, c_fork
 from conftest import ECHO, Session
 from forking import ChildFailedError, in_child, in_program
 
@@ -25,32 +23,6 @@ from pcsc_safe._core import process
 from pcsc_safe.testing import VirtualPcsc
 
 CLONE_NEWPID = 0x20000000
-SIGCHLD = 17
-SYS_CLONE = {"x86_64": 56, "aarch64": 220}.get(platform.machine())
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """No other thread asks for the interpreter lock: a child in which no hook ran would wait for that thread."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1000)
-    try:
-        time.sleep(0.005)  # those that have asked get it
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-
-
-def c_fork() -> int:
-    """fork(2) from C: no at-fork hook of Python runs."""
-    with undisturbed():
-        return int(ctypes.PyDLL(None).fork())
-
-
-def raw_clone() -> int:
-    """clone(2) itself, as a program does that goes past libc: not even pthread_atfork handlers run."""
-    with undisturbed():
-        return int(ctypes.PyDLL(None).syscall(SYS_CLONE, SIGCHLD, 0, 0, 0, 0))
 
 
 def uses_its_own(session: Session) -> tuple[Any, ...]:
@@ -177,7 +149,9 @@ def test_the_pid_where_no_page_is_wiped(shared_stack: VirtualPcsc, fork_name: st
 def unhooked_by_pid(fork_name: str) -> None:
     """:func:`unhooked`, in an interpreter that never had a page."""
     for name in [
-        name for name in sys.modules if name.startswith("pcsc_safe") or name in ("conftest", "test_detection")
+        name
+        for name in sys.modules
+        if name.startswith("pcsc_safe") or name in ("calling", "conftest", "test_detection")
     ]:
         del sys.modules[name]
     real, sys.platform = sys.platform, "freebsd14"

@@ -16,13 +16,19 @@ from pathlib import Path
 
 import pytest
 from forking import in_program
+from places import ROOT, TESTS
 
 from pcsc_safe import scard as safe
 from pcsc_safe.testing import VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
 
-HERE = Path(__file__).parent
-CONTRACT = ("test_scard.py", "test_inherited.py", "test_cleanup.py", "test_proxies.py", "test_threads.py")
+CONTRACT = (
+    "core/test_scard.py",
+    "core/test_inherited.py",
+    "core/test_cleanup.py",
+    "core/test_proxies.py",
+    "native/test_threads.py",
+)
 AT_LEAST = 350  # tests; so that an empty run is no success
 
 
@@ -38,9 +44,9 @@ def test_the_contract_holds_over(gateway: str) -> None:
         env["PCSC_SAFE_BROKER"] = "always"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--gateway", gateway]
     done = subprocess.run(
-        [*command, *(str(HERE / name) for name in CONTRACT)],
+        [*command, *(str(TESTS / name) for name in CONTRACT)],
         env=env,
-        cwd=HERE.parent,
+        cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

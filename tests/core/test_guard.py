@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from conftest import Session
 from forking import fork, in_child, in_program
+from own_descriptors import descriptors as open_descriptors
+from own_descriptors import is_dead
 from rawscard import raw
-from test_descriptors import descriptors as open_descriptors
-from test_descriptors import is_dead
 
 import pcsc_safe
 from pcsc_safe import scard as safe

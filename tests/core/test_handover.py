@@ -19,79 +19,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import ENOUGH, Client, Link, Watch, descriptors, until, watched
-from conftest import ECHO, IS_VERIFIED, VERIFY, Session
+from brokers import ENOUGH, Client, Link, Watch, descriptors, module_stack, stack, until, watched
+from calling import Calling, connect, establish
+from cforks import c_fork
+from conftest import ECHO, VERIFY, Session
 from forking import fork, in_child, in_program, start, wait_for
-from test_broker import module_stack, stack
-from test_detection import c_fork
-from test_macos import OnMacos, on_macos
-from test_quiesce import no_new_process
-from test_threads import Calling, connect, establish
+from handovers import (
+    ALL,
+    BROKER,
+    HELD_BY_ANOTHER,
+    INVALID,
+    NOTHING,
+    OK,
+    RESET,
+    attempt,
+    handing_over,
+    has,
+    is_free,
+    opened,
+    state,
+    through_both,
+)
+from interrupts import no_new_process
+from macos import OnMacos
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe.errors import ForkedHandleError, HandoverError
+from pcsc_safe.errors import HandoverError
 from pcsc_safe.testing import VirtualPcsc
 
-__all__ = ["module_stack", "on_macos", "stack"]
-
-OK, LEAVE = safe.SCARD_S_SUCCESS, safe.SCARD_LEAVE_CARD
-INVALID, RESET = safe.SCARD_E_INVALID_HANDLE, safe.SCARD_W_RESET_CARD
-HELD_BY_ANOTHER = safe.SCARD_E_SHARING_VIOLATION
-NOTHING = "nothing is handed over: "
-BROKER = {"native": "on-fork", "broker": "always"}
-through_both = pytest.mark.parametrize("through", [pytest.param("native", marks=pytest.mark.native), "broker"])
-
-
-def opened(through: str = "native", **settings: Any) -> Session:
-    """A session of this process."""
-    pcsc_safe.configure(broker=BROKER[through], **settings)
-    session = Session(safe.SCARD_SHARE_EXCLUSIVE)
-    assert safe.SCardBeginTransaction(session.card) == OK
-    return session
-
-
-def state(session: Session) -> list[Any]:
-    """What the session is to this process."""
-    return [
-        safe.SCardIsValidContext(session.context),
-        safe.SCardListReaders(session.context, [])[0],
-        session.transmit(IS_VERIFIED),
-        session.transmit(ECHO),
-        safe.SCardEndTransaction(session.card, LEAVE),
-        safe.SCardBeginTransaction(session.card),
-    ]
-
-
-ALL = [OK, OK, [OK, [1, 0x90, 0x00]], [OK, [1, 2, 3, 0x90, 0x00]], OK, OK]
-
-
-def attempt(use: Callable[[], Any]) -> Any:
-    try:
-        return use()
-    except ForkedHandleError:
-        return "raised"
-
-
-def has(session: Session) -> Any:
-    """Whether the session is this process's, all of it; under policy ``raise``."""
-    answers = attempt(lambda: state(session))
-    return answers == ALL or (answers != "raised" and answers)
-
-
-def handing_over(*contexts: Any) -> int:
-    with pcsc_safe.handover(*contexts):
-        return fork()
-
-
-def is_free(reader: str) -> bool:
-    """Whether a stranger gets the card."""
-    context = establish()
-    hresult, card, _ = safe.SCardConnect(context, reader, safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_T1)
-    if hresult == OK:
-        safe.SCardDisconnect(card, LEAVE)
-    safe.SCardReleaseContext(context)
-    return bool(hresult == OK)
+__all__ = ["module_stack", "stack"]
 
 
 # 1. Whatever the parent does next.

@@ -16,12 +16,11 @@ import time
 from typing import Any
 
 import pytest
-from brokers import ENOUGH, Client, Link, broker, held_card, until
+from brokers import ENOUGH, Client, Link, broker, held_card, module_stack, stack, until
+from calling import HELD, Calling, establish, state_of, stays
 from forking import fork, in_child, in_program, start, wait_for
-from test_broker import module_stack, stack
-from test_handover import BROKER, NOTHING, OK, handing_over, has, is_free, opened, through_both
-from test_quiesce import Alarm, before_3_10, raise_alarm
-from test_threads import HELD, Calling, establish, state_of, stays
+from handovers import BROKER, NOTHING, OK, handing_over, has, is_free, opened, through_both
+from interrupts import Alarm, before_3_10, raise_alarm
 
 import pcsc_safe
 from pcsc_safe import scard as safe

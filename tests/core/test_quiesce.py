@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import signal
 import socket
 import subprocess
@@ -20,14 +19,11 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import ECHO, Session
-from forking import in_child, in_program, start, wait_for
-from test_detection import c_fork
-from test_threads import (
+from calling import (
     ATR,
     CANCELLED,
     CHANGED,
@@ -43,20 +39,21 @@ from test_threads import (
     connect,
     establish,
     flags,
-    held,
     stays,
     transmit,
     until,
     wait,
     waits_on,
 )
+from cforks import c_fork
+from conftest import ECHO, Session
+from forking import in_child, in_program, start, wait_for
+from interrupts import Alarm, before_3_10, no_new_process, raise_alarm
 
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe.errors import ForkUnsafeError
 from pcsc_safe.testing import VirtualPcsc
-
-__all__ = ["held"]
 
 T1 = safe.SCARD_PROTOCOL_T1
 INVALID = safe.SCARD_E_INVALID_HANDLE
@@ -577,36 +574,6 @@ def failing() -> None:
     until(lambda: waits_on(waiter), "the wait goes on")
     safe.SCardCancel(waiting)
     print(json.dumps([failed, waits, calls, answer, waiter.answer()[0]]))
-
-
-@contextlib.contextmanager
-def no_new_process() -> Iterator[None]:
-    """A user who has as many processes as he may have; root may have any number, so be somebody else."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    privileged = os.geteuid() == 0
-    if privileged:
-        os.setresuid(54321, 54321, 0)
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
-        if privileged:
-            os.setresuid(0, 0, 0)
-
-
-before_3_10 = pytest.mark.skipif(
-    sys.version_info < (3, 10),
-    reason="CPython 3.9 runs signal handlers between any two bytecodes, also between a with block and its own exit",
-)
-
-
-class Alarm(Exception):  # noqa: N818  # not an error
-    """What an application's signal handler raises."""
-
-
-def raise_alarm(*_: Any) -> None:
-    raise Alarm
 
 
 @pytest.mark.parametrize("what", ["KeyboardInterrupt", "SystemExit", "Alarm"])

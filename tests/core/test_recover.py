@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 from brokers import ENOUGH, Client, Link, descriptors, until
+from calling import Calling, waits_on
 from conftest import ECHO, IS_VERIFIED, VERIFY, Session
 from forking import in_child, start, wait_for
 from rawscard import raw
-from test_threads import Calling, waits_on
 
 import pcsc_safe
 from pcsc_safe import scard as safe
@@ -597,8 +597,7 @@ def test_monitors(stack: VirtualPcsc, way: str, kind: str) -> None:
     """The monitors of pyscard go on, and tell what has changed; nothing is on stderr."""
 
     def story(pcscd: Pcscd) -> Any:
-        from programs import eventually
-        from test_framework import Recorder, monitors
+        from programs import Recorder, eventually, monitors
 
         warnings.simplefilter("ignore", DeprecationWarning)  # pyscard 2.0 has some
         pcsc_safe.install()

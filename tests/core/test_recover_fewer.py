@@ -14,19 +14,18 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from brokers import Program, brokers, until
+from calling import Calling, waits_on
 from conftest import ECHO
 from forking import in_child
-from test_threads import Calling, waits_on
+from places import ROOT
 
 import pcsc_safe
 from pcsc_safe.testing import EchoCard, VirtualPcsc, _install, _slots
 
-ROOT = str(Path(__file__).parents[1])
 NEW_READERS = "\\\\?PnP?\\Notification"
 READER = "Virtual PCD 0 00 00"
 OK, UNSUPPORTED = "0x00000000", "0x8010001F"
@@ -55,7 +54,7 @@ class Shrinking:
 
     def told(self, story: Callable[..., None], *sizes: int, **options: str) -> list[Any]:
         """What a program says, for whom pcscd is restarted with each of the sizes, when it has said a line."""
-        env = {**self.stack.env, "PYTHONPATH": ROOT}
+        env = {**self.stack.env, "PYTHONPATH": str(ROOT)}
         with Program(story, json.dumps({**DEFAULTS, **options}), env=env) as program:
             assert program.process.stdin is not None
             heard = []

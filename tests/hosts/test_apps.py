@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from places import ROOT, TESTS
 
 from pcsc_safe.testing import VirtualCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
@@ -26,8 +27,7 @@ piv = pytest.importorskip("piv")
 # That is how jcecard authenticates who personalises the card.
 pytestmark = pytest.mark.filterwarnings("ignore:TripleDES has been moved")
 
-HERE = Path(__file__).parent
-FETCHED = HERE.parent / ".cache" / "apps"
+FETCHED = ROOT / ".cache" / "apps"
 TAG = str(sys.implementation.cache_tag)
 RUN = ("-m", "pcsc_safe", "run")
 SHARE = (*RUN, "--broker", "always", "--policy", "share")
@@ -125,7 +125,7 @@ class Place(NamedTuple):
     def run(self, *arguments: str) -> Ended:
         """Run Python there, with default settings; it and all that it started are dead afterwards."""
         usual = {name: value for name, value in self.stack.env.items() if not name.startswith("PCSC_SAFE_")}
-        path = os.pathsep.join([str(self.packages), str(HERE.parent)])
+        path = os.pathsep.join([str(self.packages), str(ROOT)])
         # No PATH: when it gets no connection, ykman looks for pkill, to end others that use cards, all over the system.
         env = {**usual, "PYTHONPATH": path, "PATH": os.devnull}
         process = subprocess.Popen(
@@ -146,7 +146,7 @@ class Place(NamedTuple):
 
     def personalise(self, how: str) -> None:
         """Give the cards their keys."""
-        ended = self.run(str(HERE / "apps.py"), f"personalise-{how}")
+        ended = self.run(str(TESTS / "apps.py"), f"personalise-{how}")
         assert ended.status == 0, ended
 
     def told(self, *arguments: str) -> dict[str, str]:
@@ -211,7 +211,7 @@ def app(request: pytest.FixtureRequest) -> tuple[str, Place]:
 def test_the_fork_of_an_application(app: tuple[str, Place]) -> None:
     """The parent's session goes on; the child is told that it has none, and can open one; its end changes nothing."""
     name, place = app
-    told = place.told(*RUN, str(HERE / "apps.py"), name)
+    told = place.told(*RUN, str(TESTS / "apps.py"), name)
     first, second = SAYS[name]
     assert "reset" in told.pop("inherited").lower() or name == "OpenPGPpy"
     assert told == {"before": first, "own": second, "child": "0", "after": first, "closed": "None"}
@@ -220,7 +220,7 @@ def test_the_fork_of_an_application(app: tuple[str, Place]) -> None:
 def test_the_shared_session_of_an_application(app: tuple[str, Place]) -> None:
     """Under policy ``share`` the child uses the session of its parent, applet, PIN and exclusive hold included."""
     name, place = app
-    told = place.told(*SHARE, str(HERE / "apps.py"), name)
+    told = place.told(*SHARE, str(TESTS / "apps.py"), name)
     first, second = SAYS[name]
     assert told == {
         "before": first,
@@ -235,7 +235,7 @@ def test_the_shared_session_of_an_application(app: tuple[str, Place]) -> None:
 def test_an_application_on_raw_pyscard(app: tuple[str, Place]) -> None:
     """The same on raw pyscard ends the parent's session."""
     name, place = app
-    told = place.told(str(HERE / "apps.py"), name)
+    told = place.told(str(TESTS / "apps.py"), name)
     assert told["before"] == SAYS[name][0] != told["after"]
 
 

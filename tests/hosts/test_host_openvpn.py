@@ -29,6 +29,7 @@ from typing import Any
 
 import pytest
 from brokers import until
+from places import EXAMPLES, ROOT
 
 from pcsc_safe import scard
 from pcsc_safe.testing import PcscStackError, VirtualCard, VirtualPcsc
@@ -49,8 +50,6 @@ if OPENVPN is None:
 if not hasattr(os, "pidfd_open"):
     pytest.skip("the end of a process that is not our child can't be awaited here", allow_module_level=True)
 
-ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples"
 EXAMPLE = str(EXAMPLES / "openvpn_sign.py")
 PAGE = (ROOT / "docs" / "hosts" / "openvpn.md").read_text()
 CONFIGURATION = PAGE.partition("```conf\n")[2].partition("```")[0]

@@ -32,18 +32,18 @@ NOT_RUN = {
     "CONTRIBUTING.md": ["they are the tests"],
     "docs/doctor.md": ["depends on the machine", "depends on the machine"],
     "docs/hosts/celery.md": [
-        "a worker that serves until it is ended; tests/test_host_celery.py runs it",
-        "needs that worker; tests/test_host_celery.py makes the same call",
-        "needs two readers and Redis; tests/test_host_celery.py runs a worker for each",
-        "needs that worker; tests/test_host_celery.py asks the same",
+        "a worker that serves until it is ended; tests/hosts/test_host_celery.py runs it",
+        "needs that worker; tests/hosts/test_host_celery.py makes the same call",
+        "needs two readers and Redis; tests/hosts/test_host_celery.py runs a worker for each",
+        "needs that worker; tests/hosts/test_host_celery.py asks the same",
     ],
-    "docs/hosts/daemon.md": ["a part of examples/pin_daemon.py, which tests/test_host_daemon.py runs"],
+    "docs/hosts/daemon.md": ["a part of examples/pin_daemon.py, which tests/hosts/test_host_daemon.py runs"],
     "docs/hosts/openvpn.md": [
-        "needs root, and a server; tests/test_host_openvpn.py runs both programs",
+        "needs root, and a server; tests/hosts/test_host_openvpn.py runs both programs",
         "a line for the system's own configuration",
     ],
-    "docs/retrofit.md": ["PIDs differ; tests/test_run.py has the lines"],
-    "docs/start.md": ["installs packages", "it is tests/test_demo.py's, and takes half a minute"],
+    "docs/retrofit.md": ["PIDs differ; tests/retrofit/test_run.py has the lines"],
+    "docs/start.md": ["installs packages", "it is tests/demo/test_demo.py's, and takes half a minute"],
 }
 """By page, why blocks of it are not run; a new one has to be entered here."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-CHECK = Path(__file__).parent.parent / "scripts" / "release-check"
+CHECK = ROOT / "scripts" / "release-check"
 
 
 @pytest.mark.long

@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-import stack_results as results  # noqa: E402
-import stack_system as system  # noqa: E402
+import stack_results as results
+import stack_system as system
 
 GREEN = """\
 optional, and not here: pip-uwsgi apt-chromium (.cache/setup has the logs)
 == pytest
 some output: 99 passed in 1.00s
 =========================== short test summary info ============================
-SKIPPED [2] tests/test_host_uwsgi.py:20: uwsgi is not installed
-SKIPPED [1] tests/test_piv.py:5: no card
+SKIPPED [2] tests/hosts/test_host_uwsgi.py:20: uwsgi is not installed
+SKIPPED [1] tests/hosts/test_piv.py:5: no card
 ========== 10 passed, 3 skipped, 5 deselected in 12.34s ===========
 == pytest -m long
 =========================== short test summary info ============================
-SKIPPED [1] tests/test_host_uwsgi.py:99: uwsgi is not installed
+SKIPPED [1] tests/hosts/test_host_uwsgi.py:99: uwsgi is not installed
 ========== 4 passed, 1 skipped, 1 xfailed in 61.00s (0:01:01) ===========
 """
 
@@ -37,8 +37,8 @@ FAILED tests/test_a.py::test_b - AssertionError: no
 ERROR tests/test_c.py::test_d
 ==== 1 failed, 2 passed, 1 error in 3.00s ====
 == pytest -m long
-tests/test_storm.py ++++++++++ Timeout ++++++++++
-  File "/srv/pcsc_safe/tests/test_storm.py", line 364, in test_of_wind
+tests/whole/test_storm.py ++++++++++ Timeout ++++++++++
+  File "/srv/pcsc_safe/tests/whole/test_storm.py", line 364, in test_of_wind
 +++++++++++ Timeout +++++++++++
 """
 
@@ -88,7 +88,7 @@ def test_only_whole_green_runs_are_recorded(tmp_path: Path) -> None:
     """A later one takes the place of the one before; the others are named, with the reason."""
     file, order = tmp_path / "stacks.json", ["bookworm", "trixie", "sid"]
     assert results.record([result(stack="sid"), result()], order, file) == []
-    part, red = result(arguments=["tests/test_scard.py"]), result(stack="bookworm", status=1)
+    part, red = result(arguments=["tests/core/test_scard.py"]), result(stack="bookworm", status=1)
     absent = {"stack": "sid", "impossible": "there is no network"}
     refused = results.record([part, red, absent, result(stack="sid", debian="sid")], order, file)
     assert refused == ["trixie: only a part was run", "bookworm: not green", "sid: not green"]

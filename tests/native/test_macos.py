@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import forking
-import macos
 import pytest
+from calling import Calling, until, waits_on
+from cforks import c_fork
 from conftest import ECHO, IS_VERIFIED, VERIFY
 from forking import ChildFailedError, in_child, in_program, start, wait_for
-from test_detection import c_fork
-from test_threads import Calling, until, waits_on
+from macos import OnMacos
 
 from pcsc_safe._core.calls import CALLS
 from pcsc_safe._native.pyscard import raw
@@ -41,21 +41,6 @@ RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
 DEATH = f"the child said nothing and ended with status {-signal.SIGSEGV}"
 ENOUGH = 20  # s; nothing takes that long
 REMOVED = [0, SCARD_STATE_EMPTY | SCARD_STATE_CHANGED]
-
-OnMacos = Callable[[VirtualPcsc], "dict[str, str]"]
-
-
-@pytest.fixture(scope="session")
-def on_macos(tmp_path_factory: pytest.TempPathFactory) -> OnMacos:
-    """The environment of a program that uses a stack on the simulated macOS."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip(f"macOS is simulated on Linux only, this is {sys.platform}")
-    directory = tmp_path_factory.mktemp("macos")
-    try:
-        macos.build(directory)
-    except macos.NoCompilerError as error:
-        pytest.skip(str(error))
-    return lambda stack: macos.environment(stack.env, directory)
 
 
 def told(function: Callable[..., None], *arguments: str, env: Mapping[str, str]) -> Any:

@@ -23,9 +23,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from calling import Calling, connect, establish, until, waits_on
 from conftest import ECHO
 from forking import fork, in_child, in_program
-from test_threads import Calling, connect, establish, until, waits_on
 
 import pcsc_safe
 from pcsc_safe import scard as safe

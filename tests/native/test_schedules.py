@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import schedules
+from calling import Calling, connect, establish, until
 from forking import fork, in_program, start, wait_for
 from rawscard import raw
 from schedules import BEHIND_A_TRANSACTION, EVERY_STEP, Step, connected, crossed, difference, in_one_process, sides
-from test_threads import Calling, connect, establish, until
 
 from pcsc_safe import scard as safe
 from pcsc_safe.testing import EchoCard, VirtualPcsc

@@ -13,8 +13,10 @@ from programs import (
     IS_VERIFIED,
     UNPOWER_CARD,
     VERIFY,
+    Recorder,
     child,
     eventually,
+    monitors,
     open_session,
     orderly_child,
     outcome,
@@ -242,30 +244,6 @@ def forks_holding_a_lock() -> None:
 def test_a_lock_that_the_forking_thread_holds(shared_stack: VirtualPcsc) -> None:
     """It stays that thread's in the child, whose release is yet to come."""
     assert outcome(forks_holding_a_lock, shared_stack) == [True, False]
-
-
-class Recorder:
-    """An observer of either kind; it counts what came and went, in which process."""
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.came = self.went = self.elsewhere = 0
-
-    def update(self, observable: Any, handlers: Any) -> None:
-        came, went = handlers
-        self.came += len(came)
-        self.went += len(went)
-        self.elsewhere += os.getpid() != self.pid
-
-
-def monitors(kind: str) -> Any:
-    if kind == "cards":
-        from smartcard.CardMonitoring import CardMonitor
-
-        return CardMonitor
-    from smartcard.ReaderMonitoring import ReaderMonitor
-
-    return lambda: ReaderMonitor(startOnDemand=kind == "readers", period=0.05)
 
 
 def monitored(kind: str, use: str) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from forking import in_program
+from places import ROOT
 
 from pcsc_safe.testing import PcscStackError, VirtualPcsc, _daemon, _install, _keeper
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NOBODY = 65534
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the virtual PC/SC stack runs on Linux")
@@ -193,7 +193,7 @@ def until_gone(path: Path) -> None:
 def kill_a_program_with_a_stack() -> None:
     source = f"""
 import signal, sys
-sys.path.insert(0, {ROOT!r})
+sys.path.insert(0, {str(ROOT)!r})
 from pcsc_safe.testing import VirtualPcsc
 with VirtualPcsc(activate=False) as stack:
     print(stack._daemon.home, flush=True)
@@ -269,7 +269,7 @@ def test_a_keeper_that_this_user_can_not_read(tmp_path: Path) -> None:
     keeper.chmod(0)
     source = f"""
 import os, sys
-sys.path.insert(0, {ROOT!r})
+sys.path.insert(0, {str(ROOT)!r})
 from pcsc_safe.testing import VirtualPcsc, PcscStackError, _daemon
 _daemon._KEEPER = {str(keeper)!r}
 if not os.geteuid():

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from places import EXAMPLES
 
 from pcsc_safe import scard
 from pcsc_safe.testing import PcscStackError, VirtualPcsc
@@ -25,7 +26,6 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 PIN = "123456"
 MESSAGE = b"to be signed"
 DIGEST = hashlib.sha256(MESSAGE).digest()

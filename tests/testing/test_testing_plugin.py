@@ -8,15 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = str(Path(__file__).parents[1])
+from places import ROOT
 
 
 def run_pytest(folder: Path, source: str, *options: str) -> str:
     """Run a test file in a new pytest; returns what it printed."""
     Path(folder, "test_it.py").write_text(source)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PCSCLITE"))}
-    environment.update(PYTHONPATH=ROOT, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    environment.update(PYTHONPATH=str(ROOT), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     command = [sys.executable, "-m", "pytest", "-p", "pcsc_safe.testing.plugin", "-rs", "--strict-markers", *options]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
     return done.stdout + done.stderr
@@ -95,6 +94,8 @@ def test_import_is_cheap(module: str) -> None:
     """Loading the plugin loads neither pyscard nor anything of the stack."""
     source = f"import pytest, sys; old = set(sys.modules); import {module}; print(sorted(set(sys.modules) - old))"
     command = [sys.executable, "-c", source]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
     assert "smartcard" not in done.stdout
     assert "_stack" not in done.stdout

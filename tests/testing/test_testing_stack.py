@@ -17,14 +17,14 @@ from typing import Any
 
 import forking
 import pytest
+from places import ROOT, TESTS
 from smartcard import scard
 
 from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc, _install, _slots, cards
 from pcsc_safe.testing._activation import VARIABLE
 
 PRESENT, EMPTY = scard.SCARD_STATE_PRESENT, scard.SCARD_STATE_EMPTY
-ROOT = str(Path(__file__).parents[1])
-CLEAN = {**os.environ, "PYTHONPATH": ROOT}  # for programs: another stack may be active in this process
+CLEAN = {**os.environ, "PYTHONPATH": str(ROOT)}  # for programs: another stack may be active in this process
 
 
 def establish() -> Any:
@@ -454,7 +454,7 @@ def test_twenty_in_parallel() -> None:
     failures: list[str] = []
 
     def run() -> None:
-        done = forking.in_program(start_five, env={**os.environ, "PYTHONPATH": ROOT})
+        done = forking.in_program(start_five, env={**os.environ, "PYTHONPATH": str(ROOT)})
         if done.returncode:
             failures.append(done.stderr)
 
@@ -547,7 +547,7 @@ def come_to_a_sudden_end(how: str) -> None:
 @pytest.mark.parametrize("how", ["SIGKILL", "exec"])
 def test_nothing_is_left_behind_after_a_sudden_end(how: str) -> None:
     """Daemon and files go with the process that wanted them, killed (though a child lives on) or replaced."""
-    here = [ROOT, os.path.dirname(__file__)]
+    here = [str(ROOT), str(TESTS), os.path.dirname(__file__)]
     source = f"import sys; sys.path[:0] = {here!r}; import {__name__} as test; test.come_to_a_sudden_end({how!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -581,7 +581,7 @@ def test_keeper_without_pidfd(tmp_path: Path) -> None:
     real = str(Path(cards.__file__).with_name("_keeper.py"))
     keeper = tmp_path / "keeper.py"
     keeper.write_text(f"import os, runpy\ndel os.pidfd_open\nrunpy.run_path({real!r}, run_name='__main__')\n")
-    here = [ROOT, os.path.dirname(__file__)]
+    here = [str(ROOT), str(TESTS), os.path.dirname(__file__)]
     source = (
         f"import sys; sys.path[:0] = {here!r}; import {__name__} as test; test.die_on_an_old_kernel({str(keeper)!r})"
     )
@@ -623,7 +623,7 @@ def ignore_and_block_signals() -> None:
 
 def test_signals_that_the_process_ignores_or_blocks() -> None:
     """What the test process does with signals is no matter to the stack."""
-    done = forking.in_program(ignore_and_block_signals, env={**os.environ, "PYTHONPATH": ROOT})
+    done = forking.in_program(ignore_and_block_signals, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
 
 
@@ -740,5 +740,5 @@ def test_without_root() -> None:
         pytest.skip("not root, so this whole run is the test")
     if not os.access("/usr/bin/python3", os.X_OK):
         pytest.skip("needs /usr/bin/python3, a Python that nobody may run")
-    done = forking.in_program(be_nobody, env={**os.environ, "PYTHONPATH": ROOT})
+    done = forking.in_program(be_nobody, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 from forking import ChildFailedError
+from places import EXAMPLES
 
 from pcsc_safe._trace import timeline
 from pcsc_safe._trace.history import History
@@ -476,7 +477,7 @@ def test_where_no_record_can_be_written(shared_stack: VirtualPcsc, tmp_path: Pat
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "family.py"
+EXAMPLE = EXAMPLES / "family.py"
 
 
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="examples/ is not part of this installation")

@@ -11,8 +11,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from places import ROOT
 
-RUN = Path(__file__).parent.parent / "benchmarks" / "run.py"
+RUN = ROOT / "benchmarks" / "run.py"
 INTERVAL = {"median", "low", "high", "first_quartile", "third_quartile"}
 RAW, WRAPT, BY_HAND, SPAWN = "raw pyscard", "raw, wrapt imported", "check by hand", "spawn"
 CALLS = (

@@ -12,13 +12,11 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from places import EXAMPLES
 
 from pcsc_safe.testing import VirtualPcsc
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def command(name: str, *arguments: str) -> list[str]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import soak_report
+from places import TESTS
 
 from pcsc_safe.testing._install import Missing, look
 
-SOAK = Path(__file__).with_name("soak.py")
+SOAK = TESTS / "soak.py"
 SEED = 7
 
 
