@@ -13,6 +13,7 @@ import sys
 import threading
 from typing import Any
 
+import cforks
 import pytest
 from cforks import SYS_CLONE, c_fork
 from conftest import ECHO, Session
@@ -104,7 +105,7 @@ def unhooked(fork_name: str, layer: str) -> None:
     if layer == "pid":
         process._page = None
         process.sentinel = process._PidSentinel()
-    fork = globals()[fork_name]
+    fork = getattr(cforks, fork_name)
     session = Session()
     lines = Lines()
     answers = in_child(uses_its_own, session, fork=fork)
@@ -148,11 +149,8 @@ def test_the_pid_where_no_page_is_wiped(shared_stack: VirtualPcsc, fork_name: st
 
 def unhooked_by_pid(fork_name: str) -> None:
     """:func:`unhooked`, in an interpreter that never had a page."""
-    for name in [
-        name
-        for name in sys.modules
-        if name.startswith("pcsc_safe") or name in ("calling", "conftest", "test_detection")
-    ]:
+    ours = ("calling", "conftest", "test_detection")
+    for name in [name for name in sys.modules if name.startswith("pcsc_safe") or name in ours]:
         del sys.modules[name]
     real, sys.platform = sys.platform, "freebsd14"
     import pcsc_safe._core.process
