@@ -13,7 +13,14 @@ Run it, with any reader or with the virtual stack of ``pcsc_safe.testing``::
 import os
 import sys
 
-from pcsc_safe.scard import SCARD_SCOPE_SYSTEM, SCARD_S_SUCCESS, SCardEstablishContext, SCardGetErrorMessage, SCardListReaders, SCardReleaseContext
+from pcsc_safe.scard import (
+    SCARD_S_SUCCESS,
+    SCARD_SCOPE_SYSTEM,
+    SCardEstablishContext,
+    SCardGetErrorMessage,
+    SCardListReaders,
+    SCardReleaseContext,
+)
 
 
 def list_readers(who, context):

@@ -256,7 +256,7 @@ def by_broker(function: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def stack_to_hold() -> Iterator[VirtualPcsc]:
     """A stack whose first card can be held; the third reader is another device, and never waits for it."""
-    from test_threads import HeldCard
+    from calling import HeldCard
 
     found = look()
     if isinstance(found, Missing):
@@ -297,6 +297,20 @@ def _is_free(stack: VirtualPcsc) -> bool:
     return all(hresult == scard.SCARD_S_SUCCESS for hresult, _, _ in answers)
 
 
+@pytest.fixture(scope="module")
+def module_stack() -> Iterator[VirtualPcsc]:
+    """A stack whose first card can be held; only one module has contexts there."""
+    with stack_to_hold() as stack:
+        yield stack
+
+
+@pytest.fixture
+def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
+    """That stack; when the test is over nobody has a context there."""
+    yield module_stack
+    let_go(module_stack)
+
+
 def script(path: Path, text: str) -> str:
     """A shell script at this path, to be an interpreter."""
     path.write_text(f"#!/bin/sh\n{text}\n")
@@ -323,8 +337,8 @@ def without_native(how: str) -> None:
 
     if how == "configure":
         pcsc_safe.configure(broker="always")
+    from calling import HELD, Calling
     from conftest import Session
-    from test_threads import HELD, Calling
 
     from pcsc_safe import scard
 

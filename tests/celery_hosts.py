@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 import redis
+from places import EXAMPLES
 
 from pcsc_safe.testing import VirtualPcsc
 from pcsc_safe.testing.piv import PivCard
 
 __all__ = ["EXAMPLES", "PIN", "Host", "a_host", "a_redis", "eventually"]
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 PIN = "123456"
 OPTIONS = ("--concurrency", "2", "--without-mingle", "--without-gossip")  # without: starts sooner
 

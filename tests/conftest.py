@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import forking
+import macos
 import pytest
+from calling import HeldCard
+from macos import OnMacos
 
 import pcsc_safe
 from pcsc_safe import scard as safe
@@ -137,6 +140,32 @@ def session(shared_stack: VirtualPcsc) -> Iterator[Session]:
     gc.collect()
     session.assert_untouched()
     session.close()
+
+
+@pytest.fixture(scope="session")
+def on_macos(tmp_path_factory: pytest.TempPathFactory) -> OnMacos:
+    """The environment of a program that uses a stack on the simulated macOS."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip(f"macOS is simulated on Linux only, this is {sys.platform}")
+    directory = tmp_path_factory.mktemp("macos")
+    try:
+        macos.build(directory)
+    except macos.NoCompilerError as error:
+        pytest.skip(str(error))
+    return lambda stack: macos.environment(stack.env, directory)
+
+
+@pytest.fixture
+def held() -> Iterator[VirtualPcsc]:
+    """A stack whose first card is a HeldCard; the third reader does not wait for it, being of another device."""
+    found = look()
+    if isinstance(found, Missing):
+        pytest.skip(f"{found.problem}; {found.remedy}")
+    with VirtualPcsc(4, [HeldCard(), EchoCard(), EchoCard(), EchoCard()]) as stack:
+        yield stack
+        card = stack.readers[0].card
+        assert isinstance(card, HeldCard)
+        card.go.set()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The blocks of code of the documentation, and how each is run; tests/test_docs.py runs them.
+"""The blocks of code of the documentation, and how each is run; tests/house/test_docs.py runs them.
 
 A comment above a block says what is special about it::
 
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from markdown_it import MarkdownIt
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 TIMEOUT = 60
 
 SETUPS = {

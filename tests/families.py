@@ -13,8 +13,8 @@ from typing import Any, Optional
 import forking
 import pytest
 from brokers import Client, Link, until
+from calling import HeldCard
 from conftest import ECHO, IS_VERIFIED, Session
-from test_threads import HeldCard
 
 import pcsc_safe
 from pcsc_safe import scard as safe

@@ -126,5 +126,5 @@ def in_program(
 
 if __name__ == "__main__":
     path, name = sys.argv[1:3]
-    sys.path.insert(0, str(Path(path).parent))
+    sys.path[:0] = [str(Path(path).parent), str(Path(__file__).parent)]
     runpy.run_path(path)[name](*sys.argv[3:])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Callable, Optional, TypeVar
 
 import pytest
+from places import EXAMPLES
 
 from pcsc_safe.testing import PcscStackError, VirtualPcsc
 
@@ -31,7 +32,6 @@ from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePub
 from cryptography.hazmat.primitives.hashes import SHA256
 
 T = TypeVar("T")
-EXAMPLES = Path(__file__).parent.parent / "examples"
 PIN = "123456"
 FORKS_WITH_THREADS = "ignore:This process:DeprecationWarning"  # Python 3.12 warns of them
 

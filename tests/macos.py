@@ -23,14 +23,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["NoCompilerError", "build", "environment"]
+if TYPE_CHECKING:
+    from pcsc_safe.testing import VirtualPcsc
+
+__all__ = ["NoCompilerError", "OnMacos", "build", "environment"]
 
 SOURCE = Path(__file__).with_name("macos_libpcsclite.c")
 LIBRARY = "libpcsclite.so.1"
 """What pyscard gives to dlopen."""
+
+OnMacos = Callable[["VirtualPcsc"], "dict[str, str]"]
+"""The environment of a program that uses a stack on the simulated macOS."""
 
 _SITECUSTOMIZE = '''\
 """Tells pcsc_safe that this is macOS, when it is imported; see tests/macos.py."""

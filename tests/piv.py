@@ -14,14 +14,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any
+
+from places import ROOT
 
 from pcsc_safe.testing import PcscStackError
 
 __all__ = ["PIN", "ApduError", "Connection", "PivCard", "Signer", "is_signature", "personalise", "tool"]
 
-FETCHED = Path(__file__).parent.parent / ".cache" / "piv"
+FETCHED = ROOT / ".cache" / "piv"
 PACKAGES = FETCHED / str(sys.implementation.cache_tag)
 PIN = "123456"
 SUBJECT = "CN=A card holder,O=pcsc_safe"

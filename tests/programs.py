@@ -97,3 +97,27 @@ def orderly_child(function: Callable[[], Any]) -> int:
         gc.collect()
         sys.exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class Recorder:
+    """An observer of either kind; it counts what came and went, in which process."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.came = self.went = self.elsewhere = 0
+
+    def update(self, observable: Any, handlers: Any) -> None:
+        came, went = handlers
+        self.came += len(came)
+        self.went += len(went)
+        self.elsewhere += os.getpid() != self.pid
+
+
+def monitors(kind: str) -> Any:
+    if kind == "cards":
+        from smartcard.CardMonitoring import CardMonitor
+
+        return CardMonitor
+    from smartcard.ReaderMonitoring import ReaderMonitor
+
+    return lambda: ReaderMonitor(startOnDemand=kind == "readers", period=0.05)

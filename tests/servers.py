@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 import pytest
+from places import ROOT
 
 from pcsc_safe.testing import PcscStackError, VirtualPcsc
 
@@ -40,7 +41,6 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 from cryptography.hazmat.primitives.hashes import SHA256
 
-ROOT = Path(__file__).parent.parent
 PIN = "123456"
 TIMEOUT = 20  # s; for what takes milliseconds
 CLIENTS = 4

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 TIMEOUT = 60
 
 

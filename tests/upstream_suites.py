@@ -30,11 +30,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Union
 
+from places import ROOT
+
 from pcsc_safe.testing import VirtualCard, VirtualPcsc
 
 __all__ = ["SUITES", "WAYS", "Ended", "Way", "differences", "program", "programs", "suite"]
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class SimCard(VirtualCard):

@@ -1,0 +1,280 @@
+"""A broker is killed, or pcscd is: PC/SC's codes, nothing hangs, nothing is leaked, and the next use works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from brokers import (
+    ENOUGH,
+    Client,
+    Link,
+    broker,
+    brokers,
+    by_broker,
+    children,
+    descriptors,
+    held_card,
+    stack_to_hold,
+    stopped,
+    until,
+    watched,
+)
+from calling import HELD, Calling
+from conftest import ECHO, IS_VERIFIED, Session
+from forking import in_child
+from inherited_calls import TABLE, Row
+from lives import AGAIN, USES, outcome
+
+import pcsc_safe
+from pcsc_safe import scard as safe
+from pcsc_safe._core.calls import CALLS
+from pcsc_safe.errors import BrokerError
+from pcsc_safe.testing import VirtualPcsc
+
+pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
+
+OK = safe.SCARD_S_SUCCESS
+LOST = safe.SCARD_F_COMM_ERROR
+RESET = safe.SCARD_W_RESET_CARD
+ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
+READER = "Virtual PCD 0 00 00"
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[VirtualPcsc]:
+    """For the tests that leave pcscd as they found it."""
+    with stack_to_hold() as stack:
+        yield stack
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, and wait until it is dead."""
+    with watched(pid) as watch:
+        os.kill(pid, signal.SIGKILL)
+        assert watch.ends(ENOUGH)
+
+
+# The broker is killed.
+
+
+@pytest.mark.parametrize("cards", ["reset", "reconnect"])
+def test_after_its_death_the_next_use_starts_another(stack: VirtualPcsc, cards: str) -> None:
+    """Contexts are established anew there; a card is SCARD_W_RESET_CARD until SCardReconnect, or goes on."""
+
+    def child() -> Any:
+        pcsc_safe.configure(cards=cards)
+        session, other = Session(), Session()
+        number, first = int(session.context), broker()
+        kill(first)
+        answers = [
+            safe.SCardListReaders(session.context, [])[0],
+            session.transmit(IS_VERIFIED),
+            safe.SCardReconnect(session.card, safe.SCARD_SHARE_SHARED, session.protocol, safe.SCARD_LEAVE_CARD)[0],
+            session.transmit(IS_VERIFIED),
+            safe.SCardIsValidContext(session.context),
+            safe.SCardDisconnect(other.card, safe.SCARD_LEAVE_CARD),
+            safe.SCardReleaseContext(other.context),
+        ]
+        again = broker() != first, children() == brokers(), number == session.context
+        session.close()
+        return answers, again
+
+    (listed, at_first, reconnected, then, valid, *cleanup), again = in_child(by_broker(child))
+    assert (listed, reconnected, valid, cleanup) == (OK, OK, OK, [OK, OK])
+    if cards == "reset":
+        assert at_first == [RESET, []]
+    else:
+        assert at_first[0] == OK
+    assert then[0] == OK
+    assert again == (True, True, True)
+
+
+def test_in_a_transaction_a_card_does_not_go_on(stack: VirtualPcsc) -> None:
+    """With cards='reconnect' either: what was to be one transaction would be torn in two."""
+
+    def child() -> Any:
+        pcsc_safe.configure(cards="reconnect")
+        session = Session()
+        assert safe.SCardBeginTransaction(session.card) == OK
+        kill(broker())
+        answers = session.transmit(ECHO), safe.SCardEndTransaction(session.card, safe.SCARD_LEAVE_CARD)
+        safe.SCardReleaseContext(session.context)
+        return answers
+
+    assert in_child(by_broker(child)) == ([RESET, []], OK)
+
+
+def under_way(call: Callable[..., Any], *arguments: Any) -> Any:
+    """The answer to a call that the broker has got, and not answered, when it is killed."""
+    with stopped(broker()):
+        calling = Calling(call, *arguments)
+        until(lambda: calling.waits, "it waits for the answer")
+    return calling.answer()
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if hasattr(safe, row.name)], ids=lambda row: row.name)
+def test_a_call_under_way_is_a_communication_error(stack: VirtualPcsc, row: Row) -> None:
+    """Every function answers SCARD_F_COMM_ERROR in its shape, and is not made again: it may have been carried out."""
+
+    def child() -> Any:
+        session = Session()
+        answer = under_way(getattr(safe, row.name), getattr(session, row.handle), *row.arguments)
+        return (
+            answer,
+            brokers(),
+            children() == brokers(),
+            [session.transmit(ECHO)[0], safe.SCardReleaseContext(session.context)],
+        )
+
+    assert in_child(by_broker(child)) == (CALLS[row.name].failure(LOST, row.arguments), [], True, [RESET, OK])
+
+
+def test_an_apdu_under_way_is_sent_once(stack: VirtualPcsc) -> None:
+    """The card has got it, and does not get it again."""
+    card = held_card(stack)
+
+    def child(link: Link) -> Any:
+        session = Session()
+        exchange = Calling(session.transmit, HELD)
+        wait = Calling(safe.SCardGetStatusChange, establish(), safe.INFINITE, [(stack.readers[1].name, 0x22)])
+        until(lambda: wait.waits, "it waits")
+        link.say(broker())
+        link.hear()
+        return exchange.answer(), wait.answer(), session.transmit(ECHO)[0]
+
+    with Client(by_broker(child)) as client:
+        pid = client.hear()
+        assert card.reached.wait(ENOUGH)
+        apdus = card.apdus
+        kill(pid)
+        card.go.set()
+        client.say("it is dead")
+        exchange, wait, then = client.result()
+    assert exchange == [LOST, []]
+    assert wait == [LOST, [(stack.readers[1].name, 0, [])]]
+    assert then == RESET
+    assert card.apdus == apdus + 1
+
+
+def establish() -> Any:
+    hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    assert hresult == OK
+    return context
+
+
+def test_establishing_under_way(stack: VirtualPcsc) -> None:
+    """SCardEstablishContext, too; and the next one is right."""
+
+    def child() -> Any:
+        establish()
+        return under_way(safe.SCardEstablishContext, safe.SCARD_SCOPE_SYSTEM), bool(establish())
+
+    assert in_child(by_broker(child)) == ([LOST, 0], True)
+
+
+def test_killed_again_and_again_under_load(stack: VirtualPcsc) -> None:
+    """Four threads call, each in its own way, while brokers are killed at any moment: codes of PC/SC, and no leak."""
+
+    def uses(number: int, over: threading.Event) -> set[Any]:
+        seen = set()
+        while not over.is_set():
+            try:
+                hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+                seen.add(hresult)
+                if hresult == OK:
+                    hresult, card, _ = safe.SCardConnect(context, stack.readers[number % 3].name, 2, 3)
+                    seen.add(hresult)
+                    for _ in range(number):
+                        seen.add(safe.SCardListReaders(context, [])[0])
+                    if hresult == OK:
+                        hresult, answer = safe.SCardTransmit(card, 2, ECHO)
+                        seen.add(hresult)
+                        assert answer == ([] if hresult else ECHOED[1])
+                    seen.add(safe.SCardReleaseContext(context))
+            except BrokerError as error:
+                seen.add(str(error))
+        return seen
+
+    def child() -> Any:
+        establish()
+        before = len(descriptors(os.getpid()))
+        over = threading.Event()
+        threads = [Calling(uses, number, over) for number in range(4)]
+        killed = 0
+        while killed < 12:
+            until(brokers, "there is a broker")
+            time.sleep(0.02 * killed)  # as it starts, and later and later
+            for pid in brokers():
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+        over.set()
+        seen = set().union(*[thread.answer() for thread in threads])
+        establish()
+        return seen, len(descriptors(os.getpid())) - before, children() == brokers(), len(brokers())
+
+    seen, leaked, no_zombies, alive = in_child(by_broker(child))
+    at_its_start = ("signal 9 ended it", "die as soon as they have begun")
+    assert [text for text in seen - {OK, LOST, RESET} if not any(part in str(text) for part in at_its_start)] == []
+    assert (no_zombies, alive) == (True, 1)
+    assert leaked <= 8  # connections that are kept for the next calls
+
+
+# pcscd goes away.
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        (["kill", "start"], ["establish", "connect", "wait", "transmit", "wait", *USES, *AGAIN]),
+        (["kill"], ["establish", "connect", "wait", *USES, "establish"]),
+        (["restart"], ["establish", "connect", "begin", "wait", *USES, *AGAIN]),
+        (["restart"], ["establish", "wait", "valid", "list", "list", "release", *AGAIN]),
+    ],
+    ids=lambda value: "-".join(value) if "wait" not in value else "",
+)
+def test_pcscd_dies_behind_it(
+    pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, changes: list[str], steps: list[str]
+) -> None:
+    """Killed or restarted, it is what it is to raw pyscard, code by code; the broker goes on."""
+    make = [getattr(pcsc_stack, change) for change in changes]
+    monkeypatch.setenv("PCSC_SAFE_BROKER", "on-fork")
+    native = outcome(pcsc_stack, "smartcard.scard", make, steps)
+    if not pcsc_stack.pid:
+        pcsc_stack.start()
+    monkeypatch.setenv("PCSC_SAFE_BROKER", "always")
+    assert outcome(pcsc_stack, "pcsc_safe.scard", make, steps) == native
+
+
+def test_a_wait_ends_when_pcscd_dies_behind_it(pcsc_stack: VirtualPcsc) -> None:
+    """A thread that waits for events gets the code that it gets natively; the next context works, by that broker."""
+    name = pcsc_stack.readers[0].name
+
+    def waits(link: Link) -> Any:
+        context = establish()
+        known = [(name, safe.SCardGetStatusChange(context, 0, [(name, 0)])[1][0][1])]
+        waiter = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, known)
+        until(lambda: waiter.waits, "it waits")
+        link.say(brokers())
+        ended = waiter.answer()[0]
+        link.hear()
+        return ended, safe.SCardListReaders(establish(), [])[0], brokers()
+
+    def told(function: Any) -> Any:
+        with Client(function) as client:
+            before = client.hear()
+            pcsc_stack.kill()
+            pcsc_stack.start()
+            client.say("it is up again")
+            *answers, after = client.result()
+        assert after == before
+        return answers
+
+    native = told(waits)
+    assert native[0] != OK
+    assert told(by_broker(waits)) == native

@@ -1,0 +1,338 @@
+"""What a broker does for its client: no thread waits for another, no native library is needed, no secret is told."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from brokers import (
+    ENOUGH,
+    Client,
+    Link,
+    Program,
+    broker,
+    brokers,
+    by_broker,
+    descriptors,
+    held_card,
+    module_stack,
+    script,
+    stack,
+    stopped,
+    until,
+    without_native,
+)
+from calling import HELD, Calling
+from conftest import ECHO, Session
+from forking import in_child, in_program
+
+import pcsc_safe
+from pcsc_safe import scard as safe
+from pcsc_safe.broker import __main__ as main
+from pcsc_safe.broker import start
+from pcsc_safe.testing import DEFAULT_ATR, VirtualPcsc
+
+__all__ = ["module_stack", "stack"]
+
+pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
+
+OK = safe.SCARD_S_SUCCESS
+ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
+
+
+def establish() -> Any:
+    hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    assert hresult == OK
+    return context
+
+
+# Threads.
+
+
+def test_no_thread_waits_for_another(stack: VirtualPcsc) -> None:
+    """While threads are in an APDU and in a wait for events, others get answers, on the waiting context as well."""
+
+    def child(link: Link) -> Any:
+        busy, other, waiting = establish(), establish(), establish()
+        names = safe.SCardListReaders(busy, [])[1]
+        card = safe.SCardConnect(busy, names[0], safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_T1)[1]
+        exchange = Calling(safe.SCardTransmit, card, safe.SCARD_PCI_T1, HELD)
+        link.say("in an APDU")
+        link.hear()
+        state = safe.SCardGetStatusChange(waiting, 0, [(names[2], 0)])[1][0][1]
+        waiter = Calling(safe.SCardGetStatusChange, waiting, safe.INFINITE, [(names[2], state)])
+        until(lambda: waiter.waits, "it waits")
+        answers = [safe.SCardListReaders(context, []) == [OK, names] for context in (other, waiting) * 10]
+        connected = safe.SCardConnect(other, names[2], safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_T1)[1]
+        answers += [safe.SCardTransmit(connected, safe.SCARD_PCI_T1, ECHO) == ECHOED for _ in range(10)]
+        answers += [safe.SCardIsValidContext(context) == OK for context in (busy, other, waiting)]
+        still = exchange.is_alive(), waiter.is_alive()
+        cancelled = Calling(safe.SCardCancel, waiting).answer(), waiter.answer()[0]
+        link.say("release the card")
+        return answers, still, cancelled, exchange.answer()
+
+    with Client(by_broker(child)) as client:
+        client.hear()
+        assert held_card(stack).reached.wait(ENOUGH)
+        client.say("it is")
+        client.hear()
+        held_card(stack).go.set()
+        answers, still, cancelled, exchange = client.result()
+    assert all(answers)
+    assert still == (True, True)
+    assert cancelled == (OK, safe.SCARD_E_CANCELLED)
+    assert exchange == [OK, [7, 8, 9, 0x90, 0x00]]
+
+
+def test_many_threads_get_their_own_answers(stack: VirtualPcsc) -> None:
+    """More threads than connections are kept, each with a context of its own: no answer is that of another thread."""
+
+    def thread(number: int, reader: str) -> bool:
+        context = establish()
+        card = safe.SCardConnect(context, reader, safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_T1)[1]
+        data = [number, 255 - number]
+        command = [0x80, 1, 0, 0, 2, *data]
+        right = all(safe.SCardTransmit(card, 2, command) == [OK, [*data, 0x90, 0x00]] for _ in range(20))
+        return right and safe.SCardReleaseContext(context) == OK
+
+    def child() -> Any:
+        context = establish()
+        before = len(descriptors(os.getpid()))
+        threads = [Calling(thread, number, stack.readers[1 + number % 2].name) for number in range(30)]
+        answers = [each.answer() for each in threads]
+        return answers, len(descriptors(os.getpid())) - before < 20, len(brokers()), bool(context)
+
+    assert in_child(by_broker(child)) == ([True] * 30, True, 1, True)
+
+
+def test_a_transaction_and_exchanges_beside_it(stack: VirtualPcsc) -> None:
+    """Two threads use two connections to one card through one context, one of them in transactions: both go on."""
+
+    def child() -> Any:
+        pcsc_safe.configure(broker="always")
+        context = establish()
+        names = safe.SCardListReaders(context, [])[1]
+        cards = [safe.SCardConnect(context, names[0], safe.SCARD_SHARE_SHARED, 3)[1] for _ in range(2)]
+
+        def in_transactions() -> set[Any]:
+            begin, end = safe.SCardBeginTransaction, safe.SCardEndTransaction
+            return {(begin(cards[0]), end(cards[0], safe.SCARD_LEAVE_CARD)) for _ in range(1000)}
+
+        transactions = Calling(in_transactions)
+        exchanges = 0
+        while transactions.is_alive():
+            assert safe.SCardTransmit(cards[1], safe.SCARD_PCI_T1, ECHO) == ECHOED
+            exchanges += 1
+        return transactions.answer(), exchanges > 0
+
+    assert in_child(child) == ({(OK, OK)}, True)
+
+
+class ComesInBetweenError(Exception):
+    """What a signal handler raises."""
+
+
+def test_what_a_signal_handler_raises_ends_a_call(stack: VirtualPcsc) -> None:
+    """At once, as Ctrl-C does, not when the card has answered; and no later call gets that answer as its own."""
+
+    def child(link: Link) -> Any:
+        in_call = threading.Event()
+
+        def comes_in_between(number: int, frame: Any) -> None:
+            if in_call.is_set():
+                in_call.clear()
+                raise ComesInBetweenError
+
+        def signals() -> None:
+            while in_call.is_set():  # more than one, for a signal that comes just before a system call does not end it
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(0.01)
+
+        session = Session()
+        signal.signal(signal.SIGUSR1, comes_in_between)
+        link.say("ready")
+        for call in (
+            lambda: session.transmit(HELD),
+            lambda: safe.SCardGetStatusChange(session.context, safe.INFINITE, [(session.reader, 0x22)]),
+        ):
+            in_call.set()
+            threading.Timer(0.05, signals).start()
+            with pytest.raises(ComesInBetweenError):
+                call()
+        link.say("ended")
+        link.hear()
+        return session.transmit(ECHO), session.transmit(ECHO)
+
+    with Client(by_broker(child)) as client:
+        client.hear()
+        assert held_card(stack).reached.wait(ENOUGH)
+        assert client.hear() == "ended"
+        held_card(stack).go.set()
+        client.say("the card has answered")
+        assert client.result() == (ECHOED, ECHOED)
+
+
+# broker="always".
+
+
+@pytest.mark.parametrize("how", ["environment", "configure"])
+def test_always_keeps_the_native_library_out(stack: VirtualPcsc, how: str) -> None:
+    """It is never in the process or its children, everything works, and a fork does not wait for a call under way."""
+    env = {**stack.env, **({"PCSC_SAFE_BROKER": "always"} if how == "environment" else {})}
+    with Program(without_native, how, env=env) as program:
+        assert json.loads(program.hear()) == [stack.readers[0].name, 2, list(DEFAULT_ATR)]
+        assert held_card(stack).reached.wait(ENOUGH)
+        program.let_go()
+        assert json.loads(program.hear()) == [[True, False], True, True, 1]
+        held_card(stack).go.set()
+        assert json.loads(program.hear()) == [[OK, [7, 8, 9, 0x90, 0x00]], False, False, False]
+        assert (program.ends(), program.errors()) == (0, "")
+
+
+# Security.
+
+_NEEDS = start._NEEDED | {"PYTHONNOUSERSITE", "PYTHONSAFEPATH"}
+
+
+def test_it_gets_no_secret_of_the_environment(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the variables that it needs, and no other; none of pcsc_safe's settings, for they are its client's."""
+    for name in ("SECRET", "AWS_SECRET_ACCESS_KEY", "PYTHONSTARTUP", "PCSC_SAFE_POLICY"):
+        monkeypatch.setenv(name, "auto")
+    monkeypatch.setenv("LC_TIME", "C")
+
+    def child() -> Any:
+        establish()
+        variables = Path(f"/proc/{broker()}/environ").read_bytes().decode().split("\0")[:-1]
+        return [variable.partition("=")[0] for variable in variables]
+
+    names = in_child(by_broker(child))
+    assert {"PATH", "LC_TIME", "PCSCLITE_CSOCK_NAME", "PYTHONSAFEPATH"} <= {*names}
+    assert [name for name in names if name not in _NEEDS and not name.startswith(start._NEEDED_PREFIXES)] == []
+
+
+def test_it_gets_no_descriptor(stack: VirtualPcsc) -> None:
+    """What C code of the client has open for every program that it execs, it closes; its standard ones lead nowhere."""
+
+    def child() -> Any:
+        read_end, write_end = os.pipe()
+        for number in (write_end, 3, 63):
+            os.dup2(write_end, number, inheritable=True)
+        establish()
+        found = descriptors(broker())
+        for number in (write_end, 3, 63):
+            os.close(number)
+        os.set_blocking(read_end, False)
+        return [found.pop(number, "") for number in range(4)], {*found.values()}, os.read(read_end, 1)
+
+    (*standard, door), others, end_of_file = in_child(by_broker(child))
+    assert standard == ["/dev/null"] * 3
+    assert door.startswith("socket:")
+    assert [link for link in others if not link.startswith("socket:") and not _is_opened_by_the_broker(link)] == []
+    assert end_of_file == b""
+
+
+def _is_opened_by_the_broker(link: str) -> bool:
+    # libffi 3.5, of Debian sid, keeps its own library open to map the code of callbacks from it
+    return link == "anon_inode:[pidfd]" or os.path.basename(link).startswith("libffi.so.")
+
+
+def test_it_leaves_no_core_dump(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not where its client would; nor may another process of the same user look into it."""
+    monkeypatch.chdir(tmp_path)
+
+    def child() -> Any:
+        _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+        Session()
+        pid = broker()
+        limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
+        (cores,) = (line.split()[4:6] for line in limits if line.startswith("Max core file size"))
+        os.kill(pid, signal.SIGSEGV)
+        return cores, os.WCOREDUMP(os.waitpid(pid, 0)[1]), os.listdir()
+
+    def like_a_broker() -> int:
+        main._leave_no_trace()
+        return int(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))  # PR_GET_DUMPABLE
+
+    assert in_child(by_broker(child)) == (["0", "0"], False, [])
+    assert in_child(like_a_broker) == 0
+
+
+PIN = [0x31, 0x37, 0x31, 0x37, 0x39, 0x39, 0x35, 0x33]
+
+
+def tells_its_pin() -> None:
+    """A program that logs all that it can, and whose brokers are killed in the middle."""
+    logging.basicConfig(level=logging.DEBUG)
+    pcsc_safe.configure(broker="always")
+    session = Session()
+    for command in ([0x80, 0x20, 0, 0, 8, *PIN], [0x80, 0x01, 0, 0, 8, *PIN], [0x80, 0x01, 0, 0, 300, *PIN]):
+        try:
+            print(session.transmit(command)[0])
+        except Exception as error:
+            print(error)
+    with stopped(broker()):
+        exchange = Calling(session.transmit, [0x80, 0x01, 0, 0, 8, *PIN])
+        until(lambda: exchange.waits, "it waits")
+    print(exchange.answer(), session.transmit([0x80, 0x01, 0, 0, 8, *PIN]))
+
+
+def test_nothing_says_what_is_in_an_apdu(stack: VirtualPcsc) -> None:
+    """Neither its client's log, at any level, nor what a broker could write, if it said anything."""
+    done = in_program(tells_its_pin, env=stack.env)
+    assert done.returncode == 0, done.stderr
+    assert "has lost the broker" in done.stderr
+    said = done.stdout + done.stderr
+    for shape in (", ".join(map(str, PIN)), bytes(PIN).hex(), bytes(PIN).hex(" "), bytes(PIN).decode(), "0x37"):
+        assert shape not in said
+
+
+@pytest.mark.parametrize("safe_path", [True, False], ids=["PYTHONSAFEPATH", "older Python"])
+@pytest.mark.parametrize("configured", [True, False], ids=["configured", "this Python"])
+def test_it_imports_nothing_from_the_current_directory(
+    stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, configured: bool, safe_path: bool
+) -> None:
+    """Modules that somebody has put there are not imported, whatever Python it is (an older one is simulated)."""
+    planted = tmp_path / "planted"
+    for name in ("pcsc_safe", "smartcard", "socket", "runpy", "select", "sitecustomize"):
+        (planted / name).mkdir(parents=True)
+        (planted / name / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r})")
+    unset = "" if safe_path else "unset PYTHONSAFEPATH; "
+    python = script(tmp_path / "python", f'{unset}exec {sys.executable} "$@"')
+
+    def child() -> Any:
+        os.chdir(planted)
+        sys.path.insert(0, "")
+        if configured:
+            pcsc_safe.configure(broker_python=python)
+        else:
+            monkeypatch.setattr(sys, "executable", python)
+            if not safe_path:
+                monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+        return Session().transmit(ECHO)
+
+    assert in_child(by_broker(child)) == ECHOED
+    assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["-I"]], ids=["the current directory", "PYTHONPATH and python -I"])
+def test_it_imports_no_planted_pyscard(stack: VirtualPcsc, tmp_path: Path, options: list[str]) -> None:
+    """With broker="always" the client imports none; the broker does, but not from where its client trusts nothing."""
+    (tmp_path / "smartcard").mkdir()
+    (tmp_path / "smartcard" / "__init__.py").write_text("raise SystemExit('planted')")
+    program = "import pcsc_safe.scard; print(pcsc_safe.scard.SCardEstablishContext(0)[0])"
+    env = {**stack.env, "PCSC_SAFE_BROKER": "always", **({"PYTHONPATH": str(tmp_path)} if options else {})}
+    command = [sys.executable, *options, "-c", program]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=ENOUGH, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")

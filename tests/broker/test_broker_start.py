@@ -1,0 +1,375 @@
+"""How a broker begins: who starts it and when, by which interpreter, and what is told where it can't be."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import multiprocessing.spawn
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from brokers import (
+    ENOUGH,
+    Client,
+    Link,
+    broker,
+    brokers,
+    by_broker,
+    children,
+    descriptors,
+    imports,
+    script,
+    stack,
+    stack_to_hold,
+)
+from calling import Calling
+from conftest import ECHO, Session
+from forking import in_child, in_program
+from places import TESTS
+
+import pcsc_safe
+from pcsc_safe import scard as safe
+from pcsc_safe.broker import client, family, start
+from pcsc_safe.errors import BrokerError
+from pcsc_safe.testing import VirtualPcsc
+
+__all__ = ["stack"]
+
+pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
+
+OK = safe.SCARD_S_SUCCESS
+ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
+
+
+@pytest.fixture(scope="module")
+def module_stack() -> Iterator[VirtualPcsc]:
+    """Only this module has contexts there; this process had one, so that its children have nothing left to import."""
+    with stack_to_hold() as stack:
+        assert safe.SCardReleaseContext(establish()) == OK
+        yield stack
+
+
+def establish() -> Any:
+    hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    assert hresult == OK
+    return context
+
+
+def told(function: Callable[..., None], *arguments: str, env: dict[str, str]) -> Any:
+    """What a program printed as JSON; it must end well, and say nothing else."""
+    done = in_program(function, *arguments, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+# Its start.
+
+
+def first_need() -> None:
+    """Fork after the first call; the child needs a broker, its parent doesn't."""
+    hooks: list[str] = []
+    os.register_at_fork(
+        before=lambda: hooks.append("before"),
+        after_in_parent=lambda: hooks.append("parent"),
+        after_in_child=lambda: hooks.append("child"),
+    )
+    pcsc_safe.configure(policy="broker")
+    context = establish()
+
+    def child() -> Any:
+        ran, before = list(hooks), brokers()
+        threads = [Calling(safe.SCardListReaders, context, []) for _ in range(8)]
+        answers = {thread.answer()[0] for thread in threads}
+        command = Path(f"/proc/{broker()}/cmdline").read_bytes().split(b"\0")
+        return before, [*answers], hooks == ran, command[0].decode(), brokers(os.getppid())
+
+    print(json.dumps([in_child(child), brokers()]))
+
+
+def test_it_is_execd_by_the_process_that_needs_it_when_it_does(stack: VirtualPcsc) -> None:
+    """Not at the fork but at the child's first call, one for all threads; no at-fork hook runs; the parent has none."""
+    (before, answers, no_hook_ran, interpreter, of_parent), after = told(first_need, env=stack.env)
+    assert (before, answers, no_hook_ran) == ([], [OK], True)
+    assert interpreter == sys.executable
+    assert (of_parent, after) == ([], [])
+
+
+def ahead() -> None:
+    """Start a broker ahead; the parent does PC/SC itself, its children through it."""
+    hooks: list[str] = []
+    os.register_at_fork(before=lambda: hooks.append("before"))
+    pcsc_safe.configure(policy="broker")
+    pcsc_safe.prestart_broker()
+    pcsc_safe.prestart_broker()
+    mine = broker()
+    ran = len(hooks)
+    context = establish()
+    native = "libpcsclite" in Path("/proc/self/maps").read_text()
+
+    def first(link: Link) -> Any:
+        own = establish()
+        link.say(int(own))
+        link.hear()
+        return safe.SCardListReaders(own, [])[0], safe.SCardListReaders(context, [])[0], brokers()
+
+    def second(number: int) -> Any:
+        answers = [safe.SCardListReaders(number, []), safe.SCardReleaseContext(number)]
+        return answers, safe.SCardListReaders(context, [])[0], brokers(), broker(os.getppid()) == mine
+
+    with Client(first) as client:
+        told = in_child(second, client.hear())
+        client.say("go on")
+        print(json.dumps([ran, native, client.result(), told, safe.SCardListReaders(context, [])[0]]))
+
+
+def test_it_can_be_started_ahead_for_a_family(stack: VirtualPcsc) -> None:
+    """One broker for all children, each a client of its own: no process reaches what another has there."""
+    hooks_run, native, first, second, parent = told(ahead, env=stack.env)
+    assert (hooks_run, native) == (0, True)
+    assert first == [OK, OK, []]
+    assert second == [[[safe.SCARD_E_INVALID_HANDLE, []], safe.SCARD_E_INVALID_HANDLE], OK, [], True]
+    assert parent == OK
+
+
+def test_it_can_be_reached_by_nobody_else(stack: VirtualPcsc) -> None:
+    """It has sockets without a name, none of which listens, and no other."""
+
+    def child() -> Any:
+        establish()
+        sockets = {link[8:-1] for link in descriptors(broker()).values() if link.startswith("socket:")}
+        with open("/proc/net/unix") as table:
+            unix = [line.split() for line in table if line.split()[6] in sockets]
+        listening = [row for row in unix if int(row[3], 16) & 0x10000]
+        return len(sockets) - len(unix), listening, [row[7:] for row in unix if row[7:]]
+
+    assert in_child(by_broker(child)) == (0, [], [])
+
+
+# Its interpreter.
+
+
+def test_its_interpreter_can_be_named(stack: VirtualPcsc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PCSC_SAFE_BROKER_PYTHON, or else what multiprocessing was told by set_executable()."""
+    python = script(tmp_path / "snake", f'echo "$0" >> {tmp_path}/used\nexec {sys.executable} "$@"')
+
+    def configured() -> Any:
+        pcsc_safe.configure(policy="broker")
+        return safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[0], len(brokers())
+
+    def of_multiprocessing() -> Any:
+        named = Path(python).rename(tmp_path / "python")
+        monkeypatch.delenv("PCSC_SAFE_BROKER_PYTHON")
+        multiprocessing.set_executable(str(named))
+        monkeypatch.setattr(sys, "executable", "/usr/bin/uwsgi")
+        return configured()
+
+    monkeypatch.setenv("PCSC_SAFE_BROKER_PYTHON", python)
+    assert in_child(configured) == (OK, 1)
+    assert in_child(of_multiprocessing) == (OK, 1)
+    assert (tmp_path / "used").read_text().splitlines() == [python, str(tmp_path / "python")]
+
+
+@pytest.mark.parametrize(
+    ("executable", "frozen", "why", "remedy"),
+    [
+        ("/usr/bin/uwsgi", False, "'/usr/bin/uwsgi', which is no Python", "set PCSC_SAFE_BROKER_PYTHON to"),
+        (None, False, "'', which is no Python", "set PCSC_SAFE_BROKER_PYTHON to"),
+        ("/opt/app/app", True, "'/opt/app/app' is a frozen program", "call pcsc_safe.freeze_support() first thing"),
+    ],
+)
+def test_where_there_is_no_python_the_error_says_so(
+    stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, executable: Any, frozen: bool, why: str, remedy: str
+) -> None:
+    """UWSGI and other programs that embed Python, and frozen ones that don't call freeze_support(): what to do."""
+
+    def child() -> str:
+        monkeypatch.setattr(sys, "executable", executable)
+        monkeypatch.setattr(sys, "frozen", frozen, raising=False)
+        monkeypatch.setattr(multiprocessing.spawn, "_python_exe", executable)
+        with pytest.raises(BrokerError) as caught:
+            establish()
+        assert brokers() == []
+        return str(caught.value)
+
+    text = in_child(by_broker(child))
+    assert why in text
+    assert remedy in text
+
+
+def frozen(executable: str) -> None:
+    """The main module of a program that thinks it is frozen."""
+    sys.frozen = True  # type: ignore[attr-defined]
+    sys.executable = executable
+    pcsc_safe.freeze_support()
+
+    def child() -> Any:
+        session = Session()
+        return session.transmit(ECHO), Path(f"/proc/{broker()}/cmdline").read_bytes().split(b"\0")[-2].decode()
+
+    pcsc_safe.configure(policy="broker")
+    print(json.dumps([in_child(child), brokers()]))
+
+
+def test_a_frozen_program_is_its_own_broker(stack: VirtualPcsc, tmp_path: Path) -> None:
+    """With freeze_support() first thing in its main module; there is no other interpreter (simulated by a script)."""
+    program = tmp_path / "program"
+    main = tmp_path / "main.py"
+    main.write_text(
+        f"import sys\nsys.path[:0] = {[str(Path(__file__).parent), str(TESTS)]!r}\n"
+        f"import test_broker_start\ntest_broker_start.frozen({str(program)!r})\n"
+    )
+    script(program, f'exec {sys.executable} {main} "$@"')
+    done = subprocess.run([program], env=stack.env, capture_output=True, text=True, timeout=ENOUGH, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == [[ECHOED, "--pcsc-safe-broker"], []]
+
+
+# The broker can't start.
+
+PYTHON = f'exec {sys.executable} "$@"'
+NO_INTERPRETER = "set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe"
+
+
+def fails(python: str, within: float = 30.0) -> tuple[list[str], int, list[int], bool]:
+    """What a child is told that has this interpreter, what is left of it, and whether a right one can be had then.
+
+    :param within: seconds that a broker may take to begin.
+    """
+
+    def told() -> str:
+        with pytest.raises(BrokerError) as caught:
+            establish()
+        return str(caught.value)
+
+    def child() -> Any:
+        pcsc_safe.configure(broker_python=python)
+        client._READY_WITHIN, start._TIME_TO_EXIT = within, min(within, start._TIME_TO_EXIT)
+        messages = [told()]
+        before = len(descriptors(os.getpid()))
+        messages += [told(), told()]
+        left = len(descriptors(os.getpid())) - before, children()
+        pcsc_safe.configure(broker_python="")
+        client._READY_WITHIN = 30.0
+        return (messages, *left, bool(establish()))
+
+    answer: tuple[list[str], int, list[int], bool] = in_child(by_broker(child))
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "expected"),
+    [
+        (None, 0, ["No such file or directory", NO_INTERPRETER]),
+        (f"#!/bin/sh\n{PYTHON}", 0o644, ["Permission denied", NO_INTERPRETER]),
+        ("no program", 0o755, ["Exec format error", NO_INTERPRETER]),
+        ("#!/no/such/shell", 0o755, ["No such file or directory", NO_INTERPRETER]),
+        ("#!/bin/sh\nexec true", 0o755, ["it ended with status 0"]),
+        ('#!/bin/sh\nexec cat "$@"', 0o755, ["cat", "it ended with status 1"]),
+        ("#!/bin/sh\nexec sleep 1000", 0o755, ["it was not ready in time"]),
+        ("#!/bin/sh\necho no; echo the cause >&2; exit 7", 0o755, ["the cause; it ended with status 7"]),
+        ("#!/bin/sh\nkill -9 $$", 0o755, ["signal 9 ended it"]),
+        (f'#!/bin/sh\nexec {sys.executable} -I -S "$@"', 0o755, ["No module named", "pcsc_safe", "status 1"]),
+        (f"#!/bin/sh\nulimit -v 20000; {PYTHON}", 0o755, ["; it ended with status"]),
+        (f"#!/bin/sh\nulimit -n 5; {PYTHON}", 0o755, ["; it ended with status"]),
+    ],
+    ids=[
+        *("none", "not executable", "no program", "no shell", "true", "cat", "sleep", "says why", "killed"),
+        *("no pcsc_safe", "no memory", "no descriptors"),
+    ],
+)
+def test_no_broker_and_why(stack: VirtualPcsc, tmp_path: Path, text: Any, mode: int, expected: list[str]) -> None:
+    """BrokerError with the cause and the remedy, each time; nothing is left of it, and a right one can be had then."""
+    python = tmp_path / "python"
+    if text is not None:
+        python.write_text(text + "\n")
+        python.chmod(mode)
+    messages, *left_and_then = fails(str(python), within=0.3 if "sleep" in str(text) else 30.0)
+    for message in messages:
+        assert [part for part in (*expected, "PCSC_SAFE_BROKER_PYTHON") if part not in message] == [], message
+    assert left_and_then == [0, [], True]
+
+
+def test_a_broker_of_another_version(stack: VirtualPcsc, tmp_path: Path) -> None:
+    """Says so, and is not left alive."""
+    code = "from pcsc_safe.broker import wire, __main__; wire.VERSION = 999; __main__.main([])"
+    messages, *left_and_then = fails(script(tmp_path / "python", f'exec {sys.executable} -c "{code}"'))
+    assert all("both have to run the same version of pcsc_safe" in message for message in messages)
+    assert left_and_then == [0, [], True]
+
+
+def test_brokers_that_die_again_and_again(stack: VirtualPcsc, tmp_path: Path) -> None:
+    """Not for ever: BrokerError, from ``import pcsc_safe.scard`` too."""
+    dies = "from pcsc_safe._core import library; library.catalogue = lambda: __import__('os')._exit(1); "
+    code = f"{dies}from pcsc_safe.broker import __main__; __main__.main([])"
+    python = script(tmp_path / "python", f'exec {sys.executable} -c "{code}"')
+    env = {**stack.env, "PCSC_SAFE_BROKER": "always", "PCSC_SAFE_BROKER_PYTHON": python}
+    done = in_program(imports, env=env)
+    message, left = json.loads(done.stdout)
+    assert "die as soon as they have begun" in message
+    assert left == []
+
+
+def attempt(limit: int, value: int) -> Any:
+    """Establish a context under a limit of this process; the outcome, and what is left of it if it failed."""
+    soft, hard = resource.getrlimit(limit)
+    before = len(descriptors(os.getpid()))
+    resource.setrlimit(limit, (value, hard))
+    try:
+        answer: Any = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    except BrokerError as error:
+        answer = str(error)
+    finally:
+        resource.setrlimit(limit, (soft, hard))
+    if isinstance(answer, str):
+        return answer, len(descriptors(os.getpid())) - before, children() == brokers()
+    return answer[0]
+
+
+def test_no_descriptor_to_be_had(stack: VirtualPcsc) -> None:
+    """However many are left: BrokerError that says so, or a broker; and none is leaked."""
+
+    def child() -> Any:
+        family.prepare()
+        before = len(descriptors(os.getpid()))
+        outcomes = [attempt(resource.RLIMIT_NOFILE, limit) for limit in range(before, before + 50)]
+        return outcomes, len(brokers())
+
+    outcomes, alive = in_child(by_broker(child))
+    failed = [outcome for outcome in outcomes if outcome != OK]
+    assert len(failed) > 3
+    assert [outcome for outcome in failed if outcome[1:] != [0, True] and outcome[1:] != (0, True)] == []
+    assert {word for text, *_ in failed for word in ("Too many open files", "Invalid argument") if word in text}
+    assert outcomes[-10:] == [OK] * 10
+    assert alive == 1
+
+
+def test_no_process_to_be_had(stack: VirtualPcsc) -> None:
+    """BrokerError that says so; and nothing is leaked."""
+
+    def child() -> Any:
+        if not os.getuid():
+            os.setresuid(65534, 65534, 65534)  # no limit for root
+        return attempt(resource.RLIMIT_NPROC, 0)
+
+    text, leaked, no_zombies = in_child(by_broker(child))
+    assert os.strerror(errno.EAGAIN) in text
+    assert (leaked, no_zombies) == (0, True)
+
+
+def test_no_memory_to_be_had(stack: VirtualPcsc) -> None:
+    """BrokerError that says so; and nothing is leaked."""
+
+    def child() -> Any:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        return attempt(resource.RLIMIT_AS, pages * resource.getpagesize())
+
+    text, leaked, no_zombies = in_child(by_broker(child))
+    assert os.strerror(errno.ENOMEM) in text
+    assert (leaked, no_zombies) == (0, True)

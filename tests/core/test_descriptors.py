@@ -1,0 +1,345 @@
+"""Inherited connections to pcscd: replaced by dead sockets, and nobody else's descriptor is ever touched."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import signal
+import socket
+import threading
+from typing import Any
+
+import pytest
+from conftest import ECHO, Session
+from forking import fork, in_child, in_program
+from own_descriptors import descriptors, is_dead
+
+from pcsc_safe import scard as safe
+from pcsc_safe._core import handles, process
+from pcsc_safe._core.descriptors import Descriptor
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+OK = safe.SCARD_S_SUCCESS
+
+
+def connection_of(context: Any) -> Descriptor:
+    """The recorded connection of a context that has one native context."""
+    (descriptor,) = context._self_record.real.descriptors()
+    assert isinstance(descriptor, Descriptor)
+    return descriptor
+
+
+def establish() -> Any:
+    hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    assert hresult == OK
+    return context
+
+
+def test_the_connection_is_found(session: Session) -> None:
+    """What is recorded for a context is its connection to pcscd, among all that the process has open."""
+    crowd = [socket.socketpair() for _ in range(20)]
+    context = establish()
+    found = connection_of(context)
+    assert found.is_intact()
+    with socket.socket(fileno=os.dup(found.number)) as connection:
+        assert connection.getpeername().endswith(".comm")
+    assert found.number not in {end.fileno() for pair in crowd for end in pair}
+    assert connection_of(session.context) != found
+    safe.SCardReleaseContext(context)
+    assert not found.is_intact()
+    for pair in crowd:
+        for end in pair:
+            end.close()
+
+
+def test_the_right_one_is_found_among_busy_threads(shared_stack: VirtualPcsc) -> None:
+    """Threads that establish, cancel and open other Unix sockets meanwhile don't mislead the search."""
+    stop = threading.Event()
+
+    def noise() -> None:
+        other = establish()
+        while not stop.is_set():
+            safe.SCardCancel(other)
+            for end in socket.socketpair():
+                end.close()
+            safe.SCardReleaseContext(establish())
+        safe.SCardReleaseContext(other)
+
+    threads = [threading.Thread(target=noise) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    contexts = [establish() for _ in range(50)]
+    stop.set()
+    for thread in threads:
+        thread.join()
+    found = [connection_of(context) for context in contexts]
+    assert len(set(found)) == 50
+    assert all(descriptor.is_intact() for descriptor in found)
+    for context, descriptor in zip(contexts, found):
+        assert safe.SCardReleaseContext(context) == OK
+        assert not descriptor.is_intact()
+
+
+def test_a_hundred_contexts(shared_stack: VirtualPcsc) -> None:
+    """At the fork each inherited connection is a dead socket under the same number; the parent's stay as they are."""
+    contexts = [establish() for _ in range(100)]
+    numbers = [connection_of(context).number for context in contexts]
+    before = descriptors()
+    clients = shared_stack.clients()
+
+    def child() -> Any:
+        dead = sum(is_dead(number) for number in numbers)
+        extra = set(descriptors()) - set(before)
+        used = [safe.SCardListReaders(context, [])[0] for context in contexts]
+        intact = sum(connection_of(context).is_intact() for context in contexts)
+        return dead, len(extra), set(used), intact, len(set(descriptors()) - set(before))
+
+    # Beyond what the parent had open: the pipe of this result, and where the listing was read from.
+    dead, extra, used, intact, extra_after = in_child(child)
+    assert (dead, used, intact) == (100, {OK}, 100)
+    assert extra_after == extra <= 2
+    assert not any(is_dead(number) for number in numbers)
+    assert {safe.SCardListReaders(context, [])[0] for context in contexts} == {OK}
+    for context in contexts:
+        safe.SCardReleaseContext(context)
+    shared_stack.wait_for_clients(clients - 100)
+
+
+def test_the_application_closed_everything(shared_stack: VirtualPcsc) -> None:
+    """Hazard 9: a child that closes all descriptors and opens its own gets no PIN into them, and they stay open."""
+    done = in_program(closes_everything, env=shared_stack.env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[safe.SCARD_W_RESET_CARD, OK, [OK, [1, 2, 3, 0x90, 0x00]], OK], "", 120]
+
+
+def closes_everything() -> None:
+    """What a daemon does: fork, close all, open its own; then use, reconnect and release what it inherited."""
+    session = Session()
+    if os.fork():
+        os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+    signal.alarm(20)
+    os.closerange(3, 300)
+    ends = [end for _ in range(60) for end in socket.socketpair()]
+    inodes = [os.fstat(end.fileno()).st_ino for end in ends]
+    answers = [session.transmit([0, 0x20, 0, 0x80, 4, 1, 2, 3, 4])[0]]
+    answers.append(safe.SCardReconnect(session.card, safe.SCARD_SHARE_SHARED, 3, safe.SCARD_LEAVE_CARD)[0])
+    answers.append(session.transmit(ECHO))
+    answers.append(safe.SCardReleaseContext(session.context))
+    received = b""
+    for end in ends:
+        end.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            received += end.recv(1000)
+    still_open = sum(os.fstat(end.fileno()).st_ino == inode for end, inode in zip(ends, inodes))
+    os.write(1, json.dumps([answers, received.decode(), still_open]).encode())
+    os._exit(0)
+
+
+def test_the_owner_closed_it_before_the_fork(shared_stack: VirtualPcsc) -> None:
+    """A number that was reused before the fork is somebody else's: the child leaves it alone."""
+    context = establish()
+    number = connection_of(context).number
+    ours, theirs = socket.socketpair()
+    os.dup2(ours.fileno(), number)
+    with socket.socket(fileno=number) as taken:
+
+        def child() -> Any:
+            still_alive = not is_dead(number)
+            used = safe.SCardListReaders(context, [])[0]
+            safe.SCardReleaseContext(context)
+            taken.send(b"mine")
+            return still_alive, used, theirs.recv(10)
+
+        assert in_child(child) == (True, OK, b"mine")
+        handles.find(context._self_record.kind, context).forget()  # type: ignore[union-attr]
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_no_descriptor_is_free(session: Session, free: int) -> None:
+    """A process at its limit of open files still disarms what its child inherits."""
+    number = connection_of(session.context).number
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(descriptors())
+
+    def child() -> Any:
+        return is_dead_by_send(number)
+
+    pid_pipe = os.pipe()
+    filler = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 40, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                filler.append(os.dup(0))
+        for _ in range(free):
+            os.close(filler.pop())
+        pid = fork()
+        if pid == 0:
+            status = 1
+            try:
+                signal.alarm(20)
+                status = 0 if child() else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in (*filler, *pid_pipe):
+            os.close(descriptor)
+
+
+def is_dead_by_send(number: int) -> bool:
+    """:func:`is_dead`, without another descriptor."""
+    connection = socket.socket(fileno=number)
+    try:
+        connection.send(b"")
+        connection.getpeername()
+    except OSError:
+        return True
+    finally:
+        connection.detach()
+    return False
+
+
+def test_without_a_hook_it_is_done_at_first_use(shared_stack: VirtualPcsc) -> None:
+    """After a fork from C the child's first call of ours disarms every connection, whichever context it is on."""
+    done = in_program(unhooked, env=shared_stack.env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[False, False], [True, True], OK]
+
+
+def unhooked() -> None:
+    """Fork from C; look at the connections before and after a call on a third context."""
+    contexts = [establish() for _ in range(3)]
+    numbers = [connection_of(context).number for context in contexts[:2]]
+
+    def child() -> Any:
+        before = [is_dead(number) for number in numbers]
+        used = safe.SCardListReaders(contexts[2], [])[0]
+        return before, [is_dead(number) for number in numbers], used
+
+    result = in_child(child, fork=lambda: int(ctypes.PyDLL(None).fork()))
+    assert all(safe.SCardListReaders(context, [])[0] == OK for context in contexts)
+    print(json.dumps(result))
+
+
+def test_the_owners_death_frees_the_card(pcsc_stack: VirtualPcsc) -> None:
+    """Hazard 5: the owner is killed while an idle child lives; the card can be had exclusively at once."""
+    ready_end, ready = os.pipe()
+    stay, stay_end = os.pipe()
+    owner = fork()
+    if owner == 0:
+        try:
+            Session(safe.SCARD_SHARE_EXCLUSIVE)
+            idle = fork()
+            if idle == 0:
+                os.close(stay_end)
+                signal.alarm(20)
+                os.read(stay, 1)
+                os._exit(0)
+            os.write(ready, b"%d" % idle)
+            signal.pause()
+        finally:
+            os._exit(1)
+    idle = int(os.read(ready_end, 20))
+    assert pcsc_stack.clients() == 1
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    pcsc_stack.wait_for_clients(0)
+    os.kill(idle, 0)
+    session = Session(safe.SCARD_SHARE_EXCLUSIVE)
+    session.close()
+    for end in (stay_end, stay, ready, ready_end):
+        os.close(end)
+
+
+@pytest.mark.long
+def test_a_thousand_forks_leave_nothing(shared_stack: VirtualPcsc) -> None:
+    """1,000 children that re-establish leave no descriptor in the parent and no client with pcscd."""
+    session = Session()
+    before, clients = descriptors(), shared_stack.clients()
+    for _ in range(1000):
+        pid = fork()
+        if pid == 0:
+            signal.alarm(20)
+            os._exit(safe.SCardListReaders(session.context, [])[0] != OK)
+        assert os.waitpid(pid, 0)[1] == 0
+    assert descriptors() == before
+    shared_stack.wait_for_clients(clients)
+    session.assert_untouched()
+    session.close()
+
+
+@pytest.mark.parametrize("how", ["re-establish", "release and establish"])
+def test_a_chain_of_forks_gathers_nothing(shared_stack: VirtualPcsc, how: str) -> None:
+    """Each of 60 generations has as many descriptors as the first; none keeps its ancestors' dead ones."""
+    done = in_program(chain, how, env=shared_stack.env)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert len(counts) == 60
+    assert len(set(counts)) == 1, counts
+
+
+def chain(how: str) -> None:
+    """A daemon that replaces itself by its child, again and again."""
+    context = establish()
+    counts = []
+    signal.alarm(20)
+    for _ in range(60):
+        pid = os.fork()
+        if pid:
+            os.waitpid(pid, 0)
+            os._exit(0)
+        signal.alarm(20)
+        if how == "re-establish":
+            assert safe.SCardListReaders(context, [])[0] == OK
+        else:
+            assert safe.SCardReleaseContext(context) == OK
+            context = establish()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert len(handles.contexts) == 1
+    os.write(1, json.dumps(counts).encode())
+    os._exit(0)
+
+
+def test_many_threads_come_first(session: Session, shared_stack: VirtualPcsc) -> None:
+    """However many threads of a child use an inherited context first, it is re-established exactly once."""
+
+    def child() -> Any:
+        before = shared_stack.clients()
+        barrier = threading.Barrier(16)
+        answers = []
+
+        def use() -> None:
+            barrier.wait()
+            answers.append(safe.SCardListReaders(session.context, [])[0])
+
+        threads = [threading.Thread(target=use) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        shared_stack.wait_for_clients(before + 1)  # what was surplus is released
+        return set(answers)
+
+    assert in_child(child) == {OK}
+
+
+def test_the_first_stack_is_no_precondition(shared_stack: VirtualPcsc) -> None:
+    """A process that was forked before anything was established is an owner like any other."""
+
+    def child() -> Any:
+        assert process.current().number == 1
+        own = Session()
+        own.assert_untouched()
+        result = in_child(own.transmit, ECHO)
+        own.close()
+        return result
+
+    assert in_child(child) == [safe.SCARD_W_RESET_CARD, []]
+    assert isinstance(shared_stack.readers[0].card, EchoCard)

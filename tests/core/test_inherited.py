@@ -1,0 +1,281 @@
+"""What a child gets on what it inherited: every function under every policy, and the owner's session goes on."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from typing import Any
+
+import pytest
+from conftest import ECHO, IS_VERIFIED, VERIFY, Session
+from forking import in_child, start, wait_for
+from inherited_calls import INVALID, OK, RESET, TABLE, Row
+
+import pcsc_safe
+from pcsc_safe import scard as safe
+from pcsc_safe._core.calls import CALLS
+from pcsc_safe.errors import ForkedHandleError, PcscSafeError
+from pcsc_safe.policy import Cards, Policy
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+CASES = [
+    *(
+        (policy, cards, "again" if cards is Cards.RECONNECT else "own")
+        for policy in ("auto", "reestablish")
+        for cards in Cards
+    ),
+    *(("raise", cards, "raising") for cards in Cards),
+    *(("invalid", cards, "invalid") for cards in Cards),
+]
+
+
+def attempt(row: Row, session: Session) -> Any:
+    """The call's outcome, comparable: a handle is called one, and an error by its class."""
+    try:
+        result = getattr(safe, row.name)(getattr(session, row.handle), *row.arguments)
+    except PcscSafeError as error:
+        return type(error).__name__
+    if row.name == "SCardConnect" and result[0] == OK:
+        assert result[1].owner_pid == os.getpid()
+        safe.SCardDisconnect(result[1], safe.SCARD_LEAVE_CARD)
+        return [result[0], "handle", result[2]]
+    if row.name == "SCardBeginTransaction" and result == OK:
+        # pcscd resets the card of a process that ends inside a transaction.
+        assert safe.SCardEndTransaction(session.card, safe.SCARD_LEAVE_CARD) == OK
+    if row.name == "SCardStatus" and result[0] == OK:
+        return [*result[:2], "state", *result[3:]]
+    return result
+
+
+def test_every_function_on_a_handle_has_a_row() -> None:
+    """The table below leaves none out."""
+    assert sorted(row.name for row in TABLE) == sorted(call.name for call in CALLS.values() if call.takes)
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if hasattr(safe, row.name)], ids=lambda row: row.name)
+@pytest.mark.parametrize(("policy", "cards", "column"), CASES, ids=lambda value: getattr(value, "value", value))
+def test_the_table(session: Session, row: Row, policy: str, cards: Cards, column: str) -> None:
+    """Each cell gives its result; the owner's session, PIN included, is untouched (asserted by the fixture)."""
+
+    def child() -> Any:
+        pcsc_safe.configure(policy=policy, cards=cards)
+        return attempt(row, session)
+
+    assert in_child(child) == getattr(row, column)
+
+
+@pytest.mark.parametrize("policy", [policy for policy in Policy if policy is not Policy.SHARE])
+def test_a_child_may_always_begin_afresh(session: Session, policy: Policy) -> None:
+    """Whatever the policy, a context that the child establishes itself is its own."""
+
+    def child() -> Any:
+        pcsc_safe.configure(policy=policy)
+        own = Session()
+        own.assert_untouched()
+        safe.SCardDisconnect(own.card, safe.SCARD_LEAVE_CARD)
+        return safe.SCardReleaseContext(own.context), safe.SCardGetErrorMessage(OK)
+
+    assert in_child(child) == (OK, safe.SCardGetErrorMessage(OK))
+
+
+def test_settings_are_inherited_and_the_childs_own(session: Session) -> None:
+    """What the parent configured counts in the child; what the child configures does not reach the parent."""
+    pcsc_safe.configure(policy="invalid")
+
+    def child() -> Any:
+        inherited = safe.SCardListReaders(session.context, [])[0]
+        pcsc_safe.configure(policy="reestablish", cards="reconnect")
+        return inherited, session.transmit(ECHO)[0], pcsc_safe.settings()[:2]
+
+    assert in_child(child) == (INVALID, OK, (Policy.REESTABLISH, Cards.RECONNECT))
+    assert pcsc_safe.settings()[:2] == (Policy.INVALID, Cards.RESET)
+
+
+def test_the_environment_counts_until_configure(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PCSC_SAFE_POLICY needs no call."""
+    monkeypatch.setenv("PCSC_SAFE_POLICY", "invalid")
+    pcsc_safe._core.settings._settings = None  # type: ignore[attr-defined]
+    assert in_child(safe.SCardListReaders, session.context, []) == [INVALID, []]
+
+
+def test_one_context_can_have_settings_of_its_own(session: Session) -> None:
+    """They count for it and its cards, in the child too, and leave the other contexts alone."""
+    other = Session()
+    assert pcsc_safe.configure(context=session.context, policy="invalid")[:2] == (Policy.INVALID, Cards.RESET)
+    assert pcsc_safe.settings()[:2] == (Policy.AUTO, Cards.RESET)
+
+    def child() -> Any:
+        return session.transmit(ECHO)[0], safe.SCardListReaders(session.context, [])[0], other.transmit(ECHO)[0]
+
+    assert in_child(child) == (INVALID, INVALID, RESET)
+    pcsc_safe.configure(context=session.context, cards="reconnect", policy="auto")
+    assert in_child(child) == (OK, OK, RESET)
+    safe.SCardDisconnect(other.card, safe.SCARD_LEAVE_CARD)
+    safe.SCardReleaseContext(other.context)
+
+
+# Cards.
+
+
+@pytest.mark.parametrize("cards", Cards)
+def test_a_childs_connection_is_a_session_of_its_own(session: Session, cards: Cards) -> None:
+    """It goes on after SCardReconnect, or at once; the reset the child asks for resets the card, as it always did."""
+
+    def child() -> list[Any]:
+        pcsc_safe.configure(cards=cards)
+        if cards is Cards.RESET:
+            assert session.transmit(ECHO)[0] == RESET
+            assert session.transmit(ECHO)[0] == RESET
+            assert safe.SCardReconnect(session.card, safe.SCARD_SHARE_SHARED, 3, safe.SCARD_LEAVE_CARD) == [OK, 2]
+        answers = [session.transmit(ECHO), safe.SCardBeginTransaction(session.card)]
+        answers += [session.transmit(ECHO), safe.SCardEndTransaction(session.card, safe.SCARD_LEAVE_CARD)]
+        return [*answers, safe.SCardDisconnect(session.card, safe.SCARD_LEAVE_CARD), session.transmit(ECHO)]
+
+    echoed = [OK, [1, 2, 3, 0x90, 0x00]]
+    assert in_child(child) == [echoed, OK, echoed, OK, OK, [INVALID, []]]
+
+
+def test_reconnect_honours_initialization(pcsc_stack: VirtualPcsc) -> None:
+    """SCARD_RESET_CARD on an inherited handle resets the card, since the application said so; LEAVE does not."""
+    session = Session()
+    virtual = pcsc_stack.readers[0].card
+    assert isinstance(virtual, EchoCard)
+    before = virtual.resets + virtual.power_ons
+    assert in_child(safe.SCardReconnect, session.card, 2, 3, safe.SCARD_LEAVE_CARD) == [OK, 2]
+    assert virtual.resets + virtual.power_ons == before
+    session.assert_untouched()
+    assert in_child(safe.SCardReconnect, session.card, 2, 3, safe.SCARD_RESET_CARD) == [OK, 2]
+    assert virtual.resets + virtual.power_ons == before + 1
+    assert session.transmit(ECHO)[0] == RESET
+
+
+def test_reconnect_honours_share_mode(pcsc_stack: VirtualPcsc) -> None:
+    """An exclusive connection is refused while the parent is connected, and had when it is gone."""
+    session = Session()
+
+    def child() -> Any:
+        return safe.SCardReconnect(session.card, safe.SCARD_SHARE_EXCLUSIVE, 3, safe.SCARD_LEAVE_CARD)
+
+    assert in_child(child) == [safe.SCARD_E_SHARING_VIOLATION, 0]
+    assert session.transmit(IS_VERIFIED) == [OK, [1, 0x90, 0x00]]
+    safe.SCardDisconnect(session.card, safe.SCARD_LEAVE_CARD)
+    assert in_child(child) == [INVALID, 0]
+
+
+def test_an_exclusive_card_is_not_to_be_had_twice(pcsc_stack: VirtualPcsc) -> None:
+    """``cards='reconnect'`` asks for the same share mode, and gives the code that PC/SC gives; it works later."""
+    pcsc_safe.configure(cards="reconnect")
+    session = Session(safe.SCARD_SHARE_EXCLUSIVE)
+    tried_end, tried = os.pipe()
+    go, go_end = os.pipe()
+
+    def child() -> Any:
+        first = session.transmit(ECHO)
+        os.write(tried, b".")
+        os.read(go, 1)
+        return first, session.transmit(ECHO)
+
+    started = start(child)
+    os.read(tried_end, 1)
+    session.assert_untouched()
+    safe.SCardDisconnect(session.card, safe.SCARD_LEAVE_CARD)
+    os.write(go_end, b".")
+    assert wait_for(started) == ([safe.SCARD_E_SHARING_VIOLATION, []], [OK, [1, 2, 3, 0x90, 0x00]])
+    for end in (tried_end, tried, go, go_end):
+        os.close(end)
+
+
+def test_a_transaction_is_not_reconnected(session: Session) -> None:
+    """If the owner was inside one, ``cards='reconnect'`` answers reset, and the owner's transaction goes on."""
+    pcsc_safe.configure(cards="reconnect")
+    assert safe.SCardBeginTransaction(session.card) == OK
+
+    def child() -> Any:
+        first = session.transmit(ECHO)[0]
+        return first, safe.SCardEndTransaction(session.card, safe.SCARD_RESET_CARD)
+
+    assert in_child(child) == (RESET, OK)
+    assert session.transmit(IS_VERIFIED) == [OK, [1, 0x90, 0x00]]
+    assert safe.SCardEndTransaction(session.card, safe.SCARD_LEAVE_CARD) == OK
+    assert in_child(session.transmit, ECHO) == [OK, [1, 2, 3, 0x90, 0x00]]
+
+
+def test_the_child_can_verify_its_own_pin(pcsc_stack: VirtualPcsc) -> None:
+    """Parent and child exchange at the same time over connections of their own: every answer is the asker's."""
+    pcsc_safe.configure(cards="reconnect")
+    session = Session()
+
+    def exchange(who: int) -> int:
+        session.transmit(VERIFY)
+        wrong = 0
+        for number in range(300):
+            data = [who, number >> 8, number & 255]
+            wrong += session.transmit([0x80, 1, 0, 0, 3, *data]) != [OK, [*data, 0x90, 0x00]]
+        return wrong
+
+    children = [start(exchange, who) for who in (1, 2, 3)]
+    assert exchange(0) == 0
+    assert [wait_for(child) for child in children] == [0, 0, 0]
+
+
+# Errors.
+
+
+def test_the_error_names_state_and_remedy(session: Session) -> None:
+    """Function, owner, place and this process are in the text and in the fields."""
+
+    def child() -> Any:
+        pcsc_safe.configure(policy="raise")
+        with pytest.raises(ForkedHandleError) as caught:
+            session.transmit(ECHO)
+        error = caught.value
+        return (
+            os.getpid(),
+            str(error),
+            (error.function, error.owner_pid, error.pid, error.established_at, error.hresult),
+        )
+
+    pid, text, fields = in_child(child)
+    place = session.context.established_at
+    assert re.search(r"conftest\.py:\d+$", place)
+    assert fields == ("SCardTransmit", os.getpid(), pid, place, INVALID)
+    assert text == (
+        f"SCardTransmit: this card handle's PC/SC context was established by process {os.getpid()} ({place}) and "
+        f"this is its forked child {pid}; establish one here, or use policy 'reestablish'"
+    )
+
+
+@pytest.mark.native  # the exceptions of pyscard load the native library
+def test_the_error_is_pyscards_too_and_survives_pickling(session: Session) -> None:
+    """Code written for pyscard catches it, and it comes whole out of a worker."""
+    import smartcard.Exceptions
+
+    def child() -> Any:
+        pcsc_safe.configure(policy="raise")
+        try:
+            safe.SCardListReaders(session.context, [])
+        except smartcard.Exceptions.SmartcardException as error:
+            return pickle.dumps(error)
+        return None
+
+    error = pickle.loads(in_child(child))
+    assert isinstance(error, ForkedHandleError)
+    assert isinstance(error, PcscSafeError)
+    assert (error.function, error.owner_pid, error.hresult) == ("SCardListReaders", os.getpid(), INVALID)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert vars(pickle.loads(pickle.dumps(error))) == vars(error)
+
+
+def test_nothing_secret_is_in_an_error(session: Session) -> None:
+    """The bytes of a refused APDU are not in the error."""
+
+    def child() -> Any:
+        pcsc_safe.configure(policy="raise")
+        with pytest.raises(ForkedHandleError) as caught:
+            session.transmit([0, 0x20, 0, 0x80, 4, 0x31, 0x32, 0x33, 0x34])
+        return str(caught.value), repr(caught.value)
+
+    for text in in_child(child):
+        assert "49, 50" not in text
+        assert "1234" not in text.replace(str(os.getpid()), "")

@@ -1,0 +1,824 @@
+"""``recover``: to a context, the end of pcscd is what a fork is.
+
+Each story is told by a client, a forked child that does PC/SC itself or through a broker.  pcscd is the test's, which
+does to it what the client asks for.  "restart" is SIGKILL and a start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from brokers import ENOUGH, Client, Link, descriptors, until
+from calling import Calling, waits_on
+from conftest import ECHO, IS_VERIFIED, VERIFY, Session
+from forking import in_child, start, wait_for
+from rawscard import raw
+
+import pcsc_safe
+from pcsc_safe import scard as safe
+from pcsc_safe._core import recovery
+from pcsc_safe._core.calls import CALLS
+from pcsc_safe.errors import ForkedHandleError
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+from pcsc_safe.testing._install import Missing, look
+
+OK, LEAVE, UNPOWER = safe.SCARD_S_SUCCESS, safe.SCARD_LEAVE_CARD, safe.SCARD_UNPOWER_CARD
+SHARED, EXCLUSIVE, T1 = safe.SCARD_SHARE_SHARED, safe.SCARD_SHARE_EXCLUSIVE, safe.SCARD_PROTOCOL_T1
+RESET, INVALID = safe.SCARD_W_RESET_CARD, safe.SCARD_E_INVALID_HANDLE
+NO_SERVICE, COMM_ERROR = safe.SCARD_E_NO_SERVICE, safe.SCARD_F_COMM_ERROR
+CANCELLED, TIMED_OUT = safe.SCARD_E_CANCELLED, safe.SCARD_E_TIMEOUT
+CHANGED, EMPTY, PRESENT = safe.SCARD_STATE_CHANGED, safe.SCARD_STATE_EMPTY, safe.SCARD_STATE_PRESENT
+NEW_READERS = "\\\\?PnP?\\Notification"
+NOT_YET, VERIFIED, ECHOED = [OK, [0, 0x90, 0x00]], [OK, [1, 0x90, 0x00]], [OK, [1, 2, 3, 0x90, 0x00]]
+HELD = [0x80, 0x02, 0x00, 0x00, 0x03, 7, 8, 9]
+
+
+class Card(EchoCard):
+    """An EchoCard that never answers INS 02, for pcscd dies meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def apdu(self, command: bytes) -> bytes:
+        if command[1] != 0x02:
+            return super().apdu(command)
+        self.reached.set()
+        assert self.go.wait(ENOUGH)
+        return b"\x90\x00"
+
+
+@pytest.fixture(scope="module")
+def module_stack() -> Iterator[VirtualPcsc]:
+    found = look()
+    if isinstance(found, Missing):
+        pytest.skip(f"{found.problem}; {found.remedy}")
+    with VirtualPcsc(2, [Card()]) as stack:
+        yield stack
+
+
+@pytest.fixture
+def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
+    """The one of this module; pcscd is up and the card in its reader, before and after."""
+    yield module_stack
+    if not module_stack.pid:
+        module_stack.start()
+    if module_stack.readers[0].card is None:
+        module_stack.readers[0].insert(Card())
+    module_stack.wait_for_clients(0)
+
+
+def kill_in_an_exchange(stack: VirtualPcsc) -> None:
+    card: Any = stack.readers[0].card
+    assert card.reached.wait(ENOUGH)
+    threading.Timer(0.05, card.go.set).start()  # for kill() waits for the card
+    stack.kill()
+    card.reached.clear()
+    card.go.clear()
+
+
+def stop(stack: VirtualPcsc) -> None:
+    """An orderly end, as systemd asks for it."""
+    os.kill(stack.pid, signal.SIGTERM)
+    until(lambda: has_ended(stack.pid), "pcscd has ended")
+
+
+def has_ended(pid: int) -> bool:
+    """Whether nothing is left but what its parent has to read: no thread, and so no listening socket."""
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state == "Z" and len(os.listdir(f"/proc/{pid}/task")) == 1
+
+
+ASKED_FOR: dict[str, Callable[[VirtualPcsc], Any]] = {
+    "kill": VirtualPcsc.kill,
+    "stop": stop,
+    "start": VirtualPcsc.start,
+    "restart": VirtualPcsc.restart,
+    "kill in an exchange": kill_in_an_exchange,
+    "remove": lambda stack: stack.readers[0].remove(),
+    "insert": lambda stack: stack.readers[0].insert(Card()),
+}
+
+
+class Pcscd:
+    """pcscd, as a client has it: it asks for what is to happen, and goes on when it has."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def __call__(self, *wishes: str) -> None:
+        for wish in wishes:
+            self._link.say(wish)
+            self._link.hear()
+
+
+def told(stack: VirtualPcsc, way: str, story: Callable[[Pcscd], Any], **settings: Any) -> Any:
+    """What a client tells, for whom is done what it asks for.
+
+    :param way: ``native`` or ``broker``.
+    """
+
+    def client(link: Link) -> Any:
+        always = {"broker": "always"} if way == "broker" else {}
+        pcsc_safe.configure(**{"recover": True, **always, **settings})
+        # Not to stderr: a thread that is writing there when another forks leaves its lock to the child.
+        logging.getLogger("pcsc_safe").addHandler(logging.NullHandler())
+        logging.getLogger("pcsc_safe").propagate = False
+        try:
+            return story(Pcscd(link))
+        finally:
+            link.say("")
+
+    with Client(client) as teller:
+        with contextlib.suppress(EOFError):
+            while wish := teller.hear():
+                ASKED_FOR[wish](stack)
+                teller.say("done")
+        return teller.result()
+
+
+by_either_way = pytest.mark.parametrize("way", [pytest.param("native", marks=pytest.mark.native), "broker"])
+
+
+def status(card: Any) -> int:
+    return int(safe.SCardStatus(card)[0])
+
+
+def reconnect(card: Any, share_mode: int = SHARED, initialization: int = LEAVE) -> int:
+    return int(safe.SCardReconnect(card, share_mode, T1, initialization)[0])
+
+
+def establish() -> Any:
+    hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    assert hresult == OK
+    return context
+
+
+def reader() -> str:
+    return "Virtual PCD 0 00 00"
+
+
+# 1. What a context and a card get.
+
+
+@by_either_way
+@pytest.mark.parametrize("end", ["kill", "stop"])
+def test_nothing_is_there_and_then_it_is(stack: VirtualPcsc, way: str, end: str) -> None:
+    """Without pcscd calls say so, as ever; with a new one the context is one again, and the card waits to be told."""
+
+    def story(pcscd: Pcscd) -> Any:
+        session = Session()
+        pcscd(end)
+        down = [
+            status(session.card),
+            session.transmit(ECHO),
+            reconnect(session.card),
+            safe.SCardListReaders(session.context, []),
+            safe.SCardGetStatusChange(session.context, 0, [(session.reader, 0)])[0],
+            safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[0],
+        ]
+        pcscd("start")
+        number = int(session.context)
+        up = [
+            session.transmit(ECHO),
+            safe.SCardIsValidContext(session.context),
+            len(safe.SCardListReaders(session.context, [])[1]),
+            status(session.card),
+            safe.SCardBeginTransaction(session.card),
+        ]
+        again = [reconnect(session.card), session.transmit(IS_VERIFIED), session.transmit(ECHO)]
+        same = int(session.context) == number, session.context.owner_pid == os.getpid()
+        session.close()
+        return down, up, again, same
+
+    down, up, again, same = told(stack, way, story)
+    assert down == [NO_SERVICE, [NO_SERVICE, []], NO_SERVICE, [NO_SERVICE, []], NO_SERVICE, NO_SERVICE]
+    assert up == [[RESET, []], OK, 2, RESET, RESET]
+    assert again == [OK, NOT_YET, ECHOED]
+    assert same == (True, True)
+
+
+@by_either_way
+def test_off_by_default(stack: VirtualPcsc, way: str) -> None:
+    """Without ``recover`` a context is lost for ever, and answers as on raw pyscard; once asked for, it is back."""
+
+    def answers(scard: Any, pcscd: Pcscd) -> Any:
+        _, context = scard.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+        _, card, _ = scard.SCardConnect(context, reader(), SHARED, T1)
+        pcscd("restart")
+        return [
+            scard.SCardListReaders(context, []),
+            scard.SCardGetStatusChange(context, 100, [(reader(), 0)]),
+            scard.SCardConnect(context, reader(), SHARED, T1)[0],
+            scard.SCardIsValidContext(context),
+            scard.SCardStatus(card)[0],
+            scard.SCardTransmit(card, safe.SCARD_PCI_T1, ECHO)[0],
+            scard.SCardReconnect(card, SHARED, T1, LEAVE)[0],
+            scard.SCardBeginTransaction(card),
+            scard.SCardEndTransaction(card, LEAVE),
+            scard.SCardDisconnect(card, LEAVE),
+            scard.SCardReleaseContext(context),
+            scard.SCardReleaseContext(context),
+        ]
+
+    def story(pcscd: Pcscd) -> Any:
+        ours, theirs = answers(safe, pcscd), answers(raw, pcscd)
+        context = establish()
+        pcscd("restart")
+        before = safe.SCardListReaders(context, [])[0]
+        pcsc_safe.configure(recover=True, context=context)
+        return ours == theirs, before, safe.SCardListReaders(context, [])[0], safe.SCardReleaseContext(context)
+
+    assert told(stack, way, story, recover=False) == (True, NO_SERVICE, OK, OK)
+
+
+@by_either_way
+def test_cards_reconnect(stack: VirtualPcsc, way: str) -> None:
+    """With ``cards="reconnect"`` the first call goes on in a new connection; not in the middle of a transaction."""
+
+    def story(pcscd: Pcscd) -> Any:
+        session = Session()
+        pcscd("restart")
+        first = session.transmit(IS_VERIFIED)
+        began = safe.SCardBeginTransaction(session.card)
+        pcscd("restart")
+        within = [session.transmit(ECHO), safe.SCardEndTransaction(session.card, LEAVE), session.transmit(ECHO)]
+        session.close()
+        return first, began, within
+
+    assert told(stack, way, story, cards="reconnect") == (NOT_YET, OK, [[RESET, []], OK, ECHOED])
+
+
+@by_either_way
+def test_cleanup_of_what_is_lost(stack: VirtualPcsc, way: str) -> None:
+    """To end what pcscd has ended succeeds, and what has been ended is a handle no more; with and without a pcscd."""
+
+    def story(pcscd: Pcscd) -> Any:
+        answers = []
+        for wish in ("kill", "restart"):
+            for first in ("transaction", "card", "context"):
+                session = Session()
+                safe.SCardBeginTransaction(session.card)
+                pcscd(wish)
+                if first == "transaction":
+                    answers.append(safe.SCardEndTransaction(session.card, LEAVE))
+                if first != "context":
+                    answers += [safe.SCardDisconnect(session.card, LEAVE), status(session.card) == INVALID]
+                answers += [safe.SCardCancel(session.context), safe.SCardReleaseContext(session.context)]
+                answers.append(safe.SCardReleaseContext(session.context) == INVALID)
+                if wish == "kill":
+                    pcscd("start")
+        return answers
+
+    answers = told(stack, way, story)
+    assert answers == 2 * [OK, OK, True, OK, OK, True, OK, True, OK, OK, True, OK, OK, True]
+
+
+@by_either_way
+def test_the_card_is_gone_when_pcscd_is_back(stack: VirtualPcsc, way: str) -> None:
+    """SCardReconnect says why it fails, and succeeds when it can."""
+
+    def story(pcscd: Pcscd) -> Any:
+        session = Session()
+        pcscd("kill", "remove", "start")
+        gone = [status(session.card), reconnect(session.card), status(session.card)]
+        pcscd("insert")
+        stranger = Session(EXCLUSIVE)
+        taken = reconnect(session.card)
+        stranger.close()
+        back = [reconnect(session.card, SHARED, UNPOWER), session.transmit(IS_VERIFIED)]
+        session.close()
+        return gone, taken, back
+
+    gone, taken, back = told(stack, way, story)
+    assert gone == [RESET, safe.SCARD_E_NO_SMARTCARD, RESET]
+    assert taken == safe.SCARD_E_SHARING_VIOLATION
+    assert back == [OK, NOT_YET]
+
+
+@by_either_way
+def test_a_call_that_was_under_way(stack: VirtualPcsc, way: str) -> None:
+    """It may have been carried out: it says so, and is not made again."""
+
+    def story(pcscd: Pcscd) -> Any:
+        session = Session()
+        exchange = Calling(session.transmit, HELD)
+        pcscd("kill in an exchange")
+        under_way = exchange.answer()
+        pcscd("start")
+        answers = [under_way, session.transmit(ECHO), reconnect(session.card), session.transmit(ECHO)]
+        session.close()
+        return answers
+
+    assert told(stack, way, story) == [[COMM_ERROR, []], [RESET, []], OK, ECHOED]
+
+
+@by_either_way
+@pytest.mark.parametrize("policy", ["raise", "invalid", "broker", "share"])
+def test_every_policy(stack: VirtualPcsc, way: str, policy: str) -> None:
+    """What is lost with pcscd was not inherited: no policy for forks refuses it."""
+
+    def story(pcscd: Pcscd) -> Any:
+        session = Session()
+        pcscd("restart")
+        answers = [session.transmit(ECHO), status(session.card), reconnect(session.card), session.transmit(ECHO)]
+        session.close()
+        return answers
+
+    if policy == "share" and way == "native":
+        pytest.skip("a session is shared in a broker")
+    assert told(stack, way, story, policy=policy) == [[RESET, []], RESET, OK, ECHOED]
+
+
+@by_either_way
+def test_nothing_is_left_of_old_contexts(stack: VirtualPcsc, way: str) -> None:
+    """However often pcscd is restarted: no descriptor, and no record, more than before."""
+
+    def story(pcscd: Pcscd) -> Any:
+        from pcsc_safe._core import handles
+        from pcsc_safe.broker import family
+
+        def used() -> Any:
+            broker = family.usable()  # it may be that of this process's family
+            processes = [os.getpid(), *([broker.helper_pid] if broker is not None else [])]
+            return [len(descriptors(pid)) for pid in processes], len(handles.contexts), len(handles.cards)
+
+        session = Session()
+        counts = []
+        for _ in range(6):
+            pcscd("restart")
+            safe.SCardDisconnect(session.card, LEAVE)
+            _, session.card, _ = safe.SCardConnect(session.context, session.reader, SHARED, T1)
+            assert session.transmit(ECHO) == ECHOED
+            counts.append(used())
+        session.close()
+        return counts
+
+    first, second, *others = told(stack, way, story)
+    assert others == [second] * 4
+    assert first[0] == second[0]
+
+
+@pytest.mark.native
+def test_what_is_logged(stack: VirtualPcsc) -> None:
+    """A line for each context that was established anew, and a warning for each card that has to be told."""
+
+    def story(pcscd: Pcscd) -> Any:
+        lines: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append(f"{record.levelname} {record.getMessage()}")  # type: ignore[method-assign]
+        logging.getLogger("pcsc_safe").addHandler(handler)
+        logging.getLogger("pcsc_safe").setLevel("INFO")
+        session = Session()
+        for _ in range(2):
+            pcscd("restart")
+            assert [session.transmit(ECHO), session.transmit(ECHO)] == 2 * [[RESET, []]]
+            assert reconnect(session.card) == OK
+        session.close()
+        return lines, os.getpid()
+
+    lines, pid = told(stack, "native", story)
+    assert lines == 2 * [
+        f"INFO process {pid} has a new context in the place of one that ended with pcscd",
+        "WARNING SCardTransmit answers SCARD_W_RESET_CARD because pcscd was restarted, not because of the card: call "
+        "SCardReconnect, or configure cards='reconnect'",
+    ]
+
+
+# 2. pcscd by socket activation, which is how today's distributions start it.
+
+
+class Activator(threading.Thread):
+    """Listens where pcscd would, and starts it when somebody calls; as systemd does."""
+
+    def __init__(self, stack: VirtualPcsc) -> None:
+        super().__init__(daemon=True)
+        daemon = stack._running()
+        stack._configure()  # what pcscd reads when it starts; the stack takes it away when its own has read it
+        self._command = daemon._command()
+        self._home = daemon.home
+        self.pcscd: Any = None
+        self.starts = 0
+        self._over = False
+        os.unlink(daemon.path)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(daemon.path)
+        self._listener.listen()
+        self.start()
+
+    def run(self) -> None:
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        while not self._over:
+            if poll.poll(10) and not self._over:
+                self.starts += 1
+                self.pcscd = self._activated()
+                self.pcscd.wait()
+
+    def _activated(self) -> Any:
+        code = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid())\n"
+        code += "os.execv(sys.argv[2], sys.argv[2:])"
+        number = self._listener.fileno()
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(number), *self._command, "--auto-exit"],
+            env={"LISTEN_FDS": "1", "PCSCLITE_HP_DROPDIR": f"{self._home}/none"},
+            pass_fds=[number, 3],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def stop_pcscd(self) -> None:
+        """As pcscd stops by itself when nobody has used it for a minute."""
+        self.pcscd.terminate()
+        self.pcscd.wait()
+
+    def end(self) -> None:
+        self._over = True
+        if self.pcscd is not None:
+            self.pcscd.kill()
+        self.join()
+        self._listener.close()
+
+
+@by_either_way
+def test_socket_activation(stack: VirtualPcsc, way: str) -> None:
+    """The next use starts pcscd, and finds itself with a context; nobody sees SCARD_E_NO_SERVICE."""
+    stack.kill()
+    activator = Activator(stack)
+
+    def is_plugged() -> bool:
+        with contextlib.suppress(ConnectionRefusedError):
+            stack.readers[0]._slot.plug()
+            return True
+        return False
+
+    def story(pcscd: Pcscd) -> Any:
+        context = establish()
+        answers = []
+        for _ in range(2):
+            pcscd("activated pcscd ends")
+            answers.append(safe.SCardListReaders(context, []))
+        pcscd("activated pcscd ends")
+        answers.append(safe.SCardConnect(context, reader(), SHARED, T1)[0])
+        wait = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(reader(), EMPTY)])
+        pcscd("activated pcscd ends", "plug")
+        answers.append(wait.answer()[1][0][1] & (CHANGED | PRESENT))
+        return [*answers, safe.SCardReleaseContext(context)]
+
+    try:
+        ASKED_FOR["activated pcscd ends"] = lambda stack: activator.stop_pcscd()
+        ASKED_FOR["plug"] = lambda stack: until(is_plugged, "vpcd listens")
+        listed = [OK, [each.name for each in stack.readers]]
+        assert told(stack, way, story) == [listed, listed, safe.SCARD_E_NO_SMARTCARD, CHANGED | PRESENT, OK]
+        assert activator.starts == 5
+    finally:
+        stack._unplug()
+        activator.end()
+        stack.start()
+
+
+# 3. Waits for events go on, and so do monitors.
+
+
+def state(context: Any) -> int:
+    hresult, states = safe.SCardGetStatusChange(context, 0, [(reader(), 0)])
+    assert hresult == OK
+    return int(states[0][1]) & ~CHANGED
+
+
+@by_either_way
+def test_a_wait_goes_on(stack: VirtualPcsc, way: str) -> None:
+    """It sees what came of the card while there was no pcscd, and what comes of it then."""
+
+    def story(pcscd: Pcscd) -> Any:
+        context = establish()
+        first = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(reader(), PRESENT)])
+        pcscd("kill", "remove", "start")
+        gone = first.answer()
+        second = Calling(safe.SCardGetStatusChange, context, 60000, [(reader(), EMPTY)])
+        pcscd("restart", "insert")
+        back = second.answer()
+        safe.SCardReleaseContext(context)
+        return [(answer[0], answer[1][0][1] & (CHANGED | PRESENT | EMPTY)) for answer in (gone, back)]
+
+    assert told(stack, way, story) == [(OK, CHANGED | EMPTY), (OK, CHANGED | PRESENT)]
+
+
+@by_either_way
+def test_a_wait_takes_no_longer(stack: VirtualPcsc, way: str) -> None:
+    """Its time includes that without pcscd; the wait is over on time, whether pcscd is back or not."""
+
+    def story(pcscd: Pcscd) -> Any:
+        context = establish()
+        states = [(reader(), PRESENT)]
+        first = Calling(safe.SCardGetStatusChange, context, 400, states)
+        pcscd("kill")
+        down = first.answer()
+        begun_without = Calling(safe.SCardGetStatusChange, context, 100, states)
+        still_down = begun_without.answer()
+        pcscd("start")
+        known = state(context)
+        second = Calling(safe.SCardGetStatusChange, context, 1500, [(reader(), PRESENT)])
+        pcscd("restart")
+        up = second.answer()
+        safe.SCardReleaseContext(context)
+        times = [0.4 <= first.seconds < ENOUGH / 4, begun_without.seconds >= 0.1, second.seconds < ENOUGH / 4]
+        return [down[0], still_down, up[0] in (OK, TIMED_OUT), times, known & PRESENT]
+
+    down, still_down, is_right, times, present = told(stack, way, story)
+    assert (down, still_down) == (TIMED_OUT, [TIMED_OUT, [(reader(), 0, [])]])
+    assert (is_right, times, present) == (True, [True] * 3, PRESENT)
+
+
+@by_either_way
+@pytest.mark.parametrize("when", ["down", "restarted"])
+def test_cancel(stack: VirtualPcsc, way: str, when: str) -> None:
+    """SCardCancel ends it, whether there is a pcscd or not, and however it came there; and no other wait."""
+
+    def story(pcscd: Pcscd) -> Any:
+        context, other = establish(), establish()
+        waits = [Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(reader(), PRESENT)]) for _ in range(2)]
+        another = Calling(safe.SCardGetStatusChange, other, safe.INFINITE, [(NEW_READERS, 0)])
+        pcscd("remove")
+        known = [each.answer()[0] for each in waits]
+        waits = [Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(reader(), EMPTY)]) for _ in range(2)]
+        until(lambda: all(map(waits_on, waits)), "they wait")
+        pcscd("kill", *(["start"] if when == "restarted" else []))
+        answers = [safe.SCardCancel(context), *(each.answer()[0] for each in waits)]
+        others = another.is_alive() or another.answer()[0] == OK
+        safe.SCardCancel(other)
+        another.answer()
+        safe.SCardReleaseContext(context), safe.SCardReleaseContext(other)
+        return known, answers, others
+
+    assert told(stack, way, story) == ([OK, OK], [OK, CANCELLED, CANCELLED], True)
+
+
+@pytest.mark.parametrize(("recover", "expected"), [(True, OK), (False, INVALID)])
+def test_a_cancel_before_the_loss_is_noticed(stack: VirtualPcsc, recover: bool, expected: int) -> None:
+    """Another pcscd knows nothing of the context, which is well all the same."""
+    pcsc_safe.configure(recover=recover)
+    context = establish()
+    assert recovery.cancel(context._self_record, lambda: INVALID) == expected
+    assert safe.SCardReleaseContext(context) == OK
+
+
+@by_either_way
+def test_new_readers(stack: VirtualPcsc, way: str) -> None:
+    """A wait for new readers ends when pcscd is back: they may be others."""
+
+    def story(pcscd: Pcscd) -> Any:
+        context = establish()
+        wait = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(reader(), PRESENT), (NEW_READERS, 0)])
+        pcscd("restart")
+        hresult, states = wait.answer()
+        safe.SCardReleaseContext(context)
+        return hresult, [name for name, *_ in states], any(state & CHANGED for _, state, _ in states)
+
+    assert told(stack, way, story) == (OK, [reader(), NEW_READERS], True)
+
+
+@by_either_way
+@pytest.mark.parametrize("kind", ["cards", "readers"])
+def test_monitors(stack: VirtualPcsc, way: str, kind: str) -> None:
+    """The monitors of pyscard go on, and tell what has changed; nothing is on stderr."""
+
+    def story(pcscd: Pcscd) -> Any:
+        from programs import Recorder, eventually, monitors
+
+        warnings.simplefilter("ignore", DeprecationWarning)  # pyscard 2.0 has some
+        pcsc_safe.install()
+        caught: list[Any] = []
+        threading.excepthook = lambda arguments: caught.append(arguments.exc_type.__name__)
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # told by what it is when it is no more
+        monitor, observer = monitors(kind)(), Recorder()
+        monitor.addObserver(observer)
+        there = 1 if kind == "cards" else 2
+        answers = [eventually(lambda: observer.came == there)]
+        for gone in (there, 2 * there):
+            pcscd("kill", "remove")
+            if kind == "cards":
+                pcscd("start")
+            answers.append(eventually(lambda: observer.went == gone))  # noqa: B023
+            pcscd("insert", *(["start"] if kind == "readers" else []))
+            answers.append(eventually(lambda: observer.came == gone + there))  # noqa: B023
+        monitor.deleteObserver(observer)
+        return answers, caught, sys.stderr.tell()
+
+    assert told(stack, way, story) == ([True] * 5, [], 0)
+
+
+# 4. Threads, forks and handovers.
+
+
+@by_either_way
+def test_threads_notice_at_once(stack: VirtualPcsc, way: str) -> None:
+    """One of them establishes the context anew, for all."""
+
+    def story(pcscd: Pcscd) -> Any:
+        session = Session()
+        for _ in range(3):
+            pcscd("restart")
+            barrier = threading.Barrier(8)
+
+            def use() -> Any:
+                barrier.wait()  # noqa: B023
+                return safe.SCardListReaders(session.context, [])[0], session.transmit(ECHO)
+
+            answers = [caller.answer() for caller in [Calling(use) for _ in range(8)]]
+            assert answers == [(OK, [RESET, []])] * 8
+            pcscd("count clients")
+            reconnects = [Calling(reconnect, session.card) for _ in range(8)]
+            assert [caller.answer() for caller in reconnects] == [OK] * 8
+            assert session.transmit(ECHO) == ECHOED
+        session.close()
+        return True
+
+    # What is surplus, because several threads established at once, is released.
+    ASKED_FOR["count clients"] = lambda stack: stack.wait_for_clients(1)
+    assert told(stack, way, story)
+
+
+@by_either_way
+@pytest.mark.parametrize("when", ["before it is noticed", "when it is lost", "when it is had again"])
+def test_forks(stack: VirtualPcsc, way: str, when: str) -> None:
+    """A child has its own, whatever its parent knew; the parent's session is not touched by it."""
+
+    def story(pcscd: Pcscd) -> Any:
+        session = Session()
+
+        def child() -> Any:
+            first = [session.transmit(ECHO), status(session.card), safe.SCardListReaders(session.context, [])[0]]
+            return [*first, reconnect(session.card), session.transmit(ECHO), safe.SCardReleaseContext(session.context)]
+
+        pcscd("kill")
+        if when == "when it is lost":
+            assert status(session.card) == NO_SERVICE
+        pcscd("start")
+        if when == "when it is had again":
+            assert [status(session.card), reconnect(session.card)] == [RESET, OK]
+        left = in_child(child)
+        if when != "when it is had again":
+            assert [status(session.card), reconnect(session.card)] == [RESET, OK]
+        session.transmit(VERIFY)
+        again = in_child(child)
+        session.assert_untouched()
+        session.close()
+        return left, again
+
+    answers = [[RESET, []], RESET, OK, OK, ECHOED, OK]
+    assert told(stack, way, story) == (answers, answers)
+
+
+@pytest.mark.native
+def test_a_child_obeys_its_policy(stack: VirtualPcsc) -> None:
+    """What its parent had lost it has inherited: policy ``raise`` counts there."""
+
+    def story(pcscd: Pcscd) -> Any:
+        session = Session()
+        pcscd("kill")
+        assert status(session.card) == NO_SERVICE
+        pcscd("start")
+
+        def child() -> Any:
+            with pytest.raises(ForkedHandleError):
+                status(session.card)
+            return True
+
+        answers = in_child(child), status(session.card)
+        session.close()
+        return answers
+
+    assert told(stack, "native", story, policy="raise") == (True, RESET)
+
+
+@by_either_way
+def test_a_fork_while_others_recover(stack: VirtualPcsc, way: str) -> None:
+    """Its child has a context of its own, and so have the threads of its parent."""
+
+    def story(pcscd: Pcscd) -> Any:
+        session = Session()
+        over = threading.Event()
+        answers: list[Any] = []
+
+        def use() -> None:
+            while not over.is_set():
+                answers.append(session.transmit(ECHO)[0])
+                if answers[-1] == RESET:
+                    answers.append(reconnect(session.card))
+
+        def child() -> Any:
+            return status(session.card), reconnect(session.card), session.transmit(ECHO)
+
+        # What a connection is answered that is made when pcscd dies, or before the card is in its reader, too.
+        known = {OK, RESET, NO_SERVICE, COMM_ERROR, safe.SCARD_W_SECURITY_VIOLATION, safe.SCARD_E_NO_SMARTCARD}
+        users = [Calling(use) for _ in range(3)]
+        children = []
+        for _ in range(3):
+            pcscd("kill")
+            started = [start(child)]
+            pcscd("start")
+            started += [start(child) for _ in range(3)]
+            children += [wait_for(each) for each in started[1:]]
+            wait_for(started[0])  # pcscd may not have been there yet
+            until(lambda: answers[-20:].count(OK) >= 10, "they go on")
+        over.set()
+        for user in users:
+            user.answer()
+        session.close()
+        return children, {*answers} - known
+
+    assert told(stack, way, story) == ([(RESET, OK, ECHOED)] * 9, set())
+
+
+@by_either_way
+@pytest.mark.parametrize("when", ["before", "in the block", "after"])
+def test_handover(stack: VirtualPcsc, way: str, when: str) -> None:
+    """A session that is dead when it is handed over, or dies then, is the child's to recover."""
+
+    def story(pcscd: Pcscd) -> Any:
+        session = Session()
+        (ours, theirs), (told, tell) = os.pipe(), os.pipe()
+
+        def child() -> Any:
+            os.read(told, 1)
+            answers = [session.transmit(ECHO), reconnect(session.card), session.transmit(ECHO)]
+            session.close()
+            return answers
+
+        if when == "before":
+            pcscd("restart")
+        with pcsc_safe.handover():
+            if when == "in the block":
+                pcscd("restart")
+            started = start(child)
+        if when == "after":
+            pcscd("restart")
+        os.write(tell, b"1")
+        answers = wait_for(started), status(session.card), reconnect(session.card)
+        session.close()
+        for number in (ours, theirs, told, tell):
+            os.close(number)
+        return answers
+
+    assert told(stack, way, story) == ([[RESET, []], OK, ECHOED], RESET, OK)
+
+
+# 5. Sessions that several processes share.
+
+
+def test_share(stack: VirtualPcsc) -> None:
+    """What they shared is lost for all of them; each has its own then, and what is forked later shares that."""
+
+    def story(pcscd: Pcscd) -> Any:
+        session = Session(EXCLUSIVE)
+
+        def member(link: Link) -> Any:
+            answers = [session.transmit(IS_VERIFIED)]
+            link.say("has it")
+            link.hear()
+            answers += [session.transmit(IS_VERIFIED), reconnect(session.card, EXCLUSIVE)]
+            return [*answers, safe.SCardReleaseContext(session.context)]
+
+        with Client(member) as other:
+            other.hear()
+            pcscd("restart")
+            mine = [session.transmit(ECHO), reconnect(session.card, EXCLUSIVE), session.transmit(VERIFY)]
+            other.say("go on")
+            theirs = other.result()
+        younger = in_child(lambda: session.transmit(IS_VERIFIED))
+        session.assert_untouched()
+        session.close()
+        return mine, theirs, younger
+
+    mine, theirs, younger = told(stack, "broker", story, policy="share")
+    assert mine == [[RESET, []], OK, [OK, [0x90, 0x00]]]
+    assert theirs == [VERIFIED, [RESET, []], safe.SCARD_E_SHARING_VIOLATION, OK]
+    assert younger == VERIFIED
+
+
+# 6. What a real pcscd doesn't do.
+
+
+def test_contexts_but_nothing_else() -> None:
+    """Where contexts can be established and nothing comes of it, a call is made thrice more, and says no service."""
+    made = []
+
+    def fails() -> Any:
+        made.append(1)
+        return recovery.again(CALLS["SCardListReaders"], fails, ())
+
+    assert (fails(), len(made), recovery._attempts) == ([NO_SERVICE, []], 4, {})

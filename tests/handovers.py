@@ -1,0 +1,73 @@
+"""A session that can't be had twice, how it is handed over, and whose it is then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from calling import establish
+from conftest import ECHO, IS_VERIFIED, Session
+from forking import fork
+
+import pcsc_safe
+from pcsc_safe import scard as safe
+from pcsc_safe.errors import ForkedHandleError
+
+OK, LEAVE = safe.SCARD_S_SUCCESS, safe.SCARD_LEAVE_CARD
+INVALID, RESET = safe.SCARD_E_INVALID_HANDLE, safe.SCARD_W_RESET_CARD
+HELD_BY_ANOTHER = safe.SCARD_E_SHARING_VIOLATION
+NOTHING = "nothing is handed over: "
+BROKER = {"native": "on-fork", "broker": "always"}
+through_both = pytest.mark.parametrize("through", [pytest.param("native", marks=pytest.mark.native), "broker"])
+
+
+def opened(through: str = "native", **settings: Any) -> Session:
+    """A session of this process."""
+    pcsc_safe.configure(broker=BROKER[through], **settings)
+    session = Session(safe.SCARD_SHARE_EXCLUSIVE)
+    assert safe.SCardBeginTransaction(session.card) == OK
+    return session
+
+
+def state(session: Session) -> list[Any]:
+    """What the session is to this process."""
+    return [
+        safe.SCardIsValidContext(session.context),
+        safe.SCardListReaders(session.context, [])[0],
+        session.transmit(IS_VERIFIED),
+        session.transmit(ECHO),
+        safe.SCardEndTransaction(session.card, LEAVE),
+        safe.SCardBeginTransaction(session.card),
+    ]
+
+
+ALL = [OK, OK, [OK, [1, 0x90, 0x00]], [OK, [1, 2, 3, 0x90, 0x00]], OK, OK]
+
+
+def attempt(use: Callable[[], Any]) -> Any:
+    try:
+        return use()
+    except ForkedHandleError:
+        return "raised"
+
+
+def has(session: Session) -> Any:
+    """Whether the session is this process's, all of it; under policy ``raise``."""
+    answers = attempt(lambda: state(session))
+    return answers == ALL or (answers != "raised" and answers)
+
+
+def handing_over(*contexts: Any) -> int:
+    with pcsc_safe.handover(*contexts):
+        return fork()
+
+
+def is_free(reader: str) -> bool:
+    """Whether a stranger gets the card."""
+    context = establish()
+    hresult, card, _ = safe.SCardConnect(context, reader, safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_T1)
+    if hresult == OK:
+        safe.SCardDisconnect(card, LEAVE)
+    safe.SCardReleaseContext(context)
+    return bool(hresult == OK)

@@ -1,0 +1,222 @@
+"""The documentation: every block of code runs, every link leads somewhere, and no message of the package is missing."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pcsc_safe
+from pcsc_safe import policy
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+pytest.importorskip("markdown_it", reason="markdown-it-py is not installed: pip install 'pcsc-safe[test]'")
+from doc_blocks import ROOT, SETUPS, Block, Ended, blocks, pages, run  # wants markdown-it
+
+PACKAGE = Path(pcsc_safe.__file__).parent
+BLOCKS = blocks()
+LANGUAGES = {"python", "sh", "console", "text", "json", "toml", "ini", "conf"}
+OTHER_SAYINGS = ("setup", "run by", "not run", "sample")
+
+TIMED_OUT = 124  # the exit status of timeout
+
+NOT_RUN = {
+    "README.md": ["they are the tests", "installs packages"],
+    "CONTRIBUTING.md": ["they are the tests"],
+    "docs/doctor.md": ["depends on the machine", "depends on the machine"],
+    "docs/hosts/celery.md": [
+        "a worker that serves until it is ended; tests/hosts/test_host_celery.py runs it",
+        "needs that worker; tests/hosts/test_host_celery.py makes the same call",
+        "needs two readers and Redis; tests/hosts/test_host_celery.py runs a worker for each",
+        "needs that worker; tests/hosts/test_host_celery.py asks the same",
+    ],
+    "docs/hosts/daemon.md": ["a part of examples/pin_daemon.py, which tests/hosts/test_host_daemon.py runs"],
+    "docs/hosts/openvpn.md": [
+        "needs root, and a server; tests/hosts/test_host_openvpn.py runs both programs",
+        "a line for the system's own configuration",
+    ],
+    "docs/retrofit.md": ["PIDs differ; tests/retrofit/test_run.py has the lines"],
+    "docs/start.md": ["installs packages", "it is tests/demo/test_demo.py's, and takes half a minute"],
+}
+"""By page, why blocks of it are not run; a new one has to be entered here."""
+
+
+def is_run_here(block: Block) -> bool:
+    """Whether this module runs it."""
+    return block.language in ("python", "sh") and not block.says.startswith(("run by", "not run"))
+
+
+@pytest.fixture(scope="module")
+def docs_stack() -> Iterator[VirtualPcsc]:
+    """Two EchoCards."""
+    with VirtualPcsc(2, [EchoCard(), EchoCard()], activate=False) as stack:
+        yield stack
+
+
+RUN_HERE = [pytest.param(block, id=block.name) for block in BLOCKS if is_run_here(block)]
+
+
+@pytest.mark.parametrize("block", RUN_HERE)
+def test_a_block_runs(block: Block, docs_stack: VirtualPcsc, tmp_path: Path) -> None:
+    """A block of Python or sh ends well, and so do the children that it forks."""
+    if block.told("setup") == "daemon":
+        pytest.importorskip("daemon", reason="python-daemon is not installed (extra hosts)")
+    if "piv" in block.code:
+        pytest.importorskip("jcecard", reason="jcecard is not installed (extra piv)")
+    env = {name: value for name, value in docs_stack.env.items() if not name.startswith("PCSC_SAFE_")}
+    ended: Ended = run(block, env, tmp_path)
+    assert ended.status == (TIMED_OUT if "-- timeout " in block.code else 0), ended.output
+    assert "Traceback" not in ended.output, ended.output  # a child's, or the daemon's
+
+
+def test_every_block_is_accounted_for() -> None:
+    """Each has a language; each is run here, by another test, or is in the list of those that are not."""
+    assert {block.language for block in BLOCKS} <= LANGUAGES
+    not_run: dict[str, list[str]] = {}
+    for block in BLOCKS:
+        assert not block.says or block.says.startswith(OTHER_SAYINGS), block
+        reason = block.told("not run") or block.told("sample")
+        if reason:
+            not_run.setdefault(block.page, []).append(reason)
+        elif block.language == "console":
+            pytest.fail(f"{block.name}: output that nothing compares")
+        setup = block.told("setup")
+        assert not setup or block.language == "sh" or setup in SETUPS, block
+    print("not run:", json.dumps(not_run, indent=2))
+    assert not_run == NOT_RUN
+
+
+def test_who_is_said_to_run_a_block_reads_its_page() -> None:
+    """What is marked as run by another test is run by one that takes it from that page."""
+    for block in BLOCKS:
+        test = block.told("run by")
+        if test:
+            source = (ROOT / test).read_text()
+            assert Path(block.page).name in source, block
+            assert f"hosts/{Path(block.page).name}" in source or '"hosts"' in source, block
+
+
+def test_files_for_other_programs_are_well_formed() -> None:
+    """Blocks of JSON, TOML and INI can be parsed."""
+    for block in BLOCKS:
+        if block.language == "json":
+            json.loads(block.code)
+        elif block.language == "ini":
+            configparser.ConfigParser().read_string(block.code)
+        elif block.language == "toml":
+            pytest.importorskip("tomllib").loads(block.code)
+        elif block.language == "conf":
+            assert all(re.fullmatch(r"#.*|[\w/-]+( \S+)*", line) for line in block.code.splitlines()), block
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def test_links() -> None:
+    """Relative links lead to files, and anchors to headings; the others are https, and there are few hosts."""
+    hosts = set()
+    for page in pages():
+        for target in LINK.findall(without_code(page.read_text())):
+            if "://" in target:
+                hosts.add(re.fullmatch(r"https://([a-z0-9.-]+)(/\S*)?", target).group(1))  # type: ignore[union-attr]
+                continue
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            assert file.exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(file), f"{page}: {target}"
+    assert hosts <= {"github.com", "pypi.org", "pyscard.sourceforge.io", "keepachangelog.com", "semver.org"}
+
+
+def without_code(text: str) -> str:
+    """Text without its blocks and spans of code."""
+    return re.sub(r"(?ms)^(```+).*?^\1$|`[^`\n]+`", "", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as links name them."""
+    headings = re.findall(r"(?m)^#+ (.*)$", page.read_text())
+    return {re.sub(r"[^\w\s-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_site_is_built(tmp_path: Path) -> None:
+    """Without a warning, links and anchors included, and it asks the network for nothing."""
+    pytest.importorskip("material", reason="mkdocs-material is not installed: pip install 'pcsc-safe[docs]'")
+    # Not --quiet: it would keep the warnings from being counted.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in (tmp_path / "site").rglob("*.html"):
+        loaded = re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="(https?:)?//', page.read_text())
+        assert loaded == [], page
+
+
+# What is said, but is not a message about something that is wrong.
+SILENT_MODULES = (
+    "doctor/",
+    "demo/",
+    "_trace/",
+    "__main__",
+    "_versions",
+)
+NOT_MESSAGES = re.compile(
+    r"<\w+ .*>|FRIENDLYNAME .*|LIBPATH .*|Virtual PCD .*|[0-9A-F… ]+|A card holder|of unknown version|cannot create /|"
+    r"failed to map segment|the broker's door|pcsc_safe virtual card on port .*|\w+\(key=.*|pyscard's functions and .*|"
+    r"import sys; .*|configure\(\) got an .*|"
+    r"Change settings .*|mount --bind .*|(usage|The program runs|python -m pcsc_safe).*",
+    re.DOTALL,
+)
+
+
+def messages() -> Iterator[tuple[str, list[str]]]:
+    """Every sentence in the package's code, as where it is and the pieces between what is filled in."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = str(file.relative_to(PACKAGE))
+        if any(part in name for part in SILENT_MODULES):
+            continue
+        tree = ast.parse(file.read_text())
+        inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+        inner |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        for node in ast.walk(tree):
+            pieces = _pieces(node, inner)
+            text = "…".join(pieces)
+            if text.strip().count(" ") >= 2 and not NOT_MESSAGES.fullmatch(text.strip()) and not _is_help(name, node):
+                yield f"{name}:{getattr(node, 'lineno', 0)}", pieces
+
+
+def _pieces(node: ast.AST, inner: set[int]) -> list[str]:
+    if isinstance(node, ast.JoinedStr):
+        parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+        return "".join(map(str, parts)).split("\0")
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
+        return re.split(r"%[sd]", node.value)
+    return []
+
+
+def _is_help(name: str, node: ast.AST) -> bool:
+    if isinstance(node, ast.Constant) and node.value in {row.summary for row in policy.SETTINGS.values()}:
+        return True
+    return name == "testing/plugin.py" or (name == "retrofit/launcher.py" and getattr(node, "lineno", 0) < HELP_ENDS)
+
+
+HELP_ENDS = (PACKAGE / "retrofit" / "launcher.py").read_text().partition("set_defaults(refuse")[0].count("\n")
+
+
+def test_every_message_is_on_the_page() -> None:
+    """Errors, remedies, log lines and refusals: each is in docs/errors.md, word for word."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", (ROOT / "docs" / "errors.md").read_text())
+    spans = re.findall(r"`([^`]+)`", re.sub(r"\s+", " ", text))
+    missing = []
+    for where, pieces in messages():
+        pattern = re.compile(
+            ".+?".join(re.escape(" ".join(piece.split())) if piece.strip() else r"\s*" for piece in pieces)
+        )
+        if not any(pattern.search(span) for span in spans):
+            missing.append(f"{where}: {'…'.join(pieces)}")
+    assert missing == []

@@ -1,0 +1,73 @@
+"""The layout of the tests: a room for each room of the package, a home for each helper, and a page that names them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from places import TESTS
+
+import pcsc_safe
+
+PACKAGE = Path(pcsc_safe.__file__).parent
+ON_TOP = {"hosts", "whole", "house"}
+"""The rooms of tests that are of no single room of the package."""
+
+FILES = sorted(TESTS.rglob("*.py"))
+MODULES = [file for file in FILES if file.name.startswith("test_")]
+HELPERS = [file for file in FILES if file not in MODULES]
+ROOMS = {file.parent.name for file in MODULES}
+
+
+def imported(file: Path) -> set[str]:
+    """The names of the modules that a file imports, wherever it does."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def sections() -> dict[str, set[str]]:
+    """The files that each section of README.md has rows for."""
+    found = {}
+    for section in re.split(r"(?m)^## ", (TESTS / "README.md").read_text())[1:]:
+        title, _, text = section.partition("\n")
+        found[title] = set(re.findall(r"(?m)^\| `(\w+\.py)` \|", text))
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_nothing_imports_a_test_module(file: Path) -> None:
+    """What two modules share has its home in a helper; a test module may import itself, as pickle would."""
+    tests = {module.stem for module in MODULES} - {file.stem}
+    assert not tests & {name.rpartition(".")[2] for name in imported(file)}
+
+
+def test_the_rooms() -> None:
+    """Each test module is in a room: one of the package, or one of the three on top; no room is a package itself."""
+    rooms = {path.name.lstrip("_") for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert rooms | ON_TOP == ROOMS
+    assert {file.parent.parent for file in MODULES} == {TESTS}
+    assert {file.parent for file in HELPERS} == {TESTS}
+    assert not list(TESTS.rglob("__init__.py"))
+
+
+def test_each_name_is_one_modules() -> None:
+    """No two files have one name, and no helper has that of a room or of a module of Python's."""
+    names = [file.stem for file in FILES]
+    assert sorted(names) == sorted(set(names))
+    helpers = {file.stem for file in HELPERS}
+    assert not helpers & ROOMS
+    assert not helpers & getattr(sys, "stdlib_module_names", set())  # since Python 3.10
+
+
+def test_the_page_names_each_file() -> None:
+    """README.md has a row for each file, in the section of its room, and none for a file that there is not."""
+    expected = {room: {file.name for file in MODULES if file.parent.name == room} for room in ROOMS}
+    assert sections() == {**expected, "Helpers": {file.name for file in HELPERS}}

@@ -1,0 +1,42 @@
+"""What gets in the way of a fork or a call: a handler that raises, and a user who may have no further process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+@contextlib.contextmanager
+def no_new_process() -> Iterator[None]:
+    """A user who has as many processes as he may have; root may have any number, so be somebody else."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    privileged = os.geteuid() == 0
+    if privileged:
+        os.setresuid(54321, 54321, 0)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
+        if privileged:
+            os.setresuid(0, 0, 0)
+
+
+before_3_10 = pytest.mark.skipif(
+    sys.version_info < (3, 10),
+    reason="CPython 3.9 runs signal handlers between any two bytecodes, also between a with block and its own exit",
+)
+
+
+class Alarm(Exception):  # noqa: N818  # not an error
+    """What an application's signal handler raises."""
+
+
+def raise_alarm(*_: Any) -> None:
+    raise Alarm

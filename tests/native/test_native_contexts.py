@@ -1,0 +1,577 @@
+"""The native contexts behind a PC/SC context: how many there are, and that nothing is ever left held or lost.
+
+The programs run apart from pytest, with a stack of their own, so that their signal handlers, timers and collectors
+disturb nothing else.  None of them needs a fork for what can go wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import logging
+import os
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from calling import Calling, connect, establish, until, waits_on
+from conftest import ECHO
+from forking import fork, in_child, in_program
+
+import pcsc_safe
+from pcsc_safe import scard as safe
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+OK, CANCELLED, TIMED_OUT = safe.SCARD_S_SUCCESS, safe.SCARD_E_CANCELLED, safe.SCARD_E_TIMEOUT
+LEAVE, PRESENT = safe.SCARD_LEAVE_CARD, safe.SCARD_STATE_PRESENT
+RIGHT = [OK, [1, 2, 3, 0x90, 0x00]]
+
+
+def told(program: Callable[..., Any], *arguments: str, readers: int = 2, timeout: float = 60) -> Any:
+    """What a program of this module printed as JSON, on a stack of its own."""
+    with VirtualPcsc(readers, [EchoCard() for _ in range(readers)], activate=False) as stack:
+        done = in_program(program, *arguments, env={**os.environ, **stack.env}, timeout=timeout)
+        assert done.returncode == 0, done.stderr
+        stack.wait_for_clients(0)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def transmit(card: Any) -> Any:
+    return safe.SCardTransmit(card, safe.SCARD_PCI_T1, ECHO)
+
+
+def waiting(context: Any, reader: str) -> Calling:
+    """A thread that waits for events, and does by now."""
+    waiter = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(reader, PRESENT)])
+    until(lambda: waits_on(waiter), "it waits")
+    return waiter
+
+
+# 1. Never more than raw pyscard: one for one thread and one card, a card more is one more, and so is a wait.
+
+
+def nothing(context: Any, readers: list[str]) -> Callable[[], Any]:
+    return lambda: None
+
+
+def lists(context: Any, readers: list[str]) -> Callable[[], Any]:
+    assert safe.SCardListReaders(context, [])[0] == OK
+    return lambda: None
+
+
+def one_card(context: Any, readers: list[str]) -> Callable[[], Any]:
+    card = connect(context, readers[0])
+    assert transmit(card) == RIGHT
+    assert safe.SCardListReaders(context, [])[0] == OK
+    assert safe.SCardGetStatusChange(context, 0, [(readers[0], 0)])[0] == OK
+    return lambda: safe.SCardDisconnect(card, LEAVE)
+
+
+def one_card_again_and_again(context: Any, readers: list[str]) -> Callable[[], Any]:
+    for _ in range(5):
+        one_card(context, readers)()
+    return lambda: None
+
+
+def one_card_in_turn_by_threads(context: Any, readers: list[str]) -> Callable[[], Any]:
+    card = connect(context, readers[0])
+    threads = [Calling(lambda: [transmit(card) for _ in range(20)]) for _ in range(4)]
+    assert all(thread.answer() == [RIGHT] * 20 for thread in threads)
+    return lambda: None
+
+
+def two_cards(context: Any, readers: list[str]) -> Callable[[], Any]:
+    cards = [connect(context, reader) for reader in readers[:2]]
+    assert [transmit(card) for card in cards] == [RIGHT] * 2
+    return lambda: [safe.SCardDisconnect(card, LEAVE) for card in cards]
+
+
+def a_wait(context: Any, readers: list[str]) -> Callable[[], Any]:
+    waiter = waiting(context, readers[0])
+    return lambda: (safe.SCardCancel(context), waiter.answer())
+
+
+def waits_one_after_another(context: Any, readers: list[str]) -> Callable[[], Any]:
+    for _ in range(5):
+        assert safe.SCardGetStatusChange(context, 5, [(readers[0], PRESENT)])[0] == TIMED_OUT
+    return lambda: None
+
+
+def a_card_and_a_wait(context: Any, readers: list[str]) -> Callable[[], Any]:
+    card, end = connect(context, readers[0]), a_wait(context, readers)
+    assert transmit(card) == RIGHT
+    return end
+
+
+def cancelled_waits(context: Any, readers: list[str]) -> Callable[[], Any]:
+    for _ in range(5):
+        a_wait(context, readers)()
+    return lambda: None
+
+
+TYPICAL = {
+    nothing: 1,
+    lists: 1,
+    one_card: 1,
+    one_card_again_and_again: 1,
+    one_card_in_turn_by_threads: 1,
+    two_cards: 2,
+    a_wait: 1,
+    waits_one_after_another: 1,
+    a_card_and_a_wait: 2,
+    cancelled_waits: 1,
+}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("program", TYPICAL, ids=lambda program: program.__name__)
+def test_clients_of_typical_programs(pcsc_stack: VirtualPcsc, program: Callable[..., Any]) -> None:
+    """So many connections to pcscd as things go on, in the parent as in a child; none is left after release."""
+    readers = [reader.name for reader in pcsc_stack.readers]
+    context = establish()
+    end = program(context, readers)
+    pcsc_stack.wait_for_clients(TYPICAL[program])
+
+    def child() -> int:
+        assert safe.SCardListReaders(context, [])[0] == OK
+        made = len(context._self_record.real.natives)
+        assert safe.SCardReleaseContext(context) == OK
+        return made
+
+    assert in_child(child) == 1
+    end()
+    assert safe.SCardReleaseContext(context) == OK
+    pcsc_stack.wait_for_clients(0)
+
+
+@pytest.mark.native
+def test_clients_after_a_handover(pcsc_stack: VirtualPcsc) -> None:
+    """All native contexts go over, and end with the child."""
+    readers = [reader.name for reader in pcsc_stack.readers]
+    context = establish()
+    cards = [connect(context, reader) for reader in readers]
+
+    def handing_over() -> int:
+        with pcsc_safe.handover():
+            return fork()
+
+    assert in_child(lambda: ([transmit(card) for card in cards], pcsc_stack.clients()), fork=handing_over) == (
+        [RIGHT] * 2,
+        2,
+    )
+    pcsc_stack.wait_for_clients(0)
+    assert safe.SCardReleaseContext(context) == OK
+
+
+@pytest.mark.native
+def test_connections_in_the_order_of_their_numbers(pcsc_stack: VirtualPcsc) -> None:
+    """Each native context knows its own connection, also while other threads open and close files."""
+    stop = threading.Event()
+
+    def opens() -> None:
+        while not stop.is_set():
+            os.close(os.open(os.devnull, os.O_RDONLY))
+
+    threads = [Calling(opens) for _ in range(2)]
+    contexts = [establish() for _ in range(40)]
+    stop.set()
+    for thread in threads:
+        thread.answer()
+    found = [descriptor for context in contexts for descriptor in context._self_record.real.descriptors()]
+    assert len({descriptor.inode for descriptor in found}) == 40
+    assert all(descriptor.is_intact() for descriptor in found)
+    for context in contexts:
+        safe.SCardReleaseContext(context)
+
+
+# 2. Handlers that raise.
+
+
+class AlarmError(Exception):
+    """Raised by a signal handler."""
+
+
+def raise_alarm(*_: object) -> None:
+    raise AlarmError
+
+
+def held() -> dict[str, Any]:
+    """What is held in this process now: nothing, when no call goes on."""
+    from pcsc_safe._core import in_flight
+    from pcsc_safe._native import contexts
+
+    free = [place.acquire(False) for place in in_flight.places]
+    for place in in_flight.places:
+        place.release()
+    return {
+        "in flight": len(in_flight.calls()),
+        "locked": free.count(False),
+        "doomed": len(contexts.doomed),
+        "natives": sum(isinstance(place, contexts.NativeContext) for place in in_flight.places),
+    }
+
+
+def interrupted(how_many: str, where: str) -> None:
+    """Program: alarms at random moments in every function of the table; then what is held, and whether all works."""
+    wanted = int(how_many)
+    if where == "broker":
+        pcsc_safe.configure(broker="always")
+    context = establish()
+    readers = safe.SCardListReaders(context, [])[1]
+    card = connect(context, readers[0])
+    waiter = waiting(context, readers[1]) if where == "beside a wait" else None
+    if where == "in a transaction":
+        assert safe.SCardBeginTransaction(card) == OK
+
+    def establish_and_release() -> None:
+        hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+        if hresult == OK:  # pyscard's functions raise SystemError for a handle that is 0
+            safe.SCardReleaseContext(context)
+
+    def connect_and_disconnect() -> None:
+        hresult, card, _ = safe.SCardConnect(context, readers[1], safe.SCARD_SHARE_SHARED, 3)
+        if hresult == OK:
+            safe.SCardDisconnect(card, LEAVE)
+
+    def transaction() -> None:
+        safe.SCardBeginTransaction(card)
+        safe.SCardEndTransaction(card, LEAVE)
+
+    calls: list[Callable[[], Any]] = [
+        lambda: safe.SCardIsValidContext(context),
+        lambda: safe.SCardListReaders(context, []),
+        lambda: safe.SCardListReaderGroups(context),
+        lambda: safe.SCardGetStatusChange(context, 0, [(readers[0], 0)]),
+        lambda: safe.SCardGetStatusChange(context, 2, [(readers[0], PRESENT)]),
+        lambda: safe.SCardStatus(card),
+        lambda: transmit(card),
+        lambda: safe.SCardControl(card, 1, []),
+        lambda: safe.SCardGetAttrib(card, 1),
+        lambda: safe.SCardReconnect(card, safe.SCARD_SHARE_SHARED, 3, LEAVE),
+        establish_and_release,
+        connect_and_disconnect,
+        transaction,
+    ]
+    signal.signal(signal.SIGALRM, raise_alarm)
+    alarms = 0
+    while alarms < wanted:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00002, 0.002))
+            for _ in range(1000):  # else where an alarm is lost in a finalizer, it would never end
+                random.choice(calls)()
+        except AlarmError:
+            alarms += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    for _ in range(100):
+        if safe.SCardEndTransaction(card, LEAVE) != OK:
+            break
+    works = [Calling(call, *arguments).answer()[0] for call, *arguments in (
+        (safe.SCardListReaders, context, []), (transmit, card), (safe.SCardStatus, card),
+    )]  # fmt: skip
+    answers = None
+    if waiter is not None:
+        answers = [waiter.is_alive(), safe.SCardCancel(context), waiter.answer()[0]]
+    from pcsc_safe._core import handles
+
+    for handle in list(handles.contexts):
+        safe.SCardReleaseContext(handle)
+    print(json.dumps([works, answers, held(), len(handles.contexts), len(handles.cards)]))
+
+
+NOTHING = {"in flight": 0, "locked": 0, "doomed": 0, "natives": 0}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="CPython 3.9 runs handlers between any two instructions")
+@pytest.mark.parametrize("alarms", [300, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("where", ["idle", "in a transaction", "beside a wait", "broker"])
+def test_handlers_that_raise(where: str, alarms: int) -> None:
+    """However often a handler raises, and wherever: no lock, native context, entry or record is left, and all works."""
+    works, answers, held, contexts, cards = told(interrupted, str(alarms), where, timeout=60 + alarms / 10)
+    assert works == [OK, OK, OK]
+    assert answers == ([True, OK, CANCELLED] if where == "beside a wait" else None)
+    assert (held, contexts, cards) == (NOTHING, 0, 0)
+
+
+# 3. Handlers, finalizers and other threads' exceptions that use PC/SC, or wait for who does.
+
+
+def worker_of(card: Any, stop: threading.Event) -> Calling:
+    def exchange() -> set[int]:
+        answers = set()
+        while not stop.is_set():
+            answers.add(transmit(card)[0])
+        return answers
+
+    return Calling(exchange)
+
+
+def handler_releases() -> None:
+    """Program: SIGTERM's handler disconnects and releases while the main thread waits and a worker exchanges."""
+    context, stop = establish(), threading.Event()
+    reader = safe.SCardListReaders(context, [])[1][0]
+    card, said = connect(context, reader), []
+
+    def clean_up(*_: object) -> None:
+        stop.set()
+        said.extend([safe.SCardDisconnect(card, LEAVE), safe.SCardReleaseContext(context)])
+
+    signal.signal(signal.SIGTERM, clean_up)
+    worker = worker_of(card, stop)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    while not said:
+        safe.SCardGetStatusChange(context, 100, [(reader, PRESENT)])
+    worker.join(10)
+    print(json.dumps([said, worker.is_alive()]))
+
+
+def handler_joins(how: str) -> None:
+    """Program: again and again, a handler tells a worker to end and joins it, which may want the card just then."""
+    context = establish()
+    reader = safe.SCardListReaders(context, [])[1][0]
+    card = connect(context, reader)
+    joined = 0
+    for _ in range(30):
+        stop = threading.Event()
+        worker = worker_of(card, stop)
+
+        def end(*_: object, stop: threading.Event = stop, worker: Calling = worker) -> None:
+            stop.set()
+            worker.join(10)
+
+        signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.001, 0.01))
+        while not stop.is_set():
+            if how == "a wait":
+                safe.SCardGetStatusChange(context, 3, [(reader, PRESENT)])
+            else:
+                transmit(card)
+        joined += not worker.is_alive()
+    print(json.dumps(joined))
+
+
+def test_a_handler_that_disconnects_and_releases() -> None:
+    """It waits for nobody's Python; the worker's next call is refused."""
+    assert told(handler_releases) == [[OK, OK], False]
+
+
+@pytest.mark.parametrize("how", ["a wait", "the same card"])
+def test_a_handler_that_joins(how: str) -> None:
+    """Nothing is held while it runs."""
+    assert told(handler_joins, how) == 30
+
+
+def finalizers(what: str) -> None:
+    """Program: the collector runs finalizers, as often as it can, that use PC/SC, or wait for a thread that does."""
+    context = establish()
+    reader = safe.SCardListReaders(context, [])[1][0]
+    card, stop, finalized = connect(context, reader), threading.Event(), []
+
+    class Disconnects:
+        def __init__(self) -> None:
+            self.card, self.me = connect(context, reader), self
+
+        def __del__(self) -> None:
+            finalized.append(safe.SCardDisconnect(self.card, LEAVE))
+
+    class Joins:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            asked.put(True)
+            finalized.append(answered.get(timeout=20))
+
+    # Not a thread for each: threading's own lock may be held where the collector runs.
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    answered: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def answers() -> None:
+        while asked.get():
+            answered.put(transmit(card)[0])
+
+    threading.Thread(target=answers, daemon=True).start()
+    other = worker_of(card, stop)
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        gc.set_threshold(random.randrange(1, 30), 1, 1)
+        Disconnects() if what == "disconnects" else Joins()
+        safe.SCardGetStatusChange(context, 3, [(reader, PRESENT)])
+        safe.SCardStatus(card)
+    stop.set()
+    gc.set_threshold(700, 10, 10)
+    print(json.dumps([sorted(set(finalized)), len(finalized) > 20, sorted(other.answer())]), flush=True)
+    os._exit(0)  # finalizers that run at the end of the interpreter would wait for threads that are no more
+
+
+@pytest.mark.parametrize("what", ["disconnects", "joins"])
+def test_finalizers(what: str) -> None:
+    """Whenever the collector runs, they return, and the other thread goes on."""
+    assert told(finalizers, what) == [[OK], True, [OK]]
+
+
+def stopped() -> None:
+    """Program: threads are stopped by exceptions that another thread sends, in the middle of their calls."""
+    context = establish()
+    reader = safe.SCardListReaders(context, [])[1][0]
+    card, stuck = connect(context, reader), 0
+
+    class StopError(Exception):
+        pass
+
+    def busy() -> None:
+        with contextlib.suppress(StopError):
+            while True:
+                transmit(card), safe.SCardStatus(card), safe.SCardGetStatusChange(context, 2, [(reader, PRESENT)])
+
+    for _ in range(100):
+        threads = [threading.Thread(target=busy, daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(random.uniform(0, 0.01))
+        for thread in threads:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(StopError))
+        for thread in threads:
+            thread.join(10)
+            stuck += thread.is_alive()
+    works = [Calling(safe.SCardListReaders, context, []).answer()[0], Calling(transmit, card).answer()[0]]
+    safe.SCardReleaseContext(context)
+    print(json.dumps([stuck, works, held()]))
+
+
+def test_threads_that_are_stopped() -> None:
+    """What they were in is free, and nothing is left."""
+    assert told(stopped) == [0, [OK, OK], NOTHING]
+
+
+# 4. A wait beside calls.
+
+
+def test_calls_end_no_wait(pcsc_stack: VirtualPcsc) -> None:
+    """A wait goes on beside 2,000 calls of another thread on its context; a hundred of them connect a card."""
+    readers = [reader.name for reader in pcsc_stack.readers]
+    context = establish()
+    waiter = waiting(context, readers[0])
+    for number in range(2000):
+        assert safe.SCardListReaders(context, [])[0] == OK
+        if number % 20 == 0:
+            assert safe.SCardDisconnect(connect(context, readers[1]), LEAVE) == OK
+    assert waiter.is_alive()
+    assert safe.SCardCancel(context) == OK
+    assert waiter.answer()[0] == CANCELLED
+    assert safe.SCardReleaseContext(context) == OK
+
+
+def test_release_ends_waits(pcsc_stack: VirtualPcsc) -> None:
+    """SCardReleaseContext waits for no wait; it ends as if it had been cancelled."""
+    context = establish()
+    waiter = waiting(context, pcsc_stack.readers[0].name)
+    assert Calling(safe.SCardReleaseContext, context).answer() == OK
+    assert waiter.answer()[0] in (CANCELLED, safe.SCARD_E_INVALID_HANDLE)
+    pcsc_stack.wait_for_clients(0)
+
+
+@pytest.mark.native
+def test_where_pcscd_refuses_another_connection(
+    pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calls use the native contexts there are, and a log line says why; a wait doesn't hold up a card for long."""
+    from pcsc_safe._native import contexts
+
+    readers = [reader.name for reader in pcsc_stack.readers]
+    context = establish()
+    first = connect(context, readers[0])
+    full = [safe.SCARD_E_NO_MEMORY, 0]
+    monkeypatch.setitem(contexts.raw, "SCardEstablishContext", lambda scope: list(full))
+    second = connect(context, readers[1])
+    assert [transmit(card) for card in (first, second)] == [RIGHT] * 2
+    waiter = Calling(safe.SCardGetStatusChange, context, 300, [(readers[0], PRESENT)])
+    assert [Calling(transmit, card).answer() for card in (first, second)] == [RIGHT] * 2
+    assert waiter.answer()[0] == TIMED_OUT
+    assert any("refuses one more connection" in record.message for record in caplog.records)
+    assert safe.SCardReleaseContext(context) == OK
+
+
+TAKES_ALL_BUT = """
+import sys
+from smartcard.scard import *
+contexts, hresult = [], SCARD_S_SUCCESS
+while hresult == SCARD_S_SUCCESS and len(contexts) < 1000:
+    hresult, context = SCardEstablishContext(SCARD_SCOPE_SYSTEM)
+    contexts.append(context)
+for context in contexts[-1 - int(sys.argv[1]) : -1]:
+    SCardReleaseContext(context)
+print(len(contexts) - 1, hresult & 0xFFFFFFFF, flush=True)
+sys.stdin.read()
+"""
+
+
+def at_the_limit(free: str) -> None:
+    """Program: other processes have all but so many of pcscd's connections; then threads use two cards and wait."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pcsc_safe").addHandler(handler)
+    other = subprocess.Popen(
+        [sys.executable, "-c", TAKES_ALL_BUT, free], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    most, refusal = map(int, other.stdout.readline().split())
+    time.sleep(0.5)  # pcscd notices a little later that contexts were released
+    context = establish()
+    readers = safe.SCardListReaders(context, [])[1]
+    cards = [Calling(connect, context, reader).answer() for reader in readers[:2]]
+    waiter = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(readers[0], PRESENT)])
+    time.sleep(0.3)
+    exchanges = [Calling(lambda card=card: [transmit(card) for _ in range(5)]) for card in cards for _ in range(2)]
+    right = [thread.answer() == [RIGHT] * 5 for thread in exchanges]
+    calls: list[tuple[Any, ...]] = [
+        (safe.SCardListReaders, context, []),
+        (safe.SCardGetStatusChange, context, 100, [(readers[1], PRESENT)]),
+        (safe.SCardStatus, cards[1]),
+    ]
+    codes = [Calling(*call).answer()[0] for call in calls]
+    more = Calling(safe.SCardEstablishContext, safe.SCARD_SCOPE_SYSTEM).answer()[0] & 0xFFFFFFFF
+    goes_on = waiter.is_alive()
+    ended = Calling(safe.SCardCancel, context).answer(), waiter.answer()[0]
+    last = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(readers[0], PRESENT)])
+    time.sleep(0.3)
+    released = Calling(safe.SCardReleaseContext, context).answer()
+    last_ended = last.answer()[0] != OK
+    other.communicate("")
+    print(
+        json.dumps(
+            [
+                most,
+                right,
+                codes,
+                more in (refusal, safe.SCARD_E_NO_SERVICE),
+                goes_on,
+                ended,
+                released,
+                last_ended,
+                sorted(set(said)),
+            ]
+        )
+    )
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("free", [1, 2])
+def test_at_the_limit_of_pcscd(free: int) -> None:
+    """Its 200 connections are in use but one or two: nothing hangs or fails for that, and a log line says why."""
+    most, right, codes, same, goes_on, ended, released, last_ended, said = told(at_the_limit, str(free))
+    assert most >= 100
+    assert right == [True] * 4
+    assert codes == [OK, TIMED_OUT, OK]
+    assert (same, goes_on, ended, released, last_ended) == (True, True, [OK, CANCELLED], OK, True)
+    assert any("refuses one more connection" in line for line in said)

@@ -1,0 +1,378 @@
+"""pyscard's classes in a forked child, after install(): connections, requests, locks, finalizers, monitors."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+from typing import Any
+
+import pytest
+from programs import (
+    IS_VERIFIED,
+    UNPOWER_CARD,
+    VERIFY,
+    Recorder,
+    child,
+    eventually,
+    monitors,
+    open_session,
+    orderly_child,
+    outcome,
+    refusal,
+    say,
+    verified,
+)
+
+import pcsc_safe
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+pytestmark = pytest.mark.native  # each test says itself what its programs use
+
+WAYS = {"native": {}, "broker": {"PCSC_SAFE_BROKER": "always"}}
+through_both = pytest.mark.parametrize("way", WAYS)
+
+
+def connections() -> dict[str, Any]:
+    """One of each kind, connected; all to one card."""
+    from smartcard.CardConnectionObserver import CardConnectionObserver
+    from smartcard.ExclusiveConnectCardConnection import ExclusiveConnectCardConnection
+    from smartcard.ExclusiveTransmitCardConnection import ExclusiveTransmitCardConnection
+    from smartcard.System import readers
+
+    class Silent(CardConnectionObserver):  # type: ignore[misc]
+        def update(self, observable: Any, event: Any) -> None:
+            pass
+
+    first, second = readers()
+    made = {"plain": first.createConnection(), "observed": first.createConnection()}
+    made["observed"].addObserver(Silent())
+    made["transmitting alone"] = ExclusiveTransmitCardConnection(first.createConnection())
+    made["connected alone"] = ExclusiveConnectCardConnection(second.createConnection())
+    for connection in made.values():
+        connection.connect(disposition=0)
+        connection.transmit(VERIFY)
+    return made
+
+
+def each_connection() -> None:
+    pcsc_safe.install()
+    made = connections()
+
+    def again(connection: Any) -> Any:
+        connection.connect(disposition=0)
+        return verified(connection)
+
+    def in_child() -> Any:
+        refused = {name: refusal(lambda c=connection: verified(c)) for name, connection in made.items()}
+        works = {name: again(c) for name, c in made.items() if name != "connected alone"}
+        works["connected alone"] = refusal(lambda: again(made["connected alone"]))
+        made["transmitting alone"].lock()
+        works["locked"] = made["transmitting alone"].transmit(IS_VERIFIED)[0]
+        made["transmitting alone"].unlock()
+        for name, connection in made.items():
+            if name != "connected alone":
+                connection.disconnect()
+        return refused, works
+
+    answers = child(in_child)
+    say([answers, {name: verified(connection) for name, connection in made.items()}])
+
+
+@through_both
+def test_connections(shared_stack: VirtualPcsc, way: str) -> None:
+    """In a child every kind of connection is told of a reset card, and connects again; its parent's go on."""
+    names = ["plain", "observed", "transmitting alone", "connected alone"]
+    (refused, works), parents = outcome(each_connection, shared_stack, **WAYS[way])
+    assert refused == dict.fromkeys(names, "CardConnectionException")
+    told = {"connected alone": "CardConnectionException", "locked": [1]}  # it is the parent's alone
+    assert works == {**dict.fromkeys(names, True), **told}
+    assert parents == dict.fromkeys(names, True)
+
+
+def requests_and_sessions() -> None:
+    pcsc_safe.install()
+    from smartcard.CardRequest import CardRequest
+    from smartcard.CardType import AnyCardType
+    from smartcard.Session import Session
+    from smartcard.System import readers
+
+    request = CardRequest(timeout=10, cardType=AnyCardType())
+    service = request.waitforcard()
+    service.connection.connect(disposition=0)
+    service.connection.transmit(VERIFY)
+    session = Session(str(readers()[1]))
+
+    def in_child() -> Any:
+        told = [
+            refusal(lambda: verified(service.connection)),
+            refusal(lambda: session.sendCommandAPDU(IS_VERIFIED)),
+            len(readers()),
+        ]
+        service.connection.connect(disposition=0)
+        found = request.waitforcard()
+        found.connection.connect(disposition=0)
+        return [*told, verified(service.connection), verified(found.connection)]
+
+    answers = child(in_child)
+    say([answers, verified(service.connection), session.sendCommandAPDU([0x80, 1, 0, 0, 1, 7])[0]])
+
+
+@through_both
+def test_requests_services_and_sessions(shared_stack: VirtualPcsc, way: str) -> None:
+    """CardRequest, CardService and Session, inherited, work in a child as connections do; readers() just works."""
+    told = ["CardConnectionException", "CardConnectionException", 2, True, True]
+    assert outcome(requests_and_sessions, shared_stack, **WAYS[way]) == [told, True, [7]]
+
+
+def drops_all(installed: str) -> None:
+    if installed == "early":
+        pcsc_safe.install()
+    from smartcard.CardRequest import CardRequest
+    from smartcard.PassThruCardService import PassThruCardService
+
+    connection = open_session(UNPOWER_CARD)
+    made = {"c": connection, "s": PassThruCardService(open_session(UNPOWER_CARD)), "r": CardRequest()}
+    if installed == "late":
+        pcsc_safe.install()
+
+    def in_child() -> None:
+        made.clear()
+        gc.collect()
+
+    ends = [orderly_child(in_child), orderly_child(lambda: None)]
+    say([ends, verified(connection)])
+    connection.disconnect()
+
+
+@pytest.mark.parametrize("installed", ["early", "late"])
+def test_finalizers_are_silent(shared_stack: VirtualPcsc, installed: str) -> None:
+    """A child that drops what it inherited, or exits with it, writes no word to stderr; the card stays powered."""
+    assert outcome(drops_all, shared_stack, installed) == [[0, 0], True]
+
+
+def locks() -> list[Any]:
+    """Every lock of the framework, as it can be taken: (acquire, release)."""
+    import smartcard.CardMonitoring
+    import smartcard.ReaderMonitoring
+
+    found = []
+    for owner in (smartcard.CardMonitoring.CardMonitor, smartcard.CardMonitoring.CardMonitoringThread):
+        if hasattr(owner, "lock"):
+            found.append(owner.lock)
+    try:
+        from smartcard.pcsc.PCSCContext import PCSCContext
+    except ImportError:
+        pass
+    else:
+        found.append(PCSCContext.mutex)
+    found.append(smartcard.ReaderMonitoring.ReaderMonitor().mutex)
+    return found
+
+
+def held_at_the_fork() -> None:
+    pcsc_safe.install()
+    from smartcard.CardMonitoring import CardMonitor, CardObserver
+    from smartcard.ReaderMonitoring import ReaderMonitor
+    from smartcard.System import readers
+
+    connection = open_session()
+    inner = connection.component
+    cards, mine = CardMonitor(), ReaderMonitor(startOnDemand=True)
+    all_held = [*locks(), inner.mutex, cards.instance.mutex]
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        for lock in all_held:
+            lock.acquire()
+        taken.set()
+        done.wait()
+        for lock in all_held:
+            lock.release()
+
+    class Observer(CardObserver):  # type: ignore[misc]
+        told = 0
+
+        def update(self, observable: Any, handlers: Any) -> None:
+            self.told += len(handlers[0])
+
+    def in_child() -> Any:
+        connection.connect(disposition=0)
+        observer = Observer()
+        CardMonitor().addObserver(observer)
+        mine.addObserver(observer)
+        ok = eventually(lambda: observer.told >= 4)
+        mine.deleteObserver(observer)
+        CardMonitor().deleteObserver(observer)
+        return [verified(connection), len(readers()), ok]
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    answers = child(in_child)
+    held = [not lock.acquire(blocking=False) for lock in all_held]
+    done.set()
+    holder.join()
+    say([answers, all(held), verified(connection)])
+
+
+def test_locks_that_another_thread_held(shared_stack: VirtualPcsc) -> None:
+    """Nothing in a child waits for a lock that a thread of its parent held; the parent's locks are not touched."""
+    assert outcome(held_at_the_fork, shared_stack) == [[True, 2, True], True, True]
+
+
+def forks_holding_a_lock() -> None:
+    pcsc_safe.install()
+    inner = open_session().component
+    with inner.mutex:
+        mutex = inner.mutex
+
+        def in_child() -> Any:
+            inner.setChanged()
+            same = inner.mutex is mutex
+            mutex.release()
+            other = threading.Thread(target=inner.setChanged)
+            other.start()
+            other.join(10)
+            return same, other.is_alive()
+
+        answer = child(in_child)
+    say(answer)
+
+
+def test_a_lock_that_the_forking_thread_holds(shared_stack: VirtualPcsc) -> None:
+    """It stays that thread's in the child, whose release is yet to come."""
+    assert outcome(forks_holding_a_lock, shared_stack) == [True, False]
+
+
+def monitored(kind: str, use: str) -> None:
+    pcsc_safe.install()
+    make = monitors(kind)
+    monitor, parents = make(), Recorder()
+    monitor.addObserver(parents)
+    assert eventually(lambda: parents.came == 2), vars(parents)
+
+    def in_child() -> Any:
+        before = threading.active_count()
+        own = make() if use == "made anew" else monitor
+        observer = Recorder()
+        if use == "inherited, cleaned first":
+            own.deleteObserver(parents)
+            own.deleteObservers()
+            assert (threading.active_count(), own.countObservers()) == (1, 0)
+        own.addObserver(observer)
+        hears = eventually(lambda: observer.came >= 2)
+        counted = own.countObservers()
+        grandchild = child(lambda: [own.countObservers(), hears_again(own)])
+        own.deleteObserver(parents)  # its parent's: forgotten, no error
+        own.deleteObserver(observer)
+        own.deleteObservers()
+        return before, hears, counted, grandchild, own.countObservers(), parents.elsewhere
+
+    def hears_again(own: Any) -> bool:
+        observer = Recorder()
+        own.addObserver(observer)
+        return eventually(lambda: observer.came >= 2)
+
+    answers = child(in_child)
+    exits = orderly_child(lambda: make().addObserver(Recorder()))
+    goes_on = [parents.came, parents.went, monitor.countObservers()]
+    sys.stdin.readline() if kind == "cards, changing" else None
+    monitor.deleteObserver(parents)
+    say([answers, exits, goes_on])
+
+
+@pytest.mark.parametrize("use", ["made anew", "inherited", "inherited, cleaned first"])
+@pytest.mark.parametrize("kind", ["cards", "readers", "readers, at once"])
+def test_monitors(shared_stack: VirtualPcsc, kind: str, use: str) -> None:
+    """In a child, and its child, a monitor tells its own observers, as in a fresh process; its parent's goes on.
+
+    Until then it has no thread; to delete an observer of the parent's starts none, and is no error; nothing hangs.
+    """
+    told = outcome(monitored, shared_stack, kind, use)
+    assert told == [[1, True, 1, [0, True], 0, 0], 0, [2, 0, 1]]
+
+
+def told_of_changes() -> None:
+    pcsc_safe.install()
+    make = monitors("cards")
+    parents = Recorder()
+    make().addObserver(parents)
+    eventually(lambda: parents.came == 1)
+
+    def in_child() -> Any:
+        observer = Recorder()
+        make().addObserver(observer)
+        assert eventually(lambda: observer.came == 1)
+        os.write(1, b"ready\n")
+        return eventually(lambda: (observer.came, observer.went) == (2, 1))
+
+    heard = child(in_child)
+    say([heard, eventually(lambda: (parents.came, parents.went) == (2, 1))])
+
+
+def test_cards_that_come_and_go() -> None:
+    """While a child watches cards, both are told of one that is taken out and put in again."""
+    import subprocess
+    from pathlib import Path
+
+    import forking
+
+    with VirtualPcsc(1, [EchoCard()], activate=False) as stack:
+        code = [sys.executable, str(Path(forking.__file__)), __file__, "told_of_changes"]
+        program = subprocess.Popen(code, env=stack.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert program.stdout is not None
+        try:
+            assert program.stdout.readline() == "ready\n"
+            card = stack.readers[0].remove()
+            eventually(lambda: False, 1.0)  # old pyscards look now and then; what comes back at once, they never miss
+            stack.readers[0].insert(card)
+            rest, errors = program.communicate(timeout=30)
+        finally:
+            program.kill()
+            program.wait()
+    assert (errors, rest) == ("", "[true, true]\n")
+
+
+def does_nothing() -> None:
+    pcsc_safe.install()
+    from smartcard.System import readers
+
+    observer = Recorder()
+    monitors("cards")().addObserver(observer)
+    assert eventually(lambda: observer.came == 2)
+    idle = child(lambda: [len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))])
+    uses = child(lambda: [len(readers()), len(os.listdir("/proc/self/task"))])
+    say([idle[0], uses])
+
+
+def test_a_child_that_uses_no_monitor_has_no_thread(shared_stack: VirtualPcsc) -> None:
+    """A fork starts nothing in the child, nor does the first use of something else."""
+    assert outcome(does_nothing, shared_stack) == [1, [2, 1]]
+
+
+def singleton() -> None:
+    late = os.environ["TEST_WHEN"] == "late"
+    if not late:
+        pcsc_safe.install()
+    from smartcard.pcsc.PCSCContext import PCSCContext
+
+    PCSCContext()
+    if late:
+        pcsc_safe.install()
+    from smartcard.System import readers
+
+    mine = int(PCSCContext.instance.getContext())
+
+    def in_child() -> Any:
+        return len(readers()), refusal(PCSCContext.renewContext), len(readers())
+
+    say([child(in_child), int(PCSCContext.instance.getContext()) == mine, len(readers())])
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_the_context_of_old(shared_stack: VirtualPcsc, when: str) -> None:
+    """PCSCContext, the one context of a process before pyscard 2.3, is a context of the child's own there."""
+    pytest.importorskip("smartcard.pcsc.PCSCContext", reason="pyscard 2.3 has none")
+    assert outcome(singleton, shared_stack, TEST_WHEN=when) == [[2, "no error", 2], True, 2]

@@ -1,0 +1,101 @@
+"""The pytest plugin, each time in a pytest of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+
+def run_pytest(folder: Path, source: str, *options: str) -> str:
+    """Run a test file in a new pytest; returns what it printed."""
+    Path(folder, "test_it.py").write_text(source)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PCSCLITE"))}
+    environment.update(PYTHONPATH=str(ROOT), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    command = [sys.executable, "-m", "pytest", "-p", "pcsc_safe.testing.plugin", "-rs", "--strict-markers", *options]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
+
+
+def test_fixtures(tmp_path: Path) -> None:
+    """pcsc_stack is fresh for each test, activated, a card in each reader; the marker sets the number of readers."""
+    source = """
+import os
+import pytest
+from smartcard.scard import *
+from pcsc_safe.testing import EchoCard
+
+def count():
+    hresult, context = SCardEstablishContext(0)
+    names = SCardListReaders(context, [])[1]
+    SCardReleaseContext(context)
+    return len(names)
+
+def test_default(pcsc_stack, pcsc_card):
+    assert count() == len(pcsc_stack.readers) == 2
+    assert isinstance(pcsc_card, EchoCard)
+    assert pcsc_stack.readers[0].card is pcsc_card
+    pcsc_stack.readers[0].remove()
+
+@pytest.mark.pcsc(readers=4)
+def test_marked(pcsc_stack):
+    assert count() == 4
+    assert all(reader.card for reader in pcsc_stack.readers)
+
+def test_fresh(pcsc_stack, pcsc_card):
+    assert pcsc_card.resets == 0
+    assert pcsc_stack.readers[0].card is pcsc_card
+
+def test_without():
+    assert "PCSCLITE_CSOCK_NAME" not in os.environ
+"""
+    output = run_pytest(tmp_path, source)
+    assert "4 passed" in output
+    assert "virtual PC/SC stack: pcscd " in output
+
+
+def test_log_of_a_failing_test(tmp_path: Path) -> None:
+    """What pcscd logged is shown with a test that fails."""
+    output = run_pytest(tmp_path, "def test_it(pcsc_stack):\n    assert not pcsc_stack\n")
+    assert "1 failed" in output
+    assert "pcscd's log" in output
+    assert "daemon ready" in output
+
+
+def test_skip_where_it_is_not_installed(tmp_path: Path) -> None:
+    """Where pcscd or vpcd is missing, tests are skipped, and the reason names the packages."""
+    source = """
+from pcsc_safe.testing import _install
+_install._DRIVERS = ()
+_install.look.cache_clear()
+def test_it(pcsc_stack):
+    pass
+"""
+    output = run_pytest(tmp_path, source)
+    assert "1 skipped" in output
+    assert "vpcd driver" in output
+    assert "apt-get install pcscd vsmartcard-vpcd" in output.replace("\n", " ")
+
+
+def test_errors_of_a_card_fail_the_test(tmp_path: Path) -> None:
+    """A bug in a card shows up as an error of the test that used it."""
+    source = "def test_it(pcsc_stack, pcsc_card):\n    pcsc_card.errors.append(ValueError('my bug'))\n"
+    output = run_pytest(tmp_path, source)
+    assert "1 passed, 1 error" in output
+    assert "my bug" in output
+
+
+@pytest.mark.parametrize("module", ["pcsc_safe.testing.plugin", "pcsc_safe.testing"])
+def test_import_is_cheap(module: str) -> None:
+    """Loading the plugin loads neither pyscard nor anything of the stack."""
+    source = f"import pytest, sys; old = set(sys.modules); import {module}; print(sorted(set(sys.modules) - old))"
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    assert "smartcard" not in done.stdout
+    assert "_stack" not in done.stdout

@@ -1,0 +1,744 @@
+"""The virtual stack: readers, pcscd's life, several at once, forks, and nothing left behind."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import forking
+import pytest
+from places import ROOT, TESTS
+from smartcard import scard
+
+from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc, _install, _slots, cards
+from pcsc_safe.testing._activation import VARIABLE
+
+PRESENT, EMPTY = scard.SCARD_STATE_PRESENT, scard.SCARD_STATE_EMPTY
+CLEAN = {**os.environ, "PYTHONPATH": str(ROOT)}  # for programs: another stack may be active in this process
+
+
+def establish() -> Any:
+    """A new context."""
+    hresult, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_USER)
+    assert hresult == scard.SCARD_S_SUCCESS
+    return context
+
+
+def reader_names() -> list[str]:
+    """What PC/SC lists."""
+    context = establish()
+    hresult, names = scard.SCardListReaders(context, [])
+    scard.SCardReleaseContext(context)
+    assert hresult == scard.SCARD_S_SUCCESS
+    return list(names)
+
+
+def state(context: Any, reader: str) -> int:
+    """What PC/SC says of a reader."""
+    hresult, states = scard.SCardGetStatusChange(context, 0, [(reader, scard.SCARD_STATE_UNAWARE)])
+    assert hresult == scard.SCARD_S_SUCCESS
+    return int(states[0][1]) & (PRESENT | EMPTY)
+
+
+def echo(reader: str, *data: int) -> list[int]:
+    """Connect, have the card echo something, hang up."""
+    context = establish()
+    hresult, card, _ = scard.SCardConnect(context, reader, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_ANY)
+    assert hresult == scard.SCARD_S_SUCCESS
+    hresult, answer = scard.SCardTransmit(card, scard.SCARD_PCI_T1, [0, 1, 0, 0, len(data), *data])
+    assert hresult == scard.SCARD_S_SUCCESS
+    scard.SCardReleaseContext(context)
+    return list(answer)
+
+
+def home_of(stack: VirtualPcsc) -> str:
+    """The stack's directory."""
+    return os.path.dirname(stack.env["PCSCLITE_CSOCK_NAME"])
+
+
+def of_mine(pid: int) -> list[str]:
+    """Paths in the temporary directory that stacks of a process made."""
+    return glob.glob(os.path.join(tempfile.gettempdir(), f"pcsc-safe-{pid}-*"))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 5.0) -> bool:
+    """For what the operating system does in its own time, and tells nobody."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def descriptors() -> set[str]:
+    """The open descriptors of this process."""
+    return set(os.listdir("/proc/self/fd"))
+
+
+# readers and cards
+
+
+def see_readers(wanted: str) -> None:
+    """Program: print how many readers a stack has and PC/SC lists."""
+    with VirtualPcsc(int(wanted), [EchoCard() for _ in range(int(wanted))]) as stack:
+        names = [reader.name for reader in stack.readers]
+        listed = reader_names()
+        assert listed[: len(names)] == names
+        assert [echo(name, number) for number, name in enumerate(names)] == [[i, 0x90, 0] for i in range(len(names))]
+        print(len(names), len(listed))
+
+
+@pytest.mark.parametrize(("wanted", "listed"), [(1, 2), (2, 2), (3, 4), (8, 8), (16, 16)])
+def test_number_of_readers(wanted: int, listed: int) -> None:
+    """Any number of readers up to 16; PC/SC lists them in order, and one more after them for an odd number."""
+    done = forking.in_program(see_readers, str(wanted), env=CLEAN)
+    assert done.stdout == f"{wanted} {listed}\n", done.stderr
+
+
+@pytest.mark.parametrize("readers", [0, -1, 17])
+def test_impossible_numbers(readers: int) -> None:
+    """The limit of pcscd is known before anything starts."""
+    with pytest.raises(ValueError, match="1 to 16 readers"):
+        VirtualPcsc(readers)
+    with pytest.raises(ValueError, match="2 cards for 1 readers"):
+        VirtualPcsc(1, [None, None])
+
+
+def test_remove_and_insert(pcsc_stack: VirtualPcsc) -> None:
+    """When remove and insert return, PC/SC says so; the other reader does not notice."""
+    context = establish()
+    reader, other = pcsc_stack.readers
+    for _ in range(20):
+        card = reader.remove()
+        assert reader.card is None
+        assert [state(context, r.name) for r in (reader, other)] == [EMPTY, PRESENT]
+        reader.insert(card)
+        assert [state(context, r.name) for r in (reader, other)] == [PRESENT, PRESENT]
+    scard.SCardReleaseContext(context)
+    assert echo(reader.name, 5) == [5, 0x90, 0]
+
+
+def test_removal_ends_sessions(pcsc_stack: VirtualPcsc) -> None:
+    """Whoever is connected when the card is pulled out gets SCARD_W_REMOVED_CARD."""
+    context = establish()
+    reader = pcsc_stack.readers[0]
+    card = scard.SCardConnect(context, reader.name, scard.SCARD_SHARE_SHARED, 3)[1]
+    reader.insert(reader.remove())
+    assert scard.SCardTransmit(card, scard.SCARD_PCI_T1, [0, 1, 0, 0])[0] == scard.SCARD_W_REMOVED_CARD
+    scard.SCardReleaseContext(context)
+
+
+def test_removal_in_the_middle_of_a_command(pcsc_stack: VirtualPcsc) -> None:
+    """A card can be pulled out while it computes."""
+    reader = pcsc_stack.readers[0]
+    entered = threading.Event()
+
+    class Slow(EchoCard):
+        def apdu(self, command: bytes) -> bytes:
+            entered.set()
+            return super().apdu(command)
+
+    reader.remove()
+    reader.insert(Slow())
+    context = establish()
+    card = scard.SCardConnect(context, reader.name, scard.SCARD_SHARE_SHARED, 3)[1]
+    results: list[Any] = []
+    command = [0, 2, 30, 0]
+    thread = threading.Thread(target=lambda: results.append(scard.SCardTransmit(card, scard.SCARD_PCI_T1, command)[0]))
+    thread.start()
+    entered.wait(10)
+    reader.remove()
+    thread.join(10)
+    assert results[0] != scard.SCARD_S_SUCCESS
+    scard.SCardReleaseContext(context)
+
+
+def test_card_that_ejects_itself() -> None:
+    """A card's own code may pull it out."""
+
+    class Jumper(EchoCard):
+        def apdu(self, command: bytes) -> bytes:
+            stack.readers[0].remove()
+            gone.set()
+            return b"\x90\x00"
+
+    gone = threading.Event()
+
+    with VirtualPcsc(1, [Jumper()]) as stack:
+        context = establish()
+        card = scard.SCardConnect(context, stack.readers[0].name, scard.SCARD_SHARE_SHARED, 3)[1]
+        assert scard.SCardTransmit(card, scard.SCARD_PCI_T1, [0, 1, 0, 0])[0] != scard.SCARD_S_SUCCESS
+        assert gone.wait(10)
+        assert stack.readers[0].card is None
+        assert state(context, stack.readers[0].name) == EMPTY
+        scard.SCardReleaseContext(context)
+
+
+def test_refused_insertions_and_removals(pcsc_stack: VirtualPcsc) -> None:
+    """A reader holds one card, a card is in one reader; the errors say what to do."""
+    first, second = pcsc_stack.readers
+    card = first.card
+    assert card is not None
+    with pytest.raises(PcscStackError, match="remove\\(\\) it first"):
+        first.insert(EchoCard())
+    second.remove()
+    with pytest.raises(PcscStackError, match="another reader"):
+        second.insert(card)
+    with pytest.raises(PcscStackError, match="insert\\(\\) one first"):
+        second.remove()
+    with pytest.raises(PcscStackError, match="insert one"):
+        second.reset()
+
+
+def test_reset_of_a_card_in_use(pcsc_stack: VirtualPcsc) -> None:
+    """A card that an application holds exclusively can't be reset from outside; the error says why."""
+    context = establish()
+    reader = pcsc_stack.readers[0]
+    scard.SCardConnect(context, reader.name, scard.SCARD_SHARE_EXCLUSIVE, 3)
+    with pytest.raises(PcscStackError, match="exclusively"):
+        reader.reset()
+    scard.SCardReleaseContext(context)
+    pcsc_stack.wait_for_clients(0)
+    reader.reset()
+
+
+# pcscd's life
+
+
+def test_kill_and_start(pcsc_stack: VirtualPcsc) -> None:
+    """While pcscd is down calls fail at once; after a start the cards are back, and new contexts work."""
+    name, context, pid = pcsc_stack.readers[0].name, establish(), pcsc_stack.pid
+    card = scard.SCardConnect(context, name, scard.SCARD_SHARE_SHARED, 3)[1]
+    pcsc_stack.kill()
+    assert not alive(pid)
+    assert pcsc_stack.pid == 0
+    assert scard.SCardTransmit(card, scard.SCARD_PCI_T1, [0, 1, 0, 0])[0] != scard.SCARD_S_SUCCESS
+    assert scard.SCardEstablishContext(scard.SCARD_SCOPE_USER)[0] == scard.SCARD_E_NO_SERVICE
+    pcsc_stack.start()
+    assert pcsc_stack.pid not in (0, pid)
+    assert echo(name, 1) == [1, 0x90, 0]
+
+
+def test_many_restarts_with_clients(pcsc_stack: VirtualPcsc) -> None:
+    """Restarts work while contexts and cards are open, as often as one likes."""
+    names = [reader.name for reader in pcsc_stack.readers]
+    for turn in range(10):
+        scard.SCardConnect(establish(), names[0], scard.SCARD_SHARE_SHARED, 3)
+        pcsc_stack.restart()
+        assert [echo(name, turn) for name in names] == [[turn, 0x90, 0]] * 2
+
+
+def test_cards_change_while_pcscd_is_down(pcsc_stack: VirtualPcsc) -> None:
+    """Cards can be pulled out and put in while pcscd is down."""
+    first, second = pcsc_stack.readers
+    pcsc_stack.kill()
+    card = first.remove()
+    second.remove()
+    second.insert(card)
+    pcsc_stack.start()
+    context = establish()
+    assert [state(context, r.name) for r in (first, second)] == [EMPTY, PRESENT]
+    scard.SCardReleaseContext(context)
+
+
+def test_pcscd_dies_by_itself(pcsc_stack: VirtualPcsc) -> None:
+    """If pcscd dies without being told to, changes fail with an error, and start brings it back."""
+    os.kill(pcsc_stack.pid, signal.SIGKILL)
+    assert wait_until(lambda: not alive(pcsc_stack.pid))
+    with pytest.raises(PcscStackError, match="does not serve"):
+        pcsc_stack.readers[0].reset()
+    pcsc_stack.start()
+    assert echo(pcsc_stack.readers[0].name, 1) == [1, 0x90, 0]
+
+
+def test_clients(pcsc_stack: VirtualPcsc) -> None:
+    """clients() is the number of established contexts; the stack's own work never shows."""
+    assert pcsc_stack.clients() == 0
+    contexts = [establish() for _ in range(3)]
+    pcsc_stack.wait_for_clients(3)
+    pcsc_stack.readers[0].reset()
+    pcsc_stack.readers[0].remove()
+    assert pcsc_stack.clients() == 3
+    for context in contexts:
+        scard.SCardReleaseContext(context)
+    pcsc_stack.wait_for_clients(0)
+    with pytest.raises(TimeoutError, match="1 clients: it has 0"):
+        pcsc_stack.wait_for_clients(1, timeout=0.01)
+
+
+def test_log(pcsc_stack: VirtualPcsc) -> None:
+    """The log of pcscd is there for a failing test, and goes on over a restart."""
+    pcsc_stack.restart()
+    assert pcsc_stack.log.count("daemon ready") == 2
+
+
+def test_a_stack_outside_its_block() -> None:
+    """A stack that is not running says so."""
+    stack = VirtualPcsc(1, activate=False)
+    with pytest.raises(PcscStackError, match="with block"):
+        _ = stack.env
+    with stack, pytest.raises(PcscStackError, match="is running"):
+        stack.__enter__()
+    with pytest.raises(PcscStackError, match="with block"):
+        stack.restart()
+
+
+def test_a_stack_used_twice() -> None:
+    """A stack can be entered again, with the cards it was made with."""
+    stack = VirtualPcsc(1, [EchoCard()])
+    for turn in range(2):
+        with stack:
+            assert echo(stack.readers[0].name, turn) == [turn, 0x90, 0]
+
+
+# where clients find it
+
+
+def test_activation_follows_the_stack() -> None:
+    """Stacks that follow each other or are nested in one process are found, and the environment is put back."""
+    before = os.environ.get("PCSCLITE_CSOCK_NAME")
+    with VirtualPcsc(1) as first:
+        path = os.environ["PCSCLITE_CSOCK_NAME"]
+        context = establish()
+        assert (first.clients(), len(reader_names())) == (1, 2)
+        with VirtualPcsc(4) as second, VirtualPcsc(2, activate=False) as third:
+            assert os.environ["PCSCLITE_CSOCK_NAME"] == path
+            assert len(reader_names()) == 4
+            with third.activated():
+                assert len(reader_names()) == 2
+            assert len(reader_names()) == 4
+            with first.activated(), second.activated():
+                assert len(reader_names()) == 4
+        assert len(reader_names()) == 2
+        scard.SCardReleaseContext(context)
+    assert os.environ.get("PCSCLITE_CSOCK_NAME") == before
+
+
+def see_sizes(*sizes: str) -> None:
+    """Program: stacks that follow each other; print what pyscard lists in each, before and after a restart."""
+    for size in sizes:
+        with VirtualPcsc(int(size), activate=False) as stack, stack.activated():
+            before = len(reader_names())
+            stack.restart()
+            print(before, len(reader_names()))
+
+
+def test_stacks_of_any_sizes_follow_each_other() -> None:
+    """Also where libpcsclite's array of readers never shrinks, since pcsc-lite 2.5, and each is seen by raw pyscard."""
+    done = forking.in_program(see_sizes, "2", "3", "2", "6", "1", "8", "2", env=CLEAN)
+    assert done.stdout.split("\n") == ["2 2", "4 4", "2 2", "6 6", "2 2", "8 8", "2 2", ""], done.stderr
+
+
+def nest_a_larger_one() -> None:
+    """Program: print what becomes of a larger stack within a smaller one, and of one that is too small."""
+    with VirtualPcsc(2) as outer, VirtualPcsc(6, activate=False) as larger:
+        try:
+            with larger.activated():
+                print("inside", len(reader_names()))
+        except PcscStackError as error:
+            print(error)
+        print("outside", len(reader_names()))
+        small = outer
+    with VirtualPcsc(2, activate=False) as small, VirtualPcsc(6):
+        reader_names()
+        try:
+            with small.activated():
+                print("inside", len(reader_names()))
+        except PcscStackError as error:
+            print(error)
+    with VirtualPcsc(2, activate=False) as small, small.activated():
+        print("restarted", len(reader_names()))
+
+
+def test_what_libpcsclite_could_not_follow_is_refused() -> None:
+    """Since pcsc-lite 2.5 a larger stack within an active one: PC/SC calls could not go back to that one."""
+    done = forking.in_program(nest_a_larger_one, env=CLEAN)
+    assert done.stderr == ""
+    if slots_matter():
+        larger, outside, smaller, restarted, end = done.stdout.split("\n")
+        assert "a stack with room for 4 readers is active, and pcsc-lite 2.5 and later can't go back" in larger
+        assert "start the outer one with 6 readers, or this one with 4 at most" in larger
+        assert "this process has used a stack of 6 readers" in smaller
+        assert "restart() this stack before it is activated" in smaller
+        assert (outside, restarted, end) == ("outside 2", "restarted 2", "")
+    else:
+        assert done.stdout == "inside 6\noutside 2\ninside 2\nrestarted 2\n"
+
+
+def see_fewer_on_raw_pyscard(link: str, larger: str, smaller: str) -> None:
+    """Program: print what pyscard answers at a pcscd with fewer slots for readers than the one before."""
+    for target in (larger, smaller):
+        os.symlink(target, link + ".new")
+        os.replace(link + ".new", link)
+        context = establish()
+        hresult, names = scard.SCardListReaders(context, [])
+        changed, _ = scard.SCardGetStatusChange(context, 0, [("Virtual PCD 0 00 00", scard.SCARD_STATE_UNAWARE)])
+        print(f"0x{hresult & 0xFFFFFFFF:08X} {len(names)} 0x{changed & 0xFFFFFFFF:08X}")
+        scard.SCardReleaseContext(context)
+
+
+def test_pcsc_lites_own_fault(tmp_path: Path) -> None:
+    """Raw pyscard, no fork: a process that has seen a pcscd with more slots can't use one with fewer.
+
+    Seen on pcsc-lite 2.5.3, read in 2.5.0 and 2.5.1; 1.9.9 and 2.3.3 have an array of fixed size.
+    """
+    with VirtualPcsc(6, activate=False) as larger, VirtualPcsc(2, [EchoCard()], activate=False) as smaller:
+        link, *paths = str(tmp_path / "comm"), larger.env[VARIABLE], smaller.env[VARIABLE]
+        done = forking.in_program(see_fewer_on_raw_pyscard, link, *paths, env={**CLEAN, VARIABLE: link})
+    fault = "0x8010001F 0 0x8010001F" if slots_matter() else "0x00000000 2 0x00000000"
+    assert done.stdout == f"0x00000000 6 0x00000000\n{fault}\n", done.stderr
+
+
+def slots_matter() -> bool:
+    """Whether this libpcsclite has an array of readers that grows and never shrinks."""
+    found = _install.look()
+    assert isinstance(found, _install.Installed)
+    return _slots.matter(found)
+
+
+def test_environment_for_subprocesses() -> None:
+    """A subprocess with .env reaches the stack, activated or not, alone or among others."""
+    script = "from smartcard.scard import *; print(len(SCardListReaders(SCardEstablishContext(0)[1], [])[1]))"
+    with VirtualPcsc(2, activate=False) as two, VirtualPcsc(4, activate=False) as four:
+        for stack, count in ((two, "2"), (four, "4")):
+            done = subprocess.run([sys.executable, "-c", script], env=stack.env, capture_output=True, text=True)
+            assert done.stdout.strip() == count, done.stderr
+
+
+def test_four_side_by_side() -> None:
+    """Stacks do not see each other's cards, readers or clients."""
+    stacks = [VirtualPcsc(2, [EchoCard()], activate=False) for _ in range(4)]
+    for stack in stacks:
+        stack.__enter__()
+    try:
+        for stack in stacks:
+            stack.readers[0].reset()
+        assert [stack.readers[0].card.resets for stack in stacks if stack.readers[0].card] == [1] * 4
+        stacks[0].kill()
+        stacks[1].readers[0].remove()
+        assert [bool(stack.pid and stack.readers[0].card) for stack in stacks] == [False, False, True, True]
+        stacks[2].readers[0].reset()
+    finally:
+        for stack in stacks:
+            stack.__exit__(None, None, None)
+
+
+def start_five() -> None:
+    """Program: five stacks one after the other, a command through each."""
+    for number in range(5):
+        with VirtualPcsc(2, [EchoCard(), EchoCard()]) as stack:
+            assert echo(stack.readers[1].name, number) == [number, 0x90, 0]
+
+
+def test_twenty_in_parallel() -> None:
+    """Twenty stacks started from four processes at once, and all come up."""
+    failures: list[str] = []
+
+    def run() -> None:
+        done = forking.in_program(start_five, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        if done.returncode:
+            failures.append(done.stderr)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+# nothing is left behind
+
+
+def test_nothing_is_left_behind() -> None:
+    """Leaving the block ends pcscd, its keeper and the threads, closes the descriptors, removes the files."""
+    with VirtualPcsc(1, activate=False):
+        pass
+    before = descriptors(), threading.active_count(), of_mine(os.getpid())
+    with VirtualPcsc(4, [EchoCard() for _ in range(4)]) as stack:
+        pid, home = stack.pid, home_of(stack)
+        keeper = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        stack.readers[0].insert(stack.readers[0].remove())
+        stack.restart()
+    assert not alive(pid)
+    assert not alive(keeper)
+    assert not os.path.exists(home)
+    assert (descriptors(), threading.active_count(), of_mine(os.getpid())) == before
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_behind_after_an_error(error: type[BaseException]) -> None:
+    """The same if the block ends with an exception."""
+    before = descriptors(), threading.active_count(), of_mine(os.getpid())
+    stack = VirtualPcsc(1, [EchoCard()])
+    pids = []
+
+    def fail() -> None:
+        pids.append(stack.pid)
+        raise error
+
+    with pytest.raises(error), stack:
+        fail()
+    assert not alive(pids[0])
+    assert (descriptors(), threading.active_count(), of_mine(os.getpid())) == before
+
+
+def test_nothing_is_left_behind_of_a_failed_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pcscd that does not start gives an error with its log, and leaves nothing."""
+    from pcsc_safe.testing import _daemon
+
+    monkeypatch.setattr(_daemon.Daemon, "_command", lambda self: ["/bin/sh", "-c", "echo no such luck"])
+    before = descriptors(), threading.active_count(), of_mine(os.getpid())
+    with pytest.raises(PcscStackError, match="no such luck"), VirtualPcsc(1):
+        pass
+    assert (descriptors(), threading.active_count(), of_mine(os.getpid())) == before
+
+
+def test_temporary_directory_that_is_not_writable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that can't be made gives an error that says what to look at."""
+    monkeypatch.setattr(tempfile, "tempdir", "/proc")
+    before = descriptors()
+    with pytest.raises(PcscStackError, match="TMPDIR"), VirtualPcsc(1, activate=False):
+        pass
+    assert descriptors() == before
+
+
+def test_long_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A temporary directory too long for a Unix socket is no problem."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with VirtualPcsc(1, [EchoCard()], activate=False) as stack:
+        assert home_of(stack).startswith("/tmp/")
+
+
+def come_to_a_sudden_end(how: str) -> None:
+    """Program: two stacks, one active, and, if killed, a forked child that outlives this process."""
+    with VirtualPcsc(2, [EchoCard()]) as stack, VirtualPcsc(2, [EchoCard()]) as other:
+        child = forking.fork() if how == "SIGKILL" else 0
+        if how == "SIGKILL" and not child:
+            signal.pause()
+        pids = [stack.pid, other.pid]
+        print(json.dumps({"child": child, "pids": pids, "me": os.getpid()}), flush=True)
+        if how == "exec":
+            os.execv("/bin/sleep", ["sleep", "60"])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "exec"])
+def test_nothing_is_left_behind_after_a_sudden_end(how: str) -> None:
+    """Daemon and files go with the process that wanted them, killed (though a child lives on) or replaced."""
+    here = [str(ROOT), str(TESTS), os.path.dirname(__file__)]
+    source = f"import sys; sys.path[:0] = {here!r}; import {__name__} as test; test.come_to_a_sudden_end({how!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    told = json.loads(process.stdout.readline())
+    try:
+        assert wait_until(lambda: not any(map(alive, told["pids"])) and not of_mine(told["me"]))
+        assert how == "exec" or alive(told["child"])
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def die_on_an_old_kernel(keeper: str) -> None:
+    """Program: a stack whose keeper can't watch by pidfd, and a child that lives on."""
+    from pcsc_safe.testing import _daemon
+
+    _daemon._KEEPER = keeper
+    with VirtualPcsc(1, [EchoCard()]) as stack:
+        child = forking.fork()
+        if not child:
+            signal.pause()
+        print(json.dumps({"child": child, "pid": stack.pid, "me": os.getpid()}), flush=True)
+        os._exit(0)
+
+
+def test_keeper_without_pidfd(tmp_path: Path) -> None:
+    """Where the kernel has no pidfd_open, the keeper notices its parent's death all the same."""
+    real = str(Path(cards.__file__).with_name("_keeper.py"))
+    keeper = tmp_path / "keeper.py"
+    keeper.write_text(f"import os, runpy\ndel os.pidfd_open\nrunpy.run_path({real!r}, run_name='__main__')\n")
+    here = [str(ROOT), str(TESTS), os.path.dirname(__file__)]
+    source = (
+        f"import sys; sys.path[:0] = {here!r}; import {__name__} as test; test.die_on_an_old_kernel({str(keeper)!r})"
+    )
+    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        try:
+            assert wait_until(lambda: not alive(told["pid"]) and not of_mine(told["me"]))
+        finally:
+            os.kill(told["child"], signal.SIGKILL)
+
+
+def test_pcscd_that_can_not_be_hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pcscd can't be woken, everything works at its own pace."""
+    from pcsc_safe.testing import _stack
+
+    monkeypatch.setattr(_stack, "nudge", lambda pid: None)
+    with VirtualPcsc(1, [EchoCard()]) as stack:
+        reader = stack.readers[0]
+        reader.insert(reader.remove())
+        assert echo(reader.name, 1) == [1, 0x90, 0]
+
+
+def test_interrupt_from_the_terminal() -> None:
+    """Ctrl-C reaches the test process's group, and pcscd is not in it."""
+    with VirtualPcsc(1, activate=False) as stack:
+        assert os.getsid(stack.pid) != os.getsid(0)
+        assert os.getpgid(stack.pid) != os.getpgid(0)
+
+
+def ignore_and_block_signals() -> None:
+    """Program: a stack under a process that ignores SIGCHLD and blocks everything."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+    with VirtualPcsc(1, [EchoCard()]) as stack:
+        stack.restart()
+        assert echo(stack.readers[0].name, 1) == [1, 0x90, 0]
+
+
+def test_signals_that_the_process_ignores_or_blocks() -> None:
+    """What the test process does with signals is no matter to the stack."""
+    done = forking.in_program(ignore_and_block_signals, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+
+
+# forks
+
+
+def test_forked_child_uses_the_stack(pcsc_stack: VirtualPcsc) -> None:
+    """A child finds the stack by the same path, and its card is served by the parent's threads."""
+    names = [reader.name for reader in pcsc_stack.readers]
+    card = pcsc_stack.readers[0].card
+    assert card is not None
+    assert forking.in_child(lambda: (reader_names(), echo(names[0], 7))) == (names, [7, 0x90, 0])
+    assert card.apdus == 1
+    assert forking.in_child(pcsc_stack.clients) == 0
+
+
+def test_forked_child_can_do_no_harm() -> None:
+    """A child that leaves the block, collects garbage, or tries to change the stack changes nothing."""
+
+    def child() -> list[str]:
+        refused = []
+        for change in (stack.kill, stack.start, stack.restart, reader.remove, reader.reset):
+            try:
+                change()
+            except PcscStackError as error:
+                refused.append(str(error))
+        stack.__exit__(None, None, None)
+        stack._daemon = None
+        return refused
+
+    with VirtualPcsc(1, [EchoCard()]) as stack:
+        reader, pid = stack.readers[0], stack.pid
+        refused = forking.in_child(child)
+        assert len(refused) == 5
+        assert all(f"process {os.getpid()}" in text for text in refused)
+        assert stack.pid == pid
+        assert alive(pid)
+        assert echo(reader.name, 3) == [3, 0x90, 0]
+
+
+def test_child_that_lives_on_keeps_nothing_alive() -> None:
+    """A child with copies of all descriptors holds up neither a removal nor the end of the stack."""
+    read_end, write_end = os.pipe()
+    with VirtualPcsc(1, [EchoCard()]) as stack:
+        pid, home = stack.pid, home_of(stack)
+        child = forking.start(lambda: (os.close(write_end), os.read(read_end, 1))[1])
+        stack.readers[0].insert(stack.readers[0].remove())
+        stack.restart()
+        stack.readers[0].remove()
+    assert not alive(pid)
+    assert not os.path.exists(home)
+    os.close(write_end)
+    os.close(read_end)
+    assert forking.wait_for(child) == b""
+
+
+def test_child_with_a_stack_of_its_own() -> None:
+    """A child can start its own stack; the parent's is not touched."""
+
+    def child() -> tuple[int, int]:
+        with VirtualPcsc(2, [EchoCard()], activate=False) as own:
+            own.readers[0].reset()
+            assert own.readers[0].card is not None
+            return own.readers[0].card.resets, len(of_mine(os.getpid()))
+
+    with VirtualPcsc(1, [EchoCard()]) as stack:
+        assert forking.in_child(child) == (1, 1)
+        assert echo(stack.readers[0].name, 3) == [3, 0x90, 0]
+
+
+def test_forks_while_cards_come_and_go(pcsc_stack: VirtualPcsc) -> None:
+    """A fork at any moment leaves a child that can use the stack, and a parent whose stack works."""
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            pcsc_stack.readers[1].insert(pcsc_stack.readers[1].remove())
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for number in range(10):
+            assert forking.in_child(echo, pcsc_stack.readers[0].name, number) == [number, 0x90, 0]
+            assert forking.in_child(pcsc_stack.clients) >= 0
+    finally:
+        stop.set()
+        thread.join()
+
+
+# not root
+
+
+def be_nobody() -> None:
+    """Program: give up root, then all the stack can do."""
+    with VirtualPcsc(4, [EchoCard()]):
+        pass  # loads whatever is loaded late: nobody may not be able to read this Python's library
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    if not os.access(sys.executable, os.X_OK):
+        sys.executable = "/usr/bin/python3"
+    with VirtualPcsc(4, [EchoCard() for _ in range(4)]) as stack:
+        assert os.stat(f"/proc/{stack.pid}").st_uid == 65534
+        stack.restart()
+        stack.readers[3].insert(stack.readers[3].remove())
+        stack.readers[3].reset()
+        assert echo(stack.readers[3].name, 3) == [3, 0x90, 0]
+        stack.wait_for_clients(0)
+
+
+def test_without_root() -> None:
+    """The stack needs no privileges."""
+    if os.getuid():
+        pytest.skip("not root, so this whole run is the test")
+    if not os.access("/usr/bin/python3", os.X_OK):
+        pytest.skip("needs /usr/bin/python3, a Python that nobody may run")
+    done = forking.in_program(be_nobody, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
