@@ -1,25 +1,23 @@
 """Draws a history: processes as lanes over time, sessions as bars in the lane of who has them.
 
 The drawing is one SVG that asks for nothing else: by itself, or in a page whose script zooms it.  Whatever comes from
-outside, the names of readers and programs, goes through :func:`_text`.  What is closer together than a pixel is drawn
-as one, coarser if need be, so that no drawing is bigger than :data:`_BIGGEST`.
+outside, the names of readers and programs, goes through :func:`captions.escaped`.  What is closer together than a
+pixel is drawn as one, coarser if need be, so that no drawing is bigger than :data:`_BIGGEST`.
 
 A fork changes nothing here: it runs when the program has ended.
 """
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 
+from .captions import duration, escaped, life_in_words, notes, session_in_words, shortened, times
 from .history import Arrow, Connection, History, Lane, Session
 from .records import Span
 
 __all__ = ["SUFFIXES", "draw"]
-
 SUFFIXES = (".html", ".svg")
 _BIGGEST = 1_900_000  # bytes
 _GUTTER, _PLOT, _MARGIN = 210, 960, 30  # px
@@ -47,26 +45,6 @@ def draw(history: History, suffix: str) -> str:
         return picture
     page = files(__package__).joinpath("timeline.html").read_text("utf-8")
     return page.replace("<!--drawing-->", picture)
-
-
-_ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def _text(text: str) -> str:
-    """Safe in XML and HTML, as content and in an attribute; what XML can't hold is replaced."""
-    return html.escape(_ILLEGAL.sub("\ufffd", text))
-
-
-def _shortened(text: str, letters: int) -> str:
-    return text if len(text) <= letters else text[: max(1, letters - 1)] + "…"
-
-
-def _duration(ns: float) -> str:
-    """For people: 3 digits."""
-    for unit, size in (("s", 1e9), ("ms", 1e6)):
-        if ns >= size:
-            return f"{ns / size:.3g} {unit}" if ns < 1000 * size else f"{ns / size:.0f} {unit}"
-    return f"{ns / 1e3:.0f} µs"
 
 
 @dataclass
@@ -109,22 +87,22 @@ class _Drawing:
             if arrow.kind in _GIVES or (arrow.target.name, arrow.time) not in with_more
             for part in self._arrow(arrow)
         ]
-        notes = list(_notes(self._history, len(self._history.lanes) - len(lanes)))
-        height = y + 22 + 16 * len(notes)
+        remarks = list(notes(self._history, len(self._history.lanes) - len(lanes)))
+        height = y + 22 + 16 * len(remarks)
         style = files(__package__).joinpath("timeline.css").read_text("utf-8")
         count = len(self._history.lanes)
         lead = self._from - self._history.since
-        title = f"PC/SC in {count} process{'es' if count != 1 else ''}, {_duration(lead + self._span)}"
+        title = f"PC/SC in {count} process{'es' if count != 1 else ''}, {duration(lead + self._span)}"
         return "\n".join(
             [
                 f'<svg xmlns="http://www.w3.org/2000/svg" id="timeline" viewBox="0 0 {_WIDTH} {height}" '
-                f'width="{_WIDTH}" height="{height}" role="img" aria-label="{_text(title)}" '
+                f'width="{_WIDTH}" height="{height}" role="img" aria-label="{escaped(title)}" '
                 f'data-left="{_GUTTER}" data-width="{_PLOT}" data-ns="{self._span}" data-lead="{lead}" '
                 f'data-bottom="{y}">',
                 f"<style>{style}</style>",
                 _DEFINITIONS.format(left=_GUTTER - 1, width=_PLOT + 2, height=height),
                 f'<rect class="paper" width="{_WIDTH}" height="{height}"/>',
-                f'<text class="title" x="12" y="26">{_text(title)}</text>',
+                f'<text class="title" x="12" y="26">{escaped(title)}</text>',
                 *_legend(),
                 '<g id="axis">',
                 *self._axis(y),
@@ -137,8 +115,8 @@ class _Drawing:
                 *arrows,
                 "</g>",
                 *(
-                    f'<text class="note" x="12" y="{y + 22 + 16 * n}">{_text(note)}</text>'
-                    for n, note in enumerate(notes)
+                    f'<text class="note" x="12" y="{y + 22 + 16 * n}">{escaped(note)}</text>'
+                    for n, note in enumerate(remarks)
                 ),
                 "</svg>",
             ]
@@ -152,10 +130,10 @@ class _Drawing:
         x = self._x(max(since, self._from))
         width = max(1.0, round(self._x(until) - x, 2))
         shape = f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}">'
-        return f"{shape}<title>{_text(title)}</title></rect>"
+        return f"{shape}<title>{escaped(title)}</title></rect>"
 
     def _when(self, since: int, until: int) -> str:
-        return f"from {_duration(since - self._history.since)} on, for {_duration(until - since)}"
+        return f"from {duration(since - self._history.since)} on, for {duration(until - since)}"
 
     def _axis(self, bottom: int) -> Iterator[str]:
         step = next(s for e in range(3, 16) for s in (10**e, 2 * 10**e, 5 * 10**e) if self._span / s <= 12)
@@ -177,12 +155,12 @@ class _Drawing:
         height = max(_LOWEST_LANE, 2 * _PADDING + rows * (_ROW + _ROW_GAP) - _ROW_GAP)
         self._middles[lane.name] = (top, top + height)
         self._label(lane, top, hidden)
-        self._parts.append(f'<g class="lane" id="lane-{_text(lane.name)}">')
+        self._parts.append(f'<g class="lane" id="lane-{escaped(lane.name)}">')
         self._life(lane, top, height)
         for unit in units:
             self._unit(lane, unit, top + _PADDING + unit.row * (_ROW + _ROW_GAP))
         for mark in lane.marks:
-            path = f'<path d="M0 {top} l5 5 -5 5 -5 -5z"><title>{_text(mark.text)}</title></path>'
+            path = f'<path d="M0 {top} l5 5 -5 5 -5 -5z"><title>{escaped(mark.text)}</title></path>'
             self._parts.append(f'<g class="mark" transform="translate({self._x(mark.time)} 0)">{path}</g>')
         self._parts.append("</g>")
         return top + height + _LANE_GAP
@@ -191,9 +169,9 @@ class _Drawing:
         about = f"{lane.program} ({lane.how})" if lane.how in ("C fork", "exec") else lane.program
         if hidden:
             about = f"{hidden} contexts more"
-        words = _text(_shortened(about, _LETTERS_IN_GUTTER))
+        words = escaped(shortened(about, _LETTERS_IN_GUTTER))
         self._labels.append(
-            f"<g><title>{_text(_life(lane))}</title>"
+            f"<g><title>{escaped(life_in_words(lane))}</title>"
             f'<text class="process" x="12" y="{top + 13}">process {lane.pid}</text>'
             f'<text class="program" x="12" y="{top + 27}">{words}</text></g>'
         )
@@ -204,9 +182,9 @@ class _Drawing:
         kind = "life broker" if lane.how == "broker" else "life"
         if not is_known and lane.how == "broker":
             known = lane.until
-        self._parts.append(self._bar(kind, lane.since, known, top, height, _life(lane)))
+        self._parts.append(self._bar(kind, lane.since, known, top, height, life_in_words(lane)))
         if lane.until > known:
-            self._parts.append(self._bar("life fading", known, lane.until, top, height, _life(lane)))
+            self._parts.append(self._bar("life fading", known, lane.until, top, height, life_in_words(lane)))
 
     def _units(self, lane: Lane) -> list[_Unit]:
         by_key: dict[str, list[Session]] = {}
@@ -250,12 +228,12 @@ class _Drawing:
             kind = "own" if session.owned else "lost" if session.how.startswith("lost") else "inherited"
             broker = " through" if session.through else ""
             until = max(session.until, session.since)
-            title = f"{_session(session)}, {self._when(session.since, until)}"
+            title = f"{session_in_words(session)}, {self._when(session.since, until)}"
             self._parts.append(self._bar(f"{kind}{broker}", session.since, until, y, height, title))
             for connection in session.connections:
                 self._connection(connection, y + unit.depth[id(connection)] * (_ROW + _ROW_GAP))
             for span in self._merged(session.waits, session.until):
-                waited = f"{_times(span.times, 'wait')} for events, {self._when(span.start, span.end)}"
+                waited = f"{times(span.times, 'wait')} for events, {self._when(span.start, span.end)}"
                 self._parts.append(self._bar("wait", span.start, span.end, y + 1, 3, waited))
 
     def _swarm(self, unit: _Unit, y: int) -> None:
@@ -263,7 +241,7 @@ class _Drawing:
         kind = "own" if owned else "inherited"
         count = len({session.key for session in unit.sessions})
         exchanges = sum(span.times for each in owned for card in each.connections for span in card.exchanges)
-        title = f"{count} contexts, {_times(exchanges, 'exchange')}, {self._when(unit.since, unit.until)}"
+        title = f"{count} contexts, {times(exchanges, 'exchange')}, {self._when(unit.since, unit.until)}"
         self._parts.append(self._bar(kind, unit.since, unit.until, y, _ROW, title))
         self._name(f"{count} contexts", unit.since, unit.until, y)
 
@@ -273,16 +251,16 @@ class _Drawing:
         exchanges = sum(span.times for span in card.exchanges)
         begun = sum(span.times for span in card.transactions)
         title = (
-            f"card in {card.reader}, {mode}{_times(exchanges, 'exchange')}, {_times(begun, 'transaction')}, "
+            f"card in {card.reader}, {mode}{times(exchanges, 'exchange')}, {times(begun, 'transaction')}, "
             f"{self._when(card.since, until)}"
         )
         kind = ("card " if card.owned else "card-inherited ") + card.mode
         self._parts.append(self._bar(kind, card.since, until, y + 5, _ROW - 7, title))
         for span in self._merged(card.transactions, until):
-            done = f"{_times(span.times, 'transaction')}, {self._when(span.start, span.end)}"
+            done = f"{times(span.times, 'transaction')}, {self._when(span.start, span.end)}"
             self._parts.append(self._bar("begun", span.start, span.end, y + 5, _ROW - 7, done))
         for span in self._merged(card.exchanges, until):
-            busy = f"{_times(span.times, 'exchange')}, {self._when(span.start, span.end)}"
+            busy = f"{times(span.times, 'exchange')}, {self._when(span.start, span.end)}"
             self._parts.append(self._bar("apdu", span.start, span.end, y + _ROW - 6, 4, busy))
         if card.owned:
             self._name(card.reader + (f" ({card.mode})" if card.mode != "shared" else ""), card.since, until, y)
@@ -292,7 +270,7 @@ class _Drawing:
         x = self._x(max(since, self._from)) + 4
         letters = int((self._x(until) - x - 4) / _LETTER)
         if letters > 8:
-            words = _text(_shortened(name, letters))
+            words = escaped(shortened(name, letters))
             self._parts.append(
                 f'<text class="reader" x="{x:.2f}" y="{y + 13.5}" data-to="{self._x(until)}">{words}</text>'
             )
@@ -323,10 +301,10 @@ class _Drawing:
         many = f", {arrow.count} contexts" if arrow.count > 1 else ""
         title = (
             f"{_GIVES.get(arrow.kind, arrow.kind)}: from process {arrow.source.pid} to {arrow.target.pid}{many}, "
-            f"at {_duration(arrow.time - self._history.since)}"
+            f"at {duration(arrow.time - self._history.since)}"
         )
         yield (
-            f'<g class="arrow {kind}" transform="translate({self._x(arrow.time)} 0)"><title>{_text(title)}</title>'
+            f'<g class="arrow {kind}" transform="translate({self._x(arrow.time)} 0)"><title>{escaped(title)}</title>'
             f'<path class="shaft" d="M0 {y}V{end - 4}"/><circle cy="{y}" r="2.5"/>'
             f'<path class="head" d="M0 {end}l-4 -6h8z"/></g>'
         )
@@ -363,66 +341,13 @@ def _pack(units: Iterable[_Unit], gap: float) -> None:
         free[row : row + unit.rows] = [max(unit.until, unit.since) + gap] * unit.rows
 
 
-def _times(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def _session(session: Session) -> str:
-    thread = f" by thread {session.thread}" if session.thread and session.owned else ""
-    words = [f"context {session.how}{thread}"]
-    if session.at:
-        words.append(f"established at {session.at}")
-    if session.through:
-        words.append(f"through broker {session.through}")
-    if session.end:
-        words.append(f"until {session.end}")
-    return ", ".join(words)
-
-
 _GIVES = {"handover": "fork and handover", "share": "fork, and a session shared"}
-_CAME = {
-    "start": "was started",
-    "fork": "was forked",
-    "C fork": "was forked by C code, which runs no hooks, and is known from its first use of PC/SC on",
-    "exec": "was started by exec, in the place of what had this PID before",
-    "broker": "was started to do PC/SC for others",
-}
-_WENT = {
-    "seen": "its end was seen",
-    "exec": "it became another program, by exec",
-    "gone": "it ended somewhere where it fades",
-    "unknown": "its end is not known",
-}
-
-
-def _life(lane: Lane) -> str:
-    parent = f" by process {lane.parent.pid}" if lane.parent is not None else ""
-    gap = "; its record has an end before it" if lane.is_incomplete else ""
-    return f"{lane.title()}: {_CAME[lane.how]}{parent}; {_WENT[lane.end]}{gap}"
-
-
-def _notes(history: History, not_drawn: int) -> Iterator[str]:
-    """What isn't in the drawing."""
-    if not_drawn:
-        yield f"{not_drawn} processes more are not drawn."
-    if history.left_out:
-        yield f"{history.left_out} more had nothing to do with PC/SC, and are left out."
-    incomplete = [str(lane.pid) for lane in history.lanes if lane.is_incomplete]
-    if incomplete:
-        yield f"The record of process {', '.join(incomplete)} is cut off: it was full, or could no longer be written."
-    yield (
-        "Missing are processes that are not Python's, keep off PYTHONPATH, or could not write a record: those that "
-        "were started in another root directory, or as another user."
-    )
-
-
 _DEFINITIONS = """<defs>
 <pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">
 <rect class="hatch-ground" width="6" height="6"/><line class="hatch-line" x1="1" x2="1" y2="6"/></pattern>
 <linearGradient id="fade"><stop class="fade-from" offset="0"/><stop class="fade-to" offset="1"/></linearGradient>
 <clipPath id="inside"><rect x="{left}" y="0" width="{width}" height="{height}"/></clipPath>
 </defs>"""
-
 _LEGEND = (
     ("life", "process"),
     ("own", "context"),

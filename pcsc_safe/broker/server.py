@@ -1,303 +1,26 @@
-"""The broker's side: serves its clients, each connection in a thread of its own.
+"""The broker's side: lets clients in, each connection in a thread of its own, and sees when they have gone.
 
-A client is a process.  It has the handles that it was given, and can't reach another's.  It is gone when it has closed
-its first connection, or when its process has ended, whatever copies of its descriptors live on; then its contexts are
-released, as pcscd would have done.  The last client gone, and the door closed, the broker ends: at once, whatever its
-threads are doing.
-
-The calls go through pcsc_safe's own functions, which know how threads share contexts.  Nothing here forks.
+A client is gone when it has closed its first connection, or when its process has ended, whatever copies of its
+descriptors live on; then its contexts are released, as pcscd would have done.  The last client gone, and the door
+closed, the broker ends: at once, whatever its threads are doing.  Nothing here forks.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
 import struct
 import threading
-import time
-from typing import Any, Optional
 
-from .._core import calls, descriptors, gateways, handles, library, router
-from . import sharing, start, wire
+from .._core import descriptors, gateways, handles
+from . import sharing, start
+from .served import Client, Connection
 from .sharing import Handle
 
 __all__ = ["Server"]
 
-_AT_ONCE = 1 << 16  # bytes
-_SHARING_VIOLATION = library.constant("SCARD_E_SHARING_VIOLATION")
-_EXCHANGES = {
-    wire.NUMBERS[name]: (gateways.native.caller(calls.CALLS[name]), calls.CALLS[name])
-    for name in ("SCardTransmit", "SCardControl")
-}
-_LEAVE_CARD = library.constant("SCARD_LEAVE_CARD")
-_UNDOING = {
-    "SCardEstablishContext": "SCardReleaseContext",
-    "SCardConnect": "SCardDisconnect",
-    "SCardBeginTransaction": "SCardEndTransaction",
-}
-_REGISTRIES: tuple[dict[Any, Any], ...] = (handles.contexts, handles.cards)
-_BRACKETS = frozenset(("SCardBeginTransaction", "SCardEndTransaction"))
-_32_BITS = 0xFFFFFFFF
-_UNTIL_CANCELLED = 0.002  # s
 _ONE_DESCRIPTOR = struct.calcsize("i")
-
-
-class _Client:
-    """A process that is served.
-
-    :ivar handles: the contexts and cards that it was given, by number.
-    :ivar connections: those that it has, without the first.
-    """
-
-    def __init__(self, key: bytes, presence: _Connection) -> None:
-        self.key = key
-        self.presence = presence
-        self.connections: set[_Connection] = set()
-        self.handles: dict[int, Handle] = {}
-        self.is_watched = False
-        self.is_gone = False
-
-    def release(self) -> None:
-        """End its sessions, as far as nobody else has them; also one that it gets while it goes."""
-        self.is_gone = True
-        contexts = [handle for handle in list(self.handles.values()) if isinstance(handle.record, handles.Context)]
-        ended = [handle for handle in contexts if sharing.drop(self, handle)]
-        # pcscd sees that at once, as it would see the death of a process: calls that last hold up no other context.
-        for handle in ended:
-            handle.record.context.real.cut_off()
-        for connection in list(self.connections):
-            connection.hang_up()
-        for handle in ended:
-            router.public["SCardReleaseContext"](handle)
-
-
-class _Connection:
-    """One connection of a client; carries one call at a time."""
-
-    def __init__(self, server: Server, ours: socket.socket) -> None:
-        self._server = server
-        self._socket = ours
-        self.number = ours.fileno()
-        self.client: Optional[_Client] = None
-        self._waits_on: Optional[handles.Context] = None
-        self._thread = 0
-        self._has_hung_up = False
-        self.unwatched = threading.Event()
-
-    def run(self) -> None:
-        """Serve it until it is closed, or speaks nonsense."""
-        self._thread = threading.get_ident()
-        try:
-            self._serve()
-        except (OSError, EOFError):
-            pass
-        except wire.WireError as error:
-            with contextlib.suppress(OSError):
-                self._socket.sendall(wire.encode(wire.Refused(str(error))))
-        finally:
-            self.hang_up()  # which the server, who watches it, sees
-            self.unwatched.wait()
-            self._socket.close()
-
-    def process(self) -> Optional[int]:
-        """A descriptor of the process at the other end, that made it; None where there is no such thing."""
-        if not hasattr(os, "pidfd_open") or not hasattr(socket, "SO_PEERCRED"):
-            return None
-        try:
-            pid = struct.unpack_from("i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-            return os.pidfd_open(pid) if pid else None
-        except OSError:  # it has ended already, which its descriptors will tell; or the kernel has none
-            return None
-
-    def hang_up(self) -> None:
-        """End it, and the wait for events that it is in; the other end is gone, or not wanted any more."""
-        self._has_hung_up = True
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        # Again and again: a wait that is about to begin isn't there to be cancelled.
-        while self._waits_on is not None and self._thread != threading.get_ident():
-            self.cancel_wait()
-            time.sleep(_UNTIL_CANCELLED)
-
-    def _serve(self) -> None:
-        receiver = wire.Receiver()
-        hello = wire.decode(self._next(receiver))
-        if not isinstance(hello, wire.Hello) or hello.version != wire.VERSION:
-            raise wire.WireError("the first frame is not a greeting of this version")
-        client = self.client = self._server.welcome(hello.key, self)
-        self._socket.sendall(wire.encode(wire.Welcome(wire.VERSION, os.getpid())))
-        receive, send, feed, decode = self._socket.recv, self._socket.sendall, receiver.feed, wire.decode
-        while True:
-            data = receive(_AT_ONCE)
-            if not data:
-                return
-            body = feed(data)
-            if body is not None:
-                message = decode(body)
-                if type(message) is wire.Request:
-                    answer = self._answer(client, message)
-                    try:
-                        send(answer)
-                    except OSError:
-                        self._undo(client, message, answer)
-                        raise
-                elif isinstance(message, wire.Describe):
-                    send(wire.encode(wire.Result(library.catalogue())))
-                elif isinstance(message, wire.Inherit):
-                    send(wire.encode(wire.Result(self._server.give(client, *message))))
-                else:
-                    raise wire.WireError("not a request")
-
-    def _next(self, receiver: wire.Receiver) -> bytes:
-        while True:
-            data = self._socket.recv(_AT_ONCE)
-            if not data:
-                raise EOFError
-            body = receiver.feed(data)
-            if body is not None:
-                return body
-
-    def _answer(self, client: _Client, request: wire.Request) -> bytes:
-        try:
-            result = self._exchanged(client, request)
-            if result is None:
-                name = wire.FUNCTIONS[request.function]
-                result = self._called(client, calls.CALLS[name], name, request.arguments)
-        except Exception as error:
-            kind = next(kind for kind in type(error).__mro__ if kind is Exception or kind.__name__ in wire.RAISABLE)
-            text = str(error) if kind is not Exception else f"{type(error).__name__}: {error}"
-            return wire.encode(wire.Raised(kind.__name__ if kind is not Exception else "RuntimeError", text))
-        try:
-            return wire.encode_result(result)
-        except wire.WireError as error:
-            return wire.encode(wire.Refused(f"the answer can't be told: {error}"))
-
-    def _undo(self, client: _Client, request: wire.Request, answer: bytes) -> None:
-        """Take back what nobody has heard that it was granted: its caller was left by a signal handler, or died."""
-        name, arguments = wire.FUNCTIONS[request.function], request.arguments
-        reply = wire.decode(answer[wire.HEADER :])
-        result = reply.value if isinstance(reply, wire.Result) else None
-        undoing = _UNDOING.get(name)
-        if undoing is None or (result[0] if isinstance(result, list) else result) != library.SUCCESS:
-            return
-        handle = result[1] if isinstance(result, list) else arguments[0]
-        call = calls.CALLS[undoing]
-        self._called(client, call, undoing, (handle, *([_LEAVE_CARD] if call.takes is calls.Kind.CARD else [])))
-
-    def _exchanged(self, client: _Client, request: wire.Request) -> Any:
-        """An exchange with a card whose context is idle, in as few steps as there are; None if it isn't one."""
-        number, arguments = request
-        exchange = _EXCHANGES.get(number)
-        if exchange is None or not arguments or type(arguments[0]) is not int:
-            return None
-        handle = client.handles.get(arguments[0])
-        if handle is None or handle.holders or handle.record.kind is not calls.Kind.CARD:
-            return None
-        make, call = exchange
-        result = make(handle.record, arguments[1:])
-        if result is calls.STALE:
-            return None
-        return result if result[0] == library.SUCCESS else call.failure(result[0])
-
-    def _called(self, client: _Client, call: calls.Call, name: str, arguments: Any) -> Any:
-        if name == "SCardEstablishContext":
-            return _established(client, *arguments)
-        function = router.public.get(name)
-        if function is None:
-            raise AttributeError(f"module 'smartcard.scard' has no attribute {name!r}")
-        if call.takes is None or not arguments:
-            return function(*arguments)
-        handle, *rest = arguments
-        if type(handle) is int:
-            known = client.handles.get(handle)
-            # Also what would be another's after C code has made it 32 bits long, as handles are on macOS.
-            if known is None and any(other in found for other in (handle, handle & _32_BITS) for found in _REGISTRIES):
-                return call.failure(library.constant("SCARD_E_INVALID_HANDLE"), rest)  # another client's
-            handle = known if known is not None else handle
-        if type(handle) is Handle and name == "SCardGetStatusChange":
-            return self._waited(function, handle, rest)
-        # What begins or ends a transaction may take long, and the card be shared meanwhile.
-        if type(handle) is Handle and (handle.holders or name in _BRACKETS):
-            result = self._shared(client, call, function, handle, rest)
-        else:
-            result = function(handle, *rest)
-        if name == "SCardConnect" and result[0] == library.SUCCESS:
-            client.handles[int(result[1])] = result[1]
-        elif name in ("SCardDisconnect", "SCardReleaseContext") and type(handle) is Handle:
-            _forget_released(client, handle)
-        return result
-
-    def _shared(self, client: _Client, call: calls.Call, function: Any, handle: Handle, arguments: Any) -> Any:
-        """A call on what other clients have as well."""
-        name = call.name
-        if name == "SCardCancel":  # of this client's waits, not of the others'
-            for connection in list(client.connections):
-                connection.cancel_wait(handle.record)
-            return library.SUCCESS
-        if name in ("SCardDisconnect", "SCardReleaseContext"):
-            if not sharing.drop(client, handle):
-                return library.SUCCESS  # the others go on
-            return function(handle, *arguments)
-        if handle.record.kind is calls.Kind.CONTEXT:
-            return function(handle, *arguments)
-        result = sharing.call_on_card(client, name, handle, function, arguments)
-        return result if result is not None else call.failure(_SHARING_VIOLATION, arguments)
-
-    def cancel_wait(self, context: Optional[handles.Record] = None) -> None:
-        """End the wait for events that it is in, if any.
-
-        :param context: only if it waits on this one.
-        """
-        waits_on = self._waits_on
-        if waits_on is not None and context in (None, waits_on):
-            waits_on.real.cancel(waits_on, self._thread)
-
-    def _waited(self, function: Any, handle: Handle, arguments: Any) -> Any:
-        record = handle.record
-        try:
-            self._waits_on = record if isinstance(record, handles.Context) else None
-            if self._has_hung_up:
-                raise EOFError
-            return function(handle, *arguments)
-        finally:
-            self._waits_on = None
-
-
-_establishing = threading.Lock()
-
-
-def _established(client: _Client, scope: Any, socket_name: Any) -> Any:
-    """SCardEstablishContext.
-
-    :param socket_name: where the client would look for pcscd; None: where everybody does.
-    """
-
-    def keep(real: Any, number: int, owner: Any, gateway: calls.Gateway) -> Any:
-        return handles.register(handles.Context(real, number, scope, owner, gateway))
-
-    with _establishing:
-        if isinstance(socket_name, str):
-            os.environ[start.SOCKET_NAME] = socket_name
-        else:
-            os.environ.pop(start.SOCKET_NAME, None)
-        result = gateways.native.establish(scope, keep)
-    if result[0] == library.SUCCESS:
-        client.handles[int(result[1])] = result[1]
-        if client.is_gone:
-            client.release()
-    return result
-
-
-def _forget_released(client: _Client, handle: Handle) -> None:
-    record = handle.record
-    if record.released:
-        client.handles.pop(handle, None)
-    if record.released and isinstance(record, handles.Context):
-        for number, other in list(client.handles.items()):
-            if other.record.released:
-                client.handles.pop(number, None)
 
 
 class Server:
@@ -310,8 +33,8 @@ class Server:
         self._door = door
         self._poll = select.poll()
         self._has_one_client = False
-        self._connections: dict[int, _Connection] = {}
-        self._clients: dict[bytes, _Client] = {}
+        self._connections: dict[int, Connection] = {}
+        self._clients: dict[bytes, Client] = {}
         self._arriving = threading.Lock()
         descriptors.prepare()
         gateways.native.prepare()
@@ -348,7 +71,7 @@ class Server:
             os.close(number)
             return
         ours.settimeout(None)
-        connection = _Connection(self, ours)
+        connection = Connection(self, ours)
         try:
             threading.Thread(target=connection.run, daemon=True).start()
         except RuntimeError:  # no more threads
@@ -357,12 +80,12 @@ class Server:
         self._connections[number] = connection
         self._poll.register(number, 0)  # that is: only its end
 
-    def welcome(self, key: bytes, connection: _Connection) -> _Client:
+    def welcome(self, key: bytes, connection: Connection) -> Client:
         """The client whose connection this is; in the connection's thread."""
         with self._arriving:
             client = self._clients.get(key)
             if client is None:
-                client = self._clients[key] = _Client(key, connection)
+                client = self._clients[key] = Client(key, connection)
             else:
                 client.connections.add(connection)
                 # Not with the first one, which may have been made by the parent of the process that it is for.
@@ -371,7 +94,7 @@ class Server:
                     self._watch(client, connection)
             return client
 
-    def give(self, taker: _Client, key: bytes, handles: tuple[int, ...], keeps: bool) -> list[int]:
+    def give(self, taker: Client, key: bytes, handles: tuple[int, ...], keeps: bool) -> list[int]:
         """Give contexts and cards of one client to another.
 
         :param key: of the one that has them.
@@ -383,7 +106,7 @@ class Server:
             return []
         return [number for number in handles if sharing.share(giver, taker, number, keeps=keeps)]
 
-    def _watch(self, client: _Client, connection: _Connection) -> None:
+    def _watch(self, client: Client, connection: Connection) -> None:
         """See when the client's process ends; it may have forked, with no hook run, and left copies of everything."""
         process = connection.process()
         if process is not None:
@@ -392,7 +115,7 @@ class Server:
             except RuntimeError:  # no more threads; its descriptors will tell
                 os.close(process)
 
-    def _until_it_ends(self, process: int, client: _Client) -> None:
+    def _until_it_ends(self, process: int, client: Client) -> None:
         watch = select.poll()
         watch.register(process, select.POLLIN)
         watch.poll()
@@ -407,7 +130,7 @@ class Server:
         except RuntimeError:  # no more threads
             self._clean_up(connection)
 
-    def _clean_up(self, connection: _Connection) -> None:
+    def _clean_up(self, connection: Connection) -> None:
         connection.unwatched.set()
         connection.hang_up()
         client = connection.client
@@ -416,7 +139,7 @@ class Server:
             if client.presence is connection:
                 self._gone(client)
 
-    def _gone(self, client: _Client) -> None:
+    def _gone(self, client: Client) -> None:
         with self._arriving:
             known = self._clients.pop(client.key, None)
             if not self._clients and self._has_one_client:

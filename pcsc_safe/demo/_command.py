@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> int:
     :return: the exit status, see :data:`EPILOG`.
     """
     try:
-        from ..testing import PcscStackError, VirtualPcsc
+        from ..testing import PcscStackError, VirtualPcsc  # --help needs none
     except ImportError as error:
         print(
             f"the demo cannot run: {error}; install pcsc_safe with what it needs: pip install pcsc-safe",
@@ -67,7 +67,7 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 
 def _show(hazards: Sequence[Hazard], safe: str, as_json: bool) -> int:
-    from .. import __version__
+    from .. import __version__  # not known while the package is being imported
 
     live: Optional[Live] = None
     if not as_json:
@@ -116,7 +116,7 @@ def _summary(rows: Sequence[Row], safe: str, let_through: Sequence[str]) -> str:
 
 
 def _as_json(results: Sequence[tuple[Hazard, _Pair]], safe: str, let_through: Sequence[str]) -> dict[str, Any]:
-    from ..testing._versions import versions
+    from ..testing._versions import versions  # only --json and the page tell them
 
     return {
         "versions": versions(),

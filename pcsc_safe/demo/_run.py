@@ -26,7 +26,7 @@ def run(hazard: Hazard, module: str, stop: threading.Event) -> Run:
     :raises PcscStackError: there is no virtual stack to be had.
     :raises Stopped: ``stop`` was set.
     """
-    from ..testing import EchoCard, VirtualPcsc
+    from ..testing import EchoCard, VirtualPcsc  # only a run needs a stack
 
     with VirtualPcsc(cards=[EchoCard(), EchoCard()], activate=False) as stack:
         # Settings of the user's would make it another demonstration.

@@ -95,9 +95,9 @@ def hazards() -> Iterator[Finding]:
     if why_not:
         yield Finding("hazards", Status.SKIPPED, "hazards", why_not[0], why_not[1])
         return
-    from ..demo._judge import Outcome
-    from ..demo._run import judged
-    from ..demo.hazards import load
+    from ..demo._judge import Outcome  # only the probe needs the demo
+    from ..demo._run import judged  # as above
+    from ..demo.hazards import load  # as above
 
     every, shown, let_through = load(), 0, 0
     stop = threading.Event()
@@ -120,7 +120,7 @@ def hazards() -> Iterator[Finding]:
 
 
 def _no_stack() -> Optional[tuple[str, str]]:
-    from ..testing import PcscStackError, VirtualPcsc
+    from ..testing import PcscStackError, VirtualPcsc  # only the probe needs a stack
 
     try:
         with VirtualPcsc(activate=False):

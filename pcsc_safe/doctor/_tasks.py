@@ -139,7 +139,7 @@ def _import(name: str) -> tuple[Any, str]:
 
 def detection(stage: Stage) -> None:
     """Fork by Python and by C, and see what notices it."""
-    from .._core import process
+    from .._core import process  # this process may crash in it
 
     def child(name: str) -> Callable[[], None]:
         return lambda: stage.report(name, noticed_by=process.current().noticed_by)
@@ -156,7 +156,7 @@ def broker(stage: Stage, establish: str = "") -> None:
     """
     import pcsc_safe
 
-    from ..broker import family
+    from ..broker import family  # this process may crash in it
 
     pcsc_safe.configure(broker="always")
     started = time.monotonic()

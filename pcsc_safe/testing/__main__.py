@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _card(kind: str) -> Optional[VirtualCard]:
     if kind == "piv":
-        from .piv import PivCard
+        from .piv import PivCard  # needs the extra piv
 
         return PivCard.personalised()
     return EchoCard() if kind == "echo" else None

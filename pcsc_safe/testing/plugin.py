@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     """Name what the virtual stack consists of here."""
-    from ._install import Missing, look
+    from ._install import Missing, look  # pytest loads this plugin in every run
 
     found = look()
     if isinstance(found, Missing):
@@ -54,12 +54,12 @@ def pcsc_stack(request: pytest.FixtureRequest) -> Iterator[VirtualPcsc]:
     It has two readers, or as many as the test asks for: ``@pytest.mark.pcsc(readers=4)``.  The test is skipped where
     pcscd or vpcd is missing.
     """
-    from ._install import Missing, look
+    from ._install import Missing, look  # as above
 
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
-    from . import EchoCard, VirtualPcsc
+    from . import EchoCard, VirtualPcsc  # as above
 
     marker = request.node.get_closest_marker("pcsc")
     readers = marker.kwargs.get("readers", 2) if marker else 2

@@ -1,0 +1,84 @@
+"""What a drawing says: sessions, processes and notes in words.
+
+Whatever comes from outside, the names of readers and programs, goes through :func:`escaped`.  A fork changes nothing
+here: it runs when the program has ended.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+
+from .history import History, Lane, Session
+
+__all__ = ["duration", "escaped", "life_in_words", "notes", "session_in_words", "shortened", "times"]
+
+_CAME = {
+    "start": "was started",
+    "fork": "was forked",
+    "C fork": "was forked by C code, which runs no hooks, and is known from its first use of PC/SC on",
+    "exec": "was started by exec, in the place of what had this PID before",
+    "broker": "was started to do PC/SC for others",
+}
+_WENT = {
+    "seen": "its end was seen",
+    "exec": "it became another program, by exec",
+    "gone": "it ended somewhere where it fades",
+    "unknown": "its end is not known",
+}
+_ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def escaped(text: str) -> str:
+    """Safe in XML and HTML, as content and in an attribute; what XML can't hold is replaced."""
+    return html.escape(_ILLEGAL.sub("\ufffd", text))
+
+
+def shortened(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: max(1, letters - 1)] + "…"
+
+
+def duration(ns: float) -> str:
+    """For people: 3 digits."""
+    for unit, size in (("s", 1e9), ("ms", 1e6)):
+        if ns >= size:
+            return f"{ns / size:.3g} {unit}" if ns < 1000 * size else f"{ns / size:.0f} {unit}"
+    return f"{ns / 1e3:.0f} µs"
+
+
+def times(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def session_in_words(session: Session) -> str:
+    thread = f" by thread {session.thread}" if session.thread and session.owned else ""
+    words = [f"context {session.how}{thread}"]
+    if session.at:
+        words.append(f"established at {session.at}")
+    if session.through:
+        words.append(f"through broker {session.through}")
+    if session.end:
+        words.append(f"until {session.end}")
+    return ", ".join(words)
+
+
+def life_in_words(lane: Lane) -> str:
+    parent = f" by process {lane.parent.pid}" if lane.parent is not None else ""
+    gap = "; its record has an end before it" if lane.is_incomplete else ""
+    return f"{lane.title()}: {_CAME[lane.how]}{parent}; {_WENT[lane.end]}{gap}"
+
+
+def notes(history: History, not_drawn: int) -> Iterator[str]:
+    """What isn't in the drawing."""
+    if not_drawn:
+        yield f"{not_drawn} processes more are not drawn."
+    if history.left_out:
+        yield f"{history.left_out} more had nothing to do with PC/SC, and are left out."
+    incomplete = [str(lane.pid) for lane in history.lanes if lane.is_incomplete]
+    if incomplete:
+        yield f"The record of process {', '.join(incomplete)} is cut off: it was full, or could no longer be written."
+    yield (
+        "Missing are processes that are not Python's, keep off PYTHONPATH, or could not write a record: those that "
+        "were started in another root directory, or as another user."
+    )
