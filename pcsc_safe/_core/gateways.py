@@ -82,13 +82,13 @@ class Brokers(Protocol):
     def prepare(self) -> None:
         """Import what they take, so that nothing need be imported in a child."""
 
-    def mine(self) -> BrokerGateway:
+    def get(self) -> BrokerGateway:
         """The one of this process, started if need be.
 
         :raises BrokerError: it can't be started.
         """
 
-    def usable(self) -> Optional[BrokerGateway]:
+    def existing(self) -> Optional[BrokerGateway]:
         """The one of this process, if it has one."""
 
     def as_broker(self, gateway: object) -> Optional[BrokerGateway]:

@@ -232,7 +232,7 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
         if call.role is Role.VALIDITY:
             return INVALID_HANDLE
         raise _lost_share(call.name, record)
-    broker = gateways.brokers.mine()
+    broker = gateways.brokers.get()
 
     def take_part() -> bool:
         if record.owner is process.current():
@@ -317,7 +317,7 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
         )
         return through.establish(scope, keep)
     log.info("process %d needs a broker: pcscd had more readers before it was restarted", process.current().pid)
-    return gateways.brokers.mine().establish(scope, keep, OUTGROWN)
+    return gateways.brokers.get().establish(scope, keep, OUTGROWN)
 
 
 def gateway(function: str, context: Optional[Context]) -> Gateway:
@@ -332,7 +332,7 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
     if way is Way.NATIVE:
         return gateways.native
     if way is Way.BROKER:
-        return gateways.brokers.mine()
+        return gateways.brokers.get()
     raise unsafe(function, context)
 
 

@@ -197,7 +197,7 @@ def _complete(plan: Plan, ident: int) -> Optional[str]:
 def _choose(plan: Plan) -> None:
     in_force = settings.settings()
     given = _contexts_to_give(plan.blocks, in_force.owner)
-    broker = gateways.brokers.usable()
+    broker = gateways.brokers.existing()
     plan.native = [context for context in given if context.gateway is gateways.native]
     plan.in_broker = [context for context in given if context.gateway is broker]
     own = [context for context in list(handles.contexts.values()) if context.owner is process.here]
@@ -229,7 +229,7 @@ def _reserve(plan: Plan) -> Optional[str]:
         if not _keep_threads_out(context):
             return "another thread hands a context over"
         plan.given.append(context)
-    broker = gateways.brokers.usable()
+    broker = gateways.brokers.existing()
     if broker is not None and (plan.in_broker or plan.shared):
         plan.inherited_connection = broker.prepare_child(_numbers(plan.in_broker), _numbers(plan.shared))
     plan.start_signal = _socket.socketpair()
@@ -366,7 +366,7 @@ def _take_possession(epoch: process.Epoch) -> None:
     if received is None or received[0] != epoch.pid:
         return
     plan = received[1]
-    broker = gateways.brokers.usable()
+    broker = gateways.brokers.existing()
     for context in [*plan.handed_over(), *plan.shared]:
         if context in plan.native:
             # A wait for events that began at the last moment is on this connection as well, and reads from it.

@@ -25,19 +25,19 @@ __all__ = [
     "as_broker",
     "describe",
     "died_too_often",
+    "existing",
     "files_to_preserve",
     "functions",
-    "mine",
+    "get",
     "prepare",
     "prestart",
-    "usable",
 ]
 
 _broker: Optional[Broker] = None
 _starting = threading.RLock()
 
 
-def mine() -> Broker:
+def get() -> Broker:
     """The broker of this process; it is started if there is none.
 
     :raises BrokerError: it can't be.
@@ -45,7 +45,7 @@ def mine() -> Broker:
     return _started(for_family=settings().broker is When.ALWAYS)
 
 
-def usable() -> Optional[Broker]:
+def existing() -> Optional[Broker]:
     """The broker of this process, if it has one; for who knows that its epoch has begun, or is about to."""
     return _broker if _broker is not None and not _broker.lost else None
 
@@ -57,7 +57,7 @@ def as_broker(gateway: object) -> Optional[Broker]:
 
 def files_to_preserve() -> list[int]:
     """The descriptors without which this process loses its broker."""
-    broker = usable()
+    broker = existing()
     return broker.files_to_preserve() if broker is not None else []
 
 
@@ -79,7 +79,7 @@ def _started(for_family: bool) -> Broker:
 
     def start_once() -> Broker:
         global _broker
-        broker = usable()
+        broker = existing()
         if broker is None or broker.epoch is not here:
             broker = _broker = gate.during("the start of a broker", _start_one, for_family)
         return broker
@@ -114,7 +114,7 @@ def _persistently(ask: Callable[[Broker], Any]) -> Any:
     """What needs no session, asked of whatever broker this process has; of another if one dies meanwhile."""
     for _ in range(_ATTEMPTS):
         with contextlib.suppress(LostError):
-            return ask(mine())
+            return ask(get())
     raise died_too_often()
 
 

@@ -90,7 +90,7 @@ def called_often() -> None:
             safe.SCardDisconnect(card, safe.SCARD_LEAVE_CARD)
 
     def pages() -> int:
-        return int(Path(f"/proc/{family.mine().helper_pid}/statm").read_text().split()[1])
+        return int(Path(f"/proc/{family.get().helper_pid}/statm").read_text().split()[1])
 
     tracemalloc.start()
     calls()

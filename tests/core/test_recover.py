@@ -352,7 +352,7 @@ def test_nothing_is_left_of_old_contexts(stack: VirtualPcsc, way: str) -> None:
         from pcsc_safe.broker import family
 
         def used() -> Any:
-            broker = family.usable()  # it may be that of this process's family
+            broker = family.existing()  # it may be that of this process's family
             processes = [os.getpid(), *([broker.helper_pid] if broker is not None else [])]
             return [len(descriptors(pid)) for pid in processes], len(handles.contexts), len(handles.cards)
 
