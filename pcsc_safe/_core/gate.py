@@ -219,7 +219,7 @@ def _raise_later(ident: int, error: BaseException) -> None:
 
 def _in_hook() -> None:
     global _forked_by
-    _forked_by = get_ident()  # if it is inside, the fork was in_flight.made in the middle of a call, by a finalizer
+    _forked_by = get_ident()  # if it is inside, the fork was made in the middle of a call, by a finalizer
 
 
 def _begin(epoch: process.Epoch) -> None:

@@ -1,6 +1,6 @@
-"""What a fork gives to its child, in three steps: plan, transfer, confirm.
+"""What a fork gives to its child, in three steps: plan, confirm, transfer.
 
-- *Plan*, in the parent before the fork, with every other thread kept out: :func:`_plan_before_fork`.
+- *Plan*, in the parent before the fork, when the gate is closed: :func:`_plan_before_fork`.
 - *Confirm*, in the child's hook: the child says over a socket pair that there is one, :func:`_confirm_in_child`; and in
   the parent after the fork, which gives up what the child has now, or keeps everything, :func:`_settle_in_parent`.  A
   hook in the parent is not told whether there is a child, and a fork can fail.

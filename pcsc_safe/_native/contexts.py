@@ -477,3 +477,6 @@ def _begin(epoch: process.Epoch) -> None:
     doomed.clear()
     establishing.renew()
     in_flight.places[establishing] = None
+
+
+process.at_fork(at_begin=_begin)

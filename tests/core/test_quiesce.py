@@ -47,11 +47,13 @@ from calling import (
 )
 from cforks import c_fork
 from conftest import ECHO, Session
-from forking import in_child, in_program, start, wait_for
+from forking import fork, in_child, in_program, start, wait_for
 from interrupts import Alarm, before_3_10, no_new_process, raise_alarm
 
 import pcsc_safe
 from pcsc_safe import scard as safe
+from pcsc_safe._core import process
+from pcsc_safe._native import pyscard
 from pcsc_safe.errors import ForkUnsafeError
 from pcsc_safe.testing import VirtualPcsc
 
@@ -1040,3 +1042,48 @@ def single_threaded() -> None:
     session.assert_untouched()
     counts.append(threading.active_count())
     print(json.dumps([answers, counts, safe.SCardReleaseContext(session.context)]))
+
+
+def fork_while_a_thread_establishes() -> None:
+    """Print who was inside, as a child and a grandchild see it; the function stands still in the native library."""
+    inside, may_leave = threading.Event(), threading.Event()
+
+    def establish(scope: int) -> Any:
+        inside.set()
+        may_leave.wait(ENOUGH)
+        return [safe.SCARD_E_NO_SERVICE, 0]
+
+    safe.SCardReleaseContext(safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1])
+    pcsc_safe.configure(quiesce_timeout=0.2)
+    pyscard.raw["SCardEstablishContext"] = establish
+
+    def forked(then: Callable[[], None]) -> None:
+        inside.clear()
+        may_leave.clear()
+        thread = threading.Thread(target=safe.SCardEstablishContext, args=(safe.SCARD_SCOPE_SYSTEM,))
+        thread.start()
+        assert inside.wait(ENOUGH)
+        pid = fork()
+        if pid == 0:
+            unquiet = process.current().unquiet
+            print(unquiet.function if unquiet else None, flush=True)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        may_leave.set()
+        thread.join()
+        then()
+
+    def again_in_a_child() -> None:
+        pid = fork()
+        if pid == 0:
+            process.current()
+            forked(lambda: os._exit(0))
+        os.waitpid(pid, 0)
+
+    forked(again_in_a_child)
+
+
+def test_establishing_is_waited_for_in_every_generation(shared_stack: VirtualPcsc) -> None:
+    """A fork beside SCardEstablishContext is unquiet, whether the first process makes it or its child."""
+    done = in_program(fork_while_a_thread_establishes, env={**os.environ, **shared_stack.env})
+    assert (done.stdout.split(), done.returncode) == (["SCardEstablishContext"] * 2, 0), done.stderr

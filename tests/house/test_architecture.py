@@ -184,3 +184,11 @@ def test_public_modules_say_what_is_public() -> None:
         assert ast.get_docstring(tree), path
     for name in pcsc_safe.__all__:
         assert getattr(pcsc_safe, name) is not None
+
+
+def test_what_begins_with_an_epoch_is_registered() -> None:
+    """A module's ``_begin(epoch)`` is called in every child; the function alone would never be missed."""
+    for name, file in modules().items():
+        text = file.read_text()
+        if "\ndef _begin(epoch" in text and name != "_core.process":
+            assert "at_begin=_begin)" in text, name
