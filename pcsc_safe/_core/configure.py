@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ..errors import SettingsError
 from ..policy import SETTINGS, Broker, Cards, Owner, Policy, Settings
-from . import connections, handles, settings
+from . import connections, handles, settings  # noqa: F401  # connections: for guard_native, without any call of PC/SC
 from .calls import Kind
 
 __all__ = ["configure"]
-
-connections.listen()  # for guard_native, which counts without any call of PC/SC
 
 if not TYPE_CHECKING:
 
@@ -58,7 +56,7 @@ else:  # what type checkers and the documentation know
         :param broker_python: the Python interpreter that runs brokers; ``""``, the default: the one that runs this
             program.
         :param owner: who has the sessions after a fork: the ``parent`` (the default), or the ``child``, as in
-        :func:`pcsc_safe.handover`.
+            :func:`pcsc_safe.handover`.
         :param guard_native: whether the children that are forked from now on are to have none of this process's
             connections to pcscd, those included that a PKCS#11 module or other native code has opened, so that what
             becomes of a child doesn't reach the sessions of such code; not, by default.

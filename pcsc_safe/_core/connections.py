@@ -237,13 +237,4 @@ def _files_of(pid: int) -> set[tuple[int, int]]:
     return files
 
 
-def listen() -> None:
-    """Guard, or don't, as the settings say, from now on; a second time does nothing."""
-    global _listens
-    if not _listens:
-        _listens = True
-        when_changed(lambda settings: guard_all(settings.guard_native))
-
-
-_listens = False
-listen()
+when_changed(lambda settings: guard_all(settings.guard_native))

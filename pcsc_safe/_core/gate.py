@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import threading
-from functools import partial
 from typing import Any, Callable
 
 from ..policy import Policy, Settings, native_works_after_fork
@@ -22,21 +21,23 @@ from .unpatched import count_threads, get_ident, monotonic, sleep, start_new_thr
 __all__ = ["close_quietly", "during", "open_again", "raise_later", "stays_quiet", "wait_for", "wait_until_open"]
 
 _PAUSE = 0.001  # s
-
+_WAKE_AGAIN = 0.01  # s; a wait that can't be ended for good may have begun since
+_GRACE = 1.0  # s; longer than a fork takes that waited for quiesce_timeout
 
 quiesce_timeout = 1.0
 """How long a fork waits, in seconds; a setting."""
 
-may_child_use_native: Callable[[], bool] = partial(bool, 1)
-"""Whether a child may use the native library at all; if not, a fork waits for no native call."""
-
-_WAKE_AGAIN = 0.01  # s; a wait that can't be ended for good may have begun since
-
-_GRACE = 1.0  # s; longer than a fork takes that waited for quiesce_timeout
-
+_policy = Policy.AUTO
 _thread_names: dict[int, str] = {}
-
 _forked_by = 0
+
+
+def _configured(settings: Settings) -> None:
+    global quiesce_timeout, _policy
+    quiesce_timeout, _policy = settings.quiesce_timeout, settings.policy
+
+
+when_changed(_configured)
 
 
 def wait_for(place: in_flight.Place, may_pass: bool = False) -> bool:
@@ -116,7 +117,8 @@ def stays_quiet() -> bool:
 
 def _before_fork() -> None:
     if count_threads() or in_flight.calls():
-        _close(everything=may_child_use_native())
+        # A child that can't use the native library anyway needs no native call to end.
+        _close(everything=_policy is not Policy.BROKER and native_works_after_fork())
     for place in list(in_flight.unsettled):
         place.settle()
 
@@ -238,14 +240,4 @@ def _begin(epoch: process.Epoch) -> None:
 
 # To open is one step that nothing can interrupt. A hook in Python could be left by what a signal handler raises.
 process.around_fork(_before_fork, in_flight.closers.clear)
-
 process.at_fork(in_hook=_in_hook, at_begin=_begin)
-
-
-def _configured(settings: Settings) -> None:
-    global quiesce_timeout, may_child_use_native
-    quiesce_timeout = settings.quiesce_timeout
-    may_child_use_native = lambda: settings.policy is not Policy.BROKER and native_works_after_fork()  # noqa: E731
-
-
-when_changed(_configured)

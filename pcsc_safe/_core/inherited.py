@@ -238,9 +238,9 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
         if record.owner is process.current():
             return True
         cards = list(context.cards.values())
-        owners = gateways.brokers.as_broker(context.gateway)
-        if owners is not None and context.real in broker.inherit(
-            owners.key, [context.real, *(card.real for card in cards)], keeps=True
+        theirs = gateways.brokers.as_broker(context.gateway)
+        if theirs is not None and context.real in broker.inherit(
+            theirs.key, [context.real, *(card.real for card in cards)], keeps=True
         ):
             context.gateway = broker
             for card in cards:

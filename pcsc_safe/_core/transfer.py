@@ -62,8 +62,8 @@ def obstacle(context: Context) -> Optional[tuple[str, str]]:
 
 def are_intact(context: Context) -> bool:
     """Whether all its connections are known, and there."""
-    descriptors = context.gateway.descriptors(context.real)
-    return bool(descriptors) and all(one is not None and one.is_intact() for one in descriptors)
+    found = context.gateway.descriptors(context.real)
+    return bool(found) and all(one is not None and one.is_intact() for one in found)
 
 
 class Plan:

@@ -21,9 +21,6 @@ from .pyscard import raw
 __all__ = ["card_call"]
 
 
-# The way of a call on a card, in as few steps as there are.
-
-
 def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
     """What makes a call on a card that this process owns.
 

@@ -235,7 +235,7 @@ class NativeContexts:
             avoided.append(context)
             return _ASK_ANOTHER
         # pcscd is gone, or takes no more: then that answer is all there is.
-        return CALLS[function].failure(refused, ([],)) if refused == NO_SERVICE else result
+        return [refused, *result[1:]] if refused == NO_SERVICE else result
 
     def is_behind(self, owned: Any) -> bool:
         """Whether these are still what is behind the PC/SC context, in this process."""

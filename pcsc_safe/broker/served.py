@@ -38,8 +38,8 @@ _32_BITS = 0xFFFFFFFF
 _UNTIL_CANCELLED = 0.002  # s
 
 
-class Served(Protocol):
-    """The broker that a connection belongs to."""
+class Clients(Protocol):
+    """All clients of a broker; the server is it."""
 
     def welcome(self, key: bytes, connection: Connection, /) -> Client:
         """The client whose connection this is."""
@@ -80,7 +80,7 @@ class Client:
 class Connection:
     """One connection of a client; carries one call at a time."""
 
-    def __init__(self, server: Served, ours: socket.socket) -> None:
+    def __init__(self, server: Clients, ours: socket.socket) -> None:
         self._server = server
         self._socket = ours
         self.number = ours.fileno()

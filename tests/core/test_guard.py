@@ -337,3 +337,12 @@ def test_the_guard_loads_no_pyscard() -> None:
     code = "import sys, pcsc_safe; sys.exit(bool({'smartcard', 'wrapt'} & set(sys.modules)))"
     env = {**os.environ, "PCSC_SAFE_GUARD_NATIVE": "1"}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=20)
+
+
+def test_configure_alone_is_enough() -> None:
+    """A program that uses PKCS#11 only, and never imports pcsc_safe.scard, has its children guarded."""
+    code = (
+        "import sys, pcsc_safe; pcsc_safe.configure(guard_native=True); assert 'smartcard' not in sys.modules\n"
+        "from pcsc_safe._core import descriptors; assert descriptors.others is not tuple"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from brokers import ENOUGH, Client, Link, descriptors, until
-from calling import Calling, waits_on
+from calling import Calling, HeldCard, waits_on
 from conftest import ECHO, IS_VERIFIED, VERIFY, Session
 from forking import in_child, start, wait_for
 from rawscard import raw
@@ -32,7 +32,7 @@ from pcsc_safe import scard as safe
 from pcsc_safe._core import recovery
 from pcsc_safe._core.calls import CALLS
 from pcsc_safe.errors import ForkedHandleError
-from pcsc_safe.testing import EchoCard, VirtualPcsc
+from pcsc_safe.testing import VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
 
 OK, LEAVE, UNPOWER = safe.SCARD_S_SUCCESS, safe.SCARD_LEAVE_CARD, safe.SCARD_UNPOWER_CARD
@@ -46,27 +46,12 @@ NOT_YET, VERIFIED, ECHOED = [OK, [0, 0x90, 0x00]], [OK, [1, 0x90, 0x00]], [OK, [
 HELD = [0x80, 0x02, 0x00, 0x00, 0x03, 7, 8, 9]
 
 
-class Card(EchoCard):
-    """An EchoCard that never answers INS 02, for pcscd dies meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reached, self.go = threading.Event(), threading.Event()
-
-    def apdu(self, command: bytes) -> bytes:
-        if command[1] != 0x02:
-            return super().apdu(command)
-        self.reached.set()
-        assert self.go.wait(ENOUGH)
-        return b"\x90\x00"
-
-
 @pytest.fixture(scope="module")
 def module_stack() -> Iterator[VirtualPcsc]:
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
-    with VirtualPcsc(2, [Card()]) as stack:
+    with VirtualPcsc(2, [HeldCard()]) as stack:
         yield stack
 
 
@@ -77,7 +62,7 @@ def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
     if not module_stack.pid:
         module_stack.start()
     if module_stack.readers[0].card is None:
-        module_stack.readers[0].insert(Card())
+        module_stack.readers[0].insert(HeldCard())
     module_stack.wait_for_clients(0)
 
 
@@ -109,7 +94,7 @@ ASKED_FOR: dict[str, Callable[[VirtualPcsc], Any]] = {
     "restart": VirtualPcsc.restart,
     "kill in an exchange": kill_in_an_exchange,
     "remove": lambda stack: stack.readers[0].remove(),
-    "insert": lambda stack: stack.readers[0].insert(Card()),
+    "insert": lambda stack: stack.readers[0].insert(HeldCard()),
 }
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any, Callable, Optional
 
-from forking import in_program
+from forking import in_child, in_program
 
 from pcsc_safe.testing import VirtualPcsc
 
@@ -68,16 +68,14 @@ def use_it() -> None:
     _, readers = scard["SCardListReaders"](context, [])
     hresult, card, _ = scard["SCardConnect"](context, readers[0], 2, 3)
     told = {"connected": hresult, "owner": list(recording.seen)}
-    answer, into = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+
+    def child() -> Any:
         recording.seen.clear()
         hresult, again = scard["SCardListReaders"](context, [])
         reset = scard["SCardStatus"](card)[0] == scard["SCARD_W_RESET_CARD"]
-        os.write(into, json.dumps([hresult, again == readers, reset, recording.seen]).encode())
-        os._exit(0)
-    os.waitpid(pid, 0)
-    told["child"] = json.loads(os.read(answer, 4096))
+        return [hresult, again == readers, reset, recording.seen]
+
+    told["child"] = in_child(child)
     recording.fault = scard["SCARD_E_READER_UNAVAILABLE"]
     told["faults"] = [scard["SCardStatus"](card)[0] == recording.fault, scard["SCardListReaders"](context, [])[1]]
     recording.fault = None
