@@ -18,7 +18,7 @@ class NativeGateway(Gateway, Protocol):
     """The gateway that is this process's own native library.
 
     What it knows a PC/SC context by (``real``) lives in this process, and can be handed over at a fork: it has
-    ``give()``, ``take_back()``, ``take_over(epoch)`` and ``release_dead()``.
+    ``tidy()``, ``give()``, ``give_latest()``, ``take_back()``, ``take_over(epoch)`` and ``release_dead()``.
     """
 
     def is_loaded(self) -> bool:

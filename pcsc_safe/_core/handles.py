@@ -19,7 +19,7 @@ from typing import Any, Callable, Optional, Union
 
 from ..errors import PcscSafeError
 from ..policy import Settings
-from . import descriptors, in_flight, observer, process
+from . import descriptors, in_flight, observer, one_step, process
 from .calls import Gateway, Kind
 from .unpatched import RLock
 
@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "lose",
     "register",
+    "update",
 ]
 
 family = os.urandom(16)
@@ -52,7 +53,7 @@ class Context:
     :ivar established_at: ``file:line`` in the application.
     :ivar overrides: settings of this context alone.
     :ivar cards: those connected through it and not yet disconnected, by number.
-    :ivar lock: held by the thread that gets this process its own; a new one after every fork.
+    :ivar turn: of the threads that get this process its own; see :func:`one_step.in_turn`.
     :ivar cancels: how often the application has called SCardCancel.
     :ivar outlasting: the threads whose waits go on although pcscd was gone in between.
     :ivar context: itself, so that a context and a card can be asked alike.
@@ -66,7 +67,6 @@ class Context:
         "established_at",
         "gateway",
         "key",
-        "lock",
         "number",
         "outlasting",
         "overrides",
@@ -75,6 +75,7 @@ class Context:
         "released",
         "safe",
         "scope",
+        "turn",
     )
 
     def __init__(
@@ -94,7 +95,7 @@ class Context:
         self.established_at = _outside_frame()
         self.overrides: dict[str, Any] = {}
         self.cards: dict[int, Card] = {}
-        self.lock = RLock()
+        self.turn = RLock()
         self.cancels = 0
         self.outlasting: list[int] = []
         self.context = self
@@ -128,7 +129,7 @@ class Card:
     :ivar share_mode: SCARD_SHARE_* as last asked for.
     :ivar protocol: SCARD_PROTOCOL_* that was agreed on, or what was asked for where none was (SCARD_SHARE_DIRECT).
     :ivar transactions: how many SCardBeginTransaction are open.
-    :ivar lock: held by the thread that gets this process a connection of its own; a new one after every fork.
+    :ivar turn: of the threads that get this process a connection of its own; see :func:`one_step.in_turn`.
     :ivar warned: the epochs of the last loss that was logged: where, and whose it was.
     """
 
@@ -136,7 +137,6 @@ class Card:
     __slots__ = (
         "context",
         "key",
-        "lock",
         "native",
         "number",
         "owner",
@@ -147,6 +147,7 @@ class Card:
         "safe",
         "share_mode",
         "transactions",
+        "turn",
         "warned",
     )
 
@@ -154,7 +155,7 @@ class Card:
         self.safe: Any = None
         self.number = self.real = real
         self.native = native
-        self.lock = RLock()
+        self.turn = RLock()
         self.context = context
         self.owner = context.owner
         self.reader = reader
@@ -240,18 +241,40 @@ def disown(gateway: Gateway) -> None:
     """Give up what this process had through a gateway that is no more, as if it were another process's."""
     for context in list(contexts.values()):
         if context.gateway is gateway and context.owner is process.current():
-            lose(context, process.LOST)
+            lose(context, context.real, process.LOST)
 
 
-def lose(context: Context, how: str) -> None:
-    """Give up a context of this process and its cards, as if they were another process's.
+def update(record: Record, owned_by: process.Epoch, /, **attributes: Any) -> bool:
+    """Set attributes of a record in one step; unless it has another owner by now, or is released.
 
+    So one of several threads makes a record this process's own.
+
+    :param owned_by: the one that it is to have still.
+    :return: whether it was done.
+    """
+    steps = one_step.called([(setattr, record, name, value) for name, value in attributes.items()])
+    # From this look to the end of extend() no other code runs, of this thread or of any other.
+    if record.owner is owned_by and not record.released:
+        one_step.nowhere.extend(steps)
+        return True
+    return False
+
+
+def lose(record: Record, real: Any, how: str) -> None:
+    """Give up the context of a record and its cards, as if they were another process's; in one step.
+
+    Unless another thread has been quicker.
+
+    :param real: what the record was known by in the call that noticed the loss.
     :param how: LOST or SERVICE_LOST, of :mod:`process`.
     """
-    context.owner = lost = process.Epoch(process.current(), how)
+    context, here = record.context, process.current()
+    lost = process.Epoch(here, how)
+    steps = one_step.called([(setattr, each, "owner", lost) for each in (context, *list(context.cards.values()))])
+    if record.real is not real or record.owner is not here or context.owner is not here:  # as in update()
+        return
+    one_step.nowhere.extend(steps)
     observer.record("lost", context=context.key)
-    for card in list(context.cards.values()):
-        card.owner = lost
     for descriptor in context.gateway.descriptors(context.real):
         descriptors.kill([descriptor])
         descriptors.unguard(descriptor)
@@ -302,10 +325,10 @@ def _is_library(module: str) -> bool:
 
 def _begin(epoch: process.Epoch) -> None:
     for context in list(contexts.values()):
-        context.lock = RLock()
+        context.turn = RLock()
         context.outlasting.clear()
         for card in list(context.cards.values()):
-            card.lock = RLock()
+            card.turn = RLock()
 
 
 process.at_fork(at_begin=_begin)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from itertools import takewhile
-from typing import Any, Callable, NamedTuple, Protocol
+from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 from . import process
 from .one_step import Operation, called, in_one_step, is_not_false
@@ -45,8 +45,11 @@ __all__ = [
 class Owned(Protocol):
     """What a call is made on: live in one process, that whose epoch is its owner."""
 
-    owner: process.Epoch
-    released: bool
+    @property
+    def owner(self) -> Optional[process.Epoch]: ...
+
+    @property
+    def released(self) -> bool: ...
 
 
 class InFlight(NamedTuple):

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from typing import Any, Callable, Optional, Protocol
+
+from .one_step import in_turn
+from .unpatched import RLock
 
 __all__ = [
     "HANDED_OVER",
@@ -68,7 +70,7 @@ class Epoch:
     :ivar unquiet: who was inside the native library when it, or an ancestor, was forked; None after a quiet fork.
     """
 
-    __slots__ = ("_lock", "_successors", "_to_do", "noticed_by", "number", "parent", "pid", "unquiet")
+    __slots__ = ("_successors", "_to_do", "_turn", "noticed_by", "number", "parent", "pid", "unquiet")
 
     def __init__(self, parent: Optional[Epoch], noticed_by: str, forks: int = 0) -> None:
         self.pid = os.getpid()
@@ -76,7 +78,7 @@ class Epoch:
         self.noticed_by = noticed_by
         self.parent = parent
         self.unquiet: Any = parent.unquiet if parent else None
-        self._lock = threading.RLock()
+        self._turn = RLock()
         self._to_do = list(_at_begin)
         self._successors: dict[tuple[int, int], Epoch] = {}
 
@@ -205,9 +207,7 @@ def current() -> Epoch:
         left = here
         epoch = left.successor("hook" if sentinel[_HOOKED] else "page" if _page else "pid", max(1, _hooks_run))
         # Made in this process by the line above, so nobody can have held this lock at the fork.
-        with epoch._lock:
-            if here is left:
-                _begin(epoch)
+        in_turn(epoch._turn, lambda: _begin(epoch) if here is left else None)
     return here
 
 

@@ -24,7 +24,7 @@ from _thread import get_ident
 from typing import Any, Callable
 
 from ..policy import Role
-from . import handles, one_step, process
+from . import handles, process
 from .calls import CALLS, Call
 from .handles import Context, Record
 from .library import SUCCESS, constant
@@ -76,13 +76,8 @@ def noticed(record: Record, real: int, hresult: int) -> bool:
     """
     if not recovers(record):
         return False
-    context = record.context
-
-    def lose() -> None:
-        if hresult != _COMM_ERROR and record.real == real and record.owner is process.current():
-            handles.lose(context, process.SERVICE_LOST)
-
-    one_step.exclusively(context.lock, lose)
+    if hresult != _COMM_ERROR:
+        handles.lose(record, real, process.SERVICE_LOST)
     return True
 
 

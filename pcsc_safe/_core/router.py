@@ -23,12 +23,13 @@ from . import (
     process,
     reader_states,
     recovery,
+    reestablish,
     transfer,
 )
 from .calls import CALLS, STALE, Call, Gateway, Kind, LostError
 from .handles import Card, Context, Record
-from .inherited import INVALID_HANDLE
 from .library import SUCCESS, constant
+from .reestablish import INVALID_HANDLE
 from .settings import settings
 
 __all__ = ["public"]
@@ -110,7 +111,7 @@ def _establish(scope: Any) -> Any:
     here = _notice()
     settings()
     if not _is_prepared and here.unquiet is not None and here.unquiet.function == in_flight.IMPORTS:
-        raise inherited.unsafe("SCardEstablishContext", None)
+        raise reestablish.unsafe("SCardEstablishContext", None)
     if not _is_prepared or descriptors.any_open() is None:
         gate.during(in_flight.IMPORTS, _prepare)
     kept: list[Context] = []
@@ -121,7 +122,7 @@ def _establish(scope: Any) -> Any:
 
     call = CALLS["SCardEstablishContext"]
     try:
-        return _persistently(call, lambda: inherited.establish(call.name, scope, keep), ())
+        return _persistently(call, lambda: reestablish.establish(call.name, scope, keep), ())
     except BaseException:  # a signal handler's: nobody gets what was established
         for context in kept:
             context.forget()
@@ -346,7 +347,7 @@ def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments
     here = _notice()
     record = handles.find(call.takes, handle)
     if record is None or (record.owner is here and (record.released or record.kind is not call.takes)):
-        through = inherited.gateway(call.name, None) if record is None else record.context.gateway
+        through = reestablish.gateway(call.name, None) if record is None else record.context.gateway
         real = handle if record is None else _number_of(record)
         return through.enter(call.name, through.functions[call.name], real, *arguments)
     if record.kind is not call.takes or record.released:
@@ -355,6 +356,8 @@ def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments
         answer = inherited.answer(call, record, arguments)
         if answer is not None:
             return answer
+        if record.released:
+            return call.failure(INVALID_HANDLE, arguments)
     through = record.context.gateway
     if through is not gateways.native:
         return _through_broker(call, route, record, handle, arguments)

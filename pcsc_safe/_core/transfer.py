@@ -54,6 +54,7 @@ def obstacle(context: Context) -> Optional[tuple[str, str]]:
         return None
     if not native_works_after_fork():
         return "a forked process can't use PC/SC on this platform", "set broker='always' before it is established"
+    context.real.tidy()
     # Another thread may be releasing one that is surplus.
     if not any(are_intact(context) or sleep(_PAUSE) for _ in range(_LOOKS)):
         return f"the connection of the context of {context.established_at} isn't known", "establish it anew"
@@ -217,8 +218,6 @@ def _cannot_begin(plan: Plan) -> Optional[str]:
         why_not = obstacle(context)
         if why_not:
             return why_not[0]
-    if plan.handed_over() and not gate.stays_quiet():
-        return "a call of another thread is inside PC/SC"
     return None
 
 
@@ -229,6 +228,10 @@ def _reserve(plan: Plan) -> Optional[str]:
         if not _keep_threads_out(context):
             return "another thread hands a context over"
         plan.given.append(context)
+    if plan.handed_over() and not gate.stays_quiet():
+        return "a call of another thread is inside PC/SC"
+    for context in plan.native:
+        context.real.give_latest()
     broker = gateways.brokers.existing()
     if broker is not None and (plan.in_broker or plan.shared):
         plan.inherited_connection = broker.prepare_child(_numbers(plan.in_broker), _numbers(plan.shared))

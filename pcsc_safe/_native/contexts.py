@@ -16,6 +16,7 @@ At a fork everything here stays the parent's; a child gets new native contexts, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
@@ -24,7 +25,7 @@ from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
 from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, made
 from .._core.library import SUCCESS, constant
-from .._core.one_step import Operation
+from .._core.one_step import Operation, in_one_step
 from .._core.unpatched import get_ident, monotonic, sleep
 from .native_context import NativeContext, cancel_natively, establishing, is_at, wait_until_given
 from .pyscard import raw
@@ -51,14 +52,18 @@ class NativeContexts:
     """Those behind one PC/SC context.
 
     :ivar scope: SCARD_SCOPE_*.
+    :ivar owner: the process in which more can be established; None from when they are given to a child that is being
+        forked.
     :ivar natives: they.
     :ivar waits: the waits for events on the PC/SC context, as their callers see them.
     """
 
-    __slots__ = ("natives", "scope", "waits")
+    __slots__ = ("natives", "owner", "released", "scope", "waits")
 
     def __init__(self, scope: Any) -> None:
         self.scope = scope
+        self.owner: Optional[process.Epoch] = process.current()
+        self.released = False
         self.natives: dict[NativeContext, None] = {}  # in the order in which they were established
         self.waits: dict[Any, None] = {}
 
@@ -206,7 +211,7 @@ class NativeContexts:
                 may_pass = gate.wait_for(establishing)
             else:
                 refused = self.establish(owned, may_pass=may_pass)
-                if refused != SUCCESS and not self._wait_for_one():
+                if refused != SUCCESS and not self._wait_for_one() and self.is_behind(owned):
                     return CALLS[function].failure(refused, ([],))
         return STALE
 
@@ -234,6 +239,8 @@ class NativeContexts:
         if refused == SUCCESS:
             avoided.append(context)
             return _ASK_ANOTHER
+        if not self.is_behind(owned):
+            return STALE
         # pcscd is gone, or takes no more: then that answer is all there is.
         return [refused, *result[1:]] if refused == NO_SERVICE else result
 
@@ -271,10 +278,14 @@ class NativeContexts:
             sweep()
 
     def tidy(self) -> None:
-        """Release the native contexts that are idle, without a card, and surplus: all of them but one."""
+        """Release the native contexts that are idle, without a card, and surplus: all of them but one.
+
+        One whose connection could be told is kept rather than another: it can be handed over.
+        """
         idle = [context for context in list(self.natives) if context.handle and not context.cards and not context.calls]
         woken = [context for context in idle if context.state == WOKEN]
-        for context in [*woken, *[context for context in idle if context.state == OPEN][1:]]:
+        usable = sorted([context for context in idle if context.state == OPEN], key=lambda one: one.descriptor is None)
+        for context in [*woken, *usable[1:]]:
             self._release(context)
 
     def _release(self, context: NativeContext, *, bare: bool = True, may_pass: bool = False) -> list[Any]:
@@ -322,7 +333,7 @@ class NativeContexts:
 
     def _establish_one(self, owned: Owned, may_pass: bool, *, thoroughly: bool) -> Optional[NativeContext]:
         """A native context, or why there is none; None if what it is for is no more this process's."""
-        while owned.owner is process.current():
+        while owned.owner is process.current() and self.owner is process.current():
             context = NativeContext()
             before, after = context.traces.operations(thoroughly)
             made: list[Operation] = [
@@ -334,10 +345,10 @@ class NativeContexts:
             ]
             try:
                 operations = [*before, *made, *after]
-                attempt(establishing, owned, "SCardEstablishContext", *operations, may_pass=may_pass)
+                attempt(establishing, self, "SCardEstablishContext", *operations, may_pass=may_pass)
             except OSError:  # a look at the descriptors failed: there is none left, or the one that was looked for
                 if not context.established:
-                    attempt(establishing, owned, "SCardEstablishContext", *made, may_pass=may_pass)
+                    attempt(establishing, self, "SCardEstablishContext", *made, may_pass=may_pass)
             if context.established:
                 context.settle()
                 return context
@@ -407,20 +418,26 @@ class NativeContexts:
 
         :return: False if another thread has done so.
         """
-        natives = self.settled()
-        if any(context.state == GIVEN for context in natives):
+        if self.owner is None:
             return False
-        for context in natives:
-            context.state = GIVEN
+        self.owner = None
+        self.give_latest()
         return True
+
+    def give_latest(self) -> None:
+        """The same for those that were being established meanwhile, when nobody is inside any more."""
+        for context in self.settled():
+            context.state = GIVEN
 
     def take_back(self) -> None:
         """Let everybody in again: there is no child."""
+        self.owner = process.current()
         for context in self.settled():
             context.state = OPEN
 
     def take_over(self, here: process.Epoch) -> None:
         """In a child: what was handed over is this process's."""
+        self.owner = here
         self.natives = dict.fromkeys(self.settled())
         self.waits.clear()
         for context in self.natives:
@@ -444,9 +461,10 @@ class NativeContexts:
             if context.descriptor is not None and descriptors.is_dead(context.descriptor.number):
                 if context.is_ours():  # else its lock is the parent's
                     context.wait_until_free(_RELEASE_WITHIN)
-                self.natives.pop(context, None)
                 in_flight.places.pop(context, None)
-                gate.during("SCardReleaseContext", raw["SCardReleaseContext"], context.handle)
+                with contextlib.suppress(KeyError):  # another thread has done it
+                    release = (raw["SCardReleaseContext"], context.handle)
+                    gate.during("SCardReleaseContext", in_one_step, (self.natives.pop, context), release)
         return not any(context in self.natives for context in natives)
 
 

@@ -16,12 +16,13 @@ import contextlib
 import os
 import threading
 from _thread import get_ident
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any, Callable, Optional
 
 from .._core import descriptors, gate, log, one_step, process
 from .._core.calls import Keep, KeepCard, LostError
+from .._core.library import constant
 from ..errors import BrokerError
 from . import start, wire
 from .connection import Connection, adopt, pair
@@ -83,15 +84,14 @@ class Broker:
         if result[0] == 0 and outgrown is not None:
             self._check(result[1], outgrown)
         if result[0] == 0:
-            result[1] = keep(result[1], result[1], self.epoch, self)
+            real = result[1]
+            with _undoing(lambda: self.forget(real)):
+                result[1] = keep(real, real, self.epoch, self)
         return result
 
     def _check(self, real: int, outgrown: int) -> None:
-        try:
+        with _undoing(lambda: self.forget(real)):
             hresult = self.functions["SCardListReaders"](real, [])[0]
-        except BaseException:  # a signal handler's: nobody gets what was established
-            self.forget(real)
-            raise
         if hresult == outgrown:
             log.info(
                 "process %d leaves the broker %d: pcscd had more readers before it was restarted",
@@ -104,7 +104,9 @@ class Broker:
         """SCardConnect; see :class:`calls.Gateway`."""
         result = self.functions["SCardConnect"](context.real, *arguments)
         if result[0] == 0:
-            result[1] = keep(result[1], None, result[2])
+            real = result[1]
+            with _undoing(lambda: self.functions["SCardDisconnect"](real, constant("SCARD_LEAVE_CARD"))):
+                result[1] = keep(real, None, result[2])
         return result
 
     def descriptors(self, real: Any) -> Sequence[Any]:
@@ -116,6 +118,10 @@ class Broker:
         if self.epoch is process.current() and not self.lost:
             with contextlib.suppress(LostError, BrokerError):
                 self.functions["SCardReleaseContext"](real)
+
+    def leave(self) -> None:
+        """Have no use for it: this process has another one."""
+        self._lost(under_way=False, say=False)
 
     def _function(self, number: int) -> Callable[..., Any]:
         encode, decode, ask = wire.encode_request, wire.decode, self._ask
@@ -198,14 +204,21 @@ class Broker:
     def _connect(self) -> Connection:
         self._drop_orphans()
         if self._presence is None:
-            one_step.exclusively(self._arriving, self._arrive_once)
+            one_step.in_turn(self._arriving, self._arrive_once)
         elif not self._presence.descriptor.is_intact():
             raise self._lost(under_way=False)  # the application has closed it, and the broker our sessions
         return self._greeted()
 
     def _arrive_once(self) -> None:
-        if self._presence is None:
-            self._presence = self._arrive()
+        if self._presence is not None:
+            return
+        presence = self._greeted()
+        if self._presence is not None:
+            self._idle.append(presence)
+            return
+        self._presence = presence
+        self._stop_listening()
+        log.info("process %d does PC/SC through the broker %d", self.epoch.pid, self.helper_pid)
 
     def _drop_orphans(self) -> None:
         """Close connections that a signal handler's exception has left between their users."""
@@ -214,13 +227,6 @@ class Broker:
             kept = connection is self._presence or connection in self._idle
             if not kept and not connection.user and connection.since < before:
                 self._drop(connection)
-
-    def _arrive(self) -> Connection:
-        """The connection that says that this process lives: the first one, which carries no calls."""
-        presence = self._greeted()
-        self._helper = self._helper.heard()
-        log.info("process %d does PC/SC through the broker %d", self.epoch.pid, self.helper_pid)
-        return presence
 
     @property
     def helper_pid(self) -> int:
@@ -313,12 +319,17 @@ class Broker:
         for connection in [*self._idle, *filter(None, [self._presence]), self._door]:
             self._drop(connection)
         del self._idle[:]
-        one_step.exclusively(self._arriving, self._note_helper)
+        self._stop_listening()
         self._helper.reap()
         return LostError(self, under_way=under_way)
 
-    def _note_helper(self) -> None:
-        self._helper = self._helper.heard()
+    def _stop_listening(self) -> None:
+        """To what the broker says of its start."""
+        helper = self._helper
+        silent = helper._replace(errors=None)
+        if self._helper is helper:  # one thread closes it
+            self._helper = silent
+            helper.hush()
 
     def _drop(self, connection: Connection) -> None:
         if self._connections.get(connection.descriptor.number) is connection:
@@ -348,7 +359,7 @@ class Broker:
         elif self.for_family and not self.lost:
             return Broker(self._door, self._helper, epoch, for_family=True)
         self._door.abandon()
-        self._helper = self._helper.heard()
+        self._stop_listening()
         return None
 
     def prepare_child(self, given: list[int], shared: list[int]) -> InheritedConnection:
@@ -422,6 +433,17 @@ class InheritedConnection:
             with contextlib.suppress(LostError, BrokerError):
                 self._broker.inherit(self.key, self._given, keeps=False)
         self._broker._drop(self._connection)
+
+
+@contextlib.contextmanager
+def _undoing(undo: Callable[[], Any]) -> Iterator[None]:
+    """Undo what was got, if nobody keeps it: a signal handler has raised, or somebody else has been quicker."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(LostError, BrokerError):
+            undo()
+        raise
 
 
 def _misunderstood(why: object) -> BrokerError:

@@ -79,12 +79,17 @@ def _started(for_family: bool) -> Broker:
 
     def start_once() -> Broker:
         global _broker
-        broker = existing()
-        if broker is None or broker.epoch is not here:
-            broker = _broker = gate.during("the start of a broker", _start_one, for_family)
-        return broker
+        former = _broker
+        if former is not None and not former.lost and former.epoch is here:
+            return former
+        broker: Broker = gate.during("the start of a broker", _start_one, for_family)
+        if _broker is former:  # nothing comes between this look and the next line
+            _broker = broker
+            return broker
+        broker.leave()
+        return _started(for_family)
 
-    return one_step.exclusively(_starting, start_once)
+    return one_step.in_turn(_starting, start_once)
 
 
 def _start_one(for_family: bool) -> Broker:

@@ -107,11 +107,10 @@ class Helper(NamedTuple):
             said += more
         return said, False
 
-    def heard(self) -> Helper:
-        """The same, when nothing more that it says matters."""
+    def hush(self) -> None:
+        """Listen no more: nothing that it says matters now."""
         if self.errors is not None and self.errors.is_intact():
             os.close(self.errors.number)
-        return self._replace(errors=None)
 
     def reap(self) -> None:
         """Wait for it: it is dead, or about to be."""

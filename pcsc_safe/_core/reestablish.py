@@ -1,0 +1,250 @@
+"""A context, or a connection to a card, of this process's own in the place of one that is another's.
+
+The other process may be the parent, or this one itself before pcscd was restarted.  Several threads may come here at
+the same time, and a signal handler in the middle.  They take turns, as long as that lasts; but nothing depends on it:
+one of them makes what it got the record's (:func:`handles.update`), and the others give theirs back.
+
+At a fork nothing changes here: a child comes here at its first use of what it inherited.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from .. import policy
+from ..errors import BrokerError, ForkUnsafeError
+from ..policy import Policy, Role, Settings, Way, choose_way, native_works_after_fork
+from . import gateways, handles, in_flight, log, observer, one_step, process
+from .calls import STALE, Call, Gateway, Keep
+from .handles import Card, Context, Record
+from .library import SUCCESS, constant
+from .settings import settings
+
+__all__ = [
+    "INVALID_HANDLE",
+    "connect",
+    "establish",
+    "gateway",
+    "own",
+    "own_context",
+    "release_dead",
+    "settings_of",
+    "unsafe",
+]
+
+INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
+_LEAVE_CARD = constant("SCARD_LEAVE_CARD")
+OUTGROWN = constant("SCARD_E_UNSUPPORTED_FEATURE")
+"""What SCardListReaders returns on a new context where libpcsclite has seen a pcscd with more readers than this one.
+
+Since pcsc-lite 2.5 it keeps one array of readers for the whole process, which grows and never shrinks.
+"""
+
+
+class _SupersededError(Exception):
+    """Another thread has been quicker, or has released what this was for: give back what was got."""
+
+
+def own(call: Call, record: Record) -> int:
+    """Give this process a context, or a context and a connection to the card, of its own.
+
+    :return: SCARD_S_SUCCESS, or why there is none; the next call tries again.
+    """
+    try:
+        hresult = own_context(call.name, record.context)
+    except (BrokerError, ForkUnsafeError):
+        if call.role is Role.VALIDITY:
+            return INVALID_HANDLE
+        raise
+    if isinstance(record, Context) or hresult != SUCCESS:
+        return hresult
+    connected = connect(record, record.share_mode, record.protocol, _LEAVE_CARD)
+    return SUCCESS if connected is None else connected[0]
+
+
+def own_context(function: str, context: Context) -> int:
+    """Give this process a context of its own.
+
+    :param function: the PC/SC function that was called.
+    :return: as :func:`own`.
+    """
+
+    def once() -> int:
+        # Again, if a signal handler has forked meanwhile, and this is the child.
+        while context.owner is not process.current() and not context.released:
+            hresult = _replace(function, context)
+            if hresult != SUCCESS:
+                return hresult
+        return SUCCESS
+
+    return one_step.in_turn(context.turn, once)
+
+
+def _replace(function: str, context: Context) -> int:
+    left, former = context.owner, context.real
+    if release_dead(context):
+        _forget_released(context)
+
+    def keep(real: Any, number: int, owner: process.Epoch, gateway: Gateway) -> None:
+        if not handles.update(context, left, real=real, gateway=gateway, owner=owner):
+            raise _SupersededError
+        gateways.native.leave(former)
+        _tell(context, left)
+
+    try:
+        return int(establish(function, context.scope, keep, context)[0])
+    except _SupersededError:
+        return SUCCESS
+
+
+def _tell(context: Context, left: process.Epoch) -> None:
+    """Tell that this process has a context in the place of one whose owner is, to it, another."""
+    here = context.owner
+    if left.noticed_by is process.SERVICE_LOST:
+        log.info("process %d has a new context in the place of one that ended with pcscd", here.pid)
+        observer.record("recovered")
+        observer.established("established", context)
+    else:
+        log.info("process %d has a context of its own in the place of process %d's", here.pid, left.pid)
+        observer.established("reestablished", context, owner=left.pid)
+
+
+def connect(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> Optional[tuple[int, int]]:
+    """Give a card of a context that is this process's own a connection of its own.
+
+    It may wait for another process's transaction.
+
+    :param initialization: SCARD_LEAVE_CARD, or what to do to the card once it is connected.
+    :return: the code, and the protocol; None if another thread has connected.
+    """
+    return one_step.in_turn(card.turn, lambda: _connect(card, share_mode, protocols, initialization))
+
+
+def _connect(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> Optional[tuple[int, int]]:
+    left, context = card.owner, card.context
+    owner = context.owner
+    if left is owner:
+        return None
+
+    def keep(real: int, native: Any, protocol: int) -> None:
+        connection = {"real": real, "native": native, "share_mode": share_mode, "protocol": protocol or protocols}
+        if not handles.update(card, left, **connection, transactions=0, owner=owner):
+            raise _SupersededError
+        observer.connected("connected", card)
+
+    try:
+        answer = context.gateway.connect(context, (card.reader, share_mode, protocols), keep)
+    except _SupersededError:
+        return None
+    if answer is STALE:
+        return INVALID_HANDLE, 0
+    hresult, protocol = answer[0], answer[2]
+    if hresult == SUCCESS and initialization != _LEAVE_CARD:
+        functions, real = context.gateway.functions, card.real
+        hresult, protocol = context.gateway.enter(
+            "SCardReconnect", functions["SCardReconnect"], real, share_mode, protocols, initialization
+        )
+    return hresult, protocol
+
+
+def release_dead(context: Context) -> bool:
+    """Whether this process's native library knows an inherited context no more."""
+    if context.gateway is not gateways.native:
+        through = gateways.brokers.as_broker(context.gateway)
+        if context.owner.noticed_by is process.SERVICE_LOST and through is not None:
+            through.forget(context.real)
+        return True
+    return _native_works() and bool(context.real.release_dead())
+
+
+def _forget_released(context: Context) -> None:
+    """Forget the cards that nothing knows any more: neither the application nor the native library."""
+    for card in list(context.cards.values()):
+        if card.released:
+            card.forget()
+
+
+def settings_of(record: Record) -> Settings:
+    effective, owner = record.context.settings(settings()), record.owner
+    # What is lost was not inherited: no fork is to be refused. And there is nothing to share when pcscd is gone.
+    lost = owner.noticed_by in (process.LOST, process.SERVICE_LOST) and owner.parent is process.current()
+    lost = lost and effective.policy in (Policy.RAISE, Policy.INVALID)
+    lost = lost or (owner.noticed_by is process.SERVICE_LOST and effective.policy is Policy.SHARE)
+    return effective._replace(policy=Policy.AUTO) if lost else effective
+
+
+def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] = None) -> Any:
+    """A new context; see :class:`calls.Gateway`.
+
+    With ``recover`` one that can be used: where this process's native library has outgrown a restarted pcscd, it is a
+    broker's.  Arguments and errors as in :func:`gateway`.
+
+    :raises LostError: the broker's has outgrown pcscd; the next one's has not.
+    """
+    effective = settings() if context is None else settings_of(context)
+    through = gateway(function, context)
+    result = through.establish(scope, keep, OUTGROWN if effective.recover else None)
+    if result[0] != OUTGROWN:
+        return result
+    if effective.policy is Policy.REESTABLISH:
+        log.warning(
+            "process %d can't list readers or wait for events: pcscd had more readers before it was restarted, and "
+            "pcsc-lite 2.5 and later can't go back; restart the process, or use policy 'auto', which takes a broker",
+            process.current().pid,
+        )
+        return through.establish(scope, keep)
+    log.info("process %d needs a broker: pcscd had more readers before it was restarted", process.current().pid)
+    return gateways.brokers.get().establish(scope, keep, OUTGROWN)
+
+
+def gateway(function: str, context: Optional[Context]) -> Gateway:
+    """Through which this process gets a new context.
+
+    :param function: the PC/SC function that was called.
+    :param context: the one in whose place the new one is to be, if any.
+    :raises ForkUnsafeError: there is none.
+    :raises BrokerError: it is a broker, and none can be started.
+    """
+    way = _way(context)
+    if way is Way.NATIVE:
+        return gateways.native
+    if way is Way.BROKER:
+        return gateways.brokers.get()
+    raise unsafe(function, context)
+
+
+def _way(context: Optional[Context]) -> Way:
+    effective = settings() if context is None else settings_of(context)
+    if not gateways.native.is_loaded():
+        return Way.BROKER
+    return choose_way(effective, forked=process.current().parent is not None, native_works=_native_works())
+
+
+def _native_works() -> bool:
+    here = process.current()
+    return gateways.native.is_loaded() and (here.parent is None or (here.unquiet is None and native_works_after_fork()))
+
+
+def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
+    """That there is no way to PC/SC in this process; arguments as in :func:`gateway`."""
+    here = process.current()
+    remedy = "use policy 'auto', which goes through a broker here, or exec a program of its own"
+    if here.unquiet is not None and here.unquiet.function == in_flight.IMPORTS:
+        remedy = "establish the first context of the parent before other threads fork"
+    elif here.unquiet is not None:
+        remedy += "; or fork when no call takes longer than quiesce_timeout"
+    return ForkUnsafeError(
+        f"PC/SC can't be used in process {here.pid}: {_why_not(here)}",
+        remedy=remedy,
+        function=function,
+        owner_pid=context.owner.pid if context else None,
+        pid=here.pid,
+        established_at=context.established_at if context else None,
+    )
+
+
+def _why_not(here: process.Epoch) -> str:
+    if here.unquiet is None:
+        return f"it was forked, and on {policy.PLATFORM} a forked process has none"
+    function, thread, seconds = here.unquiet
+    return f"it, or an ancestor, was forked while thread {thread} was inside {function}, for {seconds:.1f} s already"

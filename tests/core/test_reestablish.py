@@ -1,0 +1,95 @@
+"""To replace an inherited context or card takes no lock: a handler in the middle may wait for another thread."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from calling import until
+from conftest import ECHO, Session
+from forking import in_child
+
+import pcsc_safe
+from pcsc_safe import scard as safe
+from pcsc_safe._core import gateways
+from pcsc_safe.testing import VirtualPcsc
+
+ANSWER = [safe.SCARD_S_SUCCESS, [1, 2, 3, 0x90, 0x00]]
+
+
+def interrupt_once(monkeypatch: pytest.MonkeyPatch, gateway: Any, method: str, handler: Callable[[], None]) -> None:
+    """Have a signal handler run between what a gateway's method gets and what becomes of it; the first time."""
+    original, handled = getattr(gateway, method), list[None]()
+
+    def handle(number: int, frame: Any) -> None:
+        handled.append(None)
+        handler()
+
+    def interrupted(*arguments: Any) -> Any:
+        *most, keep = arguments if method == "connect" else (arguments[0], *arguments[2:], arguments[1])
+
+        def kept(*what: Any) -> Any:
+            if not handled:
+                signal.raise_signal(signal.SIGUSR1)
+            return keep(*what)
+
+        return original(*most, kept) if method == "connect" else original(most[0], kept, *most[1:])
+
+    signal.signal(signal.SIGUSR1, handle)
+    monkeypatch.setattr(gateway, method, interrupted)
+
+
+def joined(function: Callable[[], Any], results: list[Any]) -> Callable[[], None]:
+    """What a handler does that waits for a thread."""
+
+    def handle() -> None:
+        thread = threading.Thread(target=lambda: results.append(function()))
+        thread.start()
+        thread.join()
+
+    return handle
+
+
+@pytest.mark.parametrize("policy", ["reestablish", "broker"])
+@pytest.mark.parametrize("method", ["establish", "connect"])
+def test_a_handler_waits_for_a_thread_that_wants_the_same(
+    session: Session, shared_stack: VirtualPcsc, policy: str, method: str
+) -> None:
+    """Both threads get an answer, the process one context and one connection, and nothing else stays at pcscd."""
+
+    def child() -> Any:
+        pcsc_safe.configure(policy=policy, cards="reconnect")
+        results: list[Any] = []
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            gateway = gateways.native if policy == "reestablish" else gateways.brokers.get()
+            interrupt_once(monkeypatch, gateway, method, joined(lambda: session.transmit(ECHO), results))
+            results.append(session.transmit(ECHO))
+        results.append(session.transmit(ECHO))
+        # One idle native context is kept.
+        until(lambda: shared_stack.clients() - clients in (1, 2), "what one thread too many has got is released")
+        return results
+
+    clients = shared_stack.clients()
+    assert in_child(child) == [ANSWER] * 3
+
+
+@pytest.mark.parametrize("policy", ["reestablish", "broker"])
+def test_a_handler_releases_what_is_being_established(session: Session, shared_stack: VirtualPcsc, policy: str) -> None:
+    """The handle is invalid then, and pcscd keeps no client more."""
+
+    def child() -> Any:
+        pcsc_safe.configure(policy=policy)
+        results: list[Any] = []
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            gateway = gateways.native if policy == "reestablish" else gateways.brokers.get()
+            release = joined(lambda: safe.SCardReleaseContext(session.context), results)
+            interrupt_once(monkeypatch, gateway, "establish", release)
+            results.append(safe.SCardListReaders(session.context, [])[0])
+        shared_stack.wait_for_clients(clients)
+        return results
+
+    clients = shared_stack.clients()
+    assert in_child(child) == [safe.SCARD_S_SUCCESS, safe.SCARD_E_INVALID_HANDLE]
