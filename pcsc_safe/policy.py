@@ -48,6 +48,7 @@ class Policy(str, enum.Enum):
 class Cards(str, enum.Enum):
     """What an inherited card handle does while its context may be re-established."""
 
+    AUTO = "auto"
     RESET = "reset"
     RECONNECT = "reconnect"
 
@@ -105,12 +106,15 @@ class Settings(NamedTuple):
     """How this process treats what it inherits; see :func:`pcsc_safe.configure`."""
 
     policy: Policy = _setting(Policy.AUTO, "what the first use of an inherited context gives", of_context=True)
-    cards: Cards = _setting(Cards.RESET, "what an inherited card handle does meanwhile", of_context=True)
+    cards: Cards = _setting(Cards.AUTO, "what an inherited card handle does meanwhile", of_context=True)
     quiesce_timeout: float = _setting(1.0, "seconds that a fork waits for the calls of other threads")
     broker: Broker = _setting(Broker.ON_FORK, "when PC/SC is done by a helper process")
     broker_python: str = _setting("", "the interpreter that runs brokers")
     owner: Owner = _setting(Owner.PARENT, "who has the sessions after a fork")
     guard_native: bool = _setting(False, "keep children out of the sessions of PKCS#11 modules and other native code")
+    spare_cards: bool = _setting(
+        True, "whether pyscard's defaults leave a card alone that another process of the family uses"
+    )
     recover: bool = _setting(False, "whether contexts are re-established when pcscd was restarted", of_context=True)
 
     def changed(self, **values: Any) -> "Settings":
@@ -239,6 +243,7 @@ class Verdict(enum.Enum):
     RESET = enum.auto()  # answer SCARD_W_RESET_CARD
     RECONNECT = enum.auto()  # a connection as SCardReconnect asks for
     CONNECT = enum.auto()  # a connection as the inherited one was, then the call
+    GO_ON = enum.auto()  # the same if it leads to the same session of its owner, else as RESET
     JOIN = enum.auto()  # take part in the owner's session, then the call
 
 
@@ -264,6 +269,8 @@ def decide(settings: Settings, role: Role, *, card: bool, in_transaction: bool =
         return Verdict.REESTABLISH
     if role is Role.RECONNECT:
         return Verdict.RECONNECT
+    if settings.cards is Cards.AUTO:
+        return Verdict.GO_ON
     if settings.cards is Cards.RECONNECT and not in_transaction:
         return Verdict.CONNECT
     return Verdict.RESET

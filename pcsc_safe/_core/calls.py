@@ -11,7 +11,7 @@ from ..policy import Role
 from .descriptors import Descriptor
 from .process import Epoch
 
-__all__ = ["CALLS", "STALE", "Call", "Gateway", "Keep", "KeepCard", "Kind", "LostError"]
+__all__ = ["CALLS", "STALE", "ByDefault", "Call", "Gateway", "Keep", "KeepCard", "Kind", "LostError"]
 
 
 class Kind(enum.Enum):
@@ -97,6 +97,10 @@ CALLS: dict[str, Call] = {
         _card("SCardSetAttrib"),
     )
 }
+
+
+class ByDefault(int):
+    """What a call is to do to a card (SCARD_*_CARD), where the application hasn't said."""
 
 
 class Keep(Protocol):

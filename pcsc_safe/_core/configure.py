@@ -39,6 +39,7 @@ else:  # what type checkers and the documentation know
         broker_python: Optional[str] = None,
         owner: Union[Owner, str, None] = None,
         guard_native: Union[bool, str, None] = None,
+        spare_cards: Union[bool, str, None] = None,
         recover: Union[bool, str, None] = None,
         context: Any = None,
     ) -> Settings:
@@ -48,7 +49,9 @@ else:  # what type checkers and the documentation know
         given stays as it was.
 
         :param policy: ``auto`` (the default), ``reestablish``, ``broker``, ``share``, ``raise`` or ``invalid``.
-        :param cards: what an inherited card handle does meanwhile: ``reset`` (the default) or ``reconnect``.
+        :param cards: what an inherited card handle does. ``auto``, the default: the first call connects again, and goes
+            on, where the owner's session goes on as well; else it returns SCARD_W_RESET_CARD, until SCardReconnect.
+            ``reset``: it returns that in any case. ``reconnect``: the first call connects again in any case.
         :param quiesce_timeout: seconds that a fork waits, at most, for the calls that other threads have in flight.
         :param broker: when PC/SC is done by a helper process: ``on-fork`` (the default), where a forked process can't
             do it itself, or ``always``.  The latter counts for the contexts that are established from then on; to keep
@@ -60,6 +63,8 @@ else:  # what type checkers and the documentation know
         :param guard_native: whether the children that are forked from now on are to have none of this process's
             connections to pcscd, those included that a PKCS#11 module or other native code has opened, so that what
             becomes of a child doesn't reach the sessions of such code; not, by default.
+        :param spare_cards: whether what pyscard does by default (disconnect() powers a card off, reconnect() resets it)
+            leaves a card alone that another process of the family uses as well; so it is, by default.
         :param recover: whether contexts are re-established when pcscd was restarted, or has ended and is started by the
             next use.  Their cards are treated as if they were inherited; see ``cards``.
         :param context: a context, for settings that are to count for it and its cards alone.

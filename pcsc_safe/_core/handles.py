@@ -19,7 +19,7 @@ from typing import Any, Callable, Optional, Union
 
 from ..errors import PcscSafeError
 from ..policy import Settings
-from . import descriptors, in_flight, observer, one_step, process
+from . import descriptors, in_flight, observer, one_step, process, sessions
 from .calls import Gateway, Kind
 from .unpatched import RLock
 
@@ -128,9 +128,11 @@ class Card:
     :ivar reader: the reader's name.
     :ivar share_mode: SCARD_SHARE_* as last asked for.
     :ivar protocol: SCARD_PROTOCOL_* that was agreed on, or what was asked for where none was (SCARD_SHARE_DIRECT).
+    :ivar session: what other processes of the family can see of it.
     :ivar transactions: how many SCardBeginTransaction are open.
     :ivar turn: of the threads that get this process a connection of its own; see :func:`one_step.in_turn`.
     :ivar warned: the epochs of the last loss that was logged: where, and whose it was.
+    :ivar warned_of_end: the process that has logged that it ends others' sessions with the card.
     """
 
     kind = Kind.CARD
@@ -145,13 +147,24 @@ class Card:
         "real",
         "released",
         "safe",
+        "session",
         "share_mode",
         "transactions",
         "turn",
         "warned",
+        "warned_of_end",
     )
 
-    def __init__(self, real: int, native: Any, context: Context, reader: str, share_mode: int, protocol: int) -> None:
+    def __init__(
+        self,
+        real: int,
+        native: Any,
+        context: Context,
+        reader: str,
+        share_mode: int,
+        protocol: int,
+        session: sessions.Session,
+    ) -> None:
         self.safe: Any = None
         self.number = self.real = real
         self.native = native
@@ -161,8 +174,10 @@ class Card:
         self.reader = reader
         self.share_mode = share_mode
         self.protocol = protocol
+        self.session = session
         self.transactions = 0
         self.warned: Optional[tuple[process.Epoch, process.Epoch]] = None
+        self.warned_of_end: Optional[process.Epoch] = None
         self.key = os.urandom(8)
         self.released = False
 
@@ -175,14 +190,25 @@ class Card:
         """Mark it as released; its number stays known, for libpcsclite may know it still."""
         self.released = True
         self.transactions = 0
+        self.session.end()
 
     def forget(self) -> None:
         """Drop it from this process's registry."""
-        self.released = True
-        self.transactions = 0
+        self.bury()
         _drop(cards, self)
         if self.context.cards.get(self.number) is self:
             self.context.cards.pop(self.number, None)
+
+
+def inherited_session(reader: str) -> Optional[sessions.Session]:
+    """The session with the card in a reader that this process inherited, if another process still has it."""
+    if process.here.parent is None:
+        return None
+    for card in list(cards.values()):
+        session = card.session if card.owner is not process.here else card.session.within
+        if card.reader == reader and session is not None and session.is_alive():
+            return session
+    return None
 
 
 Record = Union[Context, Card]
@@ -275,6 +301,8 @@ def lose(record: Record, real: Any, how: str) -> None:
         return
     one_step.nowhere.extend(steps)
     observer.record("lost", context=context.key)
+    for card in list(context.cards.values()):
+        card.session.end()
     for descriptor in context.gateway.descriptors(context.real):
         descriptors.kill([descriptor])
         descriptors.unguard(descriptor)

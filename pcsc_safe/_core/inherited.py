@@ -15,13 +15,11 @@ from ..policy import Cards, Policy, Role, Verdict, decide
 from . import gateways, handles, log, observer, one_step, process
 from .calls import CALLS, Call
 from .handles import Card, Context, Record
-from .library import SUCCESS, constant
-from .reestablish import INVALID_HANDLE, connect, own, own_context, release_dead, settings_of
+from .library import SUCCESS
+from .reestablish import INVALID_HANDLE, LEAVE_CARD, RESET_CARD, connect, own, own_context, release_dead, settings_of
 from .settings import settings
 
 __all__ = ["adopt", "answer"]
-
-RESET_CARD = constant("SCARD_W_RESET_CARD")
 
 
 def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
@@ -51,17 +49,35 @@ def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     if verdict is Verdict.INVALID:
         return call.failure(INVALID_HANDLE, arguments)
     if verdict is Verdict.RESET:
-        if record.owner.noticed_by is process.SERVICE_LOST:  # while there is no pcscd, that is the answer
-            hresult = own(call, record.context)
-            if hresult != SUCCESS:
-                return call.failure(hresult, arguments)
-        _warn_of_reset(call, record)
-        return call.failure(RESET_CARD, arguments)
+        return _reset(call, record, arguments)
+    if verdict is Verdict.GO_ON:
+        return _go_on(call, record, arguments)
     if verdict is Verdict.JOIN:
         return _join(call, record, arguments)
     if verdict is Verdict.RECONNECT:
         return _reconnect(call, record, arguments)
     hresult = own(call, record)
+    return None if hresult == SUCCESS else call.failure(hresult, arguments)
+
+
+def _reset(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
+    if record.owner.noticed_by is process.SERVICE_LOST:  # while there is no pcscd, that is the answer
+        hresult = own(call, record.context)
+        if hresult != SUCCESS:
+            return call.failure(hresult, arguments)
+    _warn_of_reset(call, record)
+    return call.failure(RESET_CARD, arguments)
+
+
+def _go_on(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
+    """Connect again, if that leads to the session that this process inherited."""
+    assert isinstance(card, Card)
+    session = card.session
+    if not session.goes_on():
+        return _reset(call, card, arguments)
+    hresult = own(call, card, only_in=session)
+    if hresult == RESET_CARD:
+        return _reset(call, card, arguments)
     return None if hresult == SUCCESS else call.failure(hresult, arguments)
 
 
@@ -161,7 +177,10 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     hresult = own_context(call.name, card.context)
     if hresult != SUCCESS:
         return call.failure(hresult)
-    connected = connect(card, *arguments)
+    share_mode, protocols, initialization = arguments
+    if settings().spare_cards and card.session.is_alive():
+        initialization = LEAVE_CARD  # the reset that this handle has seen was none of the card's
+    connected = connect(card, share_mode, protocols, initialization)
     if connected is None:
         return None
     return list(connected) if connected[0] == SUCCESS else call.failure(connected[0])
@@ -207,10 +226,15 @@ def _warn_of_reset(call: Call, card: Record) -> None:
     if card.owner.noticed_by is process.LOST:
         log.warning("%s answers SCARD_W_RESET_CARD because the broker of process %d died", call.name, here.pid)
         return
+    if card.session.is_alive():
+        why = "is in a transaction with this card"
+    else:
+        why = "no longer has this session with the card, or had it exclusively"
     log.warning(
-        "%s answers SCARD_W_RESET_CARD because this process (%d) was forked from the one that connected (%d), not "
-        "because of the card: call SCardReconnect here, or configure cards='reconnect'",
+        "%s returns SCARD_W_RESET_CARD because the process that connected (%d) %s, and this process (%d) was forked "
+        "from it: call SCardReconnect here, or configure cards='reconnect'",
         call.name,
-        here.pid,
         card.owner.pid,
+        why,
+        here.pid,
     )

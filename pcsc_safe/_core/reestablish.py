@@ -15,16 +15,21 @@ from .. import policy
 from ..errors import BrokerError, ForkUnsafeError
 from ..policy import Policy, Role, Settings, Way, choose_way, native_works_after_fork
 from . import gateways, handles, in_flight, log, observer, one_step, process
-from .calls import STALE, Call, Gateway, Keep
+from .calls import CALLS, STALE, Call, Gateway, Keep
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
+from .sessions import Session
 from .settings import settings
 
 __all__ = [
     "INVALID_HANDLE",
+    "LEAVE_CARD",
+    "RESET_CARD",
+    "SHARE_SHARED",
     "connect",
     "establish",
     "gateway",
+    "new_session",
     "own",
     "own_context",
     "release_dead",
@@ -33,7 +38,12 @@ __all__ = [
 ]
 
 INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
-_LEAVE_CARD = constant("SCARD_LEAVE_CARD")
+LEAVE_CARD = constant("SCARD_LEAVE_CARD")
+RESET_CARD = constant("SCARD_W_RESET_CARD")
+SHARE_SHARED = constant("SCARD_SHARE_SHARED")
+UNAWARE = constant("SCARD_STATE_UNAWARE")
+_STATES = CALLS["SCardGetStatusChange"]
+_EVENTS_AT = 16  # bits; above the state, pcsc-lite counts the events of a reader
 OUTGROWN = constant("SCARD_E_UNSUPPORTED_FEATURE")
 """What SCardListReaders returns on a new context where libpcsclite has seen a pcscd with more readers than this one.
 
@@ -45,9 +55,14 @@ class _SupersededError(Exception):
     """Another thread has been quicker, or has released what this was for: give back what was got."""
 
 
-def own(call: Call, record: Record) -> int:
+class _EndedError(Exception):
+    """The session that this was to go on in has ended: give back what was got."""
+
+
+def own(call: Call, record: Record, *, only_in: Optional[Session] = None) -> int:
     """Give this process a context, or a context and a connection to the card, of its own.
 
+    :param only_in: not if this session of another process has ended by then.
     :return: SCARD_S_SUCCESS, or why there is none; the next call tries again.
     """
     try:
@@ -58,7 +73,7 @@ def own(call: Call, record: Record) -> int:
         raise
     if isinstance(record, Context) or hresult != SUCCESS:
         return hresult
-    connected = connect(record, record.share_mode, record.protocol, _LEAVE_CARD)
+    connected = connect(record, record.share_mode, record.protocol, LEAVE_CARD, only_in=only_in)
     return SUCCESS if connected is None else connected[0]
 
 
@@ -109,42 +124,80 @@ def _tell(context: Context, left: process.Epoch) -> None:
         observer.established("reestablished", context, owner=left.pid)
 
 
-def connect(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> Optional[tuple[int, int]]:
+def connect(
+    card: Card, share_mode: Any, protocols: Any, initialization: Any, *, only_in: Optional[Session] = None
+) -> Optional[tuple[int, int]]:
     """Give a card of a context that is this process's own a connection of its own.
 
     It may wait for another process's transaction.
 
     :param initialization: SCARD_LEAVE_CARD, or what to do to the card once it is connected.
+    :param only_in: as for :func:`own`.
     :return: the code, and the protocol; None if another thread has connected.
     """
-    return one_step.in_turn(card.turn, lambda: _connect(card, share_mode, protocols, initialization))
+    return one_step.in_turn(card.turn, lambda: _connect(card, share_mode, protocols, initialization, only_in))
 
 
-def _connect(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> Optional[tuple[int, int]]:
+def _connect(
+    card: Card, share_mode: Any, protocols: Any, initialization: Any, only_in: Optional[Session]
+) -> Optional[tuple[int, int]]:
     left, context = card.owner, card.context
     owner = context.owner
     if left is owner:
         return None
+    session = new_session(context, card.reader, share_mode)
 
     def keep(real: int, native: Any, protocol: int) -> None:
+        if only_in is not None and not (only_in.goes_on() and only_in.events == session.events is not None):
+            raise _EndedError
         connection = {"real": real, "native": native, "share_mode": share_mode, "protocol": protocol or protocols}
-        if not handles.update(card, left, **connection, transactions=0, owner=owner):
+        if not handles.update(card, left, **connection, session=session, transactions=0, owner=owner):
             raise _SupersededError
         observer.connected("connected", card)
+        how = "goes on in process %d's session" if only_in is not None else "replaces process %d's connection"
+        log.info(f"process %d {how} with the card in %r", owner.pid, left.pid, card.reader)
 
     try:
         answer = context.gateway.connect(context, (card.reader, share_mode, protocols), keep)
     except _SupersededError:
         return None
+    except _EndedError:
+        return RESET_CARD, 0
+    finally:
+        if card.session is not session:
+            session.end()
     if answer is STALE:
         return INVALID_HANDLE, 0
     hresult, protocol = answer[0], answer[2]
-    if hresult == SUCCESS and initialization != _LEAVE_CARD:
+    if hresult == SUCCESS and initialization != LEAVE_CARD:
         functions, real = context.gateway.functions, card.real
         hresult, protocol = context.gateway.enter(
             "SCardReconnect", functions["SCardReconnect"], real, share_mode, protocols, initialization
         )
     return hresult, protocol
+
+
+def new_session(context: Context, reader: str, share_mode: Any) -> Session:
+    """What others of the family are to see of a connection that this process is about to make.
+
+    :param context: its own.
+    """
+    is_shared = share_mode == SHARE_SHARED and isinstance(reader, str)
+    return Session(
+        shared=is_shared,
+        events=_events(context, reader) if is_shared else None,
+        within=handles.inherited_session(reader),
+    )
+
+
+def _events(context: Context, reader: str) -> Optional[int]:
+    """How often a card has come or gone in a reader, as pcscd counts; None where that can't be asked."""
+    arguments = (0, [(reader, UNAWARE)])
+    if context.gateway is gateways.native:
+        result = gateways.native.caller(_STATES)(context, arguments)
+    else:
+        result = context.gateway.functions[_STATES.name](context.real, *arguments)
+    return result[1][0][1] >> _EVENTS_AT if result is not STALE and result[0] == SUCCESS else None
 
 
 def release_dead(context: Context) -> bool:

@@ -24,12 +24,15 @@ from . import (
     reader_states,
     recovery,
     reestablish,
+    sessions,
+    sparing,
     transfer,
 )
 from .calls import CALLS, STALE, Call, Gateway, Kind, LostError
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
-from .reestablish import INVALID_HANDLE
+from .reestablish import INVALID_HANDLE, LEAVE_CARD
+from .sessions import Session
 from .settings import settings
 
 __all__ = ["public"]
@@ -53,14 +56,18 @@ def _disconnected(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
 def _reconnected(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     hresult, protocol = result
     if hresult == SUCCESS and isinstance(card, Card):
-        card.share_mode, preferred, _ = arguments
-        card.protocol = protocol or preferred
+        share_mode, preferred, initialization = arguments
+        if initialization != LEAVE_CARD or share_mode != card.share_mode or not card.session.is_open:
+            card.session.end()
+            card.session = reestablish.new_session(card.context, card.reader, share_mode)
+        card.share_mode, card.protocol = share_mode, protocol or preferred
     return result
 
 
 def _began(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     if result == SUCCESS and isinstance(card, Card):
         card.transactions += 1
+        card.session.in_transaction(True)
     return result
 
 
@@ -68,8 +75,21 @@ def _ended(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     if isinstance(card, Card) and result not in _REFUSED:
         # Any other failure says that the transaction went with the session, the card or pcscd.
         card.transactions = max(0, card.transactions - 1) if result == SUCCESS else 0
+        if result == SUCCESS and not card.session.is_open:  # the card was reset
+            card.session = reestablish.new_session(card.context, card.reader, card.share_mode)
+        card.session.in_transaction(card.transactions > 0)
     return result
 
+
+def _lost_its_session(card: Record, hresult: int) -> None:
+    if hresult in _ENDED and isinstance(card, Card):
+        card.session.end()
+
+
+_ENDED = tuple(
+    constant(f"SCARD_W_{name}") for name in ("RESET_CARD", "REMOVED_CARD", "UNPOWERED_CARD", "UNRESPONSIVE_CARD")
+)
+"""That the card is not as it was; what begins with SCardReconnect is another session."""
 
 _REFUSED = tuple(constant(name) for name in ("SCARD_E_INVALID_VALUE", "SCARD_E_SHARING_VIOLATION"))
 _After = Callable[[Record, "tuple[Any, ...]", Any], Any]
@@ -102,7 +122,7 @@ def _prepare() -> None:
         from . import proxies  # wrapt takes longer to import than all the rest, and a broker needs none
 
         handles.hand_out(proxies.SafeContext, proxies.SafeCard)
-    for part in (log, descriptors, transfer, gateways.native, gateways.brokers):
+    for part in (log, descriptors, sessions, transfer, gateways.native, gateways.brokers):
         part.prepare()
     _is_prepared = True
 
@@ -166,6 +186,9 @@ def _routed(call: Call) -> Callable[..., Any]:
         "SCardGetStatusChange": _routed_wait,
         "SCardIsValidContext": _routed_validity,
         "SCardCancel": _routed_cancel,
+        "SCardDisconnect": _routed_ending,
+        "SCardReconnect": _routed_ending,
+        "SCardEndTransaction": _routed_ending,
     }
     if call.name in special:
         return special[call.name](call)
@@ -179,14 +202,23 @@ def _caller(call: Call) -> _Native:
 
 
 def _connect(context: Any, arguments: tuple[Any, ...]) -> Any:
-    return gateways.native.connect(context, arguments, _keep_card(context, arguments))
+    keep, session = _keep_card(context, arguments)
+    result = None
+    try:
+        result = gateways.native.connect(context, arguments, keep)
+        return result
+    finally:
+        if result is None or result is STALE or result[0] != SUCCESS:
+            session.end()
 
 
-def _keep_card(context: Context, arguments: tuple[Any, ...]) -> Callable[[int, Any, int], Any]:
+def _keep_card(context: Context, arguments: tuple[Any, ...]) -> tuple[Callable[[int, Any, int], Any], Session]:
+    """What records a card, and what the family can see of it: from before the connection is made."""
     reader, share_mode, preferred = arguments
+    session = reestablish.new_session(context, reader, share_mode)
     return lambda real, native, protocol: handles.register(
-        Card(real, native, context, reader, share_mode, protocol or preferred)
-    )
+        Card(real, native, context, reader, share_mode, protocol or preferred, session)
+    ), session
 
 
 def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[..., Any]:
@@ -219,6 +251,7 @@ def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[
         if hresult != SUCCESS:
             if hresult in unheard and recovery.noticed(record, real, hresult):
                 return recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
+            _lost_its_session(record, hresult)
             if discloses:
                 return call.failure(hresult)
         return after(record, arguments, result) if after else result
@@ -233,6 +266,7 @@ def _through_broker(
     real, after = record.real, _after(call.name)
     result = record.context.gateway.functions[call.name](real, *arguments)
     hresult = result if call.failed is None else result[0]
+    _lost_its_session(record, hresult)
     is_gone = hresult in recovery.UNHEARD[call.name] and recovery.noticed(record, real, hresult)
     if hresult == INVALID_HANDLE and recovery.lost_meanwhile(record, real):
         is_gone = call.name != "SCardGetStatusChange"
@@ -243,7 +277,8 @@ def _through_broker(
         if record.real != real:
             return call.failure(COMM_ERROR)  # another thread has noticed since that what it is through is lost
         if hresult == SUCCESS and isinstance(record, Context):
-            result[1] = _keep_card(record, arguments)(result[1], None, result[2])
+            keep, _ = _keep_card(record, arguments)
+            result[1] = keep(result[1], None, result[2])
         return result
     return after(record, arguments, result) if after else result
 
@@ -275,6 +310,24 @@ def _routed_cancel(call: Call) -> Callable[..., Any]:
         if not isinstance(record, Context):
             return once(handle)
         return recovery.cancel(record, lambda: once(handle))
+
+    return route
+
+
+def _routed_ending(call: Call) -> Callable[..., Any]:
+    """A call that may reset a card, or cut its power: its last argument says so."""
+    once = _routed_to(call, handles.cards, _caller(call))
+
+    def route(handle: Any, *arguments: Any) -> Any:
+        *most, wanted = arguments
+        if wanted == LEAVE_CARD:
+            return once(handle, *most, wanted)
+        card = handles.find(Kind.CARD, handle)
+        if isinstance(card, Card) and isinstance(wanted, int) and card.owner is process.current():
+            wanted = sparing.disposition(call.name, card, wanted)
+            if wanted != LEAVE_CARD:
+                card.session.end()  # before: no other process may go on in it from here on
+        return once(handle, *most, wanted)
 
     return route
 

@@ -294,6 +294,8 @@ def _settle_once(plan: Plan) -> None:
         gone = process.Epoch(process.here, process.HANDED_OVER)
         for context in plan.handed_over():
             _make_owner(context, gone)
+            for card in list(context.cards.values()):
+                card.session.end()
         descriptors.kill(_connections(plan.native))
         for block in plan.blocks:
             block.happened()
@@ -386,6 +388,8 @@ def _take_possession(epoch: process.Epoch) -> None:
         for card in list(context.cards.values()):
             if context in plan.shared:
                 card.transactions = 0  # what is open is its parent's
+            elif card.owner is epoch:
+                card.session = card.session.taken_over(card.transactions > 0)
 
 
 process.before_fork(_plan_before_fork)

@@ -9,11 +9,13 @@ Invariant: in a process that never forks every attribute here reads as it did.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from typing import Any, Callable
 
 from .._core import process
+from .._core.calls import ByDefault
 from .._core.settings import settings
 from .patches import MISSING, Patch
 
@@ -175,8 +177,24 @@ def renew_pcsc_context() -> None:
 
 
 def pcsc_card_connection(module: Any) -> list[Patch]:
-    """Its finalizer."""
-    return _finalizer(module.PCSCCardConnection)
+    """Its finalizer; and what it does to a card by default: that can then be told from what the application wants."""
+    connection = module.PCSCCardConnection
+    defaults = {"connect": module.SCARD_UNPOWER_CARD, "reconnect": module.SCARD_RESET_CARD}
+    return _finalizer(connection) + [
+        Patch(connection, name, _with_default(vars(connection)[name], ByDefault(value)))
+        for name, value in defaults.items()
+        if name in vars(connection)
+    ]
+
+
+def _with_default(method: Any, default: ByDefault) -> Any:
+    """``method``, with what pyscard's documentation says is the default of its last argument, marked as such."""
+
+    @functools.wraps(method)
+    def replacement(self: Any, protocol: Any = None, mode: Any = None, disposition: Any = None) -> Any:
+        return method(self, protocol, mode, default if disposition is None else disposition)
+
+    return replacement
 
 
 def card_service(module: Any) -> list[Patch]:

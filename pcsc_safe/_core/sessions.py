@@ -1,0 +1,165 @@
+"""Which sessions with cards go on, as the other processes of a fork family can see it.
+
+A process that is connected to a card, shared, holds a lock on one byte of a file that it had before it forked, and on
+the next byte while it is in a transaction.  These locks (fcntl(2)) belong to the process: a child doesn't inherit them,
+and they end with the process, however that ends.  So a child that inherits a card can ask whether its owner still has
+the session that the child knows; no PID is compared, and a fork costs nothing.  A process that goes on in the session
+of another one says so by a lock on the third byte.
+
+The file is empty.  Each session has bytes of its own, by a random number, so no number is used twice.
+
+Invariant: where anything is missing (the descriptor was closed, the system has no such locks) a session counts as
+ended.  A child closes nothing here: at a fork nothing changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from typing import Any, Optional
+
+from . import descriptors, process
+
+__all__ = ["Session", "descriptor", "prepare"]
+
+_CONNECTED, _IN_TRANSACTION, _GOING_ON = range(3)  # bytes of a session
+_LARGEST = 1 << 60
+
+# struct flock of fcntl.h: where the offset is first, the type is last.
+_IS_BSD = sys.platform == "darwin" or "bsd" in sys.platform
+_FLOCK = struct.Struct("@qqihh0q" if _IS_BSD else "@hhqqi0q")
+
+is_on = True
+"""Whether this process tells others of its sessions; a broker has no children."""
+
+_file: Optional[descriptors.Descriptor] = None
+_fcntl: Any = None
+_going_on: dict[int, dict[Session, None]] = {}  # what this process has in others' sessions, by their numbers
+
+
+def prepare() -> None:
+    """Import and open what it takes, in the process that establishes the first context of its family."""
+    global _file, _fcntl
+    if not process.FORKS or not is_on:
+        return
+    import fcntl
+
+    _fcntl = fcntl
+    if _file is None or not _file.is_intact():
+        with contextlib.suppress(OSError):
+            _file = descriptors.of(_empty_file())
+
+
+def _empty_file() -> int:
+    if hasattr(os, "memfd_create"):
+        with contextlib.suppress(OSError):  # a seccomp filter's
+            return os.memfd_create("pcsc_safe")
+    import tempfile
+
+    number, path = tempfile.mkstemp("", "pcsc_safe")
+    os.unlink(path)
+    return number
+
+
+def descriptor() -> Optional[int]:
+    """The number of the file's descriptor, without which sessions count as ended."""
+    return _file.number if _file is not None and _file.is_intact() else None
+
+
+class Session:
+    """A session with a card.
+
+    :ivar events: how often a card had come or gone in the reader before it began; None if that is not known.
+    :ivar within: the session of another process that this one goes on in, if any.
+    :ivar is_shared: so only can other processes go on in it.
+    :ivar is_open: this process has it.
+    """
+
+    __slots__ = ("_number", "events", "is_open", "is_shared", "within")
+
+    def __init__(self, *, shared: bool, events: Optional[int] = None, within: Optional[Session] = None) -> None:
+        self._number = int.from_bytes(os.urandom(8), "big") % _LARGEST * 4
+        self.events = events
+        self.within = within
+        self.is_open, self.is_shared = True, shared
+        if descriptor() is None:
+            prepare()
+        if shared:
+            self._lock(_CONNECTED)
+        for other in self._lineage():
+            _going_on.setdefault(other._number, {})[self] = None
+            other._lock(_GOING_ON, for_all=True)
+
+    def _lineage(self) -> Iterator[Session]:
+        """The sessions of other processes that this one goes on in."""
+        other = self.within
+        while other is not None:
+            yield other
+            other = other.within
+
+    def end(self) -> None:
+        """Note that this process no longer has it; in a process that never had it, nothing changes."""
+        self.is_open = False
+        self._unlock(_CONNECTED, _IN_TRANSACTION)
+        for other in self._lineage():
+            mine = _going_on.get(other._number, {})
+            if mine.pop(self, self) is None and not mine:
+                other._unlock(_GOING_ON)
+
+    def taken_over(self, in_transaction: bool) -> Session:
+        """In a child that it was handed over to: this process's own."""
+        session = Session(shared=self.is_shared, events=self.events, within=self.within)
+        if in_transaction:
+            session.in_transaction(True)
+        return session
+
+    def in_transaction(self, is_in: bool) -> None:
+        """Note the beginning, or the end, of a transaction."""
+        if is_in:
+            self._lock(_IN_TRANSACTION)
+        else:
+            self._unlock(_IN_TRANSACTION)
+
+    def is_alive(self) -> bool:
+        """Whether another process has it, shared."""
+        return self._is_locked(_CONNECTED)
+
+    def goes_on(self) -> bool:
+        """Whether another process has it, shared, and is in no transaction."""
+        return self.is_alive() and not self._is_locked(_IN_TRANSACTION)
+
+    def has_others(self) -> bool:
+        """Whether another process has it as well: one that goes on in it, or one in whose session it goes on."""
+        return self._is_locked(_GOING_ON) or any(other.is_alive() for other in self._lineage())
+
+    def _lock(self, byte: int, *, for_all: bool = False) -> None:
+        self._do("F_SETLK", "F_RDLCK" if for_all else "F_WRLCK", byte)
+
+    def _unlock(self, *all_bytes: int) -> None:
+        for byte in all_bytes:
+            self._do("F_SETLK", "F_UNLCK", byte)
+
+    def _is_locked(self, byte: int) -> bool:
+        found = self._do("F_GETLK", "F_WRLCK", byte)
+        return found is not None and found[3 if _IS_BSD else 0] != _fcntl.F_UNLCK
+
+    def _do(self, command: str, kind: str, byte: int) -> Optional[tuple[int, ...]]:
+        number = descriptor()
+        if number is None:
+            return None
+        lock, start = getattr(_fcntl, kind), self._number + byte
+        wanted = _FLOCK.pack(start, 1, 0, lock, os.SEEK_SET) if _IS_BSD else _FLOCK.pack(lock, os.SEEK_SET, start, 1, 0)
+        try:
+            return _FLOCK.unpack(_fcntl.fcntl(number, getattr(_fcntl, command), wanted))
+        except OSError:
+            return None
+
+
+def _begin(epoch: process.Epoch) -> None:
+    _going_on.clear()
+
+
+process.at_fork(at_begin=_begin)

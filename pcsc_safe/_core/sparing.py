@@ -1,0 +1,40 @@
+"""Whether a call may reset a card, or cut its power, that another process of the family uses.
+
+By default pyscard powers a card off when it disconnects, and resets it when it reconnects.  In a family of processes
+that ends the session of whoever else is connected: the PIN has to be verified again.  So a default leaves such a card
+alone.  What the application asks for is done, and told once.  At a fork nothing changes here.
+"""
+
+from __future__ import annotations
+
+from . import log, observer, process
+from .calls import ByDefault
+from .handles import Card
+from .reestablish import LEAVE_CARD
+from .settings import settings
+
+__all__ = ["disposition"]
+
+
+def disposition(function: str, card: Card, wanted: int) -> int:
+    """What is to happen to a card that this process is connected to.
+
+    :param function: PC/SC's name of the call.
+    :param wanted: SCARD_*_CARD, of the application or by default.
+    """
+    if wanted == LEAVE_CARD or not settings().spare_cards or not card.session.has_others():
+        return int(wanted)
+    if isinstance(wanted, ByDefault):
+        return LEAVE_CARD
+    here = process.current()
+    if card.warned_of_end is not here:
+        card.warned_of_end = here
+        observer.record("interferes", function=function, context=card.context.key)
+        log.warning(
+            "process %d resets or powers off the card in %r, which another process of its family uses: its application "
+            "asks %s for that; SCARD_LEAVE_CARD would leave the card alone",
+            here.pid,
+            card.reader,
+            function,
+        )
+    return int(wanted)
