@@ -19,6 +19,7 @@ from cforks import SYS_CLONE, c_fork
 from conftest import ECHO, Session
 from forking import ChildFailedError, in_child, in_program
 
+import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe._core import process
 from pcsc_safe.testing import VirtualPcsc
@@ -36,6 +37,12 @@ def uses_its_own(session: Session) -> tuple[Any, ...]:
     )
     safe.SCardReleaseContext(session.context)
     return answers
+
+
+@pytest.fixture(autouse=True)
+def reset() -> None:
+    """A child's first call on a card shows that the fork was noticed."""
+    pcsc_safe.configure(cards="reset")
 
 
 OWN = (safe.SCARD_W_RESET_CARD, 0, [0, [1, 2, 3, 0x90, 0x00]], True)

@@ -21,7 +21,7 @@ from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 CASES = [
     *(
-        (policy, cards, "again" if cards is Cards.RECONNECT else "own")
+        (policy, cards, "own" if cards is Cards.RESET else "again")
         for policy in ("auto", "reestablish")
         for cards in Cards
     ),
@@ -89,7 +89,7 @@ def test_settings_are_inherited_and_the_childs_own(session: Session) -> None:
         return inherited, session.transmit(ECHO)[0], pcsc_safe.settings()[:2]
 
     assert in_child(child) == (INVALID, OK, (Policy.REESTABLISH, Cards.RECONNECT))
-    assert pcsc_safe.settings()[:2] == (Policy.INVALID, Cards.RESET)
+    assert pcsc_safe.settings()[:2] == (Policy.INVALID, Cards.AUTO)
 
 
 def test_the_environment_counts_until_configure(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,13 +102,14 @@ def test_the_environment_counts_until_configure(session: Session, monkeypatch: p
 def test_one_context_can_have_settings_of_its_own(session: Session) -> None:
     """They count for it and its cards, in the child too, and leave the other contexts alone."""
     other = Session()
-    assert pcsc_safe.configure(context=session.context, policy="invalid")[:2] == (Policy.INVALID, Cards.RESET)
-    assert pcsc_safe.settings()[:2] == (Policy.AUTO, Cards.RESET)
+    assert pcsc_safe.configure(context=session.context, policy="invalid")[:2] == (Policy.INVALID, Cards.AUTO)
+    assert pcsc_safe.settings()[:2] == (Policy.AUTO, Cards.AUTO)
 
     def child() -> Any:
         return session.transmit(ECHO)[0], safe.SCardListReaders(session.context, [])[0], other.transmit(ECHO)[0]
 
-    assert in_child(child) == (INVALID, INVALID, RESET)
+    assert in_child(child) == (INVALID, INVALID, OK)
+    pcsc_safe.configure(cards="reset")
     pcsc_safe.configure(context=session.context, cards="reconnect", policy="auto")
     assert in_child(child) == (OK, OK, RESET)
     safe.SCardDisconnect(other.card, safe.SCARD_LEAVE_CARD)
@@ -137,7 +138,8 @@ def test_a_childs_connection_is_a_session_of_its_own(session: Session, cards: Ca
 
 
 def test_reconnect_honours_initialization(pcsc_stack: VirtualPcsc) -> None:
-    """SCARD_RESET_CARD on an inherited handle resets the card, since the application said so; LEAVE does not."""
+    """With ``spare_cards=False`` SCARD_RESET_CARD on an inherited handle resets the card; LEAVE does not."""
+    pcsc_safe.configure(spare_cards=False)
     session = Session()
     virtual = pcsc_stack.readers[0].card
     assert isinstance(virtual, EchoCard)

@@ -53,6 +53,8 @@ def test_cleanup_and_cancel_never_depend_on_the_policy(
         (OWN, Cards, Role.RECONNECT, True, True, Verdict.RECONNECT),
         (OWN, (Cards.RESET,), Role.USE, True, False, Verdict.RESET),
         (OWN, (Cards.RESET,), Role.USE, True, True, Verdict.RESET),
+        (OWN, (Cards.AUTO,), Role.USE, True, False, Verdict.GO_ON),
+        (OWN, (Cards.AUTO,), Role.USE, True, True, Verdict.GO_ON),
         (OWN, (Cards.RECONNECT,), Role.USE, True, False, Verdict.CONNECT),
         (OWN, (Cards.RECONNECT,), Role.USE, True, True, Verdict.RESET),
     ],
@@ -88,7 +90,7 @@ def test_the_way_to_pcsc(what: Policy, when: Broker, forked: bool, native_works:
 
 def test_the_environment_sets_the_defaults() -> None:
     """PCSC_SAFE_* give the settings; an empty variable is as good as none."""
-    assert from_environment({}) == Settings(Policy.AUTO, Cards.RESET)
+    assert from_environment({}) == Settings(Policy.AUTO, Cards.AUTO)
     assert from_environment({"PCSC_SAFE_POLICY": "", "PCSC_SAFE_CARDS": "reconnect"}).cards is Cards.RECONNECT
     assert from_environment({"PCSC_SAFE_POLICY": "raise"}).policy is Policy.RAISE
     assert from_environment({"PCSC_SAFE_QUIESCE_TIMEOUT": "0.25"}).quiesce_timeout == 0.25

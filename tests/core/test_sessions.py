@@ -1,0 +1,237 @@
+"""``cards="auto"``: a child goes on where the session that it inherited goes on, and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from cforks import c_fork
+from conftest import ECHO, IS_VERIFIED, Session
+from forking import in_child, start, wait_for
+
+import pcsc_safe
+from pcsc_safe import scard as safe
+from pcsc_safe._core import sessions
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+OK, RESET = safe.SCARD_S_SUCCESS, safe.SCARD_W_RESET_CARD
+LEAVE, SHARED, EXCLUSIVE = safe.SCARD_LEAVE_CARD, safe.SCARD_SHARE_SHARED, safe.SCARD_SHARE_EXCLUSIVE
+ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
+VERIFIED = [OK, [1, 0x90, 0x00]]
+
+
+@pytest.mark.parametrize("fork", [os.fork, c_fork], ids=["fork", "fork-in-c"])
+@pytest.mark.parametrize("policy", ["auto", "reestablish", "broker"])
+def test_the_owner_idles(session: Session, policy: str, fork: Callable[[], int]) -> None:
+    """The first call is made in the owner's session, the verified PIN included, and by all generations."""
+
+    def child(depth: int) -> list[Any]:
+        pcsc_safe.configure(policy=policy)
+        answers = [session.transmit(IS_VERIFIED), session.transmit(ECHO)]
+        return [*answers, *(in_child(child, depth - 1) if depth else [])]
+
+    assert in_child(child, 2, fork=fork) == [VERIFIED, ECHOED] * 3
+
+
+def ends_by_disconnecting(session: Session) -> None:
+    assert safe.SCardDisconnect(session.card, LEAVE) == OK
+
+
+def ends_by_releasing(session: Session) -> None:
+    assert safe.SCardReleaseContext(session.context) == OK
+
+
+def ends_by_a_reset(session: Session) -> None:
+    assert safe.SCardReconnect(session.card, SHARED, 3, safe.SCARD_RESET_CARD)[0] == OK
+
+
+def ends_by_a_reset_after_a_transaction(session: Session) -> None:
+    assert safe.SCardBeginTransaction(session.card) == OK
+    assert safe.SCardEndTransaction(session.card, safe.SCARD_RESET_CARD) == OK
+
+
+def becomes_exclusive(session: Session) -> None:
+    assert safe.SCardReconnect(session.card, EXCLUSIVE, 3, LEAVE)[0] == OK
+
+
+def begins_a_transaction(session: Session) -> None:
+    assert safe.SCardBeginTransaction(session.card) == OK
+
+
+def closes_all_descriptors(session: Session) -> None:
+    number = sessions.descriptor()
+    assert number is not None
+    os.close(number)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        ends_by_disconnecting,
+        ends_by_releasing,
+        ends_by_a_reset,
+        ends_by_a_reset_after_a_transaction,
+        becomes_exclusive,
+        begins_a_transaction,
+        closes_all_descriptors,
+    ],
+    ids=lambda end: end.__name__,
+)
+def test_it_has_ended_since_the_fork(pcsc_stack: VirtualPcsc, end: Callable[[Session], None]) -> None:
+    """The child gets SCARD_W_RESET_CARD."""
+    go_end, go = os.pipe()
+
+    def child(session: Session) -> Any:
+        os.read(go_end, 1)
+        return session.transmit(ECHO), session.transmit(ECHO)
+
+    def owner() -> Any:
+        session = Session()
+        waiting = start(child, session)
+        end(session)
+        os.write(go, b".")
+        return wait_for(waiting)
+
+    assert in_child(owner) == ([RESET, []], [RESET, []])
+    os.close(go_end)
+    os.close(go)
+
+
+def test_the_owner_is_killed(pcsc_stack: VirtualPcsc) -> None:
+    """Its end is noticed although its child has inherited all its descriptors."""
+    ready_end, ready = os.pipe()
+    go_end, go = os.pipe()
+    answer_end, answer = os.pipe()
+
+    def orphan(session: Session) -> None:
+        os.write(ready, b".")
+        os.read(go_end, 1)
+        os.write(answer, repr(session.transmit(ECHO)).encode())
+
+    def owner() -> None:
+        start(orphan, Session())
+        signal.pause()
+
+    pid, _ = start(owner)
+    os.read(ready_end, 1)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.write(go, b".")
+    assert os.read(answer_end, 100).decode() == repr([RESET, []])
+    for end in (ready_end, ready, go_end, go, answer_end, answer):
+        os.close(end)
+
+
+def test_a_transaction_that_ends(session: Session) -> None:
+    """While it lasts a child gets SCARD_W_RESET_CARD; afterwards it goes on."""
+    assert safe.SCardBeginTransaction(session.card) == OK
+    assert in_child(session.transmit, ECHO) == [RESET, []]
+    assert safe.SCardEndTransaction(session.card, LEAVE) == OK
+    assert in_child(session.transmit, ECHO) == ECHOED
+
+
+def test_an_exclusive_hold(shared_stack: VirtualPcsc) -> None:
+    """It is never gone on with."""
+    session = Session(EXCLUSIVE)
+    assert in_child(session.transmit, ECHO) == [RESET, []]
+    session.assert_untouched()
+    session.close()
+
+
+def test_the_card_was_changed(pcsc_stack: VirtualPcsc) -> None:
+    """A card that was pulled out and put in while the owner idled is not the one of the session."""
+    session = Session()
+    reader = pcsc_stack.readers[0]
+    card = reader.remove()
+    reader.insert(card)
+    assert in_child(session.transmit, ECHO) == [RESET, []]
+    assert session.transmit(ECHO)[0] == safe.SCARD_W_REMOVED_CARD
+    session.close()
+
+
+def test_the_owner_was_told_of_a_reset(pcsc_stack: VirtualPcsc) -> None:
+    """Somebody else has reset the card; what the owner begins with SCardReconnect is a session again."""
+    session, other = Session(), Session()
+    assert safe.SCardDisconnect(other.card, safe.SCARD_RESET_CARD) == OK
+    assert session.transmit(ECHO)[0] == RESET
+    assert in_child(session.transmit, ECHO) == [RESET, []]
+    assert safe.SCardReconnect(session.card, SHARED, 3, LEAVE)[0] == OK
+    assert in_child(session.transmit, ECHO) == ECHOED
+
+
+def test_after_a_handover(pcsc_stack: VirtualPcsc) -> None:
+    """The child is the owner, and its children go on; the parent doesn't."""
+    session = Session()
+
+    def fork() -> int:
+        with pcsc_safe.handover():
+            return os.fork()
+
+    def child() -> Any:
+        return [session.transmit(IS_VERIFIED), in_child(session.transmit, IS_VERIFIED)]
+
+    assert in_child(child, fork=fork) == [VERIFIED, VERIFIED]
+    assert session.transmit(ECHO) == [RESET, []]
+
+
+def test_a_child_without_the_descriptor(session: Session) -> None:
+    """A child that closes all descriptors can't ask, and gets SCARD_W_RESET_CARD."""
+
+    def child() -> Any:
+        closes_all_descriptors(session)
+        return session.transmit(ECHO)
+
+    assert in_child(child) == [RESET, []]
+
+
+def test_the_log_says_it_once(session: Session, caplog: pytest.LogCaptureFixture) -> None:
+    """A line for each card and process."""
+
+    def child() -> list[str]:
+        with caplog.at_level(logging.INFO, "pcsc_safe"):
+            for _ in range(3):
+                assert session.transmit(ECHO) == ECHOED
+        return [record.getMessage() for record in caplog.records if "goes on" in record.getMessage()]
+
+    (line,) = in_child(child)
+    assert f"goes on in process {os.getpid()}'s session with the card in {session.reader!r}" in line
+
+
+def powered(card: Any) -> int:
+    assert isinstance(card, EchoCard)
+    return int(card.resets + card.power_ons)
+
+
+@pytest.mark.parametrize("cards", ["auto", "reset", "reconnect"])
+def test_a_child_that_reconnects_resets_no_card_of_its_owner(
+    session: Session, shared_stack: VirtualPcsc, cards: str
+) -> None:
+    """The reset that the inherited handle has seen was made up: SCardReconnect gives a connection, and no more."""
+    pcsc_safe.configure(cards=cards)
+    before = powered(shared_stack.readers[0].card)
+    answer = in_child(safe.SCardReconnect, session.card, SHARED, 3, safe.SCARD_RESET_CARD)
+    assert answer == [OK, 2]
+    assert powered(shared_stack.readers[0].card) == before
+
+
+def test_it_does_where_the_owner_has_none(pcsc_stack: VirtualPcsc) -> None:
+    """The reset is carried out if there is no session to be spared."""
+    session = Session()
+    go_end, go = os.pipe()
+
+    def child() -> Any:
+        os.read(go_end, 1)
+        return safe.SCardReconnect(session.card, SHARED, 3, safe.SCARD_RESET_CARD)
+
+    waiting = start(child)
+    assert safe.SCardDisconnect(session.card, LEAVE) == OK
+    before = powered(pcsc_stack.readers[0].card)
+    os.write(go, b".")
+    assert wait_for(waiting) == [OK, 2]
+    assert powered(pcsc_stack.readers[0].card) == before + 1
+    os.close(go_end)
+    os.close(go)

@@ -1,0 +1,189 @@
+"""What pyscard does to a card by default leaves it alone where another process of the family uses it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from programs import VERIFY, child, outcome, refusal, say, verified
+
+import pcsc_safe
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+pytestmark = pytest.mark.native  # each test says itself what its programs use
+
+WAYS = {"native": {}, "broker": {"PCSC_SAFE_BROKER": "always"}}
+through_both = pytest.mark.parametrize("way", WAYS)
+
+
+def connected() -> Any:
+    from smartcard.System import readers
+
+    connection = readers()[0].createConnection()
+    connection.connect()
+    return connection
+
+
+def its_own(end: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def use(inherited: Any) -> Any:
+        connection = connected()
+        answer = verified(connection)
+        end(connection)
+        return answer
+
+    return use
+
+
+def inherited_one(end: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def use(inherited: Any) -> Any:
+        answer = verified(inherited)
+        end(inherited)
+        return answer
+
+    return use
+
+
+def disconnects(connection: Any) -> None:
+    connection.disconnect()
+
+
+def releases(connection: Any) -> None:
+    getattr(connection, "release", connection.disconnect)()
+
+
+def drops(connection: Any) -> None:
+    del connection
+    gc.collect()
+
+
+def reconnects(connection: Any) -> None:
+    connection.reconnect()
+    connection.reconnect()
+    connection.disconnect()
+
+
+def session_closes(inherited: Any) -> Any:
+    from smartcard.Session import Session
+
+    session = Session()
+    session.sendCommandAPDU([0x80, 1, 0, 0, 0])
+    session.close()
+    return True
+
+
+def request_is_served(inherited: Any) -> Any:
+    from smartcard.CardRequest import CardRequest
+    from smartcard.CardType import AnyCardType
+
+    service = CardRequest(timeout=10, cardType=AnyCardType()).waitforcard()
+    service.connection.connect()
+    answer = verified(service.connection)
+    del service
+    gc.collect()
+    return answer
+
+
+USES: dict[str, Callable[[Any], Any]] = {
+    **{f"its own {end.__name__}": its_own(end) for end in (disconnects, releases, drops, reconnects)},
+    **{f"inherited {end.__name__}": inherited_one(end) for end in (disconnects, releases, drops, reconnects)},
+    "session closes": session_closes,
+    "request": request_is_served,
+}
+
+
+def a_child_uses_the_card(use: str) -> None:
+    pcsc_safe.install()
+    mine = connected()
+    mine.transmit(VERIFY)
+    answer = child(lambda: USES[use](mine))
+    say([answer, refusal(lambda: verified(mine)), verified(mine)])
+
+
+@through_both
+@pytest.mark.parametrize("use", USES)
+def test_a_child_leaves_its_parents_card_alone(shared_stack: VirtualPcsc, use: str, way: str) -> None:
+    """Whatever pyscard does by default, the parent's PIN stays verified."""
+    assert outcome(a_child_uses_the_card, shared_stack, use, **WAYS[way]) == [True, "no error", True]
+
+
+def explicitly(how: str) -> None:
+    pcsc_safe.install()
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pcsc_safe").addHandler(handler)
+    mine = connected()
+    mine.transmit(VERIFY)
+
+    def in_child() -> Any:
+        own = connected()
+        if how == "disconnects":
+            own.disconnect()
+            return []
+        for _ in range(2):
+            own.reconnect(disposition=1)
+        own.disconnect()
+        own.connect(disposition=2)
+        own.disconnect()
+        return [line for line in lines if "its application asks" in line]
+
+    say([len(child(in_child)), refusal(lambda: verified(mine))])
+
+
+def test_what_the_application_asks_for_is_done(shared_stack: VirtualPcsc) -> None:
+    """The card is reset, and the log says so, once for each connection."""
+    assert outcome(explicitly, shared_stack, "says so") == [2, "CardConnectionException"]
+
+
+def test_a_setting_turns_it_off(shared_stack: VirtualPcsc) -> None:
+    """Then pyscard's defaults are as ever."""
+    assert outcome(explicitly, shared_stack, "disconnects", PCSC_SAFE_SPARE_CARDS="no") == [
+        0,
+        "CardConnectionException",
+    ]
+
+
+def a_parent_disconnects(how: str) -> None:
+    pcsc_safe.install()
+    mine = connected()
+    mine.transmit(VERIFY)
+    ready_end, ready = os.pipe()
+    go_end, go = os.pipe()
+    answer_end, answer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            verified(mine)
+            os.write(ready, b".")
+            os.read(go_end, 1)
+            os.write(answer, b"verified" if verified(mine) else b"not verified")
+        finally:
+            os._exit(0)
+    os.read(ready_end, 1)
+    if how == "killed":
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    mine.disconnect()
+    os.write(go, b".")
+    if how == "lives":
+        say(os.read(answer_end, 100).decode())
+        os.waitpid(pid, 0)
+    else:
+        mine.connect()
+        say(verified(mine))
+
+
+@through_both
+def test_a_parent_leaves_its_childs_card_alone(shared_stack: VirtualPcsc, way: str) -> None:
+    """A child that goes on in its session has it still; a child that is dead doesn't count."""
+    assert outcome(a_parent_disconnects, shared_stack, "lives", **WAYS[way]) == "verified"
+    card = shared_stack.readers[0].card
+    assert isinstance(card, EchoCard)
+    before = card.power_offs
+    assert outcome(a_parent_disconnects, shared_stack, "killed", **WAYS[way]) is False
+    assert card.power_offs > before
