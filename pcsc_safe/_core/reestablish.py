@@ -9,7 +9,7 @@ At a fork nothing changes here: a child comes here at its first use of what it i
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from .. import policy
 from ..errors import BrokerError, ForkUnsafeError
@@ -41,7 +41,7 @@ INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
 LEAVE_CARD = constant("SCARD_LEAVE_CARD")
 RESET_CARD = constant("SCARD_W_RESET_CARD")
 SHARE_SHARED = constant("SCARD_SHARE_SHARED")
-UNAWARE = constant("SCARD_STATE_UNAWARE")
+UNAWARE, IN_USE = constant("SCARD_STATE_UNAWARE"), constant("SCARD_STATE_INUSE")
 _STATES = CALLS["SCardGetStatusChange"]
 _EVENTS_AT = 16  # bits; above the state, pcsc-lite counts the events of a reader
 OUTGROWN = constant("SCARD_E_UNSUPPORTED_FEATURE")
@@ -145,10 +145,12 @@ def _connect(
     owner = context.owner
     if left is owner:
         return None
-    session = new_session(context, card.reader, share_mode)
+    before = _look(context, card.reader, share_mode)
+    session = _session(card.reader, share_mode, before)
 
     def keep(real: int, native: Any, protocol: int) -> None:
-        if only_in is not None and not (only_in.goes_on() and only_in.events == session.events is not None):
+        # In use: else nobody is connected, and pcscd was restarted since its owner has used it.
+        if only_in is not None and not (before.in_use and before.events == only_in.events and only_in.goes_on()):
             raise _EndedError
         connection = {"real": real, "native": native, "share_mode": share_mode, "protocol": protocol or protocols}
         if not handles.update(card, left, **connection, session=session, transactions=0, owner=owner):
@@ -182,22 +184,37 @@ def new_session(context: Context, reader: str, share_mode: Any) -> Session:
 
     :param context: its own.
     """
-    is_shared = share_mode == SHARE_SHARED and isinstance(reader, str)
-    return Session(
-        shared=is_shared,
-        events=_events(context, reader) if is_shared else None,
-        within=handles.inherited_session(reader),
-    )
+    return _session(reader, share_mode, _look(context, reader, share_mode))
 
 
-def _events(context: Context, reader: str) -> Optional[int]:
-    """How often a card has come or gone in a reader, as pcscd counts; None where that can't be asked."""
+def _session(reader: str, share_mode: Any, before: _Look) -> Session:
+    is_shared = share_mode == SHARE_SHARED
+    return Session(shared=is_shared, events=before.events, within=handles.inherited_session(reader))
+
+
+class _Look(NamedTuple):
+    """What pcscd says of a reader before a connection is made.
+
+    :ivar events: how often a card has come or gone.
+    :ivar in_use: somebody is connected.
+    """
+
+    events: Optional[int] = None
+    in_use: bool = False
+
+
+def _look(context: Context, reader: str, share_mode: Any) -> _Look:
+    if share_mode != SHARE_SHARED or not isinstance(reader, str):
+        return _Look()
     arguments = (0, [(reader, UNAWARE)])
     if context.gateway is gateways.native:
         result = gateways.native.caller(_STATES)(context, arguments)
     else:
         result = context.gateway.functions[_STATES.name](context.real, *arguments)
-    return result[1][0][1] >> _EVENTS_AT if result is not STALE and result[0] == SUCCESS else None
+    if result is STALE or result[0] != SUCCESS:
+        return _Look()
+    state = result[1][0][1]
+    return _Look(state >> _EVENTS_AT, bool(state & IN_USE))
 
 
 def release_dead(context: Context) -> bool:

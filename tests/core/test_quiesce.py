@@ -407,8 +407,6 @@ def refused(outcome: dict[str, Any], who: str) -> Any:
 
 
 REST = {
-    "SCardTransmit": [RESET, []],
-    "SCardStatus": RESET,
     "SCardIsValidContext": INVALID,
     "SCardCancel": OK,
     "SCardEndTransaction": OK,

@@ -153,6 +153,14 @@ def test_the_card_was_changed(pcsc_stack: VirtualPcsc) -> None:
     session.close()
 
 
+def test_pcscd_was_restarted(pcsc_stack: VirtualPcsc) -> None:
+    """The card has lost its power, although its owner doesn't know."""
+    session = Session()
+    pcsc_stack.kill()
+    pcsc_stack.start()
+    assert in_child(session.transmit, ECHO) == [RESET, []]
+
+
 def test_the_owner_was_told_of_a_reset(pcsc_stack: VirtualPcsc) -> None:
     """Somebody else has reset the card; what the owner begins with SCardReconnect is a session again."""
     session, other = Session(), Session()
