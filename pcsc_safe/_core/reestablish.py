@@ -73,8 +73,14 @@ def own(call: Call, record: Record, *, only_in: Optional[Session] = None) -> int
         raise
     if isinstance(record, Context) or hresult != SUCCESS:
         return hresult
+    left = record.owner
     connected = connect(record, record.share_mode, record.protocol, LEAVE_CARD, only_in=only_in)
-    return SUCCESS if connected is None else connected[0]
+    if connected is None:
+        return SUCCESS
+    if connected[0] == SUCCESS and left.noticed_by not in (process.LOST, process.SERVICE_LOST):
+        how = "goes on in process %d's session" if only_in is not None else "replaces process %d's connection"
+        log.info(f"process %d {how} with the card in %r", record.owner.pid, left.pid, record.reader)
+    return connected[0]
 
 
 def own_context(function: str, context: Context) -> int:
@@ -156,8 +162,6 @@ def _connect(
         if not handles.update(card, left, **connection, session=session, transactions=0, owner=owner):
             raise _SupersededError
         observer.connected("connected", card)
-        how = "goes on in process %d's session" if only_in is not None else "replaces process %d's connection"
-        log.info(f"process %d {how} with the card in %r", owner.pid, left.pid, card.reader)
 
     try:
         answer = context.gateway.connect(context, (card.reader, share_mode, protocols), keep)

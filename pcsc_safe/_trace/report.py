@@ -56,6 +56,7 @@ _TOLD = {
     "recovered": "established a context anew when pcscd had gone",
     "broker": "started the broker {broker}",
     "handover": "handed {contexts} context(s) over to a forked child",
+    "interferes": "reset or powered off a card that its family uses: its application asked {function} for that",
     "share": "shared {contexts} context(s) with a forked child",
 }
 _COUNTED = {

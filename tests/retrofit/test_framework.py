@@ -82,9 +82,9 @@ def each_connection() -> None:
 
 @through_both
 def test_connections(shared_stack: VirtualPcsc, way: str) -> None:
-    """In a child every kind of connection is told of a reset card, and connects again; its parent's go on."""
+    """With ``cards="reset"`` a child's are told of a reset card, and connect again; its parent's go on."""
     names = ["plain", "observed", "transmitting alone", "connected alone"]
-    (refused, works), parents = outcome(each_connection, shared_stack, **WAYS[way])
+    (refused, works), parents = outcome(each_connection, shared_stack, PCSC_SAFE_CARDS="reset", **WAYS[way])
     assert refused == dict.fromkeys(names, "CardConnectionException")
     told = {"connected alone": "CardConnectionException", "locked": [1]}  # it is the parent's alone
     assert works == {**dict.fromkeys(names, True), **told}
@@ -123,7 +123,7 @@ def requests_and_sessions() -> None:
 def test_requests_services_and_sessions(shared_stack: VirtualPcsc, way: str) -> None:
     """CardRequest, CardService and Session, inherited, work in a child as connections do; readers() just works."""
     told = ["CardConnectionException", "CardConnectionException", 2, True, True]
-    assert outcome(requests_and_sessions, shared_stack, **WAYS[way]) == [told, True, [7]]
+    assert outcome(requests_and_sessions, shared_stack, PCSC_SAFE_CARDS="reset", **WAYS[way]) == [told, True, [7]]
 
 
 def drops_all(installed: str) -> None:
