@@ -51,6 +51,10 @@ Since pcsc-lite 2.5 it keeps one array of readers for the whole process, which g
 """
 
 
+_GOES_ON = "process %d goes on in process %d's session with the card in %s"
+_REPLACES = "process %d replaces process %d's connection with the card in %s"
+
+
 class _SupersededError(Exception):
     """Another thread has been quicker, or has released what this was for: give back what was got."""
 
@@ -78,8 +82,8 @@ def own(call: Call, record: Record, *, only_in: Optional[Session] = None) -> int
     if connected is None:
         return SUCCESS
     if connected[0] == SUCCESS and left.noticed_by not in (process.LOST, process.SERVICE_LOST):
-        how = "goes on in process %d's session" if only_in is not None else "replaces process %d's connection"
-        log.info(f"process %d {how} with the card in %r", record.owner.pid, left.pid, record.reader)
+        line = _REPLACES if only_in is None else _GOES_ON
+        log.info(line, record.owner.pid, left.pid, record.reader)
     return connected[0]
 
 

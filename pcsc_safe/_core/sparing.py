@@ -31,7 +31,7 @@ def disposition(function: str, card: Card, wanted: int) -> int:
         card.warned_of_end = here
         observer.record("interferes", function=function, context=card.context.key)
         log.warning(
-            "process %d resets or powers off the card in %r, which another process of its family uses: its application "
+            "process %d resets or powers off the card in %s, which another process of its family uses: its application "
             "asks %s for that; SCARD_LEAVE_CARD would leave the card alone",
             here.pid,
             card.reader,

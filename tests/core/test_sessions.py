@@ -206,7 +206,7 @@ def test_the_log_says_it_once(session: Session, caplog: pytest.LogCaptureFixture
         return [record.getMessage() for record in caplog.records if "goes on" in record.getMessage()]
 
     (line,) = in_child(child)
-    assert f"goes on in process {os.getpid()}'s session with the card in {session.reader!r}" in line
+    assert f"goes on in process {os.getpid()}'s session with the card in {session.reader}" in line
 
 
 def powered(card: Any) -> int:

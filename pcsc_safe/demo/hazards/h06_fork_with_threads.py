@@ -16,7 +16,7 @@ from .._stage import Stage
 
 NUMBER, NAME, SECONDS = "6", "fork while threads share a context", 12.0
 THREADS, FORKS = 3, 10
-PATIENCE = 2.0  # seconds that a child gets for its SCardEstablishContext
+PATIENCE = 4.0  # seconds that a child gets for its SCardEstablishContext
 WAIT_10_MS = [0x80, 0x02, 0x01, 0x00, 0x01, 0x07]
 
 
