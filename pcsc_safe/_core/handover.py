@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Optional
 
 from ..errors import HandoverError
-from . import gate, gateways, handles, inherited, process, transfer
+from . import gate, gateways, handles, inherited, process, sessions, transfer
 from .calls import Kind
 from .handles import Context
 
@@ -114,6 +114,7 @@ def files_to_preserve() -> list[int]:
     own = [context for context in list(handles.contexts.values()) if context.owner is here]
     found = [descriptor for context in own for descriptor in context.gateway.descriptors(context.real)]
     numbers = {descriptor.number for descriptor in found if descriptor is not None and descriptor.is_intact()}
+    numbers.update(number for number in (sessions.descriptor(),) if number is not None and own)
     return sorted(numbers | set(gateways.brokers.files_to_preserve()))
 
 

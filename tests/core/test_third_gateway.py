@@ -83,7 +83,7 @@ def use_it() -> None:
 
 
 def test_a_gateway_that_the_core_does_not_know(shared_stack: VirtualPcsc) -> None:
-    """It sees every call of the owner, gives a child its context and card, and its faults are answers like any other."""
+    """It sees every call of the owner, and gives a child its context and card; its faults are answers too."""
     done = in_program(use_it, env={**os.environ, **shared_stack.env})
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
