@@ -104,7 +104,8 @@ def child(levels: int, context: Any, card: Any, own_context: Any, own_card: Any)
         if levels > 1 and random.random() < 0.5:
             below.append(start(child, levels - 1, context, card, own_context, own_card))
         for inherited, its_card in ((context, card), (own_context, own_card)):
-            tally.expect("SCardTransmit", safe.SCardTransmit(its_card, 2, [0, 1])[0], safe.SCARD_W_RESET_CARD)
+            first = safe.SCardTransmit(its_card, 2, [0x80, 1, 0, 0, 0])[0]
+            tally.expect("SCardTransmit", first, OK, safe.SCARD_W_RESET_CARD)  # as its owner goes on, or has ended
             tally.expect("SCardListReaders", safe.SCardListReaders(inherited, []), [OK, READERS])
             answer = safe.SCardReconnect(its_card, SHARED, T1, safe.SCARD_LEAVE_CARD)
             tally.expect("SCardReconnect", answer, [OK, T1])
