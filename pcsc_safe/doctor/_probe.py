@@ -164,8 +164,8 @@ def _touched(reader: str, answer: Answer) -> Finding:
         remedy = "another application may hold the card: have it disconnect"
         return Finding("probe.card", Status.WARNING, what, detail, remedy, data)
     connected = f"connected by {parent['protocol']}"
-    told = "SCARD_W_RESET_CARD"
-    if parent.get("afterwards") != _OK or child.get("ended") != 0 or child.get("inherited") != told:
+    told = (_OK, "SCARD_W_RESET_CARD")  # as the setting cards says
+    if parent.get("afterwards") != _OK or child.get("ended") != 0 or child.get("inherited") not in told:
         detail = f"{connected}; after a fork the child got {child}, and the parent {parent.get('afterwards')}"
         return Finding("probe.card", Status.PROBLEM, what, detail, _REPORT, data)
     if child.get("own") != _OK:

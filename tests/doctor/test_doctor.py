@@ -434,7 +434,7 @@ def test_settings() -> None:
     assert _machine.settings({}).status is OK
     told = _machine.settings({"PCSC_SAFE_POLICY": "raise", "PCSC_SAFE_CARDS": ""})
     assert (told.status, told.data["policy"]) == (OK, {"value": "raise", "from": "PCSC_SAFE_POLICY"})
-    assert told.data["cards"] == {"value": "reset", "from": "default"}
+    assert told.data["cards"] == {"value": "auto", "from": "default"}
     told = _machine.settings({"PCSC_SAFE_POLICY": "no", "PCSC_SAFE_QUIESCE_TIMEOUT": "-1"})
     assert told.status is PROBLEM
     assert "PCSC_SAFE_POLICY cannot be 'no'; PCSC_SAFE_QUIESCE_TIMEOUT cannot be '-1'" in told.detail
