@@ -26,6 +26,7 @@ from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, made
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation
 from .._core.unpatched import get_ident, monotonic, sleep
+from . import interruptible
 from .native_context import NativeContext, cancel_natively, establishing, is_at, wait_until_given
 from .pyscard import raw
 
@@ -34,7 +35,7 @@ __all__ = ["NativeContexts", "behind", "discard", "doomed", "sweep"]
 NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
 _LEAVE_CARD: int = constant("SCARD_LEAVE_CARD")
 _32_BITS = 0xFFFFFFFF
-_SHORT = 100  # ms; a wait for events that has to use the native context of a card, because pcscd refuses another one
+_SHORT = 100  # ms; what a signal handler, and a card where pcscd refuses another native context, can wait for
 _WAIT = "SCardGetStatusChange"
 _ASKING = frozenset((_WAIT, "SCardListReaders"))
 _DOUBTFUL = constant("SCARD_E_UNSUPPORTED_FEATURE"), constant("SCARD_E_UNKNOWN_READER")
@@ -86,7 +87,7 @@ class NativeContexts:
             limit = min(timeout, _SHORT) if context.cards else timeout
             return ((native, context.handle, limit, states),)
 
-        return self._use(owned, _WAIT, call, wait=wait, bare=True)
+        return self._use(owned, _WAIT, call, wait=wait, bare=True, lasts=timeout > _SHORT)
 
     def connect(self, owned: Owned, arguments: Sequence[Any], keep: Callable[[int, NativeContext, int], Any]) -> Any:
         """SCardConnect.
@@ -182,10 +183,15 @@ class NativeContexts:
         *,
         wait: Any = None,
         bare: bool = False,
+        lasts: bool = False,
     ) -> Any:
-        """Make a call on any native context that is free, or on a new one."""
+        """Make a call on any native context that is free, or on a new one.
+
+        :param lasts: it may last, so that signal handlers are to run meanwhile.
+        """
         may_pass, refused = False, SUCCESS
         avoided: list[NativeContext] = []
+        lasts = lasts and interruptible.runs_handlers()
         while self.is_behind(owned) and not (wait is not None and wait.cancelled):
             insists = bare and refused == SUCCESS
             for context in self.settled():
@@ -194,7 +200,8 @@ class NativeContexts:
                     continue
                 if context.waiting:
                     context.give_way()
-                steps = attempt(context, owned, function, *call(context), wait=wait, bare=insists, may_pass=may_pass)
+                make = interruptible.attempt if lasts and not context.cards else attempt
+                steps = make(context, owned, function, *call(context), wait=wait, bare=insists, may_pass=may_pass)
                 if steps:
                     self._used(context)
                     result = self._checked(owned, function, made(steps), context, avoided, may_pass)
