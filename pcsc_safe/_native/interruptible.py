@@ -33,7 +33,6 @@ _END_WITHIN = 1.0  # s
 _WAKE_AGAIN = 0.002  # s, and each time twice that
 _MOMENT, _MOMENTS = 0.00002, 100  # s, and how many; it takes a thread two to end that has nothing left to do
 _LINUX = sys.platform.startswith("linux")
-_THREADS_ARE_COUNTED = _LINUX and sys.version_info >= (3, 12)  # at a fork, by Python, which warns of several
 
 _awaited: dict[object, Any] = {}  # the locks for which the main thread waits; several, where handlers wait too
 
@@ -111,14 +110,14 @@ class _OtherThread:
         """What the call returned; empty in a child that has no such thread."""
         while not self.done.acquire(True, _LOOK_AGAIN) and process.sentinel[0]:
             pass
-        if _THREADS_ARE_COUNTED:
+        if _LINUX:
             self._see_off()
         if self._raised:
             raise self._raised.pop()
         return self._returned.pop() if self._returned else []
 
     def _see_off(self) -> None:
-        """Wait until the system has no such thread any more."""
+        """Wait until the system has no such thread any more: since Python 3.12 a fork warns of several."""
         for _ in range(_MOMENTS):
             if not os.path.exists(f"/proc/self/task/{self._native_id}"):
                 break
