@@ -35,7 +35,7 @@ __all__ = ["NativeContexts", "behind", "discard", "doomed", "sweep"]
 NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
 _LEAVE_CARD: int = constant("SCARD_LEAVE_CARD")
 _32_BITS = 0xFFFFFFFF
-_SHORT = 100  # ms; what a signal handler, and a card where pcscd refuses another native context, can wait for
+_SHORT = 100  # ms; a wait for events that has to use the native context of a card, because pcscd refuses another one
 _WAIT = "SCardGetStatusChange"
 _ASKING = frozenset((_WAIT, "SCardListReaders"))
 _DOUBTFUL = constant("SCARD_E_UNSUPPORTED_FEATURE"), constant("SCARD_E_UNKNOWN_READER")
@@ -87,7 +87,7 @@ class NativeContexts:
             limit = min(timeout, _SHORT) if context.cards else timeout
             return ((native, context.handle, limit, states),)
 
-        return self._use(owned, _WAIT, call, wait=wait, bare=True, lasts=timeout > _SHORT)
+        return self._use(owned, _WAIT, call, wait=wait, bare=True, lasts=interruptible.is_wanted(timeout))
 
     def connect(self, owned: Owned, arguments: Sequence[Any], keep: Callable[[int, NativeContext, int], Any]) -> Any:
         """SCardConnect.
@@ -187,11 +187,10 @@ class NativeContexts:
     ) -> Any:
         """Make a call on any native context that is free, or on a new one.
 
-        :param lasts: it may last, so that signal handlers are to run meanwhile.
+        :param lasts: signal handlers are to run while it does.
         """
         may_pass, refused = False, SUCCESS
         avoided: list[NativeContext] = []
-        lasts = lasts and interruptible.runs_handlers()
         while self.is_behind(owned) and not (wait is not None and wait.cancelled):
             insists = bare and refused == SUCCESS
             for context in self.settled():

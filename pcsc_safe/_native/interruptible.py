@@ -26,9 +26,10 @@ from .._core.one_step import Operation
 from .._core.unpatched import allocate_lock, get_ident, get_native_id, sleep, start_new_thread
 from .native_context import NativeContext, is_at
 
-__all__ = ["attempt", "runs_handlers"]
+__all__ = ["attempt", "is_wanted"]
 
-_LOOK_AGAIN = 1.0  # s; whether a fork that ran no hook has made this another process
+_SHORT = 100  # ms; how long a handler can wait
+_LOOK_AGAIN = 5.0  # s; whether a fork that ran no hook has made this another process
 _END_WITHIN = 1.0  # s
 _WAKE_AGAIN = 0.002  # s, and each time twice that
 _MOMENT, _MOMENTS = 0.00002, 100  # s, and how many; it takes a thread two to end that has nothing left to do
@@ -37,8 +38,15 @@ _LINUX = sys.platform.startswith("linux")
 _awaited: dict[object, Any] = {}  # the locks for which the main thread waits; several, where handlers wait too
 
 
-def runs_handlers() -> bool:
-    """Whether this is the thread in which Python runs signal handlers."""
+def is_wanted(timeout: int) -> bool:
+    """Whether handlers would have to wait for a wait of this thread.
+
+    :param timeout: in ms.
+    """
+    return timeout > _SHORT and _runs_handlers()
+
+
+def _runs_handlers() -> bool:
     if _LINUX:
         return bool(get_native_id() == os.getpid())  # threading's main_thread() is a greenlet where gevent patched it
     return bool(get_ident() == threading.main_thread().ident)
@@ -61,8 +69,11 @@ def attempt(
             return made()
         return other.outcome()
     except BaseException:
-        # The first call in its block, so no handler comes before it: there is somebody who ends the native call.
-        start_new_thread(_end, (place, wait))
+        try:
+            # The first call after the exception, so no handler comes before it: somebody does end the native call.
+            start_new_thread(_end, (place, wait))
+        except RuntimeError:
+            _end(place, wait)
         other.join(_END_WITHIN)
         raise
     finally:

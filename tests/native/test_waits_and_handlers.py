@@ -19,11 +19,11 @@ from typing import Any
 
 import forking
 import pytest
-from calling import CANCELLED, OK, PRESENT, TIMED_OUT, Calling, connect, establish, state_of, transmit
+from calling import CANCELLED, OK, PRESENT, TIMED_OUT, Calling, connect, establish, state_of, transmit, until
 from cforks import c_fork
 from conftest import ECHO
 from forking import fork, in_program
-from interrupts import Alarm, before_3_10, no_new_process
+from interrupts import Alarm, before_3_10
 
 import pcsc_safe
 from pcsc_safe import scard as safe
@@ -71,17 +71,19 @@ def at_alarm(function: Callable[[], Any], seconds: float = SOON) -> list[Any]:
 
 
 def left_behind() -> list[Any]:
-    """Threads, native contexts and calls that are still there when every context has been released."""
+    """Native contexts and calls, but no threads, that are still there when every context has been released."""
     from pcsc_safe._core import handles, in_flight
     from pcsc_safe._native import contexts
 
     for handle in list(handles.contexts):
         safe.SCardReleaseContext(handle)
+    # After an exception there may be a thread that has just ended the wait.
+    until(lambda: len(os.listdir("/proc/self/task")) == 1, "there are no threads")
     natives = [place for place in in_flight.places if isinstance(place, contexts.NativeContext)]
-    return [len(os.listdir("/proc/self/task")) - 1, len(natives), len(in_flight.calls()), len(contexts.doomed)]
+    return [len(natives), len(in_flight.calls()), len(contexts.doomed)]
 
 
-NOTHING = [0, 0, 0, 0]
+NOTHING = [0, 0, 0]
 
 
 # 1. The handler runs at once, and the wait ends as it says.
@@ -175,13 +177,13 @@ def handled(what: str, gateway: str) -> None:
 def test_a_handler_that_forks(shared_stack: VirtualPcsc, then: str, how: str) -> None:
     """The wait goes on in the parent; a child that returns from the handler waits on a context of its own."""
     expected = [0, TIMED_OUT if then == "returns" else None, OK]
-    assert told(forks, then, how, stack=shared_stack) == [[expected] * 5, [TIMED_OUT] * 5, True, NOTHING]
+    assert told(forks, then, how, stack=shared_stack) == [[expected] * 3, [TIMED_OUT] * 3, True, NOTHING]
 
 
 def forks(then: str, how: str) -> None:
     session, me = Session(), os.getpid()
     ended, children = [], []
-    for _ in range(5):
+    for _ in range(3):
         reads, writes = os.pipe()
         pids = at_alarm(lambda: forked_in_handler(session, then, how, writes))  # noqa: B023
         outcome = session.wait(A_WHILE)
@@ -211,7 +213,7 @@ def report(session: Session, outcome: Any, writes: int) -> None:
 
 # 3. Nothing is lost, left or spent.
 
-CHANGES = 40
+CHANGES = 60
 
 
 @contextlib.contextmanager
@@ -245,7 +247,7 @@ def test_no_event_is_lost(then: str) -> None:
             seen.append(next(lines))
         assert seen == ["present\n", "empty\n"] * (CHANGES // 2) + ["present\n"]
         alarms, left = json.loads(next(lines))
-    assert alarms > CHANGES
+    assert alarms > CHANGES // 2
     assert left == NOTHING
 
 
@@ -263,7 +265,7 @@ def sees(then: str) -> None:
             raise Alarm
 
     signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.003)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     for _ in range(CHANGES):
         states: Any = None
         while states is None:
@@ -336,12 +338,19 @@ def forks_after_waits() -> None:
 
 
 def test_where_no_thread_can_be_had(shared_stack: VirtualPcsc) -> None:
-    """At the limit of processes a wait lasts as long as it should, and works."""
-    assert told(without_a_thread, stack=shared_stack) == [TIMED_OUT, OK]
+    """Where the system has none to give, or the interpreter ends, a wait lasts as long as it should."""
+    ended, seconds = told(without_a_thread, stack=shared_stack)
+    assert ended == TIMED_OUT
+    assert A_WHILE / 1000 <= seconds < 5
 
 
 def without_a_thread() -> None:
-    session = Session()
-    with no_new_process():
-        ended = session.wait(A_WHILE)
-    print(json.dumps([ended, safe.SCardListReaders(session.context, [])[0]]))
+    """A limit of the system's would be root's to have, and another user can't use this pcscd."""
+    from pcsc_safe._native import interruptible
+
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    session, began = Session(), time.monotonic()
+    interruptible.start_new_thread = no_thread
+    print(json.dumps([session.wait(A_WHILE), time.monotonic() - began]))
