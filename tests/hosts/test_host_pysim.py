@@ -100,5 +100,5 @@ def test_it_says_the_same(stack: VirtualPcsc, launcher: tuple[str, ...]) -> None
     status, said, errors = read(stack, *launcher)
     assert (status, errors) == (0, "")
     assert (status, said, errors) == read(stack)
-    assert "ICCID: 8988210000000000001\n" in said
+    assert "ICCID: 89882100000000000001\n" in said
     assert "Done !" in said
