@@ -60,11 +60,12 @@ class Site:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         launcher = ["-m", "pcsc_safe", "run"] if how == "run" else []
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         command = [sys.executable, *launcher, str(self.file), "runserver", "--nothreading", f"127.0.0.1:{self.port}"]
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 command,
-                env={**os.environ, **stack.env, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, **stack.env, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

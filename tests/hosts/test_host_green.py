@@ -73,5 +73,6 @@ def test_a_fork(how: tuple[str, ...]) -> None:
 
 def test_the_classes_of_pyscard(how: tuple[str, ...]) -> None:
     """After install() a monitor of readers, requests and connections work in parent and child, beside each other."""
-    right = [20, 20, 20, 2]
-    assert told(classes, how) == [right, [right, 0], right]
+    # Under eventlet pyscard's monitor tells of no reader once it was stopped: on raw pyscard, too.
+    again = [20, 20, 20, 2 if how[0] == "gevent" else 0]
+    assert told(classes, how) == [[20, 20, 20, 2], [again, 0], again]
