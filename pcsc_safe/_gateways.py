@@ -34,3 +34,4 @@ if events.is_on():
 
 from ._core.handover import files_to_preserve, handover  # noqa: E402
 from ._core.router import public  # noqa: E402
+from ._native import unprotected  # noqa: E402, F401  # its hook comes last: what a fork needs has been done then

@@ -104,6 +104,25 @@ def _say(value: Any) -> None:
     print(json.dumps(value), flush=True)
 
 
+def _forked(function: Callable[[], Any]) -> list[Any]:
+    """What it returns in a forked child, and the child's status."""
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        status = 70
+        try:
+            os.write(writes, json.dumps(function()).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writes)
+    # First: a read would block the hub, and gevent's child, whose pool shares it at first, may need that.
+    status = os.waitpid(pid, 0)[1]
+    with open(reads, "rb") as pipe:
+        return [json.loads(pipe.read() or b"null"), status]
+
+
 def pool(*how: str) -> None:
     """A wait in the pool beside exchanges and other calls in the pool and in greenlets; then it is cancelled."""
     green, safe, context, reader, card = _set_up(*how)
@@ -189,26 +208,62 @@ def forks(*how: str) -> None:
         timed_out = _code(safe.SCardGetStatusChange(context, 20, [(reader, PRESENT)]))
         return [_code(safe.SCardListReaders(context, [])), right, in_pool, timed_out, safe.SCardReleaseContext(context)]
 
-    def fork() -> list[Any]:
-        reads, writes = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(20)
-            status = 70
-            try:
-                os.write(writes, json.dumps(child()).encode())
-                status = 0
-            finally:
-                os._exit(status)
-        os.close(writes)
-        # First: a read would block the hub, and gevent's child, whose pool shares it at first, may need that.
-        status = os.waitpid(pid, 0)[1]
-        with open(reads, "rb") as pipe:
-            return [json.loads(pipe.read() or b"null"), status]
-
-    children = [green.spawn(fork)() for _ in range(3)]
+    children = [green.spawn(_forked, child)() for _ in range(3)]
     after = _exchange(safe, card, 6, 10, lambda: green.sleep(0))
     stop.append(True)
     went_on = busy()
     cancelled = safe.SCardCancel(context)
     _say([children, after, went_on, cancelled, _code(wait()), safe.SCardReleaseContext(context)])
+
+
+def classes(*how: str) -> None:
+    """After install() pyscard's classes in greenlets, a monitor of readers, a request and connections; and a fork."""
+    library, gateway, order = how
+    signal.alarm(50)
+    green = LIBRARIES[library]() if order == "patched first" else None
+    import pcsc_safe
+
+    pcsc_safe.configure(broker="always" if gateway == "broker" else "on-fork")
+    pcsc_safe.install()
+    from smartcard.System import readers
+
+    assert len(readers()) == 2
+    green = green or LIBRARIES[library]()
+    _say([_uses_classes(green), _forked(lambda: _uses_classes(green)), _uses_classes(green)])
+
+
+def _uses_classes(green: Any) -> list[int]:
+    """How many exchanges of each connection were right, and how many readers came."""
+    from smartcard.CardRequest import CardRequest
+    from smartcard.CardType import AnyCardType
+    from smartcard.ReaderMonitoring import ReaderMonitor, ReaderObserver
+    from smartcard.System import readers
+
+    class Observer(ReaderObserver):  # type: ignore[misc]
+        came = 0
+
+        def update(self, observable: Any, handlers: Any) -> None:
+            self.came += len(handlers[0])
+
+    observer, monitor = Observer(), ReaderMonitor(period=0.05)
+    monitor.addObserver(observer)
+    service = CardRequest(timeout=5, cardType=AnyCardType()).waitforcard()
+    connections = [service.connection, *(reader.createConnection() for reader in readers())]
+
+    def exchange(connection: Any, number: int) -> int:
+        connection.connect(disposition=LEAVE)
+        right = 0
+        for _ in range(20):
+            right += connection.transmit([*ECHO, number]) == ([number], *RIGHT)
+            green.sleep(0)
+        connection.disconnect()
+        return right
+
+    asked = [green.spawn(exchange, connection, number) for number, connection in enumerate(connections)]
+    right = [get() for get in asked]
+    for _ in range(100):
+        if observer.came == len(connections) - 1:
+            break
+        green.sleep(0.05)
+    monitor.deleteObserver(observer)
+    return [*right, observer.came]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, Callable, Optional
 
+from ..policy import Way, choose_way
 from . import (
     descriptors,
     gate,
@@ -435,14 +436,17 @@ def _notice() -> process.Epoch:
             observer.record("fork", parent=here.parent.pid)
             log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
             if here.unquiet is not None:
-                function, thread, _ = here.unquiet
-                log.warning(
-                    "process %d can't use PC/SC: it was forked while thread %s was inside %s",
-                    here.pid,
-                    thread,
-                    function,
-                )
+                _warn_of_unquiet(here)
     return here
+
+
+def _warn_of_unquiet(here: process.Epoch) -> None:
+    """Say what keeps a process from the native library, and what it does without."""
+    is_served = choose_way(settings(), forked=True, native_works=False) is Way.BROKER
+    without = "a broker does PC/SC for it" if is_served else "policy 'auto' lets a broker do PC/SC for it"
+    function, thread, _ = here.unquiet
+    text = "process %d was forked while thread %s was inside %s, and can't use the native library: %s"
+    log.warning(text, here.pid, thread, function, without)
 
 
 # The names of the drop-in.

@@ -13,7 +13,16 @@ from importlib.machinery import BuiltinImporter
 from importlib.util import module_from_spec
 from typing import Any
 
-__all__ = ["RLock", "count_threads", "get_ident", "monotonic", "sleep", "start_new_thread"]
+__all__ = [
+    "RLock",
+    "allocate_lock",
+    "count_threads",
+    "get_ident",
+    "get_native_id",
+    "monotonic",
+    "sleep",
+    "start_new_thread",
+]
 
 
 def _from_scratch(name: str) -> Any:
@@ -27,7 +36,9 @@ def _from_scratch(name: str) -> Any:
 _thread, _time = _from_scratch("_thread"), _from_scratch("time")
 
 RLock = _thread.RLock
+allocate_lock = _thread.allocate_lock
 get_ident = _thread.get_ident
+get_native_id = _thread.get_native_id
 start_new_thread = _thread.start_new_thread
 count_threads = _thread._count
 """How many threads Python has started that have not ended, without the main one."""

@@ -27,6 +27,7 @@ from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, made
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation, in_one_step
 from .._core.unpatched import get_ident, monotonic, sleep
+from . import interruptible
 from .native_context import NativeContext, cancel_natively, establishing, is_at, wait_until_given
 from .pyscard import raw
 
@@ -91,7 +92,7 @@ class NativeContexts:
             limit = min(timeout, _SHORT) if context.cards else timeout
             return ((native, context.handle, limit, states),)
 
-        return self._use(owned, _WAIT, call, wait=wait, bare=True)
+        return self._use(owned, _WAIT, call, wait=wait, bare=True, lasts=interruptible.is_wanted(timeout))
 
     def connect(self, owned: Owned, arguments: Sequence[Any], keep: Callable[[int, NativeContext, int], Any]) -> Any:
         """SCardConnect.
@@ -187,8 +188,12 @@ class NativeContexts:
         *,
         wait: Any = None,
         bare: bool = False,
+        lasts: bool = False,
     ) -> Any:
-        """Make a call on any native context that is free, or on a new one."""
+        """Make a call on any native context that is free, or on a new one.
+
+        :param lasts: signal handlers are to run while it does.
+        """
         may_pass, refused = False, SUCCESS
         avoided: list[NativeContext] = []
         while self.is_behind(owned) and not (wait is not None and wait.cancelled):
@@ -199,7 +204,8 @@ class NativeContexts:
                     continue
                 if context.waiting:
                     context.give_way()
-                steps = attempt(context, owned, function, *call(context), wait=wait, bare=insists, may_pass=may_pass)
+                make = interruptible.attempt if lasts and not context.cards else attempt
+                steps = make(context, owned, function, *call(context), wait=wait, bare=insists, may_pass=may_pass)
                 if steps:
                     self._used(context)
                     result = self._checked(owned, function, made(steps), context, avoided, may_pass)

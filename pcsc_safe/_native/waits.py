@@ -16,6 +16,7 @@ from .._core.in_flight import Owned
 from .._core.library import SUCCESS
 from .._core.reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, UNKNOWN, is_for_new_readers
 from .._core.unpatched import get_ident, monotonic
+from . import interruptible
 from .contexts import NativeContexts, behind
 
 __all__ = ["await_change"]
@@ -66,10 +67,11 @@ class Wait:
 
         :return: the result; None to go on; :data:`STALE` where the context is no more this process's.
         """
-        if self._seen is not None:
+        # Also where it would take another thread: none is needed for what has happened already.
+        if self._seen is not None or interruptible.is_wanted(self._left()):
             missed = self._missed()
             if missed is not None:
-                return missed
+                return missed if missed is STALE or missed[0] != SUCCESS else self._confirmed(missed)
         self.was_ended = False
         result = self._contexts.wait(self._context, self, self._left(), self._states)
         if result is STALE:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import os
 import pickle
 import random
@@ -534,6 +535,52 @@ def test_how_long_a_fork_waits(held: VirtualPcsc) -> None:
     until(lambda: waits_on(waiter), "the wait goes on")
     held.readers[2].remove()
     assert flags(waiter.answer()) == (OK, [(reader, CHANGED | EMPTY, [])])
+
+
+BLOCKED = {"auto": "a broker does PC/SC for it", "reestablish": "policy 'auto' lets a broker do PC/SC for it"}
+
+
+@pytest.mark.parametrize("policy", BLOCKED)
+def test_a_fork_beside_a_connect_that_a_transaction_blocks(session: Session, policy: str) -> None:
+    """A child of a fork while another process's transaction blocks SCardConnect works, and its log says by what."""
+    pcsc_safe.configure(quiesce_timeout=0.1, policy=policy)
+    begun, end = os.pipe(), os.pipe()
+    holder = start(in_a_transaction, session.reader, begun[1], end[0])
+    os.read(begun[0], 1)
+    context = establish()
+    blocked = Calling(safe.SCardConnect, context, session.reader, SHARED, T1, name="connecting")
+    until(lambda: blocked.waits, "it is blocked")
+    answers, lines = in_child(lists_and_logs, context)
+    os.write(end[1], b"\n")
+    assert wait_for(holder) == OK
+    assert blocked.answer()[0] == OK
+    assert answers == (OK if policy == "auto" else "ForkUnsafeError")
+    why = "was forked while thread connecting was inside SCardConnect, and can't use the native library"
+    assert [line.partition(" was")[2] for line in lines] == [f"{why}: {BLOCKED[policy]}".partition("was")[2]]
+    for descriptor in (*begun, *end):
+        os.close(descriptor)
+    safe.SCardReleaseContext(context)
+
+
+def in_a_transaction(reader: str, begun: int, end: int) -> int:
+    """Have a transaction until told otherwise."""
+    card = connect(establish(), reader)
+    hresult = int(safe.SCardBeginTransaction(card))
+    os.write(begun, b"\n")
+    os.read(end, 1)
+    return hresult + int(safe.SCardEndTransaction(card, safe.SCARD_LEAVE_CARD))
+
+
+def lists_and_logs(context: Any) -> Any:
+    """Use PC/SC, and keep the warnings."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pcsc_safe").addHandler(handler)
+    try:
+        return safe.SCardListReaders(context, [])[0], lines
+    except ForkUnsafeError as error:
+        return type(error).__name__, lines
 
 
 # 3. Forks that fail, are interrupted, or happen in the middle of a call.

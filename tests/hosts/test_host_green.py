@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from forking import in_program
-from green import CANCELLED, LIBRARIES, OK, TIMED_OUT, forks, greenlets, pool, releases_beside_a_wait
+from green import CANCELLED, LIBRARIES, OK, TIMED_OUT, classes, forks, greenlets, pool, releases_beside_a_wait
 
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
@@ -69,3 +69,10 @@ def test_a_fork(how: tuple[str, ...]) -> None:
     """Parent and child go on; a wait in the pool neither ends nor keeps the fork."""
     child = [[OK, 10, 10, TIMED_OUT, OK], 0]
     assert told(forks, how) == [[child] * 3, 10, True, OK, CANCELLED, OK]
+
+
+def test_the_classes_of_pyscard(how: tuple[str, ...]) -> None:
+    """After install() a monitor of readers, requests and connections work in parent and child, beside each other."""
+    # Under eventlet pyscard's monitor tells of no reader once it was stopped: on raw pyscard, too.
+    again = [20, 20, 20, 2 if how[0] == "gevent" else 0]
+    assert told(classes, how) == [[20, 20, 20, 2], [again, 0], again]

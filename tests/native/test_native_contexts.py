@@ -252,6 +252,7 @@ def interrupted(how_many: str, where: str) -> None:
         lambda: safe.SCardListReaderGroups(context),
         lambda: safe.SCardGetStatusChange(context, 0, [(readers[0], 0)]),
         lambda: safe.SCardGetStatusChange(context, 2, [(readers[0], PRESENT)]),
+        lambda: safe.SCardGetStatusChange(context, 101, [(readers[0], PRESENT)]),  # by another thread
         lambda: safe.SCardStatus(card),
         lambda: transmit(card),
         lambda: safe.SCardControl(card, 1, []),

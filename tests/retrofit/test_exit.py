@@ -1,68 +1,267 @@
-"""The end of the interpreter: what is collected there says nothing, and does what it would have done before."""
+"""The end of the interpreter: what is collected there says nothing, and ends its sessions.
+
+A process that dies leaves its sessions to pcscd, which resets their cards; one that ends them leaves the cards as they
+are, for that is what these programs ask for.  So a card tells whether anything was skipped.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from calling import OK, establish, transmit
+from conftest import ECHO
 
-from pcsc_safe.testing import VirtualPcsc
+from pcsc_safe import scard as safe
+from pcsc_safe.testing import EchoCard, VirtualPcsc
 
-KEPT = """
-import atexit, builtins, sys, threading
-from smartcard.System import readers
-from smartcard.CardRequest import CardRequest
-from smartcard.CardType import AnyCardType
+pytestmark = pytest.mark.native  # each test says itself what its programs use
 
-def connected():
-    connection = readers()[0].createConnection()
-    connection.connect()
-    return connection
+MAKES = """
+import os, sys
+{before}
 
-a_global = connected()
-in_a_cycle = connected()
-in_a_cycle.me = in_a_cycle
-builtins.connection = connected()
-local = threading.local()
-local.connection = connected()
-atexit.register(lambda kept=connected(): None)
-sys.kept = connected()
+def made():
+    from smartcard.CardConnectionObserver import CardConnectionObserver
+    from smartcard.CardMonitoring import CardMonitor, CardObserver
+    from smartcard.CardRequest import CardRequest
+    from smartcard.CardType import AnyCardType
+    from smartcard.ExclusiveConnectCardConnection import ExclusiveConnectCardConnection
+    from smartcard.ExclusiveTransmitCardConnection import ExclusiveTransmitCardConnection
+    from smartcard.PassThruCardService import PassThruCardService
+    from smartcard.ReaderMonitoring import ReaderMonitor
+    from smartcard.Session import Session
+    from smartcard.System import readers
+
+    class Silent(CardConnectionObserver, CardObserver):
+        def update(self, *arguments): pass
+
+    def connected(connection):
+        connection.connect(disposition=0)
+        assert connection.transmit([0x80, 1, 0, 0, 1, 7]) == ([7], 0x90, 0)
+        return connection
+
+    first, second = readers()
+    observed = connected(first.createConnection())
+    observed.addObserver(Silent())
+    request = CardRequest(timeout=5, readers=[first], cardType=AnyCardType())
+    requested = request.waitforcard()
+    connected(requested.connection)
+    session = Session(str(first))
+    session.cs.connection.component.disposition = 0
+    alone = connected(ExclusiveConnectCardConnection(second.createConnection()))
+    alone.component.component.disposition = 0
+    try:
+        first.createConnection().transmit([0])
+    except Exception as error:
+        refused = error
+    things = [
+        connected(first.createConnection()),
+        first.createConnection(),
+        observed,
+        connected(ExclusiveTransmitCardConnection(first.createConnection())),
+        alone,
+        PassThruCardService(connected(first.createConnection())),
+        request,
+        requested,
+        session,
+        refused,
+    ]
+    monitor, observer = CardMonitor(), Silent()
+    monitor.addObserver(observer)
+    {then}
+    return [*things, monitor, observer]
+
+def forks():
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+    else:
+        import signal
+        signal.alarm(20)
+        sys.exit()
+"""
+
+KEPT = {
+    "a global": "kept = made()",
+    "a cycle": "kept = made(); kept.append(kept); [setattr(each, 'me', (each, kept)) for each in kept[:-1]]; del kept",
+    "builtins": "import builtins; builtins.kept = made()",
+    "sys": "sys.kept = made()",
+    "a module": "import types; sys.modules['kept'] = types.ModuleType('kept'); sys.modules['kept'].kept = made()",
+    "a class": "class Kept: kept = made()",
+    "a thread's own": "import threading; local = threading.local(); local.kept = made()",
+    "an exception": """
 try:
-    unconnected = readers()[0].createConnection()
-    unconnected.transmit([0])
-except Exception as error:
+    raise KeyError(made())
+except KeyError as error:
     raised = error
-    raised.me = [raised, connected(), unconnected]
-request = CardRequest(timeout=5, cardType=AnyCardType())
-service = request.waitforcard()
-service.me = service, request
-service.connection.connect()
+    raised.me = raised
+""",
+    "atexit": "import atexit; atexit.register(lambda kept=made(): None)",
+    "a finalizer": "import weakref; kept = made(); weakref.finalize(kept[0], lambda kept: kept, kept[1:])",
+    "a generator": """
+def generate(kept):
+    try:
+        yield
+    finally:
+        kept.clear()
+generator = generate(made())
+next(generator)
+""",
+    "a daemon thread": """
+import threading, time
+def keep(kept, ready):
+    ready.set()
+    while True:
+        time.sleep(0.001)
+ready = threading.Event()
+threading.Thread(target=keep, args=(made(), ready), daemon=True).start()
+ready.wait()
+""",
+}
+"""Where objects are at the end."""
+
+NEVER_COLLECTED = {"sys", "a daemon thread"}  # on raw pyscard neither
+
+WAYS = {
+    "run": ["-m", "pcsc_safe", "run"],
+    "run broker": ["-m", "pcsc_safe", "run", "--broker", "always"],
+    "install": [],
+    "install broker": [],
+}
+BEFORE = {
+    "install": "import pcsc_safe; pcsc_safe.install()",
+    "install broker": "import pcsc_safe; pcsc_safe.configure(broker='always'); pcsc_safe.install()",
+}
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[VirtualPcsc]:
+    with VirtualPcsc(2, [EchoCard(), EchoCard()]) as running:
+        yield running
+
+
+def ends(stack: VirtualPcsc, way: str, program: str) -> tuple[int, str, int]:
+    """How a program ends: its status, all that it says, and how often a card was reset."""
+    before = resets(stack)
+    command = [sys.executable, *WAYS.get(way, []), "-c", program]
+    env = {**os.environ, **stack.env}
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
+    )
+    stack.wait_for_clients(0)
+    for slot in stack.readers:
+        settle(slot.name)
+    return done.returncode, done.stdout, resets(stack) - before
+
+
+def settle(reader: str) -> None:
+    """Wait until pcscd has done with a card what it does when a process has died."""
+    context = establish()
+    answer: Any = [None, None]
+    while answer[0] != OK:
+        answer = safe.SCardConnect(context, reader, safe.SCARD_SHARE_EXCLUSIVE, safe.SCARD_PROTOCOL_T1)
+    assert transmit(answer[1], ECHO)[0] == OK
+    assert safe.SCardDisconnect(answer[1], safe.SCARD_LEAVE_CARD) == OK
+    assert safe.SCardReleaseContext(context) == OK
+
+
+def resets(stack: VirtualPcsc) -> int:
+    return sum(slot.card.resets for slot in stack.readers if slot.card is not None)
+
+
+def program(way: str, where: str, *more: str, then: str = "monitor.deleteObserver(observer)") -> str:
+    return "\n".join([MAKES.format(before=BEFORE.get(way, ""), then=then), KEPT[where], *more])
+
+
+def test_a_death_is_seen(stack: VirtualPcsc) -> None:
+    """The control: a process that ends without its finalizers has its cards reset by pcscd."""
+    status, said, resets = ends(stack, "run", program("run", "a global", "os._exit(0)"))
+    assert (status, said) == (0, "")
+    assert resets > 0
+
+
+@pytest.mark.parametrize("way", ["run", "run broker", *(pytest.param(way, marks=pytest.mark.long) for way in BEFORE)])
+@pytest.mark.parametrize("where", KEPT)
+def test_the_end_is_silent(stack: VirtualPcsc, where: str, way: str) -> None:
+    """What is kept anywhere ends with the program, without a word, and its sessions are ended."""
+    status, said, resets = ends(stack, way, program(way, where))
+    assert (status, said) == (0, "")
+    assert resets == 0 or where in NEVER_COLLECTED
+
+
+@pytest.mark.parametrize("way", ["run", "run broker", *(pytest.param(way, marks=pytest.mark.long) for way in BEFORE)])
+@pytest.mark.parametrize("where", KEPT)
+def test_the_end_of_a_child_is_silent(stack: VirtualPcsc, where: str, way: str) -> None:
+    """So is the end of a child, and of its parent after it; the child's reaches no session."""
+    status, said, resets = ends(stack, way, program(way, where, "forks()"))
+    assert (status, said) == (0, "")
+    assert resets == 0 or where in NEVER_COLLECTED
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_observers_that_stay(stack: VirtualPcsc, way: str) -> None:
+    """The threads of monitors are ended with the program; what they know of is not collected, nor is it by pyscard."""
+    status, said, _ = ends(stack, way, program(way, "a global", then="ReaderMonitor().addObserver(Silent())"))
+    assert (status, said) == (0, "")
+
+
+DROP_IN = """
+import functools, logging, os, sys, threading, time
+import pcsc_safe
+logging.disable()  # the child is told that the session is not its own
+{before}
+from pcsc_safe.scard import *
+
+context = SCardEstablishContext(SCARD_SCOPE_SYSTEM)[1]
+reader = SCardListReaders(context, [])[1][0]
+card = SCardConnect(context, reader, SCARD_SHARE_SHARED, SCARD_PROTOCOL_T1)[1]
+exchange = functools.partial(SCardTransmit, card, SCARD_PCI_T1, [0x80, 1, 0, 0, 1, 7])
+assert exchange() == [SCARD_S_SUCCESS, [7, 0x90, 0]]
+
+def exchanges():
+    while exchange():
+        pass
+
+wait = functools.partial(SCardGetStatusChange, context, INFINITE, [(reader, SCARD_STATE_PRESENT)])
+for call in exchanges, wait:
+    threading.Thread(target=call, daemon=True).start()
+time.sleep(0.1)
+
+class Ends:
+    calls = (
+        exchange,
+        functools.partial(SCardDisconnect, card, SCARD_LEAVE_CARD),
+        functools.partial(SCardReleaseContext, context),
+    )
+
+    def __del__(self):
+        for call in self.calls:
+            call()
+
+{ends}
+if os.fork() == 0:
+    import signal
+    signal.alarm(20)
+    assert SCardListReaders(context, [])[0] == SCARD_S_SUCCESS
+    sys.exit()
+assert os.wait()[1] == 0
 """
 
-WATCHED = """
-from smartcard.CardMonitoring import CardMonitor, CardObserver
-from smartcard.CardRequest import CardRequest
-from smartcard.CardType import AnyCardType
 
-class Observer(CardObserver):
-    def update(self, observable, handlers): pass
-
-monitor, observer = CardMonitor(), Observer()
-monitor.addObserver(observer)
-service = CardRequest(timeout=5, cardType=AnyCardType()).waitforcard()
-service.connection.connect()
-monitor.deleteObserver(observer)
-"""
-
-
-@pytest.mark.parametrize("options", [[], ["--broker", "always"]], ids=["native", "broker"])
-@pytest.mark.parametrize("program", [KEPT, WATCHED], ids=["kept", "watched"])
-def test_the_end_is_silent(shared_stack: VirtualPcsc, program: str, options: list[str]) -> None:
-    """Connections in globals, cycles, builtins, exceptions and the like end with the program, without a word."""
-    command = [sys.executable, "-m", "pcsc_safe", "run", *options, "-c", program]
-    env = {**os.environ, **shared_stack.env}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    shared_stack.wait_for_clients(0)
+@pytest.mark.parametrize("gateway", ["native", "broker"])
+@pytest.mark.parametrize("where", ["a global", "builtins", "atexit"])
+def test_the_drop_in_ends_silently(stack: VirtualPcsc, where: str, gateway: str) -> None:
+    """Finalizers of the application use PC/SC at the end, while daemon threads are in calls; so they may in a child."""
+    keeps = {
+        "a global": "kept = Ends()",
+        "builtins": "import builtins; builtins.kept = Ends()",
+        "atexit": "import atexit; atexit.register(Ends().__del__)",
+    }
+    before = "pcsc_safe.configure(broker='always')" if gateway == "broker" else ""
+    status, said, _ = ends(stack, "drop-in", DROP_IN.format(before=before, ends=keeps[where]))
+    assert (status, said) == (0, "")

@@ -1,0 +1,163 @@
+"""A wait for events in the main thread, during which signal handlers run.
+
+Python runs signal handlers in its main thread, between two steps of Python, and so not before a C function returns; a
+wait for events can last for hours.  So where the main thread waits, another thread makes the native call, and the main
+thread waits for that thread, by a lock: there a handler runs as soon as the signal comes.  It may do everything, since
+the main thread is inside nothing of ours.  If it raises, the native call is ended.
+
+The other thread runs nothing of the application's and takes no signal.  It is gone when the wait returns.
+
+At a fork it is a thread in a wait as any other.  A child that a handler forks doesn't have it: the hook releases the
+lock, and the child goes on as with any call on what it inherited.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from functools import partial
+from typing import Any, Callable
+
+from .._core import in_flight, process
+from .._core.in_flight import Owned
+from .._core.one_step import Operation
+from .._core.unpatched import allocate_lock, get_ident, get_native_id, sleep, start_new_thread
+from .native_context import NativeContext, is_at
+
+__all__ = ["attempt", "is_wanted"]
+
+_SHORT = 100  # ms; how long a handler can wait
+_LOOK_AGAIN = 5.0  # s; whether a fork that ran no hook has made this another process
+_END_WITHIN = 1.0  # s
+_WAKE_AGAIN = 0.002  # s, and each time twice that
+_MOMENT, _MOMENTS = 0.00002, 100  # s, and how many; it takes a thread two to end that has nothing left to do
+_LINUX = sys.platform.startswith("linux")
+
+_awaited: dict[object, Any] = {}  # the locks for which the main thread waits; several, where handlers wait too
+
+
+def is_wanted(timeout: int) -> bool:
+    """Whether handlers would have to wait for a wait of this thread.
+
+    :param timeout: in ms.
+    """
+    return timeout > _SHORT and _runs_handlers()
+
+
+def _runs_handlers() -> bool:
+    if _LINUX:
+        return bool(get_native_id() == os.getpid())  # threading's main_thread() is a greenlet where gevent patched it
+    return bool(get_ident() == threading.main_thread().ident)
+
+
+def attempt(
+    place: NativeContext, owned: Owned, function: str, *operations: Operation, wait: Any, bare: bool, may_pass: bool
+) -> list[Any]:
+    """:func:`in_flight.attempt`, made by another thread.
+
+    :return: the same; empty also in a child that was forked meanwhile.
+    """
+    if place.calls or (in_flight.closers and not may_pass):
+        return []  # without a thread for it
+    made = partial(in_flight.attempt, place, owned, function, *operations, wait=wait, bare=bare, may_pass=may_pass)
+    other = _OtherThread(made)
+    try:
+        _awaited[other] = other.done
+        if not other.start():
+            return made()
+        return other.outcome()
+    except BaseException:
+        try:
+            # The first call after the exception, so no handler comes before it: somebody does end the native call.
+            start_new_thread(_end, (place, wait))
+        except RuntimeError:
+            _end(place, wait)
+        other.join(_END_WITHIN)
+        raise
+    finally:
+        _awaited.pop(other, None)
+
+
+class _OtherThread:
+    """A thread that makes one call.
+
+    :ivar done: a lock, held until it is over.
+    """
+
+    def __init__(self, call: Callable[[], list[Any]]) -> None:
+        self.done = allocate_lock()
+        self.done.acquire()
+        self._call = call
+        self._started: list[Any] = []
+        self._returned: list[list[Any]] = []
+        self._raised: list[BaseException] = []
+        self._is_over = False
+        self._native_id = 0
+
+    def start(self) -> bool:
+        """Begin; False if there is no thread to be had: the limit is reached, or the interpreter ends."""
+        start = map(start_new_thread, (self._run,), ((),))
+        try:
+            self._started.extend(start)
+        except RuntimeError:
+            if self._started:
+                raise  # a handler has
+        return bool(self._started)
+
+    def _run(self) -> None:
+        try:
+            self._native_id = get_native_id()
+            signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_ITS_OWN)
+            self._returned.append(self._call())
+        except BaseException as error:
+            self._raised.append(error)
+        finally:
+            self._is_over = True
+            self.done.release()
+
+    def outcome(self) -> list[Any]:
+        """What the call returned; empty in a child that has no such thread."""
+        while not self.done.acquire(True, _LOOK_AGAIN) and process.sentinel[0]:
+            pass
+        if _LINUX:
+            self._see_off()
+        if self._raised:
+            raise self._raised.pop()
+        return self._returned.pop() if self._returned else []
+
+    def _see_off(self) -> None:
+        """Wait until the system has no such thread any more: since Python 3.12 a fork warns of several."""
+        for _ in range(_MOMENTS):
+            if not os.path.exists(f"/proc/self/task/{self._native_id}"):
+                break
+            sleep(_MOMENT)
+
+    def join(self, seconds: float) -> None:
+        """Wait until it is over, if it was begun."""
+        if self._started and not self._is_over:
+            self.done.acquire(True, seconds)
+
+
+_OF_A_FAULT = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
+_NOT_ITS_OWN = {number for number in signal.valid_signals() if getattr(number, "name", "") not in _OF_A_FAULT}
+
+
+def _end(place: NativeContext, wait: Any) -> None:
+    """End the native call of a wait, if it has begun; from now on it doesn't begin."""
+    wait.cancelled = True
+    pause = _WAKE_AGAIN
+    while is_at(wait, place):
+        place.wake(wait)
+        sleep(pause)
+        pause *= 2
+
+
+def _in_hook() -> None:
+    for done in list(_awaited.values()):
+        if done.locked():  # it is this process's copy, which nobody else has
+            done.release()
+
+
+process.at_fork(in_hook=_in_hook, at_begin=lambda epoch: _awaited.clear())

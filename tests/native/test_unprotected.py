@@ -1,0 +1,166 @@
+"""A program that uses pcsc_safe.scard, and pyscard's classes without install(), is told at its first fork."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from forking import in_child, in_program
+
+from pcsc_safe.testing import VirtualPcsc
+
+REMEDY = (
+    "which is pyscard's own, and unprotected: call pcsc_safe.install() before you use pyscard's classes, or start the "
+    "program by python -m pcsc_safe run"
+)
+
+pytestmark = pytest.mark.native  # the programs leave the settings as they are
+
+
+def told(program: Callable[..., Any], *arguments: str, stack: VirtualPcsc) -> Any:
+    """What the program's parent logged, fork by fork; its children log nothing."""
+    done = in_program(program, *arguments, env={**os.environ, **stack.env})
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+class Log(logging.Handler):
+    """What is said of what is unprotected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+        logging.getLogger("pcsc_safe").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "unprotected" in record.getMessage():
+            self.said.append(record.getMessage().replace(str(os.getpid()), "PID"))
+
+    def at_forks(self, number: int) -> list[list[str]]:
+        """What the parent says at each of so many forks."""
+        before, said = len(self.said), []
+        for _ in range(number):
+            assert in_child(lambda: len(self.said)) == len(self.said)
+            said.append(self.said[before:])
+            before = len(self.said)
+        return said
+
+
+def a_connection() -> Any:
+    from smartcard.System import readers
+
+    connections = [reader.createConnection() for reader in readers()]
+    connections[1].connect(disposition=0)
+    connections.pop(0).component.release()
+    return connections
+
+
+def three_connections() -> Any:
+    from smartcard.System import readers
+
+    return [readers()[0].createConnection() for _ in range(3)]
+
+
+def a_derived_connection() -> Any:
+    from smartcard.pcsc.PCSCCardConnection import PCSCCardConnection
+    from smartcard.System import readers
+
+    class Mine(PCSCCardConnection):  # type: ignore[misc]
+        pass
+
+    return Mine(str(readers()[0]))
+
+
+def a_request() -> Any:
+    from smartcard.CardRequest import CardRequest
+
+    return CardRequest(timeout=1)
+
+
+OPENED: dict[str, tuple[Callable[[], Any], str]] = {
+    "a connection": (a_connection, "PCSCCardConnection to Virtual PCD 0 00 01 is open, "),
+    "three": (three_connections, "PCSCCardConnection to Virtual PCD 0 00 00 is open (and 2 more), "),
+    "one of a derived class": (a_derived_connection, "Mine to Virtual PCD 0 00 00 is open, "),
+    "a request": (a_request, "PCSCCardRequest is open, "),
+}
+
+
+@pytest.mark.parametrize("what", OPENED)
+def test_the_first_fork_tells(shared_stack: VirtualPcsc, what: str) -> None:
+    """One warning, in the parent, at the first fork with something open: what it is, and the remedy."""
+    expected = f"process PID forks while {OPENED[what][1]}{REMEDY}"
+    assert told(mixed, what, stack=shared_stack) == [[[], []], [[expected], []], [[]]]
+
+
+def mixed(what: str) -> None:
+    from pcsc_safe import scard as safe
+
+    log = Log()
+    before = log.at_forks(2)
+    context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1]
+    opened = OPENED[what][0]()
+    said = log.at_forks(2)
+    more = OPENED[what][0]()
+    print(json.dumps([before, said, log.at_forks(1)]))
+    safe.SCardReleaseContext(context)
+    del opened, more
+
+
+def only_ours() -> Any:
+    from pcsc_safe import scard as safe
+
+    return safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+
+
+def installed() -> Any:
+    import pcsc_safe
+
+    pcsc_safe.install()
+    return [a_connection(), a_request()]
+
+
+def installed_late() -> Any:
+    import pcsc_safe
+
+    opened = [a_connection(), a_request()]
+    pcsc_safe.install()
+    return opened
+
+
+def released() -> None:
+    opened = a_connection()
+    opened[0].component.release()
+
+
+def functions_of_somebody_else() -> Any:
+    """As a PKCS#11 module, whose connections to pcscd are its own business."""
+    import smartcard.scard as raw
+
+    return raw.SCardEstablishContext(raw.SCARD_SCOPE_SYSTEM)
+
+
+NOT_MIXED: dict[str, Callable[[], Any]] = {
+    function.__name__: function
+    for function in (only_ours, installed, installed_late, released, functions_of_somebody_else)
+}
+
+
+@pytest.mark.parametrize("what", NOT_MIXED)
+def test_others_are_told_nothing(shared_stack: VirtualPcsc, what: str) -> None:
+    """Not who uses one of the two, has called install(), has closed what it had, or has connections of other code."""
+    assert told(not_mixed, what, stack=shared_stack) == [[], []]
+
+
+def not_mixed(what: str) -> None:
+    from pcsc_safe import scard as safe
+
+    log = Log()
+    context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1]
+    opened = NOT_MIXED[what]()
+    print(json.dumps(log.at_forks(2)))
+    safe.SCardReleaseContext(context)
+    del opened
