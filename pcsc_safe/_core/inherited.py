@@ -226,15 +226,20 @@ def _warn_of_reset(call: Call, card: Record) -> None:
     if card.owner.noticed_by is process.LOST:
         log.warning("%s answers SCARD_W_RESET_CARD because the broker of process %d died", call.name, here.pid)
         return
-    if card.session.is_alive():
-        why = "is in a transaction with this card"
-    else:
-        why = "no longer has this session with the card, or had it exclusively"
     log.warning(
         "%s returns SCARD_W_RESET_CARD because the process that connected (%d) %s, and this process (%d) was forked "
         "from it: call SCardReconnect here, or configure cards='reconnect'",
         call.name,
         card.owner.pid,
-        why,
+        _why_reset(card),
         here.pid,
     )
+
+
+def _why_reset(card: Card) -> str:
+    """What the process that owns a card does, or has done, so that this process gets SCARD_W_RESET_CARD."""
+    if settings_of(card).cards is Cards.RESET:
+        return "keeps its session for itself (cards='reset')"
+    if card.session.is_alive() or settings_of(card).cards is Cards.RECONNECT:
+        return "is in a transaction with this card"
+    return "no longer has this session with the card, or had it exclusively"
