@@ -15,7 +15,7 @@ from functools import partial
 from itertools import starmap, takewhile
 from typing import Any, Callable, TypeVar
 
-__all__ = ["Operation", "called", "exclusively", "in_one_step", "is_not_false", "nowhere"]
+__all__ = ["Operation", "called", "exclusively", "in_one_step", "is_not_false", "lose_patience", "nowhere"]
 
 
 _Result = TypeVar("_Result")
@@ -49,12 +49,24 @@ def in_one_step(*operations: Operation) -> None:
     nowhere.extend(takewhile(is_not_false, called(operations)))
 
 
+_patience = -1.0  # s; for ever
+
+
+def lose_patience() -> None:
+    """At interpreter exit: a thread that holds a lock may never let go of it, so nobody waits for that."""
+    global _patience
+    _patience = _AT_EXIT
+
+
+_AT_EXIT = 1.0  # s
+
+
 def exclusively(lock: Any, function: Callable[[], _Result]) -> _Result:
     """``function()`` with a lock held, and not left held by a handler that raises."""
     held: list[bool] = []
     try:
-        held.extend(called(((lock.acquire,),)))
+        held.extend(called(((lock.acquire, True, _patience),)))
         return function()
     finally:
-        if held:
+        if any(held):
             lock.release()
