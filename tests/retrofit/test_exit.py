@@ -146,11 +146,15 @@ def stack() -> Iterator[VirtualPcsc]:
         yield running
 
 
+PYTHONS_OWN = "ignore:This process:DeprecationWarning,ignore:remaining subinterpreters:RuntimeWarning"
+"""What Python 3.12 says of a fork beside threads, and 3.14 of subinterpreters."""
+
+
 def ends(stack: VirtualPcsc, way: str, program: str) -> tuple[int, str, int]:
     """How a program ends: its status, all that it says, and how often a card was reset."""
     before = resets(stack)
     command = [sys.executable, *WAYS.get(way, []), "-c", program]
-    env = {**os.environ, **stack.env}
+    env = {**os.environ, **stack.env, "PYTHONWARNINGS": PYTHONS_OWN}
     done = subprocess.run(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
     )
