@@ -16,7 +16,7 @@ from itertools import takewhile
 from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 from . import process
-from .one_step import Operation, called, in_one_step, is_not_false
+from .one_step import Operation, called, in_one_step, is_not_false, lose_patience
 from .unpatched import RLock, get_ident, monotonic, sleep
 
 __all__ = [
@@ -235,7 +235,9 @@ def others_are_inside() -> bool:
 
 
 def stop_locking() -> None:
-    """At interpreter exit: threads that are inside may never come out, so nobody waits for them."""
+    """At interpreter exit: threads that are inside, or fork, may never come out, so nobody waits for them."""
+    lose_patience()
+    closers.clear()
     for place in list(places):
         place.acquire = operator.not_  # it says that the place is free
         place.release = int

@@ -295,7 +295,9 @@ class NativeContexts:
             self._release(context)
 
     def _release(self, context: NativeContext, *, bare: bool = True, may_pass: bool = False) -> list[Any]:
-        if context.wakers:
+        ident = get_ident()
+        # At interpreter exit places are not locked, and a thread that is inside may be there for long.
+        if context.wakers or any(call[1] != ident for call in list(context.calls)):
             return []  # it is released with what is surplus next
         return attempt(
             context,
@@ -308,7 +310,7 @@ class NativeContexts:
             (descriptors.guarded.pop, context.descriptor, None),
             bare=bare,
             most=WOKEN,
-            may_pass=may_pass or get_ident() in in_flight.closers,
+            may_pass=may_pass or ident in in_flight.closers,
         )
 
     # The life of a PC/SC context.

@@ -26,7 +26,8 @@ _CLASSES = (
 _SINGLETON = "smartcard.pcsc.PCSCContext", "PCSCContext"  # before pyscard 2.3 everything has the context of this one
 
 _is_told = False
-_references = -1  # when there was nothing to tell
+_watched: tuple[type, ...] = ()
+_last_signs = -1  # when there was nothing to tell
 
 
 def opened() -> list[str]:
@@ -73,12 +74,18 @@ def _before_fork() -> None:
         gate.raise_later(get_ident(), error)
 
 
+def _signs() -> int:
+    """Another number, if there is more or less than there was: of classes, of what refers to them."""
+    loaded = sum(module in sys.modules for module, _ in _CLASSES)
+    return loaded + sum(map(sys.getrefcount, _watched)) + _has_context(_singleton())
+
+
 def _tell_if_new() -> None:
-    global _is_told, _references
-    references = sum(map(sys.getrefcount, _classes())) + _has_context(_singleton())
-    if references == _references:
+    global _is_told, _last_signs, _watched
+    if _watched and _signs() == _last_signs:
         return
-    _references = references
+    _watched = tuple(_classes())  # a derived class refers to its base, so that it is noticed, too
+    _last_signs = _signs()
     connections.prepare()
     if connections.ARE_INHERITED and not connections.connections():
         return

@@ -112,6 +112,7 @@ def generate(kept):
 generator = generate(made())
 next(generator)
 """,
+    "beside every module": "import builtins; builtins.modules = dict(sys.modules); kept = made()",
     "a daemon thread": """
 import threading, time
 def keep(kept, ready):
@@ -145,11 +146,15 @@ def stack() -> Iterator[VirtualPcsc]:
         yield running
 
 
+PYTHONS_OWN = "ignore:This process:DeprecationWarning,ignore:remaining subinterpreters:RuntimeWarning"
+"""What Python 3.12 says of a fork beside threads, and 3.14 of subinterpreters."""
+
+
 def ends(stack: VirtualPcsc, way: str, program: str) -> tuple[int, str, int]:
     """How a program ends: its status, all that it says, and how often a card was reset."""
     before = resets(stack)
     command = [sys.executable, *WAYS.get(way, []), "-c", program]
-    env = {**os.environ, **stack.env}
+    env = {**os.environ, **stack.env, "PYTHONWARNINGS": PYTHONS_OWN}
     done = subprocess.run(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
     )
@@ -194,7 +199,7 @@ def test_the_end_is_silent(stack: VirtualPcsc, where: str, way: str) -> None:
     assert resets == 0 or where in NEVER_COLLECTED
 
 
-@pytest.mark.parametrize("way", ["run", "run broker", *(pytest.param(way, marks=pytest.mark.long) for way in BEFORE)])
+@pytest.mark.parametrize("way", ["run", *(pytest.param(way, marks=pytest.mark.long) for way in WAYS if way != "run")])
 @pytest.mark.parametrize("where", KEPT)
 def test_the_end_of_a_child_is_silent(stack: VirtualPcsc, where: str, way: str) -> None:
     """So is the end of a child, and of its parent after it; the child's reaches no session."""
@@ -208,6 +213,69 @@ def test_observers_that_stay(stack: VirtualPcsc, way: str) -> None:
     """The threads of monitors are ended with the program; what they know of is not collected, nor is it by pyscard."""
     status, said, _ = ends(stack, way, program(way, "a global", then="ReaderMonitor().addObserver(Silent())"))
     assert (status, said) == (0, "")
+
+
+BLOCKED = """
+import os, signal, sys, threading, time
+import smartcard.scard as scard
+from smartcard.System import readers
+
+kept = readers()[0].createConnection()
+kept.connect(disposition=scard.SCARD_LEAVE_CARD)
+begun, begin = os.pipe()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os.read(begun, 1)
+    # The thread knows the handle only: it keeps nobody from being collected.
+    arguments = kept.component.hcard, scard.SCARD_PCI_T1, [0x80, 1, 0, 0, 1, 7]
+    threading.Thread(target=scard.SCardTransmit, args=arguments, daemon=True).start()
+    time.sleep(0.3)
+    sys.exit()
+assert scard.SCardBeginTransaction(kept.component.hcard) == 0
+os.write(begin, b"!")
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_thread_that_holds_what_a_finalizer_wants(stack: VirtualPcsc) -> None:
+    """A child ends while another thread of it gets a card its own, and waits for its parent's transaction."""
+    command = [sys.executable, *WAYS["run"], "--cards", "reconnect", "-c", BLOCKED]
+    env = {**os.environ, **stack.env}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    stack.wait_for_clients(0)
+
+
+SUBINTERPRETER = """
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+if sys.version_info >= (3, 13):
+    made = interpreters.create("legacy")
+else:
+    made = interpreters.create(**({{"isolated": False}} if sys.version_info >= (3, 12) else {{}}))
+run = getattr(interpreters, "run_string", None) or interpreters.exec
+assert not run(made, {inner!r})
+{outer}
+{then}
+"""
+
+
+@pytest.mark.parametrize("way", ["run", "run broker"])
+@pytest.mark.parametrize("then", ["", "interpreters.destroy(made)"], ids=["stays", "is ended before"])
+def test_a_subinterpreter(stack: VirtualPcsc, then: str, way: str) -> None:
+    """It has its own connection, which ends with it, without a word."""
+    inner = """
+from smartcard.System import readers
+kept = readers()[0].createConnection()
+kept.connect(disposition=0)
+assert kept.transmit([0x80, 1, 0, 0, 1, 7]) == ([7], 0x90, 0)
+"""
+    text = SUBINTERPRETER.format(inner=inner, outer=inner, then=then)
+    assert ends(stack, way, text) == (0, "", 0)
 
 
 DROP_IN = """
