@@ -16,7 +16,7 @@ from itertools import takewhile
 from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 from . import process
-from .one_step import Operation, called, in_one_step, is_not_false, lose_patience
+from .one_step import Operation, called, in_one_step, is_not_false
 from .unpatched import RLock, get_ident, monotonic, sleep
 
 __all__ = [
@@ -236,7 +236,6 @@ def others_are_inside() -> bool:
 
 def stop_locking() -> None:
     """At interpreter exit: threads that are inside, or fork, may never come out, so nobody waits for them."""
-    lose_patience()
     closers.clear()
     for place in list(places):
         place.acquire = operator.not_  # it says that the place is free

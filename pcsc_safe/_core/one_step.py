@@ -15,11 +15,7 @@ from functools import partial
 from itertools import starmap, takewhile
 from typing import Any, Callable, TypeVar
 
-<<<<<<< HEAD
 __all__ = ["Operation", "called", "in_one_step", "in_turn", "is_not_false", "nowhere"]
-=======
-__all__ = ["Operation", "called", "exclusively", "in_one_step", "is_not_false", "lose_patience", "nowhere"]
->>>>>>> i17x
 
 
 _Result = TypeVar("_Result")
@@ -53,7 +49,6 @@ def in_one_step(*operations: Operation) -> None:
     nowhere.extend(takewhile(is_not_false, called(operations)))
 
 
-<<<<<<< HEAD
 _LONGEST_TURN = 1.0  # s
 
 
@@ -72,26 +67,4 @@ def in_turn(lock: Any, function: Callable[[], _Result]) -> _Result:
         return function()
     finally:
         if held and held[0]:
-=======
-_patience = -1.0  # s; for ever
-
-
-def lose_patience() -> None:
-    """At interpreter exit: a thread that holds a lock may never let go of it, so nobody waits for that."""
-    global _patience
-    _patience = _AT_EXIT
-
-
-_AT_EXIT = 1.0  # s
-
-
-def exclusively(lock: Any, function: Callable[[], _Result]) -> _Result:
-    """``function()`` with a lock held, and not left held by a handler that raises."""
-    held: list[bool] = []
-    try:
-        held.extend(called(((lock.acquire, True, _patience),)))
-        return function()
-    finally:
-        if any(held):
->>>>>>> i17x
             lock.release()
