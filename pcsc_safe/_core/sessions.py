@@ -111,7 +111,7 @@ class Session:
 
     def taken_over(self, in_transaction: bool) -> Session:
         """In a child that it was handed over to: this process's own."""
-        session = Session(shared=self.is_shared, events=self.events, within=self.within)
+        session = Session(shared=self.is_shared, events=self.events, within=self)
         if in_transaction:
             session.in_transaction(True)
         return session
@@ -132,8 +132,10 @@ class Session:
         return self.is_alive() and not self._is_locked(_IN_TRANSACTION)
 
     def has_others(self) -> bool:
-        """Whether another process has it as well: one that goes on in it, or one in whose session it goes on."""
-        return self._is_locked(_GOING_ON) or any(other.is_alive() for other in self._lineage())
+        """Whether another process has it as well: one in whose session it goes on, or one that goes on in either."""
+        return self._is_locked(_GOING_ON) or any(
+            other.is_alive() or other._is_locked(_GOING_ON) for other in self._lineage()
+        )
 
     def _lock(self, byte: int, *, for_all: bool = False) -> None:
         self._do("F_SETLK", "F_RDLCK" if for_all else "F_WRLCK", byte)

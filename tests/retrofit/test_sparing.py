@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from forking import start as start_child
+from forking import wait_for
 from programs import VERIFY, child, outcome, refusal, say, verified
 
 import pcsc_safe
@@ -187,3 +189,44 @@ def test_a_parent_leaves_its_childs_card_alone(shared_stack: VirtualPcsc, way: s
     before = card.power_offs
     assert outcome(a_parent_disconnects, shared_stack, "killed", **WAYS[way]) is False
     assert card.power_offs > before
+
+
+def a_brother_disconnects() -> None:
+    pcsc_safe.install()
+    mine = connected()
+    mine.transmit(VERIFY)
+    ready_end, ready = os.pipe()
+    go_end, go = os.pipe()
+    brothers_go_end, brothers_go = os.pipe()
+    answer_end, answer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            verified(mine)
+            os.write(ready, b".")
+            os.read(go_end, 1)
+            os.write(answer, b"verified" if verified(mine) else b"not verified")
+        finally:
+            os._exit(0)
+    os.read(ready_end, 1)
+
+    def brother() -> Any:
+        told = verified(mine)
+        os.write(ready, b".")
+        os.read(brothers_go_end, 1)
+        mine.disconnect()
+        return told
+
+    waiting = start_child(brother)
+    os.read(ready_end, 1)
+    mine.disconnect()
+    os.write(brothers_go, b".")
+    told = [wait_for(waiting)]
+    os.write(go, b".")
+    say([*told, os.read(answer_end, 100).decode()])
+    os.waitpid(pid, 0)
+
+
+def test_a_child_leaves_its_brothers_card_alone(shared_stack: VirtualPcsc) -> None:
+    """Both go on in the session of their parent, which has disconnected since."""
+    assert outcome(a_brother_disconnects, shared_stack) == [True, "verified"]
