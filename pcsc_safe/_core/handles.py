@@ -202,13 +202,11 @@ class Card:
 
 def inherited_session(reader: str) -> Optional[sessions.Session]:
     """The session with the card in a reader that this process inherited, if another process still has it."""
-    if process.here.parent is None:
-        return None
-    for card in list(cards.values()):
-        session = card.session if card.owner is not process.here else card.session.within
-        if card.reader == reader and session is not None and session.is_alive():
-            return session
-    return None
+    return next((session for name, session in _inherited if name == reader and session.is_alive()), None)
+
+
+_inherited: list[tuple[str, sessions.Session]] = []
+"""The sessions that other processes had when this one was forked, by reader; those of its parent first."""
 
 
 Record = Union[Context, Card]
@@ -352,6 +350,8 @@ def _is_library(module: str) -> bool:
 
 
 def _begin(epoch: process.Epoch) -> None:
+    known = [*[(card.reader, card.session) for card in list(cards.values())], *_inherited]
+    _inherited[:] = [(reader, session) for reader, session in known if session.is_alive()]
     for context in list(contexts.values()):
         context.turn = RLock()
         context.outlasting.clear()

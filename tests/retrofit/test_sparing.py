@@ -90,9 +90,15 @@ def request_is_served(inherited: Any) -> Any:
     return answer
 
 
+def both(inherited: Any) -> Any:
+    inherited.disconnect()
+    return its_own(disconnects)(None)
+
+
 USES: dict[str, Callable[[Any], Any]] = {
     **{f"its own {end.__name__}": its_own(end) for end in (disconnects, releases, drops, reconnects)},
     **{f"inherited {end.__name__}": inherited_one(end) for end in (disconnects, releases, drops, reconnects)},
+    "both": both,
     "session closes": session_closes,
     "request": request_is_served,
 }
