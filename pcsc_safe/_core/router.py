@@ -354,7 +354,7 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
         context = _owned(handle)
         if context is None:
             return _route_slowly(call, wait, handle, (timeout, states))
-        real = context.real
+        real, began = context.real, monotonic()
         answer = gateways.native.await_change(
             context,
             # What it is known by, too: another thread may have lost the context since, and established it anew.
@@ -367,6 +367,8 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
             return answer
         if recovery.lost_meanwhile(context, real):
             return call.failure(recovery.NO_SERVICE, (timeout, states))
+        if timeout != reader_states.INFINITE:
+            timeout = max(1, timeout - round((monotonic() - began) * 1000))
         return _route_slowly(call, wait, handle, (timeout, states))
 
     return route
