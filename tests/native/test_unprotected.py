@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -53,10 +54,9 @@ class Log(logging.Handler):
 def a_connection() -> Any:
     from smartcard.System import readers
 
-    connections = [reader.createConnection() for reader in readers()]
-    connections[1].connect(disposition=0)
-    connections.pop(0).component.release()
-    return connections
+    connection = readers()[1].createConnection()
+    connection.connect(disposition=0)
+    return connection
 
 
 def three_connections() -> Any:
@@ -132,8 +132,7 @@ def installed_late() -> Any:
 
 
 def released() -> None:
-    opened = a_connection()
-    opened[0].component.release()
+    a_connection()
 
 
 def functions_of_somebody_else() -> Any:
@@ -152,6 +151,8 @@ NOT_MIXED: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("what", NOT_MIXED)
 def test_others_are_told_nothing(shared_stack: VirtualPcsc, what: str) -> None:
     """Not who uses one of the two, has called install(), has closed what it had, or has connections of other code."""
+    if what == "released" and importlib.util.find_spec("smartcard.pcsc.PCSCContext"):
+        pytest.skip("before pyscard 2.3 its one context is never released")
     assert told(not_mixed, what, stack=shared_stack) == [[], []]
 
 
