@@ -109,17 +109,25 @@ def _replace(function: str, context: Context) -> int:
     left, former = context.owner, context.real
     if release_dead(context):
         _forget_released(context)
+    got: list[Any] = []
 
     def keep(real: Any, number: int, owner: process.Epoch, gateway: Gateway) -> None:
+        got.append(real)
         if not handles.update(context, left, real=real, gateway=gateway, owner=owner):
             raise _SupersededError
-        gateways.native.leave(former)
-        _tell(context, left)
 
     try:
-        return int(establish(function, context.scope, keep, context)[0])
+        hresult = int(establish(function, context.scope, keep, context)[0])
     except _SupersededError:
         return SUCCESS
+    except BaseException:  # a signal handler's: what was got has been given back
+        if got and context.real is got[-1]:
+            handles.update(context, context.owner, owner=left)
+        raise
+    if hresult == SUCCESS:
+        gateways.native.leave(former)
+        _tell(context, left)
+    return hresult
 
 
 def _tell(context: Context, left: process.Epoch) -> None:
@@ -145,27 +153,33 @@ def connect(
     :param only_in: as for :func:`own`.
     :return: the code, and the protocol; None if another thread has connected.
     """
-    return one_step.in_turn(card.turn, lambda: _connect(card, share_mode, protocols, initialization, only_in))
+    connected = one_step.in_turn(card.turn, lambda: _connect(card, share_mode, protocols, only_in))
+    if connected is None or connected[0] != SUCCESS or initialization == LEAVE_CARD:
+        return connected
+    through = card.context.gateway
+    function, arguments = through.functions["SCardReconnect"], (card.real, share_mode, protocols, initialization)
+    hresult, protocol = through.enter("SCardReconnect", function, *arguments)
+    return hresult, protocol
 
 
-def _connect(
-    card: Card, share_mode: Any, protocols: Any, initialization: Any, only_in: Optional[Session]
-) -> Optional[tuple[int, int]]:
-    left, context = card.owner, card.context
+def _connect(card: Card, share_mode: Any, protocols: Any, only_in: Optional[Session]) -> Optional[tuple[int, int]]:
+    left, former, context = card.owner, card.session, card.context
     owner = context.owner
     if left is owner:
         return None
     before = _look(context, card.reader, share_mode)
     session = _session(card.reader, share_mode, before)
 
+    got: list[int] = []
+
     def keep(real: int, native: Any, protocol: int) -> None:
+        got.append(real)
         # In use: else nobody is connected, and pcscd was restarted since its owner has used it.
         if only_in is not None and not (before.in_use and before.events == only_in.events and only_in.goes_on()):
             raise _EndedError
         connection = {"real": real, "native": native, "share_mode": share_mode, "protocol": protocol or protocols}
         if not handles.update(card, left, **connection, session=session, transactions=0, owner=owner):
             raise _SupersededError
-        observer.connected("connected", card)
 
     try:
         answer = context.gateway.connect(context, (card.reader, share_mode, protocols), keep)
@@ -173,18 +187,18 @@ def _connect(
         return None
     except _EndedError:
         return RESET_CARD, 0
+    except BaseException:  # a signal handler's: what was got has been given back
+        if got and card.real is got[-1]:
+            handles.update(card, card.owner, owner=left, session=former)
+        raise
     finally:
-        if card.session is not session:
+        if card.session is not session or card.owner is left:
             session.end()
     if answer is STALE:
         return INVALID_HANDLE, 0
-    hresult, protocol = answer[0], answer[2]
-    if hresult == SUCCESS and initialization != LEAVE_CARD:
-        functions, real = context.gateway.functions, card.real
-        hresult, protocol = context.gateway.enter(
-            "SCardReconnect", functions["SCardReconnect"], real, share_mode, protocols, initialization
-        )
-    return hresult, protocol
+    if answer[0] == SUCCESS:
+        observer.connected("connected", card)
+    return answer[0], answer[2]
 
 
 def new_session(context: Context, reader: str, share_mode: Any) -> Session:
