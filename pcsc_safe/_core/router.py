@@ -10,6 +10,7 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, Callable, Optional
 
+from ..policy import native_works_after_fork
 from . import (
     descriptors,
     gate,
@@ -378,7 +379,7 @@ def _notice() -> process.Epoch:
         if here.parent is not None and handles.contexts:
             observer.record("fork", parent=here.parent.pid)
             log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
-            if here.unquiet is not None:
+            if here.unquiet is not None and native_works_after_fork():
                 function, thread, _ = here.unquiet
                 log.warning(
                     "process %d can't use PC/SC: it was forked while thread %s was inside %s",

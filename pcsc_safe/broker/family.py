@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
-from .._core import descriptors, gate, observer, one_step, process
+from .._core import descriptors, gate, in_flight, observer, one_step, process
 from .._core.calls import CALLS, LostError
 from .._core.settings import settings
 from ..errors import BrokerError
@@ -81,7 +81,7 @@ def _started(for_family: bool) -> Broker:
         global _broker
         broker = existing()
         if broker is None or broker.epoch is not here:
-            broker = _broker = gate.during("the start of a broker", _start_one, for_family)
+            broker = _broker = gate.during(in_flight.START, _start_one, for_family)
         return broker
 
     return one_step.exclusively(_starting, start_once)
