@@ -79,9 +79,10 @@ LONG_TIMEOUT = 2000
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give long tests their time limit; leave out what is not for the gateway, or for the simulated macOS."""
+    is_macos = macos.directory() is not None or sys.platform == "darwin"
     for item in items:
         without = item.get_closest_marker("not_on_macos")
-        if without is not None and macos.directory() is not None:
+        if without is not None and is_macos:
             item.add_marker(pytest.mark.skip(reason=f"not on macOS: {without.args[0]}"))
         if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(LONG_TIMEOUT))

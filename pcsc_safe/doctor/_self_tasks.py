@@ -29,6 +29,7 @@ __all__ = ["TASKS"]
 _PASSED = 100
 _CHILDREN = 8
 _PATIENCE = 5.0  # s
+_PROC_PIDTBSDINFO, _BSDINFO_SIZE = 3, 136  # sys/proc_info.h of macOS
 _NEW_READERS = "\\\\?PnP?\\Notification"
 _GET_RESPONSE = [0x00, 0xC0, 0x00, 0x00, 0x00]  # asks for the rest of an answer, and there is none
 
@@ -93,7 +94,17 @@ def ends(stage: Stage) -> None:
     before = descriptors.of(one.fileno())
     intact = before.is_intact()
     os.dup2(other.fileno(), one.fileno())
-    stage.report("task", identity=intact and not before.is_intact())
+    stage.report("task", identity=intact and not before.is_intact(), flags=_flags())
+    stage.wait(stage.fork(lambda: stage.report("task", flags_of_child=_flags())))
+
+
+def _flags() -> Optional[int]:
+    """What macOS' kernel tells of this process; it may tell one that was forked from one that was exec'd."""
+    with contextlib.suppress(AttributeError):
+        about = ctypes.create_string_buffer(_BSDINFO_SIZE)
+        size = ctypes.CDLL(None).proc_pidinfo(os.getpid(), _PROC_PIDTBSDINFO, ctypes.c_uint64(0), about, len(about))
+        return int.from_bytes(about.raw[:4], sys.byteorder) if size > 0 else None
+    return None
 
 
 def _waiting(watching: Any) -> tuple[list[int], threading.Thread]:
