@@ -7,6 +7,7 @@ each card.  All of it runs in the processes of :mod:`_self_tasks`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, NamedTuple
@@ -21,8 +22,9 @@ RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
 _SECONDS = 40.0
 _IDLE = 20  # s
 _REMEDY = "report it, with the text between the lines below"
-_PRIVATE = ("pcsc_safe", "python", "settings", "readers", "reader", "probe.card", "libpcsclite", "pcscd.socket")
-"""Keys of findings that name files and devices of the user's."""
+_TOLD = ("platform", "pyscard", "wrapt", "fork.", "policy.", "broker", "probe.inherited", "probe.fresh", "probe.c-fork")
+"""How the keys begin of the findings that are in the report, beside those of this module."""
+_PATHS = ("executable", "path", "place", "python")
 
 
 class _Test(NamedTuple):
@@ -138,9 +140,12 @@ def report(findings: Iterable[Finding]) -> str:
     """What to paste into an issue: what was found, without the names of files and devices."""
     rule = "-" * 72
     told = ", ".join(f"{name} {version}" for name, version in versions().items())
-    lines = [
-        f"{each.status.value:<8} {each.key}: {each.what}: {each.detail} {json.dumps(each.data, sort_keys=True)}"
-        for each in findings
-        if each.key not in _PRIVATE
-    ]
-    return "\n".join(["", rule, "pcsc_safe doctor --self-test", told, *lines, rule])
+    lines = []
+    for each in findings:
+        if each.key.startswith((*_TOLD, "self.")):
+            data = {name: value for name, value in each.data.items() if name not in _PATHS}
+            facts = json.dumps(data, sort_keys=True)
+            lines.append(f"{each.status.value:<8} {each.key}: {each.what}: {each.detail} {facts}")
+    text = "\n".join(["", rule, "pcsc_safe doctor --self-test", told, *lines, rule])
+    home = os.path.expanduser("~")  # in what a process said as it failed
+    return text.replace(home, "~") if len(home) > 1 else text

@@ -114,6 +114,7 @@ def test_the_report_names_nothing_of_the_users() -> None:
         [
             Finding("python", Status.OK, "Python", "/home/alice/python"),
             Finding("reader", Status.OK, "ACS ACR122U 0123456", "present"),
+            Finding("broker", Status.OK, "broker", "starts", data={"python": "/home/alice/python", "seconds": 0.1}),
             Finding("self.ends", Status.OK, "ends", "they are told", data={"peer": True}),
         ]
     )
