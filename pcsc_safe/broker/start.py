@@ -19,6 +19,9 @@ from typing import NamedTuple, Optional
 from .._core import descriptors, python_path
 from ..errors import BrokerError
 
+with contextlib.suppress(ImportError):  # Windows, where this module is imported as well, has none
+    import fcntl
+
 __all__ = [
     "DOOR",
     "FOR_FAMILY",
@@ -149,8 +152,6 @@ def spawn(door: int, configured: str) -> Helper:
     """
     if sys.platform == "win32":
         raise NotImplementedError
-    import fcntl  # Windows, where this module is imported as well, has none
-
     command = _command(configured)
     opened: list[int] = []
     try:
