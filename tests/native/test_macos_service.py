@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -106,6 +107,29 @@ def test_a_fork_waits_for_no_exchange(stack: VirtualPcsc, on_macos: OnMacos, way
         held_card(stack).go.set()
         assert hear(program) == [0, [7, 8, 9, 0x90, 0x00]]
         assert (program.ends(), program.errors()) == (0, "")
+
+
+FORKED_FIRST = """
+import os, sys
+if os.fork() == 0:
+    import pcsc_safe.scard as scard
+    print([name for name in ("SCARD_S_SUCCESS", "SCARD_E_NO_SERVICE")
+           if getattr(scard, name) == scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)[0]], flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.parametrize(("way", "told"), [("native", GONE), ("broker", OK)])
+def test_a_process_that_was_forked_before_the_import(
+    stack: VirtualPcsc, on_macos: OnMacos, way: str, told: str
+) -> None:
+    """It can't know that it was, as docs/limits.md says; a broker helps."""
+    command = [sys.executable, "-c", FORKED_FIRST]
+    done = subprocess.run(
+        command, env=environment(stack, on_macos, way), capture_output=True, text=True, timeout=ENOUGH, check=True
+    )
+    assert (done.stdout, done.stderr) == (f"['{told}']\n", "")
 
 
 # Waits for events.
