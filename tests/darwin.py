@@ -75,7 +75,8 @@ class Facade(types.ModuleType):
 
     def __init__(self, real: types.ModuleType, given: dict[str, Any]) -> None:
         hidden = frozenset(_HIDDEN.get(real.__name__, "").split())
-        self.__dict__.update(given, __name__=real.__name__, __doc__=real.__doc__, _real=real, _hidden=hidden)
+        super().__init__(real.__name__, real.__doc__)
+        self.__dict__.update(given, _real=real, _hidden=hidden)
 
     def __getattr__(self, name: str) -> Any:
         if name in self._hidden:
