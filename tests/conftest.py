@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -39,9 +40,28 @@ GATEWAYS = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--gateway``: the contract suite runs unchanged over each."""
+    """``--gateway``: the contract suite runs unchanged over each.  ``--darwin``: the tests run on a simulated macOS."""
     told = "; ".join(f"{name}: {text}" for name, text in GATEWAYS.items())
     parser.addoption("--gateway", choices=GATEWAYS, default="native", help=f"how tests reach PC/SC ({told})")
+    parser.addoption("--darwin", action="store_true", help="run the tests on a simulated macOS (tests/macos.py)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """With ``--darwin``: begin anew, where the loader and Python find the simulation."""
+    if config.getoption("darwin") and macos.directory() is None:
+        config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
+        try:
+            macos.run_pytest(config.invocation_params.args)
+        except macos.NoCompilerError as error:
+            raise pytest.UsageError(str(error)) from None
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the simulation that ``--darwin`` has made."""
+    directory = macos.directory()
+    if config.getoption("darwin") and directory is not None:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,8 +78,12 @@ LONG_TIMEOUT = 2000
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give long tests their time limit; what is about the native library is not for the other gateways."""
+    """Give long tests their time limit; leave out what is not for the gateway, or for the simulated macOS."""
+    is_macos = macos.directory() is not None or sys.platform == "darwin"
     for item in items:
+        without = item.get_closest_marker("not_on_macos")
+        if without is not None and is_macos:
+            item.add_marker(pytest.mark.skip(reason=f"not on macOS: {without.args[0]}"))
         if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(LONG_TIMEOUT))
     if config.getoption("gateway") != "native":
@@ -147,6 +171,9 @@ def on_macos(tmp_path_factory: pytest.TempPathFactory) -> OnMacos:
     """The environment of a program that uses a stack on the simulated macOS."""
     if not sys.platform.startswith("linux"):
         pytest.skip(f"macOS is simulated on Linux only, this is {sys.platform}")
+    already = macos.directory()
+    if already is not None:
+        return lambda stack: macos.environment(stack.env, already)
     directory = tmp_path_factory.mktemp("macos")
     try:
         macos.build(directory)
@@ -181,5 +208,5 @@ def pytest_report_header(config: pytest.Config) -> str:
     return (
         f"pcsc_safe {pcsc_safe.__version__} from {pcsc_safe.__path__[0]}, "
         f"pyscard {metadata.version('pyscard')}, wrapt {metadata.version('wrapt')}, "
-        f"through {GATEWAYS[config.getoption('gateway')]}"
+        f"through {GATEWAYS[config.getoption('gateway')]}{', on a simulated macOS' if macos.directory() else ''}"
     )

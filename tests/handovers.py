@@ -19,7 +19,10 @@ INVALID, RESET = safe.SCARD_E_INVALID_HANDLE, safe.SCARD_W_RESET_CARD
 HELD_BY_ANOTHER = safe.SCARD_E_SHARING_VIOLATION
 NOTHING = "nothing is handed over: "
 BROKER = {"native": "on-fork", "broker": "always"}
-through_both = pytest.mark.parametrize("through", [pytest.param("native", marks=pytest.mark.native), "broker"])
+NATIVE = pytest.param(
+    "native", marks=[pytest.mark.native, pytest.mark.not_on_macos("a forked process has no native contexts")]
+)
+through_both = pytest.mark.parametrize("through", [NATIVE, "broker"])
 
 
 def opened(through: str = "native", **settings: Any) -> Session:

@@ -1,12 +1,13 @@
 """macOS for a machine that has none: Python programs find PC/SC as a forked process finds it there.
 
-It is a simulation, and of that alone.  ``macos_libpcsclite.c``, built as a ``libpcsclite.so.1`` that pyscard loads in
-the place of the real one, forwards every call; but in a process that was forked and not exec'd it does as macOS: a
-fresh SCardEstablishContext answers SCARD_E_NO_SERVICE, and a call on anything inherited dies of SIGSEGV.  Beside it
-lies a ``sitecustomize`` that tells pcsc_safe that this is macOS (``pcsc_safe.policy.PLATFORM``); ``sys.platform`` stays
-what it is.
+It is a simulation.  ``macos_libpcsclite.c``, built as a ``libpcsclite.so.1`` that pyscard loads in the place of the
+real one, forwards every call; but in a process that was forked and not exec'd it does as macOS: a fresh
+SCardEstablishContext answers SCARD_E_NO_SERVICE, and a call on anything inherited dies of SIGSEGV.  It differs from
+pcsc-lite in what else is known of macOS, too.  Beside it lies a ``sitecustomize`` by which pcsc_safe sees what Python
+has on macOS (:mod:`darwin`); everybody else sees Linux.
 
-Both are found by the environment, so whatever a program execs lives on the simulated macOS too.  By hand::
+Both are found by the environment, so whatever a program execs lives on the simulated macOS too, brokers among them.
+``pytest --darwin`` runs the tests themselves there.  By hand::
 
     python tests/macos.py script.py argument...
 
@@ -25,12 +26,24 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn, Optional
+
+from places import TESTS
 
 if TYPE_CHECKING:
     from pcsc_safe.testing import VirtualPcsc
 
-__all__ = ["NoCompilerError", "OnMacos", "build", "environment"]
+__all__ = [
+    "CANCELS_FAIL",
+    "SERVICE_ENDS",
+    "SWITCHES",
+    "NoCompilerError",
+    "OnMacos",
+    "build",
+    "directory",
+    "environment",
+    "run_pytest",
+]
 
 SOURCE = Path(__file__).with_name("macos_libpcsclite.c")
 LIBRARY = "libpcsclite.so.1"
@@ -39,27 +52,32 @@ LIBRARY = "libpcsclite.so.1"
 OnMacos = Callable[["VirtualPcsc"], "dict[str, str]"]
 """The environment of a program that uses a stack on the simulated macOS."""
 
-_SITECUSTOMIZE = '''\
-"""Tells pcsc_safe that this is macOS, when it is imported; see tests/macos.py."""
+VARIABLE = "PCSCLITE_MACOS"
+"""Names the directory of the simulation that this process lives on; brokers get it, too."""
 
+SWITCHES = "PCSCLITE_MACOS_SWITCHES"
+"""Names a directory with files by which a test asks the library for more."""
+
+CANCELS_FAIL, SERVICE_ENDS = "cancels-fail", "service-ends"
+"""These files; see ``macos_libpcsclite.c``."""
+
+_SITECUSTOMIZE = f'''\
+"""Makes what pcsc_safe sees of Python macOS'; see tests/darwin.py."""
+
+import importlib.util
 import sys
-from importlib.machinery import PathFinder
 
-
-class Finder:
-    """Finds pcsc_safe.policy, and sets its PLATFORM once it is loaded."""
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        spec = PathFinder.find_spec(name, path) if name == "pcsc_safe.policy" else None
-        if spec is not None:
-            load = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (load(module), setattr(module, "PLATFORM", "darwin"))
-        return spec
-
-
-sys.meta_path.insert(0, Finder)
+spec = importlib.util.spec_from_file_location("darwin", {str(TESTS / "darwin.py")!r})
+sys.modules["darwin"] = darwin = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(darwin)
+darwin.install()
 '''
+
+
+def directory() -> Optional[Path]:
+    """That of the simulation that this process lives on; None on the machine's own system."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else None
 
 
 class NoCompilerError(Exception):
@@ -96,7 +114,7 @@ def environment(stack_env: Mapping[str, str], directory: Path) -> dict[str, str]
     :param stack_env: where it finds its PC/SC stack, as ``VirtualPcsc.env``.
     :param directory: as given to :func:`build`.
     """
-    env = dict(stack_env)
+    env = {**stack_env, VARIABLE: str(directory)}
     for variable in ("LD_LIBRARY_PATH", "PYTHONPATH"):
         env[variable] = os.pathsep.join(filter(None, [str(directory), env.get(variable)]))
     return env
@@ -109,6 +127,17 @@ def _real_library() -> str:
     with open("/proc/self/maps") as maps:
         paths = [line.rstrip("\n").split(maxsplit=5)[-1] for line in maps]
     return next(path for path in paths if os.path.basename(path).startswith("libpcsclite.so."))
+
+
+def run_pytest(arguments: Sequence[str]) -> NoReturn:
+    """Become pytest on the simulated macOS, with these arguments; it removes the simulation."""
+    directory = Path(tempfile.mkdtemp(prefix="macos-"))
+    try:
+        build(directory)
+    except BaseException:
+        shutil.rmtree(directory)
+        raise
+    os.execve(sys.executable, [sys.executable, "-m", "pytest", *arguments], environment(os.environ, directory))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,6 +7,19 @@ In a process that was exec'd every call is forwarded, unchanged.  In one that wa
 - the connections to pcscd that its parent had are closed: macOS' are Mach ports, which a fork does not inherit;
 - SCardFreeMemory, pcsc_stringify_error and the g_rgSCard*Pci work, for they need no connection.
 
+In every process
+
+- codes have 32 bits, so those of failures are negative;
+- the state of a reader has no event counter;
+- there is no reader \\\\?PnP?\\Notification;
+- it has no other symbols than Apple's framework.
+
+On request, by files in the directory that PCSCLITE_MACOS_SWITCHES names (see macos.py)
+
+- "cancels-fail": SCardCancel says that it has succeeded, and does nothing;
+- "service-ends": whenever it grows, the service of each client ends as it does when it was idle: what is on older
+  contexts answers SCARD_E_NO_SERVICE, and their sessions are gone.
+
 Not simulated: anything else that macOS' PC/SC does differently.  Two forks are not seen as such: one made by clone(2)
 itself runs no handler, so its connections stay open; and of a process that loads this library only after it was forked,
 it is the kernel (PF_FORKNOEXEC in /proc/self/stat) that knows it, so without /proc it is taken for an exec'd one.
@@ -23,6 +36,7 @@ At a fork: the handler closes; all else is judged anew at each call, by the PID 
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -32,7 +46,8 @@ At a fork: the handler closes; all else is judged anew at each call, by the PID 
 
 #define PF_FORKNOEXEC 0x40 /* linux/sched.h */
 #define MOST_DESCRIPTORS 4096
-#define NO_SERVICE ((long)0x8010001D) /* as pcsc-lite spells it; macOS has 32 bits */
+#define NO_SERVICE ((long)(int32_t)0x8010001D)
+#define MOST_READERS 64
 
 typedef uintptr_t word; /* every argument of PC/SC is a long, a DWORD or a pointer: on Linux all of one size */
 
@@ -103,6 +118,76 @@ static void die(void)
     _exit(128 + SIGSEGV);
 }
 
+/* What a test has asked for. */
+
+static int path_of(const char *name, char *path, size_t size)
+{
+    const char *directory = getenv("PCSCLITE_MACOS_SWITCHES");
+    return directory != NULL && (size_t)snprintf(path, size, "%s/%s", directory, name) < size;
+}
+
+static int cancels_fail(void)
+{
+    char path[4096];
+    return path_of("cancels-fail", path, sizeof path) && access(path, F_OK) == 0;
+}
+
+/* How often the service has ended. */
+static long service_ended(void)
+{
+    char path[4096];
+    struct stat status;
+    return path_of("service-ends", path, sizeof path) && stat(path, &status) == 0 ? (long)status.st_size : 0;
+}
+
+/* The contexts and cards, each with its context and the service that it is on. */
+
+#define MOST_HANDLES 4096
+
+static struct {
+    word handle, context;
+    long service;
+} handles[MOST_HANDLES];
+
+static pthread_mutex_t handles_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void note(word handle, word context, long service)
+{
+    int place = 0;
+
+    pthread_mutex_lock(&handles_lock);
+    while (place < MOST_HANDLES - 1 && handles[place].handle != 0)
+        place++;
+    handles[place].handle = handle;
+    handles[place].context = context;
+    handles[place].service = service;
+    pthread_mutex_unlock(&handles_lock);
+}
+
+/* Forget a card, or a context and its cards. */
+static void forget(word handle)
+{
+    pthread_mutex_lock(&handles_lock);
+    for (int i = 0; i < MOST_HANDLES; i++)
+        if (handles[i].handle == handle || handles[i].context == handle)
+            handles[i].handle = handles[i].context = 0;
+    pthread_mutex_unlock(&handles_lock);
+}
+
+/* The context of a context or a card, if the service that it is on has ended; else 0. */
+static word ended(word handle)
+{
+    long now = service_ended();
+    word context = 0;
+
+    pthread_mutex_lock(&handles_lock);
+    for (int i = 0; i < MOST_HANDLES && handle != 0; i++)
+        if (handles[i].handle == handle && handles[i].service < now)
+            context = handles[i].context;
+    pthread_mutex_unlock(&handles_lock);
+    return context;
+}
+
 /* The functions of the real library, by their number of arguments. */
 
 #define FUNCTIONS_WITH_A_HANDLE(X) \
@@ -138,16 +223,118 @@ static void die(void)
 #define ARGUMENTS_6 ARGUMENTS_5, f
 #define ARGUMENTS_7 ARGUMENTS_6, g
 
-#define FORWARD(name, count)                         \
-    static long (*real_##name)(PARAMETERS_##count);  \
-    long name(PARAMETERS_##count)                    \
-    {                                                \
-        if (is_forked())                             \
-            die();                                   \
-        return real_##name(ARGUMENTS_##count);       \
+static long narrow(long code)
+{
+    return (int32_t)code;
+}
+
+/* What every call does: the sessions of a service that has ended are ended when that is noticed. */
+#define CHECKED(name, count)                            \
+    static long (*real_##name)(PARAMETERS_##count);     \
+    static long checked_##name(PARAMETERS_##count)      \
+    {                                                   \
+        word context;                                   \
+        if (is_forked())                                \
+            die();                                      \
+        context = ended(a);                             \
+        if (context != 0) {                             \
+            real_SCardReleaseContext(context);          \
+            return NO_SERVICE;                          \
+        }                                               \
+        return narrow(real_##name(ARGUMENTS_##count));  \
     }
 
-FUNCTIONS_WITH_A_HANDLE(FORWARD)
+FUNCTIONS_WITH_A_HANDLE(CHECKED)
+
+#define FORWARD(name, count)                 \
+    long name(PARAMETERS_##count)            \
+    {                                        \
+        return checked_##name(ARGUMENTS_##count); \
+    }
+
+FORWARD(SCardIsValidContext, 1)
+FORWARD(SCardReconnect, 5)
+FORWARD(SCardBeginTransaction, 1)
+FORWARD(SCardEndTransaction, 2)
+FORWARD(SCardStatus, 7)
+FORWARD(SCardControl, 7)
+FORWARD(SCardTransmit, 7)
+FORWARD(SCardListReaderGroups, 3)
+FORWARD(SCardListReaders, 4)
+FORWARD(SCardGetAttrib, 4)
+FORWARD(SCardSetAttrib, 4)
+
+long SCardReleaseContext(PARAMETERS_1)
+{
+    long code = checked_SCardReleaseContext(a);
+
+    forget(a);
+    return code;
+}
+
+long SCardConnect(PARAMETERS_6)
+{
+    long service = service_ended(), code = checked_SCardConnect(ARGUMENTS_6);
+
+    if (code == 0)
+        note(*(word *)e, a, service);
+    return code;
+}
+
+long SCardDisconnect(PARAMETERS_2)
+{
+    long code = checked_SCardDisconnect(ARGUMENTS_2);
+
+    if (code == 0)
+        forget(a);
+    return code;
+}
+
+long SCardCancel(PARAMETERS_1)
+{
+    if (is_forked())
+        die();
+    return cancels_fail() ? 0 : checked_SCardCancel(a);
+}
+
+/* As winscard.h of pcsc-lite has it. */
+typedef struct {
+    const char *reader;
+    void *user_data;
+    unsigned long current, event, atr_size;
+    unsigned char atr[33];
+} reader_state;
+
+#define CHANGED 0x2UL
+#define UNKNOWN 0x4UL
+#define TIMED_OUT ((long)(int32_t)0x8010000A)
+
+/* "\\?PnP?\Notification" is a reader that is unknown: that is told at once, and no more to who says that he knows it. */
+long SCardGetStatusChange(PARAMETERS_4)
+{
+    reader_state *states = (reader_state *)c, known[MOST_READERS];
+    word count = 0, places[MOST_READERS];
+    int is_news = 0;
+    long code;
+
+    for (word i = 0; i < d && count < MOST_READERS; i++)
+        if (states[i].reader != NULL && strcmp(states[i].reader, "\\\\?PnP?\\Notification") == 0) {
+            states[i].event = UNKNOWN;
+            if ((states[i].current & UNKNOWN) == 0) {
+                states[i].event |= CHANGED;
+                is_news = 1;
+            }
+        } else {
+            places[count] = i;
+            known[count++] = states[i];
+        }
+    code = checked_SCardGetStatusChange(a, is_news ? 0 : b, (word)known, count);
+    for (word i = 0; i < count; i++) {
+        known[i].event &= 0xFFFF;
+        states[places[i]] = known[i];
+    }
+    return code == TIMED_OUT && is_news ? 0 : code;
+}
 
 static long (*real_SCardEstablishContext)(PARAMETERS_4);
 static long (*real_SCardFreeMemory)(PARAMETERS_2);
@@ -155,7 +342,11 @@ static const char *(*real_pcsc_stringify_error)(long);
 
 long SCardEstablishContext(PARAMETERS_4)
 {
-    return is_forked() ? NO_SERVICE : real_SCardEstablishContext(ARGUMENTS_4);
+    long service = service_ended(), code = is_forked() ? NO_SERVICE : narrow(real_SCardEstablishContext(ARGUMENTS_4));
+
+    if (code == 0)
+        note(*(word *)d, *(word *)d, service);
+    return code;
 }
 
 long SCardFreeMemory(PARAMETERS_2)
@@ -165,7 +356,7 @@ long SCardFreeMemory(PARAMETERS_2)
 
 const char *pcsc_stringify_error(long code)
 {
-    return real_pcsc_stringify_error(code);
+    return real_pcsc_stringify_error((uint32_t)code);
 }
 
 /* An absolute path, so that the loader does not take the SONAME that both have for a reason to give us ourselves. */

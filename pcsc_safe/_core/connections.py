@@ -156,7 +156,7 @@ def connections() -> list[Descriptor]:
 
 def open_numbers() -> set[str]:
     """The open descriptors, by their names; without the one that it takes to look."""
-    if not ARE_INHERITED:
+    if sys.platform == "win32" or not ARE_INHERITED:
         return set()
     try:
         listing = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
@@ -171,6 +171,8 @@ def open_numbers() -> set[str]:
 
 
 def _possible_numbers() -> set[str]:
+    if sys.platform == "win32":
+        return set()
     limit = os.sysconf("SC_OPEN_MAX")  # negative if there is none
     return {str(number) for number in range(limit if 0 < limit < _MOST_NUMBERS else _MOST_NUMBERS)}
 

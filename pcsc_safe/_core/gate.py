@@ -167,7 +167,11 @@ def _await_others(ident: int, deadline: float, everything: bool, ending: list[_E
             for place in list(in_flight.places)
             if everything and any(call[1] != ident for call in list(place.calls))
         ]
-        others = [call for call in list(in_flight.elsewhere.values()) if call[1] != ident]
+        others = [
+            call
+            for call in list(in_flight.elsewhere.values())
+            if call[1] != ident and (everything or call[0] in in_flight.NOT_NATIVE)
+        ]
         if not busy and not others:
             return
         if not ending and any(call[3] is not None for place in busy for call in list(place.calls)):

@@ -12,6 +12,7 @@ by its copy of these lists whether its fork was quiet, so a fork that ran no hoo
 from __future__ import annotations
 
 import operator
+from contextvars import ContextVar
 from itertools import takewhile
 from typing import Any, Callable, NamedTuple, Optional, Protocol
 
@@ -20,10 +21,13 @@ from .one_step import Operation, called, in_one_step, is_not_false
 from .unpatched import RLock, get_ident, monotonic, sleep
 
 __all__ = [
+    "DOOR",
     "GIVEN",
     "IMPORTS",
+    "NOT_NATIVE",
     "OPEN",
     "RELEASED",
+    "START",
     "WOKEN",
     "Entry",
     "InFlight",
@@ -35,6 +39,7 @@ __all__ = [
     "closers",
     "elsewhere",
     "made",
+    "nobody_hears",
     "others_are_inside",
     "places",
     "stop_locking",
@@ -87,6 +92,12 @@ class Unquiet(NamedTuple):
 IMPORTS = "an import"
 """In the place of a function: who imports what PC/SC takes is inside as well, for a child in which a module is half
 imported has its lock held for ever."""
+
+DOOR, START = "the broker's door", "the start of a broker"
+"""The same of who passes a connection to a broker, or starts one: a child must not have the other end."""
+
+NOT_NATIVE = frozenset((IMPORTS, DOOR, START))
+"""What a fork waits for although its child can't use the native library."""
 
 
 _LONG_WAIT = 0.001  # s
@@ -162,6 +173,9 @@ unsettled: dict[Any, None] = {}
 
 elsewhere: dict[object, Entry] = {}
 """What goes on that a fork waits for, and that has no place."""
+
+nobody_hears: ContextVar[Callable[[], bool]] = ContextVar("nobody_hears", default=bool)
+"""Whether the answer to a wait for events has no hearer any more; of the thread that waits for a broker's client."""
 
 closers: dict[int, float] = {}
 """The threads that have closed the gate, and until when: a thread that forks, not for long; a block, until its fork."""

@@ -175,7 +175,7 @@ def after_fork_in_parent(function: Callable[[], None]) -> None:
 
     One in Python can be left by what a signal handler raises.
     """
-    if FORKS:
+    if sys.platform != "win32" and FORKS:
         os.register_at_fork(after_in_parent=function)
 
 
@@ -247,5 +247,5 @@ def _run(functions: list[Callable[[], None]]) -> None:
         function()
 
 
-if FORKS:
+if sys.platform != "win32" and FORKS:
     os.register_at_fork(before=_hook_before, after_in_child=_hook_in_child)

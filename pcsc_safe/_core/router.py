@@ -10,7 +10,7 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from ..policy import Way, choose_way
+from ..policy import Way, choose_way, native_works_after_fork
 from . import (
     descriptors,
     gate,
@@ -437,7 +437,7 @@ def _notice() -> process.Epoch:
         if here.parent is not None and handles.contexts:
             observer.record("fork", parent=here.parent.pid)
             log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
-            if here.unquiet is not None:
+            if here.unquiet is not None and native_works_after_fork():
                 _warn_of_unquiet(here)
     return here
 

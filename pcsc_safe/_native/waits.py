@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, Callable, Optional
 
 from .._core.calls import STALE
-from .._core.in_flight import Owned
+from .._core.in_flight import Owned, nobody_hears
 from .._core.library import SUCCESS
 from .._core.reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, UNKNOWN, is_for_new_readers
 from .._core.unpatched import get_ident, monotonic
@@ -158,6 +158,8 @@ def await_change(context: Any, alive: Callable[[], bool], timeout: int, states: 
     wait = Wait(context, contexts, timeout, states)
     try:
         contexts.waits[wait] = None
+        if nobody_hears.get()():  # its end was asked for before it was there to be ended
+            return cancelled
         wait.begin()
         while True:
             result = wait.step()

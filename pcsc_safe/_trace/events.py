@@ -117,7 +117,7 @@ def _line(kind: str, fields: dict[str, Any]) -> str:
 
 def _mapped(path: str, size: int) -> Any:
     # Not the mmap module, which keeps a descriptor.
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file, 0, size)  # or a full disk would be a SIGBUS

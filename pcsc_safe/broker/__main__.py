@@ -18,6 +18,8 @@ from typing import Optional
 
 from .start import DOOR, IGNORED
 
+assert sys.platform != "win32"  # it has no broker
+
 __all__ = ["main"]
 
 _USAGE = """\
@@ -27,6 +29,7 @@ Does PC/SC for the process that starts it, over descriptor 3. Not for the comman
 starts one where a process can't use PC/SC itself.
 """
 _PR_SET_DUMPABLE = 4  # linux/prctl.h
+_PT_DENY_ATTACH = 31  # sys/ptrace.h of macOS
 _DESCRIPTORS = 4096
 
 
@@ -90,11 +93,15 @@ def _leave_no_trace() -> None:
     wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    if sys.platform.startswith("linux"):
+    if sys.platform.startswith(("linux", "darwin")):
         import ctypes
 
-        # A core that is piped to a program is not bound by the limit. Nor may others of this user look into us.
-        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        library = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            library.ptrace(_PT_DENY_ATTACH, 0, None, 0)  # no debugger may attach
+        else:
+            # A core that is piped to a program is not bound by the limit. Nor may others of this user look into us.
+            library.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _be_silent() -> None:

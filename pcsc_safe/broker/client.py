@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from .._core import descriptors, gate, log, one_step, process
+from .._core import descriptors, gate, in_flight, log, one_step, process
 from .._core.calls import Keep, KeepCard, LostError
 from .._core.library import constant
 from ..errors import BrokerError
@@ -241,20 +241,20 @@ class Broker:
         if not self._door.descriptor.is_intact():
             raise self._lost(under_way=False)
         connection: Optional[Connection] = None
+        far_end: Optional[Connection] = None
         is_welcome = False
         try:
-            connection = gate.during("the broker's door", self._passed)
-            connection.user = get_ident()
-            connection.wait_at_most(_READY_WITHIN)
+            connection, far_end = gate.during(in_flight.DOOR, self._passed)
             connection.send(wire.encode(wire.Hello(wire.VERSION, key or self.key)))
-            answer = wire.decode(connection.receive())
+            answer = wire.decode(connection.receive_from(self._door, _READY_WITHIN))
             is_welcome = isinstance(answer, wire.Welcome) and answer.version == wire.VERSION
-            connection.wait_at_most(None)
         except (OSError, EOFError) as error:
             raise self._turned_away(error) from error
         except wire.WireError as error:
             raise _misunderstood(error) from error
         finally:
+            if far_end is not None:
+                self._drop(far_end)
             if connection is not None and not is_welcome:
                 self._drop(connection)
         if not is_welcome:
@@ -263,21 +263,29 @@ class Broker:
         assert connection is not None
         return connection
 
-    def _passed(self) -> Connection:
-        """A connection whose far end was passed through the door."""
-        connection, theirs = pair(guarded=True)
+    def _passed(self) -> tuple[Connection, Connection]:
+        """A connection, and a copy of its far end, which was passed through the door.
+
+        The copy is kept until the broker has answered: macOS can flush a socket that is under way and that nobody else
+        has.  No child may keep it, so it is guarded, too.
+        """
+        ours, theirs = pair(guarded=True)
+        mine = [ours]
         try:
-            self._connections[connection.descriptor.number] = connection
+            mine.append(adopt(theirs, guarded=True))
+            for end in mine:
+                end.user = get_ident()
+                self._connections[end.descriptor.number] = end
             # A signal handler may have forked meanwhile, and this is the child: the far end is the parent's to pass.
             if self.epoch is not process.current():
                 raise LostError(self, under_way=False)
-            self._door.pass_on(start.FOR_FAMILY if self.for_family else start.FOR_ONE, theirs.fileno())
-            return connection
+            self._door.pass_on(start.FOR_FAMILY if self.for_family else start.FOR_ONE, mine[1].descriptor.number)
+            return mine[0], mine[1]
         except BaseException:
-            self._drop(connection)
-            raise
-        finally:
+            for end in mine:
+                self._drop(end)
             theirs.close()
+            raise
 
     def _turned_away(self, error: Exception) -> Exception:
         """What to raise when the broker has not let us in: it never began, it is gone, or something is used up."""

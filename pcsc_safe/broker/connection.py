@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from typing import Any, Optional
+from typing import Any
 
 from .._core import descriptors
 from . import wire
@@ -18,6 +18,7 @@ __all__ = ["Connection", "adopt", "pair", "prepare"]
 
 _AT_ONCE = 1 << 16  # bytes
 _PAUSE = 0.002  # s
+_LOOK_AGAIN = 0.05  # s
 _socket: Any = None
 _silently = 0  # MSG_NOSIGNAL: no SIGPIPE, whatever the application does with that
 _at_once = 0  # MSG_DONTWAIT
@@ -28,7 +29,7 @@ def prepare() -> None:
     global _socket, _silently, _at_once
     import _socket as socket  # the module that Python's own is made of: eventlet and gevent patch that one
 
-    _silently, _at_once = getattr(socket, "MSG_NOSIGNAL", 0), socket.MSG_DONTWAIT
+    _silently, _at_once = getattr(socket, "MSG_NOSIGNAL", 0), getattr(socket, "MSG_DONTWAIT", 0)
     _socket = socket
 
 
@@ -73,6 +74,28 @@ class Connection:
             if body is not None:
                 return body
 
+    def receive_from(self, door: Connection, within: float) -> bytes:
+        """The body of the broker's first answer, to who has a copy of the far end and so can't see its end.
+
+        :param door: by which the broker's end is seen.
+        :param within: seconds.
+        :raises OSError, EOFError: the broker went before it answered, or took too long.
+        :raises WireError: the answer is none.
+        """
+        deadline = time.monotonic() + within
+        try:
+            self._socket.settimeout(_LOOK_AGAIN)
+            while True:
+                try:
+                    return self.receive()
+                except _socket.timeout:
+                    if not door.is_alive(0):
+                        raise EOFError from None
+                    if time.monotonic() >= deadline:
+                        raise
+        finally:
+            self._socket.settimeout(None)
+
     def pass_on(self, message: bytes, number: int) -> None:
         """Send a descriptor with a message."""
         rights = struct.pack("i", number)
@@ -93,10 +116,6 @@ class Connection:
             except OSError:
                 return False
             time.sleep(_PAUSE)
-
-    def wait_at_most(self, seconds: Optional[float]) -> None:
-        """How long an answer may take."""
-        self._socket.settimeout(seconds)
 
     def close(self) -> None:
         """Close it, if the descriptor is still this connection and not something of the application's."""

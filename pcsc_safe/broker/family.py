@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
-from .._core import descriptors, gate, observer, one_step, process
+from .._core import descriptors, gate, in_flight, observer, one_step, process
 from .._core.calls import CALLS, LostError
 from .._core.settings import settings
 from ..errors import BrokerError
@@ -82,7 +82,7 @@ def _started(for_family: bool) -> Broker:
         former = _broker
         if former is not None and not former.lost and former.epoch is here:
             return former
-        broker: Broker = gate.during("the start of a broker", _start_one, for_family)
+        broker: Broker = gate.during(in_flight.START, _start_one, for_family)
         if _broker is former:  # nothing comes between this look and the next line
             _broker = broker
             return broker

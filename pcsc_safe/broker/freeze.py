@@ -19,7 +19,7 @@ def freeze_support() -> None:
     return.  Anywhere else it does nothing.
     """
     start.can_freeze = True
-    if sys.argv[1:2] == [start.FROZEN_BROKER]:
+    if sys.platform != "win32" and sys.argv[1:2] == [start.FROZEN_BROKER]:
         from .__main__ import main  # only in a process that becomes a broker
 
         sys.exit(main([]))

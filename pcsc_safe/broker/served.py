@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import struct
 import threading
-import time
 from typing import Any, Optional, Protocol
 
-from .._core import calls, gateways, handles, library, router
+from .._core import calls, gateways, handles, in_flight, library, router
 from . import sharing, start, wire
 from .sharing import Handle
 
@@ -35,7 +33,6 @@ _UNDOING = {
 _REGISTRIES: tuple[dict[Any, Any], ...] = (handles.contexts, handles.cards)
 _BRACKETS = frozenset(("SCardBeginTransaction", "SCardEndTransaction"))
 _32_BITS = 0xFFFFFFFF
-_UNTIL_CANCELLED = 0.002  # s
 
 
 class Clients(Protocol):
@@ -53,6 +50,7 @@ class Client:
 
     :ivar handles: the contexts and cards that it was given, by number.
     :ivar connections: those that it has, without the first.
+    :ivar process: its PID; 0 until it is known.
     """
 
     def __init__(self, key: bytes, presence: Connection) -> None:
@@ -60,6 +58,7 @@ class Client:
         self.presence = presence
         self.connections: set[Connection] = set()
         self.handles: dict[int, Handle] = {}
+        self.process = 0
         self.is_watched = False
         self.is_gone = False
 
@@ -72,18 +71,24 @@ class Client:
         for handle in ended:
             handle.record.context.real.cut_off()
         for connection in list(self.connections):
-            connection.hang_up()
-        for handle in ended:
+            connection.shut_down()
+        # First what nobody waits on, for on macOS a wait may go on although it is cancelled.
+        for handle in sorted(ended, key=lambda handle: bool(handle.record.context.real.waits)):
             router.public["SCardReleaseContext"](handle)
+        for connection in list(self.connections):  # that wait on what others have as well
+            connection.hang_up()
 
 
 class Connection:
-    """One connection of a client; carries one call at a time."""
+    """One connection of a client; carries one call at a time.
+
+    :ivar socket: the broker's end.
+    :ivar unwatched: set when nobody waits for its end any more; until then its number is not for another.
+    """
 
     def __init__(self, server: Clients, ours: socket.socket) -> None:
         self._server = server
-        self._socket = ours
-        self.number = ours.fileno()
+        self.socket = ours
         self.client: Optional[Client] = None
         self._waits_on: Optional[handles.Context] = None
         self._thread = 0
@@ -93,37 +98,30 @@ class Connection:
     def run(self) -> None:
         """Serve it until it is closed, or speaks nonsense."""
         self._thread = threading.get_ident()
+        in_flight.nobody_hears.set(lambda: self._has_hung_up)
         try:
             self._serve()
         except (OSError, EOFError):
             pass
         except wire.WireError as error:
             with contextlib.suppress(OSError):
-                self._socket.sendall(wire.encode(wire.Refused(str(error))))
+                self.socket.sendall(wire.encode(wire.Refused(str(error))))
         finally:
             self.hang_up()  # which the server, who watches it, sees
             self.unwatched.wait()
-            self._socket.close()
+            self.socket.close()
 
-    def process(self) -> Optional[int]:
-        """A descriptor of the process at the other end, that made it; None where there is no such thing."""
-        if not hasattr(os, "pidfd_open") or not hasattr(socket, "SO_PEERCRED"):
-            return None
-        try:
-            pid = struct.unpack_from("i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-            return os.pidfd_open(pid) if pid else None
-        except OSError:  # it has ended already, which its descriptors will tell; or the kernel has none
-            return None
-
-    def hang_up(self) -> None:
-        """End it, and the wait for events that it is in; the other end is gone, or not wanted any more."""
+    def shut_down(self) -> None:
+        """End it: the other end is gone, or not wanted any more."""
         self._has_hung_up = True
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        # Again and again: a wait that is about to begin isn't there to be cancelled.
-        while self._waits_on is not None and self._thread != threading.get_ident():
-            self.cancel_wait()
-            time.sleep(_UNTIL_CANCELLED)
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def hang_up(self) -> None:
+        """End it, and the wait for events that it is in."""
+        self.shut_down()
+        if self._thread != threading.get_ident():
+            self.cancel_wait()  # one that begins from here on sees that nobody hears it
 
     def _serve(self) -> None:
         receiver = wire.Receiver()
@@ -131,8 +129,8 @@ class Connection:
         if not isinstance(hello, wire.Hello) or hello.version != wire.VERSION:
             raise wire.WireError("the first frame is not a greeting of this version")
         client = self.client = self._server.welcome(hello.key, self)
-        self._socket.sendall(wire.encode(wire.Welcome(wire.VERSION, os.getpid())))
-        receive, send, feed, decode = self._socket.recv, self._socket.sendall, receiver.feed, wire.decode
+        self.socket.sendall(wire.encode(wire.Welcome(wire.VERSION, os.getpid())))
+        receive, send, feed, decode = self.socket.recv, self.socket.sendall, receiver.feed, wire.decode
         while True:
             data = receive(_AT_ONCE)
             if not data:
@@ -156,7 +154,7 @@ class Connection:
 
     def _next(self, receiver: wire.Receiver) -> bytes:
         while True:
-            data = self._socket.recv(_AT_ONCE)
+            data = self.socket.recv(_AT_ONCE)
             if not data:
                 raise EOFError
             body = receiver.feed(data)
@@ -262,8 +260,6 @@ class Connection:
         record = handle.record
         try:
             self._waits_on = record if isinstance(record, handles.Context) else None
-            if self._has_hung_up:
-                raise EOFError
             return function(handle, *arguments)
         finally:
             self._waits_on = None

@@ -2,25 +2,34 @@
 
 A client is gone when it has closed its first connection, or when its process has ended, whatever copies of its
 descriptors live on; then its contexts are released, as pcscd would have done.  The last client gone, and the door
-closed, the broker ends: at once, whatever its threads are doing.  Nothing here forks.
+closed, the broker ends: at once, whatever its threads are doing.
+
+The main thread waits for all ends, of connections and of processes (:mod:`watch`); what follows from one takes a
+thread, for it may last.  Nothing here forks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-import select
 import socket
 import struct
+import sys
 import threading
+from typing import Any, Callable
 
 from .._core import descriptors, gateways, handles
-from . import sharing, start
+from . import sharing, start, watch
 from .served import Client, Connection
 from .sharing import Handle
+
+assert sys.platform != "win32"  # it has no broker
 
 __all__ = ["Server"]
 
 _ONE_DESCRIPTOR = struct.calcsize("i")
+_NO_ROOM = (errno.EMFILE, errno.EMSGSIZE)  # macOS' kernel doesn't deliver then
 
 
 class Server:
@@ -31,10 +40,12 @@ class Server:
 
     def __init__(self, door: socket.socket) -> None:
         self._door = door
-        self._poll = select.poll()
+        self._watch = watch.Watch()
+        self._spare = os.dup(door.fileno())
         self._has_one_client = False
         self._connections: dict[int, Connection] = {}
         self._clients: dict[bytes, Client] = {}
+        self._processes: dict[int, list[Client]] = {}  # by PID
         self._arriving = threading.Lock()
         descriptors.prepare()
         gateways.native.prepare()
@@ -42,43 +53,56 @@ class Server:
 
     def run(self) -> None:
         """Serve until the door is closed."""
-        self._poll.register(self._door, select.POLLIN)
+        self._watch.on_input(self._door.fileno())
         while True:
-            for number, _ in self._poll.poll():
-                if number != self._door.fileno():
-                    self._hung_up(number)
-                elif not self._let_in():
-                    return
+            for told in self._watch.wait():
+                if told == self._door.fileno():
+                    if not self._let_in():
+                        return
+                elif told < 0:
+                    self._ended(-told)
+                else:
+                    _in_a_thread(self._clean_up, self._connections.pop(told))
 
     def _let_in(self) -> bool:
         """A connection comes over the door; False if nobody is behind it any more."""
+        spare, self._spare = self._spare, -1
+        if spare >= 0:
+            os.close(spare)  # so that there is room for what comes: who sends it is not told where there is none
         try:
             data, control, _, _ = self._door.recvmsg(1, socket.CMSG_SPACE(_ONE_DESCRIPTOR))
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno in _NO_ROOM
         if not data:
             return False
         self._has_one_client = data == start.FOR_ONE
-        for level, kind, rights in control:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                self._serve(struct.unpack("i", rights[:_ONE_DESCRIPTOR])[0])
-        return True  # where no descriptor came there was none left, and the client sees that nobody is there
+        number = next((struct.unpack("i", rights[:_ONE_DESCRIPTOR])[0] for _, _, rights in control), -1)
+        try:
+            self._spare = os.dup(self._door.fileno())
+        except OSError:  # no room for another: this one is not served
+            self._spare, number = number, -1
+            _hang_up(self._spare)
+        if number >= 0:
+            self._serve(number)
+        return True
 
     def _serve(self, number: int) -> None:
         try:
             ours = socket.socket(fileno=number)
-        except OSError:
+        except OSError:  # no socket
             os.close(number)
             return
         ours.settimeout(None)
         connection = Connection(self, ours)
+        self._connections[number] = connection
         try:
             threading.Thread(target=connection.run, daemon=True).start()
         except RuntimeError:  # no more threads
+            del self._connections[number]
+            _hang_up(number)
             ours.close()
             return
-        self._connections[number] = connection
-        self._poll.register(number, 0)  # that is: only its end
+        self._watch.on_end(number)
 
     def welcome(self, key: bytes, connection: Connection) -> Client:
         """The client whose connection this is; in the connection's thread."""
@@ -91,7 +115,7 @@ class Server:
                 # Not with the first one, which may have been made by the parent of the process that it is for.
                 if not client.is_watched:
                     client.is_watched = True
-                    self._watch(client, connection)
+                    self._see_its_end(client, connection)
             return client
 
     def give(self, taker: Client, key: bytes, handles: tuple[int, ...], keeps: bool) -> list[int]:
@@ -106,29 +130,18 @@ class Server:
             return []
         return [number for number in handles if sharing.share(giver, taker, number, keeps=keeps)]
 
-    def _watch(self, client: Client, connection: Connection) -> None:
+    def _see_its_end(self, client: Client, connection: Connection) -> None:
         """See when the client's process ends; it may have forked, with no hook run, and left copies of everything."""
-        process = connection.process()
-        if process is not None:
-            try:
-                threading.Thread(target=self._until_it_ends, args=(process, client), daemon=True).start()
-            except RuntimeError:  # no more threads; its descriptors will tell
-                os.close(process)
+        client.process = watch.process_behind(connection.socket)
+        if client.process:
+            self._processes.setdefault(client.process, []).append(client)
+            is_alive = self._watch.on_exit(client.process)
+            if not is_alive or client not in self._processes.get(client.process, []):
+                _in_a_thread(self._gone, client)
 
-    def _until_it_ends(self, process: int, client: Client) -> None:
-        watch = select.poll()
-        watch.register(process, select.POLLIN)
-        watch.poll()
-        os.close(process)
-        self._gone(client)
-
-    def _hung_up(self, number: int) -> None:
-        connection = self._connections.pop(number)
-        self._poll.unregister(number)
-        try:
-            threading.Thread(target=self._clean_up, args=(connection,), daemon=True).start()
-        except RuntimeError:  # no more threads
-            self._clean_up(connection)
+    def _ended(self, pid: int) -> None:
+        for client in self._processes.pop(pid, []):
+            _in_a_thread(self._gone, client)
 
     def _clean_up(self, connection: Connection) -> None:
         connection.unwatched.set()
@@ -142,8 +155,28 @@ class Server:
     def _gone(self, client: Client) -> None:
         with self._arriving:
             known = self._clients.pop(client.key, None)
+            if client in self._processes.get(client.process, []):
+                self._processes[client.process].remove(client)
             if not self._clients and self._has_one_client:
                 os._exit(0)
         if known is not None:
             client.presence.hang_up()
             client.release()
+
+
+def _in_a_thread(function: Callable[[Any], None], subject: Any) -> None:
+    """Call a function that may last."""
+    try:
+        threading.Thread(target=function, args=(subject,), daemon=True).start()
+    except RuntimeError:  # no more threads
+        function(subject)
+
+
+def _hang_up(number: int) -> None:
+    """Tell the other end of a connection that it is over; to close it tells nothing while somebody has a copy."""
+    with contextlib.suppress(OSError):
+        passing = socket.socket(fileno=number)
+        try:
+            passing.shutdown(socket.SHUT_RDWR)
+        finally:
+            passing.detach()

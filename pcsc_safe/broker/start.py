@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import importlib.machinery
 import os
 import signal
@@ -19,6 +18,9 @@ from typing import NamedTuple, Optional
 
 from .._core import descriptors, python_path
 from ..errors import BrokerError
+
+with contextlib.suppress(ImportError):  # Windows, where this module is imported as well, has none
+    import fcntl
 
 __all__ = [
     "DOOR",
@@ -37,7 +39,8 @@ DOOR = 3
 FOR_FAMILY, FOR_ONE = b"f", b"1"
 """What is said with each connection that is passed through the door: whether others may come."""
 
-IGNORED = [signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP]
+_NAMES = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP")
+IGNORED = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 """Signals that are for its client, who may still have something to do; end of file ends a broker."""
 
 _MODULE = "pcsc_safe.broker"
@@ -80,6 +83,8 @@ class Helper(NamedTuple):
 
     def why_not(self) -> str:
         """What it said and how it ended; it is killed if it has not begun."""
+        if sys.platform == "win32":
+            return ""
         ended = self._ended(_TIME_TO_EXIT)
         said, has_begun = self._said()
         if ended is None and has_begun:
@@ -93,7 +98,7 @@ class Helper(NamedTuple):
 
     def _said(self) -> tuple[bytes, bool]:
         """What it said before it began; and whether it has, which it says by closing its end."""
-        if self.errors is None or not self.errors.is_intact():
+        if sys.platform == "win32" or self.errors is None or not self.errors.is_intact():
             return b"", True
         os.set_blocking(self.errors.number, False)
         said = b""
@@ -121,7 +126,7 @@ class Helper(NamedTuple):
 
         :param patience: seconds to wait for that.
         """
-        if self.parent != os.getpid():
+        if sys.platform == "win32" or self.parent != os.getpid():
             return "it was started by another process"
         deadline = time.monotonic() + patience
         while True:
@@ -144,6 +149,8 @@ def spawn(door: int, configured: str) -> Helper:
     :param configured: the interpreter that the settings name, if any.
     :raises BrokerError: there is no interpreter, or no process or descriptor to be had.
     """
+    if sys.platform == "win32":
+        raise NotImplementedError
     command = _command(configured)
     opened: list[int] = []
     try:

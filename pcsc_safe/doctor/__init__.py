@@ -15,6 +15,8 @@ _machine    Python, pyscard, wrapt, libpcsclite, the settings
 _pcscd      pcscd, who may use it, readers, cards
 _fork       how forks are noticed, what policy ``auto`` chooses, the broker
 _probe      what a fork does to PC/SC here, and the hazards of the demo
+_self_test  ``--self-test``: what pcsc_safe relies on, tried; a report
+_self_tasks what runs in the disposable processes for it
 _process    ``--pid``: the connections to pcscd of a running program
 _proc       what /proc tells of processes
 _sockets    where a process's Unix sockets lead, and who connected them

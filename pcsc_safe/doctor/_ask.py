@@ -52,16 +52,22 @@ class Answer:
 
 
 def ask(
-    task: str, seconds: float, *arguments: str, module: str = "", env: Optional[Mapping[str, str]] = None
+    task: str,
+    seconds: float,
+    *arguments: str,
+    module: str = "",
+    env: Optional[Mapping[str, str]] = None,
+    home: str = "_tasks",
 ) -> Answer:
     """Run a task in a disposable process.
 
-    :param task: the name of a function of `_tasks`.
+    :param task: the name of a function.
     :param seconds: that it may take, beside what Python takes to start.
     :param module: the scard module that it is to use, if any.
     :param env: its environment; without the settings of pcsc_safe if None.
+    :param home: the module of the doctor that has the task.
     """
-    command = [sys.executable, "-m", "pcsc_safe.doctor._tasks", task, module, f"{seconds + 2 * _START}", *arguments]
+    command = [sys.executable, "-m", f"pcsc_safe.doctor.{home}", task, module, f"{seconds + 2 * _START}", *arguments]
     return Answer(run_disposable(command, plain_environment() if env is None else env, seconds + _START))
 
 

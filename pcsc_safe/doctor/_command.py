@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, Optional
 
 from .. import __version__, policy
-from . import _fork, _machine, _pcscd, _probe, _process
+from . import _fork, _machine, _pcscd, _probe, _process, _self_test
 from ._findings import Finding, Ledger, Status
 from ._view import Page, left_out, summary
 
@@ -18,7 +18,10 @@ __all__ = ["EPILOG", "add_arguments", "main"]
 
 EPILOG = """Everything that talks to PC/SC does so in processes that may hang or crash. Cards are not connected to,
 powered or reset without --touch-cards; with it they are connected to (shared), and left as they are.
-No APDU is ever sent to them.
+No APDU is sent to them, but with --self-test and --touch-cards: GET RESPONSE, which changes nothing.
+
+--self-test tries what pcsc_safe relies on, forks, brokers, dying clients and waits, with a reader or without, and ends
+with a text to paste into an issue; it takes half a minute. It is meant for macOS, where its authors can't try it.
 
 exit status: 0 if nothing is a problem, 1 if something is, 2 if the doctor could not run or look
 
@@ -36,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings for programs")
     parser.add_argument("--no-probe", action="store_true", help="leave out what tries forks on PC/SC; it takes 25 s")
     parser.add_argument("--touch-cards", action="store_true", help="connect to the cards in the readers as well")
+    parser.add_argument("--self-test", action="store_true", help="try what pcsc_safe relies on, and report it")
     parser.add_argument(
         "--pid", type=_pid, metavar="N", help="examine a running program and its children instead (Linux)"
     )
@@ -66,13 +70,16 @@ def main(options: argparse.Namespace) -> int:
 
     :return: the exit status, see :data:`EPILOG`.
     """
-    if options.pid is not None and (options.touch_cards or options.no_probe):
-        options.refuse("--pid examines a program: --touch-cards and --no-probe are about this machine")
+    if options.pid is not None and (options.touch_cards or options.no_probe or options.self_test):
+        options.refuse("--pid examines a program: --touch-cards, --no-probe and --self-test are about this machine")
     if options.pid is not None:
         return _examine(options)
     signal.signal(signal.SIGTERM, _terminated)
     ledger = Ledger()
-    return _status(_show(_sections(options, ledger), options.json, ledger))
+    status = _status(_show(_sections(options, ledger), options.json, ledger))
+    if options.self_test and not options.json:
+        print(_self_test.report(ledger.findings))
+    return status
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
@@ -113,13 +120,17 @@ def _sections(options: argparse.Namespace, ledger: Ledger) -> Iterator[_Section]
     seen = [_pcscd.Service(False, [])]
     yield "PC/SC", _service(options.timeout, seen)
     yield "Forks", _forks(options.timeout, seen[-1].works, ledger)
+    if options.self_test and ledger.allows("self.ends") and _fork.are_possible():
+        yield "Self-test", _self_test.tests(seen[-1].works)
     if options.touch_cards and ledger.allows("probe.card"):
         yield "The cards", _probe.touches(seen[-1].cards)
+        if options.self_test:
+            yield "Exchanges with the cards", _self_test.exchanges(seen[-1].cards)
     if options.no_probe or not _fork.are_possible():
         return
     if ledger.allows(*_probe.KEYS):
         yield "Tried on this PC/SC", _probe.probes()
-    if ledger.allows("hazards"):
+    if ledger.allows("hazards") and not options.self_test:
         yield "Tried on virtual cards", _probe.hazards()
 
 

@@ -43,6 +43,14 @@ KEYS = (
     "probe.card",  # one for each card, with --touch-cards
     "hazards",
     "hazard",  # one for each hazard of the demo
+    # --self-test
+    "self.passing",
+    "self.ends",
+    "self.brokers",
+    "self.deaths",
+    "self.cancel",  # raw, in this process and through a broker
+    "self.idle",
+    "self.exchange",  # two for each card, with --touch-cards
     # --pid
     "family",
     "process",  # one for each process
@@ -65,6 +73,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "probe.card": _ALL_OF_PCSC,
     "hazards": ("pcsc_safe",),
     "hazard": ("pcsc_safe",),
+    "self.passing": ("pcsc_safe",),
+    "self.ends": ("pcsc_safe",),
+    "self.brokers": ("pcsc_safe",),
+    "self.deaths": ("pcsc_safe",),
+    "self.cancel": _ALL_OF_PCSC,
+    "self.idle": _ALL_OF_PCSC,
+    "self.exchange": _ALL_OF_PCSC,
 }
 """What has to be well for a thing to be looked at, by their keys; what that needs is needed too."""
 

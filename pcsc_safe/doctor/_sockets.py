@@ -15,6 +15,7 @@ import ctypes
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
@@ -55,6 +56,8 @@ def table() -> tuple[dict[int, Socket], bool]:
 
 
 def _ask_kernel() -> Iterator[Socket]:
+    if sys.platform != "linux":
+        return
     request = _REQUEST.pack(socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _SHOW_NAME_AND_PEER, b"\xff" * 8)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
         kernel.settimeout(5)
@@ -122,6 +125,8 @@ def connected_by(server: int, number: int) -> Optional[int]:
     :param server: the server's PID.
     :param number: its descriptor.
     """
+    if sys.platform != "linux":
+        return None
     with contextlib.suppress(OSError, AttributeError), _borrowed(server, number) as connection:
         pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         return pid or None
@@ -134,6 +139,8 @@ def _borrowed(pid: int, number: int) -> Iterator[socket.socket]:
 
     :raises OSError: this process may not, or the kernel can't.
     """
+    if sys.platform != "linux":
+        raise OSError("only Linux lends descriptors")
     process = os.pidfd_open(pid)
     try:
         copy = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, process, number, 0)

@@ -18,12 +18,13 @@ import socket
 import struct
 import sys
 import time
-from typing import Any, Callable, Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, NoReturn, Optional
 
 from ..demo._stage import Stage
 from . import _proc, _sockets
 
-__all__ = ["TASKS", "main"]
+__all__ = ["TASKS", "run"]
 
 _VERSION = struct.Struct("=IIiiI")  # pcscd's header (length, command), major, minor, result
 _CMD_VERSION, _BODY = 0x11, 12
@@ -259,21 +260,24 @@ TASKS: dict[str, Callable[..., None]] = {
 }
 
 
-def main(task: str, module: str, seconds: str, *arguments: str) -> int:
-    """Run one task."""
-    faulthandler.enable()
-    if hasattr(signal, "SIGALRM"):
-        faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
-    TASKS[task](Stage(importlib.import_module(module) if module else None, float(seconds)), *arguments)
-    return 0
+def run(tasks: Mapping[str, Callable[..., None]], arguments: Sequence[str]) -> NoReturn:
+    """Run one of these tasks: be its process.
 
-
-if __name__ == "__main__":
-    # Not sys.exit: the interpreter's own clean-up may wait for a thread that hangs in a PC/SC call.
-    _status = 1
+    :param arguments: the task, the scard module or ``""``, the seconds that it may take; and what is the task's own.
+    """
+    status = 1
     try:
-        _status = main(*sys.argv[1:])
+        faulthandler.enable()
+        if hasattr(signal, "SIGALRM"):
+            faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
+        task, module, seconds, *own = arguments
+        tasks[task](Stage(importlib.import_module(module) if module else None, float(seconds)), *own)
+        status = 0
     except Exception:
         sys.excepthook(*sys.exc_info())
     sys.stderr.flush()
-    os._exit(_status)
+    os._exit(status)  # the interpreter's own clean-up may wait for a thread that hangs in a PC/SC call
+
+
+if __name__ == "__main__":
+    run(TASKS, sys.argv[1:])

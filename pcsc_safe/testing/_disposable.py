@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -22,7 +23,6 @@ __all__ = ["Ended", "Stopped", "run_disposable"]
 _POLL = 0.01
 _LAST_WORDS = 0.5  # seconds that a process gets to dump its stacks after it was given up
 _LOG_TAIL = 3000
-_CAN_LOOK_FIRST = hasattr(os, "waitid")  # not on macOS before Python 3.13
 
 
 class Stopped(Exception):  # noqa: N818  # not an error: who started it was interrupted
@@ -96,7 +96,7 @@ def _ended_within(process: subprocess.Popen[bytes], seconds: float, stop: thread
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    if not _CAN_LOOK_FIRST:
+    if sys.platform != "linux":  # macOS has no waitid before Python 3.13
         return process.poll() is not None
     # It is not reaped here: as long as it is a zombie its number is nobody else's, and the group can be killed by it.
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
@@ -104,7 +104,7 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
 
 def _status(process: subprocess.Popen[bytes]) -> int:
     """Its exit status, or the negative number of the signal it died of."""
-    if not _CAN_LOOK_FIRST:
+    if sys.platform != "linux":
         return process.wait()
     status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert status is not None

@@ -27,6 +27,9 @@ from pcsc_safe.testing import VirtualPcsc
 CLONE_NEWPID = 0x20000000
 
 
+PAGE = pytest.mark.not_on_macos("no page is wiped there")
+
+
 def uses_its_own(session: Session) -> tuple[Any, ...]:
     """What a child sees that uses an inherited session: reset, reconnect, exchange."""
     answers = (
@@ -134,11 +137,13 @@ def run_unhooked(stack: VirtualPcsc, *arguments: str) -> None:
     assert parents == []
 
 
+@PAGE
 def test_a_fork_from_c(shared_stack: VirtualPcsc) -> None:
     """fork() called by C code is noticed by the wiped page."""
     run_unhooked(shared_stack, "c_fork", "page")
 
 
+@PAGE
 @pytest.mark.skipif(SYS_CLONE is None, reason=f"the number of clone(2) on {platform.machine()} is not in this test")
 def test_a_raw_clone(shared_stack: VirtualPcsc) -> None:
     """A process made with no hook at all, of libc's or Python's, as by a server that embeds Python, is noticed."""
@@ -187,6 +192,7 @@ def may_unshare() -> bool:
     return subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode == 0
 
 
+@PAGE
 @pytest.mark.skipif(not may_unshare(), reason="this machine does not permit PID namespaces (unshare --pid)")
 def test_a_child_with_the_same_pid(shared_stack: VirtualPcsc) -> None:
     """In a new PID namespace parent and child can both be process 1; the page tells them apart."""

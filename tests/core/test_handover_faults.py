@@ -19,7 +19,7 @@ import pytest
 from brokers import ENOUGH, Client, Link, broker, held_card, module_stack, stack, until
 from calling import HELD, Calling, establish, state_of, stays
 from forking import fork, in_child, in_program, start, wait_for
-from handovers import BROKER, NOTHING, OK, handing_over, has, is_free, opened, through_both
+from handovers import BROKER, NATIVE, NOTHING, OK, handing_over, has, is_free, opened, through_both
 from interrupts import Alarm, before_3_10, raise_alarm
 
 import pcsc_safe
@@ -54,6 +54,7 @@ def test_a_call_in_flight(stack: VirtualPcsc, through: str) -> None:
 
 
 @pytest.mark.native
+@pytest.mark.not_on_macos("a forked process has no native contexts")
 def test_a_call_that_lasts(stack: VirtualPcsc) -> None:
     """A call in flight for too long is an error on entering the block; a fork with it hands nothing over; later do."""
 
@@ -97,7 +98,7 @@ def test_a_fork_by_another_thread(stack: VirtualPcsc, through: str) -> None:
 @pytest.mark.parametrize(
     "through",
     [
-        pytest.param("native", marks=pytest.mark.native),
+        NATIVE,
         pytest.param(
             "broker",
             marks=pytest.mark.xfail(
@@ -144,9 +145,7 @@ unsettled = pytest.mark.xfail(
 
 
 @before_3_10
-@pytest.mark.parametrize(
-    "through", [pytest.param("native", marks=pytest.mark.native), pytest.param("broker", marks=unsettled)]
-)
+@pytest.mark.parametrize("through", [NATIVE, pytest.param("broker", marks=unsettled)])
 def test_a_signal_at_any_moment(stack: VirtualPcsc, through: str) -> None:
     """Handlers that raise at 150 moments of a handover: one process has the session then, and nobody is locked out."""
     done = in_program(swept, through, "150", env=stack.env)

@@ -196,6 +196,7 @@ def test_nothing_is_there_and_then_it_is(stack: VirtualPcsc, way: str, end: str)
     assert same == (True, True)
 
 
+@pytest.mark.not_on_macos("raw pyscard, for comparison, can't be used in a forked process")
 @by_either_way
 def test_off_by_default(stack: VirtualPcsc, way: str) -> None:
     """Without ``recover`` a context is lost for ever, and answers as on raw pyscard; once asked for, it is back."""
@@ -357,6 +358,7 @@ def test_nothing_is_left_of_old_contexts(stack: VirtualPcsc, way: str) -> None:
     assert first[0] == second[0]
 
 
+@pytest.mark.not_on_macos("a forked process has a broker there, and says so")
 @pytest.mark.native
 def test_what_is_logged(stack: VirtualPcsc) -> None:
     """A line for each context that was established anew, and a warning for each card that has to be told."""

@@ -33,6 +33,7 @@ FAULT = [UNSUPPORTED, 0, UNSUPPORTED, OK, UNSUPPORTED, OK]
 MORE_BEFORE = "pcscd had more readers before it was restarted"
 DEFAULTS = {"way": "native", "policy": "auto"}
 
+pytestmark = pytest.mark.not_on_macos("the fault is pcsc-lite's")
 NATIVE = pytest.param("native", marks=pytest.mark.native)
 by_either_way = pytest.mark.parametrize("way", [NATIVE, "broker"])
 

@@ -98,11 +98,13 @@ def test_a_failed_answer_holds_no_memory(shared_stack: VirtualPcsc) -> None:
     """Hazard 11: calls that fail before PC/SC wrote anything answer ``[]``; raw pyscard answers 64 KiB of the heap."""
     _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
     _, card, _ = safe.SCardConnect(context, shared_stack.readers[0].name, safe.SCARD_SHARE_SHARED, 3)
+    # pyscard's own answer, so one of its build: also on a simulated macOS, where others have 32 bits
+    refused = [[safe.SCARD_E_INVALID_PARAMETER, []], [safe.SCARD_E_INVALID_PARAMETER & 0xFFFFFFFF, []]]
     for _ in range(20):
         secret = bytearray(b"KEY=topsecret;" * 4600)
         del secret
-        assert safe.SCardTransmit(card, 9, [0, 0]) == [safe.SCARD_E_INVALID_PARAMETER, []]
-        assert safe.SCardTransmit(card, 2, []) == [safe.SCARD_E_INVALID_PARAMETER, []]
+        assert safe.SCardTransmit(card, 9, [0, 0]) in refused
+        assert safe.SCardTransmit(card, 2, []) in refused
         assert safe.SCardConnect(12345, "reader", 2, 3) == [safe.SCARD_E_INVALID_HANDLE, 0, 0]
         assert safe.SCardReconnect(12345, 2, 3, 0) == [safe.SCARD_E_INVALID_HANDLE, 0]
     safe.SCardReleaseContext(context)

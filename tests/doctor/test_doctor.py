@@ -104,6 +104,7 @@ def test_keys() -> None:
         *("pcscd.program", "pcscd.socket", "pcscd.answer", "pcscd.clients", "pcsc.access", "readers", "reader"),
         *("fork.hooks", "fork.page", "fork.detection", "policy.auto", "broker"),
         *("probe.inherited", "probe.fresh", "probe.c-fork", "probe.card", "hazards", "hazard"),
+        *("self.passing", "self.ends", "self.brokers", "self.deaths", "self.cancel", "self.idle", "self.exchange"),
         *("family", "process"),
     )
     assert promised == KEYS

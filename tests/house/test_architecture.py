@@ -165,6 +165,27 @@ def test_importing_the_package_loads_nothing() -> None:
     )
 
 
+def test_it_can_be_imported_on_windows() -> None:
+    """``pcsc_safe.scard`` needs no name at its import that only Unix has, and its functions are pyscard's own there."""
+    code = (
+        "import os, select, signal, socket, sys\n"
+        "lacks = {\n"
+        "    os: 'fork register_at_fork posix_spawn set_blocking sysconf O_CLOEXEC O_DIRECTORY WNOHANG',\n"
+        "    select: 'poll epoll', signal: 'SIGHUP SIGKILL SIGQUIT SIGALRM pthread_sigmask',\n"
+        "    socket: 'AF_UNIX MSG_DONTWAIT SCM_RIGHTS CMSG_SPACE',\n"
+        "}\n"
+        "import smartcard.scard\n"
+        "for module, names in lacks.items():\n"
+        "    for name in names.split():\n"
+        "        vars(module).pop(name, None)\n"
+        "sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'termios', 'pwd', 'grp')))\n"
+        "sys.platform = 'win32'\n"
+        "import pcsc_safe.scard\n"
+        "assert pcsc_safe.scard.SCardTransmit is smartcard.scard.SCardTransmit\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
 def test_the_hooks_are_registered_once() -> None:
     """One module registers at-fork hooks, for they cannot be taken back."""
     calls = []

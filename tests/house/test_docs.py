@@ -30,7 +30,11 @@ TIMED_OUT = 124  # the exit status of timeout
 NOT_RUN = {
     "README.md": ["they are the tests", "installs packages"],
     "CONTRIBUTING.md": ["they are the tests"],
-    "docs/doctor.md": ["depends on the machine", "depends on the machine"],
+    "docs/doctor.md": [
+        "depends on the machine",
+        "it is tests/doctor/test_self_test.py's, and takes half a minute",
+        "depends on the machine",
+    ],
     "docs/hosts/celery.md": [
         "a worker that serves until it is ended; tests/hosts/test_host_celery.py runs it",
         "needs that worker; tests/hosts/test_host_celery.py makes the same call",
@@ -41,6 +45,10 @@ NOT_RUN = {
     "docs/hosts/openvpn.md": [
         "needs root, and a server; tests/hosts/test_host_openvpn.py runs both programs",
         "a line for the system's own configuration",
+    ],
+    "docs/macos.md": [
+        "it is tests/native/test_macos.py's, and takes minutes",
+        "it is tests/doctor/test_self_test.py's, and takes half a minute",
     ],
     "docs/retrofit.md": ["PIDs differ; tests/retrofit/test_run.py has the lines"],
     "docs/start.md": ["installs packages", "it is tests/demo/test_demo.py's, and takes half a minute"],

@@ -1,0 +1,144 @@
+"""What the kernel tells a broker of its clients: a connection has ended, a process has ended.
+
+One seam, :class:`Watch`, over two kernels.  Linux has epoll, which tells of a hang-up whatever it was asked for, and
+descriptors of processes.  macOS and the BSDs have kqueue; their ``poll`` doesn't do, for on macOS a descriptor about
+which nothing is asked isn't looked at, and its end is never told.
+
+Invariant: an end is told once, also one that has come before it was asked for.  A thread may ask while another waits.
+Nothing here forks.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import sys
+
+__all__ = ["Watch", "process_behind"]
+
+_MOST_AT_ONCE = 64
+
+if sys.platform == "linux":
+
+    def process_behind(connection: socket.socket) -> int:
+        """The PID of the process that has made the other end of a socket pair; 0 if that can't be told."""
+        try:
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        except OSError:
+            return 0
+        return int(_CREDENTIALS.unpack(credentials)[0])
+
+    _CREDENTIALS = struct.Struct("iII")  # struct ucred
+
+    class Watch:
+        """Tells of input, and of the ends of connections and processes."""
+
+        def __init__(self) -> None:
+            self._epoll = select.epoll()
+            self._processes: dict[int, int] = {}  # the PIDs, by the descriptor of each
+
+        def on_input(self, number: int) -> None:
+            """Tell whenever there is something to read from a descriptor."""
+            self._epoll.register(number, select.EPOLLIN)
+
+        def on_end(self, number: int) -> None:
+            """Tell when a connection has ended."""
+            self._epoll.register(number, 0)  # a hang-up is always told
+
+        def on_exit(self, pid: int) -> bool:
+            """Tell when a process has ended, as far as the kernel can.
+
+            :return: False if it has ended already, which is not told then.
+            """
+            try:
+                process = os.pidfd_open(pid)
+            except ProcessLookupError:
+                return False
+            except (AttributeError, OSError):  # neither this kernel nor this Python need have it
+                return True
+            self._processes[process] = pid
+            self._epoll.register(process, select.EPOLLIN)
+            return True
+
+        def wait(self) -> list[int]:
+            """Wait until there is something to tell.
+
+            :return: descriptors, and the PIDs of processes that have ended, as negative numbers.
+            """
+            return [self._told(number, events) for number, events in self._epoll.poll(maxevents=_MOST_AT_ONCE)]
+
+        def _told(self, number: int, events: int) -> int:
+            pid = self._processes.pop(number, None)
+            if pid is not None:
+                os.close(number)
+                return -pid
+            if not events & select.EPOLLIN:
+                self._epoll.unregister(number)
+            return number
+
+elif sys.platform != "win32":
+
+    def process_behind(connection: socket.socket) -> int:
+        """The PID of the process that has used the other end of a socket pair last; 0 if that can't be told."""
+        if sys.platform != "darwin":
+            return 0
+        try:
+            return connection.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID)
+        except OSError:
+            return 0
+
+    _SOL_LOCAL, _LOCAL_PEERPID = 0, 2  # sys/un.h
+    _A_FULL_BUFFER = 1 << 30  # bytes; the kernel takes the buffer's size where that is less
+
+    class Watch:
+        """Tells of input, and of the ends of connections and processes."""
+
+        def __init__(self) -> None:
+            self._queue = select.kqueue()
+            self._inputs: set[int] = set()
+
+        def on_input(self, number: int) -> None:
+            """Tell whenever there is something to read from a descriptor."""
+            self._inputs.add(number)
+            self._ask(select.kevent(number, select.KQ_FILTER_READ, select.KQ_EV_ADD))
+
+        def on_end(self, number: int) -> None:
+            """Tell when a connection has ended."""
+            # The end is told whatever else is asked for; that so much must have come keeps requests from waking us.
+            flags = select.KQ_EV_ADD | select.KQ_EV_CLEAR
+            self._ask(select.kevent(number, select.KQ_FILTER_READ, flags, select.KQ_NOTE_LOWAT, _A_FULL_BUFFER))
+
+        def on_exit(self, pid: int) -> bool:
+            """Tell when a process has ended, as far as the kernel can.
+
+            :return: False if it has ended already, which is not told then.
+            """
+            flags = select.KQ_EV_ADD | select.KQ_EV_ONESHOT
+            try:
+                self._ask(select.kevent(pid, select.KQ_FILTER_PROC, flags, select.KQ_NOTE_EXIT))
+            except ProcessLookupError:
+                return False
+            except OSError:  # not ours to watch
+                pass
+            return True
+
+        def _ask(self, event: select.kevent) -> None:
+            self._queue.control([event], 0)
+
+        def wait(self) -> list[int]:
+            """Wait until there is something to tell.
+
+            :return: descriptors, and the PIDs of processes that have ended, as negative numbers.
+            """
+            told = []
+            for event in self._queue.control(None, _MOST_AT_ONCE):
+                if event.filter == select.KQ_FILTER_PROC:
+                    told.append(-event.ident)
+                elif event.ident in self._inputs:
+                    told.append(event.ident)
+                elif event.flags & select.KQ_EV_EOF:
+                    self._ask(select.kevent(event.ident, select.KQ_FILTER_READ, select.KQ_EV_DELETE))
+                    told.append(event.ident)
+            return told

@@ -1,0 +1,151 @@
+"""``--self-test``: whether what pcsc_safe relies on is so on this machine, above all on macOS, and a report of it.
+
+What is tried needs no reader; with one, waits for events are tried as well, and with ``--touch-cards`` an exchange with
+each card.  All of it runs in the processes of :mod:`_self_tasks`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, NamedTuple
+
+from ..testing._versions import versions
+from ._ask import Answer, ask
+from ._findings import Finding, Status
+
+__all__ = ["KEYS", "exchanges", "report", "tests"]
+
+RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
+_SECONDS = 40.0
+_IDLE = 20  # s
+_REMEDY = "report it, with the text between the lines below"
+_TOLD = ("platform", "pyscard", "wrapt", "fork.", "policy.", "broker", "probe.inherited", "probe.fresh", "probe.c-fork")
+"""How the keys begin of the findings that are in the report, beside those of this module."""
+_PATHS = ("executable", "path", "place", "python")
+
+
+class _Test(NamedTuple):
+    """One thing that is tried.
+
+    :ivar key: of its finding.
+    :ivar what: it is, in a few words.
+    :ivar task: of :mod:`_self_tasks`, with its arguments.
+    :ivar module: the scard module that it uses, if any.
+    :ivar needs_pcsc: PC/SC must answer here.
+    :ivar judge: what is wrong with what it reported, in words; empty if nothing is.
+    :ivar says: what was seen, in words.
+    """
+
+    key: str
+    what: str
+    task: tuple[str, ...]
+    module: str
+    needs_pcsc: bool
+    judge: Callable[[dict[str, Any]], str]
+    says: str
+
+
+def _wrong(**expected: Any) -> Callable[[dict[str, Any]], str]:
+    """A judge: what differs from what is expected."""
+
+    def judge(seen: dict[str, Any]) -> str:
+        return ", ".join(f"{name} is {seen.get(name)!r}" for name, value in expected.items() if seen.get(name) != value)
+
+    return judge
+
+
+def _cancelled(seen: dict[str, Any]) -> str:
+    if "wait" not in seen:
+        return ""  # no reader to wait for
+    return "" if seen["wait"] == "SCARD_E_CANCELLED" else f"the wait ended with {seen['wait']}"
+
+
+def _outdated(seen: dict[str, Any]) -> str:
+    before, after = seen.get("before"), seen.get("after")
+    return "" if before == after is not None else f"SCardListReaders returned {before}, and {after} after {_IDLE} s"
+
+
+_ENDS = _wrong(what_is_sent=[], hang_up=True, exit=True, peer=True, identity=True)
+_TESTS = (
+    _Test("self.passing", "passing sockets", ("passing",), "", False, _wrong(dead_if_kept=0), "sockets arrive"),
+    _Test("self.ends", "ends", ("ends",), "", False, _ENDS, "the ends of connections and processes are told"),
+    _Test(
+        "self.brokers",
+        "brokers",
+        ("brokers",),
+        "",
+        False,
+        lambda seen: _wrong(served=seen.get("children", -1), after_its_death=True)(seen),
+        "all children are served, and another one is started when it was killed",
+    ),
+    _Test(
+        *("self.deaths", "death of a client", ("deaths",), "", False, _wrong(broker_ended=True)),
+        "its broker ends, though a child made by C code has copies of its descriptors",
+    ),
+    _Test("self.cancel", "waits, raw", ("events",), RAW, True, _cancelled, "SCardCancel ends a wait"),
+    _Test("self.cancel", "waits", ("events",), SAFE, True, _cancelled, "SCardCancel ends a wait"),
+    _Test("self.cancel", "waits, broker", ("events", "always"), SAFE, True, _cancelled, "SCardCancel ends a wait"),
+    _Test(
+        *("self.idle", "idle context", ("idle", str(_IDLE)), RAW, True, _outdated),
+        f"a context works after {_IDLE} s",
+    ),
+)
+KEYS = tuple(dict.fromkeys(test.key for test in _TESTS))
+
+
+def tests(pcsc_works: bool) -> Iterator[Finding]:
+    """Try everything that needs no card.
+
+    :param pcsc_works: it can be asked for a context.
+    """
+    with ThreadPoolExecutor(4) as pool:
+        asked = [
+            (test, pool.submit(ask, test.task[0], _SECONDS, *test.task[1:], module=test.module, home="_self_tasks"))
+            for test in _TESTS
+            if pcsc_works or not test.needs_pcsc
+        ]
+        for test, answer in asked:
+            yield _finding(test, answer.result())
+
+
+def _finding(test: _Test, answer: Answer) -> Finding:
+    seen = answer.of()
+    wrong = f"the process {answer.failure}" if answer.failure else test.judge(seen)
+    if not wrong:
+        return Finding(test.key, Status.OK, test.what, test.says, data=seen)
+    if test.module == RAW:  # it is not pcsc_safe's
+        return Finding(test.key, Status.WARNING, test.what, f"on raw pyscard: {wrong}", _REMEDY, seen)
+    return Finding(test.key, Status.PROBLEM, test.what, wrong, _REMEDY, seen)
+
+
+def exchanges(readers: list[str]) -> Iterator[Finding]:
+    """Exchange a command with each card in parent and child, natively and through a broker."""
+    for number, reader in enumerate(readers):
+        for broker in ("", "always"):
+            answer = ask("exchange", _SECONDS, reader, broker, module=SAFE, home="_self_tasks")
+            seen, what = answer.of(), f"card {number}{', broker' if broker else ''}"
+            codes = [seen.get(who) for who in ("parent", "child", "parent_again")]
+            if answer.failure or len({*codes}) > 1 or codes[0] is None:
+                wrong = f"the process {answer.failure}" if answer.failure else f"parent, child and parent got {codes}"
+                yield Finding("self.exchange", Status.PROBLEM, what, wrong, _REMEDY, seen)
+            else:
+                detail = f"parent and child are answered {codes[0]}"
+                yield Finding("self.exchange", Status.OK, what, detail, data=seen)
+
+
+def report(findings: Iterable[Finding]) -> str:
+    """What to paste into an issue: what was found, without the names of files and devices."""
+    rule = "-" * 72
+    told = ", ".join(f"{name} {version}" for name, version in versions().items())
+    lines = []
+    for each in findings:
+        if each.key.startswith((*_TOLD, "self.")):
+            data = {name: value for name, value in each.data.items() if name not in _PATHS}
+            facts = json.dumps(data, sort_keys=True)
+            lines.append(f"{each.status.value:<8} {each.key}: {each.what}: {each.detail} {facts}")
+    text = "\n".join(["", rule, "pcsc_safe doctor --self-test", told, *lines, rule])
+    home = os.path.expanduser("~")  # in what a process said as it failed
+    return text.replace(home, "~") if len(home) > 1 else text
