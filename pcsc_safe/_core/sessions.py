@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-import sys
 from collections.abc import Iterator
 from typing import Any, Optional
 
@@ -28,29 +27,58 @@ __all__ = ["Session", "descriptor", "prepare"]
 _CONNECTED, _IN_TRANSACTION, _GOING_ON = range(3)  # bytes of a session
 _LARGEST = 1 << 60
 
-# struct flock of fcntl.h: where the offset is first, the type is last.
-_IS_BSD = sys.platform == "darwin" or "bsd" in sys.platform
-_FLOCK = struct.Struct("@qqihh0q" if _IS_BSD else "@hhqqi0q")
-
 is_on = True
 """Whether this process tells others of its sessions; a broker has no children."""
 
 _file: Optional[descriptors.Descriptor] = None
 _fcntl: Any = None
+_layout: Any = None
 _going_on: dict[int, dict[Session, None]] = {}  # what this process has in others' sessions, by their numbers
 
 
 def prepare() -> None:
     """Import and open what it takes, in the process that establishes the first context of its family."""
-    global _file, _fcntl
+    global _file, _fcntl, _layout
     if not process.FORKS or not is_on:
         return
-    import fcntl
+    import fcntl  # a process that exits imports nothing
 
-    _fcntl = fcntl
+    _fcntl, _layout = fcntl, _LinuxLayout if hasattr(fcntl, "F_NOTIFY") else _BsdLayout
     if _file is None or not _file.is_intact():
         with contextlib.suppress(OSError):
             _file = descriptors.of(_empty_file())
+
+
+class _LinuxLayout:
+    """``struct flock`` of fcntl.h: type, whence, start, length, PID."""
+
+    _FIELDS = struct.Struct("@hhqqi0q")
+
+    @classmethod
+    def pack(cls, kind: int, start: int) -> bytes:
+        """A lock of one byte."""
+        return cls._FIELDS.pack(kind, os.SEEK_SET, start, 1, 0)
+
+    @classmethod
+    def kind(cls, packed: bytes) -> int:
+        """F_UNLCK, or the kind of a lock that is in the way."""
+        return int(cls._FIELDS.unpack(packed)[0])
+
+
+class _BsdLayout:
+    """The same on macOS and the BSDs: start, length, PID, type, whence."""
+
+    _FIELDS = struct.Struct("@qqihh0q")
+
+    @classmethod
+    def pack(cls, kind: int, start: int) -> bytes:
+        """A lock of one byte."""
+        return cls._FIELDS.pack(start, 1, 0, kind, os.SEEK_SET)
+
+    @classmethod
+    def kind(cls, packed: bytes) -> int:
+        """F_UNLCK, or the kind of a lock that is in the way."""
+        return int(cls._FIELDS.unpack(packed)[3])
 
 
 def _empty_file() -> int:
@@ -146,16 +174,15 @@ class Session:
 
     def _is_locked(self, byte: int) -> bool:
         found = self._do("F_GETLK", "F_WRLCK", byte)
-        return found is not None and found[3 if _IS_BSD else 0] != _fcntl.F_UNLCK
+        return found is not None and _layout.kind(found) != _fcntl.F_UNLCK
 
-    def _do(self, command: str, kind: str, byte: int) -> Optional[tuple[int, ...]]:
+    def _do(self, command: str, kind: str, byte: int) -> Any:
         number = descriptor()
         if number is None:
             return None
-        lock, start = getattr(_fcntl, kind), self._number + byte
-        wanted = _FLOCK.pack(start, 1, 0, lock, os.SEEK_SET) if _IS_BSD else _FLOCK.pack(lock, os.SEEK_SET, start, 1, 0)
+        wanted = _layout.pack(getattr(_fcntl, kind), self._number + byte)
         try:
-            return _FLOCK.unpack(_fcntl.fcntl(number, getattr(_fcntl, command), wanted))
+            return _fcntl.fcntl(number, getattr(_fcntl, command), wanted)
         except OSError:
             return None
 
