@@ -32,6 +32,7 @@ PAGE = pytest.mark.not_on_macos("no page is wiped there")
 
 def uses_its_own(session: Session) -> tuple[Any, ...]:
     """What a child sees that uses an inherited session: reset, reconnect, exchange."""
+    pcsc_safe.configure(cards="reset")
     answers = (
         session.transmit(ECHO)[0],
         safe.SCardReconnect(session.card, safe.SCARD_SHARE_SHARED, session.protocol, safe.SCARD_LEAVE_CARD)[0],
@@ -40,12 +41,6 @@ def uses_its_own(session: Session) -> tuple[Any, ...]:
     )
     safe.SCardReleaseContext(session.context)
     return answers
-
-
-@pytest.fixture(autouse=True)
-def reset() -> None:
-    """A child's first call on a card shows that the fork was noticed."""
-    pcsc_safe.configure(cards="reset")
 
 
 OWN = (safe.SCARD_W_RESET_CARD, 0, [0, [1, 2, 3, 0x90, 0x00]], True)
