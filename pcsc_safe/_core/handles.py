@@ -202,7 +202,9 @@ class Card:
 
 def inherited_session(reader: str) -> Optional[sessions.Session]:
     """The session with the card in a reader that this process inherited, if another process still has it."""
-    return next((session for name, session in _inherited if name == reader and session.is_alive()), None)
+    pcscd = os.environ.get("PCSCLITE_CSOCK_NAME")
+    of_this_reader = [session for name, session in _inherited if name == reader and session.pcscd == pcscd]
+    return next((session for session in of_this_reader if session.is_alive()), None)
 
 
 _inherited: list[tuple[str, sessions.Session]] = []

@@ -226,6 +226,14 @@ def _warn_of_reset(call: Call, card: Record) -> None:
     if card.owner.noticed_by is process.LOST:
         log.warning("%s answers SCARD_W_RESET_CARD because the broker of process %d died", call.name, here.pid)
         return
+    if card.owner.noticed_by is process.HANDED_OVER:
+        log.warning(
+            "%s returns SCARD_W_RESET_CARD because process %d has handed this session over to its child: call "
+            "SCardReconnect here, or configure cards='reconnect'",
+            call.name,
+            here.pid,
+        )
+        return
     log.warning(
         "%s returns SCARD_W_RESET_CARD because the process that connected (%d) %s, and this process (%d) was forked "
         "from it: call SCardReconnect here, or configure cards='reconnect'",

@@ -174,8 +174,7 @@ def _connect(card: Card, share_mode: Any, protocols: Any, only_in: Optional[Sess
 
     def keep(real: int, native: Any, protocol: int) -> None:
         got.append(real)
-        # In use: else nobody is connected, and pcscd was restarted since its owner has used it.
-        if only_in is not None and not (before.in_use and before.events == only_in.events and only_in.goes_on()):
+        if only_in is not None and not _leads_to(only_in, session, before):
             raise _EndedError
         connection = {"real": real, "native": native, "share_mode": share_mode, "protocol": protocol or protocols}
         if not handles.update(card, left, **connection, session=session, transactions=0, owner=owner):
@@ -199,6 +198,13 @@ def _connect(card: Card, share_mode: Any, protocols: Any, only_in: Optional[Sess
     if answer[0] == SUCCESS:
         observer.connected("connected", card)
     return answer[0], answer[2]
+
+
+def _leads_to(wanted: Session, session: Session, before: _Look) -> bool:
+    """Whether a connection was made to the card as another process's session has it."""
+    # In use: else nobody is connected, and pcscd was restarted since its owner has used it.
+    is_same = before.in_use and before.events == wanted.events and session.pcscd == wanted.pcscd
+    return is_same and wanted.goes_on()
 
 
 def new_session(context: Context, reader: str, share_mode: Any) -> Session:

@@ -100,16 +100,18 @@ def descriptor() -> Optional[int]:
 class Session:
     """A session with a card.
 
+    :ivar pcscd: its socket, where the environment names one: readers of several can have the same name.
     :ivar events: how often a card had come or gone in the reader before it began; None if that is not known.
     :ivar within: the session of another process that this one goes on in, if any.
     :ivar is_shared: so only can other processes go on in it.
     :ivar is_open: this process has it.
     """
 
-    __slots__ = ("_number", "events", "is_open", "is_shared", "within")
+    __slots__ = ("_number", "events", "is_open", "is_shared", "pcscd", "within")
 
     def __init__(self, *, shared: bool, events: Optional[int] = None, within: Optional[Session] = None) -> None:
         self._number = int.from_bytes(os.urandom(8), "big") % _LARGEST * 4
+        self.pcscd = os.environ.get("PCSCLITE_CSOCK_NAME")  # libpcsclite looks at it each time
         self.events = events
         self.within = within
         self.is_open, self.is_shared = True, shared

@@ -174,7 +174,8 @@ def swept(through: str, moments: str) -> None:
     threading.Thread(target=call, daemon=True).start()
     signal.signal(signal.SIGALRM, raise_alarm)
     longest, wrong, given, alarms, threads = 0.0, list[Any](), 0, 0, how_many_threads()
-    for number in range(-1, int(moments)):
+    undisturbed: list[float] = []
+    for number in range(-5, int(moments)):
         read_end, write_end = os.pipe()
         began = time.monotonic()
         try:
@@ -183,7 +184,9 @@ def swept(through: str, moments: str) -> None:
             with contextlib.suppress(HandoverError), pcsc_safe.handover(session.context):
                 os.fork()
             if os.getpid() == here:
-                longest = longest or 1.2 * (time.monotonic() - began)
+                if number < 0:
+                    undisturbed.append(time.monotonic() - began)
+                    longest = 1.2 * sorted(undisturbed)[len(undisturbed) // 2]
                 time.sleep(2 * longest)
                 until(lambda: how_many_threads() == threads, "what was raised in a hook has come")  # from a thread
                 time.sleep(0.001)

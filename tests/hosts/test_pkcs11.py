@@ -76,7 +76,7 @@ def self_sign(public_key: str) -> None:
 def told(program: Any, *arguments: str, env: dict[str, str], prefix: tuple[str, ...] = ()) -> Any:
     """What the child said, and what the parent has signed since."""
     done = in_program(program, *arguments, env=env, prefix=prefix)
-    complaints = [line for line in done.stderr.splitlines() if "SCARD_W_RESET_CARD because this process" not in line]
+    complaints = [line for line in done.stderr.splitlines() if "SCARD_W_RESET_CARD because" not in line]
     assert (done.returncode, complaints) == (0, []), done.stderr
     return json.loads(done.stdout)
 
@@ -124,9 +124,9 @@ def test_a_child_begins_anew(readers: Readers) -> None:
 
 
 def test_pcsc_safe_in_the_same_process(readers: Readers) -> None:
-    """Its contexts have their policy, as ever."""
+    """Its contexts have their policy, as ever, and its child goes on."""
     (before, after, parents, here), signed = told(pkcs11.has_sessions_of_both, "", env=readers.env())
-    assert (before, after, here) == ([RESET_CARD, []], [RESET_CARD, []], [0, [1, 0x90, 0]])
+    assert (before, after, here) == ([0, [1, 0x90, 0]], [0, [1, 0x90, 0]], [0, [1, 0x90, 0]])
     assert (parents, readers.right(signed)) == (GENERAL_ERROR, pkcs11.ROUNDS)
 
 
