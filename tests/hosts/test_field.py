@@ -22,8 +22,8 @@ NEEDED = {"pebble": ["pebble"], "billiard": ["billiard"], "huey": ["huey"], "rq"
 
 
 SOME = [
-    (1, "idle"),
     (3, "busy"),
+    pytest.param(1, "idle", marks=pytest.mark.long),
     pytest.param(1, "busy", marks=pytest.mark.long),
     pytest.param(3, "idle", marks=pytest.mark.long),
 ]

@@ -190,7 +190,7 @@ def test_a_death_is_seen(stack: VirtualPcsc) -> None:
     assert resets > 0
 
 
-@pytest.mark.parametrize("way", ["run", "run broker", *(pytest.param(way, marks=pytest.mark.long) for way in BEFORE)])
+@pytest.mark.parametrize("way", ["run", *(pytest.param(way, marks=pytest.mark.long) for way in WAYS if way != "run")])
 @pytest.mark.parametrize("where", KEPT)
 def test_the_end_is_silent(stack: VirtualPcsc, where: str, way: str) -> None:
     """What is kept anywhere ends with the program, without a word, and its sessions are ended."""
