@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import faulthandler
 import gc
+import logging
 import os
 import random
 import signal
@@ -383,6 +384,9 @@ def main(directory: str, seed: str, seconds: str) -> None:
     """The head of a family."""
     chosen = {name[10:].lower(): value for name, value in os.environ.items() if name.startswith("PCSC_SAFE_")}
     report = Report(directory, " ".join(f"{name}={value}" for name, value in chosen.items()))
+    # Not to stderr: a thread that is writing there when another one forks leaves the stream's lock to the child.
+    logging.getLogger("pcsc_safe").addHandler(logging.NullHandler())
+    logging.getLogger("pcsc_safe").propagate = False
     be_watched(Path(directory) / "stacks")
     member = Member(report, int(seed), time.monotonic() + float(seconds))
     with contextlib.suppress(PcscSafeError):
