@@ -520,6 +520,17 @@ sys.stdin.read()
 """
 
 
+AT_THE_LIMIT = (
+    OK,
+    safe.SCARD_E_NO_SERVICE,
+    safe.SCARD_E_NO_MEMORY,
+    safe.SCARD_F_COMM_ERROR,
+    safe.SCARD_W_SECURITY_VIOLATION,
+)
+"""How SCardEstablishContext ends there, on raw pyscard too: as libpcsclite sees pcscd hang up. Or it succeeds, where a
+connection that is surplus has just been released."""
+
+
 def at_the_limit(free: str) -> None:
     """Program: other processes have all but so many of pcscd's connections; then threads use two cards and wait."""
     said: list[str] = []
@@ -559,7 +570,7 @@ def at_the_limit(free: str) -> None:
                 most,
                 right,
                 codes,
-                more in (OK, refusal, safe.SCARD_E_NO_SERVICE),  # one that is surplus may just have been released
+                more in (refusal, *AT_THE_LIMIT),
                 goes_on,
                 ended,
                 released,
