@@ -269,13 +269,14 @@ def lose(record: Record, real: Any, how: str) -> None:
     :param how: LOST or SERVICE_LOST, of :mod:`process`.
     """
     context, here = record.context, process.current()
-    lost = process.Epoch(here, how)
+    lost, behind, gateway = process.Epoch(here, how), context.real, context.gateway
     steps = one_step.called([(setattr, each, "owner", lost) for each in (context, *list(context.cards.values()))])
-    if record.real is not real or record.owner is not here or context.owner is not here:  # as in update()
+    is_same = record.real is real and context.real is behind
+    if not is_same or record.owner is not here or context.owner is not here:  # as in update()
         return
     one_step.nowhere.extend(steps)
     observer.record("lost", context=context.key)
-    for descriptor in context.gateway.descriptors(context.real):
+    for descriptor in gateway.descriptors(behind):  # another thread may have replaced it by now
         descriptors.kill([descriptor])
         descriptors.unguard(descriptor)
 

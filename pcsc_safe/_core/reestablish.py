@@ -81,20 +81,30 @@ def own_context(function: str, context: Context) -> int:
 
 
 def _replace(function: str, context: Context) -> int:
-    left, former = context.owner, context.real
-    if release_dead(context):
+    left, former, through = context.owner, context.real, context.gateway
+    if left is process.current():
+        return SUCCESS
+    if release_dead(left, former, through):
         _forget_released(context)
+    got: list[Any] = []
 
     def keep(real: Any, number: int, owner: process.Epoch, gateway: Gateway) -> None:
+        got.append(real)
         if not handles.update(context, left, real=real, gateway=gateway, owner=owner):
             raise _SupersededError
-        gateways.native.leave(former)
-        _tell(context, left)
 
     try:
-        return int(establish(function, context.scope, keep, context)[0])
+        hresult = int(establish(function, context.scope, keep, context)[0])
     except _SupersededError:
         return SUCCESS
+    except BaseException:  # a signal handler's: what was got has been given back
+        if got and context.real is got[-1]:
+            handles.update(context, context.owner, owner=left)
+        raise
+    if hresult == SUCCESS:
+        gateways.native.leave(former)
+        _tell(context, left)
+    return hresult
 
 
 def _tell(context: Context, left: process.Epoch) -> None:
@@ -117,44 +127,58 @@ def connect(card: Card, share_mode: Any, protocols: Any, initialization: Any) ->
     :param initialization: SCARD_LEAVE_CARD, or what to do to the card once it is connected.
     :return: the code, and the protocol; None if another thread has connected.
     """
-    return one_step.in_turn(card.turn, lambda: _connect(card, share_mode, protocols, initialization))
+    connected = one_step.in_turn(card.turn, lambda: _connect(card, share_mode, protocols))
+    if connected is None or connected[0] != SUCCESS or initialization == _LEAVE_CARD:
+        return connected
+    through = card.context.gateway
+    function, arguments = through.functions["SCardReconnect"], (card.real, share_mode, protocols, initialization)
+    hresult, protocol = through.enter("SCardReconnect", function, *arguments)
+    return hresult, protocol
 
 
-def _connect(card: Card, share_mode: Any, protocols: Any, initialization: Any) -> Optional[tuple[int, int]]:
+def _connect(card: Card, share_mode: Any, protocols: Any) -> Optional[tuple[int, int]]:
     left, context = card.owner, card.context
     owner = context.owner
     if left is owner:
         return None
 
+    got: list[int] = []
+
     def keep(real: int, native: Any, protocol: int) -> None:
+        got.append(real)
         connection = {"real": real, "native": native, "share_mode": share_mode, "protocol": protocol or protocols}
         if not handles.update(card, left, **connection, transactions=0, owner=owner):
             raise _SupersededError
-        observer.connected("connected", card)
 
     try:
         answer = context.gateway.connect(context, (card.reader, share_mode, protocols), keep)
     except _SupersededError:
         return None
+    except BaseException:  # a signal handler's: what was got has been given back
+        if got and card.real is got[-1]:
+            handles.update(card, card.owner, owner=left)
+        raise
     if answer is STALE:
         return INVALID_HANDLE, 0
-    hresult, protocol = answer[0], answer[2]
-    if hresult == SUCCESS and initialization != _LEAVE_CARD:
-        functions, real = context.gateway.functions, card.real
-        hresult, protocol = context.gateway.enter(
-            "SCardReconnect", functions["SCardReconnect"], real, share_mode, protocols, initialization
-        )
-    return hresult, protocol
+    if answer[0] == SUCCESS:
+        observer.connected("connected", card)
+    return answer[0], answer[2]
 
 
-def release_dead(context: Context) -> bool:
-    """Whether this process's native library knows an inherited context no more."""
-    if context.gateway is not gateways.native:
-        through = gateways.brokers.as_broker(context.gateway)
-        if context.owner.noticed_by is process.SERVICE_LOST and through is not None:
-            through.forget(context.real)
+def release_dead(owner: process.Epoch, real: Any, gateway: Gateway) -> bool:
+    """Free what is left in this process of a context that is another's.
+
+    :param owner: whose it is.
+    :param real: what it was known by.
+    :param gateway: through which.
+    :return: whether this process's native library knows it no more.
+    """
+    if gateway is not gateways.native:
+        through = gateways.brokers.as_broker(gateway)
+        if owner.noticed_by is process.SERVICE_LOST and through is not None:
+            through.forget(real)
         return True
-    return _native_works() and bool(context.real.release_dead())
+    return _native_works() and bool(real.release_dead())
 
 
 def _forget_released(context: Context) -> None:

@@ -1,4 +1,4 @@
-"""To replace an inherited context or card takes no lock: a handler in the middle may wait for another thread."""
+"""A handler may run while an inherited context or card is replaced: it may raise, or wait for another thread."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ from pcsc_safe.testing import VirtualPcsc
 ANSWER = [safe.SCARD_S_SUCCESS, [1, 2, 3, 0x90, 0x00]]
 
 
-def interrupt_once(monkeypatch: pytest.MonkeyPatch, gateway: Any, method: str, handler: Callable[[], None]) -> None:
-    """Have a signal handler run between what a gateway's method gets and what becomes of it; the first time."""
+def interrupt_once(
+    monkeypatch: pytest.MonkeyPatch, gateway: Any, method: str, handler: Callable[[], None], *, late: bool = False
+) -> None:
+    """Have a signal handler run between what a gateway's method gets and what becomes of it; the first time.
+
+    :param late: when it is recorded.
+    """
     original, handled = getattr(gateway, method), list[None]()
 
     def handle(number: int, frame: Any) -> None:
@@ -32,9 +37,12 @@ def interrupt_once(monkeypatch: pytest.MonkeyPatch, gateway: Any, method: str, h
         *most, keep = arguments if method == "connect" else (arguments[0], *arguments[2:], arguments[1])
 
         def kept(*what: Any) -> Any:
+            if not handled and not late:
+                signal.raise_signal(signal.SIGUSR1)
+            result = keep(*what)
             if not handled:
                 signal.raise_signal(signal.SIGUSR1)
-            return keep(*what)
+            return result
 
         return original(*most, kept) if method == "connect" else original(most[0], kept, *most[1:])
 
@@ -93,3 +101,28 @@ def test_a_handler_releases_what_is_being_established(session: Session, shared_s
 
     clients = shared_stack.clients()
     assert in_child(child) == [safe.SCARD_S_SUCCESS, safe.SCARD_E_INVALID_HANDLE]
+
+
+@pytest.mark.parametrize("policy", ["reestablish", "broker"])
+@pytest.mark.parametrize("method", ["establish", "connect"])
+@pytest.mark.parametrize("late", [False, True], ids=["before it is recorded", "when it is"])
+def test_a_handler_raises(session: Session, shared_stack: VirtualPcsc, policy: str, method: str, late: bool) -> None:
+    """The next call gets what it needs, and nothing else stays at pcscd."""
+
+    def child() -> Any:
+        pcsc_safe.configure(policy=policy, cards="reconnect")
+
+        def handler() -> None:
+            raise ZeroDivisionError
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            gateway = gateways.native if policy == "reestablish" else gateways.brokers.get()
+            interrupt_once(monkeypatch, gateway, method, handler, late=late)
+            with pytest.raises(ZeroDivisionError):
+                session.transmit(ECHO)
+        answers = [session.transmit(ECHO), session.transmit(ECHO)]
+        until(lambda: shared_stack.clients() - clients in (1, 2), "what the first call got is released")
+        return answers
+
+    clients = shared_stack.clients()
+    assert in_child(child) == [ANSWER] * 2
