@@ -295,15 +295,18 @@ def lose(record: Record, real: Any, how: str) -> None:
     :param how: LOST or SERVICE_LOST, of :mod:`process`.
     """
     context, here = record.context, process.current()
-    lost = process.Epoch(here, how)
-    steps = one_step.called([(setattr, each, "owner", lost) for each in (context, *list(context.cards.values()))])
-    if record.real is not real or record.owner is not here or context.owner is not here:  # as in update()
+    lost, behind, gateway = process.Epoch(here, how), context.real, context.gateway
+    cards_of_it = list(context.cards.values())
+    sessions = [card.session for card in cards_of_it]
+    steps = one_step.called([(setattr, each, "owner", lost) for each in (context, *cards_of_it)])
+    is_same = record.real is real and context.real is behind
+    if not is_same or record.owner is not here or context.owner is not here:  # as in update()
         return
     one_step.nowhere.extend(steps)
     observer.record("lost", context=context.key)
-    for card in list(context.cards.values()):
-        card.session.end()
-    for descriptor in context.gateway.descriptors(context.real):
+    for session in sessions:  # and the descriptors: another thread may have replaced them by now
+        session.end()
+    for descriptor in gateway.descriptors(behind):
         descriptors.kill([descriptor])
         descriptors.unguard(descriptor)
 

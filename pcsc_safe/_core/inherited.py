@@ -115,7 +115,7 @@ def _forget(call: Call, record: Record) -> Optional[int]:
         return SUCCESS if handles.update(record, left, transactions=0) else None
     if not handles.update(record, left, released=True):
         return None
-    if isinstance(record, Context) and release_dead(record):
+    if isinstance(record, Context) and release_dead(left, record.real, record.gateway):
         record.forget()
     else:
         record.bury()

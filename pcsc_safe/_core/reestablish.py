@@ -106,8 +106,10 @@ def own_context(function: str, context: Context) -> int:
 
 
 def _replace(function: str, context: Context) -> int:
-    left, former = context.owner, context.real
-    if release_dead(context):
+    left, former, through = context.owner, context.real, context.gateway
+    if left is process.current():
+        return SUCCESS
+    if release_dead(left, former, through):
         _forget_released(context)
     got: list[Any] = []
 
@@ -245,14 +247,20 @@ def _look(context: Context, reader: str, share_mode: Any) -> _Look:
     return _Look(state >> _EVENTS_AT, bool(state & IN_USE))
 
 
-def release_dead(context: Context) -> bool:
-    """Whether this process's native library knows an inherited context no more."""
-    if context.gateway is not gateways.native:
-        through = gateways.brokers.as_broker(context.gateway)
-        if context.owner.noticed_by is process.SERVICE_LOST and through is not None:
-            through.forget(context.real)
+def release_dead(owner: process.Epoch, real: Any, gateway: Gateway) -> bool:
+    """Free what is left in this process of a context that is another's.
+
+    :param owner: whose it is.
+    :param real: what it was known by.
+    :param gateway: through which.
+    :return: whether this process's native library knows it no more.
+    """
+    if gateway is not gateways.native:
+        through = gateways.brokers.as_broker(gateway)
+        if owner.noticed_by is process.SERVICE_LOST and through is not None:
+            through.forget(real)
         return True
-    return _native_works() and bool(context.real.release_dead())
+    return _native_works() and bool(real.release_dead())
 
 
 def _forget_released(context: Context) -> None:

@@ -1,4 +1,4 @@
-"""To replace an inherited context or card takes no lock: a handler in the middle may wait for another thread."""
+"""A handler may run while an inherited context or card is replaced: it may raise, or wait for another thread."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_handler_raises(session: Session, shared_stack: VirtualPcsc, policy: s
     """The next call gets what it needs, and nothing else stays at pcscd."""
 
     def child() -> Any:
-        pcsc_safe.configure(policy=policy)
+        pcsc_safe.configure(policy=policy, cards="reconnect")
 
         def handler() -> None:
             raise ZeroDivisionError
