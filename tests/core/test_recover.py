@@ -374,6 +374,7 @@ def test_what_is_logged(stack: VirtualPcsc) -> None:
             pcscd("restart")
             assert [session.transmit(ECHO), session.transmit(ECHO)] == 2 * [[RESET, []]]
             assert reconnect(session.card) == OK
+        logging.getLogger("pcsc_safe").removeHandler(handler)
         session.close()
         return lines, os.getpid()
 

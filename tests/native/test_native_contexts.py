@@ -293,7 +293,7 @@ NOTHING = {"in flight": 0, "locked": 0, "doomed": 0, "natives": 0}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="CPython 3.9 runs handlers between any two instructions")
-@pytest.mark.parametrize("alarms", [300, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("alarms", [100, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("where", ["idle", "in a transaction", "beside a wait", "broker"])
 def test_handlers_that_raise(where: str, alarms: int) -> None:
     """However often a handler raises, and wherever: no lock, native context, entry or record is left, and all works."""
