@@ -1,6 +1,6 @@
 """Findings about pcscd: whether it exists, who starts it, whether it answers and whom, readers and cards.
 
-macOS and Windows have no PC/SC daemon with a socket that could be examined; there the findings are those of PC/SC calls.
+macOS and Windows have no PC/SC daemon with a socket to examine; there the findings are those of PC/SC calls.
 
 Nothing here forks.
 """

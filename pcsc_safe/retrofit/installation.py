@@ -1,8 +1,8 @@
 """Makes pyscard itself fork-aware, for programs whose imports can't be edited.
 
 :func:`install` replaces pyscard's functions by pcsc_safe's, and makes pyscard's classes (connections, requests,
-monitors) usable in a forked child.  :func:`uninstall` restores all of it.  :data:`PATCHES` lists what is patched, module
-by module.  A module that has not been imported is patched when it is; no module is imported for this.
+monitors) usable in a forked child.  :func:`uninstall` restores all of it.  :data:`PATCHES` lists what is patched, by
+module.  A module that has not been imported is patched when it is; no module is imported for this.
 
 Invariant: nothing of pyscard is patched unless :func:`install` was called, and everything that is patched can be
 restored.  At a fork nothing happens here: a child renews what it must at its first use.

@@ -1,4 +1,4 @@
-"""The keeper: a small process that owns one pcscd, and outlives the process that started it just long enough to clean up.
+"""The keeper: a small process that owns one pcscd, and outlives the process that started it until it has cleaned up.
 
 Run as a script, never imported for its code: ``python -I -S _keeper.py HOME LINK SYSTEM PARENT COMMAND...``, with its
 control connection as standard input.  It makes the stack's directory HOME, and starts and kills pcscd (COMMAND) on
