@@ -1,8 +1,8 @@
 """From pairs of samples to a line of the table: medians, their spread, and whether a target is met.
 
 A pair is one sample of raw pyscard, or of what users do instead, and one of pcsc_safe, taken right after each other in
-the same run.  Differences and
-ratios are taken inside each pair, before the median, so that whatever slows the machine down for a while slows both.
+the same run.  Differences and ratios are taken inside each pair, before the median, so that anything that slows the
+machine down for a while slows both.
 """
 
 from __future__ import annotations

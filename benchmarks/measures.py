@@ -1,6 +1,6 @@
-"""What is measured: one function a measure, each with its own virtual PC/SC stacks and processes.
+"""What is measured: one function for each measure, each with separate virtual PC/SC stacks and processes.
 
-A function yields its figures.  What is compared in one is measured by turns, in an order that changes.
+A function yields its figures.  The things that it compares are measured in turns, in an order that changes.
 """
 
 from __future__ import annotations

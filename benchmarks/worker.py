@@ -1,7 +1,7 @@
-"""A process that measures itself when it is told to: ``python worker.py VARIANT``, one command a line on stdin.
+"""A process that measures itself on request: ``python worker.py VARIANT``, one command a line on stdin.
 
-The benchmark keeps one for each variant and asks them by turns.  A command is a JSON list, the name of a function of
-:class:`Worker` and its arguments; the answer is a JSON list of times in microseconds.
+The benchmark keeps one for each variant and sends them commands in turns.  A command is a JSON list, the name of a
+function of :class:`Worker` and its arguments; the answer is a JSON list of times in microseconds.
 
 Every fork here is ended with ``os._exit`` and waited for.
 """

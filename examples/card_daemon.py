@@ -1,11 +1,12 @@
 """A card service that opens the card in the foreground and serves it from the background.
 
-What it shows: a daemon may open its readers before it forks, so that a missing card is reported on the terminal, and
-go on using them afterwards.  The connection that it inherited answers SCARD_W_RESET_CARD once, PC/SC's way to say "this
-is not the session you knew"; SCardReconnect gives it one of its own, as it would after any other reset of the card.  No
-PIN is verified and no applet selected then: that has to be done there.
+What it shows: a daemon may open its card before it forks, so that a missing card is reported on the terminal, and use
+it afterwards.  The parent exits, and its session with the card ends.  So the daemon's first call returns
+SCARD_W_RESET_CARD, as after any reset of the card, and SCardReconnect gives the daemon its own connection.  After that
+no PIN is verified and no applet is selected.  A daemon that needs them does that next, or gets the parent's session by
+`pcsc_safe.handover()`, as pin_daemon.py does.
 
-Run it, and ask it over its socket; each line is a command in hex, each answer a line::
+Run it, and send it commands over its socket; each line is a command in hex, and each answer is a line::
 
     python examples/card_daemon.py /tmp/card.sock       # prints the daemon's PID
     echo 80010000021234 | nc -UN /tmp/card.sock

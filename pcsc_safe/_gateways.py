@@ -1,7 +1,7 @@
-"""Where the rooms are put together: the gateways that the core has, and what the installed pyscard is.
+"""Puts the rooms together: gives the core its gateways, and the names of the installed pyscard.
 
-The core knows neither :mod:`pcsc_safe._native` nor :mod:`pcsc_safe.broker`; this module gives them to it, once, when
-it is imported.  To use other gateways, as a test does, call :func:`pcsc_safe._core.gateways.compose`.  Nothing here
+The core knows neither :mod:`pcsc_safe._native` nor :mod:`pcsc_safe.broker`.  This module gives them to it once, when it
+is imported.  To use other gateways, as a test does, call :func:`pcsc_safe._core.gateways.compose`.  Nothing here
 changes at a fork.
 """
 

@@ -1,7 +1,7 @@
 """Every exception of pcsc_safe.
 
-An error is worded as object, state, remedy, and carries the facts as fields, so that a program can act on them.  All of
-them survive pickling: a worker's error reaches its parent whole.
+The text of an error says object, state and remedy.  The same facts are fields, so that a program can act on them.  All
+errors survive pickling: a worker's error reaches its parent complete.
 
 A fork changes nothing here.
 """

@@ -1,7 +1,8 @@
-"""Settings, and the pure decision what a process gets that uses what it inherited.
+"""Settings, and the pure decision what a process gets when it uses an inherited object.
 
-Nothing here touches PC/SC, a lock or a descriptor: :func:`decide` is a function of its arguments, so that the table of
-DESIGN section 3 can be read, and tested, in one place.  At a fork the settings are inherited as any other value.
+Nothing here touches PC/SC, a lock or a file descriptor.  :func:`decide` is a function of its arguments, so that the
+whole table of docs/policies.md can be read, and tested, in one place.  At a fork a child inherits the settings like any
+other value.
 """
 
 import enum

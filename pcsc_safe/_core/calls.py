@@ -1,6 +1,6 @@
-"""The table of PC/SC functions, and what a way to reach them has to offer.
+"""The table of PC/SC functions, and the protocol of a gateway.
 
-A new SCard function is a row here.  Nothing in this module changes, or can be in the way, at a fork.
+A new SCard function is a row here.  At a fork nothing changes in this module, and nothing in it can block.
 """
 
 import enum

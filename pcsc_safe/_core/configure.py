@@ -1,7 +1,7 @@
-"""``pcsc_safe.configure()``: the one way to change settings.
+"""``pcsc_safe.configure()``: the only place where settings are changed.
 
-What settings there are says :class:`pcsc_safe.policy.Settings`: a new one is a row there.  At a fork nothing changes:
-settings are inherited, and a child may change its own.
+:class:`pcsc_safe.policy.Settings` lists the settings: a new one is a row there.  At a fork nothing changes: a child
+inherits the settings, and may change its own.
 """
 
 from __future__ import annotations

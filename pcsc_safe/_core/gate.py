@@ -1,10 +1,11 @@
 """The gate that a fork closes before the native library.
 
-libpcsclite has locks of its own.  A child that was forked while another thread held one hangs in its first call, for
-ever; so a fork waits until nobody is inside (it is *quiet*), at most for :data:`quiesce_timeout`, and keeps newcomers
-out until then; see :mod:`in_flight`.
+libpcsclite has locks.  A child that was forked while another thread held one blocks for ever in its first call.  So a
+fork waits until no thread is inside (it is *quiet*), at most for :data:`quiesce_timeout`, and lets no thread in until
+then; see :mod:`in_flight`.
 
-Invariant: an unquiet child never enters the native library.  In a child nothing here stays closed or held.
+Invariant: the child of a fork that was not quiet never enters the native library.  In a child nothing here stays closed
+or locked.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The gateways of this process, as the core knows them: by their protocol only.
+"""The gateways of this process.  The core knows them only by their protocol.
 
-:mod:`pcsc_safe._gateways` puts them here before anything asks.  A test can put others here; the core sees no
-difference.  At a fork nothing changes: what a child may use is decided at each first use, by :mod:`inherited`.
+:mod:`pcsc_safe._gateways` puts them here before anything uses them.  A test can put others here, and the core sees no
+difference.  At a fork nothing changes: :mod:`inherited` decides at each first use what a child may use.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Contexts and cards, who owns them, and the registry that finds them by their handles.
+"""Contexts and cards, their owners, and the registry that finds them by their handles.
 
-A record keeps the *number* that the application was given, which never changes, apart from the *real* handle, which a
-re-establishment replaces.  The registry holds every record until it is released, as libpcsclite does; what a forked
-child inherited stays referenced and disarmed, for a finalizer that talked to the owner's peer would be worse than a
-kilobyte.
+A record keeps two handles apart: the *number* that the application has, which never changes, and the *real* handle,
+which a re-establishment replaces.  The registry holds every record until it is released, as libpcsclite does.  What a
+forked child inherited stays referenced and disarmed: a finalizer that sent something to the owner's peer would be worse
+than a kilobyte of memory.
 
-Invariant: a record is live in exactly one process, that whose epoch is its ``owner``; everywhere else it is inherited.
-A child's first call gives new locks to what it inherited; owners stay.
+Invariant: a record is live in exactly one process, whose epoch is its ``owner``.  In all other processes it is
+inherited.  A child's first call replaces the locks of what it inherited; owners stay.
 """
 
 from __future__ import annotations

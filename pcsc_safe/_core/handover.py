@@ -1,7 +1,7 @@
 """``pcsc_safe.handover()``: give sessions to the child that is forked next.
 
-The parent is the process with the inherited objects then; see :mod:`transfer`, which does it at the
-fork.  Nothing happens here then.
+Afterwards the parent is the process with the inherited objects.  :mod:`transfer` does the work at the fork; at that
+moment nothing happens here.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """The calls that are inside the native library.
 
-A thread is inside at a :class:`Place`.  To take the place, to enter the call in its list, the call itself, and to give
-the place back are one step of C (:func:`attempt`): no signal handler, no other thread's exception and, from Python 3.12
-on, no finalizer can run in between.  So no place is ever held while code of the application runs, a handler that
-raises leaves nothing behind, and who waits for a place waits for C code only.
+A thread inside occupies a :class:`Place`.  One step of C (:func:`attempt`) takes the place, enters the call in its
+list, makes the call, and gives the place back.  No signal handler, no other thread's exception and, from Python 3.12,
+no finalizer can run during the step.  So no place is ever occupied while code of the application runs, a handler that
+raises leaves nothing behind, and a thread that waits for a place waits for C code only.
 
-Invariant: a call is in the list of its place while its thread is in the native library, and only then.  A child judges
-by its copy of these lists whether its fork was quiet, so a fork that ran no hook is judged too; see :mod:`gate`.
+Invariant: a call is in the list of its place while its thread is in the native library, and only then.  A child decides
+from its copy of these lists whether its fork was quiet, so this works for a fork that ran no hook, too; see
+:mod:`gate`.
 """
 
 from __future__ import annotations

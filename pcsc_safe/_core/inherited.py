@@ -1,8 +1,8 @@
 """What a call gets on a context or card that another process owns.
 
-:func:`answer` is the one place where a verdict of :mod:`policy` becomes a return code, an exception, or a context of
-this process's own; :mod:`reestablish` gets that.  Cleanup never reaches the owner's session, under every policy.  At a
-fork nothing changes here.
+:func:`answer` is the only place where a verdict of :mod:`policy` becomes a return code, an exception, or a context that
+belongs to this process; :mod:`reestablish` makes that context.  Cleanup never reaches the owner's session, under every
+policy.  At a fork nothing changes here.
 """
 
 from __future__ import annotations

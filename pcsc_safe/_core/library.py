@@ -1,7 +1,7 @@
 """What the installed pyscard has: its public names and their values, and the signatures of its functions.
 
-Whoever reaches a pyscard fills this in, once, before anything else of the core is imported: this process's native
-library, or a broker (see :mod:`pcsc_safe._gateways`).  Nothing here changes at a fork.
+The first gateway that reaches a pyscard fills this in once, before anything else of the core is imported: this
+process's native library, or a broker (see :mod:`pcsc_safe._gateways`).  Nothing here changes at a fork.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""Which process this is, and how a fork is noticed.
+"""Which process this is, and how a fork is detected.
 
-Every process of a fork family lives in an epoch of its own: an object, compared by identity, since PIDs are reused and
-a child in a new PID namespace can have its parent's.  Three layers notice that a new one has begun:
+Every process of a fork family has an epoch: an object that is compared by identity, because PIDs are reused and a child
+in a new PID namespace can have its parent's PID.  Three layers detect that a new epoch has begun:
 
 1. the at-fork hook of CPython, which every ``os.fork()`` runs;
-2. on Linux, a page that the kernel wipes in a forked child (MADV_WIPEONFORK): it also sees a fork made by C code, and a
-   child with the same PID;
+2. on Linux, a page that the kernel wipes in a forked child (MADV_WIPEONFORK).  It also detects a fork made by C code,
+   and a child with the same PID;
 3. elsewhere, ``os.getpid()``.
 
-The page is the first of four whose advice (``_MARK``) nobody else gives, so that /proc/PID/smaps tells a process
-with pcsc_safe in it.  The advice means nothing for pages so few; it costs no descriptor, lives on in forked children,
-and ends with an exec.
+The page is the first of four with an advice (``_MARK``) that no other library gives, so that /proc/PID/smaps shows that
+a process has pcsc_safe in it.  The advice has no effect on so few pages.  It costs no file descriptor, forked children
+inherit it, and it ends with an exec.
 
-Invariant: ``sentinel[0]`` is true only in the process that :data:`here` describes, so one subscript (33 ns) is all that
-a call pays for detection.  At a fork the hook closes what must not stay open, no more; the new epoch begins with the
-child's first call, hook or no hook.
+Invariant: ``sentinel[0]`` is true only in the process that :data:`here` describes, so a call pays one subscript (33 ns)
+for detection.  At a fork the hook only closes what must not stay open.  The new epoch begins with the child's first
+call, with or without a hook.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A context, or a connection to a card, of this process's own in the place of one that is another's.
+"""Replaces a context or a connection to a card that belongs to another process by one of this process.
 
-The other process may be the parent, or this one itself before pcscd was restarted.  Several threads may come here at
-the same time, and a signal handler in the middle.  They take turns, as long as that lasts; but nothing depends on it:
-one of them makes what it got the record's (:func:`handles.update`), and the others give theirs back.
+The other process may be the parent, or this process itself before pcscd was restarted.  Several threads may come here
+at the same time, and a signal handler in the middle.  They take turns for as long as that works, but nothing depends on
+it: one of them puts its result into the record (:func:`handles.update`), and the others release theirs.
 
-At a fork nothing changes here: a child comes here at its first use of what it inherited.
+At a fork nothing changes here: a child comes here at its first use of an inherited object.
 """
 
 from __future__ import annotations

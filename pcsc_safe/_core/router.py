@@ -1,8 +1,8 @@
-"""One call: unwrap, decide, gateway, wrap.
+"""One call: unwrap the handle, decide, call the gateway, wrap the result.
 
 In the process that owns a handle a call goes straight to the native function.  Everything else takes the slow path:
-plain integers, handles that are not ours, and, after a fork, what was inherited.  Whatever a process inherits is told
-apart by the epoch of its record, never by a flag that somebody would have to reset at the fork.
+plain integers, handles that are not ours, and, after a fork, inherited handles.  An inherited handle is recognised by
+the epoch of its record, never by a flag that would have to be reset at the fork.
 """
 
 from __future__ import annotations

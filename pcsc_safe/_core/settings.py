@@ -1,6 +1,6 @@
 """The settings that are in force: of this process, and of single contexts.
 
-They are plain values, replaced whole and inherited over a fork as any other; a child may change its own.
+They are plain values, replaced as a whole, and inherited over a fork like any other; a child may change its own.
 """
 
 from __future__ import annotations

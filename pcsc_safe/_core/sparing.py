@@ -1,8 +1,9 @@
-"""Whether a call may reset a card, or cut its power, that another process of the family uses.
+"""Whether a call may reset or power off a card that another process of the family uses.
 
 By default pyscard powers a card off when it disconnects, and resets it when it reconnects.  In a family of processes
-that ends the session of whoever else is connected: the PIN has to be verified again.  So a default leaves such a card
-alone.  What the application asks for is done, and told once.  At a fork nothing changes here.
+this ends the session of every other process that is connected: the PIN has to be verified again.  So pyscard's defaults
+leave such a card alone.  A reset that the application asks for is done, and logged once.  At a fork nothing changes
+here.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What a fork gives to its child, in three steps: plan, confirm, transfer.
+"""What a fork transfers to its child, in three steps: plan, confirm, transfer.
 
 - *Plan*, in the parent before the fork, when the gate is closed: :func:`_plan_before_fork`.
-- *Confirm*, in the child's hook: the child says over a socket pair that there is one, :func:`_confirm_in_child`; and in
-  the parent after the fork, which gives up what the child has now, or keeps everything, :func:`_settle_in_parent`.  A
-  hook in the parent is not told whether there is a child, and a fork can fail.
+- *Confirm*, in the child's hook: the child says over a socket pair that it exists, :func:`_confirm_in_child`.  Then, in
+  the parent after the fork: the parent gives up what the child has now, or keeps everything,
+  :func:`_settle_in_parent`.  A hook in the parent doesn't learn whether there is a child, and a fork can fail.
 - *Transfer*: the child takes possession when it begins its epoch, :func:`_take_possession`.
 
-A session that is handed over is the child's from the fork on.  A session that is shared belongs to both.
+A session that is handed over belongs to the child from the fork on.  A session that is shared belongs to both.
 
-Invariant: of a session that is handed over one process is the owner, at every moment; if anything goes wrong before the
-fork, that is the parent.
+Invariant: at every moment exactly one process owns a session that is handed over.  If anything fails before the fork,
+this is the parent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The way of a call on a card, in as few steps as there are.
+"""The path of a call on a card, in as few steps as possible.
 
-A card has a native context to itself; the call takes it, is noted, is made, and gives it back, in one step of C.  At a
-fork nothing changes here: a child's record of the card is not its own.
+A card has a native context to itself.  One step of C takes the context, records the call, makes it, and gives the
+context back.  At a fork nothing changes here: the child doesn't own its record of the card.
 """
 
 from __future__ import annotations

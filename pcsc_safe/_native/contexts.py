@@ -1,17 +1,17 @@
 """The native contexts behind one PC/SC context of the application.
 
-libpcsclite lets one thread at a time use a context, and a thread that wants a busy one waits for it with the lock of
-the whole process in its hand: one thread that waits for events then freezes every other.  So nobody here ever wants a
-busy one.  A PC/SC context has as many native ones as things go on in it at the same time:
+libpcsclite lets one thread at a time use a context.  A thread that needs a busy one waits for it while it holds the
+lock of the whole process: one thread that waits for events then blocks every other thread.  So no thread here ever
+calls libpcsclite on a busy context.  A PC/SC context has as many native ones as calls that run at the same time:
 
-- a card has one to itself, and calls on that card take turns;
+- each card has one to itself, and calls on that card take turns;
 - a wait for events has one without a card, for as long as it lasts;
-- any other call uses one that is idle, or a new one.  What is idle and surplus is released, but for one.
+- any other call uses an idle one, or a new one.  Idle ones are released, except for one.
 
-A new one is in the lists of this module as soon as libpcsclite has made it, in the same step of C, and so is a new
-connection to a card: what a signal handler interrupts can be finished, or undone, by whoever comes next.
+The step of C in which libpcsclite makes a native context, or a connection to a card, also enters it in the lists of
+this module.  So whatever a signal handler interrupts can be finished, or undone, by the next thread that comes here.
 
-At a fork everything here stays the parent's; a child gets new native contexts, or those that were handed over to it.
+At a fork everything here stays the parent's.  A child gets new native contexts, or those that were handed over to it.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """A wait for events in the main thread, during which signal handlers run.
 
-Python runs signal handlers in its main thread, between two steps of Python, and so not before a C function returns; a
-wait for events can last for hours.  So where the main thread waits, another thread makes the native call, and the main
-thread waits for that thread, by a lock: there a handler runs as soon as the signal comes.  It may do everything, since
-the main thread is inside nothing of ours.  If it raises, the native call is ended.
+Python runs signal handlers in its main thread, between two steps of Python, and so only after a C function has
+returned; a wait for events can last for hours.  So if the main thread waits, another thread makes the native call, and
+the main thread waits for that thread, by a lock.  There a handler runs as soon as the signal arrives.  It may do
+everything, because the main thread is inside nothing of ours.  If the handler raises, the native call is ended.
 
-The other thread runs nothing of the application's and takes no signal.  It is gone when the wait returns.
+The other thread runs no code of the application and receives no signal.  It has ended when the wait returns.
 
-At a fork it is a thread in a wait as any other.  A child that a handler forks doesn't have it: the hook releases the
-lock, and the child goes on as with any call on what it inherited.
+At a fork it is a thread in a wait like any other.  A child that a handler forks doesn't have it: the hook releases the
+lock, and the child continues as with any call on an inherited object.
 """
 
 from __future__ import annotations

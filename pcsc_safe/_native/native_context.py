@@ -1,9 +1,9 @@
-"""One context of libpcsclite's, with its connection to pcscd.
+"""One context of libpcsclite, with its connection to pcscd.
 
-It is entered in the lists that know of it as soon as libpcsclite has made it, in the same step of C.  A wait for events
-that is in it ends when its connection is shut down, at every moment, as SCardCancel doesn't.
+The step of C in which libpcsclite makes it also enters it in the lists that know it.  A wait for events inside it ends
+when its connection is shut down, at every moment; SCardCancel can't end it at every moment.
 
-Invariant: the process that established it, or that it was handed over to, is its ``owner``, and alone may release it.
+Invariant: the process that established it, or to which it was handed over, is its ``owner``, and alone may release it.
 At a fork it stays the parent's.
 """
 

@@ -1,10 +1,10 @@
 """What pyscard's own classes have open in a program that uses :mod:`pcsc_safe.scard`, and has not called ``install()``.
 
-Such a program has both: its own calls are protected, and its connections, requests and monitors are not.  The first
-fork with one of these open says so, in the log of the parent.  For that nothing is imported or replaced.  Nor does it
-cost a fork much: each object refers to its class, so while the number of references is what it was, nobody looks.
+In such a program its own calls are protected, and its connections, requests and monitors are not.  The first fork with
+one of these open logs a warning in the parent.  This imports and replaces nothing, and costs a fork little: each object
+refers to its class, so the objects are only counted if the number of references to the class has changed.
 
-At a fork a child inherits whether it was said.
+At a fork a child inherits whether the warning was logged.
 """
 
 from __future__ import annotations

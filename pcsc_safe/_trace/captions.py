@@ -1,7 +1,7 @@
-"""What a drawing says: sessions, processes and notes in words.
+"""The texts in a drawing: sessions, processes and notes in words.
 
-Whatever comes from outside, the names of readers and programs, goes through :func:`escaped`.  A fork changes nothing
-here: it runs when the program has ended.
+Every text from outside, such as the name of a reader or a program, goes through :func:`escaped`.  A fork changes
+nothing here: this runs after the program has ended.
 """
 
 from __future__ import annotations

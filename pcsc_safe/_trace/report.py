@@ -1,6 +1,6 @@
-"""What ``run --report`` and ``run --timeline`` tell of a program when it has ended.
+"""What ``run --report`` and ``run --timeline`` print and draw when a program has ended.
 
-The program, and all that it starts, keep records in a directory that is there for them; see :mod:`events`.  Nothing
+The program, and every process that it starts, write records to a directory made for them; see :mod:`events`.  Nothing
 here forks.
 """
 

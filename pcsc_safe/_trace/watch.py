@@ -1,7 +1,7 @@
-"""Runs a program as a child, and sees when it, and the processes that keep a record, end.
+"""Runs a program as a child, and detects when it, and the other processes that write records, end.
 
-What the program is told by a signal, it is passed on, and the watcher ends as the program did.  The end of any other
-process is seen by a pidfd, which Linux has: nobody has to be its parent for that.  Nothing here forks Python code.
+The watcher forwards signals to the program, and ends as the program did.  It detects the end of other processes by a
+pidfd, which Linux has, and for which it need not be their parent.  Nothing here forks Python code.
 """
 
 from __future__ import annotations

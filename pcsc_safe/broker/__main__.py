@@ -1,7 +1,7 @@
-"""``python -m pcsc_safe.broker``: a broker.  pcsc_safe starts it; it is of no use by hand.
+"""``python -m pcsc_safe.broker``: a broker.  pcsc_safe starts it; there is no reason to start it by hand.
 
-Nothing native is loaded before the process is what a broker has to be: alone, deaf to the terminal's signals, with one
-descriptor, and unable to leave a core dump.  Nothing here forks.
+Before anything native is loaded, the process becomes what a broker has to be: it ignores the terminal's signals, has
+one file descriptor, and can't leave a core dump.  Nothing here forks.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A broker as its client sees it: the gateway that is another process.
+"""A broker as its client sees it: the gateway to another process.
 
-A process has one door to its broker, and over it passes the far ends of its connections: one that says that it lives,
-and as many as it has calls under way.  A connection carries one request and its answer at a time, so no thread waits
-for another, and nothing that two threads say can mix.
+A process has one door to its broker.  It passes the far ends of its connections through it: one that says that the
+process lives, and one for each call in progress.  A connection carries one request and its answer at a time, so no
+thread waits for another, and the calls of two threads can't mix.
 
-At a fork the connections are guarded descriptors, as those to pcscd are: dead in the child.  The door of a broker for
-the whole family of processes stays open; there a child becomes a client of its own.  Any other door dies too, and the
-child has a broker of its own at its first need.
+At a fork the connections are guarded file descriptors, like those to pcscd: dead in the child.  The door of a broker
+that serves the whole family of processes stays open, and the child becomes a separate client.  Any other door is dead,
+too, and the child starts its own broker when it first needs one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One connection to a broker, as its client has it: a stream socket that carries one request, then its answer.
+"""One connection to a broker, on the client's side: a stream socket that carries one request, then its answer.
 
-At a fork it is a guarded descriptor, if it was made so: a dead socket takes its place in the child, where the object is
-to be abandoned and never closed, for the number may be somebody else's.
+At a fork it is a guarded file descriptor, if it was made so: a dead socket replaces it in the child.  There the object
+must be abandoned and never closed, because the number may stand for another file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The broker of this process: there is one at most, started at its first need or ahead.
+"""The broker of this process: at most one, started when it is first needed, or ahead of time.
 
-At a fork the child has none, or the same as a client of its own; whoever asks first, in whichever thread, has the epoch
-begin before it looks.
+At a fork the child has none, or the same one as a separate client.  The first thread that asks begins the epoch before
+it looks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a frozen program is its own broker.
+"""How a frozen program runs as its own broker.
 
 A fork changes nothing here: a broker is a new program.
 """

@@ -1,6 +1,6 @@
-"""A client of a broker, and its connections: what it asks for, and what it is answered.
+"""A client of a broker, and its connections: its requests, and their answers.
 
-A client is a process.  It has the handles that it was given, and can't reach another's.  The calls go through
+A client is a process.  It has the handles that it was given, and can't reach another client's.  The calls go through
 pcsc_safe's own functions, which know how threads share contexts.  Nothing here forks.
 """
 

@@ -1,11 +1,11 @@
-"""The broker's side: lets clients in, each connection in a thread of its own, and sees when they have gone.
+"""The broker's side: accepts clients, serves each connection in a thread, and detects when a client has ended.
 
-A client is gone when it has closed its first connection, or when its process has ended, whatever copies of its
-descriptors live on; then its contexts are released, as pcscd would have done.  The last client gone, and the door
-closed, the broker ends: at once, whatever its threads are doing.
+A client has ended when it has closed its first connection, or when its process has ended, even if copies of its file
+descriptors live on.  Then the broker releases its contexts, as pcscd would have done.  When the last client has ended
+and the door is closed, the broker ends immediately, whatever its threads are doing.
 
-The main thread waits for all ends, of connections and of processes (:mod:`watch`); what follows from one takes a
-thread, for it may last.  Nothing here forks.
+The main thread waits for the ends of connections and of processes (:mod:`watch`).  What has to be done then runs in a
+separate thread, because it may take long.  Nothing here forks.
 """
 
 from __future__ import annotations

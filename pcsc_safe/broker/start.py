@@ -1,7 +1,7 @@
 """How a broker is started: by exec, never by a fork of Python code.
 
 ``os.posix_spawn`` runs no at-fork hook and touches no lock, so it is safe in a forked child, in any thread.  The broker
-gets what it needs of the environment, and no descriptor but its door.
+gets the part of the environment that it needs, and no file descriptor but its door.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What the kernel tells a broker of its clients: a connection has ended, a process has ended.
+"""How a broker learns from the kernel that a connection or a client's process has ended.
 
-One seam, :class:`Watch`, over two kernels.  Linux has epoll, which tells of a hang-up whatever it was asked for, and
-descriptors of processes.  macOS and the BSDs have kqueue; their ``poll`` doesn't do, for on macOS a descriptor about
-which nothing is asked isn't looked at, and its end is never told.
+One interface, :class:`Watch`, for two kernels.  Linux has epoll, which reports a hang-up in any case, and file
+descriptors of processes.  macOS and the BSDs have kqueue.  Their ``poll`` can't be used: macOS doesn't look at a
+descriptor for which no event is requested, and never reports its end.
 
-Invariant: an end is told once, also one that has come before it was asked for.  A thread may ask while another waits.
-Nothing here forks.
+Invariant: each end is reported once, also one that happened before it was registered.  A thread may register while
+another waits.  Nothing here forks.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""The protocol between a process and its broker, with no I/O in it: messages to bytes, and back.
+"""The protocol between a process and its broker, without I/O: messages to bytes, and back.
 
 A connection carries one request, then one reply, and so on.  A frame is the length of its body (4 bytes, little-endian
-as every number here) and the body: a byte for the kind of message, then its fields, each a value as ``values`` tells
-it.  The tests pin the bytes.  Hello, Welcome and Refused stay as they are in every version, for they are what peers of
-different versions say to each other.
+like every number here) and the body: a byte for the kind of message, then its fields, each a value in the encoding of
+``values``.  The tests compare the bytes.  Hello, Welcome and Refused stay as they are in every version, because peers
+of different versions exchange them.
 
-Invariant: whatever comes in, :func:`decode` and :class:`Receiver` give a message or raise WireError, in memory in
-proportion to what came in, not to what it claims.  No text and no repr made here holds a byte of an argument or of a
-result: there are PINs in them.
+Invariant: whatever arrives, :func:`decode` and :class:`Receiver` return a message or raise WireError, and use memory in
+proportion to what arrived, not to what it claims.  No text and no repr made here contains a byte of an argument or of a
+result, because these contain PINs.
 
-At a fork: nothing to do.  A Receiver belongs to one connection, and is dropped with it.
+At a fork: nothing to do.  A Receiver belongs to one connection, and ends with it.
 """
 
 import struct

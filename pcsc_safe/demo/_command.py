@@ -1,7 +1,7 @@
 """``python -m pcsc_safe demo``: its arguments, its exit status, its JSON.
 
-The raw and the safe run of a hazard go at the same time, each on its own stack in its own thread; the threads only
-watch.  Nothing here forks.
+The raw and the safe run of a hazard take place at the same time, each on a separate stack and in a separate thread; the
+threads only watch.  Nothing here forks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Findings about forks: what notices one here, what policy ``auto`` chooses, and whether a broker can be had."""
+"""Findings about forks: what detects one here, what policy ``auto`` chooses, and whether a broker can be started."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Findings about pcscd: whether it is there, who starts it, whether it answers and whom, readers and cards.
+"""Findings about pcscd: whether it exists, who starts it, whether it answers and whom, readers and cards.
 
-On macOS and Windows PC/SC has no daemon whose socket could be looked at; what is left there is what PC/SC itself says.
+macOS and Windows have no PC/SC daemon with a socket to examine; there the findings are those of PC/SC calls.
 
 Nothing here forks.
 """

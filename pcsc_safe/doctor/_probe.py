@@ -1,8 +1,8 @@
-"""What a fork does to PC/SC here, tried out on raw pyscard and on pcsc_safe.
+"""Tries what a fork does to PC/SC here, on raw pyscard and on pcsc_safe.
 
-Three probes need no card and run on the PC/SC of this machine.  The hazards of the demo run on virtual stacks, where
-those can be had.  The probe of a user's card runs with ``--touch-cards`` only, and on pcsc_safe only: raw, it would
-show the hazard by spoiling other applications' sessions.
+Three probes need no card and run on the PC/SC of this machine.  The hazards of the demo run on virtual stacks, if these
+are installed.  The probe of a user's card runs with ``--touch-cards`` only, and on pcsc_safe only: on raw pyscard it
+would show the hazard by ending other applications' sessions.
 """
 
 from __future__ import annotations

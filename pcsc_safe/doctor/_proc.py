@@ -1,6 +1,6 @@
-"""What /proc tells of processes: names, parents, descriptors, libraries, and the marks that pcsc_safe leaves.
+"""What /proc says about processes: names, parents, file descriptors, libraries, and the marks that pcsc_safe leaves.
 
-A process may end between any two looks, and may be another user's: both are told apart from "nothing there".
+A process may end between any two looks, and may belong to another user.  Both are distinguished from "nothing there".
 
 Nothing here forks.
 """

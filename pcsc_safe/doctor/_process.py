@@ -1,8 +1,8 @@
 """``doctor --pid``: which connections to pcscd a running program and its children hold, and which they inherited.
 
-A connection that two processes hold was made by one of them, and is a hazard in the other.  Who made it is what pcscd's
-end of it says, where this user may look there (SO_PEERCRED, which is root or pcscd's own user); else the process
-that has been there longest.  Nothing is sent anywhere, and no process is stopped.
+A connection that two processes hold was made by one of them, and is a hazard in the other.  pcscd's end of it says
+which process made it, if this user may look there (SO_PEERCRED; root or pcscd's own user).  Otherwise the process that
+has existed longest counts as its maker.  Nothing is sent anywhere, and no process is stopped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``--self-test`` runs in disposable processes, as :mod:`_tasks` has those of the rest.
+"""What ``--self-test`` runs in disposable processes; :mod:`_tasks` has the tasks of the rest of the doctor.
 
 Each task does on this machine what pcsc_safe relies on, and reports what it saw, step by step.
 

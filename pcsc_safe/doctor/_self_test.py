@@ -1,7 +1,7 @@
-"""``--self-test``: whether what pcsc_safe relies on is so on this machine, above all on macOS, and a report of it.
+"""``--self-test``: tries what pcsc_safe relies on, on this machine, above all on macOS, and reports it.
 
-What is tried needs no reader; with one, waits for events are tried as well, and with ``--touch-cards`` an exchange with
-each card.  All of it runs in the processes of :mod:`_self_tasks`.
+The tests need no reader.  With a reader, waits for events are tried as well, and with ``--touch-cards`` an exchange
+with each card.  All of it runs in the processes of :mod:`_self_tasks`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""pyscard itself made fork-aware, for programs whose imports can't be edited.
+"""Makes pyscard itself fork-aware, for programs whose imports can't be edited.
 
-:func:`install` puts pcsc_safe's functions in the place of pyscard's, and makes pyscard's classes (connections,
-requests, monitors) usable in a forked child; :func:`uninstall` takes all of it back.  What is patched stands in
-:data:`PATCHES`, module by module.  A module that has not been imported is patched when it is; none is imported for it.
+:func:`install` replaces pyscard's functions by pcsc_safe's, and makes pyscard's classes (connections, requests,
+monitors) usable in a forked child.  :func:`uninstall` restores all of it.  :data:`PATCHES` lists what is patched, by
+module.  A module that has not been imported is patched when it is; no module is imported for this.
 
-Invariant: nothing of pyscard is patched unless :func:`install` was called, and everything that is patched can be put
-back.  At a fork nothing happens here: what a child needs renewed is renewed at its first use.
+Invariant: nothing of pyscard is patched unless :func:`install` was called, and everything that is patched can be
+restored.  At a fork nothing happens here: a child renews what it must at its first use.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""``python -m pcsc_safe run``: a program that we can't edit, retrofitted, and the Python processes that it starts.
+"""``python -m pcsc_safe run``: retrofits a program that we can't edit, and the Python processes that it starts.
 
-This process becomes the program, by exec: Python runs it as it runs any, and nothing has to imitate that.  What makes
-the difference is in the environment, which is also how it gets to further processes: the settings, and a directory on
-PYTHONPATH whose sitecustomize calls ``pcsc_safe.install()``.
+This process becomes the program, by exec: Python runs it like any program, and nothing has to imitate that.  The
+environment makes the difference, and so also reaches further processes: the settings, and a directory on PYTHONPATH
+whose sitecustomize calls ``pcsc_safe.install()``.
 
-Nothing here forks: the program takes this process's place.
+Nothing here forks: the program replaces this process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""`VirtualPcsc`: a whole PC/SC stack of one's own, readers, cards and all.
+"""`VirtualPcsc`: a complete private PC/SC stack, with readers and cards.
 
 Invariant: everything that a stack started or created is gone when it is closed, and soon after its process died.
 
 At a fork: the stack belongs to the process that started it.  Its children may use it as PC/SC clients and read its
-properties; everything that would change it raises PcscStackError there, and leaving its with block does nothing.
+properties.  Everything that would change it raises PcscStackError there, and leaving its with block does nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""``python -m pcsc_safe version``, and the versions that everything else tells.
+"""``python -m pcsc_safe version``, and the versions that everything else prints.
 
-Nothing native is loaded for it: a broken installation is what one asks about.
+This loads nothing native, because users ask for the versions when an installation is broken.
 
 Nothing here forks.
 """

@@ -1,10 +1,10 @@
-"""Virtual cards: what is on the other side of the reader, scripted in Python.
+"""Virtual cards: what is in the virtual readers, scripted in Python.
 
-Invariant: whatever a card's own code does, the reader gets an answer, and what went wrong is kept in
-`VirtualCard.errors`.  No APDU is kept, logged or shown.
+Invariant: whatever a card's own code does, the reader gets an answer, and `VirtualCard.errors` keeps what went wrong.
+No APDU is kept, logged or shown.
 
-At a fork: a card lives in the process that started the stack.  A child has a copy that nobody serves; reading its
-counts is harmless there, and they stay what they were when the process forked.
+At a fork: a card lives in the process that started the stack.  A child has a copy that nothing serves.  Its counts can
+be read there, and stay what they were when the process forked.
 """
 
 from __future__ import annotations

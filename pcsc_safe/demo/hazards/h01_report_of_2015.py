@@ -1,7 +1,7 @@
 """Hazard 1: establish a context, fork, list the readers in the child.
 
-On macOS the child dies.  On Linux it gets an answer, but over the connection to pcscd that belongs to its parent: seen
-by the inode of the socket, and by the number of clients that pcscd has.
+On macOS the child crashes.  On Linux it gets an answer, but over its parent's connection to pcscd: the inode of the
+socket shows it, and the number of clients that pcscd has.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hazard 2: parent and child use one inherited card connection at the same time.
 
-What comes of it depends on who reads first: wrong bytes, failed calls, a crash, a process that waits for ever.  So it
-is tried many times, each time with a new parent and child.
+The result depends on who reads first: wrong bytes, failed calls, a crash, or a process that waits for ever.  So it is
+tried many times, each time with a new parent and child.
 """
 
 from __future__ import annotations

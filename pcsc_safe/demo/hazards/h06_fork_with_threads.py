@@ -1,7 +1,7 @@
-"""Hazard 6: a process forks while three of its threads use one context, and its children establish one of their own.
+"""Hazard 6: a process forks while three of its threads use one context, and its children establish new contexts.
 
-libpcsclite lets a thread wait for a busy context with the lock of the whole process held; a child that is forked then
-has that lock held by nobody.
+A thread that waits for a busy context in libpcsclite holds the lock of the whole process.  In a child that is forked
+then, this lock stays locked, and no thread of the child holds it.
 """
 
 from __future__ import annotations

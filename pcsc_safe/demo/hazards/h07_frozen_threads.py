@@ -1,4 +1,4 @@
-"""Hazard 7: nobody forks; one thread waits for events on a context, and another uses the same context."""
+"""Hazard 7: no process forks; one thread waits for events on a context, and another uses the same context."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Hazard 9: a daemon closes every descriptor and opens a database connection; libpcsclite still knows the number.
+"""Hazard 9: a daemon closes every descriptor and opens a database connection; libpcsclite still uses the number.
 
-The PIN is one of the demo's own, for the virtual card; it is neither reported nor shown.
+The PIN belongs to the demo's virtual card; it is neither reported nor shown.
 """
 
 from __future__ import annotations
