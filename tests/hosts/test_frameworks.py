@@ -45,7 +45,7 @@ def test_every_reply_is_the_cards(command: str, tmp_path: Path) -> None:
     *before, application = shlex.split(command)
     with VirtualPcsc(cards=[EchoCard()]) as stack:
         started = ["env", *before, "--bind", "unix:{path}", "--graceful-timeout", "5", application]
-        path = os.pathsep.join(filter(None, [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH"), str(ROOT)]))
         with serving(started, stack, cwd=tmp_path, PYTHONPATH=path) as server:
             replies = [server.request("GET", f"/echo/{number}") for number in range(ASKED)]
             assert "Traceback" not in server.log
