@@ -14,7 +14,7 @@ from pcsc_safe import policy
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 BEGIN, END = "<!-- made by scripts/settings_table.py -->", "<!-- end -->"
-COLUMNS = ("`configure()`", "environment", "`run`", "values", "default", "what it sets", "of one context", "page")
+COLUMNS = ("keyword, variable, option", "values", "default", "what it sets", "per context", "page")
 PAGES = {
     "quiesce_timeout": "[Threads and forks](threads.md)",
     "broker": "[The broker](broker.md)",
@@ -35,14 +35,14 @@ def table() -> str:
 
 def _row(name: str) -> list[str]:
     setting = policy.SETTINGS[name]
-    names = [f"`{name}`", f"`{policy.variable(name)}`", f"`{policy.option(name)}`"]
+    names = f"`{name}`<br>`{policy.variable(name)}`<br>`{policy.option(name)}`"
     values = ", ".join(f"`{choice}`" for choice in setting.choices()) or _KINDS[type(setting.default)]
     default = f"`{_as_text(setting.default)}`"
     of_context = "yes" if setting.of_context else "no"
-    return [*names, values, default, setting.summary, of_context, PAGES.get(name, "[Policies](policies.md)")]
+    return [names, values, default, setting.summary, of_context, PAGES.get(name, "[Policies](policies.md)")]
 
 
-_KINDS = {bool: "`0`, `1`; also `false`, `true`, `no`, `yes`, `off`, `on`", float: "a number", str: 'a path, or `""`'}
+_KINDS = {bool: "`0`, `1`", float: "a number", str: 'a path, or `""`'}
 
 
 def _as_text(value: object) -> str:
