@@ -7,6 +7,7 @@ import configparser
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,6 +166,18 @@ def anchors(page: Path) -> set[str]:
     """The headings of a page, as links name them."""
     headings = re.findall(r"(?m)^#+ (.*)$", page.read_text())
     return {re.sub(r"[^\w\s-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_links_work_on_pypi() -> None:
+    """Where the description of the package has no relative links; scripts/pypi_readme.py makes them absolute."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install 'pcsc-safe[dev]'")
+    absolute = runpy.run_path(str(ROOT / "scripts" / "pypi_readme.py"))["absolute"]
+    url = "https://github.com/owner/name"
+    text = absolute((ROOT / "README.md").read_text(), url)
+    targets = LINK.findall(without_code(text))
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+    assert f"{url}/blob/HEAD/docs/macos.md#what-is-simulated" in targets
+    assert f"{url}/raw/HEAD/docs/images/demo.svg" in targets
 
 
 def test_the_site_is_built(tmp_path: Path) -> None:
