@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import configparser
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +30,11 @@ OTHER_SAYINGS = ("setup", "run by", "not run", "sample")
 TIMED_OUT = 124  # the exit status of timeout
 
 NOT_RUN = {
-    "README.md": ["they are the tests", "installs packages"],
+    "README.md": [
+        "installs packages",
+        "it is tests/demo/test_demo.py's, and takes half a minute",
+        "they are the tests",
+    ],
     "CONTRIBUTING.md": ["they are the tests"],
     "docs/doctor.md": [
         "depends on the machine",
@@ -50,6 +56,7 @@ NOT_RUN = {
         "it is tests/native/test_macos.py's, and takes minutes",
         "it is tests/doctor/test_self_test.py's, and takes half a minute",
     ],
+    "docs/migrate.md": ["it takes a running program"],
     "docs/retrofit.md": ["PIDs differ; tests/retrofit/test_run.py has the lines"],
     "docs/start.md": ["installs packages", "it is tests/demo/test_demo.py's, and takes half a minute"],
 }
@@ -108,7 +115,7 @@ def test_who_is_said_to_run_a_block_reads_its_page() -> None:
         if test:
             source = (ROOT / test).read_text()
             assert Path(block.page).name in source, block
-            assert f"hosts/{Path(block.page).name}" in source or '"hosts"' in source, block
+            assert block.page.removeprefix("docs/") in source or '"hosts"' in source, block
 
 
 def test_files_for_other_programs_are_well_formed() -> None:
@@ -122,6 +129,14 @@ def test_files_for_other_programs_are_well_formed() -> None:
             pytest.importorskip("tomllib").loads(block.code)
         elif block.language == "conf":
             assert all(re.fullmatch(r"#.*|[\w/-]+( \S+)*", line) for line in block.code.splitlines()), block
+
+
+def test_the_table_of_settings_is_made_from_the_code() -> None:
+    """``scripts/settings_table.py --write`` writes it."""
+    script = ROOT / "scripts" / "settings_table.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    table = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
+    assert table.stdout in (ROOT / "docs" / "settings.md").read_text(), "run scripts/settings_table.py --write"
 
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -151,6 +166,18 @@ def anchors(page: Path) -> set[str]:
     """The headings of a page, as links name them."""
     headings = re.findall(r"(?m)^#+ (.*)$", page.read_text())
     return {re.sub(r"[^\w\s-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_links_work_on_pypi() -> None:
+    """Where the description of the package has no relative links; scripts/pypi_readme.py makes them absolute."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install 'pcsc-safe[dev]'")
+    absolute = runpy.run_path(str(ROOT / "scripts" / "pypi_readme.py"))["absolute"]
+    url = "https://github.com/owner/name"
+    text = absolute((ROOT / "README.md").read_text(), url)
+    targets = LINK.findall(without_code(text))
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+    assert f"{url}/blob/HEAD/docs/macos.md#what-is-simulated" in targets
+    assert f"{url}/raw/HEAD/docs/images/demo.svg" in targets
 
 
 def test_the_site_is_built(tmp_path: Path) -> None:
