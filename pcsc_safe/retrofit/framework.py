@@ -213,12 +213,13 @@ def _finalizer(owner: Any) -> list[Patch]:
     finalize = vars(owner).get("__del__")
     if finalize is None:
         return []
+    process_here = here  # at the end of the interpreter a module's globals may be None
 
     def __del__(self: Any) -> None:  # noqa: N807  # it is one
         try:
             finalize(self)
         except Exception:
-            if here().parent is None:
+            if process_here().parent is None:
                 raise
             # In a forked process: what was opened before install() refuses to be closed, and needn't be.
 
