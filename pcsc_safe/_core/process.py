@@ -165,9 +165,12 @@ def around_fork(before: Callable[[], None], in_parent: Callable[[], None]) -> No
     after_fork_in_parent(in_parent)
 
 
-def before_fork(function: Callable[[], None]) -> None:
-    """Have a function called in the parent before every fork that runs hooks, after those that came earlier."""
-    _before.append(function)
+def before_fork(function: Callable[[], None], *, first: bool = False) -> None:
+    """Have a function called in the parent before every fork that runs hooks.
+
+    :param first: before those that came earlier; else after them.
+    """
+    _before.insert(0 if first else len(_before), function)
 
 
 def after_fork_in_parent(function: Callable[[], None]) -> None:

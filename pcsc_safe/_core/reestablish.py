@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional
 from .. import policy
 from ..errors import BrokerError, ForkUnsafeError
 from ..policy import Policy, Role, Settings, Way, choose_way, native_works_after_fork
-from . import gateways, handles, in_flight, log, observer, one_step, process
+from . import gateways, handles, in_flight, log, observer, one_step, process, readiness
 from .calls import CALLS, STALE, Call, Gateway, Keep
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
@@ -314,7 +314,7 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
     way = _way(context)
     if way is Way.NATIVE:
         return gateways.native
-    if way is Way.BROKER:
+    if way is Way.BROKER and not readiness.lacks_broker:
         return gateways.brokers.get()
     raise unsafe(function, context)
 

@@ -23,6 +23,7 @@ from . import (
     observer,
     process,
     reader_states,
+    readiness,
     recovery,
     reestablish,
     sessions,
@@ -123,8 +124,10 @@ def _prepare() -> None:
         from . import proxies  # wrapt takes longer to import than all the rest, and a broker needs none
 
         handles.hand_out(proxies.SafeContext, proxies.SafeCard)
-    for part in (log, descriptors, sessions, transfer, gateways.native, gateways.brokers):
+    for part in (descriptors, sessions, transfer, gateways.native):
         part.prepare()
+    if not _is_prepared:
+        readiness.begin()
     _is_prepared = True
 
 

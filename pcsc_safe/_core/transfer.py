@@ -113,7 +113,7 @@ _socket: Any = None
 def prepare() -> None:
     """Import what a fork takes, so that nothing need be imported in a child."""
     global _socket
-    import socket
+    import _socket as socket  # the module that Python's own is made of: eventlet and gevent patch that one
 
     _socket = socket
 

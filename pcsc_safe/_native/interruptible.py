@@ -13,8 +13,8 @@ lock, and the child goes on as with any call on what it inherited.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # the signal module makes enumerations when it is imported
 import os
-import signal
 import sys
 import threading
 from functools import partial
@@ -109,7 +109,7 @@ class _OtherThread:
     def _run(self) -> None:
         try:
             self._native_id = get_native_id()
-            signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_ITS_OWN)
+            _signal.pthread_sigmask(_signal.SIG_BLOCK, _NOT_ITS_OWN)
             self._returned.append(self._call())
         except BaseException as error:
             self._raised.append(error)
@@ -141,7 +141,7 @@ class _OtherThread:
 
 
 _OF_A_FAULT = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
-_NOT_ITS_OWN = {number for number in signal.valid_signals() if getattr(number, "name", "") not in _OF_A_FAULT}
+_NOT_ITS_OWN = set(_signal.valid_signals()) - {getattr(_signal, name, 0) for name in _OF_A_FAULT}
 
 
 def _end(place: NativeContext, wait: Any) -> None:

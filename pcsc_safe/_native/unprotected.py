@@ -92,7 +92,6 @@ def _tell_if_new() -> None:
     found = opened()
     if found:
         _is_told = True
-        log.prepare()
         log.warning(
             "process %d forks while %s is open%s, which is pyscard's own, and unprotected: call pcsc_safe.install() "
             "before you use pyscard's classes, or start the program by python -m pcsc_safe run",

@@ -1,0 +1,81 @@
+"""What a process with one thread and no child doesn't need: it is imported before it can be needed.
+
+A program that reads one card and ends has no use for a broker, which takes longer to import than PC/SC does.  But no
+child, no signal handler and no finalizer may be the first to import: another thread may have held an import lock at the
+fork, and Python imports nothing when it ends.  So what is left is imported
+
+- where the settings say that this process or a child needs a broker, at once;
+- in a process that uses PC/SC, before its first fork;
+- for a fork that runs no hook, which has to be quiet or needs a broker: at the first call beside another thread.
+
+A child inherits what is imported, and imports for its own children in the same way.
+
+Invariant: a child whose fork was not quiet has nothing left to import, unless it was forked in the middle of that.
+Then it uses no broker.
+"""
+
+from __future__ import annotations
+
+from ..policy import Broker, Policy, Settings, native_works_after_fork
+from . import gate, gateways, in_flight, process
+from .unpatched import count_threads, get_ident
+
+__all__ = ["begin", "consider", "is_on", "is_ready", "lacks_broker", "prepare"]
+
+is_on = True
+"""Whether this process may have children, or use a broker; a broker does neither."""
+
+is_ready = True
+"""Whether nothing is left to import; also where this process has not used PC/SC, and where it may not import."""
+
+_is_prepared = False
+
+lacks_broker = False
+"""Whether this process was forked in the middle of these imports."""
+
+_ATTEMPTS = 3
+
+
+def consider(settings: Settings) -> None:
+    """Import what is left, if these settings say that this process, or a child, needs a broker."""
+    always = settings.broker is Broker.ALWAYS or settings.policy is Policy.BROKER
+    if always or settings.recover or not native_works_after_fork():
+        prepare()
+
+
+def begin() -> None:
+    """From now on this process uses PC/SC."""
+    global is_ready
+    is_ready = _is_prepared or not is_on
+    if not is_ready and count_threads():
+        prepare()
+
+
+def prepare() -> None:
+    """Import what is left."""
+    global is_ready, _is_prepared
+    if not _is_prepared:
+        gate.during(in_flight.IMPORTS, gateways.brokers.prepare)
+    is_ready = _is_prepared = True
+
+
+def _before_fork() -> None:
+    for _ in range(_ATTEMPTS):
+        if is_ready:
+            break
+        try:
+            prepare()
+        except BaseException as error:  # a signal handler's; a hook can't raise
+            gate.raise_later(get_ident(), error)
+
+
+def _begin(epoch: process.Epoch) -> None:
+    global is_ready, lacks_broker
+    if not is_ready and epoch.unquiet is not None and epoch.unquiet.function == in_flight.IMPORTS:
+        lacks_broker = True
+    if epoch.noticed_by != "hook" and count_threads():
+        is_ready = True  # whatever is left: another thread may have been importing
+
+
+process.before_fork(_before_fork, first=True)  # it takes longer than threads are to be kept out
+process.at_fork(at_begin=_begin)
