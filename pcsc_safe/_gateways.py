@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-from ._core import gateways, observer, readiness
-from ._core.settings import settings, when_changed
+from ._core import gateways, observer
+from ._core.settings import settings
 from ._native import pyscard
 from .policy import Broker
 
 __all__ = ["files_to_preserve", "handover", "public"]
+
+if TYPE_CHECKING:
+    from ._core.handover import files_to_preserve, handover
 
 
 class _Brokers:
@@ -27,6 +30,7 @@ class _Brokers:
 
     def prepare(self) -> None:
         """Import it, and what it takes."""
+        from ._core import handover  # noqa: F401  # a child may want to hand over to one of its own
         from .broker import family  # not before
 
         family.prepare()
@@ -73,13 +77,20 @@ else:
 from ._native import gateway  # noqa: E402
 
 gateways.compose(gateway.gateway, _Brokers())
-when_changed(readiness.consider)
 if observer.is_wanted():
     from ._trace import events, recorder
 
     if events.is_on():
         recorder.begin()
 
-from ._core.handover import files_to_preserve, handover  # noqa: E402
 from ._core.router import public  # noqa: E402
 from ._native import unprotected  # noqa: E402, F401  # its hook comes last: what a fork needs has been done then
+
+
+def __getattr__(name: str) -> Any:
+    """What few programs need, loaded when it is first asked for (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ._core import handover  # not before
+
+    return getattr(handover, name)

@@ -15,6 +15,7 @@ from typing import Any, Callable
 
 from ..policy import Policy, Settings, native_works_after_fork
 from . import in_flight, process
+from .in_flight import elsewhere, places, unsettled
 from .settings import when_changed
 from .unpatched import count_threads, get_ident, monotonic, sleep, start_new_thread
 
@@ -116,10 +117,13 @@ def stays_quiet() -> bool:
 
 
 def _before_fork() -> None:
+    # Nobody is inside, nor can be: so it is most of the time, and this is all that such a fork pays.
+    if not (count_threads() or any(places.values()) or elsewhere or unsettled):
+        return
     if count_threads() or in_flight.calls():
         # A child that can't use the native library anyway needs no native call to end.
         _close(everything=_policy is not Policy.BROKER and native_works_after_fork())
-    for place in list(in_flight.unsettled):
+    for place in list(unsettled):
         place.settle()
 
 
@@ -162,11 +166,7 @@ def _quiesce(ident: int, deadline: float, *, everything: bool) -> None:
 
 def _await_others(ident: int, deadline: float, everything: bool, ending: list[_Ending]) -> None:
     while (left := deadline - monotonic()) > 0:
-        busy = [
-            place
-            for place in list(in_flight.places)
-            if everything and any(call[1] != ident for call in list(place.calls))
-        ]
+        busy = [place for place in list(places) if everything and any(call[1] != ident for call in list(place.calls))]
         others = [
             call
             for call in list(in_flight.elsewhere.values())
@@ -201,7 +201,7 @@ class _Ending:
     def run(self) -> None:
         """End them, and those that have begun since, until stopped."""
         while not self.stopped:
-            for place in list(in_flight.places):
+            for place in list(places):
                 for call in list(place.calls):
                     if call[3] is not None and call[1] != self._forking and not self.stopped:
                         place.wake(call[3], may_pass=True)
@@ -236,12 +236,11 @@ def _begin(epoch: process.Epoch) -> None:
         if thread != _forked_by and (epoch.unquiet is None or function == in_flight.IMPORTS):
             epoch.unquiet = in_flight.Unquiet(function, _thread_names.get(thread, str(thread)), monotonic() - since)
     _forked_by = 0
-    in_flight.places.clear()
-    in_flight.unsettled.clear()
-    for table in (in_flight.elsewhere, in_flight.closers, _thread_names):
+    for table in (places, unsettled, elsewhere, in_flight.closers, _thread_names):
         table.clear()
 
 
 # To open is one step that nothing can interrupt. A hook in Python could be left by what a signal handler raises.
-process.around_fork(_before_fork, in_flight.closers.clear)
+process.before_fork(process.QUIESCE, _before_fork)
+process.after_fork_in_parent(in_flight.closers.clear)
 process.at_fork(in_hook=_in_hook, at_begin=_begin)

@@ -165,8 +165,8 @@ class Place:
             sleep(_GIVE_WAY)
 
 
-places: dict[Place, None] = {}
-"""All of this process."""
+places: dict[Place, list[Entry]] = {}
+"""All of this process, each with the calls that are there now."""
 
 unsettled: dict[Any, None] = {}
 """Places about which something is to be noted before a fork; each has ``settle()``."""

@@ -27,12 +27,15 @@ from .one_step import in_turn
 from .unpatched import RLock
 
 __all__ = [
+    "GIVE",
     "HANDED_OVER",
+    "IMPORT",
     "LOST",
+    "QUIESCE",
     "SERVICE_LOST",
+    "TELL",
     "Epoch",
     "after_fork_in_parent",
-    "around_fork",
     "at_fork",
     "before_fork",
     "current",
@@ -147,36 +150,33 @@ _page = _wiped_page()
 sentinel: _Sentinel = _page or _PidSentinel()
 sentinel[_HERE] = 1
 _hooks_run = 0  # since here began
+_turns: dict[int, Optional[Callable[[], None]]] = {}
 _before: list[Callable[[], None]] = []
 _in_hook: list[Callable[[], None]] = []
 _in_child: list[Callable[[], None]] = []
 
 
-def around_fork(before: Callable[[], None], in_parent: Callable[[], None]) -> None:
-    """Have functions called in the parent, around every fork that runs hooks.
-
-    As little as can be, since each page that is written to after a fork costs a fault, 2 us and more, and Python writes
-    to every object that it looks at.
-
-    :param before: called before the fork.
-    :param in_parent: called after it, also if it failed; one that nothing can interrupt, so not a function in Python.
-    """
-    before_fork(before)
-    after_fork_in_parent(in_parent)
+IMPORT, QUIESCE, GIVE, TELL = range(4)
+"""The order in which a parent does what it does before a fork."""
 
 
-def before_fork(function: Callable[[], None], *, first: bool = False) -> None:
+def before_fork(turn: int, function: Optional[Callable[[], None]]) -> None:
     """Have a function called in the parent before every fork that runs hooks.
 
-    :param first: before those that came earlier; else after them.
+    As little as can be, and none that has nothing to do: each page that is written to after a fork costs a fault, 2 us
+    and more, and Python writes to every object that it looks at.
+
+    :param turn: when: IMPORT, QUIESCE, GIVE or TELL.
+    :param function: in the place of the one that had this turn; None for none.
     """
-    _before.insert(0 if first else len(_before), function)
+    _turns[turn] = function
+    _before[:] = [each for _, each in sorted(_turns.items()) if each is not None]
 
 
 def after_fork_in_parent(function: Callable[[], None]) -> None:
     """Have a function called in the parent after every fork that runs hooks, also if it failed.
 
-    One in Python can be left by what a signal handler raises.
+    One in Python can be left by what a signal handler raises; a C function can't.
     """
     if sys.platform != "win32" and FORKS:
         os.register_at_fork(after_in_parent=function)

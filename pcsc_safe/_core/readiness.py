@@ -16,7 +16,7 @@ Then it uses no broker.
 
 from __future__ import annotations
 
-from ..policy import Broker, Policy, Settings, native_works_after_fork
+from ..policy import Broker, Owner, Policy, Settings, native_works_after_fork
 from . import gate, gateways, in_flight, process
 from .unpatched import count_threads, get_ident
 
@@ -37,7 +37,11 @@ _ATTEMPTS = 3
 
 
 def consider(settings: Settings) -> None:
-    """Import what is left, if these settings say that this process, or a child, needs a broker."""
+    """Import what these settings say that this process, or a child, needs whatever else it does."""
+    if settings.owner is Owner.CHILD or settings.policy is Policy.SHARE:
+        from . import transfer  # not for processes that give their children nothing
+
+        transfer.begin()
     always = settings.broker is Broker.ALWAYS or settings.policy is Policy.BROKER
     if always or settings.recover or not native_works_after_fork():
         prepare()
@@ -47,7 +51,10 @@ def begin() -> None:
     """From now on this process uses PC/SC."""
     global is_ready
     is_ready = _is_prepared or not is_on
-    if not is_ready and count_threads():
+    if is_ready:
+        return
+    process.before_fork(process.IMPORT, _before_fork)
+    if count_threads():
         prepare()
 
 
@@ -57,14 +64,14 @@ def prepare() -> None:
     if not _is_prepared:
         gate.during(in_flight.IMPORTS, gateways.brokers.prepare)
     is_ready = _is_prepared = True
+    process.before_fork(process.IMPORT, None)
 
 
 def _before_fork() -> None:
     for _ in range(_ATTEMPTS):
-        if is_ready:
-            break
         try:
             prepare()
+            break
         except BaseException as error:  # a signal handler's; a hook can't raise
             gate.raise_later(get_ident(), error)
 
@@ -75,7 +82,7 @@ def _begin(epoch: process.Epoch) -> None:
         lacks_broker = True
     if epoch.noticed_by != "hook" and count_threads():
         is_ready = True  # whatever is left: another thread may have been importing
+        process.before_fork(process.IMPORT, None)
 
 
-process.before_fork(_before_fork, first=True)  # it takes longer than threads are to be kept out
 process.at_fork(at_begin=_begin)

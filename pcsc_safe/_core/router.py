@@ -28,14 +28,13 @@ from . import (
     reestablish,
     sessions,
     sparing,
-    transfer,
 )
 from .calls import CALLS, STALE, Call, Gateway, Kind, LostError
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
 from .reestablish import INVALID_HANDLE, LEAVE_CARD
 from .sessions import Session
-from .settings import settings
+from .settings import settings, when_changed
 
 __all__ = ["public"]
 
@@ -124,7 +123,7 @@ def _prepare() -> None:
         from . import proxies  # wrapt takes longer to import than all the rest, and a broker needs none
 
         handles.hand_out(proxies.SafeContext, proxies.SafeCard)
-    for part in (descriptors, sessions, transfer, gateways.native):
+    for part in (descriptors, sessions, gateways.native):
         part.prepare()
     if not _is_prepared:
         readiness.begin()
@@ -466,3 +465,5 @@ def _exported(name: str, value: Any) -> Any:
 
 public: dict[str, Any] = {name: _exported(name, value) for name, value in library.public.items()}
 """Every public name of the installed ``smartcard.scard``; the functions that take or give a handle are ours."""
+
+when_changed(readiness.consider)

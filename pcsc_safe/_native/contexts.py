@@ -65,7 +65,7 @@ class NativeContexts:
         self.scope = scope
         self.owner: Optional[process.Epoch] = process.current()
         self.released = False
-        self.natives: dict[NativeContext, None] = {}  # in the order in which they were established
+        self.natives: dict[NativeContext, Any] = {}  # in the order in which they were established
         self.waits: dict[Any, None] = {}
 
     # Calls.
@@ -453,7 +453,7 @@ class NativeContexts:
         for context in self.natives:
             context.renew()
             context.owner, context.state = here, OPEN
-            in_flight.places[context] = None
+            in_flight.places[context] = context.calls
             if context.descriptor is not None:
                 descriptors.guard(context.descriptor)
 
@@ -504,7 +504,7 @@ def discard(items: list[Any], item: Any) -> None:
 def _begin(epoch: process.Epoch) -> None:
     doomed.clear()
     establishing.renew()
-    in_flight.places[establishing] = None
+    in_flight.places[establishing] = establishing.calls
 
 
 process.at_fork(at_begin=_begin)
