@@ -30,7 +30,6 @@ quiesce_timeout = 1.0
 
 _policy = Policy.AUTO
 _thread_names: dict[int, str] = {}
-_forked_by = 0
 
 
 def _configured(settings: Settings) -> None:
@@ -116,10 +115,15 @@ def stays_quiet() -> bool:
     return not in_flight.others_are_inside()
 
 
+beside_others: Callable[[], Any] = bool
+"""What is to be done before a fork of a process with several threads, before any is kept out; it doesn't raise."""
+
+
 def _before_fork() -> None:
-    # Nobody is inside, nor can be: so it is most of the time, and this is all that such a fork pays.
+    # Nobody else is there: so it is most of the time, and this is all that such a fork pays.
     if not (count_threads() or any(places.values()) or elsewhere or unsettled):
         return
+    beside_others()
     if count_threads() or in_flight.calls():
         # A child that can't use the native library anyway needs no native call to end.
         _close(everything=_policy is not Policy.BROKER and native_works_after_fork())
@@ -223,19 +227,13 @@ def _raise_later(ident: int, error: BaseException) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(carrier))
 
 
-def _in_hook() -> None:
-    global _forked_by
-    _forked_by = get_ident()  # if it is inside, the fork was made in the middle of a call, by a finalizer
-
-
 def _begin(epoch: process.Epoch) -> None:
     """Judge whether the fork was quiet, and open the gate."""
-    global _forked_by
+    # The thread that forked is inside where a finalizer has forked in the middle of a call.
     # Whoever is in the table: a thread of this process may have got the number of one of its parent's.
     for function, thread, since, _ in in_flight.calls():
-        if thread != _forked_by and (epoch.unquiet is None or function == in_flight.IMPORTS):
+        if thread != process.forked_by and (epoch.unquiet is None or function == in_flight.IMPORTS):
             epoch.unquiet = in_flight.Unquiet(function, _thread_names.get(thread, str(thread)), monotonic() - since)
-    _forked_by = 0
     for table in (places, unsettled, elsewhere, in_flight.closers, _thread_names):
         table.clear()
 
@@ -243,4 +241,4 @@ def _begin(epoch: process.Epoch) -> None:
 # To open is one step that nothing can interrupt. A hook in Python could be left by what a signal handler raises.
 process.before_fork(process.QUIESCE, _before_fork)
 process.after_fork_in_parent(in_flight.closers.clear)
-process.at_fork(in_hook=_in_hook, at_begin=_begin)
+process.at_fork(at_begin=_begin)

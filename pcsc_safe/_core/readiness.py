@@ -1,14 +1,15 @@
-"""What a process with one thread and no child doesn't need: it is imported before it can be needed.
+"""What a process with one thread doesn't need: it is imported before it can be needed.
 
 A program that reads one card and ends has no use for a broker, which takes longer to import than PC/SC does.  But no
-child, no signal handler and no finalizer may be the first to import: another thread may have held an import lock at the
-fork, and Python imports nothing when it ends.  So what is left is imported
+child may be the first to import if another thread may have held an import lock at its fork, and no signal handler and
+no finalizer at all.  A child needs a broker if its fork was not quiet, which takes another thread; or if the settings
+say so.  So what a broker takes is imported
 
-- where the settings say that this process or a child needs a broker, at once;
-- in a process that uses PC/SC, before its first fork;
-- for a fork that runs no hook, which has to be quiet or needs a broker: at the first call beside another thread.
+- where the settings say that this process, or a child, needs one;
+- before the first fork beside another thread;
+- at the first call of PC/SC beside another thread, because a fork may run no hook.
 
-A child inherits what is imported, and imports for its own children in the same way.
+The child of a process with one thread does the same as a process that was not forked.
 
 Invariant: a child whose fork was not quiet has nothing left to import, unless it was forked in the middle of that.
 Then it uses no broker.
@@ -26,7 +27,7 @@ is_on = True
 """Whether this process may have children, or use a broker; a broker does neither."""
 
 is_ready = True
-"""Whether nothing is left to import; also where this process has not used PC/SC, and where it may not import."""
+"""Whether nothing is left to import; also while this process has not used PC/SC, and where it may not import."""
 
 _is_prepared = False
 
@@ -53,7 +54,7 @@ def begin() -> None:
     is_ready = _is_prepared or not is_on
     if is_ready:
         return
-    process.before_fork(process.IMPORT, _before_fork)
+    gate.beside_others = _before_fork
     if count_threads():
         prepare()
 
@@ -64,16 +65,18 @@ def prepare() -> None:
     if not _is_prepared:
         gate.during(in_flight.IMPORTS, gateways.brokers.prepare)
     is_ready = _is_prepared = True
-    process.before_fork(process.IMPORT, None)
+    gate.beside_others = bool
 
 
 def _before_fork() -> None:
     for _ in range(_ATTEMPTS):
         try:
-            prepare()
-            break
+            return prepare()
+        except ImportError:  # the interpreter ends
+            return None
         except BaseException as error:  # a signal handler's; a hook can't raise
             gate.raise_later(get_ident(), error)
+    return None
 
 
 def _begin(epoch: process.Epoch) -> None:
@@ -82,7 +85,7 @@ def _begin(epoch: process.Epoch) -> None:
         lacks_broker = True
     if epoch.noticed_by != "hook" and count_threads():
         is_ready = True  # whatever is left: another thread may have been importing
-        process.before_fork(process.IMPORT, None)
+        gate.beside_others = bool
 
 
 process.at_fork(at_begin=_begin)

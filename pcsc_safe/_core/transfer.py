@@ -116,7 +116,7 @@ def begin() -> None:
     if not _has_begun:
         _has_begun = True
         process.before_fork(process.GIVE, _plan_before_fork)
-        process.at_fork(in_child=_confirm_in_child, at_begin=_take_possession)
+        process.at_fork(in_child=_confirm_in_child, at_begin_last=_take_possession)
         for _ in range(2):  # what a signal handler raises when one begins keeps that one from running
             process.after_fork_in_parent(_settle_in_parent)
 

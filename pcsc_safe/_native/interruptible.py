@@ -35,8 +35,6 @@ _WAKE_AGAIN = 0.002  # s, and each time twice that
 _MOMENT, _MOMENTS = 0.00002, 100  # s, and how many; it takes a thread two to end that has nothing left to do
 _LINUX = sys.platform.startswith("linux")
 
-_awaited: dict[object, Any] = {}  # the locks for which the main thread waits; several, where handlers wait too
-
 
 def is_wanted(timeout: int) -> bool:
     """Whether handlers would have to wait for a wait of this thread.
@@ -64,7 +62,7 @@ def attempt(
     made = partial(in_flight.attempt, place, owned, function, *operations, wait=wait, bare=bare, may_pass=may_pass)
     other = _OtherThread(made)
     try:
-        _awaited[other] = other.done
+        process.for_child[other] = other.done  # several, where handlers wait too
         if not other.start():
             return made()
         return other.outcome()
@@ -77,7 +75,7 @@ def attempt(
         other.join(_END_WITHIN)
         raise
     finally:
-        _awaited.pop(other, None)
+        process.for_child.pop(other, None)
 
 
 class _OtherThread:
@@ -154,10 +152,4 @@ def _end(place: NativeContext, wait: Any) -> None:
         pause *= 2
 
 
-def _in_hook() -> None:
-    for done in list(_awaited.values()):
-        if done.locked():  # it is this process's copy, which nobody else has
-            done.release()
-
-
-process.at_fork(in_hook=_in_hook, at_begin=lambda epoch: _awaited.clear())
+process.at_fork(at_begin=lambda epoch: process.for_child.clear())
