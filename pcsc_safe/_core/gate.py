@@ -9,7 +9,6 @@ Invariant: an unquiet child never enters the native library.  In a child nothing
 
 from __future__ import annotations
 
-import math
 import threading
 from typing import Any, Callable
 
@@ -23,6 +22,7 @@ __all__ = ["close_quietly", "during", "open_again", "raise_later", "stays_quiet"
 
 _PAUSE = 0.001  # s
 _WAKE_AGAIN = 0.01  # s; a wait that can't be ended for good may have begun since
+_FOR_GOOD = float("inf")
 _GRACE = 1.0  # s; longer than a fork takes that waited for quiesce_timeout
 
 quiesce_timeout = 1.0
@@ -100,7 +100,7 @@ def close_quietly() -> bool:
     if in_flight.others_are_inside():
         open_again()
         return False
-    in_flight.closers[get_ident()] = math.inf
+    in_flight.closers[get_ident()] = _FOR_GOOD
     return True
 
 
@@ -152,7 +152,7 @@ def _close(*, everything: bool) -> None:
 
 
 def _another_forks(ident: int) -> bool:
-    return any(until < math.inf for thread, until in list(in_flight.closers.items()) if thread != ident)
+    return any(until < _FOR_GOOD for thread, until in list(in_flight.closers.items()) if thread != ident)
 
 
 def _quiesce(ident: int, deadline: float, *, everything: bool) -> None:

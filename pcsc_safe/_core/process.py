@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, Callable, Optional, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from .one_step import in_turn
 from .unpatched import RLock, get_ident
@@ -105,12 +105,14 @@ def _process_key() -> tuple[int, int]:
     return os.getpid(), namespace
 
 
-class _Sentinel(Protocol):
-    """Two cells: whether the process is the one that :data:`here` describes, and whether it ran the at-fork hook."""
+if TYPE_CHECKING:  # as in in_flight
 
-    def __getitem__(self, index: int, /) -> int: ...
+    class _Sentinel(Protocol):
+        """Two cells: whether the process is the one that :data:`here` describes; whether it ran the at-fork hook."""
 
-    def __setitem__(self, index: int, value: int, /) -> None: ...
+        def __getitem__(self, index: int, /) -> int: ...
+
+        def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
 class _PidSentinel:

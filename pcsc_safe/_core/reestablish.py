@@ -9,7 +9,7 @@ At a fork nothing changes here: a child comes here at its first use of what it i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 from .. import policy
 from ..errors import BrokerError, ForkUnsafeError
@@ -222,15 +222,16 @@ def _session(reader: str, share_mode: Any, before: _Look) -> Session:
     return Session(shared=is_shared, events=before.events, within=handles.inherited_session(reader))
 
 
-class _Look(NamedTuple):
+class _Look:
     """What pcscd says of a reader before a connection is made.
 
     :ivar events: how often a card has come or gone.
     :ivar in_use: somebody is connected.
     """
 
-    events: Optional[int] = None
-    in_use: bool = False
+    def __init__(self, events: Optional[int] = None, in_use: bool = False) -> None:
+        self.events = events
+        self.in_use = in_use
 
 
 def _look(context: Context, reader: str, share_mode: Any) -> _Look:
@@ -352,5 +353,6 @@ def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
 def _why_not(here: process.Epoch) -> str:
     if here.unquiet is None:
         return f"it was forked, and on {policy.PLATFORM} a forked process has none"
-    function, thread, seconds = here.unquiet
-    return f"it, or an ancestor, was forked while thread {thread} was inside {function}, for {seconds:.1f} s already"
+    who = here.unquiet
+    inside = f"thread {who.thread} was inside {who.function}, for {who.seconds:.1f} s already"
+    return f"it, or an ancestor, was forked while {inside}"

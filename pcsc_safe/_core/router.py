@@ -448,9 +448,8 @@ def _warn_of_unquiet(here: process.Epoch) -> None:
     """Say what keeps a process from the native library, and what it does without."""
     is_served = choose_way(settings(), forked=True, native_works=False) is Way.BROKER
     without = "a broker does PC/SC for it" if is_served else "policy 'auto' lets a broker do PC/SC for it"
-    function, thread, _ = here.unquiet
     text = "process %d was forked while thread %s was inside %s, and can't use the native library: %s"
-    log.warning(text, here.pid, thread, function, without)
+    log.warning(text, here.pid, here.unquiet.thread, here.unquiet.function, without)
 
 
 # The names of the drop-in.
