@@ -116,7 +116,7 @@ class ByDefault(int):
 if TYPE_CHECKING:  # as in in_flight
 
     class Keep(Protocol):
-        """Records a new context, before any other thread can fork: one that nobody knows of would go on in the child."""
+        """Records a new context, before any other thread can fork; one that nobody knew would go on in the child."""
 
         def __call__(self, real: Any, number: int, owner: Epoch, gateway: Gateway, /) -> Any:
             """Record it.
