@@ -115,15 +115,10 @@ def stays_quiet() -> bool:
     return not in_flight.others_are_inside()
 
 
-beside_others: Callable[[], Any] = bool
-"""What is to be done before a fork of a process with several threads, before any is kept out; it doesn't raise."""
-
-
 def _before_fork() -> None:
     # Nobody else is there: so it is most of the time, and this is all that such a fork pays.
     if not (count_threads() or any(places.values()) or elsewhere or unsettled):
         return
-    beside_others()
     if count_threads() or in_flight.calls():
         # A child that can't use the native library anyway needs no native call to end.
         _close(everything=_policy is not Policy.BROKER and native_works_after_fork())
@@ -140,6 +135,7 @@ def _close(*, everything: bool) -> None:
         sleep(_PAUSE)
     until = deadline + _GRACE
     in_flight.closers[ident] = until
+    before_waiting()
     try:
         _quiesce(ident, deadline, everything=everything)
     except BaseException as error:
@@ -149,6 +145,10 @@ def _close(*, everything: bool) -> None:
         in_flight.closers[ident] = until
         if in_flight.others_are_inside():
             _thread_names.update({thread.ident or 0: thread.name for thread in threading.enumerate()})
+
+
+before_waiting: Callable[[], Any] = bool
+"""What a process with several threads does first before a fork, with the gate closed; it doesn't raise."""
 
 
 def _another_forks(ident: int) -> bool:

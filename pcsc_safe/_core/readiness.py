@@ -49,23 +49,27 @@ def consider(settings: Settings) -> None:
 
 
 def begin() -> None:
-    """From now on this process uses PC/SC."""
+    """From now on this process uses PC/SC; called where a fork waits for imports."""
     global is_ready
     is_ready = _is_prepared or not is_on
     if is_ready:
         return
-    gate.beside_others = _before_fork
+    gate.before_waiting = _before_fork
     if count_threads():
-        prepare()
+        _import()
 
 
 def prepare() -> None:
     """Import what is left."""
+    gate.during(in_flight.IMPORTS, _import)
+
+
+def _import() -> None:
     global is_ready, _is_prepared
     if not _is_prepared:
-        gate.during(in_flight.IMPORTS, gateways.brokers.prepare)
+        gateways.brokers.prepare()
     is_ready = _is_prepared = True
-    gate.beside_others = bool
+    gate.before_waiting = bool
 
 
 def _before_fork() -> None:
@@ -85,7 +89,7 @@ def _begin(epoch: process.Epoch) -> None:
         lacks_broker = True
     if epoch.noticed_by != "hook" and count_threads():
         is_ready = True  # whatever is left: another thread may have been importing
-        gate.beside_others = bool
+        gate.before_waiting = bool
 
 
 process.at_fork(at_begin=_begin)
