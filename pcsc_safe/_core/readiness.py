@@ -17,6 +17,8 @@ Then it uses no broker.
 
 from __future__ import annotations
 
+import atexit
+
 from ..policy import Broker, Owner, Policy, Settings, native_works_after_fork
 from . import gate, gateways, in_flight, process
 from .unpatched import count_threads, get_ident
@@ -27,13 +29,14 @@ is_on = True
 """Whether this process may have children, or use a broker; a broker does neither."""
 
 is_ready = True
-"""Whether nothing is left to import; also while this process has not used PC/SC, and where it may not import."""
+"""Whether nothing is left to import; also while this process has not used PC/SC, and where it is not to import."""
 
 _is_prepared = False
 
 lacks_broker = False
 """Whether this process was forked in the middle of these imports."""
 
+_importing: set[int] = set()  # the threads that are at it
 _ATTEMPTS = 3
 
 
@@ -55,6 +58,7 @@ def begin() -> None:
     if is_ready:
         return
     gate.before_waiting = _before_fork
+    atexit.register(_leave_it)  # finalizers that come later import nothing
     if count_threads():
         _import()
 
@@ -65,10 +69,26 @@ def prepare() -> None:
 
 
 def _import() -> None:
-    global is_ready, _is_prepared
-    if not _is_prepared:
-        gateways.brokers.prepare()
-    is_ready = _is_prepared = True
+    global _is_prepared
+    ident = get_ident()
+    if ident in _importing:
+        return  # a signal handler or a finalizer, in the middle of it
+    try:
+        _importing.add(ident)
+        if not _is_prepared:
+            gateways.brokers.prepare()
+    except (AttributeError, ImportError):
+        return  # a signal handler, in the middle of another import of the same: the next call tries again
+    finally:
+        _importing.discard(ident)
+    _is_prepared = True
+    _leave_it()
+
+
+def _leave_it() -> None:
+    """Import no more."""
+    global is_ready
+    is_ready = True
     gate.before_waiting = bool
 
 
@@ -76,20 +96,18 @@ def _before_fork() -> None:
     for _ in range(_ATTEMPTS):
         try:
             return prepare()
-        except ImportError:  # the interpreter ends
-            return None
         except BaseException as error:  # a signal handler's; a hook can't raise
             gate.raise_later(get_ident(), error)
     return None
 
 
 def _begin(epoch: process.Epoch) -> None:
-    global is_ready, lacks_broker
+    global lacks_broker
     if not is_ready and epoch.unquiet is not None and epoch.unquiet.function == in_flight.IMPORTS:
         lacks_broker = True
+    _importing.clear()
     if epoch.noticed_by != "hook" and count_threads():
-        is_ready = True  # whatever is left: another thread may have been importing
-        gate.before_waiting = bool
+        _leave_it()  # another thread may have been importing
 
 
 process.at_fork(at_begin=_begin)
