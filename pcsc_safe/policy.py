@@ -68,7 +68,7 @@ class Owner(str, enum.Enum):
     CHILD = "child"
 
 
-class Setting(NamedTuple):
+class Setting:
     """What is to be known about a setting, in its one place.
 
     :ivar default: what it is where nobody says anything.
@@ -76,9 +76,10 @@ class Setting(NamedTuple):
     :ivar of_context: a context can have one of its own.
     """
 
-    default: Any
-    summary: str
-    of_context: bool
+    def __init__(self, default: Any, summary: str, of_context: bool) -> None:
+        self.default = default
+        self.summary = summary
+        self.of_context = of_context
 
     def parse(self, value: Any) -> Any:
         """The setting that a user means by a value, or by its text; what it may be follows from the default.

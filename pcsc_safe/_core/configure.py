@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ..errors import SettingsError
 from ..policy import SETTINGS, Broker, Cards, Owner, Policy, Settings
-from . import connections, handles, settings  # noqa: F401  # connections: for guard_native, without any call of PC/SC
+from . import connections, handles, readiness, settings  # noqa: F401  # connections: for guard_native, without any call of PC/SC
 from .calls import Kind
 
 __all__ = ["configure"]
@@ -87,4 +87,6 @@ def _configure_context(context: Any, changed: Settings, given: Iterable[str]) ->
         )
     settings.for_contexts = True
     record.overrides = {**record.overrides, **{name: getattr(changed, name) for name in given}}
-    return record.settings(settings.settings())
+    own = record.settings(settings.settings())
+    readiness.consider(own)
+    return own

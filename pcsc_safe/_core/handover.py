@@ -47,7 +47,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     def __enter__(self) -> handover:
         self._epoch = here = process.current()
         self._done, self.failure = False, None
-        transfer.prepare_parent()
+        transfer.begin()
         if self._chosen is None:
             for context in list(handles.contexts.values()):
                 if context.owner is not here:

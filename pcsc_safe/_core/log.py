@@ -1,35 +1,33 @@
 """Log lines of ``logging.getLogger("pcsc_safe")``, where one can be written.
 
-Never called in an at-fork hook.  ``logging`` is imported when the first context is established: not with pcsc_safe, for
-it would make the import slower, and not in a child, for another thread's import lock may have been held at the fork.
+Never called in an at-fork hook.  ``logging`` is never imported here: a program that reads one card would pay for it, in
+a child another thread may have held an import lock at the fork, and at interpreter exit nothing can be imported.  A
+program that has not imported it has configured nothing, so the lines become what logging makes of them then: warnings
+go to standard error, the others nowhere.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import sys
 
 from . import process
 from .unpatched import count_threads
 
-__all__ = ["debug", "info", "prepare", "warning"]
-
-_logging: Any = None
-
-
-def prepare() -> None:
-    """Import what a log line takes, so that nothing need be imported in a child or at interpreter exit."""
-    global _logging
-    import logging
-
-    _logging = logging
+__all__ = ["debug", "info", "warning"]
 
 
 def _write(level: str, text: str, *arguments: object) -> None:
     epoch = process.current()
     # Only a hooked fork renews the locks of logging. After any other, a thread that is no more may be holding one.
-    if _logging is None or (epoch.noticed_by in ("page", "pid") and count_threads()):
+    if epoch.noticed_by in ("page", "pid") and count_threads():
         return
-    getattr(_logging.getLogger("pcsc_safe"), level)(text, *arguments)
+    get_logger = getattr(sys.modules.get("logging"), "getLogger", None)  # None also while it is being imported
+    if get_logger is not None:
+        getattr(get_logger("pcsc_safe"), level)(text, *arguments)
+    elif level == "warning" and sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # it is closed
+            print(text % arguments, file=sys.stderr)
 
 
 def debug(text: str, *arguments: object) -> None:

@@ -9,12 +9,12 @@ At a fork nothing changes here: a child comes here at its first use of an inheri
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 from .. import policy
 from ..errors import BrokerError, ForkUnsafeError
 from ..policy import Policy, Role, Settings, Way, choose_way, native_works_after_fork
-from . import gateways, handles, in_flight, log, observer, one_step, process
+from . import gateways, handles, in_flight, log, observer, one_step, process, readiness
 from .calls import CALLS, STALE, Call, Gateway, Keep
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
@@ -222,15 +222,16 @@ def _session(reader: str, share_mode: Any, before: _Look) -> Session:
     return Session(shared=is_shared, events=before.events, within=handles.inherited_session(reader))
 
 
-class _Look(NamedTuple):
+class _Look:
     """What pcscd says of a reader before a connection is made.
 
     :ivar events: how often a card has come or gone.
     :ivar in_use: somebody is connected.
     """
 
-    events: Optional[int] = None
-    in_use: bool = False
+    def __init__(self, events: Optional[int] = None, in_use: bool = False) -> None:
+        self.events = events
+        self.in_use = in_use
 
 
 def _look(context: Context, reader: str, share_mode: Any) -> _Look:
@@ -314,7 +315,7 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
     way = _way(context)
     if way is Way.NATIVE:
         return gateways.native
-    if way is Way.BROKER:
+    if way is Way.BROKER and not readiness.lacks_broker:
         return gateways.brokers.get()
     raise unsafe(function, context)
 
@@ -352,5 +353,6 @@ def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
 def _why_not(here: process.Epoch) -> str:
     if here.unquiet is None:
         return f"it was forked, and on {policy.PLATFORM} a forked process has none"
-    function, thread, seconds = here.unquiet
-    return f"it, or an ancestor, was forked while thread {thread} was inside {function}, for {seconds:.1f} s already"
+    who = here.unquiet
+    inside = f"thread {who.thread} was inside {who.function}, for {who.seconds:.1f} s already"
+    return f"it, or an ancestor, was forked while {inside}"

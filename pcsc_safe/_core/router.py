@@ -23,18 +23,18 @@ from . import (
     observer,
     process,
     reader_states,
+    readiness,
     recovery,
     reestablish,
     sessions,
     sparing,
-    transfer,
 )
 from .calls import CALLS, STALE, Call, Gateway, Kind, LostError
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
 from .reestablish import INVALID_HANDLE, LEAVE_CARD
 from .sessions import Session
-from .settings import settings
+from .settings import settings, when_changed
 
 __all__ = ["public"]
 
@@ -123,8 +123,10 @@ def _prepare() -> None:
         from . import proxies  # wrapt takes longer to import than all the rest, and a broker needs none
 
         handles.hand_out(proxies.SafeContext, proxies.SafeCard)
-    for part in (log, descriptors, sessions, transfer, gateways.native, gateways.brokers):
+    for part in (descriptors, sessions, gateways.native):
         part.prepare()
+    if not _is_prepared:
+        readiness.begin()
     _is_prepared = True
 
 
@@ -446,9 +448,8 @@ def _warn_of_unquiet(here: process.Epoch) -> None:
     """Say what keeps a process from the native library, and what it does without."""
     is_served = choose_way(settings(), forked=True, native_works=False) is Way.BROKER
     without = "a broker does PC/SC for it" if is_served else "policy 'auto' lets a broker do PC/SC for it"
-    function, thread, _ = here.unquiet
     text = "process %d was forked while thread %s was inside %s, and can't use the native library: %s"
-    log.warning(text, here.pid, thread, function, without)
+    log.warning(text, here.pid, here.unquiet.thread, here.unquiet.function, without)
 
 
 # The names of the drop-in.
@@ -463,3 +464,5 @@ def _exported(name: str, value: Any) -> Any:
 
 public: dict[str, Any] = {name: _exported(name, value) for name, value in library.public.items()}
 """Every public name of the installed ``smartcard.scard``; the functions that take or give a handle are ours."""
+
+when_changed(readiness.consider)

@@ -14,6 +14,7 @@ this is the parent.
 
 from __future__ import annotations
 
+import _socket  # the module that Python's own is made of: eventlet and gevent patch that one
 import contextlib
 import os
 import threading
@@ -26,7 +27,7 @@ from .calls import LostError
 from .handles import Context
 from .unpatched import monotonic, sleep
 
-__all__ = ["AGAIN", "Block", "are_intact", "blocks", "obstacle", "prepare", "prepare_parent"]
+__all__ = ["AGAIN", "Block", "are_intact", "begin", "blocks", "obstacle"]
 
 
 class Block(Protocol):
@@ -106,24 +107,16 @@ _PAUSE = 0.001  # s
 _LOOKS = 20
 _plans: dict[int, Plan] = {}
 _received: Optional[tuple[int, Plan]] = None  # in a child that has not begun yet: its PID, and what it gets
-_is_prepared = False
-_socket: Any = None
+_has_begun = False
 
 
-def prepare() -> None:
-    """Import what a fork takes, so that nothing need be imported in a child."""
-    global _socket
-    import socket
-
-    _socket = socket
-
-
-def prepare_parent() -> None:
-    """Register what only a process that hands over needs: after a fork, a Python function in the parent."""
-    global _is_prepared
-    prepare()
-    if not _is_prepared:
-        _is_prepared = True
+def begin() -> None:
+    """Have forks give; a process that gives nothing doesn't pay for it at each fork."""
+    global _has_begun
+    if not _has_begun:
+        _has_begun = True
+        process.before_fork(process.GIVE, _plan_before_fork)
+        process.at_fork(in_child=_confirm_in_child, at_begin_last=_take_possession)
         for _ in range(2):  # what a signal handler raises when one begins keeps that one from running
             process.after_fork_in_parent(_settle_in_parent)
 
@@ -139,7 +132,6 @@ def _plan_before_fork() -> None:
         return
     plan = Plan(of_thread)
     try:
-        prepare_parent()
         _plans[ident] = plan
         why_not = _complete(plan, ident)
         if why_not:
@@ -390,7 +382,3 @@ def _take_possession(epoch: process.Epoch) -> None:
                 card.transactions = 0  # what is open is its parent's
             elif card.owner is epoch:
                 card.session = card.session.taken_over(card.transactions > 0)
-
-
-process.before_fork(_plan_before_fork)
-process.at_fork(in_child=_confirm_in_child, at_begin=_take_possession)

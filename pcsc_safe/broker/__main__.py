@@ -46,9 +46,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return 0 if asked else 2
     _stand_alone()
     _leave_no_trace()
-    from .._core import sessions  # not before this process stands alone
+    from .._core import readiness, sessions  # not before this process stands alone
 
-    sessions.is_on = False
+    readiness.is_on = sessions.is_on = False
     from .. import _gateways  # noqa: F401  # loads the native library, not before this process stands alone
     from .server import Server
 
