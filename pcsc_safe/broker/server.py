@@ -17,6 +17,7 @@ import socket
 import struct
 import sys
 import threading
+from _thread import start_new_thread  # threading's own waits until the thread runs, which costs a client as long
 from typing import Any, Callable
 
 from .._core import descriptors, gateways, handles
@@ -96,7 +97,7 @@ class Server:
         connection = Connection(self, ours)
         self._connections[number] = connection
         try:
-            threading.Thread(target=connection.run, daemon=True).start()
+            start_new_thread(connection.run, ())
         except RuntimeError:  # no more threads
             del self._connections[number]
             _hang_up(number)
@@ -167,7 +168,7 @@ class Server:
 def _in_a_thread(function: Callable[[Any], None], subject: Any) -> None:
     """Call a function that may last."""
     try:
-        threading.Thread(target=function, args=(subject,), daemon=True).start()
+        start_new_thread(function, (subject,))
     except RuntimeError:  # no more threads
         function(subject)
 
