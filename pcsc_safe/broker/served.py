@@ -6,9 +6,9 @@ pcsc_safe's own functions, which know how threads share contexts.  Nothing here 
 
 from __future__ import annotations
 
+import _socket  # as in __main__
 import contextlib
 import os
-import socket
 import threading
 from typing import Any, Optional, Protocol
 
@@ -86,7 +86,7 @@ class Connection:
     :ivar unwatched: set when nobody waits for its end any more; until then its number is not for another.
     """
 
-    def __init__(self, server: Clients, ours: socket.socket) -> None:
+    def __init__(self, server: Clients, ours: _socket.socket) -> None:
         self._server = server
         self.socket = ours
         self.client: Optional[Client] = None
@@ -115,7 +115,7 @@ class Connection:
         """End it: the other end is gone, or not wanted any more."""
         self._has_hung_up = True
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+            self.socket.shutdown(_socket.SHUT_RDWR)
 
     def hang_up(self) -> None:
         """End it, and the wait for events that it is in."""
