@@ -24,6 +24,7 @@ _EXCHANGES = {
     wire.NUMBERS[name]: (gateways.native.caller(calls.CALLS[name]), calls.CALLS[name])
     for name in ("SCardTransmit", "SCardControl")
 }
+_CARD = calls.Kind.CARD
 _LEAVE_CARD = library.constant("SCARD_LEAVE_CARD")
 _UNDOING = {
     "SCardEstablishContext": "SCardReleaseContext",
@@ -195,10 +196,13 @@ class Connection:
         if exchange is None or not arguments or type(arguments[0]) is not int:
             return None
         handle = client.handles.get(arguments[0])
-        if handle is None or handle.holders or handle.record.kind is not calls.Kind.CARD:
+        if handle is None or handle.holders:
+            return None
+        record = handle.record
+        if record.kind is not _CARD:
             return None
         make, call = exchange
-        result = make(handle.record, arguments[1:])
+        result = make(record, arguments[1:])
         if result is calls.STALE:
             return None
         return result if result[0] == library.SUCCESS else call.failure(result[0])
