@@ -105,9 +105,8 @@ _AFTER: dict[str, _After] = {
 }
 
 
-def _after(name: str) -> Optional[_After]:
-    after: Optional[_After] = observer.followed(name, _AFTER.get(name))
-    return after
+_FOLLOWING: dict[str, Optional[_After]] = {name: observer.followed(name, _AFTER.get(name)) for name in CALLS}
+"""The same for each function, and what records it."""
 
 
 # The way of a call.
@@ -230,7 +229,7 @@ def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[
     :param registry: where the records of the handles are that the function takes.
     :param make: makes the call in this process's native library.
     """
-    after, discloses, is_bare = _after(call.name), call.discloses, call.failed is None
+    after, discloses, is_bare = _FOLLOWING[call.name], call.discloses, call.failed is None
     sentinel, here_itself = process.sentinel, gateways.native
     unheard = recovery.UNHEARD[call.name]
 
@@ -266,17 +265,20 @@ def _through_broker(
     call: Call, route: Callable[..., Any], record: Record, handle: Any, arguments: tuple[Any, ...]
 ) -> Any:
     """A call on what this process has in a broker."""
-    real, after = record.real, _after(call.name)
-    result = record.context.gateway.functions[call.name](real, *arguments)
+    name, real = call.name, record.real
+    result = record.context.gateway.functions[name](real, *arguments)
     hresult = result if call.failed is None else result[0]
+    after = _FOLLOWING[name]
+    if hresult == SUCCESS and after is None and name != "SCardConnect":
+        return result  # most calls are such ones
     _lost_its_session(record, hresult)
-    is_gone = hresult in recovery.UNHEARD[call.name] and recovery.noticed(record, real, hresult)
+    is_gone = hresult in recovery.UNHEARD[name] and recovery.noticed(record, real, hresult)
     if hresult == INVALID_HANDLE and recovery.lost_meanwhile(record, real):
-        is_gone = call.name != "SCardGetStatusChange"
+        is_gone = name != "SCardGetStatusChange"
         result = call.failure(recovery.NO_SERVICE, arguments)
     if is_gone:
         return recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
-    if call.name == "SCardConnect":
+    if name == "SCardConnect":
         if record.real != real:
             return call.failure(COMM_ERROR)  # another thread has noticed since that what it is through is lost
         if hresult == SUCCESS and isinstance(record, Context):

@@ -6,10 +6,11 @@ one file descriptor, and can't leave a core dump.  Nothing here forks.
 
 from __future__ import annotations
 
+import _socket  # socket imports three times as much
 import contextlib
+import gc
 import os
 import signal
-import socket
 import stat
 import sys
 import threading
@@ -44,6 +45,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         asked = list(arguments) in (["-h"], ["--help"])
         print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
+    gc.disable()  # nothing of what is imported is garbage
     _stand_alone()
     _leave_no_trace()
     from .._core import readiness, sessions  # not before this process stands alone
@@ -52,9 +54,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     from .. import _gateways  # noqa: F401  # loads the native library, not before this process stands alone
     from .server import Server
 
-    server = Server(socket.socket(fileno=DOOR))
+    server = Server(_socket.socket(fileno=DOOR))
     threading.Thread(target=int).start()  # if there is no memory for threads, this says so
     _be_silent()
+    gc.enable()
     server.run()
     os._exit(0)  # whatever its threads are in; pcscd ends the sessions
 

@@ -244,8 +244,8 @@ class Broker:
         far_end: Optional[Connection] = None
         is_welcome = False
         try:
-            connection, far_end = gate.during(in_flight.DOOR, self._passed)
-            connection.send(wire.encode(wire.Hello(wire.VERSION, key or self.key)))
+            hello = wire.encode(wire.Hello(wire.VERSION, key or self.key))
+            connection, far_end = gate.during(in_flight.DOOR, self._passed, hello)
             answer = wire.decode(connection.receive_from(self._door, _READY_WITHIN))
             is_welcome = isinstance(answer, wire.Welcome) and answer.version == wire.VERSION
         except (OSError, EOFError) as error:
@@ -263,8 +263,8 @@ class Broker:
         assert connection is not None
         return connection
 
-    def _passed(self) -> tuple[Connection, Connection]:
-        """A connection, and a copy of its far end, which was passed through the door.
+    def _passed(self, hello: bytes) -> tuple[Connection, Connection]:
+        """A connection, and a copy of its far end, which was passed through the door with a message already in it.
 
         The copy is kept until the broker has answered: macOS can flush a socket that is under way and that nobody else
         has.  No child may keep it, so it is guarded, too.
@@ -279,6 +279,7 @@ class Broker:
             # A signal handler may have forked meanwhile, and this is the child: the far end is the parent's to pass.
             if self.epoch is not process.current():
                 raise LostError(self, under_way=False)
+            ours.send(hello)  # before, so that the broker doesn't have to wait for it
             self._door.pass_on(start.FOR_FAMILY if self.for_family else start.FOR_ONE, mine[1].descriptor.number)
             return mine[0], mine[1]
         except BaseException:

@@ -49,9 +49,10 @@ FROZEN_BROKER = "--pcsc-safe-broker"
 
 # Without -P or PYTHONSAFEPATH, which older Pythons don't know, python -m looks for modules in the current directory
 # first; so does python -c, and says so by an empty entry.
-_WITHOUT_CWD = (
-    f"import sys; sys.path[0] or sys.path.pop(0); import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
-)
+_WITHOUT_CWD = "import sys; sys.path[0] or sys.path.pop(0); "
+_BY_ANY_PYTHON = _WITHOUT_CWD + f"import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
+# python -S runs no .pth file and no sitecustomize: that is faster, and no tool that they load sees a PIN.
+_BY_THIS_PYTHON = _WITHOUT_CWD + f"sys.path += sys.argv[1:]; from {_MODULE}.__main__ import main; main([])"
 SOCKET_NAME = "PCSCLITE_CSOCK_NAME"
 _NEEDED = {
     *("HOME", "LANG", "LANGUAGE", "PATH", "TMPDIR", "TZ"),
@@ -151,7 +152,8 @@ def spawn(door: int, configured: str) -> Helper:
     """
     if sys.platform == "win32":
         raise NotImplementedError
-    command = _command(configured)
+    places = [] if configured else _places()
+    command = _command(configured, [place for place in places if _is_usual(place)])
     opened: list[int] = []
     try:
         read_end, write_end = os.pipe()
@@ -165,7 +167,7 @@ def spawn(door: int, configured: str) -> Helper:
         pid = os.posix_spawn(
             command[0],
             command,
-            environment(os.environ, [] if configured else _places()),
+            environment(os.environ, [place for place in places if not _is_usual(place)]),
             file_actions=[(os.POSIX_SPAWN_DUP2, source, number) for source, number in duplicates],
             setsigmask=IGNORED,  # until it ignores them itself
         )
@@ -185,9 +187,14 @@ def spawn(door: int, configured: str) -> Helper:
     return Helper(pid, os.getpid(), descriptors.of(read_end))
 
 
-def _command(configured: str) -> list[str]:
+def _command(configured: str, places: Sequence[str]) -> list[str]:
+    """What runs a broker.
+
+    :param configured: the interpreter that the settings name, if any.
+    :param places: where this interpreter has modules that are not Python's own.
+    """
     if configured:
-        return [configured, "-c", _WITHOUT_CWD]  # of whatever version it is
+        return [configured, "-c", _BY_ANY_PYTHON]  # of whatever version it is
     if getattr(sys, "frozen", False):
         if not can_freeze:
             raise BrokerError(
@@ -206,9 +213,9 @@ def _command(configured: str) -> list[str]:
             remedy="set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe, perhaps "
             + os.path.join(sys.exec_prefix, "bin", "python3"),
         )
-    if python == sys.executable and sys.version_info >= (3, 11):
-        return [python, "-m", _MODULE]
-    return [python, "-c", _WITHOUT_CWD]
+    if python == sys.executable:
+        return [python, "-S", "-c", _BY_THIS_PYTHON, *places]
+    return [python, "-c", _BY_ANY_PYTHON]
 
 
 def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
@@ -227,7 +234,7 @@ def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
 
 
 def _places() -> list[str]:
-    """Where this process has pcsc_safe and pyscard from, but for what an interpreter looks through anyway.
+    """Where this process has pcsc_safe and pyscard from.
 
     No other entry of sys.path: what lies beside a script would come before the modules of Python itself.
     """
@@ -237,10 +244,14 @@ def _places() -> list[str]:
         path = getattr(module, "__path__", None) if module is not None else _path_of(name)
         for package in path or ():
             place = os.path.dirname(os.path.abspath(package))
-            is_usual = os.path.basename(place) in ("site-packages", "dist-packages") and place.startswith(sys.prefix)
-            if not is_usual and os.pathsep not in place and "\0" not in place and place not in found:
+            if os.pathsep not in place and "\0" not in place and place not in found:
                 found.append(place)
     return found
+
+
+def _is_usual(place: str) -> bool:
+    """Whether an interpreter looks there anyway, behind the modules of Python itself."""
+    return os.path.basename(place) in ("site-packages", "dist-packages") and place.startswith(sys.prefix)
 
 
 def _path_of(name: str) -> Optional[Sequence[str]]:

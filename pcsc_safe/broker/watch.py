@@ -10,9 +10,9 @@ another waits.  Nothing here forks.
 
 from __future__ import annotations
 
+import _socket  # as in __main__
 import os
 import select
-import socket
 import struct
 import sys
 
@@ -22,10 +22,10 @@ _MOST_AT_ONCE = 64
 
 if sys.platform == "linux":
 
-    def process_behind(connection: socket.socket) -> int:
+    def process_behind(connection: _socket.socket) -> int:
         """The PID of the process that has made the other end of a socket pair; 0 if that can't be told."""
         try:
-            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            credentials = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _CREDENTIALS.size)
         except OSError:
             return 0
         return int(_CREDENTIALS.unpack(credentials)[0])
@@ -80,7 +80,7 @@ if sys.platform == "linux":
 
 elif sys.platform != "win32":
 
-    def process_behind(connection: socket.socket) -> int:
+    def process_behind(connection: _socket.socket) -> int:
         """The PID of the process that has used the other end of a socket pair last; 0 if that can't be told."""
         if sys.platform != "darwin":
             return 0

@@ -189,6 +189,8 @@ def _is_brokers(arguments: list[str]) -> bool:
     """Whether a program with these arguments is a broker; see `pcsc_safe.broker.start`."""
     if arguments[:1] == ["-c"]:
         return any(f"run_module({_BROKER!r}" in text for text in arguments[1:2])
+    if arguments[:2] == ["-S", "-c"]:
+        return any(f"from {_BROKER}.__main__" in text for text in arguments[2:3])
     return arguments in (["-m", _BROKER], ["--pcsc-safe-broker"])
 
 

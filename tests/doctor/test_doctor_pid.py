@@ -321,6 +321,7 @@ def test_a_mark_goes_with_the_program() -> None:
     [
         (["-m", "pcsc_safe.broker"], True),
         (["-c", "import runpy; runpy.run_module('pcsc_safe.broker', None, '__main__', True)"], True),
+        (["-S", "-c", "from pcsc_safe.broker.__main__ import main; main([])", "/a"], True),
         (["--pcsc-safe-broker"], True),
         (["pcsc_safe.broker"], False),
         (["-c", "pcsc_safe.broker"], False),
@@ -336,7 +337,8 @@ def test_how_brokers_are_started() -> None:
     """The doctor knows them by these very words."""
     from pcsc_safe.broker import start
 
-    assert _proc._is_brokers(["-c", start._WITHOUT_CWD])
+    assert _proc._is_brokers(start._command("/configured", [])[1:])
+    assert _proc._is_brokers(start._command("", ["/a"])[1:])
     assert _proc._is_brokers(["-m", start._MODULE])
     assert _proc._is_brokers([start.FROZEN_BROKER])
 
