@@ -436,7 +436,12 @@ def _notice() -> process.Epoch:
         _announced = here
         if here.parent is not None and handles.contexts:
             observer.record("fork", parent=here.parent.pid)
-            log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
+            log.debug(
+                "fork",
+                "process %(pid)d was forked from process %(owner_pid)d, noticed by %(layer)s",
+                owner_pid=here.parent.pid,
+                layer=here.noticed_by,
+            )
             if here.unquiet is not None and native_works_after_fork():
                 _warn_of_unquiet(here)
     return here
@@ -445,10 +450,16 @@ def _notice() -> process.Epoch:
 def _warn_of_unquiet(here: process.Epoch) -> None:
     """Say what keeps a process from the native library, and what it does without."""
     is_served = choose_way(settings(), forked=True, native_works=False) is Way.BROKER
-    without = "a broker does PC/SC for it" if is_served else "policy 'auto' lets a broker do PC/SC for it"
+    without = "a broker makes its PC/SC calls" if is_served else "with policy 'auto' a broker makes its PC/SC calls"
     function, thread, _ = here.unquiet
-    text = "process %d was forked while thread %s was inside %s, and can't use the native library: %s"
-    log.warning(text, here.pid, thread, function, without)
+    log.warning(
+        "unquiet-fork",
+        "process %(pid)d was forked while thread %(thread)s was inside %(function)s, and can't use the native PC/SC "
+        "library: %(without)s",
+        function=function,
+        thread=thread,
+        without=without,
+    )
 
 
 # The names of the drop-in.

@@ -163,7 +163,7 @@ def _failed(plan: Plan, why: str, remedy: str = AGAIN) -> None:
     descriptors.kept.pop(threading.get_ident(), None)
     for block in plan.blocks:
         block.failure = (why, remedy)
-    log.warning("process %d gives nothing to the child that it forks: %s", os.getpid(), why)
+    log.warning("no-handover", "process %(pid)d hands nothing over to the child that it forks: %(why)s", why=why)
 
 
 def _contexts_to_give(of_thread: tuple[Block, ...], owner: Owner) -> list[Context]:

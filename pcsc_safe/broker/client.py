@@ -94,9 +94,10 @@ class Broker:
             hresult = self.functions["SCardListReaders"](real, [])[0]
         if hresult == outgrown:
             log.info(
-                "process %d leaves the broker %d: pcscd had more readers before it was restarted",
-                self.epoch.pid,
-                self.helper_pid,
+                "broker-left",
+                "process %(pid)d starts a new broker in place of broker %(broker_pid)d: pcscd had more readers before "
+                "it was restarted",
+                broker_pid=self.helper_pid,
             )
             raise self._lost(under_way=False, say=False)  # a new broker has seen no other pcscd
 
@@ -218,7 +219,7 @@ class Broker:
             return
         self._presence = presence
         self._stop_listening()
-        log.info("process %d does PC/SC through the broker %d", self.epoch.pid, self.helper_pid)
+        log.info("broker", "broker %(broker_pid)d makes the PC/SC calls of process %(pid)d", broker_pid=self.helper_pid)
 
     def _drop_orphans(self) -> None:
         """Close connections that a signal handler's exception has left between their users."""
@@ -323,7 +324,12 @@ class Broker:
             return LostError(self, under_way=False)
         was_lost, self.lost = self.lost, True
         if say and not was_lost:
-            log.warning("process %d has lost the broker %d, and its sessions", self.epoch.pid, self.helper_pid)
+            log.warning(
+                "broker-lost",
+                "broker %(broker_pid)d of process %(pid)d has ended, and its sessions with it: the next PC/SC call "
+                "starts another broker",
+                broker_pid=self.helper_pid,
+            )
         for connection in [*self._idle, *filter(None, [self._presence]), self._door]:
             self._drop(connection)
         del self._idle[:]

@@ -203,7 +203,7 @@ def _pieces(node: ast.AST, inner: set[int]) -> list[str]:
         parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
         return "".join(map(str, parts)).split("\0")
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
-        return re.split(r"%[sd]", node.value)
+        return re.split(r"%[sd]|%\(\w+\)[sd]", node.value)
     return []
 
 
