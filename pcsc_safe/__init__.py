@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._core.configure import configure
     from ._core.handover import files_to_preserve, handover
+    from ._core.reconnecting import reconnecting
     from ._core.settings import settings
     from .broker.family import prestart as prestart_broker
     from .broker.freeze import freeze_support
-    from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, HandoverError, PcscSafeError, SettingsError
+    from .errors import (
+        BrokerError,
+        ForkedHandleError,
+        ForkUnsafeError,
+        HandoverError,
+        PcscSafeError,
+        ReconnectError,
+        SettingsError,
+    )
     from .policy import Broker, Cards, Owner, Policy, Settings
     from .retrofit.installation import install, uninstall
 
@@ -32,6 +41,7 @@ __all__ = [
     "Owner",
     "PcscSafeError",
     "Policy",
+    "ReconnectError",
     "Settings",
     "SettingsError",
     "__version__",
@@ -41,12 +51,14 @@ __all__ = [
     "handover",
     "install",
     "prestart_broker",
+    "reconnecting",
     "settings",
     "uninstall",
 ]
 
 _HOME = {
     "configure": "_core.configure",
+    "reconnecting": "_core.reconnecting",
     "settings": "_core.settings",
     "files_to_preserve": "_gateways",
     "handover": "_gateways",
@@ -59,6 +71,7 @@ _HOME = {
     "HandoverError": "errors",
     "ForkedHandleError": "errors",
     "PcscSafeError": "errors",
+    "ReconnectError": "errors",
     "SettingsError": "errors",
     "Broker": "policy",
     "Cards": "policy",

@@ -186,6 +186,13 @@ class Card:
         """Where its context was established."""
         return self.context.established_at
 
+    def is_lost(self) -> bool:
+        """Whether a call of this process has found that its session has ended, and none has connected since."""
+        here = process.current()
+        if self.owner is here:
+            return not self.released and not self.session.is_open
+        return self.warned == (here, self.owner)
+
     def bury(self) -> None:
         """Mark it as released; its number stays known, for libpcsclite may know it still."""
         self.released = True

@@ -19,7 +19,7 @@ from .library import SUCCESS
 from .reestablish import INVALID_HANDLE, LEAVE_CARD, RESET_CARD, connect, own, own_context, release_dead, settings_of
 from .settings import settings
 
-__all__ = ["adopt", "answer", "is_lost"]
+__all__ = ["adopt", "answer"]
 
 
 def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
@@ -243,11 +243,3 @@ def _why_reset(card: Card) -> str:
     if card.session.is_alive() or settings_of(card).cards is Cards.RECONNECT:
         return f"{owner} is in a transaction"
     return f"{owner} has ended its session, or holds the card exclusively"
-
-
-def is_lost(card: Card) -> bool:
-    """Whether calls on a card return SCARD_W_RESET_CARD, or the like, in this process until SCardReconnect."""
-    here = process.current()
-    if card.owner is here:
-        return not card.released and not card.session.is_open
-    return card.warned == (here, card.owner)
