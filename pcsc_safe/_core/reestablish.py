@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional
 from .. import policy
 from ..errors import BrokerError, ForkUnsafeError
 from ..policy import Policy, Role, Settings, Way, choose_way, native_works_after_fork
-from . import gateways, handles, in_flight, log, observer, one_step, process
+from . import gateways, handles, in_flight, log, observer, one_step, process, recovery
 from .calls import CALLS, STALE, Call, Gateway, Keep
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
@@ -307,6 +307,7 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
     effective = settings() if context is None else settings_of(context)
     through = gateway(function, context)
     result = through.establish(scope, keep, OUTGROWN if effective.recover else None)
+    recovery.tell(function, result[0])
     if result[0] != OUTGROWN:
         return result
     if effective.policy is Policy.REESTABLISH:

@@ -82,9 +82,10 @@ def _ended(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     return result
 
 
-def _lost_its_session(card: Record, hresult: int) -> None:
-    if hresult in _ENDED and isinstance(card, Card):
-        card.session.end()
+def _failed(function: str, record: Record, hresult: int) -> None:
+    if hresult in _ENDED and isinstance(record, Card):
+        record.session.end()
+    recovery.tell(function, hresult)
 
 
 _ENDED = tuple(
@@ -252,7 +253,7 @@ def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[
         if hresult != SUCCESS:
             if hresult in unheard and recovery.noticed(record, real, hresult):
                 return recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
-            _lost_its_session(record, hresult)
+            _failed(call.name, record, hresult)
             if discloses:
                 return call.failure(hresult)
         return after(record, arguments, result) if after else result
@@ -267,7 +268,7 @@ def _through_broker(
     real, after = record.real, _after(call.name)
     result = record.context.gateway.functions[call.name](real, *arguments)
     hresult = result if call.failed is None else result[0]
-    _lost_its_session(record, hresult)
+    _failed(call.name, record, hresult)
     is_gone = hresult in recovery.UNHEARD[call.name] and recovery.noticed(record, real, hresult)
     if hresult == INVALID_HANDLE and recovery.lost_meanwhile(record, real):
         is_gone = call.name != "SCardGetStatusChange"
@@ -343,6 +344,7 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
         timeout = min(timeout, reader_states.INFINITE)
         began, cancels = monotonic(), record.cancels
         answer = wait(handle, timeout, states)
+        recovery.tell(call.name, answer[0])
         if answer[0] in recovery.GONE and recovery.recovers(record):
             list_readers = public["SCardListReaders"]
             return recovery.outlast(call, wait, list_readers, record, timeout, states, began, cancels)

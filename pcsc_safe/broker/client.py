@@ -132,8 +132,8 @@ class Broker:
                 frame = encode(number, arguments)
             except wire.WireError as error:
                 raise BrokerError(
-                    f"the arguments can't be told to the broker: {error}",
-                    remedy=f"they may have {wire.MAX_BODY} bytes; an APDU has {_LONGEST_APDU} at most",
+                    f"the arguments can't be sent to the broker: {error}",
+                    remedy=f"they may have {wire.MAX_BODY} bytes in all; an APDU has {_LONGEST_APDU} at most",
                     function=wire.FUNCTIONS[number],
                     pid=os.getpid(),
                 ) from error
@@ -295,10 +295,11 @@ class Broker:
         is_ours = isinstance(error, OSError) and not isinstance(error, ConnectionError)
         patience = 0.0 if is_ours else _DYING_TAKES
         if self._presence is not None and not self.lost and self._presence.is_alive(patience):
-            reason = (is_ours and getattr(error, "strerror", None)) or "the broker takes no more"
+            reason = (is_ours and getattr(error, "strerror", None)) or "the broker accepts no more"
             return BrokerError(
-                f"no more connections to the broker can be made in process {os.getpid()}: {reason}",
-                remedy="each call under way takes one, and that a descriptor in both processes",
+                f"process {os.getpid()} can't make another connection to its broker: {reason}",
+                remedy="each PC/SC call in progress needs one, and a file descriptor in both processes: raise the "
+                "limit (ulimit -n), or use fewer threads",
                 pid=os.getpid(),
             )
         never_began = self._helper.errors is not None and self._helper.parent == os.getpid()
@@ -309,8 +310,8 @@ class Broker:
         if is_ours:
             why = getattr(error, "strerror", None) or why
         return BrokerError(
-            f"the broker of process {os.getpid()} can't begin: {why}",
-            remedy="try what it runs: PYTHON -m pcsc_safe.broker --help; PCSC_SAFE_BROKER_PYTHON chooses the Python",
+            f"the broker of process {os.getpid()} doesn't start: {why}",
+            remedy=f"run {self._helper.attempt} to see why; PCSC_SAFE_BROKER_PYTHON chooses another interpreter",
             pid=os.getpid(),
         )
 
@@ -463,6 +464,6 @@ def _undoing(undo: Callable[[], Any]) -> Iterator[None]:
 def _misunderstood(why: object) -> BrokerError:
     return BrokerError(
         f"process {os.getpid()} and its broker don't understand each other: {why}",
-        remedy="both have to run the same version of pcsc_safe",
+        remedy="restart the program: both have to run the same version of pcsc_safe",
         pid=os.getpid(),
     )
