@@ -1,9 +1,9 @@
 """The wrapt proxies that an application holds instead of integers.
 
-They behave as the integer did, but for ``repr()``, and record who owns what it stands for.  wrapt takes longer to import
-than pyscard, so this module is imported when the first context is established, which is before any child can need it.
-A fork changes nothing in a proxy; pyscard refuses one (TypeError, it wants an int), so one that slips past us is never
-misused.
+They behave as the integer did, but for ``repr()``, and record who owns what it stands for.  wrapt takes longer to
+import than pyscard, so this module is imported when the first context is established, which is before any child can
+need it.  A fork changes nothing in a proxy; pyscard refuses one (TypeError, it wants an int), so one that slips past us
+is never misused.
 """
 
 from __future__ import annotations

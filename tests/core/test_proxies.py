@@ -45,7 +45,7 @@ def test_it_counts_as_its_integer(handle: Any) -> None:
     assert {number: "found"}[handle] == {handle: "found"}[number] == "found"
     assert isinstance(handle, int)
     assert bool(handle) is True
-    assert (str(handle), f"{handle}", "{} {:d}".format(handle, handle), f"{handle:x}", f"{handle:d}", hex(handle)) == (
+    assert (str(handle), f"{handle}", f"{handle} {handle:d}", f"{handle:x}", f"{handle:d}", hex(handle)) == (
         str(number),
         str(number),
         f"{number} {number}",

@@ -172,6 +172,7 @@ SILENT_MODULES = (
     "_trace/",
     "__main__",
     "_versions",
+    "_completion",
 )
 NOT_MESSAGES = re.compile(
     r"<\w+ .*>|FRIENDLYNAME .*|LIBPATH .*|Virtual PCD .*|[0-9A-F… ]+|A card holder|of unknown version|cannot create /|"
