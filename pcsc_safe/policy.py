@@ -189,9 +189,12 @@ SETTINGS: dict[str, Setting] = dict(zip(Settings._fields, _rows))
 ``PCSC_SAFE_`` before it, its environment variable."""
 
 
+_PREFIX = "PCSC_SAFE_"
+
+
 def variable(setting: str) -> str:
     """The environment variable of a setting."""
-    return f"PCSC_SAFE_{setting.upper()}"
+    return f"{_PREFIX}{setting.upper()}"
 
 
 def option(setting: str) -> str:
@@ -232,13 +235,15 @@ OTHER_VARIABLES = frozenset({"PCSC_SAFE_REPORT", "PCSC_SAFE_PYTHON", "PCSC_SAFE_
 
 def misspelt(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables PCSC_SAFE_* that nothing reads, each with the one that may be meant, or with ``""``."""
-    known = {variable(setting) for setting in Settings._fields}
-    unknown = [name for name in environment if name.startswith("PCSC_SAFE_") and name not in known | OTHER_VARIABLES]
+    known = {variable(setting): setting for setting in Settings._fields}
+    ours = [name for name in sorted(environment) if name.startswith(_PREFIX)]
+    unknown = [name for name in ours if name not in known and name not in OTHER_VARIABLES]
     if not unknown:
         return {}
     from difflib import get_close_matches  # few environments have one, and this module is imported by every program
 
-    return {name: next(iter(get_close_matches(name, sorted(known), 1)), "") for name in sorted(unknown)}
+    found = {name: get_close_matches(name[len(_PREFIX) :].lower(), known.values(), 1) for name in unknown}
+    return {name: variable(close[0]) if close else "" for name, close in found.items()}
 
 
 class Role(enum.Enum):

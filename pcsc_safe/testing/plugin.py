@@ -28,8 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marker."""
     config.addinivalue_line(
         "markers",
-        "pcsc(readers=2, cards=['echo', 'echo']): how many readers (1 to 16) pcsc_stack has, and the cards in the first "
-        "of them: 'echo', 'piv', None for no card, or a class or function that makes a card",
+        "pcsc(readers=2, cards=['echo', 'echo']): how many readers (1 to 16) pcsc_stack has, and the cards in the "
+        "first ones: 'echo', 'piv', None for no card, or a class or function that makes a card",
     )
 
 
