@@ -166,7 +166,7 @@ class Broker:
     def _unusual(self, reply: wire.Message) -> Any:
         if isinstance(reply, wire.Raised):
             raise getattr(builtins, reply.kind)(reply.text)
-        raise _misunderstood(reply.text if isinstance(reply, wire.Refused) else "it answered something else")
+        raise _misunderstood(reply.text if isinstance(reply, wire.Refused) else "it sent something else")
 
     def _ask(self, frame: bytes) -> bytes:
         """One exchange, on a connection that no other thread is using."""

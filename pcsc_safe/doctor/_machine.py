@@ -90,7 +90,7 @@ def _package(name: str, version: str, least: tuple[int, ...], imported: str) -> 
         detail = f"{version}; pcsc_safe needs {wanted} or later"
         return Finding(name, Status.PROBLEM, name, detail, f"{install} '{name}>={wanted}'", data)
     if imported == "ok":
-        return Finding(name, Status.OK, name, version if numbers else "of a version that it does not tell", data=data)
+        return Finding(name, Status.OK, name, version if numbers else "of unknown version", data=data)
     if not numbers:
         return Finding(
             name, Status.PROBLEM, name, f"{name} is not installed for this Python", f"{install} {name}", data
