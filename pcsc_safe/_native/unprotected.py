@@ -95,7 +95,7 @@ def _tell_if_new() -> None:
         log.prepare()
         log.warning(
             "unprotected",
-            "process %(pid)d forks while pyscard's %(object)s is open%(more)s, which pcsc_safe doesn't protect: call "
+            "process %(pid)d forks while %(object)s is open%(more)s, which pcsc_safe doesn't protect: call "
             "pcsc_safe.install() before you use pyscard's classes, or start the program with 'python -m pcsc_safe run'",
             object=found[0],
             more=f" (and {len(found) - 1} more)" if len(found) > 1 else "",

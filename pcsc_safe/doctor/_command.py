@@ -17,8 +17,8 @@ from ._view import Page, left_out, summary
 __all__ = ["EPILOG", "add_arguments", "main"]
 
 EPILOG = """The doctor uses PC/SC only in processes that may hang or crash. It connects to no card without
---touch-cards; with it, it connects shared and leaves the cards as they are. It sends them no APDU, except with --self-test and
---touch-cards together: GET RESPONSE, which changes nothing.
+--touch-cards; with it, it connects shared and leaves the cards as they are. It sends them no APDU, except with
+--self-test and --touch-cards together: GET RESPONSE, which changes nothing.
 
 --self-test tries what pcsc_safe relies on: forks, brokers, clients that die, waits. It works with and without a reader,
 takes half a minute, and prints a text to paste into an issue. It is meant for macOS, which its authors can't test.

@@ -312,7 +312,7 @@ def test_brokers_that_die_again_and_again(stack: VirtualPcsc, tmp_path: Path) ->
     env = {**stack.env, "PCSC_SAFE_BROKER": "always", "PCSC_SAFE_BROKER_PYTHON": python}
     done = in_program(imports, env=env)
     message, left = json.loads(done.stdout)
-    assert "die as soon as they have begun" in message
+    assert "ended as soon as they had started" in message
     assert left == []
 
 

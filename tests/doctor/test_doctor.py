@@ -361,7 +361,7 @@ def test_no_readers() -> None:
             "no card",
         ),
         ({"list": "SCARD_S_SUCCESS", "readers": ["r"]}, ["readers", "reader"], "did not end in 9 s"),
-        ({"list": "SCARD_E_X", "readers": []}, ["readers"], "answers SCARD_E_X"),
+        ({"list": "SCARD_E_X", "readers": []}, ["readers"], "returns SCARD_E_X"),
     ],
 )
 def test_readers_as_far_as_they_were_told(reported: Any, keys: list[str], words: str) -> None:
@@ -585,7 +585,7 @@ def test_what_notices_a_fork(noticed: tuple[str, str], statuses: list[Status], l
 @pytest.mark.parametrize(
     ("environment", "platform", "chooses", "words"),
     [
-        ({}, "linux", "reestablish", "a native context of its own"),
+        ({}, "linux", "reestablish", "a new native context"),
         ({}, "darwin", "broker", "on macOS"),
         ({"PCSC_SAFE_BROKER": "always"}, "linux", "broker", "'always'"),
         ({"PCSC_SAFE_POLICY": "raise"}, "linux", "reestablish", "the policy is 'raise'"),

@@ -254,7 +254,7 @@ def test_pcsc_safe(shared_stack: VirtualPcsc) -> None:
     assert {told[role]["data"]["pcsc_safe"] for role in ("head", "idle", "user", "unhooked")} == {"mark"}
     assert (told["idle"]["status"], told["idle"]["data"]["connections"]) == ("ok", [])
     assert list(told["idle"]["data"]["dead_sockets"].values()) == [head]
-    assert f"a dead socket in the place of process {head}'s connection: harmless" in told["idle"]["detail"]
+    assert f"a dead socket in place of process {head}'s connection: harmless" in told["idle"]["detail"]
     (own,) = told["user"]["data"]["connections"]
     assert (told["user"]["status"], own["owner"], own["inherited"]) == ("ok", told["who"]["user"], False)
     assert (told["unhooked"]["status"], told["unhooked"]["data"]["hazards"]) == ("warning", ["5"])

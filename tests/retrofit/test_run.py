@@ -220,8 +220,8 @@ def test_what_keeps_the_retrofit_out_is_refused(programs: Path, flag: str) -> No
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "a program is missing"),
-        (["--report"], "a program is missing"),
+        ([], "name a program to run"),
+        (["--report"], "name a program to run"),
         (["--timeline", "x.png", "who.py"], "--timeline x.png: name a file that ends in .html or .svg"),
         (["--timeline=/no/such/x.svg", "who.py"], "--timeline /no/such/x.svg: No such file or directory"),
         (["--policy"], "expected one argument"),
@@ -418,7 +418,7 @@ def test_the_report_is_by_process() -> None:
         "    handed 1 context(s) over to a forked child\n"
         "  process 3, parent 2\n"
         "    used PC/SC after its fork from process 2\n"
-        "    has a context of its own in the place of process 2's (2 times)\n"
+        "    has a new context in place of process 2's (2 times)\n"
         "    news a=b\n"
     )
 
