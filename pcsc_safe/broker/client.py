@@ -260,7 +260,7 @@ class Broker:
                 self._drop(connection)
         if not is_welcome:
             self._lost(under_way=False)  # so that it ends, and the next use starts the one that is configured then
-            raise _misunderstood("it is of another version of pcsc_safe")
+            raise _misunderstood("it has another version of pcsc_safe")
         assert connection is not None
         return connection
 

@@ -306,8 +306,10 @@ class VirtualPcsc:
     def _exclusive(self) -> Iterator[VirtualPcsc]:
         """For everything that changes the stack: one thread at a time, and never a forked child."""
         if os.getpid() != self._owner:
-            problem = f"this virtual PC/SC stack is process {self._owner}'s, this is its forked child {os.getpid()}"
-            raise PcscStackError(problem, remedy="change it there, or start a stack of your own")
+            problem = (
+                f"this virtual PC/SC stack belongs to process {self._owner}, and this is its forked child {os.getpid()}"
+            )
+            raise PcscStackError(problem, remedy="change it in that process, or start another stack here")
         with self._lock:
             yield self
 
@@ -341,7 +343,7 @@ class VirtualPcsc:
         if missing:
             raise ConnectionError(f"no reader {', '.join(sorted(missing))}")
         if any(name.startswith(_slots.HIDDEN) for name in names):
-            raise ConnectionError("it goes on listing readers that it should have removed")
+            raise ConnectionError("it still lists readers that it should have removed")
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -359,7 +361,7 @@ class VirtualPcsc:
         for card in self._cards_seen:
             if card.errors:
                 problem = f"{type(card).__name__} raised {type(card.errors[0]).__name__} in its own code"
-                raise PcscStackError(problem, remedy="see the cause; card.errors has all") from card.errors[0]
+                raise PcscStackError(problem, remedy="see the cause; card.errors lists all of them") from card.errors[0]
 
 
 def _find() -> _install.Installed:

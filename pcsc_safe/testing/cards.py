@@ -157,7 +157,7 @@ class VirtualCard:
         if not isinstance(response, (bytes, bytearray)):
             raise PcscStackError(f"apdu() returned {type(response).__name__}", remedy="return bytes")
         if not 2 <= len(response) <= LONGEST_MESSAGE:
-            remedy = f"return data and status word, 2 to {LONGEST_MESSAGE} bytes, vpcd carries no more"
+            remedy = f"return data and status word, 2 to {LONGEST_MESSAGE} bytes"
             raise PcscStackError(f"apdu() returned {len(response)} bytes", remedy=remedy)
         return bytes(response)
 
@@ -176,18 +176,16 @@ class VirtualCard:
 
 
 class EchoCard(VirtualCard):
-    """The card of our own tests.  The class byte is ignored; short and extended length are understood.
+    """A card that returns what it is sent.  It ignores the class byte, and takes short and extended length.
 
-    ======  ==================================================================================================
-    INS     answer (with 9000)
-    ======  ==================================================================================================
-    01      the data of the command
-    02      the same, after P1 times 10 milliseconds
-    20      nothing: "verify PIN", any PIN is right
-    30      01 if a PIN was verified since the card last lost its power or was reset, else 00
-    40      P1*256+P2 bytes (65,533 at most, else 6700), counting 00, 01, ... FF, 00, ...
-    other   6D00
-    ======  ==================================================================================================
+    | INS | what it returns before the status word 9000 |
+    |---|---|
+    | 01 | the data of the command |
+    | 02 | the same, after P1 times 10 milliseconds |
+    | 20 | nothing: "verify PIN", and any PIN is right |
+    | 30 | 01 if a PIN was verified since the card was last powered or reset, otherwise 00 |
+    | 40 | P1*256+P2 bytes, counting 00, 01, ... FF, 00, ...; more than 65,533 are 6700 |
+    | other | only the status word 6D00 |
     """
 
     def __init__(self, atr: bytes = DEFAULT_ATR) -> None:
@@ -195,7 +193,7 @@ class EchoCard(VirtualCard):
         self.verified = False
 
     def apdu(self, command: bytes) -> bytes:
-        """Answer one command, see the class."""
+        """The response to one command; see the class."""
         if len(command) < 4:
             return b"\x67\x00"
         ins, p1, p2 = command[1:4]

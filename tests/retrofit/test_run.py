@@ -335,7 +335,7 @@ import smartcard, smartcard.scard
 print(os.getpid())
 """
     done = run(*RUN, "-c", code, cwd=tmp_path)
-    assert done == (0, done.out, f"pcsc_safe: process {done.out.strip()} is not retrofitted: no sense\n")
+    assert done == (0, done.out, f"pcsc_safe: process {done.out.strip()} runs on plain pyscard: no sense\n")
 
 
 def test_a_guard_that_makes_no_sense_is_told(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_a_guard_that_makes_no_sense_is_told(tmp_path: Path) -> None:
     code = "import os; os.environ['PCSC_SAFE_GUARD_NATIVE'] = 'perhaps'; os.execl({0!r}, {0!r}, '-c', 'print(1)')"
     done = run(*RUN, "-c", code.format(sys.executable), cwd=tmp_path)
     assert (done.status, done.out) == (0, "1\n")
-    assert "is not retrofitted: PCSC_SAFE_GUARD_NATIVE cannot be 'perhaps'; use one of '1', 'true'" in done.err
+    assert "runs on plain pyscard: PCSC_SAFE_GUARD_NATIVE cannot be 'perhaps'; use one of '1', 'true'" in done.err
 
 
 def test_it_works_from_a_checkout(tmp_path: Path) -> None:
