@@ -105,7 +105,7 @@ def _setting(default: _Value, summary: str, *, of_context: bool = False) -> _Val
 
 
 class Settings(NamedTuple):
-    """How this process treats what it inherits; see :func:`pcsc_safe.configure`."""
+    """All settings; :func:`pcsc_safe.configure` explains them."""
 
     policy: Policy = _setting(
         Policy.AUTO, "what a process gets when it first uses an inherited context", of_context=True

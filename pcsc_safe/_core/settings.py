@@ -18,9 +18,10 @@ for_contexts = False
 
 
 def settings() -> Settings:
-    """The settings of this process; before :func:`configure`, those of the environment (``PCSC_SAFE_*``).
+    """The settings of this process: those of the environment (``PCSC_SAFE_*``), changed by :func:`configure`.
 
-    :raises SettingsError: the environment holds a value that makes no sense.
+    :return: a named tuple with a field for each setting.
+    :raises SettingsError: at the first call, if an environment variable has a value that its setting can't have.
     """
     return _settings if _settings is not None else _first()
 

@@ -47,10 +47,10 @@ class VirtualCard:
         stack's, one command after the other.
     :raises ValueError: the ATR has no possible length.
 
-    What the card's code raises is answered with 6F00 and kept in `errors`.
+    If the card's code raises, the reader gets the status word 6F00, and `errors` gets the exception.
 
-    vpcd carries at most 65,535 bytes, status word included, in either direction; and it can't tell a command of one
-    byte from a message of its own.  pcscd powers a card that no application uses off after some 400 ms.
+    vpcd carries at most 65,535 bytes in either direction, status word included, and takes a command of one byte for a
+    message of its own.  pcscd powers a card off that no application has used for some 400 ms.
     """
 
     def __init__(self, atr: bytes = DEFAULT_ATR, apdu: Optional[Callable[[bytes], bytes]] = None) -> None:
@@ -66,7 +66,7 @@ class VirtualCard:
         self._powered = False
 
     def apdu(self, command: bytes) -> bytes:
-        """Answer one command APDU; to be overridden.
+        """Return the response to one command APDU; override it.
 
         :param command: the APDU as the application sent it, two bytes at least.
         :return: the response: data and status word, 2 to 65,535 bytes.
@@ -74,13 +74,13 @@ class VirtualCard:
         return b"\x6d\x00" if self._script is None else self._script(command)
 
     def power_on(self) -> None:
-        """Called when the reader powers the card up; to be overridden."""
+        """Called when the reader powers the card up; override it."""
 
     def power_off(self) -> None:
-        """Called when the card loses its power; to be overridden."""
+        """Called when the card loses its power; override it."""
 
     def reset(self) -> None:
-        """Called at a warm reset; to be overridden."""
+        """Called at a warm reset; override it."""
 
     @property
     def record(self) -> tuple[CardEvent, ...]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import ECHO, Session
-from forking import in_child, in_program
+from forking import fork, in_child, in_program
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import log
+from pcsc_safe._core import handles, log
 from pcsc_safe.testing import VirtualPcsc
 
 
@@ -104,6 +104,49 @@ def test_a_pcscd_that_stops_is_told_once(pcsc_stack: VirtualPcsc, caplog: pytest
     lines = [record.getMessage() for record in caplog.records if getattr(record, "pcsc_event", "") == "no-service"]
     assert len(lines) == 1, lines
     safe.SCardReleaseContext(session.context)
+
+
+def no_handovers(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is said of blocks that do nothing."""
+    lines = [record.getMessage() for record in caplog.records if getattr(record, "pcsc_event", "") == "no-handover"]
+    caplog.clear()
+    return [line.rpartition(": ")[2] for line in lines]
+
+
+@pytest.mark.not_on_macos("there handover() needs broker='always'")
+def test_a_handover_that_does_nothing(session: Session, caplog: pytest.LogCaptureFixture) -> None:
+    """A block inside another one, one without a fork, and one without a context are told; a good one is not."""
+    with pcsc_safe.handover():
+        pass
+    assert no_handovers(caplog) == ["its handover() block has ended, and this thread has forked nothing in it"]
+    with pcsc_safe.handover(), pcsc_safe.handover():
+        pass
+    nested = "its handover() block is inside another one; name all contexts in one block"
+    assert no_handovers(caplog)[0] == nested
+
+    def child() -> tuple[list[str], list[str]]:
+        caplog.clear()
+        own = Session()
+
+        def forking() -> int:
+            with pcsc_safe.handover(own.context):
+                return fork()
+
+        assert in_child(lambda: own.transmit(ECHO)[0], fork=forking) == safe.SCARD_S_SUCCESS
+        good = no_handovers(caplog)
+        for context in list(handles.contexts.values()):
+            safe.SCardReleaseContext(context.safe)
+        with pcsc_safe.handover():
+            pass
+        return good, no_handovers(caplog)
+
+    assert in_child(child) == (
+        [],
+        [
+            "its handover() block begins before it has a PC/SC context; establish the context first",
+            "its handover() block has ended, and this thread has forked nothing in it",
+        ],
+    )
 
 
 def misspelt(variable: str) -> str:

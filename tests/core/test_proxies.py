@@ -191,7 +191,7 @@ def test_a_released_handle_is_not_loaded(session: Session) -> None:
 )
 def test_the_raw_module_refuses_it(session: Session, name: str, which: str, arguments: list[Any]) -> None:
     """A proxy that slips past us raises TypeError there, in words of our page; the session is not touched."""
-    with pytest.raises(TypeError, match="Expected a python long as SCARD(CONTEXT|HANDLE)") as caught:
+    with pytest.raises(TypeError, match=r"Expected a python long as SCARD(CONTEXT|HANDLE)") as caught:
         getattr(raw, name)(getattr(session, which), *arguments)
     page = (ROOT / "docs" / "errors.md").read_text()
     assert str(caught.value).replace("SCARDHANDLE", "SCARDCONTEXT") in page
