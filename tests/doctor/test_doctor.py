@@ -312,7 +312,7 @@ def test_another_protocol(path: str) -> None:
     with server(path, refuses):
         told = about_pcsc(path)
     assert (told.status, told.of["pcscd.answer"]["data"]["protocol"]) == (1, "5.0")
-    assert "one version" in told.of["pcscd.answer"]["remedy"]
+    assert "same version" in told.of["pcscd.answer"]["remedy"]
 
 
 @on_linux
@@ -382,7 +382,7 @@ def test_readers_as_far_as_they_were_told(reported: Any, keys: list[str], words:
         (["present", "inuse"], OK, "in use"),
         (["present", "mute"], WARNING, "doesn't answer"),
         (["present", "exclusive", "inuse"], WARNING, "exclusively"),
-        (["unavailable"], WARNING, "can't be used"),
+        (["unavailable"], WARNING, "is unavailable"),
     ],
 )
 def test_states_of_a_reader(flags: list[str], status: Status, words: str) -> None:
@@ -396,8 +396,8 @@ def test_states_of_a_reader(flags: list[str], status: Status, words: str) -> Non
 @pytest.mark.parametrize(
     ("why", "container", "program", "words", "remedy"),
     [
-        ("ENOENT", False, "/usr/sbin/pcscd", "not running", "pcscd"),
-        ("ENOENT", False, None, "not running", "install pcscd"),
+        ("ENOENT", False, "/usr/sbin/pcscd", "doesn't run", "pcscd"),
+        ("ENOENT", False, None, "doesn't run", "install pcscd"),
         ("ENOENT", True, None, "in this container", "docker run -v"),
         ("EACCES", False, "/usr/sbin/pcscd", "may not connect", "permissions"),
         ("EAGAIN", False, "/usr/sbin/pcscd", "hangs", "restart"),
@@ -634,7 +634,7 @@ CHILD, PARENT = {"code": "A", "shares": False, "ended": 0}, {"code": "A", "after
         ({"parent": PARENT}, {"timed_out": 2.0, "exit_status": None}, "did not end in 2 s", True),
         ({}, {"killed_by": 11, "exit_status": None}, "died of SIGSEGV", False),
         ({"parent": PARENT, "child": {**CHILD, "ended": -11}}, {}, "the child died of SIGSEGV", True),
-        ({"parent": PARENT, "child": {**CHILD, "code": "B"}}, {}, "was answered B", True),
+        ({"parent": PARENT, "child": {**CHILD, "code": "B"}}, {}, "the child got B", True),
         ({"parent": PARENT, "child": {**CHILD, "shares": True}}, {}, "its parent's connection", True),
         ({"parent": {**PARENT, "afterwards": "B"}, "child": CHILD}, {}, "answered B afterwards", True),
     ],
