@@ -158,7 +158,7 @@ def _examine(options: argparse.Namespace) -> int:
     try:
         findings, could_look = _process.examine(options.pid)
     except ProcessLookupError:
-        print(f"the doctor can't examine process {options.pid}: there is none", file=sys.stderr)
+        print(f"the doctor can't examine it: there is no process {options.pid}", file=sys.stderr)
         return 2
     _show([(f"Process {options.pid} and its children", iter(findings))], options.json, Ledger())
     return _status(findings) if could_look else 2

@@ -636,7 +636,7 @@ CHILD, PARENT = {"code": "A", "shares": False, "ended": 0}, {"code": "A", "after
         ({"parent": PARENT, "child": {**CHILD, "ended": -11}}, {}, "the child died of SIGSEGV", True),
         ({"parent": PARENT, "child": {**CHILD, "code": "B"}}, {}, "the child got B", True),
         ({"parent": PARENT, "child": {**CHILD, "shares": True}}, {}, "its parent's connection", True),
-        ({"parent": {**PARENT, "afterwards": "B"}, "child": CHILD}, {}, "answered B afterwards", True),
+        ({"parent": {**PARENT, "afterwards": "B"}, "child": CHILD}, {}, "got B afterwards", True),
     ],
 )
 def test_a_probe_is_judged_by_what_was_reported(reported: Any, ended: Any, harm: str, known: bool) -> None:

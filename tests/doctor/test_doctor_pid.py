@@ -416,7 +416,7 @@ def test_a_process_that_is_gone(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert f"no process {process.pid}" in capsys.readouterr().err
     monkeypatch.setattr(_proc, "descendants", lambda pid: [pid, process.pid])
     found = {each.data["pid"]: each for each in _process.examine(os.getpid())[0]}
-    assert found[process.pid].detail == "it ended meanwhile"
+    assert found[process.pid].detail == "it has ended since"
 
 
 @needs_root

@@ -412,8 +412,8 @@ def test_the_report_is_by_process() -> None:
     assert report.summary(told) == (
         "pcsc_safe: forked processes that used PC/SC: 1, contexts re-established: 2, brokers started: 1, handovers: 1\n"
         "  process 2, parent 1\n"
-        "    imported pyscard, and was retrofitted\n"
-        "    established a context anew when pcscd had gone\n"
+        "    imported pyscard, and runs on pcsc_safe\n"
+        "    established a new context after pcscd had ended\n"
         "    started the broker 9\n"
         "    handed 1 context(s) over to a forked child\n"
         "  process 3, parent 2\n"
@@ -488,7 +488,7 @@ def test_a_program_is_retrofitted(shared_stack: VirtualPcsc, programs: Path, way
     assert done.out.splitlines()[:2] == [str(len(shared_stack.readers)), "True"]
     assert done.status == (0 if way else -signal.SIGTERM)
     assert f"{REPORTED}1, contexts re-established: 1, brokers started: 0, handovers: 0\n" in done.err
-    assert done.err.count("imported pyscard, and was retrofitted") == 1
+    assert done.err.count("imported pyscard, and runs on pcsc_safe") == 1
 
 
 FIRST_IN_A_CHILD = """
@@ -525,7 +525,7 @@ def test_brokers_are_in_the_report(shared_stack: VirtualPcsc, programs: Path, po
     done = run(*RUN, "--report", *options, "forks.py", cwd=programs, env=shared_stack.env)
     assert done.out.splitlines() == [str(len(shared_stack.readers)), "True"]
     assert "brokers started: 1, handovers: 0\n" in done.err
-    assert done.err.count("imported pyscard, and was retrofitted") == 1
+    assert done.err.count("imported pyscard, and runs on pcsc_safe") == 1
     assert ("shared 1 context(s)" in done.err) == (policy == "share")
 
 
