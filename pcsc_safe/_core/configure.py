@@ -77,7 +77,7 @@ else:  # what type checkers and the documentation know
 
         You can call it at any time, in the parent and in a child.  It applies from the next PC/SC call on.  Settings
         that you leave out stay as they are.  In a ``with`` statement the settings that the call has changed are put
-        back at the end of the block::
+        back at the end of the block:
 
             with pcsc_safe.configure(policy="raise"):
                 ...

@@ -31,7 +31,7 @@ def reconnecting(
 ) -> _Result:
     """Call a function that uses a card; if the card was reset, connect again and call it again.
 
-    ::
+    For example:
 
         answer = pcsc_safe.reconnecting(card, lambda card: SCardTransmit(card, protocol, apdu), on_reset=verify_pin)
 

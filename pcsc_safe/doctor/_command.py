@@ -37,7 +37,7 @@ _LONGEST = 600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--json", action="store_true", help="print the findings for programs")
-    parser.add_argument("--no-probe", action="store_true", help="try no forks, which takes 25 s")
+    parser.add_argument("--no-probe", action="store_true", help="skip the tests of forks, which take 25 s")
     parser.add_argument("--touch-cards", action="store_true", help="connect to the cards in the readers, too")
     parser.add_argument("--self-test", action="store_true", help="try what pcsc_safe relies on, and print a report")
     parser.add_argument(
