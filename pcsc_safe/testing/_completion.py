@@ -86,23 +86,23 @@ def _bash(commands: list[_Command]) -> str:
     for command in commands:
         for option in command.options:
             if option.takes_value:
-                cases.append(f'"{command.name} {option.name}") words="{" ".join(option.values)}" ;;')
+                cases.append(f'"{command.name} {option.name}") offered="{" ".join(option.values)}" ;;')
         names = " ".join([*command.words, *(option.name for option in command.options)])
         if command.takes_program:  # what doesn't begin with - is a file
-            cases.append(f'"{command.name} "*) case $word in -*) words="{names}" ;; esac ;;')
+            cases.append(f'"{command.name} "*) case $word in -*) offered="{names}" ;; esac ;;')
         else:
-            cases.append(f'"{command.name} "*) words="{names}" ;;')
+            cases.append(f'"{command.name} "*) offered="{names}" ;;')
     lines = "\n        ".join(cases)
     return f"""_pcsc_safe() {{
-    local word=${{COMP_WORDS[COMP_CWORD]}} words=
+    local word=${{COMP_WORDS[COMP_CWORD]}} offered=
     if [ "$COMP_CWORD" -eq 1 ]; then
-        words="{" ".join(command.name for command in commands)} --help"
+        offered="{" ".join(command.name for command in commands)} --help"
     else
         case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD - 1]}}" in
         {lines}
         esac
     fi
-    COMPREPLY=($(compgen -W "$words" -- "$word"))
+    COMPREPLY=($(compgen -W "$offered" -- "$word"))
 }}
 complete -o default -F _pcsc_safe {_PROGRAM}"""
 
