@@ -51,9 +51,12 @@ def reconnecting(
         it raises is raised here and not tried again, so that a wrong PIN is sent once.
     :param attempts: how often ``work`` is called, at most.
     :return: what ``work`` returned.
+    :raises ValueError: ``attempts`` is less than 1.
     :raises ReconnectError: ``card`` is no card or is not connected; SCardReconnect failed, as when the card was pulled
         out; or the card was reset during each attempt.
     """
+    if attempts < 1:
+        raise ValueError(f"attempts must be 1 or more, not {attempts}")
     _record_of(card)
     failure: Optional[Exception] = None
     for attempt in range(attempts):

@@ -149,6 +149,44 @@ def test_a_handover_that_does_nothing(session: Session, caplog: pytest.LogCaptur
     )
 
 
+@pytest.mark.native
+@pytest.mark.not_on_macos("there handover() needs broker='always'")
+def test_who_has_handed_over(session: Session, caplog: pytest.LogCaptureFixture) -> None:
+    """In the parent and in its other children, a line or an error names the process that has handed over, once."""
+
+    def parent() -> tuple[Any, ...]:
+        pid, own = str(os.getpid()), Session()
+
+        def forking() -> int:
+            with pcsc_safe.handover(own.context):
+                return fork()
+
+        assert in_child(lambda: None, fork=forking) is None
+
+        def uses(cards: Any) -> list[str]:
+            with caplog.at_level(logging.INFO, "pcsc_safe"), pcsc_safe.configure(cards=cards):
+                caplog.clear()
+                own.transmit(ECHO)
+                return [record.getMessage() for record in caplog.records]
+
+        def refusal() -> str:
+            with pcsc_safe.configure(policy="raise"), pytest.raises(pcsc_safe.ForkedHandleError) as refused:
+                own.transmit(ECHO)
+            return str(refused.value)
+
+        in_another_child = in_child(lambda: (refusal(), uses("reset"), str(os.getpid())))
+        return pid, refusal(), uses("reset"), uses("reconnect"), in_another_child
+
+    pid, refusal, reset, reconnect, (other_refusal, other_reset, other) = in_child(parent)
+    gone = f"process {pid} has handed this session over to its child"
+    assert f"to process {pid} for" in reset[-1]
+    assert f"because {gone}: call SCardReconnect" in reset[-1]
+    assert all(line.endswith(f"in place of the one that process {pid} has handed over") for line in reconnect)
+    assert f"was handed over by process {pid} to its child; establish one here, or use policy 'auto'" in refusal
+    assert f"because {gone}: call SCardReconnect" in other_reset[-1]
+    assert f"was handed over by process {pid} to its child, and this is process {other}" in other_refusal
+
+
 def misspelt(variable: str) -> str:
     """What is said on stderr where a variable is set."""
     code = "import pcsc_safe; pcsc_safe.settings(); pcsc_safe.settings(); from pcsc_safe import scard"

@@ -191,6 +191,12 @@ def test_what_is_no_card(own: Session, wrong: Any) -> None:
         pcsc_safe.reconnecting(wrong, pytest.fail)
 
 
+def test_a_number_of_attempts_that_makes_no_sense(own: Session) -> None:
+    """Work has to be called at least once."""
+    with pytest.raises(ValueError, match="attempts must be 1 or more, not 0"):
+        pcsc_safe.reconnecting(own.card, pytest.fail, attempts=0)
+
+
 def test_it_leaves_the_card_as_it_is(own: Session) -> None:
     """In a child, SCardReconnect resets nothing: the parent's PIN stays verified; the share mode stays the same."""
 

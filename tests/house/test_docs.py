@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -165,6 +166,22 @@ def test_the_site_is_built(tmp_path: Path) -> None:
     for page in (tmp_path / "site").rglob("*.html"):
         loaded = re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="(https?:)?//', page.read_text())
         assert loaded == [], page
+
+
+def docstrings(file: Path) -> Iterator[tuple[str, str]]:
+    """Those of a module, by the names of what they describe."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            yield getattr(node, "name", file.stem), ast.get_docstring(node) or ""
+
+
+def test_the_api_page_can_show_its_docstrings() -> None:
+    """Markdown knows neither the tables nor the literal blocks of reStructuredText."""
+    names = re.findall(r"(?m)^::: ([\w.]+)", (ROOT / "docs" / "api.md").read_text())
+    homes = {getattr(resolve_name(name), "__module__", name) for name in names if name[-1].islower()}
+    for file in sorted(str(sys.modules[home].__file__) for home in homes):
+        for name, text in docstrings(Path(file)):
+            assert not re.search(r"(?m)^\s*={4}|::$", text), f"{file}: {name}"
 
 
 # What is said, but is not a message about something that is wrong.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -13,6 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple, Optional
 
 import pytest
@@ -421,6 +423,20 @@ def test_the_report_is_by_process() -> None:
         "    has a new context in place of process 2's (2 times)\n"
         "    news a=b\n"
     )
+
+
+def test_no_timeline_on_this_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where processes can't be recorded, the option is refused, and the message says where it can be used."""
+    refused: list[str] = []
+
+    def refuse(text: str) -> None:
+        refused.append(text)
+        raise SystemExit(2)
+
+    monkeypatch.setattr(launcher, "os", SimpleNamespace(name="nt"))
+    with pytest.raises(SystemExit):
+        launcher._checked(argparse.Namespace(timeline="drawn.svg", refuse=refuse))
+    assert refused == ["--timeline is unsupported on this platform: use it on Linux or macOS"]
 
 
 LISTENS = """
