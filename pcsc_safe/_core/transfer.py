@@ -58,7 +58,7 @@ def obstacle(context: Context) -> Optional[tuple[str, str]]:
     context.real.tidy()
     # Another thread may be releasing one that is surplus.
     if not any(are_intact(context) or sleep(_PAUSE) for _ in range(_LOOKS)):
-        return f"the connection of the context of {context.established_at} isn't known", "establish it anew"
+        return f"the context of {context.established_at} has no known connection to pcscd", "establish it again"
     return None
 
 
@@ -138,7 +138,7 @@ def _plan_before_fork() -> None:
             _failed(plan, why_not)
     except LostError as lost:
         handles.disown(lost.gateway)
-        _failed(plan, "the broker has died, and the sessions with it", "establish them anew")
+        _failed(plan, "the broker has ended, and its sessions with it", "establish new contexts")
     except BaseException as error:
         ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
         if not plan.is_complete:
@@ -155,7 +155,7 @@ def _failed(plan: Plan, why: str, remedy: str = AGAIN) -> None:
     descriptors.kept.pop(threading.get_ident(), None)
     for block in plan.blocks:
         block.failure = (why, remedy)
-    log.warning("process %d gives nothing to the child that it forks: %s", os.getpid(), why)
+    log.warning("no-handover", "process %(pid)d hands nothing over to the child that it forks: %(why)s", why=why)
 
 
 def _contexts_to_give(of_thread: tuple[Block, ...], owner: Owner) -> list[Context]:
@@ -218,10 +218,10 @@ def _reserve(plan: Plan) -> Optional[str]:
     here = process.here
     for context in plan.native:
         if not _keep_threads_out(context):
-            return "another thread hands a context over"
+            return "another thread is handing over a context"
         plan.given.append(context)
     if plan.handed_over() and not gate.stays_quiet():
-        return "a call of another thread is inside PC/SC"
+        return "another thread is inside a PC/SC call"
     for context in plan.native:
         context.real.give_latest()
     broker = gateways.brokers.existing()

@@ -367,7 +367,12 @@ class NativeContexts:
 
     def _refused(self, hresult: int) -> None:
         if self.natives and hresult != NO_SERVICE:
-            log.warning("pcscd refuses one more connection: calls wait for each other (%s)", hex(hresult & _32_BITS))
+            log.warning(
+                "pcscd-full",
+                "pcscd refuses more connections from process %(pid)d (%(code)s): PC/SC calls of its threads wait for "
+                "each other",
+                code=hex(hresult & _32_BITS),
+            )
 
     def release(self, owned: Owned, forget: Callable[[], None]) -> int:
         """SCardReleaseContext: end the waits, and release every native context; one that is busy, when it is free.

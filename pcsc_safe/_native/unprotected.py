@@ -95,11 +95,11 @@ def _tell_if_new() -> None:
     if found:
         process.before_fork(process.TELL, None)
         log.warning(
-            "process %d forks while %s is open%s, which is pyscard's own, and unprotected: call pcsc_safe.install() "
-            "before you use pyscard's classes, or start the program by python -m pcsc_safe run",
-            process.current().pid,
-            found[0],
-            f" (and {len(found) - 1} more)" if len(found) > 1 else "",
+            "unprotected",
+            "process %(pid)d forks while %(object)s is open%(more)s, which pcsc_safe doesn't protect: call "
+            "pcsc_safe.install() before you use pyscard's classes, or start the program with 'python -m pcsc_safe run'",
+            object=found[0],
+            more=f" (and {len(found) - 1} more)" if len(found) > 1 else "",
         )
 
 

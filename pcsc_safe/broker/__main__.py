@@ -26,8 +26,8 @@ __all__ = ["main"]
 _USAGE = """\
 usage: python -m pcsc_safe.broker
 
-Does PC/SC for the process that starts it, over descriptor 3. Not for the command line: pcsc_safe
-starts one where a process can't use PC/SC itself.
+Makes the PC/SC calls of the process that starts it, which reaches it by file descriptor 3. It is not for
+the command line: pcsc_safe starts a broker where a process can't use PC/SC itself.
 """
 _PR_SET_DUMPABLE = 4  # linux/prctl.h
 _PT_DENY_ATTACH = 31  # sys/ptrace.h of macOS
