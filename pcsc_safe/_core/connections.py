@@ -20,6 +20,7 @@ from typing import Any, Callable, Optional
 
 from . import descriptors, process
 from .descriptors import Descriptor
+from .failures import is_ours
 from .one_step import Operation, in_one_step, nowhere
 from .settings import when_changed
 
@@ -135,7 +136,9 @@ def _ask(number: int, question: Callable[[Any], Any]) -> list[Any]:
             (answers.extend, map(question, sockets)),
             (nowhere.extend, map(methodcaller("detach"), sockets)),
         )
-    except OSError:
+    except OSError as error:
+        if not is_ours(error):
+            raise
         for one in sockets:
             one.detach()
     return answers
@@ -160,11 +163,15 @@ def open_numbers() -> set[str]:
         return set()
     try:
         listing = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:  # no /proc, or no descriptor left to read it with
+    except OSError as error:  # no /proc, or no descriptor left to read it with
+        if not is_ours(error):
+            raise
         return _possible_numbers()
     try:
         return set(os.listdir(listing)) - {str(listing)}  # which takes another one
-    except OSError:
+    except OSError as error:
+        if not is_ours(error):
+            raise
         return _possible_numbers()
     finally:
         os.close(listing)
@@ -183,7 +190,9 @@ def strangers(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
     for number in map(int, numbers):
         try:
             status = os.fstat(number)
-        except OSError:
+        except OSError as error:
+            if not is_ours(error):
+                raise
             continue
         if not stat.S_ISSOCK(status.st_mode):
             continue
@@ -234,8 +243,9 @@ def _files_of(pid: int) -> set[tuple[int, int]]:
         for number in os.listdir(f"/proc/{pid}/fd"):
             status = os.stat(f"/proc/{pid}/fd/{number}")
             files.add((status.st_dev, status.st_ino))
-    except OSError:
-        pass
+    except OSError as error:
+        if not is_ours(error):
+            raise
     return files
 
 

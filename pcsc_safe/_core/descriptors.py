@@ -8,13 +8,13 @@ now.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from _thread import get_ident
 from collections.abc import Iterable, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
-from . import process
+from . import failures, process
+from .failures import is_ours
 
 __all__ = [
     "Descriptor",
@@ -43,7 +43,9 @@ class Descriptor(NamedTuple):
         """Whether the number still stands for the same file."""
         try:
             now = os.fstat(self.number)
-        except OSError:
+        except OSError as error:
+            if not is_ours(error):
+                raise
             return False
         return now.st_ino == self.inode and now.st_dev == self.device
 
@@ -111,7 +113,9 @@ def is_dead(number: int) -> bool:
     """Whether a dead socket is in the place of this descriptor."""
     try:
         status = os.fstat(number)
-    except OSError:
+    except OSError as error:
+        if not is_ours(error):
+            raise
         return False
     return (status.st_dev, status.st_ino) in _dead_ones
 
@@ -171,7 +175,7 @@ def kill(connections: Iterable[Optional[Descriptor]]) -> None:
         except OSError:
             # No descriptor is free. The inherited one has to go anyway; it may become the dead socket itself.
             os.close(number)
-            with contextlib.suppress(OSError):
+            with failures.suppress(OSError):
                 dead = _make_dead_socket()
 
 

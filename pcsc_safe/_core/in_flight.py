@@ -18,6 +18,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from . import process
+from .failures import is_ours
 from .one_step import Operation, called, in_one_step, is_not_false
 from .unpatched import RLock, get_ident, monotonic, sleep
 
@@ -108,7 +109,9 @@ def _empty_list() -> list[Entry]:
     """
     try:
         return _stock.pop()
-    except IndexError:
+    except IndexError as error:
+        if not is_ours(error):
+            raise
         _stock.extend([] for _ in range(50))
         return []
 

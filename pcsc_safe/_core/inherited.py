@@ -7,12 +7,11 @@ policy.  At a fork nothing changes here.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Optional
 
 from ..errors import BrokerError, ForkedHandleError, PcscSafeError, join_pyscard
 from ..policy import Cards, Policy, Role, Verdict, decide
-from . import gateways, handles, log, observer, one_step, process
+from . import failures, gateways, handles, log, observer, one_step, process
 from .calls import CALLS, Call
 from .handles import Card, Context, Record
 from .library import SUCCESS
@@ -99,7 +98,7 @@ def adopt(context: Context) -> None:
             for other in list(handles.cards.values())
         )
         if verdict is Verdict.CONNECT and is_free and not card.released:
-            with contextlib.suppress(PcscSafeError):
+            with failures.suppress(PcscSafeError):
                 own(status, card)
 
 

@@ -23,6 +23,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
+from .failures import is_ours
 from .one_step import in_turn
 from .unpatched import RLock, get_ident
 
@@ -100,7 +101,9 @@ def _process_key() -> tuple[int, int]:
     """What tells this process from every ancestor that could have left its own epoch half begun."""
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
+    except OSError as error:
+        if not is_ours(error):
+            raise
         namespace = 0
     return os.getpid(), namespace
 
@@ -139,11 +142,15 @@ def _wiped_page() -> Optional[_Sentinel]:
         page.madvise(_MADV_WIPEONFORK, 0, mmap.PAGESIZE)
         for number, advice in enumerate(_MARK):
             page.madvise(advice, number * mmap.PAGESIZE, mmap.PAGESIZE)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if not is_ours(error):
+            raise
         return None
     try:
         page.madvise(_NO_SUCH_ADVICE)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if not is_ours(error):
+            raise
         return page
     return None  # an emulator that accepts any advice, and so follows none
 

@@ -16,6 +16,7 @@ from ..errors import BrokerError, ForkUnsafeError
 from ..policy import Policy, Role, Settings, Way, choose_way, native_works_after_fork
 from . import gateways, handles, in_flight, log, observer, one_step, process, readiness, recovery
 from .calls import CALLS, STALE, Call, Gateway, Keep
+from .failures import is_ours
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
 from .sessions import Session
@@ -71,7 +72,9 @@ def own(call: Call, record: Record, *, only_in: Optional[Session] = None) -> int
     """
     try:
         hresult = own_context(call.name, record.context)
-    except (BrokerError, ForkUnsafeError):
+    except (BrokerError, ForkUnsafeError) as error:
+        if not is_ours(error):
+            raise
         if call.role is Role.VALIDITY:
             return INVALID_HANDLE
         raise

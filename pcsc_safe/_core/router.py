@@ -30,6 +30,7 @@ from . import (
     sparing,
 )
 from .calls import CALLS, STALE, Call, Gateway, Kind, LostError
+from .failures import is_ours
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
 from .reestablish import INVALID_HANDLE, LEAVE_CARD
@@ -237,7 +238,9 @@ def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[
     def route(handle: Any, *arguments: Any) -> Any:
         try:
             record = registry.get(handle)
-        except TypeError:  # unhashable, so no handle; pyscard has its own words for it
+        except TypeError as error:  # unhashable, so no handle; pyscard has its own words for it
+            if not is_ours(error):
+                raise
             record = None
         if record is None or record.safe is not handle or not sentinel[0] or record.owner is not process.here:
             return _route_slowly(call, route, handle, arguments)
@@ -296,7 +299,9 @@ def _routed_validity(call: Call) -> Callable[..., Any]:
     def route(handle: Any) -> Any:
         try:
             context = contexts_by_handle.get(handle)
-        except TypeError:
+        except TypeError as error:
+            if not is_ours(error):
+                raise
             context = None
         if context is None or context.safe is not handle or not sentinel[0] or context.owner is not process.here:
             return _route_slowly(call, route, handle, ())

@@ -20,7 +20,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any, Optional
 
-from . import descriptors, process
+from . import descriptors, failures, process
+from .failures import is_ours
 
 __all__ = ["Session", "descriptor", "prepare"]
 
@@ -45,7 +46,7 @@ def prepare() -> None:
 
     _fcntl, _layout = fcntl, _LinuxLayout if hasattr(fcntl, "F_NOTIFY") else _BsdLayout
     if _file is None or not _file.is_intact():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # also what tempfile raises
             _file = descriptors.of(_empty_file())
 
 
@@ -83,7 +84,7 @@ class _BsdLayout:
 
 def _empty_file() -> int:
     if hasattr(os, "memfd_create"):
-        with contextlib.suppress(OSError):  # a seccomp filter's
+        with failures.suppress(OSError):  # a seccomp filter's
             return os.memfd_create("pcsc_safe")
     import tempfile
 
@@ -185,7 +186,9 @@ class Session:
         wanted = _layout.pack(getattr(_fcntl, kind), self._number + byte)
         try:
             return _fcntl.fcntl(number, getattr(_fcntl, command), wanted)
-        except OSError:
+        except OSError as error:
+            if not is_ours(error):
+                raise
             return None
 
 

@@ -15,14 +15,13 @@ this is the parent.
 from __future__ import annotations
 
 import _socket  # the module that Python's own is made of: eventlet and gevent patch that one
-import contextlib
 import os
 import threading
 from typing import Any, Optional, Protocol
 
 from ..errors import PcscSafeError
 from ..policy import Owner, Policy, native_works_after_fork
-from . import descriptors, gate, gateways, handles, log, observer, process, settings
+from . import descriptors, failures, gate, gateways, handles, log, observer, process, settings
 from .calls import LostError
 from .handles import Context
 from .unpatched import monotonic, sleep
@@ -332,7 +331,7 @@ def _confirm_in_child() -> None:
     _plans.clear()
     _received = None
     if plan is not None and plan.is_complete:
-        with contextlib.suppress(OSError):
+        with failures.suppress(OSError):
             plan.start_signal[1].send(b"\1")
     for each in plans:
         for end in each.start_signal:
@@ -341,7 +340,7 @@ def _confirm_in_child() -> None:
         return
     if plan.inherited_connection is not None:
         plan.inherited_connection.arrive()
-        with contextlib.suppress(OSError):  # from a child of this one, if it is forked before this one begins
+        with failures.suppress(OSError):  # from a child of this one, if it is forked before this one begins
             descriptors.guard(descriptors.of(plan.inherited_connection.number))
     if plan.handed_over():
         for block in plan.blocks:

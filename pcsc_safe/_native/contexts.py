@@ -16,13 +16,13 @@ At a fork everything here stays the parent's.  A child gets new native contexts,
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
-from .._core import connections, descriptors, gate, in_flight, log, process, readiness
+from .._core import connections, descriptors, failures, gate, in_flight, log, process, readiness
 from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
+from .._core.failures import is_ours
 from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, made
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation, in_one_step
@@ -356,7 +356,10 @@ class NativeContexts:
             try:
                 operations = [*before, *made, *after]
                 attempt(establishing, self, "SCardEstablishContext", *operations, may_pass=may_pass)
-            except OSError:  # a look at the descriptors failed: there is none left, or the one that was looked for
+            except OSError as error:
+                if not is_ours(error):
+                    raise
+                # A look at the descriptors failed: there is none left, or the one that was looked for.
                 if not context.established:
                     attempt(establishing, self, "SCardEstablishContext", *made, may_pass=may_pass)
             if context.established:
@@ -477,7 +480,7 @@ class NativeContexts:
                 if context.is_ours():  # else its lock is the parent's
                     context.wait_until_free(_RELEASE_WITHIN)
                 in_flight.places.pop(context, None)
-                with contextlib.suppress(KeyError):  # another thread has done it
+                with failures.suppress(KeyError):  # another thread has done it
                     release = (raw["SCardReleaseContext"], context.handle)
                     gate.during("SCardReleaseContext", in_one_step, (self.natives.pop, context), release)
         return not any(context in self.natives for context in natives)

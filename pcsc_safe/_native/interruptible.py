@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Callable
 
 from .._core import in_flight, process
+from .._core.failures import is_ours
 from .._core.in_flight import Owned
 from .._core.one_step import Operation
 from .._core.unpatched import allocate_lock, get_ident, get_native_id, sleep, start_new_thread
@@ -99,7 +100,9 @@ class _OtherThread:
         start = map(start_new_thread, (self._run,), ((),))
         try:
             self._started.extend(start)
-        except RuntimeError:
+        except RuntimeError as error:
+            if not is_ours(error):
+                raise
             if self._started:
                 raise  # a handler has
         return bool(self._started)

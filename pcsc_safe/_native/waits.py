@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, Callable, Optional
 
 from .._core.calls import STALE
+from .._core.failures import is_ours
 from .._core.in_flight import Owned, nobody_hears
 from .._core.library import SUCCESS
 from .._core.reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, UNKNOWN, is_for_new_readers
@@ -133,7 +134,9 @@ class Wait:
         try:
             if not any(is_for_new_readers(name) for name, *_ in self._states):
                 return None
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError) as error:
+            if not is_ours(error):
+                raise
             return None  # not what SCardGetStatusChange takes; pyscard has its own words for it
         result = self._contexts.call(self._context, "SCardListReaders", [])
         return None if result is STALE else result[1]

@@ -22,6 +22,7 @@ from time import monotonic, monotonic_ns
 from typing import Any, Optional
 
 from .._core import observer, process
+from .._core.failures import is_ours
 from .._core.observer import VARIABLE
 
 __all__ = [
@@ -100,8 +101,9 @@ class _Record:
         if not self._is_lost and number < _MOST_FILES:
             try:
                 return _mapped(f"{_directory}/{self.name}.{number}", SLOT * _SLOTS)
-            except OSError:
-                pass
+            except OSError as error:
+                if not is_ours(error):
+                    raise
         self._is_lost = True
         if number:
             last = _line("incomplete", {}).encode()

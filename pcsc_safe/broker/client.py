@@ -20,8 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from .._core import descriptors, gate, in_flight, log, one_step, process
+from .._core import descriptors, failures, gate, in_flight, log, one_step, process
 from .._core.calls import Keep, KeepCard, LostError
+from .._core.failures import is_ours
 from .._core.library import constant
 from ..errors import BrokerError
 from . import start, wire
@@ -117,7 +118,7 @@ class Broker:
     def forget(self, real: int) -> None:
         """Have it release a context of this process that is no use any more; in a child nothing is to be done."""
         if self.epoch is process.current() and not self.lost:
-            with contextlib.suppress(LostError, BrokerError):
+            with failures.suppress(LostError, BrokerError):
                 self.functions["SCardReleaseContext"](real)
 
     def leave(self) -> None:
@@ -181,6 +182,8 @@ class Broker:
             state = _ANSWERED if body[:1] != wire.REFUSED else _SENT
             return body
         except (OSError, EOFError) as error:
+            if not is_ours(error):
+                raise
             raise self._lost(under_way=state is _SENT) from error
         finally:
             # Not kept if a signal handler raised: the answer to this request is not to be that to another.
@@ -196,7 +199,9 @@ class Broker:
         while True:
             try:
                 connection = self._idle.pop()
-            except IndexError:
+            except IndexError as error:
+                if not is_ours(error):
+                    raise
                 return self._connect()
             if connection.descriptor.is_intact():
                 return connection
@@ -250,6 +255,8 @@ class Broker:
             answer = wire.decode(connection.receive_from(self._door, _READY_WITHIN))
             is_welcome = isinstance(answer, wire.Welcome) and answer.version == wire.VERSION
         except (OSError, EOFError) as error:
+            if not is_ours(error):
+                raise
             raise self._turned_away(error) from error
         except wire.WireError as error:
             raise _misunderstood(error) from error
@@ -395,6 +402,8 @@ class Broker:
                     connection.send(wire.encode(wire.Inherit(self.key, tuple(handles), keeps)))
                     self._told(connection.receive())
         except (OSError, EOFError) as error:
+            if not is_ours(error):
+                raise
             self._drop(connection)
             raise self._lost(under_way=False) from error
         except BaseException:
@@ -437,7 +446,7 @@ class InheritedConnection:
 
     def arrive(self) -> None:
         """In the child, in its hook: take the parent's place."""
-        with contextlib.suppress(OSError):
+        with failures.suppress(OSError):
             os.dup2(self._connection.descriptor.number, self.number, inheritable=False)
             os.close(self._connection.descriptor.number)
             self.descriptor = descriptors.of(self.number)
@@ -446,7 +455,7 @@ class InheritedConnection:
     def settle(self, born: bool) -> None:
         """In the parent: leave it to the child; or take back what was given, if there is none."""
         if self._given and not born:
-            with contextlib.suppress(LostError, BrokerError):
+            with failures.suppress(LostError, BrokerError):
                 self._broker.inherit(self.key, self._given, keeps=False)
         self._broker._drop(self._connection)
 
@@ -457,7 +466,7 @@ def _undoing(undo: Callable[[], Any]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(LostError, BrokerError):
+        with failures.suppress(LostError, BrokerError):
             undo()
         raise
 

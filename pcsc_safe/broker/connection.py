@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from .._core import descriptors
+from .._core.failures import is_ours
 from . import wire
 
 __all__ = ["Connection", "adopt", "pair", "prepare"]
@@ -88,7 +89,9 @@ class Connection:
             while True:
                 try:
                     return self.receive()
-                except _socket.timeout:
+                except _socket.timeout as error:
+                    if not is_ours(error):
+                        raise
                     if not door.is_alive(0):
                         raise EOFError from None
                     if time.monotonic() >= deadline:
@@ -110,10 +113,14 @@ class Connection:
         while True:
             try:
                 return bool(self._socket.recv(1, _socket.MSG_PEEK | _at_once))
-            except BlockingIOError:
+            except BlockingIOError as error:
+                if not is_ours(error):
+                    raise
                 if time.monotonic() >= deadline:
                     return True
-            except OSError:
+            except OSError as error:
+                if not is_ours(error):
+                    raise
                 return False
             time.sleep(_PAUSE)
 

@@ -7,14 +7,14 @@ it looks.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import threading
 from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
-from .._core import descriptors, gate, in_flight, observer, one_step, process
+from .._core import descriptors, failures, gate, in_flight, observer, one_step, process
 from .._core.calls import CALLS, LostError
+from .._core.failures import is_ours
 from .._core.settings import settings
 from ..errors import BrokerError
 from ..policy import Broker as When
@@ -97,6 +97,8 @@ def _start_one(for_family: bool) -> Broker:
     try:
         door, theirs = connection.pair(guarded=not for_family)
     except OSError as error:
+        if not is_ours(error):
+            raise
         raise BrokerError(
             f"process {os.getpid()} can't start a broker: {error.strerror}",
             remedy="close file descriptors, or raise the limit (ulimit -n)",
@@ -120,7 +122,7 @@ _ATTEMPTS = 3
 def _persistently(ask: Callable[[Broker], Any]) -> Any:
     """What needs no session, asked of whatever broker this process has; of another if one dies meanwhile."""
     for _ in range(_ATTEMPTS):
-        with contextlib.suppress(LostError):
+        with failures.suppress(LostError):
             return ask(get())
     raise died_too_often()
 

@@ -16,7 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
 
-from .._core import descriptors, python_path
+from .._core import descriptors, failures, python_path
+from .._core.failures import is_ours
 from ..errors import BrokerError
 
 with contextlib.suppress(ImportError):  # Windows, where this module is imported as well, has none
@@ -93,7 +94,7 @@ class Helper(NamedTuple):
         if ended is None and has_begun:
             return "it takes no more clients"
         if ended is None:
-            with contextlib.suppress(OSError):
+            with failures.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
             self._ended(_TIME_TO_EXIT)
         lines = said.decode(errors="replace").strip().splitlines()
@@ -108,7 +109,9 @@ class Helper(NamedTuple):
         while len(said) < _LONGEST_TEXT:
             try:
                 more = os.read(self.errors.number, _LONGEST_TEXT)
-            except OSError:
+            except OSError as error:
+                if not is_ours(error):
+                    raise
                 return said, False
             if not more:
                 return said, True
@@ -135,7 +138,9 @@ class Helper(NamedTuple):
         while True:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except OSError:  # the application waits for every child, or ignores SIGCHLD
+            except OSError as error:  # the application waits for every child, or ignores SIGCHLD
+                if not is_ours(error):
+                    raise
                 return "it ended"
             if pid:
                 code = os.waitstatus_to_exitcode(status)
@@ -175,6 +180,8 @@ def spawn(door: int, configured: str) -> Helper:
         )
         opened.remove(read_end)
     except (OSError, ValueError) as error:
+        if not is_ours(error):
+            raise
         raise BrokerError(
             f"process {os.getpid()} can't start a broker: {command[0]}: {getattr(error, 'strerror', None) or error}",
             remedy="a broker needs one process and five file descriptors: end processes, or raise the limit (ulimit)"

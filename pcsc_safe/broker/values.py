@@ -14,6 +14,8 @@ import struct
 from collections.abc import Iterable
 from typing import Any, Callable, Optional
 
+from .._core.failures import is_ours
+
 __all__ = [
     "INT",
     "LIST",
@@ -93,11 +95,7 @@ def tell(values: Iterable[Any], depth: int = 0) -> bytes:
     told = []
     left = MAX_BODY  # looked at here, for a list that holds one list many times, and so on, is small and yet endless
     for value in values:
-        try:
-            teller = _TELLERS.get(type(value), _tell_other)
-        except Exception:  # the type has a metaclass by which it can't be hashed, or compared
-            teller = _tell_other
-        part = teller(value, depth)
+        part = _TELLERS.get(id(type(value)), _tell_other)(value, depth)
         left -= len(part)
         if left < 0:
             raise oversized()
@@ -130,12 +128,14 @@ def _tell_text(value: str, _depth: int) -> bytes:
 def octets_of(value: list[Any]) -> Optional[bytes]:
     """The bytes that a list is made of; None if there is anything in it but plain ints from 0 to 255, or too much."""
     # bytes() would also take what can be made an int of, True for one, so the types come first.
-    count = len(value)
+    octets = tuple(value)  # a copy: another thread may change the list
+    if len(octets) > MAX_OCTETS or {*map(id, map(type, octets))} - _INT:
+        return None
     try:
-        if [*map(type, value)].count(int) != count or count > MAX_OCTETS:
-            return None
-        return bytes(value)
-    except Exception:  # no byte, or another thread has changed the list, or a type that can't be compared
+        return bytes(octets)
+    except ValueError as error:  # no byte
+        if not is_ours(error):
+            raise
         return None
 
 
@@ -162,7 +162,7 @@ def _tell_container(tag: int, container: Any, values: tuple[Any, ...], depth: in
 def _tell_other(value: Any, depth: int) -> bytes:
     for base, plain in _PLAIN.items():
         if issubclass(type(value), base):  # isinstance would believe a proxy
-            return _TELLERS[base](plain(value), depth)
+            return _BY_TYPE[base](plain(value), depth)
     return _tell_opaque(value)
 
 
@@ -172,7 +172,7 @@ def _tell_opaque(value: Any) -> bytes:
 
 _name_of: Callable[[type], str] = type.__dict__["__name__"].__get__  # not what a metaclass makes of it
 
-_TELLERS: dict[type, Callable[[Any, int], bytes]] = {
+_BY_TYPE: dict[type, Callable[[Any, int], bytes]] = {
     type(None): lambda value, depth: b"N",
     bool: lambda value, depth: b"T" if value else b"F",
     int: _tell_int,
@@ -183,6 +183,10 @@ _TELLERS: dict[type, Callable[[Any, int], bytes]] = {
     tuple: lambda value, depth: _tell_container(TUPLE, value, value, depth),
     dict: _tell_dict,
 }
+
+# By the identity of the type, since a metaclass may keep it from being hashed, or compared.
+_TELLERS = {id(kind): teller for kind, teller in _BY_TYPE.items()}
+_INT = {id(int)}
 
 # What C code sees of an object of a subclass, whatever the subclass makes of it.
 _PLAIN: dict[type, Callable[[Any], Any]] = {
@@ -211,7 +215,9 @@ def read(body: bytes, at: int, count: int) -> tuple[list[Any], int]:
     """
     try:
         return _read_all(body, at, count, 0)
-    except (IndexError, struct.error):
+    except (IndexError, struct.error) as error:
+        if not is_ours(error):
+            raise
         raise truncated(body) from None
 
 

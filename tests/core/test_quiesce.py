@@ -549,7 +549,7 @@ def test_a_fork_beside_a_connect_that_a_transaction_blocks(session: Session, pol
     os.read(begun[0], 1)
     context = establish()
     blocked = Calling(safe.SCardConnect, context, session.reader, SHARED, T1, name="connecting")
-    until(lambda: blocked.waits, "it is blocked")
+    until(lambda: stays(lambda: blocked.waits), "it is blocked in SCardConnect")
     answers, lines = in_child(lists_and_logs, context)
     os.write(end[1], b"\n")
     assert wait_for(holder) == OK
