@@ -17,6 +17,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SCREEN = "<!-- the first screen of README.md -->"
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+WITH_TOOLTIPS = {"timeline.svg"}
 _PICTURE = re.compile(r'<p><img alt="([^"]*)" src="([^"]+\.svg)" ?/?></p>')
 _LINK = re.compile(r"(\[[^]]*\]\()([^)#\s:]+)(#[^)\s]*)?\)")
 
@@ -65,13 +66,16 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _embedded(picture: re.Match[str]) -> str:
-    """A picture that scrolls where the page is narrower, shows its tooltips, and is linked in its full size."""
+    """A picture that scrolls where the page is narrower, and a link to it in its full size.
+
+    An ``<img>`` follows the page's choice of light or dark, but has no tooltips; an ``<object>`` has them.
+    """
     alt, source = picture.groups()
-    image = f'<img alt="{alt}" src="{source}">'
-    shown = f'<object type="image/svg+xml" data="{source}" aria-label="{alt}">{image}</object>'
-    return (
-        f'<figure><div class="picture">{shown}</div><figcaption><a href="{source}">Full size</a></figcaption></figure>'
-    )
+    shown = f'<img alt="{alt}" src="{source}">'
+    if os.path.basename(source) in WITH_TOOLTIPS:
+        shown = f'<object type="image/svg+xml" data="{source}" aria-label="{alt}">{shown}</object>'
+    link = f'<figcaption><a href="{source}">Full size</a></figcaption>'
+    return f'<figure><div class="picture">{shown}</div>{link}</figure>'
 
 
 def on_post_page(output: str, **_: Any) -> str:
