@@ -15,6 +15,7 @@ import pty
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from html import escape
 from pathlib import Path
@@ -134,7 +135,7 @@ def shown(versions: list[tuple[float, str]]) -> list[Shown]:
 
 def screen_of(pieces: list[tuple[float, str]]) -> list[list[Shown]]:
     """The command, and what the run wrote without the table."""
-    written = [shown(versions) for versions in lines(shortened(pieces))]
+    written = [line for versions in lines(shortened(pieces)) for line in _wrapped(shown(versions))]
     while not written[-1]:
         written.pop()
     table = next(number for number, line in enumerate(written) if line and line[0].part.text == "hazard")
@@ -142,6 +143,14 @@ def screen_of(pieces: list[tuple[float, str]]) -> list[list[Shown]]:
     dots = [Shown(Part(0, "[...]", "muted"), summary[0][0].since, None)]
     prompt = [Shown(Part(0, "$", "muted"), 0, None), Shown(Part(2, COMMAND, ""), START / 2, None)]
     return [prompt, *written[:table], dots, *summary]
+
+
+def _wrapped(line: list[Shown]) -> list[list[Shown]]:
+    """A sentence that is wider than the screen, in several lines."""
+    if len(line) != 1:
+        return [line]
+    part, since, until = line[0]
+    return [[Shown(part._replace(text=text), since, until)] for text in textwrap.wrap(part.text, COLUMNS)]
 
 
 def svg(screen: list[list[Shown]]) -> str:
