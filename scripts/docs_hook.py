@@ -16,24 +16,25 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SCREEN = "<!-- the first screen of README.md -->"
-PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "reporting.md"}
 WITH_TOOLTIPS = {"timeline.svg"}
 _PICTURE = re.compile(r'<p><img alt="([^"]*)" src="([^"]+\.svg)" ?/?></p>')
 _LINK = re.compile(r"(\[[^]]*\]\()([^)#\s:]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: Any) -> Any:
-    """Show the version beside the name, and link to the repository if pyproject.toml has its URL."""
+    """Show the version beside the name, and link to the repository, or to PyPI while pyproject.toml has no URL of one."""
     config.site_name = f"{config.site_name} {_value('__version__', 'pcsc_safe/__init__.py')}"
     config.copyright = f"{config.site_name}, {_value('license', 'pyproject.toml')}"
-    config.repo_url = _value("Repository", "pyproject.toml") or None
-    config.repo_name = "Repository"
+    repository, homepage = _value("Repository", "pyproject.toml"), _value("Homepage", "pyproject.toml")
+    config.repo_url = repository or homepage
+    config.repo_name = "Repository" if repository else "PyPI"
     return config
 
 
 def _value(name: str, file: str) -> str:
     """The string that a line of a file gives a name; Python 3.9 has no parser of TOML."""
-    found = re.search(rf'(?m)^{name}\b[^=\n]*= "([^"]*)"', (ROOT / file).read_text())
+    found = re.search(rf'(?m)^{name} = "([^"]*)"', (ROOT / file).read_text())
     return found.group(1) if found else ""
 
 
