@@ -23,7 +23,7 @@ _LINK = re.compile(r"(\[[^]]*\]\()([^)#\s:]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: Any) -> Any:
-    """Show the version beside the name, and link to the repository, or to PyPI while pyproject.toml has no URL of one."""
+    """Show the version beside the name, and link to the repository; to PyPI while pyproject.toml names none."""
     config.site_name = f"{config.site_name} {_value('__version__', 'pcsc_safe/__init__.py')}"
     config.copyright = f"{config.site_name}, {_value('license', 'pyproject.toml')}"
     repository, homepage = _value("Repository", "pyproject.toml"), _value("Homepage", "pyproject.toml")
