@@ -1,8 +1,8 @@
 """What a call costs in a process that never forks: ``python calls.py ROUNDS [OPEN-FILES]``.
 
-Everything is loaded in this one process and called by turns, a few calls each, so that the samples of a round are a
-fraction of a millisecond apart; who goes first changes.  Prints {name: [[raw, check by hand, safe], ...]}, in
-microseconds a call.
+Everything is loaded in this one process and called in turns, a few calls each, so that the samples of a round are a
+fraction of a millisecond apart.  The order changes.  Prints {name: [[raw, check by hand, safe], ...]}, in microseconds
+a call.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The figures as a picture: an SVG of bars and lines, drawn without any library.
 
-A panel that lacks all its figures is left out, as after ``--only``.  Whiskers reach from quartile to quartile.
+A panel without any figures is left out, as after ``--only``.  Whiskers reach from quartile to quartile.
 """
 
 from __future__ import annotations

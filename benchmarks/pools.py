@@ -1,9 +1,9 @@
 """An application with a pool of workers that use a card: ``python pools.py WAY``, one command a line on stdin.
 
-It has the card connected before it has workers, as servers have that load the application first.  Commands and answers
-are those of worker.py.
+It connects to the card before it has workers, like a server that loads the application first.  Commands and answers are
+those of worker.py.
 
-Little is imported here: a spawned worker imports all of it again.
+Little is imported here, because a spawned worker imports all of it again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a record costs: ``PCSC_SAFE_REPORT=DIRECTORY python recording.py ROUNDS``.
 
-The functions of pcsc_safe as they are where there is a record, and as they are where there is none, in one process, on
-one session, by turns; as calls.py does it.  Prints {name: [[without, with], ...]}, in microseconds a call.
+Calls the functions of pcsc_safe with a record and without one, in one process, on one session, in turns, as calls.py
+does.  Prints {name: [[without, with], ...]}, in microseconds a call.
 """
 
 from __future__ import annotations

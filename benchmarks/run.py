@@ -1,9 +1,10 @@
 """What pcsc_safe costs, measured here and now: ``python benchmarks/run.py [--output DIRECTORY]``.
 
-Needs what the tests need (pcscd, vpcd); brings its own virtual PC/SC stacks up.  Raw pyscard, and what users do in the
-place of pcsc_safe, are measured in the same run, always by turns with it.  Not with pyperf: it measures one thing to
-the end before it begins the next, and on a machine that others use too, what changes meanwhile is more than what we
-look for.  With ``--output`` the table is also a page (results.md), data (results.json) and a picture (results.svg).
+Needs what the tests need (pcscd, vpcd), and starts its own virtual PC/SC stacks.  Raw pyscard, and what users do
+instead of pcsc_safe, are measured in the same run, always in turns with it.  pyperf can't be used: it finishes one
+measure before it begins the next, and on a machine that others use too, the machine changes more in that time than the
+difference that we look for.  With ``--output`` the table is also written as a page (results.md), data (results.json)
+and a picture (results.svg).
 
 Exit status: 0, whatever the figures are; it measures, it does not judge a machine.
 """

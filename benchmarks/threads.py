@@ -1,8 +1,8 @@
-"""What eight threads get done: ``python threads.py SCENE ROUNDS SECONDS VARIANT...``.
+"""How many calls eight threads make: ``python threads.py SCENE ROUNDS SECONDS VARIANT...``.
 
-Each round gives every variant so many seconds, by turns, in this one process and on the same sessions; who goes first
+Each round gives every variant so many seconds, in turns, in this one process and on the same sessions.  The order
 alternates.  Prints [{variant: microseconds a call, of all threads together, or null if they froze}, ...].  After a
-freeze no other round is possible: give a variant that may freeze a process of its own.
+freeze no other round is possible, so give a variant that may freeze a separate process.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""A signing queue: Celery workers, one for each card, on as many machines as there are cards, behind one Redis.
+"""A signing queue: Celery workers, one for each card, on as many machines as there are cards, with one Redis.
 
-What it shows: the worker opens the card, with its PIN, before its pool forks, and every process of the pool signs with
-it.  A card is where its reader is, so tasks go to cards by queues: "sign" is served by every worker, whichever is free;
-"sign.FINGERPRINT" only by the one that has this card, FINGERPRINT being its certificate's (SHA-256, in hex).  A task is
-acknowledged when it is done: what a killed process, or a host that went away, had under way is delivered again.
-Signing twice does no harm.
+What it shows: the worker opens the card and verifies the PIN before its pool forks, and every process of the pool signs
+with it.  A card can only be used on the machine of its reader, so queues route tasks to cards.  Every idle worker
+serves "sign".  Only the worker that has the card serves "sign.FINGERPRINT"; FINGERPRINT is the SHA-256 of the card's
+certificate in hex.  A task is acknowledged when it is done: if a process is killed or a host disappears, its tasks are
+delivered again.  Signing twice is harmless.
 
-Start a worker for each reader; the PIN is asked for, or taken from PIV_PIN; PIV_READER is a part of the reader's name,
-if there are several::
+Start a worker for each reader.  It asks for the PIN, or takes it from PIV_PIN.  If there are several readers,
+PIV_READER is a part of the reader's name::
 
     export CELERY_BROKER_URL=redis://127.0.0.1/0 CELERY_RESULT_BACKEND=redis://127.0.0.1/0
     celery --workdir examples -A celery_sign worker --concurrency 2
 
-and have something signed, by any card or by a certain one; the certificate and the signature go to standard output.
-`celery ... inspect active_queues` says which cards there are::
+Have a message signed, by any card or by the one with this certificate.  The certificate and the signature are written
+to standard output.  `celery ... inspect active_queues` lists the cards::
 
     python examples/celery_sign.py "to be signed" [FINGERPRINT]
 

@@ -1,11 +1,11 @@
-"""A family of processes: workers that get sessions of their own, and a successor that takes one over.
+"""A family of processes: workers that get their own sessions, and a successor that takes a session over.
 
-What it shows: which process has which session, and when.  It is the program of docs/timeline.svg, which was drawn, with
-the virtual stack of ``pcsc_safe.testing`` in the place of a reader, by::
+What it shows: which process has which session, and when.  This command draws docs/timeline.svg, with the virtual stack
+of ``pcsc_safe.testing`` instead of a reader::
 
     python -m pcsc_safe.testing -- python -m pcsc_safe run --timeline docs/timeline.svg examples/family.py
 
-or, without the drawing, with any reader and a card that may answer what it likes::
+Without the drawing, it runs with any reader, and with a card that may answer anything::
 
     python examples/family.py
 """

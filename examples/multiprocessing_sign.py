@@ -1,18 +1,19 @@
 """Signatures by worker processes, with a card that was opened before they were forked.
 
-What it shows: the card is opened once, with its PIN, where the workers come from; each worker finds it open, and gets
-a session of its own at its first signature.  Workers come and go, and some die: what such a one had in hand is signed
-by another.  How a program notices that is the difference between the three ways to have workers; see each below.
+What it shows: the process from which the workers are forked opens the card once and verifies the PIN.  Each worker
+connects again at its first signature, and finds the PIN verified.  Workers are replaced, and some die: another worker
+then signs the messages that such a worker had.  The three kinds of workers differ in how a program notices that; see
+each below.
 
-Sign every line of standard input; on standard output, the line after its signature in hex, in no order::
+Sign every line of standard input; on standard output, the line after its signature in hex, in any order::
 
     seq 1000 | python examples/multiprocessing_sign.py executor           # or pool, or process
     seq 1000 | PYTHONPATH=examples python examples/multiprocessing_sign.py executor forkserver
 
-``fork`` is asked for by name: since Python 3.14 it is not the default, and this process's card would not be inherited.
-With ``forkserver`` the fork server opens the card, and not this process: it preloads the module `opened_card`, which
-has to be on PYTHONPATH for that.  The PIN is asked for on the terminal, or taken from PIV_PIN in the environment.
-Without a card::
+The start method ``fork`` is named explicitly, because it is not the default since Python 3.14, and with another one the
+workers would not inherit this process's card.  With ``forkserver`` the fork server opens the card, not this process:
+it preloads the module `opened_card`, which has to be on PYTHONPATH for that.  The PIN is asked for on the terminal, or
+taken from PIV_PIN in the environment.  Without a card::
 
     pip install 'pcsc-safe[piv]'
     export PIV_PIN=123456

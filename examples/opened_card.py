@@ -1,6 +1,7 @@
-"""The card, opened where this module is imported; for `multiprocessing_sign`.
+"""Opens the card when this module is imported; for `multiprocessing_sign`.
 
-What it shows: a module that a fork server preloads may open the card, as one that the parent of all workers imports.
+What it shows: a module that a fork server preloads may open the card, and so may one that the parent of all workers
+imports.
 """
 
 import os

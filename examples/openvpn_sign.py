@@ -1,15 +1,15 @@
 """The key of an OpenVPN client on a PIV card: signs what OpenVPN asks for, over its management interface.
 
-What it shows: a daemon may ask for the PIN on the terminal and go on in the background in the session in which it was
-verified.  The PIN is not kept, so this session is all the daemon has.  `pcsc_safe.handover` gives it the connection
-itself, and what the process in the foreground cleans up when it ends is no longer the daemon's.
+What it shows: a daemon may ask for the PIN on the terminal, and continue in the background in the session in which it
+was verified.  The PIN is not kept, so the daemon has nothing but this session.  `pcsc_safe.handover` gives it the
+connection itself, and the cleanup of the foreground process at its end no longer affects it.
 
-It listens on a socket that its user and root may connect to.  Start it, and then OpenVPN, which connects::
+It listens on a socket to which its user and root may connect.  Start it, and then OpenVPN, which connects::
 
     python examples/openvpn_sign.py ~/card.sock    # asks for the PIN, or takes PIV_PIN; prints the daemon's PID
     sudo openvpn client.conf
 
-with these lines in client.conf, in the place of cert and key::
+Put these lines into client.conf instead of cert and key::
 
     management /home/me/card.sock unix
     management-client
@@ -17,9 +17,9 @@ with these lines in client.conf, in the place of cert and key::
     management-external-cert piv
     management-external-key nopadding
 
-When the session is lost (the card taken out, reset, or used for something else) the daemon ends, and OpenVPN with it;
-with --keep-pin it keeps the PIN and gets another.  What happens is written to ~/card.sock.log.  Without a card:
-``python -m pcsc_safe.testing --card piv -- sh`` is a shell that has a virtual one, with PIN 123456.
+If the session is lost (the card is removed, reset, or used for something else) the daemon ends, and OpenVPN with it.
+With --keep-pin it keeps the PIN and begins another session.  It writes a log to ~/card.sock.log.  Without a card:
+``python -m pcsc_safe.testing --card piv -- sh`` starts a shell with a virtual one, whose PIN is 123456.
 """
 
 import argparse

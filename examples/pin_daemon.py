@@ -1,9 +1,10 @@
-"""A signing daemon that asks for the PIN on the terminal, and then goes on in the background without it.
+"""A signing daemon that asks for the PIN on the terminal, and then continues in the background without it.
 
-What it shows: `pcsc_safe.handover()` gives the daemon the session of the process that asked for the PIN: same card, PIN
-verified, held exclusively.  So the daemon needs no PIN and has none.  It also has no way to verify it again: when the
-session ends, because the card was pulled out or pcscd restarted, it says so to the client, and ends with a line in the
-system's log; start it again.  For every client it forks a handler, which has no part in the session and may die.
+What it shows: `pcsc_safe.handover()` transfers the session of the process that asked for the PIN to the daemon: same
+card, PIN verified, held exclusively.  So the daemon needs no PIN and has none.  It also can't verify the PIN again.  If
+the session ends, because the card was pulled out or pcscd was restarted, the daemon reports that to the client, writes
+a line to the system's log, and ends; start it again.  It forks a handler for every client.  The handler doesn't use the
+session, and may die.
 
 Run it with python-daemon installed, and have files signed; the answer is the signature in hex, or ``error: ...``::
 
@@ -11,7 +12,7 @@ Run it with python-daemon installed, and have files signed; the answer is the si
     nc -UN ~/sign.sock < file
     kill $(cat ~/sign.sock.pid)
 
-Whoever may connect may sign.  So the socket is its user's alone (mode 0600), and the card is held exclusively:
+Everybody who may connect may sign.  So only its user may use the socket (mode 0600), and the card is held exclusively:
 otherwise every user of the reader could sign with the PIN that was verified here.
 """
 

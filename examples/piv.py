@@ -1,8 +1,8 @@
 """A signing key on a PIV card (NIST SP 800-73-4), for the other examples: five commands, and nothing about forks.
 
-What it shows: code that survives a fork is code that survives a reset of its card.  Another application may reset the
-card at any time; PC/SC says so with SCARD_W_RESET_CARD, and the cure is to connect, select and verify the PIN again.  A
-forked process gets the same answer, once, and the same cure gives it a session of its own.
+What it shows: code that handles a reset of its card also handles a fork.  Another application may reset the card at any
+time.  PC/SC then returns SCARD_W_RESET_CARD, and the remedy is to connect again, select the applet and verify the PIN.
+A forked process gets the same code if the session that it inherited has ended, and the same remedy works.
 
 Sign a file: the certificate of the card in the first reader, and the signature in hex, on standard output::
 

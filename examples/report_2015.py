@@ -2,10 +2,10 @@
 
 What it shows: on OS X Yosemite the child crashed ("PC/SC functions crash after a fork(2)", January 2015,
 https://blog.apdu.fr/posts/2015/01/os-x-yosemite-bug-pcsc-functions-crash/).  On Linux it got an answer, over its
-parent's connection.  With pcsc_safe it gets a context of its own, and the parent's goes on.
+parent's connection.  With pcsc_safe the child gets its own context, and the parent's continues.
 
-The report's sample is a C program; these are the same few steps, written for pyscard and unchanged but for the import.
-Run it, with any reader or with the virtual stack of ``pcsc_safe.testing``::
+The report's sample is a C program.  These are the same steps, written for pyscard; only the import is different.  Run
+it, with any reader or with the virtual stack of ``pcsc_safe.testing``::
 
     python examples/report_2015.py
 """

@@ -1,8 +1,8 @@
 """A web service that signs with a card: the same file under gunicorn and under uWSGI, each with two workers.
 
-What it shows: the server opens the card when it loads the application, so a missing card or a wrong PIN is reported at
-once, and forks its workers afterwards.  Each finds the connection that it inherited, gets one of its own at its first
-request, and signs.  Workers may die, and others be forked in their place.
+What it shows: the server opens the card when it loads the application, so a missing card or a wrong PIN is reported
+before the service starts.  Then it forks its workers.  Each connects again at its first request, finds the PIN
+verified, and signs.  Workers may die, and be replaced.
 
 Run it under one or the other; PIV_PIN in the environment, or the PIN is asked for::
 

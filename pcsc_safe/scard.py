@@ -1,7 +1,7 @@
 """``smartcard.scard``, safe to use on both sides of a fork.
 
-Import it in place of ``smartcard.scard``: the same functions, constants and ``error``, with the same results.  In a
-process that never forks only one thing differs: a failed call answers no uninitialised memory.
+Import it instead of ``smartcard.scard``: the same functions, constants and ``error``, with the same results.  In a
+process that never forks only one thing differs: a failed call returns no uninitialised memory.
 """
 
 import sys as _sys

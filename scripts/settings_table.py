@@ -1,4 +1,4 @@
-"""The table of all settings in docs/policies.md, made from :data:`pcsc_safe.policy.SETTINGS`.
+"""The table of all settings in docs/settings.md, made from :data:`pcsc_safe.policy.SETTINGS`.
 
 python scripts/settings_table.py            print it
 python scripts/settings_table.py --write    put it in the page
@@ -12,22 +12,37 @@ from pathlib import Path
 
 from pcsc_safe import policy
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "policies.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 BEGIN, END = "<!-- made by scripts/settings_table.py -->", "<!-- end -->"
+COLUMNS = ("keyword, variable, option", "values", "default", "what it sets", "per context", "page")
+PAGES = {
+    "quiesce_timeout": "[Threads and forks](threads.md)",
+    "broker": "[The broker](broker.md)",
+    "broker_python": "[The broker](broker.md)",
+    "owner": "[Sessions](sessions.md#handover)",
+    "guard_native": "[PKCS#11](hosts/pkcs11.md)",
+    "spare_cards": "[Policies](policies.md#resets)",
+    "recover": "[Recovery](recovery.md)",
+}
+"""Where a setting is explained, if it isn't on the page about policies."""
 
 
 def table() -> str:
     """One row for each setting."""
-    rows = ["| `configure()` | environment | `run` | values | default | what it is for |", "|---|---|---|---|---|---|"]
-    for name, row in policy.SETTINGS.items():
-        default = f"`{_as_text(row.default)}`"
-        values = ", ".join(f"`{choice}`" for choice in row.choices()) or _KINDS[type(row.default)]
-        names = f"`{name}` | `{policy.variable(name)}` | `{policy.option(name)}`"
-        rows.append(f"| {names} | {values} | {default} | {row.summary} |")
-    return "\n".join(rows)
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(_row(name) for name in policy.SETTINGS)]
+    return "\n".join(f"| {' | '.join(row)} |" if row[0] != "---" else f"|{'|'.join(row)}|" for row in rows)
 
 
-_KINDS = {bool: "`0`, `1`; also `false`, `true`, `no`, `yes`, `off`, `on`", float: "a number", str: 'a path, or `""`'}
+def _row(name: str) -> list[str]:
+    setting = policy.SETTINGS[name]
+    names = f"`{name}`<br>`{policy.variable(name)}`<br>`{policy.option(name)}`"
+    values = ", ".join(f"`{choice}`" for choice in setting.choices()) or _KINDS[type(setting.default)]
+    default = f"`{_as_text(setting.default)}`"
+    of_context = "yes" if setting.of_context else "no"
+    return [names, values, default, setting.summary, of_context, PAGES.get(name, "[Policies](policies.md)")]
+
+
+_KINDS = {bool: "`0`, `1`", float: "a number", str: 'a path, or `""`'}
 
 
 def _as_text(value: object) -> str:

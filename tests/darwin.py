@@ -39,7 +39,7 @@ import termios
 import threading
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Optional
 
 __all__ = ["install"]
@@ -343,6 +343,11 @@ def _library(name: Optional[str], *arguments: Any, **named: Any) -> Any:
     return _Library() if name is None else ctypes.CDLL(name, *arguments, **named)
 
 
+def _spawn(program: str, arguments: Sequence[str], *more: Any, **named: Any) -> int:
+    # Without -S, which keeps the simulation from brokers.
+    return os.posix_spawn(program, [argument for argument in arguments if argument != "-S"], *more, **named)
+
+
 # Put in the place.
 
 
@@ -353,7 +358,7 @@ def _facades() -> dict[str, Facade]:
     queue = {name: value for name, value in globals().items() if name.startswith("KQ_")}
     given: dict[types.ModuleType, dict[str, Any]] = {
         sys: {"platform": "darwin"},
-        os: {**files, "close": _close},
+        os: {**files, "close": _close, "posix_spawn": _spawn},
         mmap: {},
         signal: {},
         ctypes: {"CDLL": _library},

@@ -1,11 +1,11 @@
-"""Which of this process's descriptors are connections to pcscd, whoever opened them.
+"""Which of this process's file descriptors are connections to pcscd, whichever library opened them.
 
-libpcsclite talks to pcscd over one Unix socket a context, and doesn't say which.  :mod:`gateway` looks for those of our
-contexts here.  Those of others in this process, a PKCS#11 module's for instance, are nobody's business by default;
-with ``guard_native=True`` a forked child must not have them either.
+libpcsclite has one Unix socket to pcscd for each context, and doesn't say which.  :mod:`gateway` looks for the sockets
+of our contexts here.  Sockets that other libraries in this process have, such as a PKCS#11 module, are left alone by
+default.  With ``guard_native=True`` a forked child must not have them either.
 
-At a fork that is what happens: in the child every connection to pcscd that came over the fork is handed to
-:mod:`descriptors`, for a dead socket to take its place.  Everything that takes has been imported before.
+At a fork the child hands every connection to pcscd that it has inherited to :mod:`descriptors`, which replaces it by a
+dead socket.  Everything that this needs was imported before.
 """
 
 from __future__ import annotations

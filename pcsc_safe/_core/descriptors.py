@@ -1,9 +1,9 @@
-"""The descriptors that a forked child must not use, and the dead socket that takes their place there.
+"""The file descriptors that a forked child must not use, and the dead socket that replaces them there.
 
-A child inherits its parent's connections, to pcscd and to a broker, and with them the power to read its parent's
-answers and to keep its parent's locks alive.  So in the child each is replaced by a dead socket, at the fork.  It is
-replaced only where the number still stands for that connection: an application may have closed it, and the number may
-be a database connection's by now.
+A child inherits its parent's connections to pcscd and to a broker.  Over them it could read its parent's answers, and
+it would keep its parent's locks alive.  So the child replaces each by a dead socket at the fork, but only if the number
+still stands for that connection: an application may have closed it, and the number may be a database connection's by
+now.
 """
 
 from __future__ import annotations
@@ -118,9 +118,11 @@ def is_dead(number: int) -> bool:
 
 def disarm() -> None:
     """Put a dead socket in the place of each guarded connection, in the child."""
-    if guarded:
-        stays = kept.get(get_ident(), ())
-        kill([connection for connection in list(guarded) if connection.number not in stays])
+    if not kept:
+        kill(list(guarded))
+        return
+    stays = kept.get(get_ident(), ())
+    kill([connection for connection in list(guarded) if connection.number not in stays])
     kept.clear()
 
 
@@ -129,6 +131,11 @@ _ATTEMPTS = 3
 
 def _at_fork() -> None:
     disarm()
+    if others is not tuple:
+        _disarm_others()
+
+
+def _disarm_others() -> None:
     raised: Optional[BaseException] = None
     for _ in range(_ATTEMPTS):
         try:

@@ -1,12 +1,12 @@
-"""Contexts and cards, who owns them, and the registry that finds them by their handles.
+"""Contexts and cards, their owners, and the registry that finds them by their handles.
 
-A record keeps the *number* that the application was given, which never changes, apart from the *real* handle, which a
-re-establishment replaces.  The registry holds every record until it is released, as libpcsclite does; what a forked
-child inherited stays referenced and disarmed, for a finalizer that talked to the owner's peer would be worse than a
-kilobyte.
+A record keeps two handles apart: the *number* that the application has, which never changes, and the *real* handle,
+which a re-establishment replaces.  The registry holds every record until it is released, as libpcsclite does.  What a
+forked child inherited stays referenced and disarmed: a finalizer that sent something to the owner's peer would be worse
+than a kilobyte of memory.
 
-Invariant: a record is live in exactly one process, that whose epoch is its ``owner``; everywhere else it is inherited.
-A child's first call gives new locks to what it inherited; owners stay.
+Invariant: a record is live in exactly one process, whose epoch is its ``owner``.  In all other processes it is
+inherited.  A child's first call replaces the locks of what it inherited; owners stay.
 """
 
 from __future__ import annotations
@@ -186,6 +186,13 @@ class Card:
         """Where its context was established."""
         return self.context.established_at
 
+    def is_lost(self) -> bool:
+        """Whether a call of this process has found that its session has ended, and none has connected since."""
+        here = process.current()
+        if self.owner is here:
+            return not self.released and not self.session.is_open
+        return self.warned == (here, self.owner)
+
     def bury(self) -> None:
         """Mark it as released; its number stays known, for libpcsclite may know it still."""
         self.released = True
@@ -335,10 +342,12 @@ def load(from_family: bytes, kind: Kind, key: bytes, description: str) -> Any:
         for record in list(registry.values()):
             if record.key == key:
                 return record.safe
-        state = f"is not (or no longer) known in process {os.getpid()}, which did not inherit it"
+        state = f"is unknown in process {os.getpid()}: it was released, or this process did not inherit it"
     else:
-        state = f"belongs to another family of processes than {os.getpid()}, which was not forked from it"
-    raise PcscSafeError(f"{description} {state}", remedy="a handle is no use elsewhere: establish a context here")
+        state = f"is unknown in process {os.getpid()}, which was not forked from that process"
+    raise PcscSafeError(
+        f"{description} {state}", remedy="a handle is valid only where it was inherited: establish a context here"
+    )
 
 
 def _outside_frame() -> str:

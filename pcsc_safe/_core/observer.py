@@ -1,14 +1,23 @@
-"""Who is told what happens to PC/SC in this process: nobody, unless a recorder has put its functions here.
+"""The functions that are told what happens to PC/SC in this process: empty ones, unless a recorder has replaced them.
 
-``run --report`` and ``run --timeline`` record; see :mod:`pcsc_safe._trace`.  So a process that is not recorded pays for
-a call of an empty function at each event, and for nothing at each PC/SC call.  Nothing here changes at a fork.
+``run --report`` and ``run --timeline`` record; see :mod:`pcsc_safe._trace`.  A process without a record pays for a call
+of an empty function at each event, and nothing at each PC/SC call.  Nothing here changes at a fork.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any, Callable
 
-__all__ = ["born_elsewhere", "connected", "established", "followed", "record", "recorded"]
+__all__ = ["VARIABLE", "born_elsewhere", "connected", "established", "followed", "is_wanted", "record", "recorded"]
+
+VARIABLE = "PCSC_SAFE_REPORT"
+"""The environment variable that holds the path of the directory where processes are to record."""
+
+
+def is_wanted() -> bool:
+    """Whether this process is to record."""
+    return bool(os.environ.get(VARIABLE))
 
 
 def _nothing(*arguments: Any, **fields: Any) -> None:

@@ -1,9 +1,9 @@
 """Several C functions in one step of the interpreter.
 
 Between two steps of Python a signal handler, a finalizer or another thread's exception can run.  A C function that goes
-through an iterator of C functions doesn't return to the interpreter in between: none of these runs there (finalizers:
-from Python 3.12 on).  So a lock that is taken and given back in one step is never held while code of the application
-runs.  Nothing here changes at a fork.
+through an iterator of C functions doesn't return to the interpreter in between, so none of them can run there
+(finalizers: from Python 3.12).  A lock that one step takes and releases is therefore never locked while code of the
+application runs.  Nothing here changes at a fork.
 """
 
 from __future__ import annotations

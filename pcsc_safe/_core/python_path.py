@@ -1,6 +1,6 @@
 """PYTHONPATH, which starts with the directory of our ``sitecustomize.py`` in a program that ``run`` has started.
 
-Python processes that the program starts inherit it; brokers are started without it.  A fork changes nothing here.
+Python processes that the program starts inherit it.  Brokers are started without it.  A fork changes nothing here.
 """
 
 from __future__ import annotations

@@ -1,37 +1,48 @@
-"""What happens when pcscd is gone: restarted, stopped, or ended by itself (setting ``recover``).
+"""What happens when pcscd has ended, because it was restarted or stopped or ended by itself (setting ``recover``).
 
-To a context that is the same event as a fork: it belongs to something that is not there any more, and
-:mod:`inherited` says what its next use gets.  Here is how it is noticed, and how a wait for events outlasts it.
+For a context this is like a fork: the context belongs to something that no longer exists, and :mod:`inherited` decides
+what its next use gets.  This module detects it, and continues waits for events.
 
-What libpcsclite answers (1.9.9 to 2.5.1) says whether pcscd has got a call:
+The code that libpcsclite returns (1.9.9 to 2.5.1) says whether pcscd has received a call:
 
-- SCARD_E_NO_SERVICE: it could not be sent.  pcscd itself never says so.
-- SCARD_W_SECURITY_VIOLATION: pcscd was gone before it had read it all; the kernel resets the connection then.  pcscd
-  itself says so to SCardConnect alone, where polkit forbids the card.
-- SCARD_F_COMM_ERROR: no answer came; it may have been carried out.  The next call is SCARD_E_NO_SERVICE.
+- SCARD_E_NO_SERVICE: libpcsclite could not send it.  pcscd itself never returns this code.
+- SCARD_W_SECURITY_VIOLATION: pcscd ended before it had read all of it; the kernel resets the connection then.  pcscd
+  itself returns this code only from SCardConnect, if polkit forbids the card.
+- SCARD_F_COMM_ERROR: no answer arrived; the call may have been carried out.  The next call returns SCARD_E_NO_SERVICE.
 
-The first two were not carried out, and can be made again; the third if it changes nothing.  What is answered to a
-context or a connection that is being had again goes to the application as it is.  SCardIsValidContext,
-SCardListReaderGroups and SCardCancel notice nothing.
+A call with the first or the second code was not carried out, and can be repeated.  A call with the third can be
+repeated if it changes nothing.  Codes from re-establishing a context or a connection go to the application as they are.
+SCardIsValidContext, SCardListReaderGroups and SCardCancel detect nothing.
 
-At a fork: a child counts its own attempts; what its parent has lost it inherits as anything else.
+At a fork: a child counts its own attempts.  What its parent has lost, the child inherits like anything else.
 """
 
 from __future__ import annotations
 
 import time
 from _thread import get_ident
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 from ..policy import Role
-from . import handles, process
+from . import handles, log, process
 from .calls import CALLS, Call
 from .handles import Context, Record
 from .library import SUCCESS, constant
 from .reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, is_for_new_readers
 from .settings import settings
 
-__all__ = ["GONE", "NO_SERVICE", "UNHEARD", "again", "cancel", "lost_meanwhile", "noticed", "outlast", "recovers"]
+__all__ = [
+    "GONE",
+    "NO_SERVICE",
+    "UNHEARD",
+    "again",
+    "cancel",
+    "lost_meanwhile",
+    "noticed",
+    "outlast",
+    "recovers",
+    "tell",
+]
 
 NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
 _RESET: int = constant("SCARD_W_SECURITY_VIOLATION")
@@ -59,6 +70,25 @@ _POLL = 0.05  # s; for pcscd to be back
 _CANCEL_WITHIN = 1.0  # s
 
 _attempts: dict[int, int] = {}  # to make one call, by thread
+
+
+_told: Optional[process.Epoch] = None
+
+
+def tell(function: str, hresult: int) -> None:
+    """Say in the log that there is no pcscd, and what examines the machine; once per process.
+
+    :param hresult: what the function returned.
+    """
+    global _told
+    if hresult == NO_SERVICE and _told is not process.current():
+        _told = process.current()
+        log.warning(
+            "no-service",
+            "%(function)s returns SCARD_E_NO_SERVICE to process %(pid)d, because pcscd doesn't run, was restarted, or "
+            "refuses this process: 'python -m pcsc_safe doctor' says which, and what to do",
+            function=function,
+        )
 
 
 def recovers(record: Record) -> bool:

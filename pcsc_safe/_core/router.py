@@ -1,8 +1,8 @@
-"""One call: unwrap, decide, gateway, wrap.
+"""One call: unwrap the handle, decide, call the gateway, wrap the result.
 
 In the process that owns a handle a call goes straight to the native function.  Everything else takes the slow path:
-plain integers, handles that are not ours, and, after a fork, what was inherited.  Whatever a process inherits is told
-apart by the epoch of its record, never by a flag that somebody would have to reset at the fork.
+plain integers, handles that are not ours, and, after a fork, inherited handles.  An inherited handle is recognised by
+the epoch of its record, never by a flag that would have to be reset at the fork.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from . import (
     observer,
     process,
     reader_states,
+    readiness,
     recovery,
     reestablish,
     sessions,
     sparing,
-    transfer,
 )
 from .calls import CALLS, STALE, Call, Gateway, Kind, LostError
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
 from .reestablish import INVALID_HANDLE, LEAVE_CARD
 from .sessions import Session
-from .settings import settings
+from .settings import settings, when_changed
 
 __all__ = ["public"]
 
@@ -82,9 +82,10 @@ def _ended(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     return result
 
 
-def _lost_its_session(card: Record, hresult: int) -> None:
-    if hresult in _ENDED and isinstance(card, Card):
-        card.session.end()
+def _failed(function: str, record: Record, hresult: int) -> None:
+    if hresult in _ENDED and isinstance(record, Card):
+        record.session.end()
+    recovery.tell(function, hresult)
 
 
 _ENDED = tuple(
@@ -105,9 +106,8 @@ _AFTER: dict[str, _After] = {
 }
 
 
-def _after(name: str) -> Optional[_After]:
-    after: Optional[_After] = observer.followed(name, _AFTER.get(name))
-    return after
+_FOLLOWING: dict[str, Optional[_After]] = {name: observer.followed(name, _AFTER.get(name)) for name in CALLS}
+"""The same for each function, and what records it."""
 
 
 # The way of a call.
@@ -123,8 +123,10 @@ def _prepare() -> None:
         from . import proxies  # wrapt takes longer to import than all the rest, and a broker needs none
 
         handles.hand_out(proxies.SafeContext, proxies.SafeCard)
-    for part in (log, descriptors, sessions, transfer, gateways.native, gateways.brokers):
+    for part in (descriptors, sessions, gateways.native):
         part.prepare()
+    if not _is_prepared:
+        readiness.begin()
     _is_prepared = True
 
 
@@ -228,7 +230,7 @@ def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[
     :param registry: where the records of the handles are that the function takes.
     :param make: makes the call in this process's native library.
     """
-    after, discloses, is_bare = _after(call.name), call.discloses, call.failed is None
+    after, discloses, is_bare = _FOLLOWING[call.name], call.discloses, call.failed is None
     sentinel, here_itself = process.sentinel, gateways.native
     unheard = recovery.UNHEARD[call.name]
 
@@ -252,7 +254,7 @@ def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[
         if hresult != SUCCESS:
             if hresult in unheard and recovery.noticed(record, real, hresult):
                 return recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
-            _lost_its_session(record, hresult)
+            _failed(call.name, record, hresult)
             if discloses:
                 return call.failure(hresult)
         return after(record, arguments, result) if after else result
@@ -264,17 +266,20 @@ def _through_broker(
     call: Call, route: Callable[..., Any], record: Record, handle: Any, arguments: tuple[Any, ...]
 ) -> Any:
     """A call on what this process has in a broker."""
-    real, after = record.real, _after(call.name)
-    result = record.context.gateway.functions[call.name](real, *arguments)
+    name, real = call.name, record.real
+    result = record.context.gateway.functions[name](real, *arguments)
     hresult = result if call.failed is None else result[0]
-    _lost_its_session(record, hresult)
-    is_gone = hresult in recovery.UNHEARD[call.name] and recovery.noticed(record, real, hresult)
+    after = _FOLLOWING[name]
+    if hresult == SUCCESS and after is None and name != "SCardConnect":
+        return result  # most calls are such ones
+    _failed(name, record, hresult)
+    is_gone = hresult in recovery.UNHEARD[name] and recovery.noticed(record, real, hresult)
     if hresult == INVALID_HANDLE and recovery.lost_meanwhile(record, real):
-        is_gone = call.name != "SCardGetStatusChange"
+        is_gone = name != "SCardGetStatusChange"
         result = call.failure(recovery.NO_SERVICE, arguments)
     if is_gone:
         return recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
-    if call.name == "SCardConnect":
+    if name == "SCardConnect":
         if record.real != real:
             return call.failure(COMM_ERROR)  # another thread has noticed since that what it is through is lost
         if hresult == SUCCESS and isinstance(record, Context):
@@ -343,6 +348,7 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
         timeout = min(timeout, reader_states.INFINITE)
         began, cancels = monotonic(), record.cancels
         answer = wait(handle, timeout, states)
+        recovery.tell(call.name, answer[0])
         if answer[0] in recovery.GONE and recovery.recovers(record):
             list_readers = public["SCardListReaders"]
             return recovery.outlast(call, wait, list_readers, record, timeout, states, began, cancels)
@@ -436,7 +442,12 @@ def _notice() -> process.Epoch:
         _announced = here
         if here.parent is not None and handles.contexts:
             observer.record("fork", parent=here.parent.pid)
-            log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
+            log.debug(
+                "fork",
+                "process %(pid)d was forked from process %(owner_pid)d, noticed by %(layer)s",
+                owner_pid=here.parent.pid,
+                layer=here.noticed_by,
+            )
             if here.unquiet is not None and native_works_after_fork():
                 _warn_of_unquiet(here)
     return here
@@ -445,10 +456,15 @@ def _notice() -> process.Epoch:
 def _warn_of_unquiet(here: process.Epoch) -> None:
     """Say what keeps a process from the native library, and what it does without."""
     is_served = choose_way(settings(), forked=True, native_works=False) is Way.BROKER
-    without = "a broker does PC/SC for it" if is_served else "policy 'auto' lets a broker do PC/SC for it"
-    function, thread, _ = here.unquiet
-    text = "process %d was forked while thread %s was inside %s, and can't use the native library: %s"
-    log.warning(text, here.pid, thread, function, without)
+    without = "a broker makes its PC/SC calls" if is_served else "with policy 'auto' a broker makes its PC/SC calls"
+    log.warning(
+        "unquiet-fork",
+        "process %(pid)d was forked while thread %(thread)s was inside %(function)s, and can't use the native PC/SC "
+        "library: %(without)s",
+        function=here.unquiet.function,
+        thread=here.unquiet.thread,
+        without=without,
+    )
 
 
 # The names of the drop-in.
@@ -463,3 +479,5 @@ def _exported(name: str, value: Any) -> Any:
 
 public: dict[str, Any] = {name: _exported(name, value) for name, value in library.public.items()}
 """Every public name of the installed ``smartcard.scard``; the functions that take or give a handle are ours."""
+
+when_changed(readiness.consider)

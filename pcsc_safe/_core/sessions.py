@@ -1,14 +1,14 @@
-"""Which sessions with cards go on, as the other processes of a fork family can see it.
+"""Which sessions with cards continue, as the other processes of a fork family can see it.
 
-A process that is connected to a card, shared, holds a lock on one byte of a file that it had before it forked, and on
-the next byte while it is in a transaction.  These locks (fcntl(2)) belong to the process: a child doesn't inherit them,
-and they end with the process, however that ends.  So a child that inherits a card can ask whether its owner still has
-the session that the child knows; no PID is compared, and a fork costs nothing.  A process that goes on in the session
-of another one says so by a lock on the third byte.
+A process that is connected to a card, shared, locks one byte of a file that it had before it forked, and the next byte
+while it is in a transaction.  These locks (fcntl(2)) belong to the process: a child doesn't inherit them, and they end
+with the process, however it ends.  So a child that inherits a card can check whether its owner still has the session
+that the child knows.  No PID is compared, and a fork costs nothing.  A process that continues in another one's session
+locks the third byte.
 
-The file is empty.  Each session has bytes of its own, by a random number, so no number is used twice.
+The file is empty.  Each session has bytes at a random offset, so no offset is used twice.
 
-Invariant: where anything is missing (the descriptor was closed, the system has no such locks) a session counts as
+Invariant: if anything is missing (the file descriptor was closed, or the system has no such locks) a session counts as
 ended.  A child closes nothing here: at a fork nothing changes.
 """
 

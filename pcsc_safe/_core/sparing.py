@@ -1,8 +1,9 @@
-"""Whether a call may reset a card, or cut its power, that another process of the family uses.
+"""Whether a call may reset or power off a card that another process of the family uses.
 
 By default pyscard powers a card off when it disconnects, and resets it when it reconnects.  In a family of processes
-that ends the session of whoever else is connected: the PIN has to be verified again.  So a default leaves such a card
-alone.  What the application asks for is done, and told once.  At a fork nothing changes here.
+this ends the session of every other process that is connected: the PIN has to be verified again.  So pyscard's defaults
+leave such a card alone.  A reset that the application asks for is done, and logged once.  At a fork nothing changes
+here.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def disposition(function: str, card: Card, wanted: int) -> int:
         card.warned_of_end = here
         observer.record("interferes", function=function, context=card.context.key)
         log.warning(
-            "process %d resets or powers off the card in %s, which another process of its family uses: its application "
-            "asks %s for that; SCARD_LEAVE_CARD would leave the card alone",
-            here.pid,
-            card.reader,
-            function,
+            "interference",
+            "process %(pid)d resets or powers off the card in %(reader)s, which its parent or child uses too, because "
+            "its application calls %(function)s with that disposition: SCARD_LEAVE_CARD leaves the card alone",
+            function=function,
+            reader=card.reader,
         )
     return int(wanted)

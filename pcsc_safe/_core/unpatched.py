@@ -1,8 +1,8 @@
 """Threads as the interpreter knows them: locks, identifiers and sleep that no library has replaced.
 
-gevent and eventlet replace what :mod:`threading`, :mod:`_thread` and :mod:`time` offer with versions that switch
-greenlets.  A native call blocks a whole thread, so what guards one has to belong to that thread.  A module that the
-interpreter makes from scratch has the functions that it was compiled with, whatever was patched before or is later.
+gevent and eventlet replace functions of :mod:`threading`, :mod:`_thread` and :mod:`time` by versions that switch
+greenlets.  A native call blocks a whole thread, so the lock that protects it has to belong to that thread.  A module
+that the interpreter creates again from its built-in code has its original functions, whatever was or will be patched.
 
 Nothing here changes at a fork.
 """

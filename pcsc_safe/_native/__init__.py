@@ -1,3 +1,3 @@
-"""PC/SC in this process: libpcsclite, by pyscard."""
+"""PC/SC in this process: libpcsclite, through pyscard."""
 
 __all__: list[str] = []

@@ -1,7 +1,7 @@
-"""The way of a call on a card, in as few steps as there are.
+"""The path of a call on a card, in as few steps as possible.
 
-A card has a native context to itself; the call takes it, is noted, is made, and gives it back, in one step of C.  At a
-fork nothing changes here: a child's record of the card is not its own.
+A card has a native context to itself.  One step of C takes the context, records the call, makes it, and gives the
+context back.  At a fork nothing changes here: the child doesn't own its record of the card.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Any, Callable
 
-from .._core import gate, in_flight, one_step, process
+from .._core import gate, in_flight, one_step, process, readiness
 from .._core.calls import STALE
 from .._core.in_flight import GIVEN, RELEASED, WOKEN
 from .._core.library import SUCCESS
-from .._core.unpatched import get_ident, monotonic
+from .._core.unpatched import count_threads, get_ident, monotonic
 from .contexts import behind, discard, doomed, sweep
 from .native_context import NativeContext, wait_until_given
 from .pyscard import raw
@@ -32,6 +32,8 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
     is_not_false, called = one_step.is_not_false, one_step.called
 
     def call(card: Any, arguments: tuple[Any, ...]) -> Any:
+        if not readiness.is_ready and count_threads():
+            readiness.prepare()
         may_pass = False
         while True:
             place = card.native

@@ -1,9 +1,9 @@
-"""One context of libpcsclite's, with its connection to pcscd.
+"""One context of libpcsclite, with its connection to pcscd.
 
-It is entered in the lists that know of it as soon as libpcsclite has made it, in the same step of C.  A wait for events
-that is in it ends when its connection is shut down, at every moment, as SCardCancel doesn't.
+The step of C in which libpcsclite makes it also enters it in the lists that know it.  A wait for events inside it ends
+when its connection is shut down, at every moment; SCardCancel can't end it at every moment.
 
-Invariant: the process that established it, or that it was handed over to, is its ``owner``, and alone may release it.
+Invariant: the process that established it, or to which it was handed over, is its ``owner``, and alone may release it.
 At a fork it stays the parent's.
 """
 
@@ -33,7 +33,7 @@ class _Establishing(Place):
 
 
 establishing = _Establishing()
-in_flight.places[establishing] = None
+in_flight.places[establishing] = establishing.calls
 
 
 class NativeContext(Place):
@@ -62,9 +62,9 @@ class NativeContext(Place):
         self.established: list[Any] = []  # what SCardEstablishContext returned
         self.traces = connections.Traces()
 
-    def if_established(self) -> Iterator[tuple[NativeContext, None]]:
+    def if_established(self) -> Iterator[tuple[NativeContext, Any]]:
         """An entry for a table, if pcscd hasn't refused it when the iterator is asked."""
-        return compress([(self, None)], map(not_, map(itemgetter(0), self.established)))
+        return compress([(self, self.calls)], map(not_, map(itemgetter(0), self.established)))
 
     def settle(self) -> None:
         """Note what libpcsclite has made; whoever comes first does it, and a second time changes nothing."""

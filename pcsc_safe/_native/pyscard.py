@@ -1,7 +1,7 @@
 """pyscard, whose functions reach libpcsclite in this process.
 
-The untyped world ends here.  To load it is to load the native library; where that is not wanted, because every context
-is to live in a broker (``broker="always"``), the broker's functions take the place of the C functions.  Nothing here
+This is the only untyped module.  Loading it loads the native library.  If every context is to live in a broker
+(``broker="always"``), the broker's functions replace the C functions, and the library is not loaded.  Nothing here
 changes at a fork.
 """
 

@@ -1,8 +1,8 @@
 """SCardGetStatusChange: a wait for events, as its caller sees it.
 
-It has a native context to itself.  A fork ends the native call, and the wait goes on in the parent, on another native
-context and with the time that was left, without its caller noticing; what happened between the two is told as if the
-wait had seen it.  SCardCancel ends the whole wait, once.
+A wait has a native context to itself.  A fork ends the native call.  The wait continues in the parent, on another
+native context and with the time that was left, and its caller sees no difference: what happened between the two is
+reported as if the wait had seen it.  SCardCancel ends the whole wait, once.
 
 A child has none of its parent's waits.
 """

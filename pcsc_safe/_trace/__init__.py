@@ -1,3 +1,3 @@
-"""What happened to PC/SC in a family of processes: written, read, told and drawn."""
+"""What happened to PC/SC in a family of processes: recorded, read, reported and drawn."""
 
 __all__: list[str] = []

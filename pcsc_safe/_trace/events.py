@@ -1,13 +1,13 @@
-"""What happens to PC/SC in a family of processes, written down for ``python -m pcsc_safe run --report | --timeline``.
+"""Records what happens to PC/SC in a family of processes, for ``python -m pcsc_safe run --report | --timeline``.
 
-Each process has a record of its own: files of slots in a directory, mapped into memory.  Writing is assigning to
-memory.  So it costs no system call and takes no lock, can be done in an at-fork hook, goes on after ``chroot`` and
-``setuid``, and what was written stays however the process ends.  A counter gives the slots out, so no two threads get
-the same.  No descriptor is kept: it could be somebody else's by the time it is used.
+Each process has a separate record: files of slots in a directory, mapped into memory.  Writing is assigning to memory.
+So it costs no system call and takes no lock, works in an at-fork hook and after ``chroot`` and ``setuid``, and what was
+written stays, however the process ends.  A counter assigns the slots, so no two threads get the same one.  No file
+descriptor is kept, because the number could stand for another file by the time it is used.
 
 Without a directory in the environment nothing is written and nothing is mapped.
 
-At a fork the child begins a record of its own, and never writes to its parent's again.
+At a fork the child begins a new record, and never writes to its parent's again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from time import monotonic, monotonic_ns
 from typing import Any, Optional
 
 from .._core import observer, process
+from .._core.observer import VARIABLE
 
 __all__ = [
     "NO_SPAN",
@@ -36,9 +37,6 @@ __all__ = [
     "pid_space",
     "record",
 ]
-
-VARIABLE = "PCSC_SAFE_REPORT"
-"""The environment variable that holds the directory's path."""
 
 SLOT = 256  # bytes
 SPAN_TAG = b"S"

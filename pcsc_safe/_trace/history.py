@@ -1,7 +1,7 @@
-"""The history of a family of processes: who forked whom, and who owned which session when.
+"""The history of a family of processes: which process forked which, and which owned which session when.
 
-Made of what the processes wrote down and of when they were seen to end.  A child inherits what its parent had at the
-fork, so that is known without anybody telling it.  Nothing here knows what it looks like, and nothing forks.
+Its sources are the processes' records, and the times at which the processes were seen to end.  A child inherits what
+its parent had at the fork, so this needs no record.  Nothing here knows how the history is drawn, and nothing forks.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ class History:
     def _lost(self, lane: Lane, event: Event) -> None:
         session = _close(lane, event.fields["context"], event.time, "lost")
         if session is not None:
-            _open(lane, _inherited(session, event.time, "lost: its broker is no more, or was cut off"))
+            _open(lane, _inherited(session, event.time, "lost: its broker has ended, or was disconnected"))
 
     def _released(self, lane: Lane, event: Event) -> None:
         _close(lane, event.fields["key"], event.time, "released")

@@ -1,9 +1,9 @@
-"""The calls of an application, written down as they are answered; see :mod:`events`.
+"""Records the calls of an application when they return; see :mod:`events`.
 
-A function is wrapped only where there is a record, so without one a call costs nothing more.  Noted are times, handles'
-keys, reader names and share modes; no data, and no length of any.
+A function is wrapped only if there is a record, so without one a call costs nothing more.  Times, handles' keys, reader
+names and share modes are recorded; no data, and no lengths of data.
 
-At a fork nothing changes here: what a call notes goes to the record of the process in which it is answered.
+At a fork nothing changes here: a call goes to the record of the process in which it returns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Reads what processes have written down; see :mod:`events`, whose format this is the other end of.
+"""Reads what processes have recorded; see :mod:`events`, which writes this format.
 
-A record is read as it is: its process may have been killed in the middle of a slot, and that slot counts for nothing.
-Nothing here forks.
+A process may have been killed in the middle of a slot; such a slot is ignored.  Nothing here forks.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Draws a history: processes as lanes over time, sessions as bars in the lane of who has them.
+"""Draws a history: processes as lanes over time, sessions as bars in the lane of the process that has them.
 
-The drawing is one SVG that asks for nothing else: by itself, or in a page whose script zooms it.  Whatever comes from
-outside, the names of readers and programs, goes through :func:`captions.escaped`.  What is closer together than a
-pixel is drawn as one, coarser if need be, so that no drawing is bigger than :data:`_BIGGEST`.
+The drawing is one SVG that loads nothing else: by itself, or in a page whose script zooms it.  Every text from outside,
+such as the name of a reader or a program, goes through :func:`captions.escaped`.  Things that are closer together than
+a pixel are drawn as one, or more coarsely if necessary, so that no drawing is bigger than :data:`_BIGGEST`.
 
-A fork changes nothing here: it runs when the program has ended.
+A fork changes nothing here: this runs after the program has ended.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Runs a program as a child, and sees when it, and the processes that keep a record, end.
+"""Runs a program as a child, and detects when it, and the other processes that write records, end.
 
-What the program is told by a signal, it is passed on, and the watcher ends as the program did.  The end of any other
-process is seen by a pidfd, which Linux has: nobody has to be its parent for that.  Nothing here forks Python code.
+The watcher forwards signals to the program, and ends as the program did.  It detects the end of other processes by a
+pidfd, which Linux has, and for which it need not be their parent.  Nothing here forks Python code.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ class Ends:
         if not self._rest.wait(_PATIENCE):
             pids = ", ".join(sorted(name.partition("-")[0] for name in list(self._alive.values())))
             print(
-                f"pcsc_safe: the program has ended; process {pids} lives on, and is recorded until it ends, or Ctrl-C",
+                f"pcsc_safe: the program has ended; process {pids} still runs, and is recorded until it ends, or "
+                "until you press Ctrl-C",
                 file=sys.stderr,
                 flush=True,
             )

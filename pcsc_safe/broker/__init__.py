@@ -1,3 +1,3 @@
-"""The broker: PC/SC for a process that cannot use the native library itself."""
+"""The broker: PC/SC for a process that can't use the native library itself."""
 
 __all__: list[str] = []

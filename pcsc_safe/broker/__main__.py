@@ -1,15 +1,16 @@
-"""``python -m pcsc_safe.broker``: a broker.  pcsc_safe starts it; it is of no use by hand.
+"""``python -m pcsc_safe.broker``: a broker.  pcsc_safe starts it; there is no reason to start it by hand.
 
-Nothing native is loaded before the process is what a broker has to be: alone, deaf to the terminal's signals, with one
-descriptor, and unable to leave a core dump.  Nothing here forks.
+Before anything native is loaded, the process becomes what a broker has to be: it ignores the terminal's signals, has
+one file descriptor, and can't leave a core dump.  Nothing here forks.
 """
 
 from __future__ import annotations
 
+import _socket  # socket imports three times as much
 import contextlib
+import gc
 import os
 import signal
-import socket
 import stat
 import sys
 import threading
@@ -25,8 +26,8 @@ __all__ = ["main"]
 _USAGE = """\
 usage: python -m pcsc_safe.broker
 
-Does PC/SC for the process that starts it, over descriptor 3. Not for the command line: pcsc_safe
-starts one where a process can't use PC/SC itself.
+Makes the PC/SC calls of the process that starts it, which reaches it by file descriptor 3. It is not for
+the command line: pcsc_safe starts a broker where a process can't use PC/SC itself.
 """
 _PR_SET_DUMPABLE = 4  # linux/prctl.h
 _PT_DENY_ATTACH = 31  # sys/ptrace.h of macOS
@@ -44,17 +45,19 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         asked = list(arguments) in (["-h"], ["--help"])
         print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
+    gc.disable()  # nothing of what is imported is garbage
     _stand_alone()
     _leave_no_trace()
-    from .._core import sessions  # not before this process stands alone
+    from .._core import readiness, sessions  # not before this process stands alone
 
-    sessions.is_on = False
+    readiness.is_on = sessions.is_on = False
     from .. import _gateways  # noqa: F401  # loads the native library, not before this process stands alone
     from .server import Server
 
-    server = Server(socket.socket(fileno=DOOR))
+    server = Server(_socket.socket(fileno=DOOR))
     threading.Thread(target=int).start()  # if there is no memory for threads, this says so
     _be_silent()
+    gc.enable()
     server.run()
     os._exit(0)  # whatever its threads are in; pcscd ends the sessions
 

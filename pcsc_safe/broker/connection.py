@@ -1,7 +1,7 @@
-"""One connection to a broker, as its client has it: a stream socket that carries one request, then its answer.
+"""One connection to a broker, on the client's side: a stream socket that carries one request, then its answer.
 
-At a fork it is a guarded descriptor, if it was made so: a dead socket takes its place in the child, where the object is
-to be abandoned and never closed, for the number may be somebody else's.
+At a fork it is a guarded file descriptor, if it was made so: a dead socket replaces it in the child.  There the object
+must be abandoned and never closed, because the number may stand for another file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from . import wire
 
 __all__ = ["Connection", "adopt", "pair", "prepare"]
 
-_AT_ONCE = 1 << 16  # bytes
+_AT_ONCE = 1 << 12  # bytes; Python allocates as many for each recv, and far more take longer than most exchanges
 _PAUSE = 0.002  # s
 _LOOK_AGAIN = 0.05  # s
 _socket: Any = None

@@ -1,14 +1,14 @@
-"""A client of a broker, and its connections: what it asks for, and what it is answered.
+"""A client of a broker, and its connections: its requests, and their answers.
 
-A client is a process.  It has the handles that it was given, and can't reach another's.  The calls go through
+A client is a process.  It has the handles that it was given, and can't reach another client's.  The calls go through
 pcsc_safe's own functions, which know how threads share contexts.  Nothing here forks.
 """
 
 from __future__ import annotations
 
+import _socket  # as in __main__
 import contextlib
 import os
-import socket
 import threading
 from typing import Any, Optional, Protocol
 
@@ -18,12 +18,13 @@ from .sharing import Handle
 
 __all__ = ["Client", "Connection"]
 
-_AT_ONCE = 1 << 16  # bytes
+_AT_ONCE = 1 << 12  # bytes; as in connection.py
 _SHARING_VIOLATION = library.constant("SCARD_E_SHARING_VIOLATION")
 _EXCHANGES = {
     wire.NUMBERS[name]: (gateways.native.caller(calls.CALLS[name]), calls.CALLS[name])
     for name in ("SCardTransmit", "SCardControl")
 }
+_CARD = calls.Kind.CARD
 _LEAVE_CARD = library.constant("SCARD_LEAVE_CARD")
 _UNDOING = {
     "SCardEstablishContext": "SCardReleaseContext",
@@ -86,7 +87,7 @@ class Connection:
     :ivar unwatched: set when nobody waits for its end any more; until then its number is not for another.
     """
 
-    def __init__(self, server: Clients, ours: socket.socket) -> None:
+    def __init__(self, server: Clients, ours: _socket.socket) -> None:
         self._server = server
         self.socket = ours
         self.client: Optional[Client] = None
@@ -115,7 +116,7 @@ class Connection:
         """End it: the other end is gone, or not wanted any more."""
         self._has_hung_up = True
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+            self.socket.shutdown(_socket.SHUT_RDWR)
 
     def hang_up(self) -> None:
         """End it, and the wait for events that it is in."""
@@ -174,7 +175,7 @@ class Connection:
         try:
             return wire.encode_result(result)
         except wire.WireError as error:
-            return wire.encode(wire.Refused(f"the answer can't be told: {error}"))
+            return wire.encode(wire.Refused(f"the result can't be sent: {error}"))
 
     def _undo(self, client: Client, request: wire.Request, answer: bytes) -> None:
         """Take back what nobody has heard that it was granted: its caller was left by a signal handler, or died."""
@@ -195,10 +196,13 @@ class Connection:
         if exchange is None or not arguments or type(arguments[0]) is not int:
             return None
         handle = client.handles.get(arguments[0])
-        if handle is None or handle.holders or handle.record.kind is not calls.Kind.CARD:
+        if handle is None or handle.holders:
+            return None
+        record = handle.record
+        if record.kind is not _CARD:
             return None
         make, call = exchange
-        result = make(handle.record, arguments[1:])
+        result = make(record, arguments[1:])
         if result is calls.STALE:
             return None
         return result if result[0] == library.SUCCESS else call.failure(result[0])

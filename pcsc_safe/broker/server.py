@@ -1,22 +1,23 @@
-"""The broker's side: lets clients in, each connection in a thread of its own, and sees when they have gone.
+"""The broker's side: accepts clients, serves each connection in a thread, and detects when a client has ended.
 
-A client is gone when it has closed its first connection, or when its process has ended, whatever copies of its
-descriptors live on; then its contexts are released, as pcscd would have done.  The last client gone, and the door
-closed, the broker ends: at once, whatever its threads are doing.
+A client has ended when it has closed its first connection, or when its process has ended, even if copies of its file
+descriptors live on.  Then the broker releases its contexts, as pcscd would have done.  When the last client has ended
+and the door is closed, the broker ends immediately, whatever its threads are doing.
 
-The main thread waits for all ends, of connections and of processes (:mod:`watch`); what follows from one takes a
-thread, for it may last.  Nothing here forks.
+The main thread waits for the ends of connections and of processes (:mod:`watch`).  What has to be done then runs in a
+separate thread, because it may take long.  Nothing here forks.
 """
 
 from __future__ import annotations
 
+import _socket  # as in __main__
 import contextlib
 import errno
 import os
-import socket
 import struct
 import sys
 import threading
+from _thread import start_new_thread  # threading's own waits until the thread runs, which costs a client as long
 from typing import Any, Callable
 
 from .._core import descriptors, gateways, handles
@@ -38,7 +39,7 @@ class Server:
     :param door: over which the connections come.
     """
 
-    def __init__(self, door: socket.socket) -> None:
+    def __init__(self, door: _socket.socket) -> None:
         self._door = door
         self._watch = watch.Watch()
         self._spare = os.dup(door.fileno())
@@ -70,7 +71,7 @@ class Server:
         if spare >= 0:
             os.close(spare)  # so that there is room for what comes: who sends it is not told where there is none
         try:
-            data, control, _, _ = self._door.recvmsg(1, socket.CMSG_SPACE(_ONE_DESCRIPTOR))
+            data, control, _, _ = self._door.recvmsg(1, _socket.CMSG_SPACE(_ONE_DESCRIPTOR))
         except OSError as error:
             return error.errno in _NO_ROOM
         if not data:
@@ -88,7 +89,7 @@ class Server:
 
     def _serve(self, number: int) -> None:
         try:
-            ours = socket.socket(fileno=number)
+            ours = _socket.socket(fileno=number)
         except OSError:  # no socket
             os.close(number)
             return
@@ -96,7 +97,7 @@ class Server:
         connection = Connection(self, ours)
         self._connections[number] = connection
         try:
-            threading.Thread(target=connection.run, daemon=True).start()
+            start_new_thread(connection.run, ())
         except RuntimeError:  # no more threads
             del self._connections[number]
             _hang_up(number)
@@ -167,7 +168,7 @@ class Server:
 def _in_a_thread(function: Callable[[Any], None], subject: Any) -> None:
     """Call a function that may last."""
     try:
-        threading.Thread(target=function, args=(subject,), daemon=True).start()
+        start_new_thread(function, (subject,))
     except RuntimeError:  # no more threads
         function(subject)
 
@@ -175,8 +176,8 @@ def _in_a_thread(function: Callable[[Any], None], subject: Any) -> None:
 def _hang_up(number: int) -> None:
     """Tell the other end of a connection that it is over; to close it tells nothing while somebody has a copy."""
     with contextlib.suppress(OSError):
-        passing = socket.socket(fileno=number)
+        passing = _socket.socket(fileno=number)
         try:
-            passing.shutdown(socket.SHUT_RDWR)
+            passing.shutdown(_socket.SHUT_RDWR)
         finally:
             passing.detach()

@@ -1,10 +1,10 @@
-"""Sessions that several clients of a broker have: who has them, and whose transaction is open.
+"""Sessions that several clients of a broker have: which clients, and whose transaction is open.
 
-To PC/SC they are one application with one handle, so what it does between applications is done here: a transaction of
-one client makes the others wait until it ends, or the client is gone.  A session ends when the last client that has it
-drops it.
+PC/SC sees these clients as one application with one handle.  So this module does what PC/SC does between applications:
+a transaction of one client makes the others wait until the transaction or the client ends.  A session ends when the
+last client that has it releases it.
 
-Nothing here forks: it runs in brokers.
+Nothing here forks: this runs in brokers.
 """
 
 from __future__ import annotations

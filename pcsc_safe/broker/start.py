@@ -1,7 +1,7 @@
 """How a broker is started: by exec, never by a fork of Python code.
 
 ``os.posix_spawn`` runs no at-fork hook and touches no lock, so it is safe in a forked child, in any thread.  The broker
-gets what it needs of the environment, and no descriptor but its door.
+gets the part of the environment that it needs, and no file descriptor but its door.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ FROZEN_BROKER = "--pcsc-safe-broker"
 
 # Without -P or PYTHONSAFEPATH, which older Pythons don't know, python -m looks for modules in the current directory
 # first; so does python -c, and says so by an empty entry.
-_WITHOUT_CWD = (
-    f"import sys; sys.path[0] or sys.path.pop(0); import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
-)
+_WITHOUT_CWD = "import sys; sys.path[0] or sys.path.pop(0); "
+_BY_ANY_PYTHON = _WITHOUT_CWD + f"import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
+# python -S runs no .pth file and no sitecustomize: that is faster, and no tool that they load sees a PIN.
+_BY_THIS_PYTHON = _WITHOUT_CWD + f"sys.path += sys.argv[1:]; from {_MODULE}.__main__ import main; main([])"
 SOCKET_NAME = "PCSCLITE_CSOCK_NAME"
 _NEEDED = {
     *("HOME", "LANG", "LANGUAGE", "PATH", "TMPDIR", "TZ"),
@@ -75,11 +76,13 @@ class Helper(NamedTuple):
     :ivar pid: its PID.
     :ivar parent: the PID of the process that started it, and can wait for it.
     :ivar errors: a descriptor to read what it says before it is ready; None when it is.
+    :ivar attempt: what a user can run in a shell to see why it doesn't start.
     """
 
     pid: int
     parent: int
     errors: Optional[descriptors.Descriptor]
+    attempt: str = ""
 
     def why_not(self) -> str:
         """What it said and how it ended; it is killed if it has not begun."""
@@ -151,7 +154,8 @@ def spawn(door: int, configured: str) -> Helper:
     """
     if sys.platform == "win32":
         raise NotImplementedError
-    command = _command(configured)
+    places = [] if configured else _places()
+    command = _command(configured, [place for place in places if _is_usual(place)])
     opened: list[int] = []
     try:
         read_end, write_end = os.pipe()
@@ -165,35 +169,46 @@ def spawn(door: int, configured: str) -> Helper:
         pid = os.posix_spawn(
             command[0],
             command,
-            environment(os.environ, [] if configured else _places()),
+            environment(os.environ, [place for place in places if not _is_usual(place)]),
             file_actions=[(os.POSIX_SPAWN_DUP2, source, number) for source, number in duplicates],
             setsigmask=IGNORED,  # until it ignores them itself
         )
         opened.remove(read_end)
     except (OSError, ValueError) as error:
         raise BrokerError(
-            f"the broker can't be started in process {os.getpid()}: {command[0]}: "
-            f"{getattr(error, 'strerror', None) or error}",
-            remedy="it takes one process and five descriptors"
+            f"process {os.getpid()} can't start a broker: {command[0]}: {getattr(error, 'strerror', None) or error}",
+            remedy="a broker needs one process and five file descriptors: end processes, or raise the limit (ulimit)"
             if getattr(error, "errno", None) in _NOTHING_LEFT
-            else "set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe",
+            else "set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe",
             pid=os.getpid(),
         ) from error
     finally:
         for number in opened:
             os.close(number)
-    return Helper(pid, os.getpid(), descriptors.of(read_end))
+    return Helper(pid, os.getpid(), descriptors.of(read_end), _attempt(command))
 
 
-def _command(configured: str) -> list[str]:
+def _attempt(command: Sequence[str]) -> str:
+    """The command for a shell that does what the start of a broker does, with the interpreter's path."""
+    is_frozen = command[-1] == FROZEN_BROKER
+    words = command if is_frozen else [command[0], "-m", _MODULE, "--help"]
+    return " ".join(repr(word) if " " in word else word for word in words)
+
+
+def _command(configured: str, places: Sequence[str]) -> list[str]:
+    """What runs a broker.
+
+    :param configured: the interpreter that the settings name, if any.
+    :param places: where this interpreter has modules that are not Python's own.
+    """
     if configured:
-        return [configured, "-c", _WITHOUT_CWD]  # of whatever version it is
+        return [configured, "-c", _BY_ANY_PYTHON]  # of whatever version it is
     if getattr(sys, "frozen", False):
         if not can_freeze:
             raise BrokerError(
-                f"{sys.executable!r} is a frozen program and no Python interpreter",
-                remedy="call pcsc_safe.freeze_support() first thing in its main module, or set PCSC_SAFE_BROKER_PYTHON "
-                "to a Python interpreter that has pcsc_safe",
+                f"{sys.executable!r} is a frozen program, and a broker needs a Python interpreter",
+                remedy="call pcsc_safe.freeze_support() at the beginning of its main module, or set "
+                "PCSC_SAFE_BROKER_PYTHON to the path of a Python interpreter that has pcsc_safe",
             )
         return [sys.executable, FROZEN_BROKER]
     # What multiprocessing.set_executable() has set; it can't have been called where the module isn't imported.
@@ -201,14 +216,13 @@ def _command(configured: str) -> list[str]:
     python = os.fsdecode((spawning.get_executable() if spawning else sys.executable) or "")
     if not os.path.basename(python).lower().startswith(("python", "pypy", "graalpy")):
         raise BrokerError(
-            f"this program's interpreter is {python!r}, which is no Python that could run a broker (as in uWSGI and "
-            "other programs that embed Python)",
-            remedy="set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe, perhaps "
+            f"this program runs in {python!r}, which embeds Python and can't run a broker (uWSGI, for example)",
+            remedy="set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe, perhaps "
             + os.path.join(sys.exec_prefix, "bin", "python3"),
         )
-    if python == sys.executable and sys.version_info >= (3, 11):
-        return [python, "-m", _MODULE]
-    return [python, "-c", _WITHOUT_CWD]
+    if python == sys.executable:
+        return [python, "-S", "-c", _BY_THIS_PYTHON, *places]
+    return [python, "-c", _BY_ANY_PYTHON]
 
 
 def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
@@ -227,7 +241,7 @@ def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
 
 
 def _places() -> list[str]:
-    """Where this process has pcsc_safe and pyscard from, but for what an interpreter looks through anyway.
+    """Where this process has pcsc_safe and pyscard from.
 
     No other entry of sys.path: what lies beside a script would come before the modules of Python itself.
     """
@@ -237,10 +251,14 @@ def _places() -> list[str]:
         path = getattr(module, "__path__", None) if module is not None else _path_of(name)
         for package in path or ():
             place = os.path.dirname(os.path.abspath(package))
-            is_usual = os.path.basename(place) in ("site-packages", "dist-packages") and place.startswith(sys.prefix)
-            if not is_usual and os.pathsep not in place and "\0" not in place and place not in found:
+            if os.pathsep not in place and "\0" not in place and place not in found:
                 found.append(place)
     return found
+
+
+def _is_usual(place: str) -> bool:
+    """Whether an interpreter looks there anyway, behind the modules of Python itself."""
+    return os.path.basename(place) in ("site-packages", "dist-packages") and place.startswith(sys.prefix)
 
 
 def _path_of(name: str) -> Optional[Sequence[str]]:

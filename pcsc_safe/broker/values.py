@@ -1,11 +1,11 @@
-"""The values in the messages between a process and its broker: to bytes, and back, with no I/O in it.
+"""The values in the messages between a process and its broker: to bytes, and back, without I/O.
 
-A value is a tag of one byte, and then, as the tag says, nothing, a number, so many bytes behind their size, or so many
-values behind their count; a number, a size and a count are little-endian.  Each value has one form.
+A value is a tag of one byte, and then, depending on the tag: nothing; a number; a size and as many bytes; or a count
+and as many values.  Numbers, sizes and counts are little-endian.  Each value has exactly one encoding.
 
-Invariant: any object can be told, unless it is too large: what C code sees of it, or else the name of its type.
-Whatever bytes come in, :func:`read` gives values or raises WireError, in memory in proportion to what came in, not to
-what it claims.  No text made here holds a byte of a value: there are PINs in them.
+Invariant: any object can be encoded, unless it is too large: as C code sees it, or else as the name of its type.
+Whatever bytes arrive, :func:`read` returns values or raises WireError, and uses memory in proportion to what arrived,
+not to what it claims.  No text made here contains a byte of a value, because values contain PINs.
 
 At a fork: nothing to do.
 """
@@ -222,7 +222,7 @@ def malformed(state: str, body: bytes, at: int) -> WireError:
 
 def truncated(body: bytes) -> WireError:
     """What is raised for a body that ends too early."""
-    return WireError(f"the message is truncated: it has {len(body)} bytes, and says that there are more")
+    return WireError(f"the message is truncated: it has {len(body)} bytes, and announces more")
 
 
 def _too_deep(body: bytes, at: int) -> WireError:

@@ -1,18 +1,18 @@
-"""What the kernel tells a broker of its clients: a connection has ended, a process has ended.
+"""How a broker learns from the kernel that a connection or a client's process has ended.
 
-One seam, :class:`Watch`, over two kernels.  Linux has epoll, which tells of a hang-up whatever it was asked for, and
-descriptors of processes.  macOS and the BSDs have kqueue; their ``poll`` doesn't do, for on macOS a descriptor about
-which nothing is asked isn't looked at, and its end is never told.
+One interface, :class:`Watch`, for two kernels.  Linux has epoll, which reports a hang-up in any case, and file
+descriptors of processes.  macOS and the BSDs have kqueue.  Their ``poll`` can't be used: macOS doesn't look at a
+descriptor for which no event is requested, and never reports its end.
 
-Invariant: an end is told once, also one that has come before it was asked for.  A thread may ask while another waits.
-Nothing here forks.
+Invariant: each end is reported once, also one that happened before it was registered.  A thread may register while
+another waits.  Nothing here forks.
 """
 
 from __future__ import annotations
 
+import _socket  # as in __main__
 import os
 import select
-import socket
 import struct
 import sys
 
@@ -22,10 +22,10 @@ _MOST_AT_ONCE = 64
 
 if sys.platform == "linux":
 
-    def process_behind(connection: socket.socket) -> int:
+    def process_behind(connection: _socket.socket) -> int:
         """The PID of the process that has made the other end of a socket pair; 0 if that can't be told."""
         try:
-            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            credentials = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _CREDENTIALS.size)
         except OSError:
             return 0
         return int(_CREDENTIALS.unpack(credentials)[0])
@@ -80,7 +80,7 @@ if sys.platform == "linux":
 
 elif sys.platform != "win32":
 
-    def process_behind(connection: socket.socket) -> int:
+    def process_behind(connection: _socket.socket) -> int:
         """The PID of the process that has used the other end of a socket pair last; 0 if that can't be told."""
         if sys.platform != "darwin":
             return 0

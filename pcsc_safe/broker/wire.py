@@ -1,15 +1,15 @@
-"""The protocol between a process and its broker, with no I/O in it: messages to bytes, and back.
+"""The protocol between a process and its broker, without I/O: messages to bytes, and back.
 
 A connection carries one request, then one reply, and so on.  A frame is the length of its body (4 bytes, little-endian
-as every number here) and the body: a byte for the kind of message, then its fields, each a value as ``values`` tells
-it.  The tests pin the bytes.  Hello, Welcome and Refused stay as they are in every version, for they are what peers of
-different versions say to each other.
+like every number here) and the body: a byte for the kind of message, then its fields, each a value in the encoding of
+``values``.  The tests compare the bytes.  Hello, Welcome and Refused stay as they are in every version, because peers
+of different versions exchange them.
 
-Invariant: whatever comes in, :func:`decode` and :class:`Receiver` give a message or raise WireError, in memory in
-proportion to what came in, not to what it claims.  No text and no repr made here holds a byte of an argument or of a
-result: there are PINs in them.
+Invariant: whatever arrives, :func:`decode` and :class:`Receiver` return a message or raise WireError, and use memory in
+proportion to what arrived, not to what it claims.  No text and no repr made here contains a byte of an argument or of a
+result, because these contain PINs.
 
-At a fork: nothing to do.  A Receiver belongs to one connection, and is dropped with it.
+At a fork: nothing to do.  A Receiver belongs to one connection, and ends with it.
 """
 
 import struct
@@ -211,11 +211,11 @@ _COMMAND_TAGS, _ANSWER_TAGS = (INT, TUPLE, 3, INT, INT, OCTETS), (LIST, 2, INT, 
 def encode(message: Message) -> bytes:
     """The frame of a message.
 
-    :raises WireError: it is more than a frame holds, or has a field that it can't have.
+    :raises WireError: it is more than a frame holds, or has a field that is not allowed.
     """
     kind = _KIND_OF.get(type(message))
     if kind is None or not kind.fits(*message):
-        raise WireError("the message is of an unknown kind, or has a field that it can't have")
+        raise WireError("the message is of an unknown kind, or has a field that is not allowed")
     body = kind.letter + tell(message)
     if len(body) > MAX_BODY:
         raise oversized()
@@ -297,7 +297,7 @@ def _decode_any(body: bytes) -> Message:
         raise WireError("the message is of an unknown kind")
     fields, end = read(body, 1, kind.fields)
     if end != len(body):
-        raise malformed("there is something behind its end", body, end)
+        raise malformed("there is data after its end", body, end)
     if not kind.fits(*fields):
         raise WireError(f"the message is malformed: it is no {kind.message.__name__}")
     message: Message = kind.message(*fields)
@@ -326,7 +326,7 @@ class Receiver:
         if missing > 0:
             return None
         if missing < 0:
-            raise WireError("the frame has something behind its end")
+            raise WireError("the frame has data after its end")
         body = bytes(self._held[4:])
         self._held.clear()
         return body

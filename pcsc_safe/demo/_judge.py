@@ -1,8 +1,8 @@
-"""What was observed of one run, and the sentence that may be said of it.
+"""What was observed of one run, and the sentence that may be said about it.
 
-Invariant: a sentence is made of observations, nothing else.  What no process reported, and what the demo did not see
-from outside, is never said; a run of which too little is known gets the outcome ``unknown``, not the benefit of the
-doubt.  Nothing here starts a process or is touched by a fork.
+Invariant: a sentence consists of observations, and nothing else.  It never says what no process reported and what the
+demo did not see from outside.  A run of which too little is known gets the outcome ``unknown``, not the benefit of the
+doubt.  Nothing here starts a process, and a fork changes nothing here.
 """
 
 from __future__ import annotations

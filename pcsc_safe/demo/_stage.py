@@ -1,12 +1,12 @@
-"""What a hazard program stands on: the scard module under test, its report, forks and their ends.
+"""What a hazard program builds upon: the scard module under test, its report, its forks and their ends.
 
 Runs in a disposable process, started by `_run` as ``python -m pcsc_safe.demo._stage HAZARD SCARD SECONDS``.  Reports
-are lines of JSON on descriptor 1, one write each, so those of several processes do not mix and those of a process that
+are lines of JSON on descriptor 1, one write each.  So those of several processes don't mix, and those of a process that
 crashes later are not lost.
 
-At a fork: descriptor 1 and the handler of SIGALRM, which dumps the stacks and ends the process, are inherited; the
-alarm is set anew by :meth:`Stage.fork`.  (``faulthandler.dump_traceback_later`` is no use here: started before a fork,
-it hangs the child that starts it again.)
+At a fork the child inherits descriptor 1, and the handler of SIGALRM, which dumps the stacks and ends the process.
+:meth:`Stage.fork` sets the alarm again.  (``faulthandler.dump_traceback_later`` can't be used here: if it was started
+before a fork, a child that starts it again hangs.)
 """
 
 from __future__ import annotations

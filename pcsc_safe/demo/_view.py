@@ -1,6 +1,6 @@
 """What the demo shows: a line for each hazard while it runs, and a table of sentences at the end.
 
-Colour and rewriting of lines only on a terminal, and no colour where NO_COLOR is set (https://no-color.org).  No shared
+Colour and rewriting of lines only on a terminal, and no colour if NO_COLOR is set (https://no-color.org).  No shared
 state; nothing here is used in a forked process.
 """
 

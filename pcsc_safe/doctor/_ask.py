@@ -1,8 +1,8 @@
-"""Asking a disposable process: one of the functions of `_tasks`, and how it ended in words.
+"""Runs one of the functions of `_tasks` in a disposable process, and says in words how it ended.
 
-Nothing of PC/SC is ever imported on this side.
+Nothing of PC/SC is ever imported in this process.
 
-Nothing here forks: the process that is asked may.
+Nothing here forks; the disposable process may.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a finding is, what it needs, and the keys that findings have: a promise to programs that read ``--json``.
 
-One cause is one finding: while something is a problem, what needs it is left out (:data:`NEEDS`).
+One cause is one finding: while something is a problem, the checks that need it are left out (:data:`NEEDS`).
 
-Nothing here is touched by a fork.
+A fork changes nothing here.
 """
 
 from __future__ import annotations

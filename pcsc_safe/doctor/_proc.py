@@ -1,6 +1,6 @@
-"""What /proc tells of processes: names, parents, descriptors, libraries, and the marks that pcsc_safe leaves.
+"""What /proc says about processes: names, parents, file descriptors, libraries, and the marks that pcsc_safe leaves.
 
-A process may end between any two looks, and may be another user's: both are told apart from "nothing there".
+A process may end between any two looks, and may belong to another user.  Both are distinguished from "nothing there".
 
 Nothing here forks.
 """
@@ -189,6 +189,8 @@ def _is_brokers(arguments: list[str]) -> bool:
     """Whether a program with these arguments is a broker; see `pcsc_safe.broker.start`."""
     if arguments[:1] == ["-c"]:
         return any(f"run_module({_BROKER!r}" in text for text in arguments[1:2])
+    if arguments[:2] == ["-S", "-c"]:
+        return any(f"from {_BROKER}.__main__" in text for text in arguments[2:3])
     return arguments in (["-m", _BROKER], ["--pcsc-safe-broker"])
 
 

@@ -1,9 +1,9 @@
 """Where a process's Unix sockets lead, and who connected them.
 
-The kernel tells the other end of each socket over netlink (sock_diag), to everybody, and where it can't be asked so, a
-descriptor is borrowed (pidfd_getfd) from a process that we may trace.  /proc/net/unix alone pairs no sockets.
+The kernel reports the other end of each socket over netlink (sock_diag), to every user.  If netlink isn't available, a
+file descriptor is borrowed (pidfd_getfd) from a process that we may trace.  /proc/net/unix alone pairs no sockets.
 
-Everything here looks; a borrowed descriptor is asked for its name or its credentials, and closed.
+Nothing here changes anything: a borrowed descriptor is asked for its name or its credentials, and closed.
 
 Nothing here forks.
 """

@@ -1,7 +1,7 @@
 """What runs in the disposable processes: ``python -m pcsc_safe.doctor._tasks TASK MODULE SECONDS ARGUMENT...``.
 
-A task reports step by step, so that what it found before it hung or crashed is known.  It stands on the demo's
-:class:`~pcsc_safe.demo._stage.Stage`: reports, forks that always end, and an alarm should the doctor be gone.
+A task reports step by step, so that what it found before it hung or crashed is known.  It builds upon the demo's
+:class:`~pcsc_safe.demo._stage.Stage`: reports, forks that always end, and an alarm in case the doctor ends first.
 
 Invariant: no task but :func:`touch` calls SCardConnect.
 """

@@ -1,6 +1,6 @@
-"""The printed page: findings in columns, a remedy under each that isn't well, and a line of sums.
+"""The printed page: findings in columns, a remedy under each problem, and a line of sums.
 
-Colour only on a terminal, and not where NO_COLOR is set.  No shared state; nothing here is used in a forked process.
+Colour only on a terminal, and not if NO_COLOR is set.  No shared state; nothing here is used in a forked process.
 """
 
 from __future__ import annotations

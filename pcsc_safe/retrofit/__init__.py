@@ -1,7 +1,7 @@
-"""The retrofit: pcsc_safe in programs that import ``smartcard.scard``, and that nobody edits.
+"""The retrofit: pcsc_safe in programs that import ``smartcard.scard`` and are not edited.
 
 ``installation``
-    ``install()`` and ``uninstall()``: what is patched, and put back.
+    ``install()`` and ``uninstall()``: what is patched, and restored.
 ``launcher``
     ``python -m pcsc_safe run``: the same for a whole program and the Python processes that it starts, by
     ``site/sitecustomize.py`` and ``on_import``.

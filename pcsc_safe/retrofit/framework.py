@@ -1,8 +1,8 @@
 """pyscard's classes in a forked child: their locks, and their finalizers.
 
-A lock that another thread held at the fork is held for ever in the child.  So a child gets new ones, at its first use
-of each; never by a release, which would be somebody else's.  A lock that the forking thread itself holds stays: its
-release is still to come.  An inherited connection is left alone by its finalizer without a word.
+A lock that another thread held at the fork stays locked in the child for ever.  So a child replaces each lock at its
+first use of it.  It never releases one, because the lock is another thread's.  A lock that the forking thread itself
+holds stays: this thread will release it.  The finalizer of an inherited connection does nothing and prints nothing.
 
 Invariant: in a process that never forks every attribute here reads as it did.
 """
@@ -213,12 +213,13 @@ def _finalizer(owner: Any) -> list[Patch]:
     finalize = vars(owner).get("__del__")
     if finalize is None:
         return []
+    process_here = here  # at the end of the interpreter a module's globals may be None
 
     def __del__(self: Any) -> None:  # noqa: N807  # it is one
         try:
             finalize(self)
         except Exception:
-            if here().parent is None:
+            if process_here().parent is None:
                 raise
             # In a forked process: what was opened before install() refuses to be closed, and needn't be.
 

@@ -1,13 +1,13 @@
 """pyscard's monitors in a forked child, and while there is no pcscd.
 
-CardMonitor and ReaderMonitor are singletons with a thread, and that thread is in the parent.  A child begins anew, as a
-fresh process does: at its first use of a monitor, not at the fork, so that who doesn't use one pays nothing and has no
-thread.  Its parent's observers are not told of anything here; to delete one succeeds.
+CardMonitor and ReaderMonitor are singletons with a thread, and that thread is in the parent.  A child restarts them, as
+a new process would: at its first use of a monitor, not at the fork, so that a child without monitors pays nothing and
+has no thread.  The parent's observers are not notified in the child; deleting one there succeeds.
 
-With the setting ``recover`` their threads go on when pcscd is gone, in the place of ending; meanwhile there are no
-readers, and the cards are those that there were.
+With the setting ``recover`` their threads continue when pcscd has ended, instead of ending.  While there is no pcscd
+there are no readers, and the cards stay those that were there.
 
-Invariant: nothing that the dead thread may have left locked is touched.
+Invariant: nothing is touched that the dead thread may have left locked.
 """
 
 from __future__ import annotations

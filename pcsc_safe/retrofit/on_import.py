@@ -1,7 +1,7 @@
-"""``install()`` at the moment when a program imports pyscard, for a process that may never do so.
+"""Calls ``install()`` when a program imports pyscard, for a process that may never do so.
 
-What :func:`pcsc_safe.install` stands on takes longer to import than Python takes to start.  Forks are counted from the
-beginning, so that a child which is the first to import pyscard knows that it is one.
+The modules that :func:`pcsc_safe.install` needs take longer to import than Python takes to start.  Forks are counted
+from the beginning, so that a child that is the first to import pyscard knows that it is a child.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _install() -> None:
         install()
     except Exception as error:  # the program goes on as it would without us, and its user is told
         pid = process.current().pid
-        print(f"pcsc_safe: process {pid} is not retrofitted: {error}", file=sys.stderr)
+        print(f"pcsc_safe: process {pid} runs on plain pyscard: {error}", file=sys.stderr)
     else:
         process.current()
         events.record("retrofit")

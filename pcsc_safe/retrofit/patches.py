@@ -1,7 +1,7 @@
-"""Replacing attributes of pyscard, and putting them back.
+"""Replaces attributes of pyscard, and restores them.
 
-Invariant: an attribute is put back only where it still has what was put there; what somebody else has replaced since
-is left alone.  A child goes on with the patches it inherited, under a lock of its own.
+Invariant: an attribute is restored only if it still has the value that was put there.  An attribute that other code has
+replaced since is left alone.  A child continues with the patches that it inherited, under a new lock.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""pyscard's functions: what takes their place, in the C module that every import style ends in.
+"""The functions that replace pyscard's, in the C module in which every import style ends.
 
-``smartcard/scard/scard.py`` looks each function up in the extension module ``_scard`` when it is called, so that is
-where they are replaced.  With ``broker="always"`` the extension module is not loaded at all: a module of ours stands in
-for it, made of what the broker says of its own.
+``smartcard/scard/scard.py`` looks each function up in the extension module ``_scard`` when it is called, so they are
+replaced there.  With ``broker="always"`` the extension module is not loaded at all: a module of ours replaces it, made
+of the names that the broker reports.
 
-A handle that was opened before is a plain number that nobody here knows.  In the process in which the functions were
-replaced it goes to the C function, as ever; in a forked child it is SCARD_E_INVALID_HANDLE, and its connection dead.
+A handle that was opened before ``install()`` is a plain number that nothing here knows.  In the process in which the
+functions were replaced it goes to the C function, as before.  In a forked child it returns SCARD_E_INVALID_HANDLE, and
+its connection is dead.
 
-Invariant: a number that pcsc_safe did not give out reaches the native library of the process that may have opened it,
-and nothing else.
+Invariant: a number that pcsc_safe did not create reaches the native library of the process that may have opened it, and
+nothing else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A PC/SC stack with no hardware: a real pcscd with the vpcd reader driver, and cards scripted in Python.
+"""A PC/SC stack without hardware: a real pcscd with the vpcd reader driver, and cards scripted in Python.
 
 ::
 
@@ -14,7 +14,7 @@ call in this process.
 
 Invariant: nothing of a stack outlives it, whatever happened to the process that started it.
 
-At a fork: a stack belongs to the process that started it; its children may use it, and can do it no harm.
+At a fork: a stack belongs to the process that started it.  Its children may use it, and can't damage it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""One path per process by which libpcsclite finds whichever stack is active.
+"""One path in each process by which libpcsclite finds the active stack.
 
 libpcsclite reads PCSCLITE_CSOCK_NAME once and keeps it for the life of the process.  So that several stacks can follow
-each other in one process, the variable names a symbolic link, the same for the life of the process, which points to the
-socket of the stack activated last.
+each other in one process, the variable names a symbolic link.  Its path stays the same for the life of the process, and
+it points to the socket of the stack activated last.
 
 Invariant: the link exists only while a stack is active, and only the process that made it changes it.
 
-At a fork: the child goes on using the parent's path, and changes nothing; a stack that it starts itself gets a path of
-its own, which helps only if the process had not used PC/SC before it forked.
+At a fork: the child continues to use the parent's path, and changes nothing.  A stack that the child starts gets a new
+path, which helps only if the process had not used PC/SC before it forked.
 """
 
 from __future__ import annotations

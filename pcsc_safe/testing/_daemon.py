@@ -1,7 +1,7 @@
 """One private pcscd: its directory, its configuration, and the keeper that runs it.
 
-Invariant: the directory, pcscd and the keeper are gone when `Daemon.close` has returned, and soon after this process
-died without calling it.
+Invariant: the directory, pcscd and the keeper no longer exist when `Daemon.close` has returned, and soon after this
+process died without calling it.
 
 At a fork: only the process that made a Daemon talks to the keeper; the child's copy of the connection is never used.
 """

@@ -1,7 +1,7 @@
-"""A disposable process: it may crash, hang, or leave children behind, and does its starter no harm.
+"""A disposable process: it may crash, hang, or leave children behind, and doesn't affect the process that started it.
 
-Invariant: whatever the process does, it is over within its seconds and a little, and nothing of it is left: it leads a
-session of its own, which is killed as a group.  Nothing here forks Python code or uses PC/SC.
+Invariant: whatever the process does, it ends soon after its seconds are over, and nothing of it is left: it leads a
+separate session, which is killed as a group.  Nothing here forks Python code or uses PC/SC.
 """
 
 from __future__ import annotations

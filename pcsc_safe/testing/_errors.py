@@ -1,6 +1,6 @@
 """The one error of the virtual stack.
 
-Invariant: its text says what is wrong and what to do about it, and never holds a byte of an APDU.
+Invariant: its text says what is wrong and what to do about it, and never contains a byte of an APDU.
 
 At a fork: nothing.
 """

@@ -1,8 +1,8 @@
 """What of the virtual stack is installed on this machine: pcscd, its options, and the vpcd driver.
 
-Invariant: finding out changes nothing, and costs one run of ``pcscd --version`` per process.
+Invariant: looking changes nothing, and costs one run of ``pcscd --version`` for each process.
 
-At a fork: nothing; a child inherits what its parent found out.
+At a fork: nothing; a child inherits what its parent found.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""The keeper: a small process that owns one pcscd, and outlives the process that wanted it just long enough to tidy up.
+"""The keeper: a small process that owns one pcscd, and outlives the process that started it until it has cleaned up.
 
 Run as a script, never imported for its code: ``python -I -S _keeper.py HOME LINK SYSTEM PARENT COMMAND...``, with its
-control connection as standard input.  It makes the stack's directory HOME, starts and kills pcscd (COMMAND) on request,
-and when PARENT goes, however it goes, kills pcscd and removes HOME, and LINK if that points into it.  It imports
-little: its start is most of what the start of a stack costs.
+control connection as standard input.  It makes the stack's directory HOME, and starts and kills pcscd (COMMAND) on
+request.  When PARENT ends, however it ends, the keeper kills pcscd and removes HOME, and LINK if that points into it.
+It imports little, because its start takes most of the time of a stack's start.
 
-Every pcscd writes its process id to SYSTEM/pcscd.pid, if it may, and removes that file when it ends by itself; but the
-file is the system pcscd's.  So pcscd gets a mount namespace of its own, in which SYSTEM is a directory in HOME.  Where
-that isn't permitted, as in most containers and chroots, or SYSTEM doesn't exist, the file is put back as soon as pcscd
-has written it, under a lock that all keepers take; a pcscd that ends by itself later still removes it then.
+Every pcscd writes its process ID to SYSTEM/pcscd.pid, if it may, and removes that file when it ends by itself; but the
+file is the system pcscd's.  So pcscd gets a separate mount namespace, in which SYSTEM is a directory in HOME.  If this
+isn't permitted, as in most containers and chroots, or SYSTEM doesn't exist, the keeper restores the file as soon as
+pcscd has written it, under a lock that all keepers take.  A pcscd that ends by itself later still removes it then.
 
 Invariant: pcscd and the directory exist no longer than this process, and this process no longer than its parent.
 
-At a fork of the parent: nothing.  The keeper watches the process that started it, not only for the control connection's
-end of file, which a forked child of that process would hold back.
+At a fork of the parent: nothing.  The keeper watches the process that started it, and not only the control connection's
+end of file, which a forked child of that process would delay.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Make pcscd look at its readers now.
+"""Makes pcscd look at its readers now.
 
-pcscd looks for cards every 400 ms and sleeps in between.  A signal cuts the sleep short: SIGUSR1 means "look for serial
-readers again" to pcscd, and for vpcd's there is nothing to do.
+pcscd looks for cards every 400 ms and sleeps in between.  A signal ends the sleep: SIGUSR1 tells pcscd to look for
+serial readers again, which does nothing for vpcd's readers.
 
-Invariant: only a time-saver.  Where it does not work (no /proc, no tgkill) everything takes up to 400 ms longer.
+Invariant: this only saves time.  If it doesn't work (no /proc, no tgkill) everything takes up to 400 ms longer.
 
 At a fork: nothing.
 """

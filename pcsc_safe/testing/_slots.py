@@ -1,18 +1,18 @@
 """How many reader slots a pcscd gets, and why that matters to its clients since pcsc-lite 2.5.
 
-pcscd starts with two slots for readers and makes two more whenever they are full, never fewer.  Since pcsc-lite 2.5 its
-client library keeps an array of that size, one for the whole process, which never shrinks either: a process that has
-seen a pcscd with four slots gets 0x8010001F (SCARD_E_UNSUPPORTED_FEATURE) from SCardListReaders, SCardStatus and
-SCardGetStatusChange at a pcscd with two.  Stacks that follow each other in one process are such pcscds.
+pcscd starts with two slots for readers.  It makes two more whenever they are full, and never removes one.  Since
+pcsc-lite 2.5 its client library keeps an array of that size, one for the whole process, which never shrinks either.  A
+process that has seen a pcscd with four slots gets 0x8010001F (SCARD_E_UNSUPPORTED_FEATURE) from SCardListReaders,
+SCardStatus and SCardGetStatusChange at a pcscd with two.  This happens with stacks that follow each other in a process.
 
 So each stack gets as many slots as the largest stack before it in this process had, and :data:`LEAST` at least: stacks
 of up to that many readers never differ.  Slots without a reader come from devices that pcscd adds and removes again
 while it starts, before it serves anybody: devices of one name, and a last one of that name that can't be opened, with
 which pcscd removes all of that name.  The last one costs nothing, each device before it 0.8 seconds.
 
-Invariant: what a stack has is measured after each start; this module only says what to ask for.
+Invariant: each start measures what a stack has; this module only says what to ask for.
 
-At a fork: the child's library has the parent's array, so it goes on from the parent's maximum.
+At a fork: the child's library has the parent's array, so the child continues from the parent's maximum.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""``python -m pcsc_safe version``, and the versions that everything else tells.
+"""``python -m pcsc_safe version``, and the versions that everything else prints.
 
-Nothing native is loaded for it: a broken installation is what one asks about.
+This loads nothing native, because users ask for the versions when an installation is broken.
 
 Nothing here forks.
 """
@@ -38,7 +38,7 @@ def _installed(distribution: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--json", action="store_true", help="print them for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -1,11 +1,11 @@
-"""The reader side of the vpcd driver: its ports, and the connection by which a card is in a reader.
+"""The reader side of the vpcd driver: its ports, and the connection that puts a card into a reader.
 
-vpcd listens on a TCP port for each of its two slots, and whoever connects there is the card: two bytes of length, big
-endian, then the message.  (It can also connect to us, but vpcd 3.3 can't do that twice: FD_SET(-1), and pcscd aborts.)
+vpcd listens on a TCP port for each of its two slots.  The process that connects there is the card: two bytes of length,
+big endian, then the message.  (vpcd can also connect to us, but 3.3 can't do that twice: FD_SET(-1), and pcscd aborts.)
 
-Invariant: a port that `PortPair` reserved can't be had by anybody but our vpcd, from before it starts until `close`,
-over every restart.  A card is in a reader exactly as long as its connection lives; the connection ends by reset or
-shutdown, which work however many forked children hold a copy of the socket.
+Invariant: only our vpcd can use a port that `PortPair` reserved, from before it starts until `close`, over every
+restart.  A card is in a reader exactly as long as its connection lives.  The connection ends by reset or shutdown,
+which work however many forked children hold a copy of the socket.
 
 At a fork: the thread that serves the card stays in the parent.  The child's copies of the sockets are never used.
 """

@@ -1,9 +1,9 @@
-"""pcscd's own client protocol, as little of it as the stack needs: what is in the readers, and a card reset.
+"""The part of pcscd's client protocol that the stack needs: what is in the readers, and a card reset.
 
-The stack looks at pcscd from outside without loading libpcsclite: a context of its own in the test process would be one
-more thing that the code under test can meet.
+The stack talks to pcscd without loading libpcsclite: a context in the test process would be one more thing that affects
+the code under test.
 
-Invariant: when `Probe.close` returns, pcscd has forgotten the connection: it is never in the count of clients.
+Invariant: when `Probe.close` returns, pcscd has forgotten the connection, and doesn't count it as a client.
 
 At a fork: a probe lives within one call, under the stack's lock; a child inherits none that it could use.
 """

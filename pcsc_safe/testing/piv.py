@@ -1,10 +1,10 @@
 """`PivCard`: a virtual card with a signing key, for applications that use PIV (NIST SP 800-73-4).
 
-The applet is jcecard's, which nobody here wrote; ``pip install 'pcsc-safe[piv]'`` gets it, for Python 3.10 and later.
-What is ours is the adapter, and what that applet leaves to others.
+The applet is jcecard's, which is another project; ``pip install 'pcsc-safe[piv]'`` installs it, for Python 3.10 and
+later.  This module has the adapter, and what that applet leaves to others.
 
 Invariant: keys, certificates, PINs and their counters belong to the card, so they outlast its power, its reader and
-pcscd; a verified PIN and a selected application don't outlast the power.
+pcscd.  A verified PIN and a selected application don't outlast the power.
 
 At a fork: see `pcsc_safe.testing.cards`.
 """

@@ -54,6 +54,7 @@ def test_on_this_machine() -> None:
     assert {test.what for test in _self_test._TESTS if not test.needs_pcsc} <= {*told}
 
 
+@pytest.mark.long  # it leaves a context alone for 20 s
 @on_linux
 def test_all_is_well() -> None:
     """With a card: every test of the list has run, and parent and child have had answers of the card."""
@@ -73,6 +74,7 @@ def test_all_is_well() -> None:
     assert reader not in page.split("-" * 72)[1]
 
 
+@pytest.mark.long
 @on_linux
 def test_on_a_simulated_macos(on_macos: OnMacos) -> None:
     """There it finds what the simulation is made of, and pcsc_safe is well all the same; without a card, too."""

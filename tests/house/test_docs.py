@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import configparser
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -28,8 +31,14 @@ OTHER_SAYINGS = ("setup", "run by", "not run", "sample")
 TIMED_OUT = 124  # the exit status of timeout
 
 NOT_RUN = {
-    "README.md": ["they are the tests", "installs packages"],
+    "README.md": [
+        "installs packages",
+        "it is tests/demo/test_demo.py's, and takes half a minute",
+        "they are the tests",
+    ],
     "CONTRIBUTING.md": ["they are the tests"],
+    "docs/api.md": ["numbers differ; tests/core/test_proxies.py has the same"],
+    "docs/commands.md": ["a line for a shell's own configuration; tests/house/test_cli.py runs the completion"] * 2,
     "docs/doctor.md": [
         "depends on the machine",
         "it is tests/doctor/test_self_test.py's, and takes half a minute",
@@ -50,6 +59,7 @@ NOT_RUN = {
         "it is tests/native/test_macos.py's, and takes minutes",
         "it is tests/doctor/test_self_test.py's, and takes half a minute",
     ],
+    "docs/migrate.md": ["it takes a running program"],
     "docs/retrofit.md": ["PIDs differ; tests/retrofit/test_run.py has the lines"],
     "docs/start.md": ["installs packages", "it is tests/demo/test_demo.py's, and takes half a minute"],
 }
@@ -108,7 +118,7 @@ def test_who_is_said_to_run_a_block_reads_its_page() -> None:
         if test:
             source = (ROOT / test).read_text()
             assert Path(block.page).name in source, block
-            assert f"hosts/{Path(block.page).name}" in source or '"hosts"' in source, block
+            assert block.page.removeprefix("docs/") in source or '"hosts"' in source, block
 
 
 def test_files_for_other_programs_are_well_formed() -> None:
@@ -122,6 +132,14 @@ def test_files_for_other_programs_are_well_formed() -> None:
             pytest.importorskip("tomllib").loads(block.code)
         elif block.language == "conf":
             assert all(re.fullmatch(r"#.*|[\w/-]+( \S+)*", line) for line in block.code.splitlines()), block
+
+
+def test_the_table_of_settings_is_made_from_the_code() -> None:
+    """``scripts/settings_table.py --write`` writes it."""
+    script = ROOT / "scripts" / "settings_table.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    table = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
+    assert table.stdout in (ROOT / "docs" / "settings.md").read_text(), "run scripts/settings_table.py --write"
 
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -153,6 +171,18 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\s-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+def test_links_work_on_pypi() -> None:
+    """Where the description of the package has no relative links; scripts/pypi_readme.py makes them absolute."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install 'pcsc-safe[dev]'")
+    absolute = runpy.run_path(str(ROOT / "scripts" / "pypi_readme.py"))["absolute"]
+    url = "https://github.com/owner/name"
+    text = absolute((ROOT / "README.md").read_text(), url)
+    targets = LINK.findall(without_code(text))
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+    assert f"{url}/blob/HEAD/docs/macos.md#what-is-simulated" in targets
+    assert f"{url}/raw/HEAD/docs/images/demo.svg" in targets
+
+
 def test_the_site_is_built(tmp_path: Path) -> None:
     """Without a warning, links and anchors included, and it asks the network for nothing."""
     pytest.importorskip("material", reason="mkdocs-material is not installed: pip install 'pcsc-safe[docs]'")
@@ -165,6 +195,22 @@ def test_the_site_is_built(tmp_path: Path) -> None:
         assert loaded == [], page
 
 
+def docstrings(file: Path) -> Iterator[tuple[str, str]]:
+    """Those of a module, by the names of what they describe."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            yield getattr(node, "name", file.stem), ast.get_docstring(node) or ""
+
+
+def test_the_api_page_can_show_its_docstrings() -> None:
+    """Markdown knows neither the tables nor the literal blocks of reStructuredText."""
+    names = re.findall(r"(?m)^::: ([\w.]+)", (ROOT / "docs" / "api.md").read_text())
+    homes = {getattr(resolve_name(name), "__module__", name) for name in names if name[-1].islower()}
+    for file in sorted(str(sys.modules[home].__file__) for home in homes):
+        for name, text in docstrings(Path(file)):
+            assert not re.search(r"(?m)^\s*={4}|::$", text), f"{file}: {name}"
+
+
 # What is said, but is not a message about something that is wrong.
 SILENT_MODULES = (
     "doctor/",
@@ -172,9 +218,11 @@ SILENT_MODULES = (
     "_trace/",
     "__main__",
     "_versions",
+    "_completion",
 )
 NOT_MESSAGES = re.compile(
-    r"<\w+ .*>|FRIENDLYNAME .*|LIBPATH .*|Virtual PCD .*|[0-9A-F… ]+|A card holder|of unknown version|cannot create /|"
+    r"<[\w…]+ .*>|lost with (its broker|pcscd)|"
+    r"FRIENDLYNAME .*|LIBPATH .*|Virtual PCD .*|[0-9A-F… ]+|A card holder|of unknown version|cannot create /|"
     r"failed to map segment|the broker's door|pcsc_safe virtual card on port .*|\w+\(key=.*|pyscard's functions and .*|"
     r"import sys; .*|configure\(\) got an .*|"
     r"Change settings .*|mount --bind .*|(usage|The program runs|python -m pcsc_safe).*",
@@ -203,7 +251,7 @@ def _pieces(node: ast.AST, inner: set[int]) -> list[str]:
         parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
         return "".join(map(str, parts)).split("\0")
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
-        return re.split(r"%[sd]", node.value)
+        return re.split(r"%[sd]|%\(\w+\)[sd]", node.value)
     return []
 
 

@@ -293,7 +293,7 @@ NOTHING = {"in flight": 0, "locked": 0, "doomed": 0, "natives": 0}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="CPython 3.9 runs handlers between any two instructions")
-@pytest.mark.parametrize("alarms", [300, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("alarms", [100, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("where", ["idle", "in a transaction", "beside a wait", "broker"])
 def test_handlers_that_raise(where: str, alarms: int) -> None:
     """However often a handler raises, and wherever: no lock, native context, entry or record is left, and all works."""
@@ -498,7 +498,7 @@ def test_where_pcscd_refuses_another_connection(
     waiter = Calling(safe.SCardGetStatusChange, context, 300, [(readers[0], PRESENT)])
     assert [Calling(transmit, card).answer() for card in (first, second)] == [RIGHT] * 2
     assert waiter.answer()[0] == TIMED_OUT
-    assert any("refuses one more connection" in record.message for record in caplog.records)
+    assert any("refuses more connections" in record.message for record in caplog.records)
     assert safe.SCardReleaseContext(context) == OK
 
 
@@ -591,4 +591,4 @@ def test_at_the_limit_of_pcscd(free: int) -> None:
     assert right == [True] * 4
     assert codes == [OK, TIMED_OUT, OK]
     assert (same, goes_on, ended, released, last_ended) == (True, True, [OK, CANCELLED], OK, True)
-    assert any("refuses one more connection" in line for line in said)
+    assert any("refuses more connections" in line for line in said)

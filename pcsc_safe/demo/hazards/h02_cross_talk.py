@@ -1,7 +1,7 @@
 """Hazard 2: parent and child use one inherited card connection at the same time.
 
-What comes of it depends on who reads first: wrong bytes, failed calls, a crash, a process that waits for ever.  So it
-is tried many times, each time with a new parent and child.
+The result depends on who reads first: wrong bytes, failed calls, a crash, or a process that waits for ever.  So it is
+tried many times, each time with a new parent and child.
 """
 
 from __future__ import annotations
@@ -76,10 +76,8 @@ def judge(run: Run) -> Finding:
     if not forks or any(end != 0 for end in ends) or total["asked"] != len(ends) * EXCHANGES:
         return Finding([], [])
     told = sum(seen.get("told_reset", 0) for seen in run.reported.values())
-    proof = [f"in {forks} forks all {total['asked']} answers were the right ones"]
-    return Finding(
-        [], proof + ([f"{told} children were told SCARD_W_RESET_CARD once and connected again"] if told else [])
-    )
+    proof = [f"in {forks} forks all {total['asked']} answers were right"]
+    return Finding([], proof + ([f"{told} children got SCARD_W_RESET_CARD once and connected again"] if told else []))
 
 
 def _deaths(ends: list[Optional[int]]) -> list[str]:

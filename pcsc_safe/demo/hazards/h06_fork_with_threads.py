@@ -1,7 +1,7 @@
-"""Hazard 6: a process forks while three of its threads use one context, and its children establish one of their own.
+"""Hazard 6: a process forks while three of its threads use one context, and its children establish new contexts.
 
-libpcsclite lets a thread wait for a busy context with the lock of the whole process held; a child that is forked then
-has that lock held by nobody.
+A thread that waits for a busy context in libpcsclite holds the lock of the whole process.  In a child that is forked
+then, this lock stays locked, and no thread of the child holds it.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def judge(run: Run) -> Finding:
     codes = sorted({seen["code"] for seen in children if "code" in seen} - {"SCARD_S_SUCCESS"})
     calls, failed, stuck = run.of("parent", "calls", "failed", "stuck")
     of = f"of {len(children)} children"
-    harm = [f"{hung} {of} hung in SCardEstablishContext, a fresh context of their own"] if hung else []
+    harm = [f"{hung} {of} hung in SCardEstablishContext for a new context"] if hung else []
     harm += [f"{died} {of} died of a signal"] if died else []
-    harm += [f"a fresh context was refused: {', '.join(codes)}"] if codes else []
+    harm += [f"a new context was refused: {', '.join(codes)}"] if codes else []
     harm += [f"{failed} of the threads' {calls} calls failed"] if failed else []
     harm += [f"{stuck} of the parent's threads did not end"] if stuck else []
     whole = len(children) == FORKS and all(seen.get("ended") == 0 and "code" in seen for seen in children)
     if harm or not whole or not calls:
         return Finding(harm, [])
-    return Finding([], [f"all {len(children)} children got a context of their own, and all {calls} calls succeeded"])
+    return Finding([], [f"all {len(children)} children got their own contexts, and all {calls} calls succeeded"])

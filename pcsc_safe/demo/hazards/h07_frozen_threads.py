@@ -1,4 +1,4 @@
-"""Hazard 7: nobody forks; one thread waits for events on a context, and another uses the same context."""
+"""Hazard 7: no process forks; one thread waits for events on a context, and another uses the same context."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def judge(run: Run) -> Finding:
     harm = [f"still frozen after {watched:g} s: {', '.join(stuck)}"] if stuck else []
     for name in ("same context", "other context", "cancel"):
         if code[name] not in (None, "SCARD_S_SUCCESS"):
-            harm.append(f"{SAYS[name]} answered {code[name]}")
+            harm.append(f"{SAYS[name]} returned {code[name]}")
     if harm or code["wait"] != "SCARD_E_CANCELLED":
         return Finding(harm, [])
     took = 1000 * max(run.of(name, "seconds")[0] for name in ("same context", "other context"))

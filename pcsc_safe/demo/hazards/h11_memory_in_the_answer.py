@@ -1,7 +1,7 @@
-"""Hazard 11: a session is ended from outside, SCardTransmit fails, and answers memory of the process.
+"""Hazard 11: a session is ended from outside, SCardTransmit fails, and returns memory of the process.
 
-First a child drops its copy of the handles; then pcscd dies.  The second is nobody's fault, and the call has to fail
-under pcsc_safe too.  What matters is what stands beside the error code.
+First a child releases its copy of the handles; then pcscd ends.  The second is no fault of the program, and the call
+has to fail under pcsc_safe, too.  What counts is the data beside the error code.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def judge(run: Run) -> Finding:
             continue
         if filled:
             harm.append(
-                f"{when} {failed} of {calls} calls failed ({', '.join(codes)}): {filled} answered memory of the "
+                f"{when} {failed} of {calls} calls failed ({', '.join(codes)}): {filled} returned memory of the "
                 f"process, {told} of them its secret"
             )
         elif failed:
             proof.append(
-                f"{when} {failed} of {calls} calls failed ({', '.join(codes)}) and answered nothing beside the code"
+                f"{when} {failed} of {calls} calls failed ({', '.join(codes)}) and returned nothing but the code"
             )
         else:
             proof.append(f"{when} all {calls} calls succeeded")

@@ -1,8 +1,8 @@
-"""What Python imports when it starts, for its directory stands first on PYTHONPATH: sees to ``pcsc_safe.install()``.
+"""Calls ``pcsc_safe.install()``; Python imports it when it starts, because its directory is first on PYTHONPATH.
 
-``python -m pcsc_safe run`` has put it there, for a program and every Python that the program starts.  One of these may
-be of another version or have no pcsc_safe, and must notice nothing: so this is written for any Python, and steps aside
-at last for the sitecustomize that would have been imported without it.
+``python -m pcsc_safe run`` has put the directory there, for a program and every Python that the program starts.  One of
+these may have another version or no pcsc_safe, and must run as usual.  So this is written for any Python, and finally
+imports the sitecustomize that would have been imported without it.
 """
 
 import os
@@ -17,7 +17,7 @@ def _install():  # type: () -> None
     try:
         from pcsc_safe.retrofit.on_import import install_late
     except ValueError as error:  # of PCSC_SAFE_GUARD_NATIVE
-        sys.stderr.write("pcsc_safe: process " + str(os.getpid()) + " is not retrofitted: " + str(error) + "\n")
+        sys.stderr.write("pcsc_safe: process " + str(os.getpid()) + " runs on plain pyscard: " + str(error) + "\n")
         return
     except Exception:
         return  # it isn't installed there, or not for this Python
