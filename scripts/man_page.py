@@ -53,7 +53,7 @@ def _commands() -> Iterator[str]:
             yield from _option(action)
         for paragraph in filter(None, getattr(home, "EPILOG", "").split("\n\n")):
             lines = _roff(paragraph).splitlines()
-            yield from [".PP", *([".nf", *lines, ".fi"] if "\n  " in paragraph else lines)]
+            yield from [".PP", *([".nf", *lines, ".fi"] if "  " in paragraph else lines)]
 
 
 def _option(action: Any) -> Iterator[str]:
