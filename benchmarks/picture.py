@@ -23,6 +23,10 @@ COLOURS = {  # Okabe and Ito's: to be told apart by everybody
     "spawn": "#cc79a7",
     "pcsc_safe": "#009e73",
 }
+DARK = (
+    "@media (prefers-color-scheme: dark) { svg { fill: #ddd } .paper { fill: #14171c } "
+    '[stroke="#333"] { stroke: #ddd } [stroke="#ddd"] { stroke: #353c44 } }'
+)
 OURS = "pcsc_safe"
 THREADS = (1, 2, 4, 8)
 CONTEXTS = (1, 10, 50, 100)
@@ -125,9 +129,10 @@ def picture(figures: Sequence[Figure]) -> str:
     drawn = [(panel, points) for panel in PANELS if (points := points_of(panel, figures))]
     rows = math.ceil(len(drawn) / 2)
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{rows * HEIGHT}" '
-        'font-family="sans-serif" font-size="11" fill="#333">',
-        '<rect width="100%" height="100%" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {rows * HEIGHT}" width="{2 * WIDTH}" '
+        f'height="{rows * HEIGHT}" font-family="sans-serif" font-size="11" fill="#333">',
+        f"<style>{DARK}</style>",
+        '<rect class="paper" width="100%" height="100%" fill="white"/>',
     ]
     for number, (panel, points) in enumerate(drawn):
         lines.append(f'<g transform="translate({number % 2 * WIDTH},{number // 2 * HEIGHT})">')

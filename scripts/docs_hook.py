@@ -1,4 +1,4 @@
-"""What of the documentation is not in docs/: the README's first screen, and files that belong to the repository.
+"""What mkdocs.yml can't say: the README's first screen, files of the repository, pictures, version and repository.
 
 The pages link to examples and to other files of the repository by relative paths, which work where the repository is
 looked at.  For the site each linked file becomes a page with its text, and the links lead there.  mkdocs loads this
@@ -16,8 +16,26 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SCREEN = "<!-- the first screen of README.md -->"
-PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "reporting.md"}
+WITH_TOOLTIPS = {"timeline.svg"}
+_PICTURE = re.compile(r'<p><img alt="([^"]*)" src="([^"]+\.svg)" ?/?></p>')
 _LINK = re.compile(r"(\[[^]]*\]\()([^)#\s:]+)(#[^)\s]*)?\)")
+
+
+def on_config(config: Any) -> Any:
+    """Show the version beside the name, and link to the repository; to PyPI while pyproject.toml names none."""
+    config.site_name = f"{config.site_name} {_value('__version__', 'pcsc_safe/__init__.py')}"
+    config.copyright = f"{config.site_name}, {_value('license', 'pyproject.toml')}"
+    repository, homepage = _value("Repository", "pyproject.toml"), _value("Homepage", "pyproject.toml")
+    config.repo_url = repository or homepage
+    config.repo_name = "Repository" if repository else "PyPI"
+    return config
+
+
+def _value(name: str, file: str) -> str:
+    """The string that a line of a file gives a name; Python 3.9 has no parser of TOML."""
+    found = re.search(rf'(?m)^{name} = "([^"]*)"', (ROOT / file).read_text())
+    return found.group(1) if found else ""
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -43,8 +61,27 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Show the roles of Sphinx, which the docstrings have, as the code that they are about."""
+    """Embed the pictures, and show the roles of Sphinx in the docstrings as the code that they are about."""
+    html = _PICTURE.sub(_embedded, html)
     return re.sub(r":(?:mod|class|func|meth|data|exc|attr):<code>~?", "<code>", html)
+
+
+def _embedded(picture: re.Match[str]) -> str:
+    """A picture that scrolls where the page is narrower, and a link to it in its full size.
+
+    An ``<img>`` follows the page's choice of light or dark, but has no tooltips; an ``<object>`` has them.
+    """
+    alt, source = picture.groups()
+    shown = f'<img alt="{alt}" src="{source}">'
+    if os.path.basename(source) in WITH_TOOLTIPS:
+        shown = f'<object type="image/svg+xml" data="{source}" aria-label="{alt}">{shown}</object>'
+    link = f'<figcaption><a href="{source}">Full size</a></figcaption>'
+    return f'<figure><div class="picture">{shown}</div>{link}</figure>'
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Keep the theme's script from asking GitHub how popular the repository is."""
+    return output.replace(' data-md-component="source"', "")
 
 
 def first_screen() -> str:

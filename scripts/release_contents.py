@@ -7,8 +7,17 @@ import sys
 import tarfile
 import zipfile
 
-WANTED = {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml", "PKG-INFO", "mkdocs.yml"}
-FOLDERS = {"pcsc_safe", "tests", "examples", "docs", "benchmarks", "scripts"}
+WANTED = {
+    "LICENSE",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "pyproject.toml",
+    "PKG-INFO",
+    "mkdocs.yml",
+}
+FOLDERS = {"pcsc_safe", "tests", "examples", "docs", "benchmarks", "scripts", "man"}
 MAY_BE = WANTED | {".gitignore"}
 
 
@@ -34,6 +43,8 @@ def faults(sdist: str, wheel: str, direct: str) -> list[str]:
         found.append(f"the wheel has {sorted(strange)}")
     if not {"pcsc_safe/py.typed", "pcsc_safe/scard.pyi"} <= of_wheel(wheel).keys():
         found.append("the wheel has no types")
+    if not any(name.endswith(".data/data/share/man/man1/pcsc-safe.1") for name in of_wheel(wheel)):
+        found.append("the wheel has no man page")
     names = of_sdist(sdist)
     top = {name.partition("/")[0] for name in names}
     if missing := (WANTED | FOLDERS) - top:

@@ -90,7 +90,8 @@ def svg() -> str:
     lines = [_arrow(middles[one], middles[other]) for one, other in sorted(drawn())]
     height = 8 + len(LAYERS) * (HEIGHT + GAP) - GAP + 8
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        f'width="{WIDTH}" height="{height}" role="img">'
         "<title>The rooms of pcsc_safe; an arrow leads to what a room imports</title>"
         "<style>svg{color:#1b1f24;background:#fff}rect{fill:#eef3fa;stroke:currentColor}"
         "text{font:11px sans-serif;text-anchor:middle;fill:currentColor}.name{font:bold 13px monospace}"

@@ -71,8 +71,8 @@ def _show(hazards: Sequence[Hazard], safe: str, as_json: bool) -> int:
 
     live: Optional[Live] = None
     if not as_json:
-        print(f"Each hazard runs on {RAW} and on {safe} (pcsc_safe {__version__}), in processes that may die,")
-        print("each on a private pcscd with virtual cards.\n")
+        print(f"Each hazard runs on {RAW} and on {safe} (pcsc_safe {__version__}),")
+        print("in processes that may die, each on a private pcscd with virtual cards.\n")
         live = Live(sys.stdout)
         live.heading(RAW, safe)
     results = list(_results(hazards, safe, live))

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, Union
 from xml.etree import ElementTree
 
 import pytest
+from browser import browser
 from forking import ChildFailedError
 from places import EXAMPLES
 
@@ -23,6 +23,8 @@ from pcsc_safe._trace import timeline
 from pcsc_safe._trace.history import History
 from pcsc_safe._trace.records import Event, Span
 from pcsc_safe.testing import VirtualPcsc
+
+__all__ = ["browser"]
 
 SVG = "{http://www.w3.org/2000/svg}"
 RUN = [sys.executable, "-m", "pcsc_safe", "run"]
@@ -590,39 +592,6 @@ def test_the_page_asks_for_nothing(family: Ran) -> None:
     assert set(re.findall(r"https?://[^\"' ]*", page)) == {"http://www.w3.org/2000/svg"}
     assert "default-src 'none'" in page
     assert not re.search(r"\b(src|href|@import|fetch|XMLHttpRequest)\b *[=(]", page.replace('href="data:,"', ""))
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Any:
-    """A headless Chromium that shows a page: what the page has become, and what was said on its console."""
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here to see the page in: apt-get install chromium")
-
-    def show(page: Path) -> tuple[str, list[str]]:
-        process = subprocess.Popen(
-            [
-                CHROMIUM or "",
-                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
-                *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
-                *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"),
-                *("--dump-dom", page.as_uri()),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            dom, err = process.communicate(timeout=60)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        return dom, [line for line in err.splitlines() if "CONSOLE" in line]
-
-    return show
 
 
 STEPS = """

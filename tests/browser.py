@@ -1,0 +1,47 @@
+"""A browser that shows a page, for the tests that look at one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+__all__ = ["browser"]
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Any:
+    """A headless Chromium that shows a page: what the page has become, and what was said on its console."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here to see the page in: apt-get install chromium")
+
+    def show(page: Path) -> tuple[str, list[str]]:
+        process = subprocess.Popen(
+            [
+                CHROMIUM or "",
+                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
+                *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
+                *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"),
+                *("--dump-dom", page.as_uri()),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            dom, err = process.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return dom, [line for line in err.splitlines() if "CONSOLE" in line]
+
+    return show
