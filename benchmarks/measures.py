@@ -102,9 +102,8 @@ def one_shot(effort: Effort) -> Iterator[Figure]:
     """What a program takes that reads one card, as a whole process; with each wrapt that there is."""
     with contextlib.ExitStack() as undo:
         env = stack(undo)
-        for wrapt, said in {"": "", os.environ.get(OTHER_WRAPT, ""): ", other wrapt"}.items():
-            if said and not wrapt:
-                continue
+        other = os.environ.get(OTHER_WRAPT)
+        for wrapt, said in [("", ""), *([(other, ", other wrapt")] if other else [])]:
             path = os.pathsep.join(filter(None, (wrapt, env.get("PYTHONPATH"))))
             rounds = _whole_programs({**env, "PYTHONPATH": path} if path else env, effort.imports)
             for against, target in {WRAPT: None if said else 1.12, RAW: 1.6 if said else None}.items():

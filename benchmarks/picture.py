@@ -36,7 +36,7 @@ class Panel(NamedTuple):
     """One diagram.
 
     :ivar title: with the unit.
-    :ivar unit: of the axis, in microseconds.
+    :ivar unit: of the axis, in that of the figures.
     :ivar figures: what stands on the x axis (a line begins after ", "), and the name of its figure.
     :ivar lines: whether x is a number and the medians are joined; else they are bars.
     :ivar below: what x is.
@@ -71,6 +71,16 @@ PANELS = (
             "APDUs, of 10 ms": "8 threads, 8 contexts, 10 ms",
             "2 on one, with 10 ms": "8 threads, 2 on one busy context",
         },
+    ),
+    Panel(
+        "From start to exit of a program that reads one card (ms)",
+        1000,
+        {"this wrapt": "a card read, start to exit", "other wrapt": "a card read, start to exit, other wrapt"},
+    ),
+    Panel(
+        "Private memory of a forked worker (MB)",
+        1024,
+        {"after its first exchange": "private memory of a worker"},
     ),
     Panel(
         "First answer of a pool's worker (ms)",

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from figures import Figure, markdown, table
-from measures import FAST, MEASURES, OPEN_FILES, THOROUGH
+from measures import FAST, MEASURES, OPEN_FILES, OTHER_WRAPT, THOROUGH
 from picture import picture
 
 from pcsc_safe.testing._install import Missing, look
@@ -37,12 +37,16 @@ calls            all in one process that never forks, on one session; the card i
                  hand": an application on raw pyscard that compares os.getpid() before each call
 {OPEN_FILES} more files   SCardEstablishContext looks for its connection among the descriptors of the process
 import           a whole "python -c", from start to end; "net": less an empty "python -c pass" of the same round
+a card read      a program from start to exit that imports, establishes, connects, exchanges an APDU and ends. Most of
+                 what pcsc_safe adds is the import of wrapt, which depends on its version; "other wrapt": with the one
+                 in the directory that the environment variable {OTHER_WRAPT} names, if there is one
+private memory   what a forked worker has to itself after its first exchange (Private_* of smaps_rollup): on its
+                 parent's card with pcsc_safe, on one that it connected with raw pyscard
 first establish  the first SCardEstablishContext of a process: wrapt, and with it asyncio, is imported there, not before
 fork             os.fork() until it returns in the parent; "to reaped": until a child that does nothing but _exit is
                  reaped. A bigger process takes longer to fork, whatever made it bigger: "raw pyscard" has nothing else
-                 loaded, "raw, wrapt imported" has also imported wrapt, logging and socket as pcsc_safe has, so the
-                 difference to the latter is what pcsc_safe's own work at a fork costs, and the difference to the former
-                 is all that a user notices
+                 loaded, "raw, wrapt imported" has also imported wrapt, as pcsc_safe has; so the difference to the
+                 latter is what pcsc_safe itself costs a fork, the difference to the former all that a user notices
 guard            the same with guard_native=True, beside pcsc_safe without: the child looks at every descriptor; sockets
                  take longest
 waits, APDUs     os.fork() in the parent while its other threads are in PC/SC: waiting for events that don't come, or
@@ -59,6 +63,9 @@ broker           SCardTransmit of a process whose PC/SC is done by a broker (bro
 recorded         run --report or --timeline: pcsc_safe beside itself, in one process, on one session
 first use        in a forked child: SCardListReaders on the inherited context, which gets a context of its own first; on
                  raw pyscard SCardEstablishContext and SCardListReaders
+many             cost by number: forked workers that are there at the same time, each with a card, 16 readers between
+                 them, and what one of them takes from the first fork on; contexts of another process; open files;
+                 readers. "all states": SCardGetStatusChange that doesn't wait
 pool             ProcessPoolExecutor of an application that has connected the card. pcsc_safe: workers are forked and
                  use that card, with cards="reconnect"; "check by hand": they are forked and connect when they see that
                  the process is another one; "spawn": they are new Pythons, which connect when they begin. The first
@@ -118,6 +125,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if not options.only or name in options.only:
             print(f"measuring {name} ...", file=sys.stderr, flush=True)
             figures += measure(FAST if options.fast else THOROUGH)
+    where["load at the end"] = f"{os.getloadavg()[0]:.2f}"
     print(EXPLANATION)
     print(table(figures))
     if options.output:

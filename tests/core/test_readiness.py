@@ -15,7 +15,7 @@ from forking import fork, in_child, in_program
 
 from pcsc_safe.testing import VirtualPcsc
 
-pytestmark = pytest.mark.native  # over a broker the program needs one
+pytestmark = [pytest.mark.native, pytest.mark.not_on_macos("there a child always needs a broker")]
 
 BROKER = "pcsc_safe.broker.client"
 ECHO = [0x00, 0x01, 0x00, 0x00, 0x03, 1, 2, 3]
@@ -163,3 +163,21 @@ def interrupted() -> None:
     hresult = exchange(scard, card)
     end()
     say(seen, hresult, is_there())
+
+
+def test_a_warning_where_nobody_imports_logging(shared_stack: VirtualPcsc) -> None:
+    """It goes to standard error, as logging itself would write it; nothing else does, and logging isn't imported."""
+    done = in_program(warns, env={**os.environ, **shared_stack.env})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[false]\n", "it costs 7\n")
+
+
+def warns() -> None:
+    import pcsc_safe.scard  # noqa: F401
+    from pcsc_safe._core import log
+
+    for name in [each for each in sys.modules if each.partition(".")[0] == "logging"]:
+        del sys.modules[name]
+    log.debug("nobody hears %s", "this")
+    log.info("nor %s", "this")
+    log.warning("it costs %d", 7)
+    say("logging" in sys.modules)
