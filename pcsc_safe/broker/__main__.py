@@ -46,7 +46,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         asked = list(arguments) in (["-h"], ["--help"])
         print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    gc.disable()  # nothing of what is imported is garbage
     _stand_alone()
     _leave_no_trace()
     from .._core import sessions  # not before this process stands alone
