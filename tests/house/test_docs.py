@@ -203,7 +203,7 @@ SILENT_MODULES = (
 NOT_MESSAGES = re.compile(
     r"<\w+ .*>|FRIENDLYNAME .*|LIBPATH .*|Virtual PCD .*|[0-9A-F… ]+|A card holder|of unknown version|cannot create /|"
     r"failed to map segment|the broker's door|pcsc_safe virtual card on port .*|\w+\(key=.*|pyscard's functions and .*|"
-    r"import sys; .*|configure\(\) got an .*|"
+    r"import \w+; .*|configure\(\) got an .*|"
     r"Change settings .*|mount --bind .*|(usage|The program runs|python -m pcsc_safe).*",
     re.DOTALL,
 )
