@@ -39,7 +39,7 @@ class Interval(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """One line of the table; times in microseconds.
+    """One line of the table.
 
     :ivar name: what was measured.
     :ivar against: what it is compared with: "raw pyscard", a variant of it, or what users do instead.
@@ -51,6 +51,7 @@ class Figure(NamedTuple):
     :ivar most: the target for one of them; None where there is none.
     :ivar target_is_ratio: which.
     :ivar rounds: how many pairs.
+    :ivar unit: of all that is no ratio: us or kB.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Figure(NamedTuple):
     most: Optional[float]
     target_is_ratio: bool
     rounds: int
+    unit: str
 
     @property
     def judged(self) -> Optional[Interval]:
@@ -85,7 +87,20 @@ class Figure(NamedTuple):
         """The target in words."""
         if self.most is None:
             return "none"
-        return f"<= x {self.most:g}" if self.target_is_ratio else f"<= +{_time(self.most)}"
+        return f"<= x {self.most:g}" if self.target_is_ratio else f"<= +{self.say(self.most)}"
+
+    def say(self, value: float, sign: str = "") -> str:
+        """A value in words."""
+        if self.unit != "us":
+            return f"{value:{sign}.0f} {self.unit}"
+        if abs(value) >= 10_000:
+            return f"{value / 1000:{sign}.1f} ms"
+        return f"{value:{sign}.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} us"
+
+    def spread(self, interval: Interval) -> str:
+        """A median and its quartiles in words."""
+        quartiles = f"{self.say(interval.first_quartile)} to {self.say(interval.third_quartile)}"
+        return f"{self.say(interval.median)} ({quartiles})"
 
     def as_json(self) -> dict[str, object]:
         """For programs; intervals become dicts of their fields."""
@@ -102,12 +117,14 @@ def figure(
     against: str = "raw pyscard",
     more: Optional[float] = None,
     ratio: Optional[float] = None,
+    unit: str = "us",
 ) -> Figure:
     """What pairs of (raw, safe) say.
 
-    :param pairs: in microseconds; None where raw froze.
-    :param more: the target, if it is one for the difference, in microseconds.
+    :param pairs: in that unit; None where raw froze.
+    :param more: the target, if it is one for the difference.
     :param ratio: the target, if it is one for the ratio.
+    :param unit: microseconds (us) or kB.
     """
     whole = [(raw, safe) for raw, safe in pairs if raw is not None]
     return Figure(
@@ -121,6 +138,7 @@ def figure(
         more if ratio is None else ratio,
         ratio is not None,
         len(pairs),
+        unit,
     )
 
 
@@ -154,21 +172,11 @@ def markdown(figures: Sequence[Figure]) -> str:
 
 def _row(line: Figure) -> tuple[str, ...]:
     if line.raw is None or line.more is None or line.ratio is None or line.judged is None:
-        compared = ("froze", _spread(line.safe), "-", "-", "-")
+        compared = ("froze", line.spread(line.safe), "-", "-", "-")
     else:
-        low, high = line.judged.low, line.judged.high
-        spread = f"x {low:.3f} to {high:.3f}" if line.target_is_ratio else f"{_time(low, '+')} to {_time(high, '+')}"
-        raw = _spread(line.raw) + (f", froze {line.froze} times" if line.froze else "")
-        more, ratio = _time(line.more.median, "+"), f"x {line.ratio.median:.3f}"
-        compared = (raw, _spread(line.safe), more, ratio, spread)
+        low, high, say = line.judged.low, line.judged.high, line.say
+        spread = f"x {low:.3f} to {high:.3f}" if line.target_is_ratio else f"{say(low, '+')} to {say(high, '+')}"
+        raw = line.spread(line.raw) + (f", froze {line.froze} times" if line.froze else "")
+        more, ratio = say(line.more.median, "+"), f"x {line.ratio.median:.3f}"
+        compared = (raw, line.spread(line.safe), more, ratio, spread)
     return (line.name, line.against, *compared, line.target, line.met, str(line.rounds))
-
-
-def _spread(interval: Interval) -> str:
-    return f"{_time(interval.median)} ({_time(interval.first_quartile)} to {_time(interval.third_quartile)})"
-
-
-def _time(microseconds: float, sign: str = "") -> str:
-    if abs(microseconds) >= 10_000:
-        return f"{microseconds / 1000:{sign}.1f} ms"
-    return f"{microseconds:{sign}.{2 if abs(microseconds) < 10 else 1 if abs(microseconds) < 100 else 0}f} us"

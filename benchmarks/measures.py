@@ -12,21 +12,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import by_number
 from figures import Figure, figure
+from processes import AGAINST, HERE, RAW, SAFE, WRAPT, CardOf5Ms, Process, by_turns, environment, stack
 
-from pcsc_safe.testing import EchoCard, VirtualPcsc
+__all__ = ["FAST", "MEASURES", "OPEN_FILES", "OTHER_WRAPT", "THOROUGH", "Effort"]
 
-__all__ = ["FAST", "MEASURES", "OPEN_FILES", "THOROUGH", "Effort"]
-
-HERE = Path(__file__).parent
 OPEN_FILES = 200
-RAW, WRAPT, SAFE = "raw", "raw, wrapt imported", "safe"
-AGAINST = {RAW: "raw pyscard", WRAPT: WRAPT}
 BY_HAND, SPAWN = "check by hand", "spawn"
+OTHER_WRAPT = "OTHER_WRAPT"
+"""The environment variable with the directory of another wrapt, to measure a program with that as well."""
 
 
 class Effort(NamedTuple):
@@ -41,65 +39,22 @@ class Effort(NamedTuple):
     phases: int
     crowds: int
     pools: int
+    numbers: int
 
 
 THOROUGH = Effort(
-    calls=1500, imports=60, processes=20, forks=400, children=150, held_up=60, phases=100, crowds=3, pools=40
+    calls=1500,
+    imports=60,
+    processes=20,
+    forks=400,
+    children=150,
+    held_up=60,
+    phases=100,
+    crowds=3,
+    pools=40,
+    numbers=30,
 )
-FAST = Effort(calls=40, imports=2, processes=2, forks=5, children=5, held_up=2, phases=4, crowds=1, pools=2)
-
-
-def environment(**more: str) -> dict[str, str]:
-    """That of the processes that are measured: the usual one, with .pyc files and the default settings."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("PCSC_SAFE_") and name != "PYTHONDONTWRITEBYTECODE"
-    }
-    return {**kept, **more}
-
-
-class CardOf5Ms(EchoCard):
-    """A card that takes 5 ms for a command, as a fast real one does."""
-
-    def apdu(self, command: bytes) -> bytes:
-        """Answer one command, later."""
-        time.sleep(0.005)
-        return super().apdu(command)
-
-
-def stack(undo: contextlib.ExitStack, readers: int = 1, card: type[EchoCard] = EchoCard) -> dict[str, str]:
-    """A PC/SC stack; returns the environment to reach it with."""
-    running = undo.enter_context(VirtualPcsc(readers, [card() for _ in range(readers)], activate=False))
-    return environment(PCSCLITE_CSOCK_NAME=running.env["PCSCLITE_CSOCK_NAME"])
-
-
-class Process:
-    """A process that measures itself when it is told to.
-
-    :param variant: one of the program's.
-    :param env: its environment.
-    :param program: worker.py or pools.py.
-    """
-
-    def __init__(self, variant: str, env: dict[str, str], program: str = "worker.py") -> None:
-        command = [sys.executable, str(HERE / program), variant]
-        self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate(timeout=30)
-
-    def ask(self, *command: Any) -> list[float]:
-        """Have one thing measured."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        answer: list[float] = json.loads(self._process.stdout.readline())
-        return answer
+FAST = Effort(calls=40, imports=2, processes=2, forks=5, children=5, held_up=2, phases=4, crowds=1, pools=2, numbers=2)
 
 
 def calls(effort: Effort) -> Iterator[Figure]:
@@ -129,6 +84,61 @@ def imports(effort: Effort) -> Iterator[Figure]:
     yield figure("import, net", [(raw - bare, safe - bare) for bare, raw, safe in rounds], ratio=1.3)
 
 
+_READ_A_CARD = """
+_, context = s.SCardEstablishContext(s.SCARD_SCOPE_SYSTEM)
+_, readers = s.SCardListReaders(context, [])
+_, card, protocol = s.SCardConnect(context, readers[0], s.SCARD_SHARE_SHARED, s.SCARD_PROTOCOL_T1)
+hresult, answer = s.SCardTransmit(card, s.SCARD_PCI_T1, [0x00, 0x01, 0x00, 0x00, 0x03, 1, 2, 3])
+assert hresult == s.SCARD_S_SUCCESS
+"""
+_PROGRAMS = {
+    RAW: f"import smartcard.scard as s{_READ_A_CARD}",
+    WRAPT: f"import wrapt, smartcard.scard as s{_READ_A_CARD}",
+    SAFE: f"import pcsc_safe.scard as s{_READ_A_CARD}",
+}
+
+
+def one_shot(effort: Effort) -> Iterator[Figure]:
+    """What a program takes that reads one card, as a whole process; with each wrapt that there is."""
+    with contextlib.ExitStack() as undo:
+        env = stack(undo)
+        for wrapt, said in {"": "", os.environ.get(OTHER_WRAPT, ""): ", other wrapt"}.items():
+            if said and not wrapt:
+                continue
+            path = os.pathsep.join(filter(None, (wrapt, env.get("PYTHONPATH"))))
+            rounds = _whole_programs({**env, "PYTHONPATH": path} if path else env, effort.imports)
+            for against, target in {WRAPT: None if said else 1.12, RAW: 1.6 if said else None}.items():
+                pairs = [(taken[against], taken[SAFE]) for taken in rounds]
+                yield figure(f"a card read, start to exit{said}", pairs, against=AGAINST[against], ratio=target)
+
+
+def _whole_programs(env: dict[str, str], count: int) -> list[dict[str, float]]:
+    """How long each program takes from start to exit, by turns, so many times."""
+    names, rounds = list(_PROGRAMS), []
+    for number in range(-1, count):  # the first one writes the .pyc files
+        shift, taken = number % len(names), {}
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter_ns()
+            subprocess.run([sys.executable, "-c", _PROGRAMS[name]], env=env, check=True)
+            taken[name] = (time.perf_counter_ns() - start) / 1000
+        rounds.append(taken)
+    return rounds[1:]
+
+
+def memory(effort: Effort) -> Iterator[Figure]:
+    """How much memory a forked worker has to itself after its first exchange."""
+    with contextlib.ExitStack() as undo:
+        env = stack(undo)
+        processes = {v: undo.enter_context(Process(v, env)) for v in (RAW, WRAPT, SAFE)}
+        for process in processes.values():
+            process.ask("exchange", 1)
+        rounds = by_turns(processes, ("private_memory",), effort.processes)
+    for against in (WRAPT, RAW):
+        pairs = [(taken[against][0], taken[SAFE][0]) for taken in rounds]
+        target = 2048.0 if against is RAW else None
+        yield figure("private memory of a worker", pairs, against=AGAINST[against], more=target, unit="kB")
+
+
 def first_establish(effort: Effort) -> Iterator[Figure]:
     """What the first context of a process costs."""
     rounds = []
@@ -148,7 +158,7 @@ def forks(effort: Effort) -> Iterator[Figure]:
     with contextlib.ExitStack() as undo:
         # One stack each: pcscd serves 200 contexts.
         processes = {v: undo.enter_context(Process(v, stack(undo))) for v in (RAW, WRAPT, SAFE)}
-        for count, target in {1: 1.05, 10: None, 50: None, 100: 1.2}.items():
+        for count, target in {1: 1.1, 10: None, 50: None, 100: 1.1}.items():
             for process in processes.values():
                 process.ask("contexts_are", count)
             rounds = by_turns(processes, ("fork",), effort.forks)
@@ -156,7 +166,7 @@ def forks(effort: Effort) -> Iterator[Figure]:
                 for against in (WRAPT, RAW):
                     pairs = [(taken[against][column], taken[SAFE][column]) for taken in rounds]
                     name = f"{what}, {count} context{'s' if count > 1 else ''}"
-                    yield figure(name, pairs, against=AGAINST[against], ratio=target)
+                    yield figure(name, pairs, against=AGAINST[against], ratio=target if against is WRAPT else None)
 
 
 def guard(effort: Effort) -> Iterator[Figure]:
@@ -297,14 +307,9 @@ def pools(effort: Effort) -> Iterator[Figure]:
             yield figure(f"a task in a pool of 2{said}", pairs, against=against)
 
 
-def by_turns(processes: dict[str, Process], command: Sequence[Any], rounds: int) -> list[dict[str, list[float]]]:
-    """Ask each process once a round, in an order that changes."""
-    names, found = list(processes), []
-    for number in range(rounds):
-        shift = number % len(names)
-        order = names[shift:] + names[:shift]
-        found.append({name: processes[name].ask(*command) for name in order})
-    return found
+def many(effort: Effort) -> Iterator[Figure]:
+    """What it costs that there are many: workers, clients, open files, readers."""
+    return by_number.figures(effort.numbers)
 
 
 def recording(effort: Effort) -> Iterator[Figure]:
@@ -322,6 +327,8 @@ def recording(effort: Effort) -> Iterator[Figure]:
 MEASURES = {
     "calls": calls,
     "imports": imports,
+    "one-shot": one_shot,
+    "memory": memory,
     "first-establish": first_establish,
     "forks": forks,
     "guard": guard,
@@ -330,5 +337,6 @@ MEASURES = {
     "first-use": first_use,
     "broker": broker,
     "pools": pools,
+    "many": many,
     "recording": recording,
 }

@@ -22,7 +22,7 @@ from typing import Any, Callable
 
 VARIANTS = {
     "raw": ("smartcard.scard", (), {}),
-    "raw, wrapt imported": ("smartcard.scard", ("wrapt", "logging", "socket"), {}),
+    "raw, wrapt imported": ("smartcard.scard", ("wrapt",), {}),
     "safe": ("pcsc_safe.scard", (), {}),
     "guarded": ("pcsc_safe.scard", (), {"PCSC_SAFE_GUARD_NATIVE": "1"}),
     "broker": ("pcsc_safe.scard", (), {"PCSC_SAFE_BROKER": "always"}),
@@ -51,6 +51,7 @@ class Worker:
         self.contexts: list[Any] = []
         self.card: Any = None
         self.sockets: list[Any] = []
+        self.files: list[int] = []
 
     def contexts_are(self, count: int) -> list[float]:
         """Hold so many contexts, idle."""
@@ -80,21 +81,97 @@ class Worker:
             times.append((clock() - start) / 1000)
         return times
 
+    def files_are(self, count: int) -> list[float]:
+        """Have so many files open, beside what is open anyway."""
+        import resource  # as in sockets_are
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        while len(self.files) < count:
+            self.files.append(os.open(os.devnull, os.O_RDONLY))
+        return []
+
     def exchange(self, count: int) -> list[float]:
         """The median of so many exchanges of 8 bytes, on one session."""
-        scard = self.scard
         if self.card is None:
             self.contexts_are(1)
-            reader = self._must(scard.SCardListReaders(self.contexts[0], []))[1][0]
-            _, self.card, _ = self._must(
-                scard.SCardConnect(self.contexts[0], reader, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1)
-            )
+            self.card = self._connect(self.contexts[0], 0)
+        return self._median(count, self._transmit, self.card)
+
+    def establish_and_release(self, count: int) -> list[float]:
+        """The median of so many contexts, each established and released."""
+        return self._median(count, lambda: self.scard.SCardReleaseContext(self._establish()))
+
+    def connect_and_disconnect(self, count: int) -> list[float]:
+        """The median of so many connections to the last reader, each made and ended."""
+        self.contexts_are(1)
+        disconnect, leave = self.scard.SCardDisconnect, self.scard.SCARD_LEAVE_CARD
+        return self._median(count, lambda: disconnect(self._connect(self.contexts[0], -1), leave))
+
+    def look_at_all(self, count: int) -> list[float]:
+        """The median of so many questions for the states of all readers."""
+        self.contexts_are(1)
+        scard, context = self.scard, self.contexts[0]
+        states = [(name, scard.SCARD_STATE_UNAWARE) for name in self._readers(context)]
+        return self._median(count, lambda: self._must(scard.SCardGetStatusChange(context, 0, states)))
+
+    def _median(self, count: int, call: Callable[..., Any], *arguments: Any) -> list[float]:
         times = []
         for _ in range(count):
             start = clock()
-            self._must(scard.SCardTransmit(self.card, scard.SCARD_PCI_T1, AT_ONCE))
+            call(*arguments)
             times.append((clock() - start) / 1000)
         return [statistics.median(times)]
+
+    def _transmit(self, card: Any) -> None:
+        self._must(self.scard.SCardTransmit(card, self.scard.SCARD_PCI_T1, AT_ONCE))
+
+    def _readers(self, context: Any) -> list[str]:
+        readers: list[str] = self._must(self.scard.SCardListReaders(context, []))[1]
+        return readers
+
+    def _connect(self, context: Any, number: int) -> Any:
+        """A connection to the card in a reader, by its number."""
+        scard, readers = self.scard, self._readers(context)
+        reader = readers[number % len(readers)]
+        return self._must(scard.SCardConnect(context, reader, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1))[1]
+
+    def private_memory(self) -> list[float]:
+        """What a forked worker has to itself after an exchange on the parent's card, or one of its own; in kB."""
+
+        def ask() -> float:
+            self._transmit(self.card if self.inherits else self._connect(self._establish(), 0))
+            with open("/proc/self/smaps_rollup") as rollup:
+                return float(sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")))
+
+        return self._in_child(ask)
+
+    def workers(self, count: int) -> list[float]:
+        """So many forked workers, each with a card of its own, until each had an exchange; a worker's part of that."""
+        self.contexts_are(1)
+        read_end, write_end = os.pipe()
+        goes_on, is_over = os.pipe()
+        start, pids = clock(), []
+        for number in range(count):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                try:
+                    os.close(is_over)
+                    self._transmit(self._connect(self.contexts[0] if self.inherits else self._establish(), number))
+                    os.write(write_end, b"1")
+                    os.read(goes_on, 1)  # all are there at the same time
+                finally:
+                    os._exit(0)
+        os.close(write_end)
+        answers = sum(len(os.read(read_end, 1)) for _ in range(count))
+        taken = (clock() - start) / 1000 / count
+        for end in (read_end, goes_on, is_over):
+            os.close(end)
+        for pid in pids:
+            os.waitpid(pid, 0)
+        if answers != count:
+            raise RuntimeError(f"{count - answers} of {count} workers failed")
+        return [taken]
 
     def prestart(self) -> list[float]:
         """Start a broker ahead, for the children."""
@@ -146,20 +223,21 @@ class Worker:
         With pcsc_safe that is any call on the context it inherited; on raw pyscard it has to establish one first.
         """
 
-        def ask() -> None:
+        def ask() -> float:
+            start = clock()
             context = self.contexts[0] if self.inherits else self._establish()
             self._must(self.scard.SCardListReaders(context, []))
+            return (clock() - start) / 1000
 
         return self._in_child(ask)
 
-    def _in_child(self, ask: Callable[[], None]) -> list[float]:
+    def _in_child(self, ask: Callable[[], float]) -> list[float]:
+        """What a forked child says."""
         read_end, write_end = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                start = clock()
-                ask()
-                os.write(write_end, struct.pack("d", (clock() - start) / 1000))
+                os.write(write_end, struct.pack("d", ask()))
             finally:
                 os._exit(0)
         os.close(write_end)

@@ -1,10 +1,9 @@
 """A card service that opens the card in the foreground and serves it from the background.
 
-What it shows: a daemon may open its card before it forks, so that a missing card is reported on the terminal, and use
-it afterwards.  The parent exits, and its session with the card ends.  So the daemon's first call returns
-SCARD_W_RESET_CARD, as after any reset of the card, and SCardReconnect gives the daemon its own connection.  After that
-no PIN is verified and no applet is selected.  A daemon that needs them does that next, or gets the parent's session by
-`pcsc_safe.handover()`, as pin_daemon.py does.
+What it shows: a daemon may open its readers before it forks, so that a missing card is reported on the terminal, and
+use them afterwards.  When its parent has ended, the daemon's first command returns SCARD_W_RESET_CARD, as after any
+reset of the card; pcsc_safe.reconnecting() connects again and repeats the command.  No PIN is verified and no applet
+selected then: a daemon that needs that does it in a function that it passes as on_reset.
 
 Run it, and send it commands over its socket; each line is a command in hex, and each answer is a line::
 
@@ -19,6 +18,7 @@ import signal
 import socket
 import sys
 
+import pcsc_safe
 from pcsc_safe import scard
 
 
@@ -87,13 +87,12 @@ def answer(card, line):
         command = list(bytes.fromhex(line))
     except ValueError:
         return "error: not a command in hex"
-    hresult, response = scard.SCardTransmit(card, scard.SCARD_PCI_T1, command)
-    if hresult == scard.SCARD_W_RESET_CARD:
-        hresult, _ = scard.SCardReconnect(
-            card, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1, scard.SCARD_LEAVE_CARD
+    try:
+        hresult, response = pcsc_safe.reconnecting(
+            card, lambda card: scard.SCardTransmit(card, scard.SCARD_PCI_T1, command)
         )
-        if hresult == scard.SCARD_S_SUCCESS:
-            hresult, response = scard.SCardTransmit(card, scard.SCARD_PCI_T1, command)
+    except pcsc_safe.ReconnectError as error:
+        return f"error: {error}"
     if hresult != scard.SCARD_S_SUCCESS:
         return f"error: {scard.SCardGetErrorMessage(hresult)}"
     return bytes(response).hex()

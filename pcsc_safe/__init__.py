@@ -1,8 +1,9 @@
 """PC/SC smart cards that survive ``fork()``.
 
-Import :mod:`pcsc_safe.scard` instead of ``smartcard.scard``; a program needs no other change.  This package's own names
-are loaded at their first use, so that ``import pcsc_safe`` costs nothing and loads no native library.  One setting is
-read from the environment at the import: ``PCSC_SAFE_GUARD_NATIVE``.
+Import :mod:`pcsc_safe.scard` in place of ``smartcard.scard``; a program that uses pyscard's classes calls
+:func:`install`.  The names of this package are loaded when they are first used, so that ``import pcsc_safe`` costs
+nothing and loads no native library.  One setting applies from the import on, if the environment has it:
+``PCSC_SAFE_GUARD_NATIVE``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._core.configure import configure
     from ._core.handover import files_to_preserve, handover
+    from ._core.reconnecting import reconnecting
     from ._core.settings import settings
     from .broker.family import prestart as prestart_broker
     from .broker.freeze import freeze_support
-    from .errors import BrokerError, ForkedHandleError, ForkUnsafeError, HandoverError, PcscSafeError, SettingsError
+    from .errors import (
+        BrokerError,
+        ForkedHandleError,
+        ForkUnsafeError,
+        HandoverError,
+        PcscSafeError,
+        ReconnectError,
+        SettingsError,
+    )
     from .policy import Broker, Cards, Owner, Policy, Settings
     from .retrofit.installation import install, uninstall
 
@@ -32,6 +42,7 @@ __all__ = [
     "Owner",
     "PcscSafeError",
     "Policy",
+    "ReconnectError",
     "Settings",
     "SettingsError",
     "__version__",
@@ -41,12 +52,14 @@ __all__ = [
     "handover",
     "install",
     "prestart_broker",
+    "reconnecting",
     "settings",
     "uninstall",
 ]
 
 _HOME = {
     "configure": "_core.configure",
+    "reconnecting": "_core.reconnecting",
     "settings": "_core.settings",
     "files_to_preserve": "_gateways",
     "handover": "_gateways",
@@ -59,6 +72,7 @@ _HOME = {
     "HandoverError": "errors",
     "ForkedHandleError": "errors",
     "PcscSafeError": "errors",
+    "ReconnectError": "errors",
     "SettingsError": "errors",
     "Broker": "policy",
     "Cards": "policy",

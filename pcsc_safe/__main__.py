@@ -1,4 +1,4 @@
-"""``python -m pcsc_safe``: the command line.
+"""``python -m pcsc_safe``, also installed as ``pcsc-safe``: the command line.
 
 A command is a row in :data:`COMMANDS`.  Its module is imported when it is the one that was asked for, so that no
 command pays for another, and ``version`` tells the versions even where nothing else can be imported.  Nothing here
@@ -36,17 +36,25 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("show each hazard on raw pyscard and on pcsc_safe, on a virtual PC/SC stack", "demo._command"),
-    "doctor": Command("examine this machine, this installation, or a running program (--pid)", "doctor._command"),
+    "doctor": Command("find what is wrong with this machine, this installation or a program", "doctor._command"),
     "run": Command(
-        "run a Python program that uses pyscard, and the Pythons that it starts, on pcsc_safe", "retrofit.launcher"
+        "run a Python program that uses pyscard, and the Python programs that it starts, on pcsc_safe",
+        "retrofit.launcher",
     ),
-    "version": Command("print the versions that a bug report wants", "testing._versions"),
+    "version": Command("print the versions that a bug report needs", "testing._versions"),
+    "completion": Command("print the completion of this command line for a shell", "testing._completion"),
 }
+
+
+_WANTS_ALL = "completion"
 
 
 def _parser(asked: str) -> argparse.ArgumentParser:
     """One that knows every command by its summary, and the arguments of the one that is asked for."""
-    parser = argparse.ArgumentParser(prog="python -m pcsc_safe", description="PC/SC smart cards that survive fork().")
+    name_of_file = os.path.basename(sys.argv[0])
+    prog = name_of_file if name_of_file.startswith("pcsc-safe") else "python -m pcsc_safe"
+    parser = argparse.ArgumentParser(prog=prog, description="PC/SC smart cards that survive fork().")
+    parser.set_defaults(tree=parser)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in COMMANDS.items():
         added = commands.add_parser(
@@ -55,7 +63,7 @@ def _parser(asked: str) -> argparse.ArgumentParser:
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name == asked:
+        if asked in (name, _WANTS_ALL):
             home = command.load()
             added.epilog = getattr(home, "EPILOG", "")
             home.add_arguments(added)
@@ -76,7 +84,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run one command.
 
     :param arguments: those of the command line if None.
-    :return: the exit status: the command's own; 130 if it was interrupted, 141 if nobody reads on.
+    :return: the exit status: the command's own; 130 after Ctrl-C, 141 after a broken pipe.
     """
     try:
         options = _parse(sys.argv[1:] if arguments is None else arguments)

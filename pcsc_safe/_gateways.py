@@ -8,30 +8,89 @@ changes at a fork.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Optional
 
-from ._core import gateways
+from ._core import gateways, observer
 from ._core.settings import settings
 from ._native import pyscard
-from ._trace import events
-from .broker import family
 from .policy import Broker
 
 __all__ = ["files_to_preserve", "handover", "public"]
 
+if TYPE_CHECKING:
+    from ._core.handover import files_to_preserve, handover
+
+
+class _Brokers:
+    """The brokers of this process, by :mod:`pcsc_safe.broker.family`; that is imported when it can first be needed.
+
+    :mod:`readiness` says when that is.
+    """
+
+    def prepare(self) -> None:
+        """Import it, and what it takes."""
+        from ._core import handover  # noqa: F401  # a child may want to hand over to one of its own
+        from .broker import family  # not before
+
+        family.prepare()
+
+    def get(self) -> gateways.BrokerGateway:
+        """The one of this process; see :class:`gateways.Brokers`."""
+        from .broker import family  # in all but a child that is the first to use PC/SC, it is there
+
+        return family.get()
+
+    def existing(self) -> Optional[gateways.BrokerGateway]:
+        """The one of this process, if it has one."""
+        of_family = self._loaded("existing")
+        return of_family() if of_family else None
+
+    def as_broker(self, gateway: object) -> Optional[gateways.BrokerGateway]:
+        """The gateway, if it is a broker."""
+        of_family = self._loaded("as_broker")
+        return of_family(gateway) if of_family else None
+
+    def files_to_preserve(self) -> Sequence[int]:
+        """The descriptors without which this process loses its broker."""
+        of_family = self._loaded("files_to_preserve")
+        return of_family() if of_family else ()
+
+    def died_too_often(self) -> Exception:
+        """What to raise when new brokers die as well."""
+        error: Exception = self._loaded("died_too_often")()
+        return error
+
+    def _loaded(self, function: str) -> Any:
+        """A function of it; None if it isn't imported, or another thread is at that."""
+        return getattr(sys.modules.get(f"{__package__}.broker.family"), function, None)
+
+
 if settings().broker is not Broker.ALWAYS or "smartcard.scard._scard" in sys.modules:
     pyscard.load()
 else:
+    from .broker import family
+
     pyscard.stand_in(family.functions, family.describe())
 
 # From here on PC/SC's constants are known, which the modules below have in their tables.
-from ._native import gateway
+from ._native import gateway  # noqa: E402
 
-gateways.compose(gateway.gateway, family)
-if events.is_on():
-    from ._trace import recorder
+gateways.compose(gateway.gateway, _Brokers())
+if observer.is_wanted():
+    from ._trace import events, recorder
 
-    recorder.begin()
+    if events.is_on():
+        recorder.begin()
 
-from ._core.handover import files_to_preserve, handover  # noqa: E402
 from ._core.router import public  # noqa: E402
 from ._native import unprotected  # noqa: E402, F401  # its hook comes last: what a fork needs has been done then
+
+
+def __getattr__(name: str) -> Any:
+    """What few programs need, loaded when it is first asked for (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ._core import handover  # not before
+
+    return getattr(handover, name)

@@ -17,18 +17,22 @@ __all__ = [
     "ForkedHandleError",
     "HandoverError",
     "PcscSafeError",
+    "ReconnectError",
     "SettingsError",
 ]
 
 
 class PcscSafeError(Exception):
-    """The base of every error that pcsc_safe raises itself.
+    """The base of all errors of pcsc_safe.
+
+    Its text is ``FUNCTION: PROBLEM; REMEDY``.  Its parts and the facts are attributes, which pickling keeps; None where
+    they don't apply.
 
     :param problem: which object is in which state.
     :param remedy: what to do about it.
     :param function: the PC/SC function that was called.
-    :param owner_pid: the process that owns the context or card.
-    :param pid: the process in which the call was made.
+    :param owner_pid: the PID of the process that owns the context or card.
+    :param pid: the PID of the process in which the call was made.
     :param established_at: ``file:line`` where the context was established.
     """
 
@@ -67,27 +71,25 @@ def _load(kind: type[PcscSafeError], problem: str, fields: dict[str, Any]) -> Pc
 
 
 class SettingsError(PcscSafeError, ValueError):
-    """A setting has a value that makes no sense; the text lists those that do."""
+    """A setting has a value that it can't have; the text lists those that it can."""
 
 
 class ForkUnsafeError(PcscSafeError):
-    """PC/SC cannot be used in this forked process at all, not even with a context of its own."""
+    """A forked process can't use PC/SC, except through a broker, which policy ``reestablish`` excludes."""
 
 
 class BrokerError(PcscSafeError):
-    """The helper process that is to do PC/SC for this one can't be started, or can't be understood."""
+    """The broker, the helper process that makes PC/SC calls for this one, can't be started or used."""
 
 
 class HandoverError(PcscSafeError):
-    """A session can't be handed over to a forked child, or was not."""
+    """Sessions can't be handed over to a forked child, or were not."""
 
 
-class ForkedHandleError(PcscSafeError):
-    """An inherited context or card was used under policy ``raise``.
+class _CodedError(PcscSafeError):
+    """One that is also a ``smartcard.Exceptions.SmartcardException``, so that code written for pyscard catches it.
 
-    Also a ``smartcard.Exceptions.SmartcardException``, so that code written for pyscard catches it.
-
-    :param hresult: the PC/SC code of this state, SCARD_E_INVALID_HANDLE.
+    :param hresult: the PC/SC code of this state.
     """
 
     def __init__(self, problem: str, *, hresult: int = -1, **fields: Any) -> None:
@@ -95,12 +97,31 @@ class ForkedHandleError(PcscSafeError):
         self.hresult = int(hresult)
 
 
-def join_pyscard() -> None:
-    """Make ForkedHandleError a SmartcardException, once pyscard has been imported.
+class ForkedHandleError(_CodedError):
+    """An inherited context or card was used under policy ``raise``.
 
-    Not before: to import pyscard is to load the native library.  Who has not imported it can't be catching its errors.
+    Also a ``smartcard.Exceptions.SmartcardException``, so that code written for pyscard catches it.
+
+    :param hresult: the PC/SC code of this state, SCARD_E_INVALID_HANDLE.
+    """
+
+
+class ReconnectError(_CodedError):
+    """A card could not be connected again by :func:`pcsc_safe.reconnecting`.
+
+    Also a ``smartcard.Exceptions.SmartcardException``, so that code written for pyscard catches it.
+
+    :param hresult: the PC/SC code that SCardReconnect returned, or that says why it was not called.
+    """
+
+
+def join_pyscard() -> None:
+    """Make the errors with an ``hresult`` SmartcardExceptions, once pyscard has been imported.
+
+    Not before: to import pyscard is to load the native library.  A program that has not imported it can't be catching
+    its errors.
     """
     pyscard = sys.modules.get("smartcard.Exceptions")
     base = getattr(pyscard, "SmartcardException", None)
-    if base is not None and not issubclass(ForkedHandleError, base):
-        ForkedHandleError.__bases__ = (PcscSafeError, base)
+    if base is not None and not issubclass(_CodedError, base):
+        _CodedError.__bases__ = (PcscSafeError, base)

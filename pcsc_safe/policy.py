@@ -14,6 +14,7 @@ from typing import Any, Callable, NamedTuple, TypeVar
 from .errors import SettingsError
 
 __all__ = [
+    "OTHER_VARIABLES",
     "PLATFORM",
     "SETTINGS",
     "Broker",
@@ -28,6 +29,7 @@ __all__ = [
     "choose_way",
     "decide",
     "from_environment",
+    "misspelt",
     "native_works_after_fork",
     "option",
     "parse",
@@ -36,7 +38,7 @@ __all__ = [
 
 
 class Policy(str, enum.Enum):
-    """What the first use of an inherited context gives."""
+    """What a process gets when it first uses a context that it inherited."""
 
     AUTO = "auto"
     REESTABLISH = "reestablish"
@@ -47,7 +49,7 @@ class Policy(str, enum.Enum):
 
 
 class Cards(str, enum.Enum):
-    """What an inherited card handle does while its context may be re-established."""
+    """What calls on an inherited card handle do."""
 
     AUTO = "auto"
     RESET = "reset"
@@ -55,20 +57,20 @@ class Cards(str, enum.Enum):
 
 
 class Broker(str, enum.Enum):
-    """When PC/SC is done by a helper process."""
+    """When a helper process makes the PC/SC calls."""
 
     ON_FORK = "on-fork"
     ALWAYS = "always"
 
 
 class Owner(str, enum.Enum):
-    """Who has the sessions after a fork."""
+    """Which process owns the sessions after a fork."""
 
     PARENT = "parent"
     CHILD = "child"
 
 
-class Setting(NamedTuple):
+class Setting:
     """What is to be known about a setting, in its one place.
 
     :ivar default: what it is where nobody says anything.
@@ -76,9 +78,10 @@ class Setting(NamedTuple):
     :ivar of_context: a context can have one of its own.
     """
 
-    default: Any
-    summary: str
-    of_context: bool
+    def __init__(self, default: Any, summary: str, of_context: bool) -> None:
+        self.default = default
+        self.summary = summary
+        self.of_context = of_context
 
     def parse(self, value: Any) -> Any:
         """The setting that a user means by a value, or by its text; what it may be follows from the default.
@@ -104,19 +107,21 @@ def _setting(default: _Value, summary: str, *, of_context: bool = False) -> _Val
 
 
 class Settings(NamedTuple):
-    """How this process treats what it inherits; see :func:`pcsc_safe.configure`."""
+    """All settings; :func:`pcsc_safe.configure` explains them."""
 
-    policy: Policy = _setting(Policy.AUTO, "what the first use of an inherited context gives", of_context=True)
-    cards: Cards = _setting(Cards.AUTO, "what an inherited card handle does meanwhile", of_context=True)
-    quiesce_timeout: float = _setting(1.0, "seconds that a fork waits for the calls of other threads")
-    broker: Broker = _setting(Broker.ON_FORK, "when PC/SC is done by a helper process")
-    broker_python: str = _setting("", "the interpreter that runs brokers")
-    owner: Owner = _setting(Owner.PARENT, "who has the sessions after a fork")
-    guard_native: bool = _setting(False, "keep children out of the sessions of PKCS#11 modules and other native code")
-    spare_cards: bool = _setting(
-        True, "whether pyscard's defaults leave a card alone that another process of the family uses"
+    policy: Policy = _setting(
+        Policy.AUTO, "what a process gets when it first uses an inherited context", of_context=True
     )
-    recover: bool = _setting(False, "whether contexts are re-established when pcscd was restarted", of_context=True)
+    cards: Cards = _setting(Cards.AUTO, "what calls on an inherited card handle do", of_context=True)
+    quiesce_timeout: float = _setting(1.0, "seconds that a fork waits, at most, for PC/SC calls of other threads")
+    broker: Broker = _setting(Broker.ON_FORK, "when a helper process makes the PC/SC calls")
+    broker_python: str = _setting("", "the interpreter that runs brokers")
+    owner: Owner = _setting(Owner.PARENT, "which process owns the sessions after a fork")
+    guard_native: bool = _setting(
+        False, "whether children are kept out of the sessions of PKCS#11 modules and other native code"
+    )
+    spare_cards: bool = _setting(True, "whether pyscard's defaults leave alone a card that a parent or child uses too")
+    recover: bool = _setting(False, "whether contexts are re-established after a restart of pcscd", of_context=True)
 
     def changed(self, **values: Any) -> "Settings":
         """These settings with some replaced.
@@ -133,7 +138,7 @@ class Settings(NamedTuple):
         if self.policy is Policy.SHARE and self.broker is not Broker.ALWAYS:
             raise SettingsError(
                 f"policy cannot be 'share' while broker is {self.broker.value!r}",
-                remedy="a session that several processes share lives in a broker: set broker='always' as well",
+                remedy="shared sessions live in a broker: set broker='always' as well",
             )
         return self
 
@@ -186,9 +191,12 @@ SETTINGS: dict[str, Setting] = dict(zip(Settings._fields, _rows))
 ``PCSC_SAFE_`` before it, its environment variable."""
 
 
+_PREFIX = "PCSC_SAFE_"
+
+
 def variable(setting: str) -> str:
     """The environment variable of a setting."""
-    return f"PCSC_SAFE_{setting.upper()}"
+    return f"{_PREFIX}{setting.upper()}"
 
 
 def option(setting: str) -> str:
@@ -221,6 +229,23 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         if environment.get(name):
             given[setting] = parse(setting, environment[name], name)
     return Settings(**given).checked()
+
+
+OTHER_VARIABLES = frozenset({"PCSC_SAFE_REPORT", "PCSC_SAFE_PYTHON", "PCSC_SAFE_DEMO_PCSCD"})
+"""Variables that are no settings, but that other parts of the project read."""
+
+
+def misspelt(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables PCSC_SAFE_* that nothing reads, each with the one that may be meant, or with ``""``."""
+    known = {variable(setting): setting for setting in Settings._fields}
+    ours = [name for name in sorted(environment) if name.startswith(_PREFIX)]
+    unknown = [name for name in ours if name not in known and name not in OTHER_VARIABLES]
+    if not unknown:
+        return {}
+    from difflib import get_close_matches  # few environments have one, and this module is imported by every program
+
+    found = {name: get_close_matches(name[len(_PREFIX) :].lower(), known.values(), 1) for name in unknown}
+    return {name: variable(close[0]) if close else "" for name, close in found.items()}
 
 
 class Role(enum.Enum):

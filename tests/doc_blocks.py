@@ -70,15 +70,7 @@ def serve():
     hresult, answer = SCardTransmit(card, SCARD_PCI_T1, [0x80, 0x30, 0, 0, 0])
     os.write(_write, b"verified" if answer == [1, 0x90, 0x00] else repr((hresult, answer)).encode())
 """,
-    "my_application": """
-class my_application:
-    @staticmethod
-    def verify_pin():
-        from pcsc_safe.scard import SCardConnect, SCardEstablishContext, SCardListReaders, SCardTransmit
-        _, context = SCardEstablishContext(0)
-        _, card, _ = SCardConnect(context, SCardListReaders(context, [])[1][0], 2, 3)
-        SCardTransmit(card, 2, [0x80, 0x20, 0, 0, 0])
-""",
+    "pytest": "",
 }
 """What a Python block builds upon, by the name in its comment."""
 
@@ -186,8 +178,8 @@ def run(block: Block, env: dict[str, str], directory: Path) -> Ended:
         (directory / "wrapper").write_text(_WRAPPER)
         command = [sys.executable, "-X", "faulthandler", "-W", "error", "-W", "ignore:This process:DeprecationWarning"]
         command += ["wrapper", "setup", "block"]
-        if setup == "my_application":
-            (directory / "test_block.py").write_text(SETUPS[setup] + block.code)
+        if setup == "pytest":
+            (directory / "test_block.py").write_text(block.code)
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_block.py"]
     else:
         _furnish(directory, FILES.get(block.told("setup"), {}))

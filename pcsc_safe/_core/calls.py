@@ -3,9 +3,11 @@
 A new SCard function is a row here.  At a fork nothing changes in this module, and nothing in it can block.
 """
 
+from __future__ import annotations
+
 import enum
 from collections.abc import Mapping, Sequence
-from typing import Any, Callable, NamedTuple, Optional, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from ..policy import Role
 from .descriptors import Descriptor
@@ -21,7 +23,7 @@ class Kind(enum.Enum):
     CARD = "SCARDHANDLE"
 
 
-class Call(NamedTuple):
+class Call:
     """One PC/SC function.
 
     :ivar name: as PC/SC spells it.
@@ -31,11 +33,19 @@ class Call(NamedTuple):
     :ivar discloses: whether pyscard's failed answer can hold memory that nobody wrote (DESIGN, hazard 11).
     """
 
-    name: str
-    takes: Optional[Kind]
-    failed: Optional[tuple[Any, ...]] = None
-    role: Role = Role.USE
-    discloses: bool = False
+    def __init__(
+        self,
+        name: str,
+        takes: Optional[Kind],
+        failed: Optional[tuple[Any, ...]] = None,
+        role: Role = Role.USE,
+        discloses: bool = False,
+    ) -> None:
+        self.name = name
+        self.takes = takes
+        self.failed = failed
+        self.role = role
+        self.discloses = discloses
 
     def failure(self, hresult: int, arguments: Sequence[Any] = ()) -> Any:
         """The answer of a call that failed with ``hresult``, in the shape that pyscard gives it.
@@ -103,66 +113,69 @@ class ByDefault(int):
     """What a call is to do to a card (SCARD_*_CARD), where the application hasn't said."""
 
 
-class Keep(Protocol):
-    """Records a new context, before any other thread can fork: one that nobody knows of would live on in the child."""
+if TYPE_CHECKING:  # as in in_flight
 
-    def __call__(self, real: Any, number: int, owner: Epoch, gateway: "Gateway", /) -> Any:
-        """Record it.
+    class Keep(Protocol):
+        """Records a new context, before any other thread can fork; one that nobody knew would go on in the child."""
 
-        :param real: the context, as the gateway knows it.
-        :param number: what it counts as.
-        :param owner: the epoch in which it was established.
-        :param gateway: through which.
+        def __call__(self, real: Any, number: int, owner: Epoch, gateway: Gateway, /) -> Any:
+            """Record it.
+
+            :param real: the context, as the gateway knows it.
+            :param number: what it counts as.
+            :param owner: the epoch in which it was established.
+            :param gateway: through which.
+            """
+
+    class KeepCard(Protocol):
+        """Records a new connection to a card."""
+
+        def __call__(self, real: int, native: Any, protocol: int, /) -> Any:
+            """Record it.
+
+            :param real: the card, as the gateway knows it.
+            :param native: the native context where it lives, if any.
+            :param protocol: SCARD_PROTOCOL_*.
+            """
+
+    class Gateway(Protocol):
+        """A way to reach PC/SC.
+
+        :ivar functions: by PC/SC's name; they take real handles and give pyscard's results.
         """
 
+        @property
+        def functions(self) -> Mapping[str, Callable[..., Any]]: ...
 
-class KeepCard(Protocol):
-    """Records a new connection to a card."""
+        def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
+            """``call(*arguments)``, which uses :attr:`functions`.
 
-    def __call__(self, real: int, native: Any, protocol: int, /) -> Any:
-        """Record it.
+            :param function: PC/SC's name for what it does.
+            """
 
-        :param real: the card, as the gateway knows it.
-        :param native: the native context where it lives, if any.
-        :param protocol: SCARD_PROTOCOL_*.
-        """
+        def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
+            """SCardEstablishContext.
 
+            :param scope: SCARD_SCOPE_*.
+            :param outgrown: what SCardListReaders returns where the library can't use this pcscd.  Such a
+                context is not kept.
+            :return: pyscard's answer, with what ``keep`` returned in the place of the context; or ``outgrown``.
+            :raises LostError: instead, where another gateway of this kind can use it.
+            """
 
-class Gateway(Protocol):
-    """A way to reach PC/SC.
+        def connect(self, context: Any, arguments: Sequence[Any], keep: KeepCard) -> Any:
+            """SCardConnect.
 
-    :ivar functions: by PC/SC's name; they take real handles and give pyscard's results.
-    """
+            :param context: the record of the PC/SC context.
+            :param arguments: reader, share mode, protocols.
+            :return: pyscard's answer, with what ``keep`` returned in the place of the card.
+            """
 
-    @property
-    def functions(self) -> Mapping[str, Callable[..., Any]]: ...
+        def descriptors(self, real: Any) -> Sequence[Optional[Descriptor]]:
+            """The connections to pcscd that a context has in this process; None for one that could not be told."""
 
-    def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """``call(*arguments)``, which uses :attr:`functions`.
-
-        :param function: PC/SC's name for what it does.
-        """
-
-    def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
-        """SCardEstablishContext.
-
-        :param scope: SCARD_SCOPE_*.
-        :param outgrown: what SCardListReaders returns where the library can't use this pcscd.  Such a
-            context is not kept.
-        :return: pyscard's answer, with what ``keep`` returned in the place of the context; or ``outgrown``.
-        :raises LostError: instead, where another gateway of this kind can use it.
-        """
-
-    def connect(self, context: Any, arguments: Sequence[Any], keep: "KeepCard") -> Any:
-        """SCardConnect.
-
-        :param context: the record of the PC/SC context.
-        :param arguments: reader, share mode, protocols.
-        :return: pyscard's answer, with what ``keep`` returned in the place of the card.
-        """
-
-    def descriptors(self, real: Any) -> Sequence[Optional[Descriptor]]:
-        """The connections to pcscd that a context has in this process; None for one that could not be told."""
+else:
+    Keep = KeepCard = Gateway = object
 
 
 STALE = object()

@@ -7,14 +7,39 @@ inherits the settings, and may change its own.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 from ..errors import SettingsError
 from ..policy import SETTINGS, Broker, Cards, Owner, Policy, Settings
-from . import connections, handles, settings  # noqa: F401  # connections: for guard_native, without any call of PC/SC
+from . import (
+    connections,  # noqa: F401  # for guard_native, without any call of PC/SC
+    gateways,
+    handles,
+    process,
+    readiness,
+    settings,
+)
 from .calls import Kind
 
-__all__ = ["configure"]
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from typing_extensions import Self
+
+__all__ = ["Configured", "configure"]
+
+
+class Configured(Settings):
+    """The settings in force after :func:`configure`; as a context manager, it puts back what that call has changed."""
+
+    _put_back: Callable[[], None]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._put_back()
+
 
 if not TYPE_CHECKING:
 
@@ -23,8 +48,14 @@ if not TYPE_CHECKING:
         if unknown:
             raise TypeError(f"configure() got an unexpected keyword argument {min(unknown)!r}")
         given = {name: value for name, value in given.items() if value is not None}
-        changed = settings.settings().changed(**given)
-        return settings.put_in_force(changed) if context is None else _configure_context(context, changed, given)
+        former = settings.settings()
+        changed = former.changed(**given)
+        if context is not None:
+            return _configure_context(context, changed, given)
+        _check_share(changed)
+        settings.put_in_force(changed)
+        before = {name: getattr(former, name) for name in given}
+        return _configured(changed, lambda: settings.put_in_force(settings.settings()._replace(**before)))
 
     _rows = [f"{name}: {row.summary}" for name, row in SETTINGS.items()]
     configure.__doc__ = "\n    ".join(["Change settings of this process, or of one context.\n", *_rows])
@@ -32,59 +63,105 @@ else:  # what type checkers and the documentation know
 
     def configure(
         *,
-        policy: Union[Policy, str, None] = None,
-        cards: Union[Cards, str, None] = None,
+        policy: Union[Policy, Literal["auto", "reestablish", "broker", "share", "raise", "invalid"], None] = None,
+        cards: Union[Cards, Literal["auto", "reset", "reconnect"], None] = None,
         quiesce_timeout: Union[float, str, None] = None,
-        broker: Union[Broker, str, None] = None,
+        broker: Union[Broker, Literal["on-fork", "always"], None] = None,
         broker_python: Optional[str] = None,
-        owner: Union[Owner, str, None] = None,
+        owner: Union[Owner, Literal["parent", "child"], None] = None,
         guard_native: Union[bool, str, None] = None,
         spare_cards: Union[bool, str, None] = None,
         recover: Union[bool, str, None] = None,
         context: Any = None,
-    ) -> Settings:
-        """Say what a process gets that uses a context or card which it inherited over a fork.
+    ) -> Configured:
+        """Change settings of this process, or of one context.
 
-        It can be called at any time, in the parent or in the child, and counts from the next call on.  What is not
-        given stays as it was.
+        You can call it at any time, in the parent and in a child.  It applies from the next PC/SC call on.  Settings
+        that you leave out stay as they are.  In a ``with`` statement the settings that the call has changed are put
+        back at the end of the block:
 
-        :param policy: ``auto`` (the default), ``reestablish``, ``broker``, ``share``, ``raise`` or ``invalid``.
-        :param cards: what an inherited card handle does. ``auto``, the default: the first call connects again, and goes
-            on, where the owner's session goes on as well; else it returns SCARD_W_RESET_CARD, until SCardReconnect.
-            ``reset``: it returns that in any case. ``reconnect``: the first call connects again in any case.
-        :param quiesce_timeout: seconds that a fork waits, at most, for the calls that other threads have in flight.
-        :param broker: when PC/SC is done by a helper process: ``on-fork`` (the default), where a forked process can't
-            do it itself, or ``always``.  The latter counts for the contexts that are established from then on; to keep
-            the native library out of the process it has to be set before :mod:`pcsc_safe.scard` is imported.
-        :param broker_python: the Python interpreter that runs brokers; ``""``, the default: the one that runs this
-            program.
-        :param owner: who has the sessions after a fork: the ``parent`` (the default), or the ``child``, as in
-            :func:`pcsc_safe.handover`.
-        :param guard_native: whether the children that are forked from now on are to have none of this process's
-            connections to pcscd, those included that a PKCS#11 module or other native code has opened, so that what
-            becomes of a child doesn't reach the sessions of such code; not, by default.
-        :param spare_cards: whether what pyscard does by default (disconnect() powers a card off, reconnect() resets it)
-            leaves a card alone that another process of the family uses as well; so it is, by default.
-        :param recover: whether contexts are re-established when pcscd was restarted, or has ended and is started by the
-            next use.  Their cards are treated as if they were inherited; see ``cards``.
-        :param context: a context, for settings that are to count for it and its cards alone.
-        :return: the settings that are in force now, for that context if one was given.
-        :raises SettingsError: a value is not one of these, or ``context`` is no context of this process, or the setting
-            is one that a context can't have for itself.
+            with pcsc_safe.configure(policy="raise"):
+                ...
+
+        Each enumeration is also a string: ``policy="raise"`` and ``policy=Policy.RAISE`` are the same.
+
+        :param policy: what a process gets when it first uses a context that it inherited: ``auto`` (default),
+            ``reestablish``, ``broker``, ``share``, ``raise`` or ``invalid``.
+        :param cards: what calls on an inherited card handle do.  ``auto`` (default): the first call connects again and
+            continues, where the owner's session continues; otherwise calls return SCARD_W_RESET_CARD until
+            SCardReconnect.  ``reset``: they return that in any case.  ``reconnect``: the first call connects again in
+            any case.
+        :param quiesce_timeout: seconds, from 0 to 86400, that a fork waits for PC/SC calls of other threads to return;
+            1 by default.
+        :param broker: when a helper process makes the PC/SC calls: ``on-fork`` (default), in a forked process that
+            can't use PC/SC itself; ``always``, for all contexts that are established from now on.  Set ``always``
+            before you import :mod:`pcsc_safe.scard` to keep the native library out of the process.
+        :param broker_python: the path of the Python interpreter that runs brokers; ``""`` (default) is the one that
+            runs this program.
+        :param owner: which process owns the sessions after a fork: the ``parent`` (default), or the ``child``, as in
+            :class:`pcsc_safe.handover`.
+        :param guard_native: whether children that are forked from now on lose this process's connections to pcscd,
+            those of PKCS#11 modules and other native code included; False by default.
+        :param spare_cards: whether pyscard's defaults (disconnect() powers a card off, reconnect() resets it) leave
+            alone a card that a parent or child uses too; True by default.
+        :param recover: whether contexts are re-established after a restart of pcscd; False by default.  Their cards are
+            treated as inherited ones; see ``cards``.
+        :param context: a context, as SCardEstablishContext returned it: the settings then apply to it and its cards
+            only.  It takes ``policy``, ``cards`` and ``recover``.
+        :return: the settings that are now in force, for the context if one was given.
+        :raises SettingsError: a setting can't have this value, or not together with the others; ``context`` is no
+            context of this process; ``policy="share"``, and a context of this process is in the native library.
         """
         raise NotImplementedError
 
 
-def _configure_context(context: Any, changed: Settings, given: Iterable[str]) -> Settings:
+def _configured(now: Settings, put_back: Callable[[], object]) -> Configured:
+    configured = Configured(*now)
+    configured._put_back = put_back  # type: ignore[assignment]
+    return configured
+
+
+def _check_share(changed: Settings) -> None:
+    """Refuse a policy ``share`` that would fail in each child.
+
+    :param changed: the settings that are to be in force.
+    :raises SettingsError: this process has contexts that can't be shared.
+    """
+    here = process.current()
+    for context in list(handles.contexts.values()):
+        is_native = context.owner is here and not context.released and context.gateway is gateways.native
+        if is_native and context.settings(changed).policy is Policy.SHARE:
+            raise SettingsError(
+                f"policy cannot be 'share' for the context of {context.established_at}, which is not in a broker",
+                remedy="configure broker='always' and policy='share' before you establish it",
+            )
+
+
+def _configure_context(context: Any, changed: Settings, given: Iterable[str]) -> Configured:
     for name in given:
         if not SETTINGS[name].of_context:
-            raise SettingsError(f"{name} cannot be set for one context", remedy="configure the process")
+            raise SettingsError(
+                f"{name} cannot be set for one context", remedy="leave context out to configure the process"
+            )
     record = handles.find(Kind.CONTEXT, context)
     if not isinstance(record, handles.Context) or record.released:
         raise SettingsError(
-            "context is not a context that SCardEstablishContext gave",
-            remedy="pass one that is not released, or leave it out to configure the process",
+            "context is not an open context of this process",
+            remedy="pass what SCardEstablishContext returned, or leave it out to configure the process",
         )
     settings.for_contexts = True
-    record.overrides = {**record.overrides, **{name: getattr(changed, name) for name in given}}
-    return record.settings(settings.settings())
+    before, own = record.overrides, {name: getattr(changed, name) for name in given}
+    record.overrides = {**before, **own}
+    try:
+        _check_share(settings.settings())
+    except SettingsError:
+        record.overrides = before
+        raise
+
+    def put_back() -> None:
+        others = {name: value for name, value in record.overrides.items() if name not in own}
+        record.overrides = {**others, **{name: before[name] for name in own if name in before}}
+
+    in_force = record.settings(settings.settings())
+    readiness.consider(in_force)
+    return _configured(in_force, put_back)

@@ -118,9 +118,11 @@ def is_dead(number: int) -> bool:
 
 def disarm() -> None:
     """Put a dead socket in the place of each guarded connection, in the child."""
-    if guarded:
-        stays = kept.get(get_ident(), ())
-        kill([connection for connection in list(guarded) if connection.number not in stays])
+    if not kept:
+        kill(list(guarded))
+        return
+    stays = kept.get(get_ident(), ())
+    kill([connection for connection in list(guarded) if connection.number not in stays])
     kept.clear()
 
 
@@ -129,6 +131,11 @@ _ATTEMPTS = 3
 
 def _at_fork() -> None:
     disarm()
+    if others is not tuple:
+        _disarm_others()
+
+
+def _disarm_others() -> None:
     raised: Optional[BaseException] = None
     for _ in range(_ATTEMPTS):
         try:

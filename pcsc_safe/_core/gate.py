@@ -10,12 +10,12 @@ or locked.
 
 from __future__ import annotations
 
-import math
 import threading
 from typing import Any, Callable
 
 from ..policy import Policy, Settings, native_works_after_fork
 from . import in_flight, process
+from .in_flight import elsewhere, places, unsettled
 from .settings import when_changed
 from .unpatched import count_threads, get_ident, monotonic, sleep, start_new_thread
 
@@ -23,6 +23,7 @@ __all__ = ["close_quietly", "during", "open_again", "raise_later", "stays_quiet"
 
 _PAUSE = 0.001  # s
 _WAKE_AGAIN = 0.01  # s; a wait that can't be ended for good may have begun since
+_FOR_GOOD = float("inf")
 _GRACE = 1.0  # s; longer than a fork takes that waited for quiesce_timeout
 
 quiesce_timeout = 1.0
@@ -30,7 +31,6 @@ quiesce_timeout = 1.0
 
 _policy = Policy.AUTO
 _thread_names: dict[int, str] = {}
-_forked_by = 0
 
 
 def _configured(settings: Settings) -> None:
@@ -101,7 +101,7 @@ def close_quietly() -> bool:
     if in_flight.others_are_inside():
         open_again()
         return False
-    in_flight.closers[get_ident()] = math.inf
+    in_flight.closers[get_ident()] = _FOR_GOOD
     return True
 
 
@@ -117,10 +117,13 @@ def stays_quiet() -> bool:
 
 
 def _before_fork() -> None:
+    # Nobody else is there: so it is most of the time, and this is all that such a fork pays.
+    if not (count_threads() or any(places.values()) or elsewhere or unsettled):
+        return
     if count_threads() or in_flight.calls():
         # A child that can't use the native library anyway needs no native call to end.
         _close(everything=_policy is not Policy.BROKER and native_works_after_fork())
-    for place in list(in_flight.unsettled):
+    for place in list(unsettled):
         place.settle()
 
 
@@ -133,6 +136,7 @@ def _close(*, everything: bool) -> None:
         sleep(_PAUSE)
     until = deadline + _GRACE
     in_flight.closers[ident] = until
+    before_waiting()
     try:
         _quiesce(ident, deadline, everything=everything)
     except BaseException as error:
@@ -144,8 +148,12 @@ def _close(*, everything: bool) -> None:
             _thread_names.update({thread.ident or 0: thread.name for thread in threading.enumerate()})
 
 
+before_waiting: Callable[[], Any] = bool
+"""What a process with several threads does first before a fork, with the gate closed; it doesn't raise."""
+
+
 def _another_forks(ident: int) -> bool:
-    return any(until < math.inf for thread, until in list(in_flight.closers.items()) if thread != ident)
+    return any(until < _FOR_GOOD for thread, until in list(in_flight.closers.items()) if thread != ident)
 
 
 def _quiesce(ident: int, deadline: float, *, everything: bool) -> None:
@@ -163,11 +171,7 @@ def _quiesce(ident: int, deadline: float, *, everything: bool) -> None:
 
 def _await_others(ident: int, deadline: float, everything: bool, ending: list[_Ending]) -> None:
     while (left := deadline - monotonic()) > 0:
-        busy = [
-            place
-            for place in list(in_flight.places)
-            if everything and any(call[1] != ident for call in list(place.calls))
-        ]
+        busy = [place for place in list(places) if everything and any(call[1] != ident for call in list(place.calls))]
         others = [
             call
             for call in list(in_flight.elsewhere.values())
@@ -202,7 +206,7 @@ class _Ending:
     def run(self) -> None:
         """End them, and those that have begun since, until stopped."""
         while not self.stopped:
-            for place in list(in_flight.places):
+            for place in list(places):
                 for call in list(place.calls):
                     if call[3] is not None and call[1] != self._forking and not self.stopped:
                         place.wake(call[3], may_pass=True)
@@ -224,25 +228,18 @@ def _raise_later(ident: int, error: BaseException) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(carrier))
 
 
-def _in_hook() -> None:
-    global _forked_by
-    _forked_by = get_ident()  # if it is inside, the fork was made in the middle of a call, by a finalizer
-
-
 def _begin(epoch: process.Epoch) -> None:
     """Judge whether the fork was quiet, and open the gate."""
-    global _forked_by
+    # The thread that forked is inside where a finalizer has forked in the middle of a call.
     # Whoever is in the table: a thread of this process may have got the number of one of its parent's.
     for function, thread, since, _ in in_flight.calls():
-        if thread != _forked_by and (epoch.unquiet is None or function == in_flight.IMPORTS):
+        if thread != process.forked_by and (epoch.unquiet is None or function == in_flight.IMPORTS):
             epoch.unquiet = in_flight.Unquiet(function, _thread_names.get(thread, str(thread)), monotonic() - since)
-    _forked_by = 0
-    in_flight.places.clear()
-    in_flight.unsettled.clear()
-    for table in (in_flight.elsewhere, in_flight.closers, _thread_names):
+    for table in (places, unsettled, elsewhere, in_flight.closers, _thread_names):
         table.clear()
 
 
 # To open is one step that nothing can interrupt. A hook in Python could be left by what a signal handler raises.
-process.around_fork(_before_fork, in_flight.closers.clear)
-process.at_fork(in_hook=_in_hook, at_begin=_begin)
+process.before_fork(process.QUIESCE, _before_fork)
+process.after_fork_in_parent(in_flight.closers.clear)
+process.at_fork(at_begin=_begin)

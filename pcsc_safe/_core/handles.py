@@ -186,6 +186,13 @@ class Card:
         """Where its context was established."""
         return self.context.established_at
 
+    def is_lost(self) -> bool:
+        """Whether a call of this process has found that its session has ended, and none has connected since."""
+        here = process.current()
+        if self.owner is here:
+            return not self.released and not self.session.is_open
+        return self.warned == (here, self.owner)
+
     def bury(self) -> None:
         """Mark it as released; its number stays known, for libpcsclite may know it still."""
         self.released = True
@@ -335,10 +342,12 @@ def load(from_family: bytes, kind: Kind, key: bytes, description: str) -> Any:
         for record in list(registry.values()):
             if record.key == key:
                 return record.safe
-        state = f"is not (or no longer) known in process {os.getpid()}, which did not inherit it"
+        state = f"is unknown in process {os.getpid()}: it was released, or this process did not inherit it"
     else:
-        state = f"belongs to another family of processes than {os.getpid()}, which was not forked from it"
-    raise PcscSafeError(f"{description} {state}", remedy="a handle is no use elsewhere: establish a context here")
+        state = f"is unknown in process {os.getpid()}, which was not forked from that process"
+    raise PcscSafeError(
+        f"{description} {state}", remedy="a handle is valid only where it was inherited: establish a context here"
+    )
 
 
 def _outside_frame() -> str:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Optional
 
 from ..errors import HandoverError
-from . import gate, gateways, handles, inherited, process, sessions, transfer
+from . import gate, gateways, handles, inherited, log, process, sessions, transfer
 from .calls import Kind
 from .handles import Context
 
@@ -20,22 +20,23 @@ __all__ = ["files_to_preserve", "handover"]
 
 
 class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
-    """Hand sessions over to the child that is forked in this block.
+    """Hand the sessions of this process over to the child that is forked in this block.
 
-    The child goes on in them: verified PIN, transaction and exclusive hold included.  The parent is the one that has
-    inherited objects from then on; whatever it does with them, and whenever it exits, the child's session is not
-    touched.  It is the next fork of this thread that counts, and in its child, if it is still in the block, the next
-    one there: so a block around a daemon's double fork hands over to the daemon.
+    The child continues them: verified PIN, transaction and exclusive hold included.  For the parent they are then what
+    inherited sessions are for a child: nothing that it does with them, its exit included, touches the child's sessions.
+    The next ``os.fork()`` of this thread hands over; if the child is still in the block, so does its next one.  A block
+    around a daemon's double fork therefore hands over to the daemon.
 
-    What this process has itself inherited, and its policy lets it use, it first makes its own, as ``cards="reconnect"``
-    does, so that the child goes on with the same cards; what it can't have it can't hand over.
+    Sessions that this process has itself inherited are connected again first, as ``cards="reconnect"`` does it.  Other
+    threads can't use PC/SC from the beginning of the block until the fork.
 
-    Other threads can't use PC/SC from the beginning of the block until that fork.
+    A warning in the log says so when a block does nothing: it is inside another one, this process has no context, or
+    nothing was forked.
 
-    :param contexts: which; all of this process if none is given.
-    :raises HandoverError: when the block is entered: it can't work, or a call of another thread lasts longer than
-        ``quiesce_timeout``.  When it is left: the fork handed nothing over, because it ran no hooks, or was not quiet;
-        the parent has its sessions still.
+    :param contexts: those to hand over, as SCardEstablishContext returned them; none: all of this process.
+    :raises HandoverError: on entry, with nothing forked: it can't work on this platform, or with these contexts, or
+        other threads are in PC/SC calls for longer than ``quiesce_timeout``.  On exit: the fork handed nothing over,
+        and the parent still owns its sessions.
     """
 
     def __init__(self, *contexts: Any) -> None:
@@ -47,11 +48,15 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     def __enter__(self) -> handover:
         self._epoch = here = process.current()
         self._done, self.failure = False, None
-        transfer.prepare_parent()
+        transfer.begin()
+        if threading.get_ident() in transfer.blocks:
+            _warn("its handover() block is inside another one; name all contexts in one block")
         if self._chosen is None:
             for context in list(handles.contexts.values()):
                 if context.owner is not here:
                     inherited.adopt(context)
+        if not self.contexts():
+            _warn("its handover() block begins before it has a PC/SC context; establish the context first")
         for context in self.contexts():
             why_not = transfer.obstacle(context)
             if why_not:
@@ -60,8 +65,8 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         try:
             if not gate.close_quietly():
                 raise _error(
-                    "calls of other threads are inside PC/SC",
-                    "end them first, or configure a longer quiesce_timeout",
+                    "other threads are inside PC/SC calls",
+                    "end these calls first, or configure a longer quiesce_timeout",
                 )
             transfer.blocks[ident] = (*transfer.blocks.get(ident, ()), self)
         except BaseException:  # a signal handler's too
@@ -84,11 +89,14 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         if self.failure is not None:
             raise _error(*self.failure)
         here = process.current()
-        if here is not self._epoch and self._owned_by(self._epoch):
+        if here is self._epoch:
+            _warn("its handover() block has ended, and this thread has forked nothing in it")
+        elif self._owned_by(self._epoch):
             if here.noticed_by == "hook":
                 raise _error("a signal handler raised during the fork", transfer.AGAIN)
             raise _error(
-                "the fork in this block ran none of Python's hooks", "use os.fork(); the parent is still the owner"
+                "the fork in this block ran none of Python's at-fork hooks",
+                "use os.fork(); the parent is still the owner",
             )
 
     def contexts(self) -> list[Context]:
@@ -105,10 +113,13 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
 
 
 def files_to_preserve() -> list[int]:
-    """The descriptors that this process's sessions need: not to be closed by what closes all others, as daemons do.
+    """The file descriptors that the sessions of this process need.
 
-    For python-daemon: ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  The numbers stay the same when
-    the sessions are handed over or shared.
+    A program that closes all file descriptors, as daemons do, keeps these open.  For python-daemon:
+    ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  They stay the same when sessions are handed over
+    or shared.
+
+    :return: their numbers, in ascending order; none if this process has no session.
     """
     here = process.current()  # first: it may be what makes contexts this process's own
     own = [context for context in list(handles.contexts.values()) if context.owner is here]
@@ -122,11 +133,15 @@ def _owned(handle: Any) -> Context:
     record = handles.find(Kind.CONTEXT, handle)
     if not isinstance(record, Context) or record.released or record.owner is not process.current():
         raise HandoverError(
-            "this is not a context that this process has",
-            remedy="pass what SCardEstablishContext gave, or nothing to hand all of them over",
+            f"process {os.getpid()} doesn't own this context: it is released, inherited, or no context",
+            remedy="pass what SCardEstablishContext returned here, or nothing to hand all contexts over",
             pid=os.getpid(),
         )
     return record
+
+
+def _warn(why: str) -> None:
+    log.warning("no-handover", "process %(pid)d hands nothing over by this block: %(why)s", why=why)
 
 
 def _error(problem: str, remedy: str) -> HandoverError:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 from contextvars import ContextVar
 from itertools import takewhile
-from typing import Any, Callable, NamedTuple, Optional, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from . import process
 from .one_step import Operation, called, in_one_step, is_not_false
@@ -31,7 +31,6 @@ __all__ = [
     "START",
     "WOKEN",
     "Entry",
-    "InFlight",
     "Owned",
     "Place",
     "Unquiet",
@@ -48,36 +47,26 @@ __all__ = [
 ]
 
 
-class Owned(Protocol):
-    """What a call is made on: live in one process, that whose epoch is its owner."""
+if TYPE_CHECKING:  # not at run time, where a Protocol takes each program its part of a millisecond
 
-    @property
-    def owner(self) -> Optional[process.Epoch]: ...
+    class Owned(Protocol):
+        """What a call is made on: live in one process, that whose epoch is its owner."""
 
-    @property
-    def released(self) -> bool: ...
+        @property
+        def owner(self) -> Optional[process.Epoch]: ...
 
+        @property
+        def released(self) -> bool: ...
 
-class InFlight(NamedTuple):
-    """A call that is inside.
-
-    :ivar function: PC/SC's name.
-    :ivar thread: the identifier of the thread.
-    :ivar since: ``monotonic()`` when it began.
-    :ivar wait: the wait for events that it is part of, if any.
-    """
-
-    function: str
-    thread: int
-    since: float
-    wait: Any = None
-
+else:
+    Owned = object
 
 Entry = tuple[str, int, float, Any]
-"""The same, as it is noted: a plain tuple takes less time to make."""
+"""A call that is inside: PC/SC's name of the function; the identifier of the thread; ``monotonic()`` when it began; the
+wait for events that it is part of, if any."""
 
 
-class Unquiet(NamedTuple):
+class Unquiet:
     """Why a process cannot use the native library: who was inside when it was forked.
 
     :ivar function: PC/SC's name of the call.
@@ -85,9 +74,10 @@ class Unquiet(NamedTuple):
     :ivar seconds: how long it had been inside.
     """
 
-    function: str
-    thread: str
-    seconds: float
+    def __init__(self, function: str, thread: str, seconds: float) -> None:
+        self.function = function
+        self.thread = thread
+        self.seconds = seconds
 
 
 IMPORTS = "an import"
@@ -106,6 +96,21 @@ _LONG_WAIT = 0.001  # s
 _GIVE_WAY = 0.0001  # s; longer than it takes a thread to wake up
 
 OPEN, WOKEN, RELEASED, GIVEN = range(4)
+
+
+_stock: list[list[Entry]] = []
+
+
+def _empty_list() -> list[Entry]:
+    """From a stock: so they lie beside each other.
+
+    Each fork looks at all, and pays for every page of memory that they are in.
+    """
+    try:
+        return _stock.pop()
+    except IndexError:
+        _stock.extend([] for _ in range(50))
+        return []
 
 
 class Place:
@@ -132,7 +137,7 @@ class Place:
     def renew(self) -> None:
         """Forget who is there: this is a new process."""
         self.lock = RLock()
-        self.calls: list[Entry] = []
+        self.calls = _empty_list()
         self.waiting: dict[object, float] = {}
         self.acquire: Callable[[bool], Any] = self.lock.acquire
         self.enter = self.calls.append
@@ -166,8 +171,8 @@ class Place:
             sleep(_GIVE_WAY)
 
 
-places: dict[Place, None] = {}
-"""All of this process."""
+places: dict[Place, list[Entry]] = {}
+"""All of this process, each with the calls that are there now."""
 
 unsettled: dict[Any, None] = {}
 """Places about which something is to be noted before a fork; each has ``settle()``."""
@@ -237,16 +242,16 @@ def made(steps: list[Any]) -> Any:
     return steps[2]
 
 
-def calls() -> list[InFlight]:
+def calls() -> list[Entry]:
     """What is inside now."""
     found = [call for place in list(places) if place.calls for call in list(place.calls)]
-    return [InFlight._make(call) for call in (*found, *list(elsewhere.values()))]
+    return [*found, *list(elsewhere.values())]
 
 
 def others_are_inside() -> bool:
     """Whether a call of another thread is inside the native library."""
     ident = get_ident()
-    return any(call.thread != ident for call in calls())
+    return any(call[1] != ident for call in calls())
 
 
 def stop_locking() -> None:

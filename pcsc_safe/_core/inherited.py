@@ -158,9 +158,10 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
 def _lost_share(function: str, record: Record) -> BrokerError:
     here = process.current()
     return BrokerError(
-        f"the session of this {_thing(record)} is lost to process {here.pid}: its broker has died, or the descriptors "
-        "that lead to it were closed",
-        remedy="establish a context anew; who closes all descriptors has to leave pcsc_safe.files_to_preserve() open",
+        f"process {here.pid} has lost the session of this {_thing(record)}: the broker has ended, or the file "
+        "descriptors that lead to it were closed",
+        remedy="establish a new context; a program that closes all file descriptors has to keep those of "
+        "pcsc_safe.files_to_preserve()",
         function=function,
         pid=here.pid,
         established_at=record.established_at,
@@ -190,15 +191,16 @@ def _forked_handle(function: str, record: Record) -> ForkedHandleError:
     join_pyscard()
     here, owner = process.current(), record.owner
     if owner.noticed_by is process.HANDED_OVER:
-        state = f"({record.established_at}) was handed over to a child that process {here.pid} has forked"
+        state = f"({record.established_at}) was handed over by process {owner.pid} to its child"
+        state += "" if owner.pid == here.pid else f", and this is process {here.pid}"
     else:
         relation = "forked child" if here.parent is owner else "forked descendant"
         state = (
             f"was established by process {owner.pid} ({record.established_at}) and this is its {relation} {here.pid}"
         )
-    remedy = "establish one here, or use policy 'reestablish'"
+    remedy = "establish one here, or use policy 'auto'"
     if record.context.settings(settings()).policy is Policy.SHARE:
-        remedy = "it can be shared if it was established with broker='always', and as long as its owner has it"
+        remedy = "set broker='always' before the parent establishes it, and keep it open there"
     return ForkedHandleError(
         f"this {_thing(record)} {state}",
         remedy=remedy,
@@ -216,38 +218,28 @@ def _warn_of_reset(call: Call, card: Record) -> None:
     if card.warned == (here, card.owner):
         return
     card.warned = here, card.owner
-    if card.owner.noticed_by is process.SERVICE_LOST:
-        log.warning(
-            "%s answers SCARD_W_RESET_CARD because pcscd was restarted, not because of the card: call SCardReconnect, "
-            "or configure cards='reconnect'",
-            call.name,
-        )
-        return
-    if card.owner.noticed_by is process.LOST:
-        log.warning("%s answers SCARD_W_RESET_CARD because the broker of process %d died", call.name, here.pid)
-        return
-    if card.owner.noticed_by is process.HANDED_OVER:
-        log.warning(
-            "%s returns SCARD_W_RESET_CARD because process %d has handed this session over to its child: call "
-            "SCardReconnect here, or configure cards='reconnect'",
-            call.name,
-            here.pid,
-        )
-        return
     log.warning(
-        "%s returns SCARD_W_RESET_CARD because the process that connected (%d) %s, and this process (%d) was forked "
-        "from it: call SCardReconnect here, or configure cards='reconnect'",
-        call.name,
-        card.owner.pid,
-        _why_reset(card),
-        here.pid,
+        "reset",
+        "%(function)s returns SCARD_W_RESET_CARD to process %(pid)d for the card in %(reader)s, because %(why)s: call "
+        "SCardReconnect (pcsc_safe.reconnecting() does), or configure cards='reconnect'",
+        function=call.name,
+        reader=card.reader,
+        owner_pid=card.owner.pid,
+        why=_why_reset(card),
     )
 
 
 def _why_reset(card: Card) -> str:
-    """What the process that owns a card does, or has done, so that this process gets SCARD_W_RESET_CARD."""
+    """Why this process gets SCARD_W_RESET_CARD although nobody has reset the card."""
+    owner = f"process {card.owner.pid}, from which it was forked,"
+    if card.owner.noticed_by is process.SERVICE_LOST:
+        return "pcscd was restarted"
+    if card.owner.noticed_by is process.LOST:
+        return "the broker of this process has ended"
+    if card.owner.noticed_by is process.HANDED_OVER:
+        return f"process {card.owner.pid} has handed this session over to its child"
     if settings_of(card).cards is Cards.RESET:
-        return "keeps its session for itself (cards='reset')"
+        return f"{owner} keeps its session (cards='reset')"
     if card.session.is_alive() or settings_of(card).cards is Cards.RECONNECT:
-        return "is in a transaction with this card"
-    return "no longer has this session with the card, or had it exclusively"
+        return f"{owner} is in a transaction"
+    return f"{owner} has ended its session, or holds the card exclusively"

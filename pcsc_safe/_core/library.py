@@ -7,7 +7,7 @@ process's native library, or a broker (see :mod:`pcsc_safe._gateways`).  Nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 __all__ = ["SUCCESS", "Signature", "catalogue", "constant", "public", "shaped", "signatures"]
 
@@ -15,12 +15,13 @@ SUCCESS = 0
 """SCARD_S_SUCCESS; the one code that is the same on every platform."""
 
 
-class Signature(NamedTuple):
+class Signature:
     """How one of pyscard's functions is called."""
 
-    name: str
-    parameters: tuple[str, ...]
-    doc: str
+    def __init__(self, name: str, parameters: tuple[str, ...], doc: str) -> None:
+        self.name = name
+        self.parameters = parameters
+        self.doc = doc
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Signature:

@@ -1,47 +1,59 @@
 """Log lines of ``logging.getLogger("pcsc_safe")``, where one can be written.
 
-Never called in an at-fork hook.  ``logging`` is imported when the first context is established: not with pcsc_safe, for
-it would make the import slower, and not in a child, for another thread's import lock may have been held at the fork.
+Each record has the facts of its text as attributes too: :data:`FIELDS`.  Never called in an at-fork hook.  ``logging``
+is never imported here: a program that reads one card would pay for it, in a child another thread may have held an
+import lock at the fork, and at interpreter exit nothing can be imported.  A program that has not imported it has
+configured nothing, so warnings go to standard error, as logging would write them, and the other lines nowhere.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 from . import process
 from .unpatched import count_threads
 
-__all__ = ["debug", "info", "prepare", "warning"]
+__all__ = ["FIELDS", "debug", "info", "warning"]
 
-_logging: Any = None
-
-
-def prepare() -> None:
-    """Import what a log line takes, so that nothing need be imported in a child or at interpreter exit."""
-    global _logging
-    import logging
-
-    _logging = logging
+FIELDS = ("event", "pid", "owner_pid", "broker_pid", "function", "reader", "established_at")
+"""What a record tells beside its text, each as ``pcsc_NAME``; None where it doesn't apply.  Never data of a card."""
 
 
-def _write(level: str, text: str, *arguments: object) -> None:
+def _write(level: str, event: str, text: str, fields: dict[str, Any]) -> None:
     epoch = process.current()
     # Only a hooked fork renews the locks of logging. After any other, a thread that is no more may be holding one.
-    if _logging is None or (epoch.noticed_by in ("page", "pid") and count_threads()):
+    if epoch.noticed_by in ("page", "pid") and count_threads():
         return
-    getattr(_logging.getLogger("pcsc_safe"), level)(text, *arguments)
+    values = {**dict.fromkeys(FIELDS), "event": event, "pid": epoch.pid, **fields}
+    get_logger = getattr(sys.modules.get("logging"), "getLogger", None)  # None also while it is being imported
+    if get_logger is not None:
+        logger = get_logger("pcsc_safe")
+        if not logger.hasHandlers():  # then logging prints the text alone, and nobody would know whose it is
+            text = f"pcsc_safe: {text}"
+        extra = {f"pcsc_{name}": values[name] for name in FIELDS}
+        getattr(logger, level)(text, values, extra=extra)
+    elif level == "warning" and sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # it is closed
+            print(f"pcsc_safe: {text}" % values, file=sys.stderr)
 
 
-def debug(text: str, *arguments: object) -> None:
-    """For who looks into how pcsc_safe works."""
-    _write("debug", text, *arguments)
+def debug(event: str, text: str, **fields: Any) -> None:
+    """For who looks into how pcsc_safe works; arguments as for :func:`warning`."""
+    _write("debug", event, text, fields)
 
 
-def info(text: str, *arguments: object) -> None:
-    """For who wants to know what a fork changed."""
-    _write("info", text, *arguments)
+def info(event: str, text: str, **fields: Any) -> None:
+    """For who wants to know what a fork changed; arguments as for :func:`warning`."""
+    _write("info", event, text, fields)
 
 
-def warning(text: str, *arguments: object) -> None:
-    """For what would look like a fault of the card or the reader, with the remedy."""
-    _write("warning", text, *arguments)
+def warning(event: str, text: str, **fields: Any) -> None:
+    """For what would look like a fault of the card or the reader, with the remedy.
+
+    :param event: what happened, the same word from version to version.
+    :param text: says it, with ``%(name)s`` for a field; ``pid`` is this process's.
+    :param fields: what is told, by the names of :data:`FIELDS`; others may be in the text alone.
+    """
+    _write("warning", event, text, fields)

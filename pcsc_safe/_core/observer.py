@@ -6,9 +6,18 @@ of an empty function at each event, and nothing at each PC/SC call.  Nothing her
 
 from __future__ import annotations
 
+import os
 from typing import Any, Callable
 
-__all__ = ["born_elsewhere", "connected", "established", "followed", "record", "recorded"]
+__all__ = ["VARIABLE", "born_elsewhere", "connected", "established", "followed", "is_wanted", "record", "recorded"]
+
+VARIABLE = "PCSC_SAFE_REPORT"
+"""The environment variable that holds the path of the directory where processes are to record."""
+
+
+def is_wanted() -> bool:
+    """Whether this process is to record."""
+    return bool(os.environ.get(VARIABLE))
 
 
 def _nothing(*arguments: Any, **fields: Any) -> None:

@@ -21,21 +21,25 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, Callable, Optional, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from .one_step import in_turn
-from .unpatched import RLock
+from .unpatched import RLock, get_ident
 
 __all__ = [
+    "GIVE",
     "HANDED_OVER",
     "LOST",
+    "QUIESCE",
     "SERVICE_LOST",
+    "TELL",
     "Epoch",
     "after_fork_in_parent",
-    "around_fork",
     "at_fork",
     "before_fork",
     "current",
+    "for_child",
+    "forked_by",
     "here",
     "ran_hook",
     "sentinel",
@@ -49,6 +53,7 @@ _MARK = (_MADV_RANDOM, _MADV_SEQUENTIAL, _MADV_RANDOM, _MADV_SEQUENTIAL)  # what
 
 
 _at_begin: list[Callable[[Epoch], None]] = []
+_at_begin_last: list[Callable[[Epoch], None]] = []
 
 LOST = "loss"
 """What noticed the beginning of an epoch that is nobody's: the owner of what this process had, and has lost."""
@@ -79,7 +84,7 @@ class Epoch:
         self.parent = parent
         self.unquiet: Any = parent.unquiet if parent else None
         self._turn = RLock()
-        self._to_do = list(_at_begin)
+        self._to_do = [*_at_begin, *_at_begin_last]
         self._successors: dict[tuple[int, int], Epoch] = {}
 
     def __repr__(self) -> str:
@@ -100,12 +105,14 @@ def _process_key() -> tuple[int, int]:
     return os.getpid(), namespace
 
 
-class _Sentinel(Protocol):
-    """Two cells: whether the process is the one that :data:`here` describes, and whether it ran the at-fork hook."""
+if TYPE_CHECKING:  # as in in_flight
 
-    def __getitem__(self, index: int, /) -> int: ...
+    class _Sentinel(Protocol):
+        """Two cells: whether the process is the one that :data:`here` describes; whether it ran the at-fork hook."""
 
-    def __setitem__(self, index: int, value: int, /) -> None: ...
+        def __getitem__(self, index: int, /) -> int: ...
+
+        def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
 class _PidSentinel:
@@ -147,33 +154,38 @@ _page = _wiped_page()
 sentinel: _Sentinel = _page or _PidSentinel()
 sentinel[_HERE] = 1
 _hooks_run = 0  # since here began
+forked_by = 0
+"""In a child that ran a hook and has not begun: the thread that forked."""
+
+for_child: dict[object, Any] = {}
+"""Locks to release in a child: the main thread waits for them, and a thread holds them that the child doesn't have."""
+
+_turns: dict[int, Optional[Callable[[], None]]] = {}
 _before: list[Callable[[], None]] = []
-_in_hook: list[Callable[[], None]] = []
 _in_child: list[Callable[[], None]] = []
 
 
-def around_fork(before: Callable[[], None], in_parent: Callable[[], None]) -> None:
-    """Have functions called in the parent, around every fork that runs hooks.
+QUIESCE, GIVE, TELL = range(3)
+"""The order in which a parent does what it does before a fork."""
 
-    As little as can be, since each page that is written to after a fork costs a fault, 2 us and more, and Python writes
-    to every object that it looks at.
 
-    :param before: called before the fork.
-    :param in_parent: called after it, also if it failed; one that nothing can interrupt, so not a function in Python.
+def before_fork(turn: int, function: Optional[Callable[[], None]]) -> None:
+    """Have a function called in the parent before every fork that runs hooks.
+
+    As little as can be, and none that has nothing to do: each page that is written to after a fork costs a fault, 2 us
+    and more, and Python writes to every object that it looks at.
+
+    :param turn: when: QUIESCE, GIVE or TELL.
+    :param function: in the place of the one that had this turn; None for none.
     """
-    before_fork(before)
-    after_fork_in_parent(in_parent)
-
-
-def before_fork(function: Callable[[], None]) -> None:
-    """Have a function called in the parent before every fork that runs hooks, after those that came earlier."""
-    _before.append(function)
+    _turns[turn] = function
+    _before[:] = [each for _, each in sorted(_turns.items()) if each is not None]
 
 
 def after_fork_in_parent(function: Callable[[], None]) -> None:
     """Have a function called in the parent after every fork that runs hooks, also if it failed.
 
-    One in Python can be left by what a signal handler raises.
+    One in Python can be left by what a signal handler raises; a C function can't.
     """
     if sys.platform != "win32" and FORKS:
         os.register_at_fork(after_in_parent=function)
@@ -181,24 +193,24 @@ def after_fork_in_parent(function: Callable[[], None]) -> None:
 
 def at_fork(
     *,
-    in_hook: Optional[Callable[[], None]] = None,
     in_child: Optional[Callable[[], None]] = None,
     at_begin: Optional[Callable[[Epoch], None]] = None,
+    at_begin_last: Optional[Callable[[Epoch], None]] = None,
 ) -> None:
     """Have functions called in every forked child.
 
-    :param in_hook: by the hook, in the thread that forked, if its process had used PC/SC itself.
     :param in_child: by the hook; after a fork that ran none, at the first use.  It may close, nothing else: most
         children exec at once.
     :param at_begin: at the first use of PC/SC, with the epoch that begins; :data:`here` is then still the one that was
         left.  It may replace locks and tables, and must not wait for one.
+    :param at_begin_last: the same, after all others, also those that come later.
     """
-    if in_hook is not None:
-        _in_hook.append(in_hook)
     if in_child is not None:
         _in_child.append(in_child)
     if at_begin is not None:
         _at_begin.append(at_begin)
+    if at_begin_last is not None:
+        _at_begin_last.append(at_begin_last)
 
 
 def current() -> Epoch:
@@ -217,33 +229,34 @@ def ran_hook() -> bool:
 
 
 def _begin(epoch: Epoch) -> None:
-    global here, _hooks_run
+    global here, _hooks_run, forked_by
     if epoch.noticed_by != "hook":
-        _run(_in_child)
+        for function in _in_child:
+            function()
     # A finalizer that runs in the middle comes here too; it finishes what is left, and does nothing again.
     while epoch._to_do:
         epoch._to_do.pop(0)(epoch)
-    _hooks_run = 0
+    _hooks_run = forked_by = 0
     here = epoch
     sentinel[_HERE] = 1
 
 
 def _hook_in_child() -> None:
-    global _hooks_run
+    global _hooks_run, forked_by
     _hooks_run += 1
     sentinel[_HERE] = 0
     sentinel[_HOOKED] = 1
-    if _hooks_run == 1:
-        _run(_in_hook)
-    _run(_in_child)
+    if _hooks_run == 1:  # its process had used PC/SC itself
+        forked_by = get_ident()
+        for lock in list(for_child.values()):
+            if lock.locked():  # it is this process's copy, which nobody else has
+                lock.release()
+    for function in _in_child:
+        function()
 
 
 def _hook_before() -> None:
-    _run(_before)
-
-
-def _run(functions: list[Callable[[], None]]) -> None:
-    for function in functions:
+    for function in _before:
         function()
 
 

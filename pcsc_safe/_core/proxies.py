@@ -1,8 +1,9 @@
 """The wrapt proxies that an application holds instead of integers.
 
-They behave as the integer did, and record who owns what it stands for.  wrapt takes longer to import than pyscard, so
-this module is imported when the first context is established, which is before any child can need it.  A fork changes
-nothing in a proxy; pyscard refuses one (TypeError, it wants an int), so one that slips past us is never misused.
+They behave as the integer did, but for ``repr()``, and record who owns what it stands for.  wrapt takes longer to
+import than pyscard, so this module is imported when the first context is established, which is before any child can
+need it.  A fork changes nothing in a proxy; pyscard refuses one (TypeError, it wants an int), so one that slips past us
+is never misused.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import wrapt
 
-from . import handles
+from . import handles, process
 
 __all__ = ["SafeCard", "SafeContext"]
 
@@ -42,7 +43,9 @@ class _SafeHandle(_IntegerProxy):
         return str(self._self_record.established_at)
 
     def __repr__(self) -> str:
-        return repr(self._self_record.number)
+        record = self._self_record
+        of = f"context={record.context.number} reader={record.reader!r} " if isinstance(record, handles.Card) else ""
+        return f"<{record.kind.value} {record.number} {of}owner_pid={record.owner.pid} state={_state(record)!r}>"
 
     def __format__(self, specification: str) -> str:
         return format(self._self_record.number, specification)  # wrapt before 1.15 has none
@@ -60,6 +63,23 @@ class _SafeHandle(_IntegerProxy):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.__reduce_ex__(2)
+
+
+def _state(record: handles.Record) -> str:
+    """What a handle is in this process, in a word or two."""
+    owner = record.owner
+    if record.released:
+        return "released"
+    if owner is process.current():
+        return "open"
+    return _STATES.get(owner.noticed_by, "inherited")
+
+
+_STATES = {
+    process.LOST: "lost with its broker",
+    process.SERVICE_LOST: "lost with pcscd",
+    process.HANDED_OVER: "handed over",
+}
 
 
 class SafeContext(_SafeHandle):

@@ -21,17 +21,28 @@ from __future__ import annotations
 
 import time
 from _thread import get_ident
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 from ..policy import Role
-from . import handles, process
+from . import handles, log, process
 from .calls import CALLS, Call
 from .handles import Context, Record
 from .library import SUCCESS, constant
 from .reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, is_for_new_readers
 from .settings import settings
 
-__all__ = ["GONE", "NO_SERVICE", "UNHEARD", "again", "cancel", "lost_meanwhile", "noticed", "outlast", "recovers"]
+__all__ = [
+    "GONE",
+    "NO_SERVICE",
+    "UNHEARD",
+    "again",
+    "cancel",
+    "lost_meanwhile",
+    "noticed",
+    "outlast",
+    "recovers",
+    "tell",
+]
 
 NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
 _RESET: int = constant("SCARD_W_SECURITY_VIOLATION")
@@ -59,6 +70,25 @@ _POLL = 0.05  # s; for pcscd to be back
 _CANCEL_WITHIN = 1.0  # s
 
 _attempts: dict[int, int] = {}  # to make one call, by thread
+
+
+_told: Optional[process.Epoch] = None
+
+
+def tell(function: str, hresult: int) -> None:
+    """Say in the log that there is no pcscd, and what examines the machine; once per process.
+
+    :param hresult: what the function returned.
+    """
+    global _told
+    if hresult == NO_SERVICE and _told is not process.current():
+        _told = process.current()
+        log.warning(
+            "no-service",
+            "%(function)s returns SCARD_E_NO_SERVICE to process %(pid)d, because pcscd doesn't run, was restarted, or "
+            "refuses this process: 'python -m pcsc_safe doctor' says which, and what to do",
+            function=function,
+        )
 
 
 def recovers(record: Record) -> bool:

@@ -9,12 +9,12 @@ At a fork nothing changes here: a child comes here at its first use of an inheri
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 from .. import policy
 from ..errors import BrokerError, ForkUnsafeError
 from ..policy import Policy, Role, Settings, Way, choose_way, native_works_after_fork
-from . import gateways, handles, in_flight, log, observer, one_step, process
+from . import gateways, handles, in_flight, log, observer, one_step, process, readiness, recovery
 from .calls import CALLS, STALE, Call, Gateway, Keep
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
@@ -51,8 +51,8 @@ Since pcsc-lite 2.5 it keeps one array of readers for the whole process, which g
 """
 
 
-_GOES_ON = "process %d goes on in process %d's session with the card in %s"
-_REPLACES = "process %d replaces process %d's connection with the card in %s"
+_CONTINUES = "process %(pid)d continues process %(owner_pid)d's session with the card in %(reader)s"
+_REPLACES = "process %(pid)d has a new connection to the card in %(reader)s, in place of %(former)s"
 
 
 class _SupersededError(Exception):
@@ -82,8 +82,13 @@ def own(call: Call, record: Record, *, only_in: Optional[Session] = None) -> int
     if connected is None:
         return SUCCESS
     if connected[0] == SUCCESS and left.noticed_by not in (process.LOST, process.SERVICE_LOST):
-        line = _REPLACES if only_in is None else _GOES_ON
-        log.info(line, record.owner.pid, left.pid, record.reader)
+        log.info(
+            "reconnected" if only_in is None else "continued",
+            _REPLACES if only_in is None else _CONTINUES,
+            owner_pid=left.pid,
+            reader=record.reader,
+            former=_former(left),
+        )
     return connected[0]
 
 
@@ -134,14 +139,26 @@ def _replace(function: str, context: Context) -> int:
 
 def _tell(context: Context, left: process.Epoch) -> None:
     """Tell that this process has a context in the place of one whose owner is, to it, another."""
-    here = context.owner
     if left.noticed_by is process.SERVICE_LOST:
-        log.info("process %d has a new context in the place of one that ended with pcscd", here.pid)
+        log.info("recovered", "process %(pid)d has a new context in place of one that ended with pcscd")
         observer.record("recovered")
         observer.established("established", context)
     else:
-        log.info("process %d has a context of its own in the place of process %d's", here.pid, left.pid)
+        log.info(
+            "reestablished",
+            "process %(pid)d has a new context in place of %(former)s",
+            owner_pid=left.pid,
+            established_at=context.established_at,
+            former=_former(left),
+        )
         observer.established("reestablished", context, owner=left.pid)
+
+
+def _former(owner: process.Epoch) -> str:
+    """Whose it was that is replaced."""
+    if owner.noticed_by is process.HANDED_OVER:
+        return f"the one that process {owner.pid} has handed over"
+    return "the one that its broker had" if owner.noticed_by is process.LOST else f"process {owner.pid}'s"
 
 
 def connect(
@@ -222,15 +239,16 @@ def _session(reader: str, share_mode: Any, before: _Look) -> Session:
     return Session(shared=is_shared, events=before.events, within=handles.inherited_session(reader))
 
 
-class _Look(NamedTuple):
+class _Look:
     """What pcscd says of a reader before a connection is made.
 
     :ivar events: how often a card has come or gone.
     :ivar in_use: somebody is connected.
     """
 
-    events: Optional[int] = None
-    in_use: bool = False
+    def __init__(self, events: Optional[int] = None, in_use: bool = False) -> None:
+        self.events = events
+        self.in_use = in_use
 
 
 def _look(context: Context, reader: str, share_mode: Any) -> _Look:
@@ -290,16 +308,17 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
     effective = settings() if context is None else settings_of(context)
     through = gateway(function, context)
     result = through.establish(scope, keep, OUTGROWN if effective.recover else None)
+    recovery.tell(function, result[0])
     if result[0] != OUTGROWN:
         return result
     if effective.policy is Policy.REESTABLISH:
         log.warning(
-            "process %d can't list readers or wait for events: pcscd had more readers before it was restarted, and "
-            "pcsc-lite 2.5 and later can't go back; restart the process, or use policy 'auto', which takes a broker",
-            process.current().pid,
+            "outgrown",
+            "process %(pid)d can't list readers or wait for events, because pcscd had more readers before it was "
+            "restarted (pcsc-lite 2.5 and later): restart the process, or use policy 'auto', which uses a broker here",
         )
         return through.establish(scope, keep)
-    log.info("process %d needs a broker: pcscd had more readers before it was restarted", process.current().pid)
+    log.info("outgrown", "process %(pid)d needs a broker, because pcscd had more readers before it was restarted")
     return gateways.brokers.get().establish(scope, keep, OUTGROWN)
 
 
@@ -314,7 +333,7 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
     way = _way(context)
     if way is Way.NATIVE:
         return gateways.native
-    if way is Way.BROKER:
+    if way is Way.BROKER and not readiness.lacks_broker:
         return gateways.brokers.get()
     raise unsafe(function, context)
 
@@ -334,13 +353,13 @@ def _native_works() -> bool:
 def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
     """That there is no way to PC/SC in this process; arguments as in :func:`gateway`."""
     here = process.current()
-    remedy = "use policy 'auto', which goes through a broker here, or exec a program of its own"
+    remedy = "use policy 'auto', which uses a broker here, or exec a new program"
     if here.unquiet is not None and here.unquiet.function == in_flight.IMPORTS:
-        remedy = "establish the first context of the parent before other threads fork"
+        remedy = "establish the parent's first context before other threads fork"
     elif here.unquiet is not None:
         remedy += "; or fork when no call takes longer than quiesce_timeout"
     return ForkUnsafeError(
-        f"PC/SC can't be used in process {here.pid}: {_why_not(here)}",
+        f"process {here.pid} can't use PC/SC: {_why_not(here)}",
         remedy=remedy,
         function=function,
         owner_pid=context.owner.pid if context else None,
@@ -351,6 +370,7 @@ def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
 
 def _why_not(here: process.Epoch) -> str:
     if here.unquiet is None:
-        return f"it was forked, and on {policy.PLATFORM} a forked process has none"
-    function, thread, seconds = here.unquiet
-    return f"it, or an ancestor, was forked while thread {thread} was inside {function}, for {seconds:.1f} s already"
+        return f"it was forked, and on {policy.PLATFORM} PC/SC doesn't work in a forked process"
+    who = here.unquiet
+    inside = f"thread {who.thread} had been inside {who.function} for {who.seconds:.1f} s"
+    return f"it, or an ancestor, was forked while {inside}"

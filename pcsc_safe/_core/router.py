@@ -23,18 +23,18 @@ from . import (
     observer,
     process,
     reader_states,
+    readiness,
     recovery,
     reestablish,
     sessions,
     sparing,
-    transfer,
 )
 from .calls import CALLS, STALE, Call, Gateway, Kind, LostError
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
 from .reestablish import INVALID_HANDLE, LEAVE_CARD
 from .sessions import Session
-from .settings import settings
+from .settings import settings, when_changed
 
 __all__ = ["public"]
 
@@ -82,9 +82,10 @@ def _ended(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     return result
 
 
-def _lost_its_session(card: Record, hresult: int) -> None:
-    if hresult in _ENDED and isinstance(card, Card):
-        card.session.end()
+def _failed(function: str, record: Record, hresult: int) -> None:
+    if hresult in _ENDED and isinstance(record, Card):
+        record.session.end()
+    recovery.tell(function, hresult)
 
 
 _ENDED = tuple(
@@ -122,8 +123,10 @@ def _prepare() -> None:
         from . import proxies  # wrapt takes longer to import than all the rest, and a broker needs none
 
         handles.hand_out(proxies.SafeContext, proxies.SafeCard)
-    for part in (log, descriptors, sessions, transfer, gateways.native, gateways.brokers):
+    for part in (descriptors, sessions, gateways.native):
         part.prepare()
+    if not _is_prepared:
+        readiness.begin()
     _is_prepared = True
 
 
@@ -251,7 +254,7 @@ def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[
         if hresult != SUCCESS:
             if hresult in unheard and recovery.noticed(record, real, hresult):
                 return recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
-            _lost_its_session(record, hresult)
+            _failed(call.name, record, hresult)
             if discloses:
                 return call.failure(hresult)
         return after(record, arguments, result) if after else result
@@ -269,7 +272,7 @@ def _through_broker(
     after = _FOLLOWING[name]
     if hresult == SUCCESS and after is None and name != "SCardConnect":
         return result  # most calls are such ones
-    _lost_its_session(record, hresult)
+    _failed(name, record, hresult)
     is_gone = hresult in recovery.UNHEARD[name] and recovery.noticed(record, real, hresult)
     if hresult == INVALID_HANDLE and recovery.lost_meanwhile(record, real):
         is_gone = name != "SCardGetStatusChange"
@@ -345,6 +348,7 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
         timeout = min(timeout, reader_states.INFINITE)
         began, cancels = monotonic(), record.cancels
         answer = wait(handle, timeout, states)
+        recovery.tell(call.name, answer[0])
         if answer[0] in recovery.GONE and recovery.recovers(record):
             list_readers = public["SCardListReaders"]
             return recovery.outlast(call, wait, list_readers, record, timeout, states, began, cancels)
@@ -438,7 +442,12 @@ def _notice() -> process.Epoch:
         _announced = here
         if here.parent is not None and handles.contexts:
             observer.record("fork", parent=here.parent.pid)
-            log.debug("process %d was forked from %d, noticed by %s", here.pid, here.parent.pid, here.noticed_by)
+            log.debug(
+                "fork",
+                "process %(pid)d was forked from process %(owner_pid)d, noticed by %(layer)s",
+                owner_pid=here.parent.pid,
+                layer=here.noticed_by,
+            )
             if here.unquiet is not None and native_works_after_fork():
                 _warn_of_unquiet(here)
     return here
@@ -447,10 +456,15 @@ def _notice() -> process.Epoch:
 def _warn_of_unquiet(here: process.Epoch) -> None:
     """Say what keeps a process from the native library, and what it does without."""
     is_served = choose_way(settings(), forked=True, native_works=False) is Way.BROKER
-    without = "a broker does PC/SC for it" if is_served else "policy 'auto' lets a broker do PC/SC for it"
-    function, thread, _ = here.unquiet
-    text = "process %d was forked while thread %s was inside %s, and can't use the native library: %s"
-    log.warning(text, here.pid, thread, function, without)
+    without = "a broker makes its PC/SC calls" if is_served else "with policy 'auto' a broker makes its PC/SC calls"
+    log.warning(
+        "unquiet-fork",
+        "process %(pid)d was forked while thread %(thread)s was inside %(function)s, and can't use the native PC/SC "
+        "library: %(without)s",
+        function=here.unquiet.function,
+        thread=here.unquiet.thread,
+        without=without,
+    )
 
 
 # The names of the drop-in.
@@ -465,3 +479,5 @@ def _exported(name: str, value: Any) -> Any:
 
 public: dict[str, Any] = {name: _exported(name, value) for name, value in library.public.items()}
 """Every public name of the installed ``smartcard.scard``; the functions that take or give a handle are ours."""
+
+when_changed(readiness.consider)

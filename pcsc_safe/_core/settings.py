@@ -5,9 +5,10 @@ They are plain values, replaced as a whole, and inherited over a fork like any o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Callable, Optional
 
-from ..policy import Owner, Policy, Settings, from_environment
+from ..policy import Owner, Policy, Settings, from_environment, misspelt
 
 __all__ = ["gives_at_forks", "put_in_force", "settings", "when_changed"]
 
@@ -17,11 +18,39 @@ for_contexts = False
 
 
 def settings() -> Settings:
-    """The settings of this process; before :func:`configure`, those of the environment (``PCSC_SAFE_*``).
+    """The settings of this process: those of the environment (``PCSC_SAFE_*``), changed by :func:`configure`.
 
-    :raises SettingsError: the environment holds a value that makes no sense.
+    :return: a named tuple with a field for each setting.
+    :raises SettingsError: at the first call, if an environment variable has a value that its setting can't have.
     """
-    return _settings if _settings is not None else put_in_force(from_environment())
+    return _settings if _settings is not None else _first()
+
+
+_has_warned = False
+
+
+def _first() -> Settings:
+    global _has_warned
+    found = from_environment()
+    if not _has_warned:
+        _has_warned = True
+        unknown = misspelt()
+        if unknown:
+            _warn_of(unknown)
+    return put_in_force(found)
+
+
+def _warn_of(unknown: Mapping[str, str]) -> None:
+    from . import log  # few environments have any
+
+    for name, meant in unknown.items():
+        remedy = f"did you mean {meant}?" if meant else "'python -m pcsc_safe run --help' lists the settings"
+        log.warning(
+            "unknown-variable",
+            "the environment variable %(variable)s is ignored, because no setting has this name: %(remedy)s",
+            variable=name,
+            remedy=remedy,
+        )
 
 
 def gives_at_forks() -> bool:

@@ -32,10 +32,10 @@ def disposition(function: str, card: Card, wanted: int) -> int:
         card.warned_of_end = here
         observer.record("interferes", function=function, context=card.context.key)
         log.warning(
-            "process %d resets or powers off the card in %s, which another process of its family uses: its application "
-            "asks %s for that; SCARD_LEAVE_CARD would leave the card alone",
-            here.pid,
-            card.reader,
-            function,
+            "interference",
+            "process %(pid)d resets or powers off the card in %(reader)s, which its parent or child uses too, because "
+            "its application calls %(function)s with that disposition: SCARD_LEAVE_CARD leaves the card alone",
+            function=function,
+            reader=card.reader,
         )
     return int(wanted)

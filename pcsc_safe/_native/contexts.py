@@ -20,13 +20,13 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
-from .._core import connections, descriptors, gate, in_flight, log, process
+from .._core import connections, descriptors, gate, in_flight, log, process, readiness
 from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
 from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, made
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation, in_one_step
-from .._core.unpatched import get_ident, monotonic, sleep
+from .._core.unpatched import count_threads, get_ident, monotonic, sleep
 from . import interruptible
 from .native_context import NativeContext, cancel_natively, establishing, is_at, wait_until_given
 from .pyscard import raw
@@ -65,7 +65,7 @@ class NativeContexts:
         self.scope = scope
         self.owner: Optional[process.Epoch] = process.current()
         self.released = False
-        self.natives: dict[NativeContext, None] = {}  # in the order in which they were established
+        self.natives: dict[NativeContext, Any] = {}  # in the order in which they were established
         self.waits: dict[Any, None] = {}
 
     # Calls.
@@ -194,6 +194,8 @@ class NativeContexts:
 
         :param lasts: signal handlers are to run while it does.
         """
+        if not readiness.is_ready and count_threads():
+            readiness.prepare()
         may_pass, refused = False, SUCCESS
         avoided: list[NativeContext] = []
         while self.is_behind(owned) and not (wait is not None and wait.cancelled):
@@ -365,7 +367,12 @@ class NativeContexts:
 
     def _refused(self, hresult: int) -> None:
         if self.natives and hresult != NO_SERVICE:
-            log.warning("pcscd refuses one more connection: calls wait for each other (%s)", hex(hresult & _32_BITS))
+            log.warning(
+                "pcscd-full",
+                "pcscd refuses more connections from process %(pid)d (%(code)s): PC/SC calls of its threads wait for "
+                "each other",
+                code=hex(hresult & _32_BITS),
+            )
 
     def release(self, owned: Owned, forget: Callable[[], None]) -> int:
         """SCardReleaseContext: end the waits, and release every native context; one that is busy, when it is free.
@@ -451,7 +458,7 @@ class NativeContexts:
         for context in self.natives:
             context.renew()
             context.owner, context.state = here, OPEN
-            in_flight.places[context] = None
+            in_flight.places[context] = context.calls
             if context.descriptor is not None:
                 descriptors.guard(context.descriptor)
 
@@ -502,7 +509,7 @@ def discard(items: list[Any], item: Any) -> None:
 def _begin(epoch: process.Epoch) -> None:
     doomed.clear()
     establishing.renew()
-    in_flight.places[establishing] = None
+    in_flight.places[establishing] = establishing.calls
 
 
 process.at_fork(at_begin=_begin)

@@ -13,8 +13,8 @@ lock, and the child continues as with any call on an inherited object.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # the signal module makes enumerations when it is imported
 import os
-import signal
 import sys
 import threading
 from functools import partial
@@ -34,8 +34,6 @@ _END_WITHIN = 1.0  # s
 _WAKE_AGAIN = 0.002  # s, and each time twice that
 _MOMENT, _MOMENTS = 0.00002, 100  # s, and how many; it takes a thread two to end that has nothing left to do
 _LINUX = sys.platform.startswith("linux")
-
-_awaited: dict[object, Any] = {}  # the locks for which the main thread waits; several, where handlers wait too
 
 
 def is_wanted(timeout: int) -> bool:
@@ -64,7 +62,7 @@ def attempt(
     made = partial(in_flight.attempt, place, owned, function, *operations, wait=wait, bare=bare, may_pass=may_pass)
     other = _OtherThread(made)
     try:
-        _awaited[other] = other.done
+        process.for_child[other] = other.done  # several, where handlers wait too
         if not other.start():
             return made()
         return other.outcome()
@@ -77,7 +75,7 @@ def attempt(
         other.join(_END_WITHIN)
         raise
     finally:
-        _awaited.pop(other, None)
+        process.for_child.pop(other, None)
 
 
 class _OtherThread:
@@ -109,7 +107,7 @@ class _OtherThread:
     def _run(self) -> None:
         try:
             self._native_id = get_native_id()
-            signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_ITS_OWN)
+            _signal.pthread_sigmask(_signal.SIG_BLOCK, _NOT_ITS_OWN)
             self._returned.append(self._call())
         except BaseException as error:
             self._raised.append(error)
@@ -141,7 +139,7 @@ class _OtherThread:
 
 
 _OF_A_FAULT = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
-_NOT_ITS_OWN = {number for number in signal.valid_signals() if getattr(number, "name", "") not in _OF_A_FAULT}
+_NOT_ITS_OWN = set(_signal.valid_signals()) - {getattr(_signal, name, 0) for name in _OF_A_FAULT}
 
 
 def _end(place: NativeContext, wait: Any) -> None:
@@ -154,10 +152,4 @@ def _end(place: NativeContext, wait: Any) -> None:
         pause *= 2
 
 
-def _in_hook() -> None:
-    for done in list(_awaited.values()):
-        if done.locked():  # it is this process's copy, which nobody else has
-            done.release()
-
-
-process.at_fork(in_hook=_in_hook, at_begin=lambda epoch: _awaited.clear())
+process.at_fork(at_begin=lambda epoch: process.for_child.clear())

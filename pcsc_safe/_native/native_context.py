@@ -33,7 +33,7 @@ class _Establishing(Place):
 
 
 establishing = _Establishing()
-in_flight.places[establishing] = None
+in_flight.places[establishing] = establishing.calls
 
 
 class NativeContext(Place):
@@ -62,9 +62,9 @@ class NativeContext(Place):
         self.established: list[Any] = []  # what SCardEstablishContext returned
         self.traces = connections.Traces()
 
-    def if_established(self) -> Iterator[tuple[NativeContext, None]]:
+    def if_established(self) -> Iterator[tuple[NativeContext, Any]]:
         """An entry for a table, if pcscd hasn't refused it when the iterator is asked."""
-        return compress([(self, None)], map(not_, map(itemgetter(0), self.established)))
+        return compress([(self, self.calls)], map(not_, map(itemgetter(0), self.established)))
 
     def settle(self) -> None:
         """Note what libpcsclite has made; whoever comes first does it, and a second time changes nothing."""

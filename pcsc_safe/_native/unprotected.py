@@ -10,8 +10,8 @@ At a fork a child inherits whether the warning was logged.
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Iterator
+from sys import getrefcount, modules
 from typing import Any
 
 from .._core import connections, gate, log, process
@@ -25,9 +25,9 @@ _CLASSES = (
 )
 _SINGLETON = "smartcard.pcsc.PCSCContext", "PCSCContext"  # before pyscard 2.3 everything has the context of this one
 
-_is_told = False
 _watched: tuple[type, ...] = ()
-_last_signs = -1  # when there was nothing to tell
+_last_signs = 0  # when there was nothing to tell
+_count_of_modules = 0
 
 
 def opened() -> list[str]:
@@ -49,7 +49,7 @@ def _described(instance: Any) -> str:
 
 def _classes() -> Iterator[type]:
     for module, name in _CLASSES:
-        found = getattr(sys.modules.get(module), name, None)
+        found = getattr(modules.get(module), name, None)
         if isinstance(found, type):
             yield from _with_derived(found)
 
@@ -62,11 +62,11 @@ def _with_derived(one: type) -> Iterator[type]:
 
 
 def _singleton() -> Any:
-    return getattr(getattr(sys.modules.get(_SINGLETON[0]), _SINGLETON[1], None), "instance", None)
+    return getattr(getattr(modules.get(_SINGLETON[0]), _SINGLETON[1], None), "instance", None)
 
 
 def _before_fork() -> None:
-    if _is_told:
+    if len(modules) == _count_of_modules and _signs() == _last_signs:
         return
     try:
         _tell_if_new()
@@ -75,31 +75,32 @@ def _before_fork() -> None:
 
 
 def _signs() -> int:
-    """Another number, if there is more or less than there was: of classes, of what refers to them."""
-    loaded = sum(module in sys.modules for module, _ in _CLASSES)
-    return loaded + sum(map(sys.getrefcount, _watched)) + _has_context(_singleton())
+    """Another number, if there is more or less than there was of what refers to the classes."""
+    references = sum(map(getrefcount, _watched))  # a derived class refers to its base, so that it is noticed, too
+    return references + _has_context(_singleton()) if _SINGLETON[0] in modules else references
 
 
 def _tell_if_new() -> None:
-    global _is_told, _last_signs, _watched
-    if _watched and _signs() == _last_signs:
+    global _count_of_modules, _last_signs, _watched
+    _count_of_modules, watched = len(modules), tuple(_classes())
+    if watched == _watched and _signs() == _last_signs:
         return
-    _watched = tuple(_classes())  # a derived class refers to its base, so that it is noticed, too
+    _watched = watched
+    del watched  # which refers to them
     _last_signs = _signs()
     connections.prepare()
     if connections.ARE_INHERITED and not connections.connections():
         return
     found = opened()
     if found:
-        _is_told = True
-        log.prepare()
+        process.before_fork(process.TELL, None)
         log.warning(
-            "process %d forks while %s is open%s, which is pyscard's own, and unprotected: call pcsc_safe.install() "
-            "before you use pyscard's classes, or start the program by python -m pcsc_safe run",
-            process.current().pid,
-            found[0],
-            f" (and {len(found) - 1} more)" if len(found) > 1 else "",
+            "unprotected",
+            "process %(pid)d forks while %(object)s is open%(more)s, which pcsc_safe doesn't protect: call "
+            "pcsc_safe.install() before you use pyscard's classes, or start the program with 'python -m pcsc_safe run'",
+            object=found[0],
+            more=f" (and {len(found) - 1} more)" if len(found) > 1 else "",
         )
 
 
-process.before_fork(_before_fork)
+process.before_fork(process.TELL, _before_fork)

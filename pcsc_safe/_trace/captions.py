@@ -18,8 +18,8 @@ _CAME = {
     "start": "was started",
     "fork": "was forked",
     "C fork": "was forked by C code, which runs no hooks, and is known from its first use of PC/SC on",
-    "exec": "was started by exec, in the place of what had this PID before",
-    "broker": "was started to do PC/SC for others",
+    "exec": "was started by exec, and replaced the program that had this PID",
+    "broker": "was started to make PC/SC calls for others",
 }
 _WENT = {
     "seen": "its end was seen",
@@ -72,13 +72,13 @@ def life_in_words(lane: Lane) -> str:
 def notes(history: History, not_drawn: int) -> Iterator[str]:
     """What isn't in the drawing."""
     if not_drawn:
-        yield f"{not_drawn} processes more are not drawn."
+        yield f"{not_drawn} more processes are not drawn."
     if history.left_out:
-        yield f"{history.left_out} more had nothing to do with PC/SC, and are left out."
+        yield f"{history.left_out} more did not use PC/SC, and are left out."
     incomplete = [str(lane.pid) for lane in history.lanes if lane.is_incomplete]
     if incomplete:
         yield f"The record of process {', '.join(incomplete)} is cut off: it was full, or could no longer be written."
     yield (
-        "Missing are processes that are not Python's, keep off PYTHONPATH, or could not write a record: those that "
-        "were started in another root directory, or as another user."
+        "Not drawn are processes that don't run Python, that ignore PYTHONPATH, or that could not write a record "
+        "because they were started in another root directory or as another user."
     )

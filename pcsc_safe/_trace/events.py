@@ -22,6 +22,7 @@ from time import monotonic, monotonic_ns
 from typing import Any, Optional
 
 from .._core import observer, process
+from .._core.observer import VARIABLE
 
 __all__ = [
     "NO_SPAN",
@@ -36,9 +37,6 @@ __all__ = [
     "pid_space",
     "record",
 ]
-
-VARIABLE = "PCSC_SAFE_REPORT"
-"""The environment variable that holds the directory's path."""
 
 SLOT = 256  # bytes
 SPAN_TAG = b"S"

@@ -238,7 +238,7 @@ class History:
     def _lost(self, lane: Lane, event: Event) -> None:
         session = _close(lane, event.fields["context"], event.time, "lost")
         if session is not None:
-            _open(lane, _inherited(session, event.time, "lost: its broker is no more, or was cut off"))
+            _open(lane, _inherited(session, event.time, "lost: its broker has ended, or was disconnected"))
 
     def _released(self, lane: Lane, event: Event) -> None:
         _close(lane, event.fields["key"], event.time, "released")

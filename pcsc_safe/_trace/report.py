@@ -50,13 +50,13 @@ def run(command: Sequence[str], environment: Mapping[str, str], *, report: bool,
 
 
 _TOLD = {
-    "retrofit": "imported pyscard, and was retrofitted",
+    "retrofit": "imported pyscard, and runs on pcsc_safe",
     "fork": "used PC/SC after its fork from process {parent}",
-    "reestablished": "has a context of its own in the place of process {owner}'s",
-    "recovered": "established a context anew when pcscd had gone",
+    "reestablished": "has a new context in place of process {owner}'s",
+    "recovered": "established a new context after pcscd had ended",
     "broker": "started the broker {broker}",
     "handover": "handed {contexts} context(s) over to a forked child",
-    "interferes": "reset or powered off a card that its family uses: its application asked {function} for that",
+    "interferes": "reset or powered off a card that its parent or child uses: its application called {function}",
     "share": "shared {contexts} context(s) with a forked child",
 }
 _COUNTED = {

@@ -27,8 +27,8 @@ __all__ = ["main"]
 _USAGE = """\
 usage: python -m pcsc_safe.broker
 
-Does PC/SC for the process that starts it, over descriptor 3. Not for the command line: pcsc_safe
-starts one where a process can't use PC/SC itself.
+Makes the PC/SC calls of the process that starts it, which reaches it by file descriptor 3. It is not for
+the command line: pcsc_safe starts a broker where a process can't use PC/SC itself.
 """
 _PR_SET_DUMPABLE = 4  # linux/prctl.h
 _PT_DENY_ATTACH = 31  # sys/ptrace.h of macOS
@@ -48,9 +48,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return 0 if asked else 2
     _stand_alone()
     _leave_no_trace()
-    from .._core import sessions  # not before this process stands alone
+    from .._core import readiness, sessions  # not before this process stands alone
 
-    sessions.is_on = False
+    readiness.is_on = sessions.is_on = False
     _leave_out_classes()
     from .. import _gateways  # noqa: F401  # loads the native library, not before this process stands alone
     from .server import Server

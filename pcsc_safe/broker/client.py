@@ -94,9 +94,10 @@ class Broker:
             hresult = self.functions["SCardListReaders"](real, [])[0]
         if hresult == outgrown:
             log.info(
-                "process %d leaves the broker %d: pcscd had more readers before it was restarted",
-                self.epoch.pid,
-                self.helper_pid,
+                "broker-left",
+                "process %(pid)d starts a new broker in place of broker %(broker_pid)d: pcscd had more readers before "
+                "it was restarted",
+                broker_pid=self.helper_pid,
             )
             raise self._lost(under_way=False, say=False)  # a new broker has seen no other pcscd
 
@@ -131,8 +132,8 @@ class Broker:
                 frame = encode(number, arguments)
             except wire.WireError as error:
                 raise BrokerError(
-                    f"the arguments can't be told to the broker: {error}",
-                    remedy=f"they may have {wire.MAX_BODY} bytes; an APDU has {_LONGEST_APDU} at most",
+                    f"the arguments can't be sent to the broker: {error}",
+                    remedy=f"they may have {wire.MAX_BODY} bytes in all; an APDU has {_LONGEST_APDU} at most",
                     function=wire.FUNCTIONS[number],
                     pid=os.getpid(),
                 ) from error
@@ -165,7 +166,7 @@ class Broker:
     def _unusual(self, reply: wire.Message) -> Any:
         if isinstance(reply, wire.Raised):
             raise getattr(builtins, reply.kind)(reply.text)
-        raise _misunderstood(reply.text if isinstance(reply, wire.Refused) else "it answered something else")
+        raise _misunderstood(reply.text if isinstance(reply, wire.Refused) else "it sent something else")
 
     def _ask(self, frame: bytes) -> bytes:
         """One exchange, on a connection that no other thread is using."""
@@ -218,7 +219,7 @@ class Broker:
             return
         self._presence = presence
         self._stop_listening()
-        log.info("process %d does PC/SC through the broker %d", self.epoch.pid, self.helper_pid)
+        log.info("broker", "broker %(broker_pid)d makes the PC/SC calls of process %(pid)d", broker_pid=self.helper_pid)
 
     def _drop_orphans(self) -> None:
         """Close connections that a signal handler's exception has left between their users."""
@@ -259,7 +260,7 @@ class Broker:
                 self._drop(connection)
         if not is_welcome:
             self._lost(under_way=False)  # so that it ends, and the next use starts the one that is configured then
-            raise _misunderstood("it is of another version of pcsc_safe")
+            raise _misunderstood("it has another version of pcsc_safe")
         assert connection is not None
         return connection
 
@@ -295,10 +296,11 @@ class Broker:
         is_ours = isinstance(error, OSError) and not isinstance(error, ConnectionError)
         patience = 0.0 if is_ours else _DYING_TAKES
         if self._presence is not None and not self.lost and self._presence.is_alive(patience):
-            reason = (is_ours and getattr(error, "strerror", None)) or "the broker takes no more"
+            reason = (is_ours and getattr(error, "strerror", None)) or "the broker accepts no more"
             return BrokerError(
-                f"no more connections to the broker can be made in process {os.getpid()}: {reason}",
-                remedy="each call under way takes one, and that a descriptor in both processes",
+                f"process {os.getpid()} can't make another connection to its broker: {reason}",
+                remedy="each PC/SC call in progress needs one, and a file descriptor in both processes: raise the "
+                "limit (ulimit -n), or use fewer threads",
                 pid=os.getpid(),
             )
         never_began = self._helper.errors is not None and self._helper.parent == os.getpid()
@@ -309,8 +311,8 @@ class Broker:
         if is_ours:
             why = getattr(error, "strerror", None) or why
         return BrokerError(
-            f"the broker of process {os.getpid()} can't begin: {why}",
-            remedy="try what it runs: PYTHON -m pcsc_safe.broker --help; PCSC_SAFE_BROKER_PYTHON chooses the Python",
+            f"the broker of process {os.getpid()} doesn't start: {why}",
+            remedy=f"run {self._helper.attempt} to see why; PCSC_SAFE_BROKER_PYTHON chooses another interpreter",
             pid=os.getpid(),
         )
 
@@ -324,7 +326,12 @@ class Broker:
             return LostError(self, under_way=False)
         was_lost, self.lost = self.lost, True
         if say and not was_lost:
-            log.warning("process %d has lost the broker %d, and its sessions", self.epoch.pid, self.helper_pid)
+            log.warning(
+                "broker-lost",
+                "broker %(broker_pid)d of process %(pid)d has ended, and its sessions with it: the next PC/SC call "
+                "starts another broker",
+                broker_pid=self.helper_pid,
+            )
         for connection in [*self._idle, *filter(None, [self._presence]), self._door]:
             self._drop(connection)
         del self._idle[:]
@@ -458,6 +465,6 @@ def _undoing(undo: Callable[[], Any]) -> Iterator[None]:
 def _misunderstood(why: object) -> BrokerError:
     return BrokerError(
         f"process {os.getpid()} and its broker don't understand each other: {why}",
-        remedy="both have to run the same version of pcsc_safe",
+        remedy="restart the program: both have to run the same version of pcsc_safe",
         pid=os.getpid(),
     )

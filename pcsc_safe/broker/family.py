@@ -62,10 +62,10 @@ def files_to_preserve() -> list[int]:
 
 
 def prestart() -> None:
-    """Start a broker now, for this process and the children that it forks from here on.
+    """Start a broker now, for this process and the children that it forks afterwards.
 
-    It doesn't wait until the broker is ready.  Each of these processes is a client of its own there; one that needs no
-    broker leaves it alone.
+    The first call that needs a broker then finds it running.  The function returns before the broker is ready, after
+    some milliseconds.  A process that needs no broker doesn't use it.
 
     :raises BrokerError: it can't be started.
     """
@@ -98,7 +98,9 @@ def _start_one(for_family: bool) -> Broker:
         door, theirs = connection.pair(guarded=not for_family)
     except OSError as error:
         raise BrokerError(
-            f"the broker can't be started in process {os.getpid()}: {error.strerror}", pid=os.getpid()
+            f"process {os.getpid()} can't start a broker: {error.strerror}",
+            remedy="close file descriptors, or raise the limit (ulimit -n)",
+            pid=os.getpid(),
         ) from error
     try:
         helper = start.spawn(theirs.fileno(), settings().broker_python)
@@ -126,8 +128,8 @@ def _persistently(ask: Callable[[Broker], Any]) -> Any:
 def died_too_often() -> BrokerError:
     """What to raise when new brokers die as well."""
     return BrokerError(
-        f"the brokers of process {os.getpid()} die as soon as they have begun, {_ATTEMPTS} of them",
-        remedy="see the system's log for what kills them",
+        f"{_ATTEMPTS} brokers of process {os.getpid()} ended as soon as they had started",
+        remedy="see the system log for what kills them",
         pid=os.getpid(),
     )
 

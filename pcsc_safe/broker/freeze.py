@@ -13,10 +13,10 @@ __all__ = ["freeze_support"]
 
 
 def freeze_support() -> None:
-    """For frozen programs (PyInstaller and others): call it first thing in the main module.
+    """Let a frozen program (PyInstaller and others) be its own broker.
 
-    A broker of such a program is the program itself, started again; this call is where it becomes one, and doesn't
-    return.  Anywhere else it does nothing.
+    Call it at the beginning of the main module.  A frozen program has no Python interpreter for a broker, so pcsc_safe
+    starts the program again, and this call then becomes the broker and doesn't return.  Otherwise it does nothing.
     """
     start.can_freeze = True
     if sys.platform != "win32" and sys.argv[1:2] == [start.FROZEN_BROKER]:

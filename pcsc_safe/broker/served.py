@@ -175,7 +175,7 @@ class Connection:
         try:
             return wire.encode_result(result)
         except wire.WireError as error:
-            return wire.encode(wire.Refused(f"the answer can't be told: {error}"))
+            return wire.encode(wire.Refused(f"the result can't be sent: {error}"))
 
     def _undo(self, client: Client, request: wire.Request, answer: bytes) -> None:
         """Take back what nobody has heard that it was granted: its caller was left by a signal handler, or died."""

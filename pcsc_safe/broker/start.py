@@ -79,11 +79,13 @@ class Helper(NamedTuple):
     :ivar pid: its PID.
     :ivar parent: the PID of the process that started it, and can wait for it.
     :ivar errors: a descriptor to read what it says before it is ready; None when it is.
+    :ivar attempt: what a user can run in a shell to see why it doesn't start.
     """
 
     pid: int
     parent: int
     errors: Optional[descriptors.Descriptor]
+    attempt: str = ""
 
     def why_not(self) -> str:
         """What it said and how it ended; it is killed if it has not begun."""
@@ -177,17 +179,23 @@ def spawn(door: int, configured: str) -> Helper:
         opened.remove(read_end)
     except (OSError, ValueError) as error:
         raise BrokerError(
-            f"the broker can't be started in process {os.getpid()}: {command[0]}: "
-            f"{getattr(error, 'strerror', None) or error}",
-            remedy="it takes one process and five descriptors"
+            f"process {os.getpid()} can't start a broker: {command[0]}: {getattr(error, 'strerror', None) or error}",
+            remedy="a broker needs one process and five file descriptors: end processes, or raise the limit (ulimit)"
             if getattr(error, "errno", None) in _NOTHING_LEFT
-            else "set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe",
+            else "set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe",
             pid=os.getpid(),
         ) from error
     finally:
         for number in opened:
             os.close(number)
-    return Helper(pid, os.getpid(), descriptors.of(read_end))
+    return Helper(pid, os.getpid(), descriptors.of(read_end), _attempt(command))
+
+
+def _attempt(command: Sequence[str]) -> str:
+    """The command for a shell that does what the start of a broker does, with the interpreter's path."""
+    is_frozen = command[-1] == FROZEN_BROKER
+    words = command if is_frozen else [command[0], "-m", _MODULE, "--help"]
+    return " ".join(repr(word) if " " in word else word for word in words)
 
 
 def _command(configured: str, places: Sequence[str]) -> list[str]:
@@ -201,9 +209,9 @@ def _command(configured: str, places: Sequence[str]) -> list[str]:
     if getattr(sys, "frozen", False):
         if not can_freeze:
             raise BrokerError(
-                f"{sys.executable!r} is a frozen program and no Python interpreter",
-                remedy="call pcsc_safe.freeze_support() first thing in its main module, or set PCSC_SAFE_BROKER_PYTHON "
-                "to a Python interpreter that has pcsc_safe",
+                f"{sys.executable!r} is a frozen program, and a broker needs a Python interpreter",
+                remedy="call pcsc_safe.freeze_support() at the beginning of its main module, or set "
+                "PCSC_SAFE_BROKER_PYTHON to the path of a Python interpreter that has pcsc_safe",
             )
         return [sys.executable, FROZEN_BROKER]
     # What multiprocessing.set_executable() has set; it can't have been called where the module isn't imported.
@@ -211,9 +219,8 @@ def _command(configured: str, places: Sequence[str]) -> list[str]:
     python = os.fsdecode((spawning.get_executable() if spawning else sys.executable) or "")
     if not os.path.basename(python).lower().startswith(("python", "pypy", "graalpy")):
         raise BrokerError(
-            f"this program's interpreter is {python!r}, which is no Python that could run a broker (as in uWSGI and "
-            "other programs that embed Python)",
-            remedy="set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe, perhaps "
+            f"this program runs in {python!r}, which embeds Python and can't run a broker (uWSGI, for example)",
+            remedy="set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe, perhaps "
             + os.path.join(sys.exec_prefix, "bin", "python3"),
         )
     if python == sys.executable:

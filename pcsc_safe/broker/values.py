@@ -222,7 +222,7 @@ def malformed(state: str, body: bytes, at: int) -> WireError:
 
 def truncated(body: bytes) -> WireError:
     """What is raised for a body that ends too early."""
-    return WireError(f"the message is truncated: it has {len(body)} bytes, and says that there are more")
+    return WireError(f"the message is truncated: it has {len(body)} bytes, and announces more")
 
 
 def _too_deep(body: bytes, at: int) -> WireError:

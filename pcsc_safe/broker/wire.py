@@ -211,11 +211,11 @@ _COMMAND_TAGS, _ANSWER_TAGS = (INT, TUPLE, 3, INT, INT, OCTETS), (LIST, 2, INT, 
 def encode(message: Message) -> bytes:
     """The frame of a message.
 
-    :raises WireError: it is more than a frame holds, or has a field that it can't have.
+    :raises WireError: it is more than a frame holds, or has a field that is not allowed.
     """
     kind = _KIND_OF.get(type(message))
     if kind is None or not kind.fits(*message):
-        raise WireError("the message is of an unknown kind, or has a field that it can't have")
+        raise WireError("the message is of an unknown kind, or has a field that is not allowed")
     body = kind.letter + tell(message)
     if len(body) > MAX_BODY:
         raise oversized()
@@ -297,7 +297,7 @@ def _decode_any(body: bytes) -> Message:
         raise WireError("the message is of an unknown kind")
     fields, end = read(body, 1, kind.fields)
     if end != len(body):
-        raise malformed("there is something behind its end", body, end)
+        raise malformed("there is data after its end", body, end)
     if not kind.fits(*fields):
         raise WireError(f"the message is malformed: it is no {kind.message.__name__}")
     message: Message = kind.message(*fields)
@@ -326,7 +326,7 @@ class Receiver:
         if missing > 0:
             return None
         if missing < 0:
-            raise WireError("the frame has something behind its end")
+            raise WireError("the frame has data after its end")
         body = bytes(self._held[4:])
         self._held.clear()
         return body

@@ -22,7 +22,7 @@ from .hazards import Hazard, load
 
 __all__ = ["EPILOG", "add_arguments", "main"]
 
-EPILOG = """exit status: 0 if pcsc_safe let no hazard through, 1 if it did (or nothing could be said of one),
+EPILOG = """exit status: 0 if pcsc_safe is safe from every hazard, 1 if it isn't or if the demo could not tell,
 2 if the demo could not run"""
 
 RAW = "smartcard.scard"
@@ -31,8 +31,8 @@ _Pair = tuple[tuple[Run, Verdict], tuple[Run, Verdict]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--only", nargs="+", default=[], metavar="N", help="show these hazards only, by their numbers")
-    parser.add_argument("--json", action="store_true", help="print every observation, for programs")
+    parser.add_argument("--only", nargs="+", default=[], metavar="N", help="the numbers of the hazards to show")
+    parser.add_argument("--json", action="store_true", help="print everything that was observed, for programs")
     # For our own tests: what would the demo say if pcsc_safe let a hazard through?
     parser.add_argument("--safe-module", default="pcsc_safe.scard", help=argparse.SUPPRESS)
 
@@ -46,7 +46,7 @@ def main(options: argparse.Namespace) -> int:
         from ..testing import PcscStackError, VirtualPcsc  # --help needs none
     except ImportError as error:
         print(
-            f"the demo cannot run: {error}; install pcsc_safe with what it needs: pip install pcsc-safe",
+            f"the demo can't run: {error}; install pcsc_safe and what it needs: pip install pcsc-safe",
             file=sys.stderr,
         )
         return 2
@@ -57,7 +57,7 @@ def main(options: argparse.Namespace) -> int:
             pass  # so that a machine without one is told so before anything else
         return _show(hazards, options.safe_module, options.json)
     except (ValueError, PcscStackError) as error:
-        print(f"the demo cannot run: {error}", file=sys.stderr)
+        print(f"the demo can't run: {error}", file=sys.stderr)
         return 2
 
 

@@ -16,19 +16,19 @@ from ._view import Page, left_out, summary
 
 __all__ = ["EPILOG", "add_arguments", "main"]
 
-EPILOG = """Everything that talks to PC/SC does so in processes that may hang or crash. Cards are not connected to,
-powered or reset without --touch-cards; with it they are connected to (shared), and left as they are.
-No APDU is sent to them, but with --self-test and --touch-cards: GET RESPONSE, which changes nothing.
+EPILOG = """The doctor uses PC/SC only in processes that may hang or crash. It connects to no card without
+--touch-cards; with it, it connects shared and leaves the cards as they are. It sends them no APDU, except with
+--self-test and --touch-cards together: GET RESPONSE, which changes nothing.
 
---self-test tries what pcsc_safe relies on, forks, brokers, dying clients and waits, with a reader or without, and ends
-with a text to paste into an issue; it takes half a minute. It is meant for macOS, where its authors can't try it.
+--self-test tries what pcsc_safe relies on: forks, brokers, clients that die, waits. It works with and without a reader,
+takes half a minute, and prints a text to paste into an issue. It is meant for macOS, which its authors can't test.
 
-exit status: 0 if nothing is a problem, 1 if something is, 2 if the doctor could not run or look
+exit status: 0 if there is no problem, 1 if there is one, 2 if the doctor could not run or not examine the program
 
 --json prints {"version", "findings": [{"key", "status", "what", "detail", "remedy", "data"}, ...], "left_out"}. A key
 is the same from version to version, and may occur several times (a reader, a hazard, a process). A status is ok,
-warning, problem, unknown or skipped. "data" has the facts of "detail". "left_out" has the keys of what can't be looked
-at because of a problem, by the key of that problem."""
+warning, problem, unknown or skipped. "data" has the facts of "detail". "left_out" has the keys that a problem kept the
+doctor from examining, by the key of that problem."""
 
 _Section = tuple[str, Iterator[Finding]]
 _LONGEST = 600.0
@@ -37,9 +37,9 @@ _LONGEST = 600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--json", action="store_true", help="print the findings for programs")
-    parser.add_argument("--no-probe", action="store_true", help="leave out what tries forks on PC/SC; it takes 25 s")
-    parser.add_argument("--touch-cards", action="store_true", help="connect to the cards in the readers as well")
-    parser.add_argument("--self-test", action="store_true", help="try what pcsc_safe relies on, and report it")
+    parser.add_argument("--no-probe", action="store_true", help="skip the tests of forks, which take 25 s")
+    parser.add_argument("--touch-cards", action="store_true", help="connect to the cards in the readers, too")
+    parser.add_argument("--self-test", action="store_true", help="try what pcsc_safe relies on, and print a report")
     parser.add_argument(
         "--pid", type=_pid, metavar="N", help="examine a running program and its children instead (Linux)"
     )
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _pid(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no process: use its number, as ps tells it")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a process ID: use the number that ps prints")
     return int(text)
 
 
@@ -61,7 +61,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= _LONGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: use seconds, {_LONGEST:g} at most")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a timeout: use a number of seconds, {_LONGEST:g} at most")
     return seconds
 
 
@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> int:
     :return: the exit status, see :data:`EPILOG`.
     """
     if options.pid is not None and (options.touch_cards or options.no_probe or options.self_test):
-        options.refuse("--pid examines a program: --touch-cards, --no-probe and --self-test are about this machine")
+        options.refuse("--pid examines a program, and --touch-cards, --no-probe and --self-test examine this machine")
     if options.pid is not None:
         return _examine(options)
     signal.signal(signal.SIGTERM, _terminated)
@@ -153,12 +153,12 @@ def _forks(seconds: float, pcsc_works: bool, ledger: Ledger) -> Iterator[Finding
 
 def _examine(options: argparse.Namespace) -> int:
     if policy.PLATFORM != "linux":
-        print("the doctor cannot look into a program here: --pid reads /proc, which is Linux's", file=sys.stderr)
+        print("the doctor can't examine a program here: --pid needs /proc, which only Linux has", file=sys.stderr)
         return 2
     try:
         findings, could_look = _process.examine(options.pid)
     except ProcessLookupError:
-        print(f"the doctor cannot look: there is no process {options.pid}", file=sys.stderr)
+        print(f"the doctor can't examine it: there is no process {options.pid}", file=sys.stderr)
         return 2
     _show([(f"Process {options.pid} and its children", iter(findings))], options.json, Ledger())
     return _status(findings) if could_look else 2

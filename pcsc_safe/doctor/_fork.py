@@ -53,7 +53,7 @@ def _detection(told: Answer) -> Iterator[Finding]:
     if hooks:
         yield Finding("fork.hooks", Status.OK, "os.fork()", "noticed by Python's at-fork hooks", data={"works": True})
     else:
-        remedy = "use CPython 3.9 or later; until then policy 'raise' shows what is at stake"
+        remedy = "use CPython 3.9 or later"
         detail = f"Python's at-fork hooks did not run; noticed by {seen['os.fork']}"
         yield Finding("fork.hooks", Status.PROBLEM, "os.fork()", detail, remedy, {"works": False})
     yield _page(task, page, seen["C fork"])
@@ -77,8 +77,8 @@ def _page(task: dict[str, object], works: bool, noticed_by: object) -> Finding:
         detail = f"it is not noticed ({noticed_by})"
         return Finding(key, Status.PROBLEM, what, detail, "report this: pcsc_safe is not safe on this machine", data)
     if not sys.platform.startswith("linux"):
-        return Finding(key, Status.OK, what, "noticed by os.getpid(), which is what there is here", data=data)
-    detail = "noticed by os.getpid() only: not in a child that has its parent's number in a PID namespace of its own"
+        return Finding(key, Status.OK, what, "noticed by os.getpid()", data=data)
+    detail = "noticed by os.getpid() only, which misses a child that has its parent's PID in another PID namespace"
     return Finding(
         key, Status.WARNING, what, detail, "use Linux 4.14 or later, and no emulator that lacks madvise", data
     )
@@ -95,8 +95,8 @@ def _auto() -> Finding:
     if given.broker is policy.Broker.ALWAYS:
         detail = "a broker, since broker is 'always'"
     elif works:
-        detail = "a forked child gets a native context of its own, for PC/SC works there after a fork; a broker does "
-        detail += "it where the fork waited in vain for another thread to leave PC/SC"
+        detail = "a forked child gets a new native context; if it was forked while another thread was inside a PC/SC "
+        detail += "call, a broker makes its PC/SC calls"
     else:
         detail = "a broker: on macOS a forked process can't use PC/SC"
     if given.policy is not policy.Policy.AUTO:
@@ -115,7 +115,10 @@ def _broker(told: Answer) -> Finding:
         code = task.get("establish", told.failure)
         if code in ("", "SCARD_S_SUCCESS"):
             return Finding("broker", Status.OK, "broker", took, data=data)
-        detail, remedy = f"{took}; SCardEstablishContext there: {code}", "see what keeps other processes from PC/SC"
+        detail, remedy = (
+            f"{took}; SCardEstablishContext in the broker: {code}",
+            "see what keeps other processes from PC/SC",
+        )
         return Finding("broker", Status.PROBLEM, "broker", detail, remedy, data)
     if "problem" in task:
         return Finding("broker", Status.PROBLEM, "broker", task["problem"], task["remedy"] or _HELP, data)

@@ -39,7 +39,6 @@ class _Needed(NamedTuple):
 
 
 _NEEDED = {"pyscard": _Needed((2, 0, 5), "smartcard.scard", _LIBRARY), "wrapt": _Needed((1, 14), "wrapt")}
-_NO_SETTINGS = {"PCSC_SAFE_REPORT", "PCSC_SAFE_PYTHON"}  # what other parts of the project read
 _CONTAINERS, _SYSTEMDS = ("/.dockerenv", "/run/.containerenv"), "container"
 
 
@@ -91,7 +90,7 @@ def _package(name: str, version: str, least: tuple[int, ...], imported: str) -> 
         detail = f"{version}; pcsc_safe needs {wanted} or later"
         return Finding(name, Status.PROBLEM, name, detail, f"{install} '{name}>={wanted}'", data)
     if imported == "ok":
-        return Finding(name, Status.OK, name, version if numbers else "of a version that it does not tell", data=data)
+        return Finding(name, Status.OK, name, version if numbers else "of unknown version", data=data)
     if not numbers:
         return Finding(
             name, Status.PROBLEM, name, f"{name} is not installed for this Python", f"{install} {name}", data
@@ -171,10 +170,11 @@ def settings(environment: Mapping[str, str] = os.environ) -> Finding:
             wrong, remedies = [error.problem], [error.remedy]
     if wrong:
         return Finding("settings", Status.PROBLEM, what, "; ".join(wrong), "; ".join(remedies), data)
-    known = {f"PCSC_SAFE_{name.upper()}" for name in data} | _NO_SETTINGS
-    strange = sorted(name for name in environment if name.startswith("PCSC_SAFE_") and name not in known)
-    if strange:
-        detail, remedy = f"{', '.join(strange)}: no setting is called so", f"there are {', '.join(sorted(known))}"
+    unknown = policy.misspelt(environment)
+    if unknown:
+        meant = [f"{name}: did you mean {other}?" for name, other in unknown.items() if other]
+        detail = f"{', '.join(unknown)}: pcsc_safe ignores it, because no setting has this name"
+        remedy = "; ".join(meant) or f"the settings are {', '.join(map(policy.variable, data))}"
         return Finding("settings", Status.WARNING, what, detail, remedy, data)
     return Finding("settings", Status.OK, what, _in_words(data), data=data)
 

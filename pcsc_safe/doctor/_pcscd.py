@@ -29,7 +29,7 @@ _UNITS = [f"{place}/systemd/system/pcscd.socket" for place in ("/etc", "/usr/lib
 _INSTALL = "install pcscd (Debian, Ubuntu: sudo apt-get install pcscd; Fedora, Arch, Alpine: pcsc-lite)"
 _MOUNT = "give the container pcscd's socket: docker run -v /run/pcscd:/run/pcscd ..., with pcscd running outside"
 _BUS = "/run/dbus/system_bus_socket"
-_VERSIONS = "have pcscd and libpcsclite of one version of pcsc-lite (a container and its host often differ)"
+_VERSIONS = "install pcscd and libpcsclite of the same version of pcsc-lite (a container and its host often differ)"
 _POLKIT = (
     "polkit may allow PC/SC to users at the machine only: run as root, log in there, or write a rule in "
     "/etc/polkit-1/rules.d for the actions org.debian.pcsc-lite.access_pcsc and .access_card"
@@ -99,10 +99,10 @@ def _program() -> _Program:
 def _installed(program: _Program) -> Finding:
     what, data = "pcscd", {"path": program.path, "version": program.version}
     if program.path:
-        detail = f"pcsc-lite {program.version or 'of a version that it does not tell'}, {program.path}"
+        detail = f"pcsc-lite {program.version or 'of unknown version'}, {program.path}"
         return Finding("pcscd.program", Status.OK, what, detail, data=data)
     if in_container():
-        detail = "not installed in this container, which is well if its socket comes from outside"
+        detail = "not installed in this container, which needs none if the socket comes from outside"
         return Finding("pcscd.program", Status.OK, what, detail, data=data)
     return Finding("pcscd.program", Status.WARNING, what, "not installed on this machine", _INSTALL, data)
 
@@ -133,13 +133,13 @@ def _not_connected(shown: str, why: str, program: _Program, named: bool) -> tupl
     if why == "ENOENT":
         if in_container():
             return f"there is no {shown}: no pcscd runs in this container", f"{_MOUNT}; or run one inside: {start}"
-        return f"there is no {shown}: pcscd is not running, nor waiting to be started", start
+        return f"there is no {shown}: pcscd doesn't run, and no socket activation starts it", start
     if why == "ECONNREFUSED":
-        return f"{shown} is there, but nobody listens: a pcscd that has died left it behind", start
+        return f"{shown} exists, but nobody listens: a pcscd that has died left it behind", start
     if why == "EACCES":
         return f"this user may not connect to {shown}", "see the permissions of the socket and its directories"
     if why in ("EAGAIN", "timeout"):
-        return f"{shown}: connections are not accepted, so pcscd hangs", _RESTART
+        return f"pcscd accepts no connection on {shown}: it hangs", _RESTART
     return f"{shown}: connecting fails with {why}", start
 
 
@@ -162,7 +162,7 @@ def _origin(listener: Optional[int]) -> str:
     if name == "pcscd":
         return f"of the running pcscd (process {listener})"
     if name == "systemd":
-        return "by socket activation: systemd starts pcscd when a client comes"
+        return "by socket activation: systemd starts pcscd when a client connects"
     if name:
         return f"by socket activation of process {listener} ({name})"
     return "made by a process that can't be seen from here"
@@ -176,10 +176,11 @@ def _answer(answer: str, told: dict[str, Any], program: _Program) -> Finding:
         detail = f"it speaks protocol {told['protocol']}, and refuses clients of this machine's pcsc-lite"
         return Finding("pcscd.answer", Status.PROBLEM, what, detail, _VERSIONS, data)
     if answer == "timeout":
-        detail = "it accepts a connection and then says nothing: it hangs, or is stopped"
+        detail = "it accepts a connection and sends nothing: it hangs, or is stopped"
         return Finding("pcscd.answer", Status.PROBLEM, what, detail, _RESTART, data)
     why, remedy = _refusal(told.get("listener"), told.get("clients"), program)
-    detail = f"it hangs up at once ({answer}): {why}. Programs get SCARD_W_SECURITY_VIOLATION or SCARD_E_NO_SERVICE"
+    detail = f"it closes the connection immediately ({answer}): {why}. Programs get SCARD_W_SECURITY_VIOLATION or "
+    detail += "SCARD_E_NO_SERVICE"
     return Finding("pcscd.answer", Status.PROBLEM, what, detail, remedy, data)
 
 
@@ -220,7 +221,7 @@ def _missing_for_polkit() -> str:
 def _clients(clients: int) -> Finding:
     limit = _limit()
     what, data = "pcscd's clients", {"clients": clients - 1, "limit": limit}
-    detail = f"{clients - 1} beside the doctor; pcscd serves {limit}"
+    detail = f"{clients - 1} besides the doctor; pcscd serves at most {limit}"
     if clients < _MANY * limit:
         return Finding("pcscd.clients", Status.OK, what, detail, data=data)
     remedy = "find who keeps contexts without releasing them, or start pcscd with --max-thread"
@@ -248,18 +249,18 @@ def _access(look: Answer) -> Finding:
         detail = f"SCardEstablishContext never returned: the process {look.failure}"
         remedy = _RESTART if look.hung else "see the system's log; reinstall pyscard and the PC/SC library"
     elif code == "SCARD_E_SERVICE_STOPPED":
-        detail = f"SCardEstablishContext answers {code}: libpcsclite doesn't speak the protocol of this pcscd"
+        detail = f"SCardEstablishContext returns {code}: libpcsclite doesn't speak the protocol of this pcscd"
         remedy = _VERSIONS
     elif code == "SCARD_E_NO_SERVICE":
-        detail = f"SCardEstablishContext answers {code}: PC/SC is not running for this process"
+        detail = f"SCardEstablishContext returns {code}: PC/SC is not running for this process"
         remedy = _NO_SERVICE.get(policy.PLATFORM, "start pcscd")
     else:
-        detail, remedy = f"SCardEstablishContext answers {code}", _LOG
+        detail, remedy = f"SCardEstablishContext returns {code}", _LOG
     return Finding(key, Status.PROBLEM, what, detail, remedy, data)
 
 
 _NO_SERVICE = {
-    "darwin": "plug a reader in: macOS starts PC/SC with the first; a forked process gets it from a new program only",
+    "darwin": "plug a reader in: macOS starts PC/SC with the first one; a forked process needs a new program to use it",
     "win32": "plug a reader in, and see that the service SCardSvr may start",
 }
 
@@ -276,13 +277,13 @@ def _readers(look: Answer) -> Iterator[Finding]:
     data = {"readers": readers, "list": code}
     if not readers:
         known = code in ("SCARD_E_NO_READERS_AVAILABLE", "SCARD_S_SUCCESS")
-        detail = "there is none" if known else f"SCardListReaders answers {code}"
+        detail = "there is none" if known else f"SCardListReaders returns {code}"
         remedy = "plug one in; if it is, install its driver (Debian, Ubuntu: libccid) and see lsusb"
         yield Finding("readers", Status.WARNING, "readers", detail, remedy, data)
         return
     yield Finding("readers", Status.OK, "readers", f"{len(readers)}", data=data)
     if "states" not in told:
-        detail = f"their states can't be told: the process {look.failure}"
+        detail = f"SCardGetStatusChange never returned: the process {look.failure}"
         yield Finding("reader", Status.PROBLEM, "cards", detail, _RESTART if look.hung else _LOG)
         return
     for name, flags, atr in told["states"]:
@@ -295,10 +296,12 @@ def _reader(name: str, flags: list[str], atr: str) -> Finding:
         detail, remedy = "a card that doesn't answer", "see that it is the right way round, and clean its contacts"
     elif "exclusive" in flags:
         detail = f"a card, held exclusively by an application; ATR {atr}"
-        remedy = "others get SCARD_E_SHARING_VIOLATION until that one disconnects, or dies with the children that hold "
-        remedy += "its connection: doctor --pid N tells which do"
+        remedy = (
+            "other applications get SCARD_E_SHARING_VIOLATION until it disconnects, or until it has ended and so have "
+        )
+        remedy += "the children that hold its connection: doctor --pid N lists them"
     elif "unavailable" in flags:
-        detail, remedy = "the reader can't be used now", "unplug it and plug it in again"
+        detail, remedy = "the reader is unavailable", "unplug it and plug it in again"
     else:
         detail = f"a card{', in use' if 'inuse' in flags else ''}; ATR {atr}" if "present" in flags else "no card"
         return Finding("reader", Status.OK, name, detail, data=data)

@@ -20,7 +20,7 @@ __all__ = ["KEYS", "hazards", "probes", "touches"]
 
 RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
 _OK = "SCARD_S_SUCCESS"
-_REPORT = "report it, with what `python -m pcsc_safe doctor --json` says"
+_REPORT = "report it, with the output of `python -m pcsc_safe doctor --json`"
 _SECONDS = 12.0
 
 
@@ -69,11 +69,11 @@ def _judge(answer: Answer) -> _Seen:
     if ended < 0:
         return _Seen(f"the child died of {signal_name(-ended)}", True)
     if child.get("code") != code:
-        return _Seen(f"the child was answered {child.get('code')}, its parent {code}", True)
+        return _Seen(f"the child got {child.get('code')}, its parent {code}", True)
     if child.get("shares"):
-        return _Seen("the child talked over its parent's connection", True)
+        return _Seen("the child used its parent's connection", True)
     if parent.get("afterwards") != code:
-        return _Seen(f"the parent was answered {parent.get('afterwards')} afterwards, and {code} before", True)
+        return _Seen(f"the parent got {parent.get('afterwards')} afterwards, and {code} before", True)
     return _Seen("", True)
 
 
@@ -126,7 +126,7 @@ def _no_stack() -> Optional[tuple[str, str]]:
         with VirtualPcsc(activate=False):
             return None
     except PcscStackError as error:
-        return f"they want a virtual PC/SC stack: {error.problem}", error.remedy
+        return f"they need a virtual PC/SC stack: {error.problem}", error.remedy
 
 
 def _hazard_finding(hazard: Any, raw: Any, safe: Any) -> Finding:
@@ -170,7 +170,7 @@ def _touched(reader: str, answer: Answer) -> Finding:
         return Finding("probe.card", Status.PROBLEM, what, detail, _REPORT, data)
     if child.get("own") != _OK:
         detail = f"{connected}; a forked child can't connect to it beside its parent: {child.get('reconnect')}"
-        remedy = "if the child has to use this card, share the session: see the README"
+        remedy = "if the child has to use this card, share the session: docs/sessions.md"
         return Finding("probe.card", Status.WARNING, what, detail, remedy, data)
-    detail = f"{connected}; a forked child connected again, and its parent's connection went on"
+    detail = f"{connected}; a forked child connected again, and its parent's connection still works"
     return Finding("probe.card", Status.OK, what, detail, data=data)

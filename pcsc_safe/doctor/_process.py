@@ -17,12 +17,12 @@ from ._proc import Process
 __all__ = ["examine"]
 
 _USUAL = "pcscd.comm"
-_RUN = "run the program by `python -m pcsc_safe run ...`, or import pcsc_safe.scard in the place of smartcard.scard"
-_NOT_PYTHON = "have it use PC/SC only after it has forked, or not fork once it has"
+_RUN = "run the program with `python -m pcsc_safe run ...`, or import pcsc_safe.scard instead of smartcard.scard"
+_NOT_PYTHON = "let it fork before it first uses PC/SC"
 _HAZARDS = {
-    "2": "both read each other's answers",
+    "2": "both read each other's replies",
     "3": "its cleanup ends the owner's session",
-    "4": "the owner's orderly exit ends this one's session",
+    "4": "the owner's exit ends this process's session",
     "5": "its cards stay locked when the owner dies",
 }
 
@@ -59,9 +59,7 @@ def examine(pid: int) -> tuple[list[Finding], bool]:
     root = _proc.look(pid)
     if root.network and root.network != os.stat("/proc/self/ns/net").st_ino:
         remedy = f"sudo nsenter -t {pid} -n python -m pcsc_safe doctor --pid {pid}"
-        detail = (
-            f"process {pid} ({root.name}) is in another network namespace: where its sockets lead can't be told here"
-        )
+        detail = f"process {pid} ({root.name}) is in another network namespace: where its sockets lead is unknown here"
         return [Finding("family", Status.UNKNOWN, "processes", detail, remedy, {"pid": pid})], False
     family = _gather(pid, root)
     findings = [_summary(pid, family)]
@@ -146,10 +144,12 @@ def _summary(pid: int, family: _Family) -> Finding:
     unsure = not family.ends_known and any(each and each.libpcsclite for each in family.processes.values())
     if unsure and not connections:
         remedy = f"sudo modprobe unix_diag, or sudo python -m pcsc_safe doctor --pid {pid}"
-        text = "where their sockets lead can't be told here"
+        text = "where their sockets lead is unknown here"
         return Finding("family", Status.UNKNOWN, "processes", text, remedy, data)
     if family.unseen:
-        detail += f"; {_many(family.unseen, 'process', 'processes')} of others, which may hold them too, can't be seen"
+        detail += (
+            f"; {_many(family.unseen, 'process', 'processes')} of other users, which may hold them too, can't be seen"
+        )
     return Finding("family", Status.OK, "processes", detail, data=data)
 
 
@@ -163,17 +163,17 @@ def _named(pids: list[int]) -> str:
 
 def _finding(pid: int, process: Optional[Process], family: _Family) -> Finding:
     if process is None:
-        return Finding("process", Status.UNKNOWN, f"process {pid}", "it ended meanwhile", data={"pid": pid})
+        return Finding("process", Status.UNKNOWN, f"process {pid}", "it has ended since", data={"pid": pid})
     what = f"process {pid} ({process.name})"
     data = _data(process, family)
     if process.is_broker:
         detail = "a broker of pcsc_safe's: its connections are its own, and no fork inherits them"
         return Finding("process", Status.OK, what, detail, data=data)
     if process.state in "ZX":
-        return Finding("process", Status.OK, what, "has ended, and is not waited for by its parent", data=data)
+        return Finding("process", Status.OK, what, "has ended, and its parent has not waited for it", data=data)
     if process.sockets is None:
         remedy = f"sudo python -m pcsc_safe doctor --pid {pid}"
-        detail = "this user may not look into it: it is another user's, or does not let itself be looked into"
+        detail = "this user may not examine it: it belongs to another user, or is protected"
         return Finding("process", Status.UNKNOWN, what, detail, remedy, data)
     inherited = [each for each in _held(process, family) if each.owner != pid]
     if inherited:
@@ -231,7 +231,7 @@ def _all_well(process: Process, family: _Family) -> str:
     also = sorted({pid for each in own for pid in each.holders} - {process.pid})
     said += [f"held by {_named(also)} as well: see there"] if also else []
     for owner in sorted(set(_dead_sockets(process, family).values())):
-        said.append(f"a dead socket in the place of process {owner}'s connection: harmless, pcsc_safe put it there")
+        said.append(f"a dead socket in place of process {owner}'s connection: harmless, pcsc_safe put it there")
     if not said:
         said.append("no connection to pcscd" + ("" if process.libpcsclite else ", no PC/SC library"))
     said += [f"pcsc_safe is in it ({_HOW[process.pcsc_safe]})"] if process.pcsc_safe else []
@@ -250,19 +250,19 @@ def _verdict(
     told = "" if all(each.known for each in inherited) else " (as it seems: the older holder)"
     guarded = _is_guarded(process, family)
     if guarded and len(gone) == len(inherited):
-        detail = f"holds a session that {owners} established and holds no more: pcsc_safe has handed it over"
+        detail = f"holds a session that {owners} established and has handed over"
         return Finding("process", Status.OK, what, detail, data=data)
     if guarded:
         data["hazards"] = ["5"]
         detail = f"holds {owners}'s connection{told}, and has not used PC/SC since the fork, which ran no hook; "
-        detail += f"pcsc_safe lets go of it at the first use. Until then hazard 5: {_HAZARDS['5']}"
+        detail += f"pcsc_safe closes it at its first PC/SC call. Until then hazard 5: {_HAZARDS['5']}"
         return Finding("process", Status.WARNING, what, detail, "end it, or have it use PC/SC once", data)
     numbers = ["4", "5"] if len(gone) == len(inherited) else ["2", "3", "5"] if process.libpcsclite else ["5"]
     data["hazards"] = numbers
     words = "; ".join(_HAZARDS[number] for number in numbers)
     whose = f"holds {owners}'s connection{told}"
     if gone:
-        whose += ", which that one has no more"
+        whose += ", which that process has closed"
     detail = f"{whose}: {'hazard' if len(numbers) == 1 else 'hazards'} {', '.join(numbers)} ({words})"
     return Finding("process", Status.PROBLEM, what, detail, _RUN if _is_python(process) else _NOT_PYTHON, data)
 

@@ -170,7 +170,7 @@ def _family(broker: str) -> Any:
 
     from ..broker import family  # this process may crash in it
 
-    pcsc_safe.configure(policy="auto", broker=broker)
+    pcsc_safe.configure(policy="auto", broker=pcsc_safe.Broker(broker))
     return family
 
 
@@ -260,7 +260,7 @@ def exchange(stage: Stage, reader: str, broker: str = "") -> None:
     """
     import pcsc_safe
 
-    pcsc_safe.configure(cards="reconnect", broker=broker or "on-fork")
+    pcsc_safe.configure(cards="reconnect", broker=pcsc_safe.Broker(broker or "on-fork"))
     scard = stage.scard
     _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
     connected: Any = scard.SCardConnect(context, reader, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_ANY)

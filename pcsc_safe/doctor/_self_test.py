@@ -71,7 +71,7 @@ def _outdated(seen: dict[str, Any]) -> str:
 _ENDS = _wrong(what_is_sent=[], hang_up=True, exit=True, peer=True, identity=True)
 _TESTS = (
     _Test("self.passing", "passing sockets", ("passing",), "", False, _wrong(dead_if_kept=0), "sockets arrive"),
-    _Test("self.ends", "ends", ("ends",), "", False, _ENDS, "the ends of connections and processes are told"),
+    _Test("self.ends", "ends", ("ends",), "", False, _ENDS, "the ends of connections and processes are noticed"),
     _Test(
         "self.brokers",
         "brokers",
@@ -79,7 +79,7 @@ _TESTS = (
         "",
         False,
         lambda seen: _wrong(served=seen.get("children", -1), after_its_death=True)(seen),
-        "all children are served, and another one is started when it was killed",
+        "all children are served, and another broker starts when one is killed",
     ),
     _Test(
         *("self.deaths", "death of a client", ("deaths",), "", False, _wrong(broker_ended=True)),
@@ -132,7 +132,7 @@ def exchanges(readers: list[str]) -> Iterator[Finding]:
                 wrong = f"the process {answer.failure}" if answer.failure else f"parent, child and parent got {codes}"
                 yield Finding("self.exchange", Status.PROBLEM, what, wrong, _REMEDY, seen)
             else:
-                detail = f"parent and child are answered {codes[0]}"
+                detail = f"parent and child get {codes[0]}"
                 yield Finding("self.exchange", Status.OK, what, detail, data=seen)
 
 

@@ -13,11 +13,20 @@ from __future__ import annotations
 import sys
 import threading
 from importlib import import_module
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 from .._core import process
+from .._core.configure import configure
 from . import framework, monitors, scard
 from .patches import Patch, Patches
+
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    from typing_extensions import ParamSpec
+
+    _Settings = ParamSpec("_Settings")
+    _Result = TypeVar("_Result")
 
 __all__ = ["PATCHES", "install", "uninstall"]
 
@@ -38,18 +47,29 @@ _installing = threading.RLock()  # held while modules are imported, so no import
 _awaited: set[str] = set()
 
 
-def install() -> None:
-    """Make pyscard fork-aware in this process and its children, whatever was imported, by whatever name, and when.
+def _taking(like: Callable[_Settings, Any]) -> Callable[[Callable[..., _Result]], Callable[_Settings, _Result]]:
+    """For type checkers: that a function takes the keywords of another one."""
+    return lambda function: function
 
-    Again is no harm.  Call it early, before the program opens contexts: those that it has already go on working here,
-    but are no use in a forked child (SCARD_E_INVALID_HANDLE), and their connections to pcscd are dead there.
 
-    With ``broker="always"`` configured, pyscard is imported without its native library from now on.
+@_taking(configure)
+def install(**settings: Any) -> None:
+    """Make pyscard itself fork-aware, in this process and its children.
 
-    :raises BrokerError: ``broker="always"``, pyscard has been imported, and no broker can be started.
+    It reaches every name by which pyscard's functions and classes were imported, before the call or after it.  Call it
+    before the program establishes its first context: contexts that are open already work in this process as before,
+    and are SCARD_E_INVALID_HANDLE in a forked child.  A second call changes nothing but the settings.
+
+    With ``broker="always"``, pyscard is imported without its native library from now on.
+
+    :param settings: as for :func:`pcsc_safe.configure`, which is called first; none: they stay as they are.
+    :raises SettingsError: a setting can't have this value; pyscard is unchanged then.
+    :raises BrokerError: ``broker="always"``, pyscard is imported already, and no broker can be started.
     """
     from wrapt import register_post_import_hook
 
+    if settings:
+        configure(**settings)
     process.current()
     with _installing:
         if _applied.wanted:
@@ -70,11 +90,11 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put back everything that :func:`install` has replaced.
+    """Undo :func:`install`.
 
-    Contexts and cards that were opened meanwhile go on working: while there are any, pyscard's functions are such as
-    know them, and C functions again when the last of them has been released.  Everything else is pyscard's own at once.
-    Where a stand-in was in the place of the native library, that is loaded now.
+    Contexts and cards that are open keep working: pyscard's functions are its own C functions again when the last of
+    them has been released.  Its classes are its own immediately.  If pyscard was imported without its native library,
+    that is loaded now.  Settings stay as they are.
     """
     process.current()
     with _installing:

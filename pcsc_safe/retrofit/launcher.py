@@ -22,12 +22,11 @@ from ..errors import SettingsError
 
 __all__ = ["EPILOG", "add_arguments", "main", "split"]
 
-EPILOG = """The program runs as by python itself; options of Python's own go before the first -m:
+EPILOG = """The program runs as with "python program". Options of Python itself go before the first -m:
   python -X dev -m pcsc_safe run -m my.server --port 80
 
-Python processes that it starts are retrofitted as well, if they have pcsc_safe and are not started with -E, -I or -S,
-nor with an environment that lacks PYTHONPATH."""
-_USAGE = "python -m pcsc_safe run [options] script.py | -m module | -c code | -  [argument ...]"
+Python programs that it starts run on pcsc_safe too, unless they are started with -E, -I or -S, without PYTHONPATH in
+their environment, or by a Python that has no pcsc_safe."""
 _SETTINGS = {policy.option(name): name for name in policy.SETTINGS}
 _SWITCHES = {option for option, name in _SETTINGS.items() if isinstance(policy.SETTINGS[name].default, bool)}
 _TIMELINE = "--timeline"
@@ -51,17 +50,18 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; the program is told apart by :func:`split`."""
-    parser.usage = _USAGE
+    parser.usage = f"{parser.prog} [options] script.py | -m module | -c code | -  [argument ...]"
     for option, setting in _SETTINGS.items():
         row = policy.SETTINGS[setting]
         told = ": ".join(filter(None, [row.summary, ", ".join(row.choices())]))
         if option in _SWITCHES:
             parser.add_argument(option, nargs="?", const="1", metavar="=0", help=told)
         else:
-            parser.add_argument(option, metavar=setting.upper(), help=told)
-    parser.add_argument("--report", action="store_true", help="tell on stderr, at the end, what happened to PC/SC")
+            added = parser.add_argument(option, metavar=setting.upper(), help=told)
+            vars(added)["values"] = row.choices()  # for the completion; what else is given is refused in our own words
+    parser.add_argument("--report", action="store_true", help="print to stderr, at the end, what happened to PC/SC")
     parser.add_argument(
-        _TIMELINE, metavar="FILE", help="draw, at the end, which process had which session when: FILE.svg or FILE.html"
+        _TIMELINE, metavar="FILE", help="draw the sessions of each process over time, in FILE.svg or FILE.html"
     )
     parser.set_defaults(refuse=parser.error)
 
@@ -73,11 +73,13 @@ def main(options: argparse.Namespace) -> int:
     """
     program: list[str] = options.program
     if not program:
-        options.refuse("a program is missing: script.py, -m module, -c code, or - for standard input")
+        options.refuse("name a program to run: script.py, -m module, -c code, or - for standard input")
     if program[0].startswith("-") and program[0] not in ("-", "--") and program[0][:2] not in _MEANING_PROGRAM:
-        options.refuse(f"{program[0]} is no option of run; for Python's own: python {program[0]} -m pcsc_safe run ...")
+        options.refuse(
+            f"run has no option {program[0]}; options of Python go first: python {program[0]} -m pcsc_safe run ..."
+        )
     if sys.flags.ignore_environment or sys.flags.no_site:
-        options.refuse("python -E, -I and -S keep the retrofit from the program: leave them out")
+        options.refuse("python -E, -I and -S keep pcsc_safe out of the program: leave them out")
     try:
         environment = _environment(os.environ, options)
     except SettingsError as error:
@@ -99,7 +101,7 @@ def _checked(options: argparse.Namespace) -> Path:
     from .._trace.timeline import SUFFIXES  # most runs draw nothing
 
     if os.name != "posix":
-        options.refuse(f"{_TIMELINE} is not to be had on this platform: processes can't be recorded here")
+        options.refuse(f"{_TIMELINE} is unsupported on this platform: use it on Linux or macOS")
     file = Path(options.timeline).absolute()
     if file.suffix not in SUFFIXES:
         options.refuse(f"{_TIMELINE} {options.timeline}: name a file that ends in {' or '.join(SUFFIXES)}")

@@ -27,18 +27,18 @@ _CARDS = ("echo", "piv", "none")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pcsc_safe.testing",
-        description="Run a command on a PC/SC stack of its own, with virtual readers and cards.",
-        epilog="exit status: the command's; 2 if there is no stack to run it on",
+        description="Run a command on a private PC/SC stack with virtual readers and cards.",
+        epilog="exit status: that of the command; 2 if the stack can't be started",
     )
     parser.add_argument(
         "--card",
         action="append",
         choices=_CARDS,
         metavar="CARD",
-        help="the card in the next reader, may be repeated: echo (the default), which answers with what it is sent; "
+        help="the card in the next reader; repeat it for more readers: echo (default), which returns what it is sent; "
         "piv, with a key, a certificate and the PIN 123456; none",
     )
-    parser.add_argument("command", nargs="+", metavar="-- command", help="what to run, with its arguments")
+    parser.add_argument("command", nargs="+", metavar="-- command", help="the command to run, with its arguments")
     return parser
 
 

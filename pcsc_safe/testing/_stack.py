@@ -51,7 +51,7 @@ class Reader:
         return self._slot.card
 
     def insert(self, card: VirtualCard) -> None:
-        """Put a card in; returns when pcscd has noticed and powered it up.
+        """Put a card in; return when pcscd has noticed it and powered it up.
 
         While pcscd is down (after `VirtualPcsc.kill`) the card sits there until it is up again.
 
@@ -72,9 +72,9 @@ class Reader:
                 raise
 
     def remove(self) -> VirtualCard:
-        """Pull the card out; returns it when pcscd has noticed.
+        """Pull the card out; return it when pcscd has noticed.
 
-        :raises PcscStackError: there is no card in the reader, or pcscd goes on seeing it.
+        :raises PcscStackError: there is no card in the reader, or pcscd still sees it.
         """
         with self._stack._exclusive() as stack:
             card = self.card
@@ -104,18 +104,18 @@ class Reader:
 class VirtualPcsc:
     """A private pcscd with virtual readers; a context manager.
 
-    It needs no hardware, no root and no system pcscd, and any number can run side by side.  Cards run in threads of
-    this process.  While the block runs, PC/SC calls of this process and its children reach this stack (unless
-    ``activate=False``, see `activated`).
+    It needs no hardware, no root and no system pcscd, and several can run side by side.  The cards run in threads of
+    this process.  Inside the block, PC/SC calls of this process and its children use this stack, unless
+    ``activate=False``; see `activated`.
 
-    :param readers: how many readers, 1 to 16.  vpcd's readers come in pairs: for an odd number pcscd lists one more,
-        always empty.
-    :param cards: cards to start with, for the first readers; None leaves a reader empty.
-    :param activate: whether PC/SC calls in this process shall find this stack.
-    :param timeout: seconds that pcscd may take for anything it is asked.
-    :raises ValueError: a number of readers that can't be.
-    :raises PcscStackError: when the block is entered: pcscd or vpcd is not installed, or does not start; says what to
-        do.  When it is left: a card's own code raised (the cause of this error); not if the block itself raised.
+    :param readers: the number of readers, 1 to 16.  vpcd's readers come in pairs: for an odd number pcscd lists one
+        more, which is always empty.
+    :param cards: the cards in the first readers; None leaves a reader empty.
+    :param activate: whether PC/SC calls in this process use this stack.
+    :param timeout: seconds that pcscd may take for each request.
+    :raises ValueError: ``readers`` is not 1 to 16, or there are more cards than readers.
+    :raises PcscStackError: on entry: pcscd or vpcd is not installed, or does not start; the error says what to do.  On
+        exit: a card's own code raised, unless the block raised itself; that exception is the cause of the error.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class VirtualPcsc:
             time.sleep(0.002)
 
     def kill(self) -> None:
-        """SIGKILL pcscd.  Until `start`, PC/SC calls fail; cards stay in their readers, without power."""
+        """Kill pcscd with SIGKILL.  Until `start`, PC/SC calls fail; cards stay in their readers, without power."""
         with self._exclusive():
             self._running().kill()
             self._unplug()
@@ -306,8 +306,10 @@ class VirtualPcsc:
     def _exclusive(self) -> Iterator[VirtualPcsc]:
         """For everything that changes the stack: one thread at a time, and never a forked child."""
         if os.getpid() != self._owner:
-            problem = f"this virtual PC/SC stack is process {self._owner}'s, this is its forked child {os.getpid()}"
-            raise PcscStackError(problem, remedy="change it there, or start a stack of your own")
+            problem = (
+                f"this virtual PC/SC stack belongs to process {self._owner}, and this is its forked child {os.getpid()}"
+            )
+            raise PcscStackError(problem, remedy="change it in that process, or start another stack here")
         with self._lock:
             yield self
 
@@ -341,7 +343,7 @@ class VirtualPcsc:
         if missing:
             raise ConnectionError(f"no reader {', '.join(sorted(missing))}")
         if any(name.startswith(_slots.HIDDEN) for name in names):
-            raise ConnectionError("it goes on listing readers that it should have removed")
+            raise ConnectionError("it still lists readers that it should have removed")
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -359,7 +361,7 @@ class VirtualPcsc:
         for card in self._cards_seen:
             if card.errors:
                 problem = f"{type(card).__name__} raised {type(card.errors[0]).__name__} in its own code"
-                raise PcscStackError(problem, remedy="see the cause; card.errors has all") from card.errors[0]
+                raise PcscStackError(problem, remedy="see the cause; card.errors lists all of them") from card.errors[0]
 
 
 def _find() -> _install.Installed:

@@ -47,10 +47,10 @@ class VirtualCard:
         stack's, one command after the other.
     :raises ValueError: the ATR has no possible length.
 
-    What the card's code raises is answered with 6F00 and kept in `errors`.
+    If the card's code raises, the reader gets the status word 6F00, and `errors` gets the exception.
 
-    vpcd carries at most 65,535 bytes, status word included, in either direction; and it can't tell a command of one
-    byte from a message of its own.  pcscd powers a card that no application uses off after some 400 ms.
+    vpcd carries at most 65,535 bytes in either direction, status word included, and takes a command of one byte for a
+    message of its own.  pcscd powers a card off that no application has used for some 400 ms.
     """
 
     def __init__(self, atr: bytes = DEFAULT_ATR, apdu: Optional[Callable[[bytes], bytes]] = None) -> None:
@@ -66,7 +66,7 @@ class VirtualCard:
         self._powered = False
 
     def apdu(self, command: bytes) -> bytes:
-        """Answer one command APDU; to be overridden.
+        """Return the response to one command APDU; override it.
 
         :param command: the APDU as the application sent it, two bytes at least.
         :return: the response: data and status word, 2 to 65,535 bytes.
@@ -74,13 +74,13 @@ class VirtualCard:
         return b"\x6d\x00" if self._script is None else self._script(command)
 
     def power_on(self) -> None:
-        """Called when the reader powers the card up; to be overridden."""
+        """Called when the reader powers the card up; override it."""
 
     def power_off(self) -> None:
-        """Called when the card loses its power; to be overridden."""
+        """Called when the card loses its power; override it."""
 
     def reset(self) -> None:
-        """Called at a warm reset; to be overridden."""
+        """Called at a warm reset; override it."""
 
     @property
     def record(self) -> tuple[CardEvent, ...]:
@@ -157,7 +157,7 @@ class VirtualCard:
         if not isinstance(response, (bytes, bytearray)):
             raise PcscStackError(f"apdu() returned {type(response).__name__}", remedy="return bytes")
         if not 2 <= len(response) <= LONGEST_MESSAGE:
-            remedy = f"return data and status word, 2 to {LONGEST_MESSAGE} bytes, vpcd carries no more"
+            remedy = f"return data and status word, 2 to {LONGEST_MESSAGE} bytes"
             raise PcscStackError(f"apdu() returned {len(response)} bytes", remedy=remedy)
         return bytes(response)
 
@@ -176,18 +176,16 @@ class VirtualCard:
 
 
 class EchoCard(VirtualCard):
-    """The card of our own tests.  The class byte is ignored; short and extended length are understood.
+    """A card that returns what it is sent.  It ignores the class byte, and takes short and extended length.
 
-    ======  ==================================================================================================
-    INS     answer (with 9000)
-    ======  ==================================================================================================
-    01      the data of the command
-    02      the same, after P1 times 10 milliseconds
-    20      nothing: "verify PIN", any PIN is right
-    30      01 if a PIN was verified since the card last lost its power or was reset, else 00
-    40      P1*256+P2 bytes (65,533 at most, else 6700), counting 00, 01, ... FF, 00, ...
-    other   6D00
-    ======  ==================================================================================================
+    | INS | what it returns before the status word 9000 |
+    |---|---|
+    | 01 | the data of the command |
+    | 02 | the same, after P1 times 10 milliseconds |
+    | 20 | nothing: "verify PIN", and any PIN is right |
+    | 30 | 01 if a PIN was verified since the card was last powered or reset, otherwise 00 |
+    | 40 | P1*256+P2 bytes, counting 00, 01, ... FF, 00, ...; more than 65,533 are 6700 |
+    | other | only the status word 6D00 |
     """
 
     def __init__(self, atr: bytes = DEFAULT_ATR) -> None:
@@ -195,7 +193,7 @@ class EchoCard(VirtualCard):
         self.verified = False
 
     def apdu(self, command: bytes) -> bytes:
-        """Answer one command, see the class."""
+        """The response to one command; see the class."""
         if len(command) < 4:
             return b"\x67\x00"
         ins, p1, p2 = command[1:4]

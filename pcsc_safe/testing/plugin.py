@@ -1,4 +1,4 @@
-"""The pytest plugin: fixtures ``pcsc_stack`` and ``pcsc_card``, marker ``pcsc``, and a line in the header.
+"""The pytest plugin: ``pcsc_stack``, ``pcsc_card``, ``pcsc_stack_factory``, the marker ``pcsc``, a line in the header.
 
 Invariant: a test run that doesn't use it pays for this module alone; everything else is imported by the fixtures.
 
@@ -7,15 +7,19 @@ At a fork: see `VirtualPcsc`.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 import pytest
 
 if TYPE_CHECKING:
     from . import VirtualCard, VirtualPcsc
 
-__all__ = ["pcsc_card", "pcsc_stack"]
+    CardSource = Union[str, Callable[[], VirtualCard], None]
+    StackFactory = Callable[..., VirtualPcsc]
+
+__all__ = ["pcsc_card", "pcsc_stack", "pcsc_stack_factory"]
 
 _LOG_TAIL = 2000  # characters
 
@@ -23,7 +27,9 @@ _LOG_TAIL = 2000  # characters
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker."""
     config.addinivalue_line(
-        "markers", "pcsc(readers=2): how many readers (1 to 16), each with an EchoCard, the pcsc_stack fixture has"
+        "markers",
+        "pcsc(readers=2, cards=['echo', 'echo']): how many readers (1 to 16) pcsc_stack has, and the cards in the "
+        "first ones: 'echo', 'piv', None for no card, or a class or function that makes a card",
     )
 
 
@@ -48,23 +54,57 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
 
 
 @pytest.fixture
-def pcsc_stack(request: pytest.FixtureRequest) -> Iterator[VirtualPcsc]:
-    """A fresh `VirtualPcsc` for each test, activated, with an EchoCard in every reader.
+def pcsc_stack_factory() -> Iterator[StackFactory]:
+    """A function that starts a `VirtualPcsc`, which ends with the test.
 
-    It has two readers, or as many as the test asks for: ``@pytest.mark.pcsc(readers=4)``.  The test is skipped where
-    pcscd or vpcd is missing.
+    Its arguments are those of the marker ``pcsc``, and ``activate``: whether PC/SC calls in this process use the stack
+    (True).  Stacks may be nested; see `VirtualPcsc.activated`.  The test is skipped where pcscd or vpcd is missing.
     """
     from ._install import Missing, look  # as above
 
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
-    from . import EchoCard, VirtualPcsc  # as above
+    from . import VirtualPcsc  # as above
 
+    with contextlib.ExitStack() as stacks:
+
+        def start(
+            readers: Optional[int] = None, cards: Optional[Sequence[CardSource]] = None, *, activate: bool = True
+        ) -> VirtualPcsc:
+            count = readers if readers is not None else 2 if cards is None else len(cards)
+            made = [_card(source) for source in (["echo"] * count if cards is None else cards)]
+            return stacks.enter_context(VirtualPcsc(count, made, activate=activate))
+
+        yield start
+
+
+def _card(source: CardSource) -> Optional[VirtualCard]:
+    from . import EchoCard, PcscStackError  # as above
+
+    if callable(source):
+        return source()
+    if source == "piv":
+        from .piv import PivCard  # needs the extra piv
+
+        return PivCard.personalised()
+    if source in ("echo", None):
+        return EchoCard() if source else None
+    raise PcscStackError(
+        f"{source!r} is not what makes a card",
+        remedy="use 'echo', 'piv', None, or a class or function: each test has cards of its own",
+    )
+
+
+@pytest.fixture
+def pcsc_stack(request: pytest.FixtureRequest, pcsc_stack_factory: StackFactory) -> VirtualPcsc:
+    """A new `VirtualPcsc` for each test, activated, with an EchoCard in each of its two readers.
+
+    The marker asks for others: ``@pytest.mark.pcsc(readers=4)``, ``@pytest.mark.pcsc(cards=["piv", None, MyCard])``.
+    The test is skipped where pcscd or vpcd is missing.
+    """
     marker = request.node.get_closest_marker("pcsc")
-    readers = marker.kwargs.get("readers", 2) if marker else 2
-    with VirtualPcsc(readers, [EchoCard() for _ in range(readers)]) as stack:
-        yield stack
+    return pcsc_stack_factory(**(marker.kwargs if marker else {}))
 
 
 @pytest.fixture

@@ -212,9 +212,14 @@ def test_its_interpreter_can_be_named(stack: VirtualPcsc, tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("executable", "frozen", "why", "remedy"),
     [
-        ("/usr/bin/uwsgi", False, "'/usr/bin/uwsgi', which is no Python", "set PCSC_SAFE_BROKER_PYTHON to"),
-        (None, False, "'', which is no Python", "set PCSC_SAFE_BROKER_PYTHON to"),
-        ("/opt/app/app", True, "'/opt/app/app' is a frozen program", "call pcsc_safe.freeze_support() first thing"),
+        ("/usr/bin/uwsgi", False, "'/usr/bin/uwsgi', which embeds Python", "set PCSC_SAFE_BROKER_PYTHON to"),
+        (None, False, "'', which embeds Python", "set PCSC_SAFE_BROKER_PYTHON to"),
+        (
+            "/opt/app/app",
+            True,
+            "'/opt/app/app' is a frozen program",
+            "call pcsc_safe.freeze_support() at the beginning",
+        ),
     ],
 )
 def test_where_there_is_no_python_the_error_says_so(
@@ -267,7 +272,7 @@ def test_a_frozen_program_is_its_own_broker(stack: VirtualPcsc, tmp_path: Path) 
 # The broker can't start.
 
 PYTHON = f'exec {sys.executable} "$@"'
-NO_INTERPRETER = "set PCSC_SAFE_BROKER_PYTHON to the Python interpreter that has pcsc_safe"
+NO_INTERPRETER = "set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe"
 
 
 def fails(python: str, within: float = 30.0) -> tuple[list[str], int, list[int], bool]:
@@ -324,6 +329,8 @@ def test_no_broker_and_why(stack: VirtualPcsc, tmp_path: Path, text: Any, mode: 
         python.write_text(text + "\n")
         python.chmod(mode)
     messages, *left_and_then = fails(str(python), within=0.3 if "sleep" in str(text) else 30.0)
+    if NO_INTERPRETER not in expected:  # the interpreter's own path, to be copied into a shell
+        expected = [*expected, f"run {python} -m pcsc_safe.broker --help to see why"]
     for message in messages:
         assert [part for part in (*expected, "PCSC_SAFE_BROKER_PYTHON") if part not in message] == [], message
     assert left_and_then == [0, [], True]
@@ -345,7 +352,7 @@ def test_brokers_that_die_again_and_again(stack: VirtualPcsc, tmp_path: Path) ->
     env = {**stack.env, "PCSC_SAFE_BROKER": "always", "PCSC_SAFE_BROKER_PYTHON": python}
     done = in_program(imports, env=env)
     message, left = json.loads(done.stdout)
-    assert "die as soon as they have begun" in message
+    assert "ended as soon as they had started" in message
     assert left == []
 
 

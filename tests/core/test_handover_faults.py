@@ -75,7 +75,8 @@ def test_a_call_that_lasts(stack: VirtualPcsc) -> None:
         client.say("it is in flight")
         client.hear()
         held_card(stack).go.set()
-        why = f"{NOTHING}calls of other threads are inside PC/SC; end them first, or configure a longer quiesce_timeout"
+        why = f"{NOTHING}other threads are inside PC/SC calls; end these calls first, or configure a longer "
+        why += "quiesce_timeout"
         assert client.result() == (why, [OK, False, OK, True, True, False])
 
 
@@ -246,7 +247,7 @@ def test_nothing_can_be_given(stack: VirtualPcsc, through: str, fault: str) -> N
         child = in_child(lambda: (errors, has(session)), fork=forking)
         return child, (errors, has(session)), in_child(has, session, fork=handing_over)
 
-    died = [f"{NOTHING}the broker has died, and the sessions with it; establish them anew"]
+    died = [f"{NOTHING}the broker has ended, and its sessions with it; establish new contexts"]
     if fault == "no broker":
         assert in_child(parent) == (died, died)
     else:

@@ -142,5 +142,5 @@ def test_configure_leaves_what_is_not_given() -> None:
 
 def test_configure_wants_a_context_of_ours() -> None:
     """Settings for one context need one."""
-    with pytest.raises(SettingsError, match="context is not a context that SCardEstablishContext gave"):
+    with pytest.raises(SettingsError, match="context is not an open context of this process"):
         pcsc_safe.configure(policy="raise", context=4711)

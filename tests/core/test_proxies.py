@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import multiprocessing
 import operator
 import os
 import pickle
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import Session
 from forking import in_child
+from places import ROOT
 from rawscard import raw
 
 from pcsc_safe import scard as safe
@@ -42,9 +45,10 @@ def test_it_counts_as_its_integer(handle: Any) -> None:
     assert {number: "found"}[handle] == {handle: "found"}[number] == "found"
     assert isinstance(handle, int)
     assert bool(handle) is True
-    assert (str(handle), repr(handle), f"{handle:x}", f"{handle:d}", hex(handle)) == (
+    assert (str(handle), f"{handle}", f"{handle} {handle:d}", f"{handle:x}", f"{handle:d}", hex(handle)) == (
         str(number),
-        repr(number),
+        str(number),
+        f"{number} {number}",
         f"{number:x}",
         f"{number:d}",
         hex(number),
@@ -82,6 +86,33 @@ def test_it_knows_its_owner(handle: Any) -> None:
     assert in_child(lambda: (handle.owner_pid, handle.established_at)) == (os.getpid(), handle.established_at)
 
 
+def test_repr_tells_what_it_is(session: Session) -> None:
+    """Kind and number, for a card its context and reader, then the owner and the state in this process."""
+    context, card, pid = int(session.context), int(session.card), os.getpid()
+    of_card = f"<SCARDHANDLE {card} context={context} reader={session.reader!r} owner_pid={pid} state="
+    assert repr(session.context) == f"<SCARDCONTEXT {context} owner_pid={pid} state='open'>"
+    assert repr(session.card) == f"{of_card}'open'>"
+
+    def child() -> tuple[str, str]:
+        before = repr(session.card)
+        session.transmit([0x80, 0x01, 0, 0, 0])
+        return before, repr(session.card).replace(str(os.getpid()), "CHILD")
+
+    assert in_child(child) == (f"{of_card}'inherited'>", f"{of_card}'open'>".replace(str(pid), "CHILD"))
+    _, other = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    safe.SCardReleaseContext(other)
+    assert repr(other).endswith("state='released'>")
+
+
+def test_json_and_pyscard_name_the_page(handle: Any) -> None:
+    """docs/errors.md has the words in which json refuses a handle; ``int(handle)`` is what both want."""
+    with pytest.raises(TypeError) as caught:
+        json.dumps({"handle": handle})
+    page = " ".join((ROOT / "docs" / "errors.md").read_text().split())
+    assert str(caught.value) in page
+    assert json.loads(json.dumps(int(handle))) == handle
+
+
 def test_a_copy_is_the_handle_itself(handle: Any) -> None:
     """Copying an integer gives the integer."""
     assert copy.copy(handle) is handle
@@ -113,7 +144,9 @@ def test_a_childs_handle_is_refused_in_its_parent(session: Session) -> None:
         return pickle.dumps(context)
 
     data = in_child(child)
-    with pytest.raises(PcscSafeError, match=r"SCARDCONTEXT \d+ of process \d+ is not .* known in process") as caught:
+    with pytest.raises(
+        PcscSafeError, match=r"SCARDCONTEXT \d+ of process \d+ is unknown in process \d+: it was released"
+    ) as caught:
         pickle.loads(data)
     assert "establish a context here" in str(caught.value)
 
@@ -131,7 +164,8 @@ def test_another_family_refuses_a_pickle(session: Session, method: str) -> None:
     """A process that is spawned, or forked by a fork server, shares nothing with us, and says so."""
     with multiprocessing.get_context(method).Pool(1) as pool:
         text = pool.apply(_load, (pickle.dumps(session.card),))
-    assert text.startswith(f"SCARDHANDLE {int(session.card)} of process {os.getpid()} belongs to another family")
+    name = f"SCARDHANDLE {int(session.card)} of process {os.getpid()}"
+    assert re.match(rf"{name} is unknown in process \d+, which was not forked from that process; ", text)
 
 
 def test_a_released_handle_is_not_loaded(session: Session) -> None:
@@ -139,7 +173,7 @@ def test_a_released_handle_is_not_loaded(session: Session) -> None:
     _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
     data = pickle.dumps(context)
     safe.SCardReleaseContext(context)
-    with pytest.raises(PcscSafeError, match="no longer"):
+    with pytest.raises(PcscSafeError, match="it was released"):
         pickle.loads(data)
 
 
@@ -156,9 +190,11 @@ def test_a_released_handle_is_not_loaded(session: Session) -> None:
     ],
 )
 def test_the_raw_module_refuses_it(session: Session, name: str, which: str, arguments: list[Any]) -> None:
-    """A proxy that slips past us raises TypeError there; the session is not touched."""
-    with pytest.raises(TypeError, match="Expected a python long"):
+    """A proxy that slips past us raises TypeError there, in words of our page; the session is not touched."""
+    with pytest.raises(TypeError, match=r"Expected a python long as SCARD(CONTEXT|HANDLE)") as caught:
         getattr(raw, name)(getattr(session, which), *arguments)
+    page = (ROOT / "docs" / "errors.md").read_text()
+    assert str(caught.value).replace("SCARDHANDLE", "SCARDCONTEXT") in page
 
 
 def test_it_keeps_its_identity_over_a_re_establishment(session: Session) -> None:

@@ -537,7 +537,7 @@ def test_how_long_a_fork_waits(held: VirtualPcsc) -> None:
     assert flags(waiter.answer()) == (OK, [(reader, CHANGED | EMPTY, [])])
 
 
-BLOCKED = {"auto": "a broker does PC/SC for it", "reestablish": "policy 'auto' lets a broker do PC/SC for it"}
+BLOCKED = {"auto": "a broker makes its PC/SC calls", "reestablish": "with policy 'auto' a broker makes its PC/SC calls"}
 
 
 @pytest.mark.parametrize("policy", BLOCKED)
@@ -555,7 +555,7 @@ def test_a_fork_beside_a_connect_that_a_transaction_blocks(session: Session, pol
     assert wait_for(holder) == OK
     assert blocked.answer()[0] == OK
     assert answers == (OK if policy == "auto" else "ForkUnsafeError")
-    why = "was forked while thread connecting was inside SCardConnect, and can't use the native library"
+    why = "was forked while thread connecting was inside SCardConnect, and can't use the native PC/SC library"
     assert [line.partition(" was")[2] for line in lines] == [f"{why}: {BLOCKED[policy]}".partition("was")[2]]
     for descriptor in (*begun, *end):
         os.close(descriptor)

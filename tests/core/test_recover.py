@@ -376,13 +376,13 @@ def test_what_is_logged(stack: VirtualPcsc) -> None:
             assert reconnect(session.card) == OK
         logging.getLogger("pcsc_safe").removeHandler(handler)
         session.close()
-        return lines, os.getpid()
+        return lines, os.getpid(), session.reader
 
-    lines, pid = told(stack, "native", story)
+    lines, pid, reader = told(stack, "native", story)
     assert lines == 2 * [
-        f"INFO process {pid} has a new context in the place of one that ended with pcscd",
-        "WARNING SCardTransmit answers SCARD_W_RESET_CARD because pcscd was restarted, not because of the card: call "
-        "SCardReconnect, or configure cards='reconnect'",
+        f"INFO process {pid} has a new context in place of one that ended with pcscd",
+        f"WARNING SCardTransmit returns SCARD_W_RESET_CARD to process {pid} for the card in {reader}, because pcscd "
+        "was restarted: call SCardReconnect (pcsc_safe.reconnecting() does), or configure cards='reconnect'",
     ]
 
 

@@ -206,10 +206,10 @@ def test_the_log_says_it_once(session: Session, caplog: pytest.LogCaptureFixture
         with caplog.at_level(logging.INFO, "pcsc_safe"):
             for _ in range(3):
                 assert session.transmit(ECHO) == ECHOED
-        return [record.getMessage() for record in caplog.records if "goes on" in record.getMessage()]
+        return [record.getMessage() for record in caplog.records if "continues" in record.getMessage()]
 
     (line,) = in_child(child)
-    assert f"goes on in process {os.getpid()}'s session with the card in {session.reader}" in line
+    assert f"continues process {os.getpid()}'s session with the card in {session.reader}" in line
 
 
 def powered(card: Any) -> int:

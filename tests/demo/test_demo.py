@@ -234,7 +234,7 @@ WATCHED = {"program": {"watched": 1.5}}
 JUDGEMENTS: list[tuple[str, dict[str, dict[str, Any]], list[str], bool]] = [
     # hazard, reports, words that its harm has to hold, whether it is proven safe
     ("1", {"parent": {"readers": 2, "clients": 1, "child_ended": -11}}, ["child died of SIGSEGV"], False),
-    ("1", {"parent": {"readers": 2, "child_ended": 1}, "child": {"code": "SCARD_E_X"}}, ["answered SCARD_E_X"], False),
+    ("1", {"parent": {"readers": 2, "child_ended": 1}, "child": {"code": "SCARD_E_X"}}, ["returned SCARD_E_X"], False),
     (
         "1",
         {
@@ -273,7 +273,7 @@ JUDGEMENTS: list[tuple[str, dict[str, dict[str, Any]], list[str], bool]] = [
     ("6", {**TEN, "child 3": {"ended": 1}, "parent": NONE_STUCK}, [], False),
     ("6", {**TEN, "parent": NONE_STUCK}, [], True),
     ("7", {**FOUR, "cancel": {}, **WATCHED}, ["still frozen after 1.5 s: SCardCancel"], False),
-    ("7", {**FOUR, "other context": {"code": "SCARD_E_X"}, **WATCHED}, ["another context answered SCARD_E_X"], False),
+    ("7", {**FOUR, "other context": {"code": "SCARD_E_X"}, **WATCHED}, ["another context returned SCARD_E_X"], False),
     ("7", {**FOUR, "wait": {"code": OK}, **WATCHED}, [], False),  # it did not wait for its end
     ("7", FOUR, [], False),
     ("7", {**FOUR, **WATCHED}, [], True),
@@ -308,7 +308,7 @@ JUDGEMENTS: list[tuple[str, dict[str, dict[str, Any]], list[str], bool]] = [
     (
         "11",
         {"child": {"calls": 20, "codes": ["X"], "failed": 20, "filled": 3, "held_secret": 1}},
-        ["3 answered memory of the process, 1 of them"],
+        ["3 returned memory of the process, 1 of them"],
         False,
     ),
 ]

@@ -312,7 +312,7 @@ def test_another_protocol(path: str) -> None:
     with server(path, refuses):
         told = about_pcsc(path)
     assert (told.status, told.of["pcscd.answer"]["data"]["protocol"]) == (1, "5.0")
-    assert "one version" in told.of["pcscd.answer"]["remedy"]
+    assert "same version" in told.of["pcscd.answer"]["remedy"]
 
 
 @on_linux
@@ -361,7 +361,7 @@ def test_no_readers() -> None:
             "no card",
         ),
         ({"list": "SCARD_S_SUCCESS", "readers": ["r"]}, ["readers", "reader"], "did not end in 9 s"),
-        ({"list": "SCARD_E_X", "readers": []}, ["readers"], "answers SCARD_E_X"),
+        ({"list": "SCARD_E_X", "readers": []}, ["readers"], "returns SCARD_E_X"),
     ],
 )
 def test_readers_as_far_as_they_were_told(reported: Any, keys: list[str], words: str) -> None:
@@ -382,7 +382,7 @@ def test_readers_as_far_as_they_were_told(reported: Any, keys: list[str], words:
         (["present", "inuse"], OK, "in use"),
         (["present", "mute"], WARNING, "doesn't answer"),
         (["present", "exclusive", "inuse"], WARNING, "exclusively"),
-        (["unavailable"], WARNING, "can't be used"),
+        (["unavailable"], WARNING, "is unavailable"),
     ],
 )
 def test_states_of_a_reader(flags: list[str], status: Status, words: str) -> None:
@@ -396,8 +396,8 @@ def test_states_of_a_reader(flags: list[str], status: Status, words: str) -> Non
 @pytest.mark.parametrize(
     ("why", "container", "program", "words", "remedy"),
     [
-        ("ENOENT", False, "/usr/sbin/pcscd", "not running", "pcscd"),
-        ("ENOENT", False, None, "not running", "install pcscd"),
+        ("ENOENT", False, "/usr/sbin/pcscd", "doesn't run", "pcscd"),
+        ("ENOENT", False, None, "doesn't run", "install pcscd"),
         ("ENOENT", True, None, "in this container", "docker run -v"),
         ("EACCES", False, "/usr/sbin/pcscd", "may not connect", "permissions"),
         ("EAGAIN", False, "/usr/sbin/pcscd", "hangs", "restart"),
@@ -585,7 +585,7 @@ def test_what_notices_a_fork(noticed: tuple[str, str], statuses: list[Status], l
 @pytest.mark.parametrize(
     ("environment", "platform", "chooses", "words"),
     [
-        ({}, "linux", "reestablish", "a native context of its own"),
+        ({}, "linux", "reestablish", "a new native context"),
         ({}, "darwin", "broker", "on macOS"),
         ({"PCSC_SAFE_BROKER": "always"}, "linux", "broker", "'always'"),
         ({"PCSC_SAFE_POLICY": "raise"}, "linux", "reestablish", "the policy is 'raise'"),
@@ -634,9 +634,9 @@ CHILD, PARENT = {"code": "A", "shares": False, "ended": 0}, {"code": "A", "after
         ({"parent": PARENT}, {"timed_out": 2.0, "exit_status": None}, "did not end in 2 s", True),
         ({}, {"killed_by": 11, "exit_status": None}, "died of SIGSEGV", False),
         ({"parent": PARENT, "child": {**CHILD, "ended": -11}}, {}, "the child died of SIGSEGV", True),
-        ({"parent": PARENT, "child": {**CHILD, "code": "B"}}, {}, "was answered B", True),
+        ({"parent": PARENT, "child": {**CHILD, "code": "B"}}, {}, "the child got B", True),
         ({"parent": PARENT, "child": {**CHILD, "shares": True}}, {}, "its parent's connection", True),
-        ({"parent": {**PARENT, "afterwards": "B"}, "child": CHILD}, {}, "answered B afterwards", True),
+        ({"parent": {**PARENT, "afterwards": "B"}, "child": CHILD}, {}, "got B afterwards", True),
     ],
 )
 def test_a_probe_is_judged_by_what_was_reported(reported: Any, ended: Any, harm: str, known: bool) -> None:

@@ -254,7 +254,7 @@ def test_pcsc_safe(shared_stack: VirtualPcsc) -> None:
     assert {told[role]["data"]["pcsc_safe"] for role in ("head", "idle", "user", "unhooked")} == {"mark"}
     assert (told["idle"]["status"], told["idle"]["data"]["connections"]) == ("ok", [])
     assert list(told["idle"]["data"]["dead_sockets"].values()) == [head]
-    assert f"a dead socket in the place of process {head}'s connection: harmless" in told["idle"]["detail"]
+    assert f"a dead socket in place of process {head}'s connection: harmless" in told["idle"]["detail"]
     (own,) = told["user"]["data"]["connections"]
     assert (told["user"]["status"], own["owner"], own["inherited"]) == ("ok", told["who"]["user"], False)
     assert (told["unhooked"]["status"], told["unhooked"]["data"]["hazards"]) == ("warning", ["5"])
@@ -418,7 +418,7 @@ def test_a_process_that_is_gone(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert f"no process {process.pid}" in capsys.readouterr().err
     monkeypatch.setattr(_proc, "descendants", lambda pid: [pid, process.pid])
     found = {each.data["pid"]: each for each in _process.examine(os.getpid())[0]}
-    assert found[process.pid].detail == "it ended meanwhile"
+    assert found[process.pid].detail == "it has ended since"
 
 
 @needs_root

@@ -163,4 +163,4 @@ def test_not_to_those_that_are_no_forks(method: str) -> None:
     with stack_with(WatchedCard.personalised()) as stack:
         done = in_program(program_that_passes_to_strangers, method, env=stack.env)
     assert done.stdout == "BrokenProcessPool\n"
-    assert "a handle is no use elsewhere: establish a context here" in done.stderr
+    assert "a handle is valid only where it was inherited: establish a context here" in done.stderr

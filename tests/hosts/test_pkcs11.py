@@ -76,7 +76,7 @@ def self_sign(public_key: str) -> None:
 def told(program: Any, *arguments: str, env: dict[str, str], prefix: tuple[str, ...] = ()) -> Any:
     """What the child said, and what the parent has signed since."""
     done = in_program(program, *arguments, env=env, prefix=prefix)
-    complaints = [line for line in done.stderr.splitlines() if "SCARD_W_RESET_CARD because" not in line]
+    complaints = [line for line in done.stderr.splitlines() if "returns SCARD_W_RESET_CARD" not in line]
     assert (done.returncode, complaints) == (0, []), done.stderr
     return json.loads(done.stdout)
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+from places import ROOT
 
 import pcsc_safe
 from pcsc_safe import __main__ as cli
+from pcsc_safe.policy import SETTINGS, Broker, option
 from pcsc_safe.testing import _versions
 
 
@@ -63,6 +66,51 @@ def test_a_command_pays_for_no_other() -> None:
         "sys.exit(any(name in sys.modules for name in ('pcsc_safe.demo', 'pcsc_safe.doctor', 'pcsc_safe.retrofit')))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=False).returncode == 0
+
+
+def completed(*words: str) -> set[str]:
+    """What bash offers for the last of some words of a command line."""
+    script = f"""{run("completion", "bash").stdout}
+COMP_WORDS=({" ".join(f"'{word}'" for word in words)}); COMP_CWORD={len(words) - 1}
+_pcsc_safe; printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    done = subprocess.run(["bash", "-u", "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stderr == ""
+    return set(done.stdout.split())
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes() -> None:
+    """Commands, options, and the values of settings; a file where a command takes a program."""
+    assert completed("pcsc-safe", "") == {*cli.COMMANDS, "--help"}
+    assert completed("pcsc-safe", "do") == {"doctor"}
+    assert completed("pcsc-safe", "doctor", "--t") == {"--touch-cards", "--timeout"}
+    assert completed("pcsc-safe", "run", "--policy", "re") == {"reestablish"}
+    assert completed("pcsc-safe", "run", "--broker", "") == {broker.value for broker in Broker}
+    assert completed("pcsc-safe", "run", "") == completed("pcsc-safe", "run", "--timeline", "") == set()
+    assert completed("pcsc-safe", "completion", "") == {"bash", "zsh", "fish", "--help"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_is_for_everything(shell: str) -> None:
+    """It has each command and each setting, and the shell can read it."""
+    script = run("completion", shell).stdout
+    assert all(name in script for name in cli.COMMANDS)
+    assert all(option(name).lstrip("-") in script for name in SETTINGS)
+    if shutil.which(shell):
+        command = [shell, "--no-execute" if shell == "fish" else "-n"]
+        done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=30, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_console_script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``pcsc-safe`` is the same command line, and calls itself so."""
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'pcsc-safe = "pcsc_safe.__main__:main"' in project
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/pcsc-safe", "run", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out.startswith("usage: pcsc-safe run [options] script.py")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.COMMANDS)])

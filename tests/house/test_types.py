@@ -14,6 +14,7 @@ import pytest
 import smartcard.scard as raw
 
 import pcsc_safe
+from pcsc_safe.policy import SETTINGS
 
 STUB = ast.parse(Path(pcsc_safe.__path__[0], "scard.pyi").read_text())
 VERSION = [int(part) for part in importlib.metadata.version("pyscard").split(".") if part.isdigit()]
@@ -59,15 +60,31 @@ def forked() -> Settings:
     try:
         ask("", [chosen is Cards.RESET])
     except pcsc_safe.ForkedHandleError as error:
-        return configure(policy=str(error.hresult), context=error.owner_pid)
+        return configure(policy=Policy(str(error.hresult)), context=error.owner_pid)
     except errors.PcscSafeError as error:
         print(error.function, error.remedy, pcsc_safe.__version__)
     return settings()
 
 
+def verified(card: int, apdu: list[int]) -> list[int]:
+    def verify(card: int) -> None:
+        scard.SCardTransmit(card, scard.SCARD_PCI_T1, [0, 0x20, 0, 0x80, 0])
+
+    def work(card: int) -> tuple[int, list[int]]:
+        return scard.SCardTransmit(card, scard.SCARD_PCI_T1, apdu)
+
+    try:
+        with configure(policy="raise", cards=Cards.RESET) as inside:
+            chosen: Policy = inside.policy
+            hresult, answer = pcsc_safe.reconnecting(card, work, verify, attempts=2 if chosen else 1)
+    except pcsc_safe.ReconnectError as error:
+        return [error.hresult]
+    return answer
+
+
 def daemonized(context: int) -> list[int]:
     pcsc_safe.freeze_support()
-    pcsc_safe.install()
+    pcsc_safe.install(policy="raise", broker=pcsc_safe.Broker.ON_FORK, recover=True)
     kept: list[int] = pcsc_safe.files_to_preserve()
     try:
         with pcsc_safe.handover(), pcsc_safe.handover(context):
@@ -105,6 +122,9 @@ scard.SCardNoSuchFunction(context)
 pcsc_safe.configure(recover=1.5)
 pcsc_safe.configure(no_such=True)
 pcsc_safe.handover("reader").nothing
+pcsc_safe.configure(policy="bogus")
+pcsc_safe.install(cards="recover")
+pcsc_safe.reconnecting(1, lambda card: card.upper())
 """
 
 
@@ -169,8 +189,25 @@ def test_a_wrong_program_does_not_pass(tmp_path: Path) -> None:
         "9: arg-type",
         "10: call-arg",
         "11: attr-defined",
+        "12: arg-type",
+        "13: arg-type",
+        "14: attr-defined",
     ]
     assert check(WRONG_PROGRAM, tmp_path) == found
+
+
+def test_each_value_of_a_setting_is_known() -> None:
+    """What type checkers take for a setting is its enumeration, or one of its words; no more and no less."""
+    source = ast.parse(Path(pcsc_safe.__path__[0], "_core", "configure.py").read_text())
+    typed = [node for node in ast.walk(source) if isinstance(node, ast.FunctionDef) and node.name == "configure"][-1]
+    known = {
+        argument.arg: ast.unparse(argument.annotation) for argument in typed.args.kwonlyargs if argument.annotation
+    }
+    assert known.keys() == {*SETTINGS, "context"}
+    for name, row in SETTINGS.items():
+        if row.choices():
+            words = ", ".join(map(repr, row.choices()))
+            assert known[name] == f"Union[{type(row.default).__name__}, Literal[{words}], None]"
 
 
 def test_the_typed_program_uses_all_that_is_public() -> None:

@@ -15,8 +15,8 @@ from forking import in_child, in_program
 from pcsc_safe.testing import VirtualPcsc
 
 REMEDY = (
-    "which is pyscard's own, and unprotected: call pcsc_safe.install() before you use pyscard's classes, or start the "
-    "program by python -m pcsc_safe run"
+    "which pcsc_safe doesn't protect: call pcsc_safe.install() before you use pyscard's classes, or start the program "
+    "with 'python -m pcsc_safe run'"
 )
 
 pytestmark = pytest.mark.native  # the programs leave the settings as they are
@@ -38,7 +38,7 @@ class Log(logging.Handler):
         logging.getLogger("pcsc_safe").addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "unprotected" in record.getMessage():
+        if getattr(record, "pcsc_event", "") == "unprotected":
             self.said.append(record.getMessage().replace(str(os.getpid()), "PID"))
 
     def at_forks(self, number: int) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -13,6 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple, Optional
 
 import pytest
@@ -220,8 +222,8 @@ def test_what_keeps_the_retrofit_out_is_refused(programs: Path, flag: str) -> No
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "a program is missing"),
-        (["--report"], "a program is missing"),
+        ([], "name a program to run"),
+        (["--report"], "name a program to run"),
         (["--timeline", "x.png", "who.py"], "--timeline x.png: name a file that ends in .html or .svg"),
         (["--timeline=/no/such/x.svg", "who.py"], "--timeline /no/such/x.svg: No such file or directory"),
         (["--policy"], "expected one argument"),
@@ -335,7 +337,7 @@ import smartcard, smartcard.scard
 print(os.getpid())
 """
     done = run(*RUN, "-c", code, cwd=tmp_path)
-    assert done == (0, done.out, f"pcsc_safe: process {done.out.strip()} is not retrofitted: no sense\n")
+    assert done == (0, done.out, f"pcsc_safe: process {done.out.strip()} runs on plain pyscard: no sense\n")
 
 
 def test_a_guard_that_makes_no_sense_is_told(tmp_path: Path) -> None:
@@ -343,7 +345,7 @@ def test_a_guard_that_makes_no_sense_is_told(tmp_path: Path) -> None:
     code = "import os; os.environ['PCSC_SAFE_GUARD_NATIVE'] = 'perhaps'; os.execl({0!r}, {0!r}, '-c', 'print(1)')"
     done = run(*RUN, "-c", code.format(sys.executable), cwd=tmp_path)
     assert (done.status, done.out) == (0, "1\n")
-    assert "is not retrofitted: PCSC_SAFE_GUARD_NATIVE cannot be 'perhaps'; use one of '1', 'true'" in done.err
+    assert "runs on plain pyscard: PCSC_SAFE_GUARD_NATIVE cannot be 'perhaps'; use one of '1', 'true'" in done.err
 
 
 def test_it_works_from_a_checkout(tmp_path: Path) -> None:
@@ -412,15 +414,29 @@ def test_the_report_is_by_process() -> None:
     assert report.summary(told) == (
         "pcsc_safe: forked processes that used PC/SC: 1, contexts re-established: 2, brokers started: 1, handovers: 1\n"
         "  process 2, parent 1\n"
-        "    imported pyscard, and was retrofitted\n"
-        "    established a context anew when pcscd had gone\n"
+        "    imported pyscard, and runs on pcsc_safe\n"
+        "    established a new context after pcscd had ended\n"
         "    started the broker 9\n"
         "    handed 1 context(s) over to a forked child\n"
         "  process 3, parent 2\n"
         "    used PC/SC after its fork from process 2\n"
-        "    has a context of its own in the place of process 2's (2 times)\n"
+        "    has a new context in place of process 2's (2 times)\n"
         "    news a=b\n"
     )
+
+
+def test_no_timeline_on_this_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where processes can't be recorded, the option is refused, and the message says where it can be used."""
+    refused: list[str] = []
+
+    def refuse(text: str) -> None:
+        refused.append(text)
+        raise SystemExit(2)
+
+    monkeypatch.setattr(launcher, "os", SimpleNamespace(name="nt"))
+    with pytest.raises(SystemExit):
+        launcher._checked(argparse.Namespace(timeline="drawn.svg", refuse=refuse))
+    assert refused == ["--timeline is unsupported on this platform: use it on Linux or macOS"]
 
 
 LISTENS = """
@@ -488,7 +504,7 @@ def test_a_program_is_retrofitted(shared_stack: VirtualPcsc, programs: Path, way
     assert done.out.splitlines()[:2] == [str(len(shared_stack.readers)), "True"]
     assert done.status == (0 if way else -signal.SIGTERM)
     assert f"{REPORTED}1, contexts re-established: 1, brokers started: 0, handovers: 0\n" in done.err
-    assert done.err.count("imported pyscard, and was retrofitted") == 1
+    assert done.err.count("imported pyscard, and runs on pcsc_safe") == 1
 
 
 FIRST_IN_A_CHILD = """
@@ -525,7 +541,7 @@ def test_brokers_are_in_the_report(shared_stack: VirtualPcsc, programs: Path, po
     done = run(*RUN, "--report", *options, "forks.py", cwd=programs, env=shared_stack.env)
     assert done.out.splitlines() == [str(len(shared_stack.readers)), "True"]
     assert "brokers started: 1, handovers: 0\n" in done.err
-    assert done.err.count("imported pyscard, and was retrofitted") == 1
+    assert done.err.count("imported pyscard, and runs on pcsc_safe") == 1
     assert ("shared 1 context(s)" in done.err) == (policy == "share")
 
 

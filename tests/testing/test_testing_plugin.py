@@ -58,6 +58,61 @@ def test_without():
     assert "virtual PC/SC stack: pcscd " in output
 
 
+def test_the_marker_chooses_cards(tmp_path: Path) -> None:
+    """Cards by name, by class, by function, and none; each test has its own, and parametrised ones share nothing."""
+    source = """
+import pytest
+from pcsc_safe.testing import EchoCard, VirtualCard
+
+class Mine(VirtualCard):
+    def apdu(self, command):
+        return bytes([0x90, 0x00])
+
+seen = []
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.pcsc(cards=[Mine, None, lambda: EchoCard(), "echo"])
+def test_cards(pcsc_stack, pcsc_card, number):
+    assert [type(reader.card) for reader in pcsc_stack.readers] == [Mine, type(None), EchoCard, EchoCard]
+    assert pcsc_card not in seen
+    seen.append(pcsc_card)
+
+@pytest.mark.pcsc(readers=3, cards=["echo"])
+def test_fewer_cards_than_readers(pcsc_stack):
+    assert [reader.card is not None for reader in pcsc_stack.readers] == [True, False, False]
+
+@pytest.mark.pcsc(cards=[EchoCard()])
+def test_a_card_that_others_would_share(pcsc_stack):
+    pass
+"""
+    output = run_pytest(tmp_path, source)
+    assert "3 passed, 1 error" in output
+    assert "is not what makes a card; use 'echo', 'piv', None, or a class or function" in output
+
+
+def test_the_factory(tmp_path: Path) -> None:
+    """It starts stacks side by side; each is gone after its test."""
+    source = """
+import os
+import pytest
+stacks = []
+
+def test_two(pcsc_stack_factory):
+    outer = pcsc_stack_factory(cards=["echo"])
+    inner = pcsc_stack_factory(readers=1, cards=[], activate=False)
+    assert outer.pid != inner.pid
+    assert [len(stack.readers) for stack in (outer, inner)] == [1, 1]
+    assert inner.readers[0].card is None
+    stacks.extend([outer.pid, inner.pid])
+
+def test_they_are_gone():
+    for pid in stacks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+"""
+    assert "2 passed" in run_pytest(tmp_path, source)
+
+
 def test_log_of_a_failing_test(tmp_path: Path) -> None:
     """What pcscd logged is shown with a test that fails."""
     output = run_pytest(tmp_path, "def test_it(pcsc_stack):\n    assert not pcsc_stack\n")

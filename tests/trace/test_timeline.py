@@ -454,14 +454,14 @@ def test_a_process_that_lives_on(shared_stack: VirtualPcsc, tmp_path: Path) -> N
         assert process.stderr is not None
         try:
             line = process.stderr.readline()
-            assert "lives on, and is recorded until it ends, or Ctrl-C" in line
+            assert "still runs, and is recorded until it ends, or until you press Ctrl-C" in line
             os.kill(process.pid, signal.SIGINT)
             assert process.wait(20) == 0
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     lane = list(Drawing(file.read_text()).lanes.values())[-1]
-    assert f"process {lane.pid} lives on" in line
+    assert f"process {lane.pid} still runs" in line
     assert len(lane.of("fading")) == 1
     assert "its end is not known" in lane.of("life")[0].title
 
@@ -553,7 +553,7 @@ def test_no_drawing_is_big(processes: int, seconds: float, contexts: int, exchan
     assert len(svg.encode()) < 2_000_000
     found = Drawing(svg)
     assert len(found.lanes) == min(processes, 500)
-    assert ("200 processes more are not drawn" in found.text) == (processes == 700)
+    assert ("200 more processes are not drawn" in found.text) == (processes == 700)
     if contexts == 1000:
         counts = [int(bar.title.split()[0]) for bar in found.lanes[7].of("own") if " contexts, " in bar.title]
         assert sum(counts) == 1000
@@ -574,7 +574,7 @@ def test_what_is_missing_is_said() -> None:
     ]
     found = Drawing(timeline.draw(History(told, {"1-0": 10}, {"2-0": 5}), ".svg"))
     assert list(found.lanes) == [1]
-    for words in ("1 more had nothing to do with PC/SC", "The record of process 1 is cut off", "Missing are processes"):
+    for words in ("1 more did not use PC/SC", "The record of process 1 is cut off", "Not drawn are processes"):
         assert words in found.text
     assert "recovered, contexts 2" in found.text
 

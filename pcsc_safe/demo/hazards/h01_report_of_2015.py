@@ -59,14 +59,14 @@ def judge(run: Run) -> Finding:
     expected, before, ended, afterwards = run.of("parent", "readers", "clients", "child_ended", "code_afterwards")
     harm = death("the child", ended)
     if code not in (None, "SCARD_S_SUCCESS"):
-        harm.append(f"the child's SCardListReaders answered {code}")
+        harm.append(f"the child's SCardListReaders returned {code}")
     elif code and shares:
         harm.append(
             f"no crash on {platform.system()}, but the child listed {readers} readers over its parent's own connection "
             f"(pcscd had {before} client before the fork and {clients} then)"
         )
     if afterwards not in (None, "SCARD_S_SUCCESS"):
-        harm.append(f"the parent's SCardListReaders answered {afterwards} afterwards")
+        harm.append(f"the parent's SCardListReaders returned {afterwards} afterwards")
     whole = ended == 0 and afterwards and readers and readers == expected and shares is False
-    own = f"the child listed {readers} readers over a connection of its own (pcscd had {clients} clients)"
+    own = f"the child listed {readers} readers over its own connection (pcscd had {clients} clients)"
     return Finding(harm, [own, "so did the parent afterwards, over its own"] if whole else [])

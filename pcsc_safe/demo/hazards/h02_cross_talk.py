@@ -76,10 +76,8 @@ def judge(run: Run) -> Finding:
     if not forks or any(end != 0 for end in ends) or total["asked"] != len(ends) * EXCHANGES:
         return Finding([], [])
     told = sum(seen.get("told_reset", 0) for seen in run.reported.values())
-    proof = [f"in {forks} forks all {total['asked']} answers were the right ones"]
-    return Finding(
-        [], proof + ([f"{told} children were told SCARD_W_RESET_CARD once and connected again"] if told else [])
-    )
+    proof = [f"in {forks} forks all {total['asked']} answers were right"]
+    return Finding([], proof + ([f"{told} children got SCARD_W_RESET_CARD once and connected again"] if told else []))
 
 
 def _deaths(ends: list[Optional[int]]) -> list[str]:

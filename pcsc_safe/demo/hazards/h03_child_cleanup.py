@@ -39,9 +39,9 @@ def program(stage: Stage) -> None:
 def judge(run: Run) -> Finding:
     """Shown by a PIN that is verified no more, or a call that fails, in the parent."""
     before, after, error, ended = run.of("parent", "before", "after", "error", "child_ended")
-    harm = [f"after the child dropped the connection the parent was told: {error}"] if error else []
-    harm += ["the parent's PIN was verified no more"] if after == [0] else []
+    harm = [f"after the child dropped the connection the parent got: {error}"] if error else []
+    harm += ["the parent's PIN was no longer verified"] if after == [0] else []
     harm += death("the child", ended)
     if before != [1] or after != [1] or ended != 0:
         return Finding(harm, [])
-    return Finding(harm, ["the child dropped the connection, the parent's PIN stayed verified"])
+    return Finding(harm, ["the child dropped the connection, and the parent's PIN stayed verified"])

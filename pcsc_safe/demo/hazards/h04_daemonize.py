@@ -54,8 +54,8 @@ def judge(run: Run) -> Finding:
     """Shown by a PIN that is verified no more, or a call that fails, in the daemon."""
     before, ended = run.of("launcher", "before", "ended")
     after, error = run.of("daemon", "after", "error")
-    harm = [f"when its parent had exited the daemon was told: {error}"] if error else []
-    harm += ["when its parent had exited the daemon's PIN was verified no more"] if after == [0] else []
+    harm = [f"after its parent had exited, the daemon got: {error}"] if error else []
+    harm += ["after its parent had exited, the daemon's PIN was no longer verified"] if after == [0] else []
     if before != [1] or after != [1] or ended != 0:
         return Finding(harm, [])
-    return Finding(harm, ["its parent exited in good order, the daemon's PIN stayed verified"])
+    return Finding(harm, ["its parent exited, and the daemon's PIN stayed verified"])

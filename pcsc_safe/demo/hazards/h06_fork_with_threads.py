@@ -62,12 +62,12 @@ def judge(run: Run) -> Finding:
     codes = sorted({seen["code"] for seen in children if "code" in seen} - {"SCARD_S_SUCCESS"})
     calls, failed, stuck = run.of("parent", "calls", "failed", "stuck")
     of = f"of {len(children)} children"
-    harm = [f"{hung} {of} hung in SCardEstablishContext, a fresh context of their own"] if hung else []
+    harm = [f"{hung} {of} hung in SCardEstablishContext for a new context"] if hung else []
     harm += [f"{died} {of} died of a signal"] if died else []
-    harm += [f"a fresh context was refused: {', '.join(codes)}"] if codes else []
+    harm += [f"a new context was refused: {', '.join(codes)}"] if codes else []
     harm += [f"{failed} of the threads' {calls} calls failed"] if failed else []
     harm += [f"{stuck} of the parent's threads did not end"] if stuck else []
     whole = len(children) == FORKS and all(seen.get("ended") == 0 and "code" in seen for seen in children)
     if harm or not whole or not calls:
         return Finding(harm, [])
-    return Finding([], [f"all {len(children)} children got a context of their own, and all {calls} calls succeeded"])
+    return Finding([], [f"all {len(children)} children got their own contexts, and all {calls} calls succeeded"])

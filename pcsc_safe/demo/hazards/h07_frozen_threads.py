@@ -59,7 +59,7 @@ def judge(run: Run) -> Finding:
     harm = [f"still frozen after {watched:g} s: {', '.join(stuck)}"] if stuck else []
     for name in ("same context", "other context", "cancel"):
         if code[name] not in (None, "SCARD_S_SUCCESS"):
-            harm.append(f"{SAYS[name]} answered {code[name]}")
+            harm.append(f"{SAYS[name]} returned {code[name]}")
     if harm or code["wait"] != "SCARD_E_CANCELLED":
         return Finding(harm, [])
     took = 1000 * max(run.of(name, "seconds")[0] for name in ("same context", "other context"))

@@ -64,5 +64,5 @@ def judge(run: Run) -> Finding:
     if not (first_cards and first_readers and cards and readers and thread and going_on) or ended != 0:
         return Finding(harm, [])
     return Finding(
-        harm, ["in the child new observers were told of readers and cards, and the parent's monitor went on"]
+        harm, ["in the child new observers were told of readers and cards, and the parent's monitor kept working"]
     )

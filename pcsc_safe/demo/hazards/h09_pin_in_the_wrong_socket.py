@@ -69,7 +69,7 @@ def judge(run: Run) -> Finding:
     if has_pin:
         harm.append("the database connection received the PIN")
         if code is not None:
-            harm.append(f"of what the database answered SCardTransmit made {code} and {length} bytes")
+            harm.append(f"SCardTransmit took the database's reply for the card's: {code}, {length} bytes")
     elif received:
         harm.append(f"the database connection received {received} bytes that were meant for pcscd")
     if still_open is False:
@@ -79,5 +79,5 @@ def judge(run: Run) -> Finding:
         return Finding(harm, [])
     proof = ["the database connection received nothing and stayed open"]
     if code != at_last:
-        proof.append(f"SCardTransmit answered {code}")
+        proof.append(f"SCardTransmit returned {code}")
     return Finding(harm, [*proof, "after SCardReconnect the PIN reached the card"])

@@ -43,7 +43,7 @@ def judge(run: Run) -> Finding:
     if code == "SCARD_S_SUCCESS" and after is False:
         harm.append("the child's SCardDisconnect ended the parent's PIN session")
     elif code not in (None, "SCARD_S_SUCCESS"):
-        harm.append(f"the parent lost its session: its next SCardTransmit answered {code}")
+        harm.append(f"the parent lost its session: its next SCardTransmit returned {code}")
     whole = after and ended == 0
-    proof = f"the child's SCardDisconnect answered {disconnected}, the parent's PIN session went on"
+    proof = f"the child's SCardDisconnect returned {disconnected}, and the parent's PIN stayed verified"
     return Finding(harm, [proof] if whole else [])

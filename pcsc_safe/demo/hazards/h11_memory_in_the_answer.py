@@ -54,12 +54,12 @@ def judge(run: Run) -> Finding:
             continue
         if filled:
             harm.append(
-                f"{when} {failed} of {calls} calls failed ({', '.join(codes)}): {filled} answered memory of the "
+                f"{when} {failed} of {calls} calls failed ({', '.join(codes)}): {filled} returned memory of the "
                 f"process, {told} of them its secret"
             )
         elif failed:
             proof.append(
-                f"{when} {failed} of {calls} calls failed ({', '.join(codes)}) and answered nothing beside the code"
+                f"{when} {failed} of {calls} calls failed ({', '.join(codes)}) and returned nothing but the code"
             )
         else:
             proof.append(f"{when} all {calls} calls succeeded")

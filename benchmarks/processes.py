@@ -1,0 +1,84 @@
+"""The processes that are measured, the PC/SC stacks that they use, and how they are asked by turns."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pcsc_safe.testing import EchoCard, VirtualPcsc
+
+__all__ = ["AGAINST", "HERE", "RAW", "SAFE", "WRAPT", "CardOf5Ms", "Process", "by_turns", "environment", "stack"]
+
+HERE = Path(__file__).parent
+RAW, WRAPT, SAFE = "raw", "raw, wrapt imported", "safe"
+AGAINST = {RAW: "raw pyscard", WRAPT: WRAPT}
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of the processes that are measured: the usual one, with .pyc files and the default settings."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PCSC_SAFE_") and name != "PYTHONDONTWRITEBYTECODE"
+    }
+    return {**kept, **more}
+
+
+class CardOf5Ms(EchoCard):
+    """A card that takes 5 ms for a command, as a fast real one does."""
+
+    def apdu(self, command: bytes) -> bytes:
+        """Answer one command, later."""
+        time.sleep(0.005)
+        return super().apdu(command)
+
+
+def stack(undo: contextlib.ExitStack, readers: int = 1, card: type[EchoCard] = EchoCard) -> dict[str, str]:
+    """A PC/SC stack; returns the environment to reach it with."""
+    running = undo.enter_context(VirtualPcsc(readers, [card() for _ in range(readers)], activate=False))
+    return environment(PCSCLITE_CSOCK_NAME=running.env["PCSCLITE_CSOCK_NAME"])
+
+
+class Process:
+    """A process that measures itself when it is told to.
+
+    :param variant: one of the program's.
+    :param env: its environment.
+    :param program: worker.py or pools.py.
+    """
+
+    def __init__(self, variant: str, env: dict[str, str], program: str = "worker.py") -> None:
+        command = [sys.executable, str(HERE / program), variant]
+        self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=30)
+
+    def ask(self, *command: Any) -> list[float]:
+        """Have one thing measured."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        answer: list[float] = json.loads(self._process.stdout.readline())
+        return answer
+
+
+def by_turns(processes: dict[str, Process], command: Sequence[Any], rounds: int) -> list[dict[str, list[float]]]:
+    """Ask each process once a round, in an order that changes."""
+    names, found = list(processes), []
+    for number in range(rounds):
+        shift = number % len(names)
+        order = names[shift:] + names[:shift]
+        found.append({name: processes[name].ask(*command) for name in order})
+    return found

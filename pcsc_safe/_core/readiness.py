@@ -1,0 +1,113 @@
+"""What a process with one thread doesn't need: it is imported before it can be needed.
+
+A program that reads one card and ends has no use for a broker, which takes longer to import than PC/SC does.  But no
+child may be the first to import if another thread may have held an import lock at its fork, and no signal handler and
+no finalizer at all.  A child needs a broker if its fork was not quiet, which takes another thread; or if the settings
+say so.  So what a broker takes is imported
+
+- where the settings say that this process, or a child, needs one;
+- before the first fork beside another thread;
+- at the first call of PC/SC beside another thread, because a fork may run no hook.
+
+The child of a process with one thread does the same as a process that was not forked.
+
+Invariant: a child whose fork was not quiet has nothing left to import, unless it was forked in the middle of that.
+Then it uses no broker.
+"""
+
+from __future__ import annotations
+
+import atexit
+
+from ..policy import Broker, Owner, Policy, Settings, native_works_after_fork
+from . import gate, gateways, in_flight, process
+from .unpatched import count_threads, get_ident
+
+__all__ = ["begin", "consider", "is_on", "is_ready", "lacks_broker", "prepare"]
+
+is_on = True
+"""Whether this process may have children, or use a broker; a broker does neither."""
+
+is_ready = True
+"""Whether nothing is left to import; also while this process has not used PC/SC, and where it is not to import."""
+
+_is_prepared = False
+
+lacks_broker = False
+"""Whether this process was forked in the middle of these imports."""
+
+_importing: set[int] = set()  # the threads that are at it
+_ATTEMPTS = 3
+
+
+def consider(settings: Settings) -> None:
+    """Import what these settings say that this process, or a child, needs whatever else it does."""
+    if settings.owner is Owner.CHILD or settings.policy is Policy.SHARE:
+        from . import transfer  # not for processes that give their children nothing
+
+        transfer.begin()
+    always = settings.broker is Broker.ALWAYS or settings.policy is Policy.BROKER
+    if always or settings.recover or not native_works_after_fork():
+        prepare()
+
+
+def begin() -> None:
+    """From now on this process uses PC/SC; called where a fork waits for imports."""
+    global is_ready
+    is_ready = _is_prepared or not is_on
+    if is_ready:
+        return
+    gate.before_waiting = _before_fork
+    atexit.register(_leave_it)  # finalizers that come later import nothing
+    if count_threads():
+        _import()
+
+
+def prepare() -> None:
+    """Import what is left."""
+    gate.during(in_flight.IMPORTS, _import)
+
+
+def _import() -> None:
+    global _is_prepared
+    ident = get_ident()
+    if ident in _importing:
+        return  # a signal handler or a finalizer, in the middle of it
+    try:
+        _importing.add(ident)
+        if not _is_prepared:
+            gateways.brokers.prepare()
+    except (AttributeError, ImportError):
+        return  # a signal handler, in the middle of another import of the same: the next call tries again
+    finally:
+        _importing.discard(ident)
+    _is_prepared = True
+    _leave_it()
+
+
+def _leave_it() -> None:
+    """Import no more."""
+    global is_ready
+    is_ready = True
+    gate.before_waiting = bool
+
+
+def _before_fork() -> None:
+    for _ in range(_ATTEMPTS):
+        try:
+            return prepare()
+        except BaseException as error:  # a signal handler's; a hook can't raise
+            gate.raise_later(get_ident(), error)
+    return None
+
+
+def _begin(epoch: process.Epoch) -> None:
+    global lacks_broker
+    if not is_ready and epoch.unquiet is not None and epoch.unquiet.function == in_flight.IMPORTS:
+        lacks_broker = True
+    _importing.clear()
+    if epoch.noticed_by != "hook" and count_threads():
+        _leave_it()  # another thread may have been importing
+
+
+process.at_fork(at_begin=_begin)

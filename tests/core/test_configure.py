@@ -1,0 +1,110 @@
+"""``configure()``: how settings are changed, put back and refused."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import Any
+
+import pytest
+from conftest import ECHO, Session
+from forking import in_child
+
+import pcsc_safe
+from pcsc_safe import Broker, Cards, Policy, SettingsError, configure, settings
+from pcsc_safe import scard as safe
+
+
+def test_a_block_puts_back_what_it_changed() -> None:
+    """Also if it raises; what else was changed meanwhile stays."""
+    configure(cards="reset")
+    with contextlib.suppress(ZeroDivisionError), configure(policy="raise", cards=Cards.RECONNECT) as inside:
+        assert (inside.policy, inside.cards) == (Policy.RAISE, Cards.RECONNECT)
+        assert inside == settings()
+        configure(quiesce_timeout=5)
+        with configure(policy="invalid"):
+            assert settings().policy is Policy.INVALID
+        assert settings().policy is Policy.RAISE
+        raise ZeroDivisionError
+    assert (settings().policy, settings().cards, settings().quiesce_timeout) == (Policy.AUTO, Cards.RESET, 5.0)
+
+
+def test_a_call_without_a_block_stays() -> None:
+    """It returns the settings, as ever."""
+    assert configure(policy="raise") == settings()
+    assert settings().policy is Policy.RAISE
+
+
+def test_a_block_for_one_context(session: Session) -> None:
+    """Its own settings are put back: those that it had, or none."""
+    configure(cards="reset", context=session.context)
+
+    def answers() -> Any:
+        return in_child(session.transmit, ECHO)[0]
+
+    with configure(policy="invalid", cards="reconnect", context=session.context) as inside:
+        assert inside.policy is Policy.INVALID
+        assert answers() == safe.SCARD_E_INVALID_HANDLE
+    assert answers() == safe.SCARD_W_RESET_CARD
+    assert settings().policy is Policy.AUTO
+
+
+@pytest.mark.native
+def test_share_comes_too_late(session: Session) -> None:
+    """A context that is in this process can't be shared: configure() says so, and where it was established."""
+    where = re.escape(session.context.established_at)
+    before = settings()
+    with pytest.raises(
+        SettingsError, match=f"policy cannot be 'share' for the context of {where}, which is not in a b"
+    ):
+        configure(broker="always", policy="share")
+    assert settings() == before
+    configure(broker=Broker.ALWAYS)
+    with pytest.raises(SettingsError, match="before you establish it"):
+        configure(policy=Policy.SHARE, context=session.context)
+    assert session.transmit(ECHO)[0] == safe.SCARD_S_SUCCESS
+    configure(policy="raise", context=session.context)  # not meant to be shared
+    assert configure(policy="share").policy is Policy.SHARE
+
+
+@pytest.mark.native
+def test_share_in_a_child(session: Session) -> None:
+    """What a child inherited is its parent's: it may share what it establishes itself."""
+
+    def child() -> Any:
+        return configure(broker="always", policy="share").policy
+
+    assert in_child(child) is Policy.SHARE
+
+
+def test_what_is_refused(session: Session) -> None:
+    """A value, a setting for one context, a thing that is no context; the texts say what to do."""
+    with pytest.raises(SettingsError, match="policy cannot be 'bogus'; use one of 'auto', 'reestablish'"):
+        configure(policy="bogus")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="owner cannot be set for one context; leave context out to configure the"):
+        configure(owner="child", context=session.context)
+    with pytest.raises(
+        SettingsError, match="context is not an open context of this process; pass what SCardEstablishC"
+    ):
+        configure(policy="raise", context=session.card)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'polcy'"):
+        configure(polcy="raise")  # type: ignore[call-arg]
+
+
+def test_install_takes_settings() -> None:
+    """They are configured first; a wrong one changes nothing in pyscard."""
+    import smartcard.scard._scard as native
+
+    before = native.SCardTransmit
+    with pytest.raises(SettingsError):
+        pcsc_safe.install(policy="bogus")  # type: ignore[arg-type]
+    assert native.SCardTransmit is before
+    try:
+        pcsc_safe.install(policy="raise", cards=Cards.RESET)
+        assert (settings().policy, settings().cards) == (Policy.RAISE, Cards.RESET)
+        assert native.SCardTransmit is not before
+        pcsc_safe.install()
+        assert settings().policy is Policy.RAISE
+    finally:
+        pcsc_safe.uninstall()
+    assert native.SCardTransmit is before

@@ -1,0 +1,214 @@
+"""The log: whose a line is, what it tells beside its text, and what is said once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from conftest import ECHO, Session
+from forking import fork, in_child, in_program
+
+import pcsc_safe
+from pcsc_safe import scard as safe
+from pcsc_safe._core import handles, log
+from pcsc_safe.testing import VirtualPcsc
+
+
+def facts(record: logging.LogRecord) -> dict[str, Any]:
+    """What a record tells beside its text."""
+    return {name: getattr(record, f"pcsc_{name}") for name in log.FIELDS}
+
+
+def test_a_record_has_its_facts_as_fields(session: Session, caplog: pytest.LogCaptureFixture) -> None:
+    """Every record has every field, so that a format may name it; those that don't apply are None."""
+    pcsc_safe.configure(cards="reset")
+
+    def child() -> tuple[Any, str]:
+        with caplog.at_level(logging.DEBUG, "pcsc_safe"):
+            assert session.transmit(ECHO)[0] == safe.SCARD_W_RESET_CARD
+        of_event = {record.pcsc_event: record for record in caplog.records}  # type: ignore[attr-defined]
+        formatted = logging.Formatter("%(pcsc_event)s %(pcsc_pid)d %(pcsc_reader)s").format(of_event["fork"])
+        return facts(of_event["reset"]), formatted.replace(str(os.getpid()), "CHILD")
+
+    told, formatted = in_child(child)
+    assert told.pop("pid") != os.getpid()
+    assert told == {
+        "event": "reset",
+        "owner_pid": os.getpid(),
+        "broker_pid": None,
+        "function": "SCardTransmit",
+        "reader": session.reader,
+        "established_at": None,
+    }
+    assert formatted == "fork CHILD None"
+
+
+def unconfigured(configured: str = "") -> None:
+    """Fork, and have a warning logged; perhaps with logging configured."""
+    if configured:
+        logging.basicConfig(format="%(name)s|%(message)s")
+    pcsc_safe.configure(cards="reset")
+    session = Session()
+    in_child(session.transmit, ECHO)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("configured", "begins"), [("", "pcsc_safe: SCardTransmit"), ("yes", "pcsc_safe|SCardTran")])
+def test_a_line_says_whose_it_is(shared_stack: VirtualPcsc, configured: str, begins: str) -> None:
+    """Where logging isn't configured, it prints the text alone: it begins with pcsc_safe then, and only then."""
+    done = in_program(unconfigured, configured, env=shared_stack.env)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "SCARD_W_RESET_CARD" in line]
+    assert line.startswith(begins)
+
+
+WITHOUT_PCSCD = """
+import os, sys
+from pcsc_safe import scard
+def establish():
+    return [scard.SCardEstablishContext(0)[0] == scard.SCARD_E_NO_SERVICE for _ in range(3)]
+assert all(establish()), "there is one"
+sys.stderr.flush()
+if os.fork() == 0:
+    establish()
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.native
+@pytest.mark.not_on_macos("a child's broker finds no pcscd either, and says so")
+def test_no_pcscd_is_told_once(tmp_path: Any) -> None:
+    """One line for each process points at the doctor."""
+    env = {**os.environ, "PCSCLITE_CSOCK_NAME": str(tmp_path / "none")}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_PCSCD], env=env, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "SCARD_E_NO_SERVICE" in line]
+    assert len(lines) == 2, done.stderr
+    assert all(line.startswith("pcsc_safe: SCardEstablishContext returns SCARD_E_NO_SERVICE") for line in lines)
+    assert all("'python -m pcsc_safe doctor' says which" in line for line in lines)
+
+
+def test_a_pcscd_that_stops_is_told_once(pcsc_stack: VirtualPcsc, caplog: pytest.LogCaptureFixture) -> None:
+    """So it is where it stops under a context that is open."""
+    session = Session()
+    pcsc_stack.kill()
+    for _ in range(3):
+        safe.SCardListReaders(session.context, [])
+        session.transmit(ECHO)
+        assert safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[0] == safe.SCARD_E_NO_SERVICE
+    lines = [record.getMessage() for record in caplog.records if getattr(record, "pcsc_event", "") == "no-service"]
+    assert len(lines) == 1, lines
+    safe.SCardReleaseContext(session.context)
+
+
+def no_handovers(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is said of blocks that do nothing."""
+    lines = [record.getMessage() for record in caplog.records if getattr(record, "pcsc_event", "") == "no-handover"]
+    caplog.clear()
+    return [line.rpartition(": ")[2] for line in lines]
+
+
+@pytest.mark.not_on_macos("there handover() needs broker='always'")
+def test_a_handover_that_does_nothing(session: Session, caplog: pytest.LogCaptureFixture) -> None:
+    """A block inside another one, one without a fork, and one without a context are told; a good one is not."""
+    with pcsc_safe.handover():
+        pass
+    assert no_handovers(caplog) == ["its handover() block has ended, and this thread has forked nothing in it"]
+    with pcsc_safe.handover(), pcsc_safe.handover():
+        pass
+    nested = "its handover() block is inside another one; name all contexts in one block"
+    assert no_handovers(caplog)[0] == nested
+
+    def child() -> tuple[list[str], list[str]]:
+        caplog.clear()
+        own = Session()
+
+        def forking() -> int:
+            with pcsc_safe.handover(own.context):
+                return fork()
+
+        assert in_child(lambda: own.transmit(ECHO)[0], fork=forking) == safe.SCARD_S_SUCCESS
+        good = no_handovers(caplog)
+        for context in list(handles.contexts.values()):
+            safe.SCardReleaseContext(context.safe)
+        with pcsc_safe.handover():
+            pass
+        return good, no_handovers(caplog)
+
+    assert in_child(child) == (
+        [],
+        [
+            "its handover() block begins before it has a PC/SC context; establish the context first",
+            "its handover() block has ended, and this thread has forked nothing in it",
+        ],
+    )
+
+
+@pytest.mark.native
+@pytest.mark.not_on_macos("there handover() needs broker='always'")
+def test_who_has_handed_over(session: Session, caplog: pytest.LogCaptureFixture) -> None:
+    """In the parent and in its other children, a line or an error names the process that has handed over, once."""
+
+    def parent() -> tuple[Any, ...]:
+        pid, own = str(os.getpid()), Session()
+
+        def forking() -> int:
+            with pcsc_safe.handover(own.context):
+                return fork()
+
+        assert in_child(lambda: None, fork=forking) is None
+
+        def uses(cards: Any) -> list[str]:
+            with caplog.at_level(logging.INFO, "pcsc_safe"), pcsc_safe.configure(cards=cards):
+                caplog.clear()
+                own.transmit(ECHO)
+                return [record.getMessage() for record in caplog.records]
+
+        def refusal() -> str:
+            with pcsc_safe.configure(policy="raise"), pytest.raises(pcsc_safe.ForkedHandleError) as refused:
+                own.transmit(ECHO)
+            return str(refused.value)
+
+        in_another_child = in_child(lambda: (refusal(), uses("reset"), str(os.getpid())))
+        return pid, refusal(), uses("reset"), uses("reconnect"), in_another_child
+
+    pid, refusal, reset, reconnect, (other_refusal, other_reset, other) = in_child(parent)
+    gone = f"process {pid} has handed this session over to its child"
+    assert f"to process {pid} for" in reset[-1]
+    assert f"because {gone}: call SCardReconnect" in reset[-1]
+    assert all(line.endswith(f"in place of the one that process {pid} has handed over") for line in reconnect)
+    assert f"was handed over by process {pid} to its child; establish one here, or use policy 'auto'" in refusal
+    assert f"because {gone}: call SCardReconnect" in other_reset[-1]
+    assert f"was handed over by process {pid} to its child, and this is process {other}" in other_refusal
+
+
+def misspelt(variable: str) -> str:
+    """What is said on stderr where a variable is set."""
+    code = "import pcsc_safe; pcsc_safe.settings(); pcsc_safe.settings(); from pcsc_safe import scard"
+    env = {**os.environ, variable: "raise"}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30).stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "hint"),
+    [
+        ("PCSC_SAFE_POLCY", "did you mean PCSC_SAFE_POLICY?"),
+        ("PCSC_SAFE_QUIESCE_TIMOUT", "did you mean PCSC_SAFE_QUIESCE_TIMEOUT?"),
+        ("PCSC_SAFE_XYZZY", "'python -m pcsc_safe run --help' lists the settings"),
+    ],
+)
+def test_a_misspelt_variable(variable: str, hint: str) -> None:
+    """It is told, once, with the setting that may be meant."""
+    expected = f"pcsc_safe: the environment variable {variable} is ignored, because no setting has this name: {hint}\n"
+    assert misspelt(variable) == expected
+
+
+@pytest.mark.parametrize("variable", ["PCSC_SAFE_PYTHON", "PCSC_SAFE_CARDS_", "OTHER_PCSC_SAFE_POLCY"])
+def test_a_variable_that_is_somebody_elses(variable: str) -> None:
+    """What other parts of the project read, and what doesn't begin so, is no mistake."""
+    assert bool(misspelt(variable)) is (variable == "PCSC_SAFE_CARDS_")

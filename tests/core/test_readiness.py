@@ -1,0 +1,165 @@
+"""What is imported when: nothing that isn't needed, and nothing for the first time where that could hang or fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from typing import Any, Callable
+
+import pytest
+from cforks import c_fork
+from forking import fork, in_child, in_program
+
+from pcsc_safe.testing import VirtualPcsc
+
+pytestmark = pytest.mark.native  # over a broker the program needs one
+
+BROKER = "pcsc_safe.broker.client"
+ECHO = [0x00, 0x01, 0x00, 0x00, 0x03, 1, 2, 3]
+
+
+def told(program: Callable[..., None], *arguments: str, stack: VirtualPcsc, **env: str) -> Any:
+    """What a program says as JSON, and it says nothing else."""
+    done = in_program(program, *arguments, env={**os.environ, **stack.env, **env})
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def say(*words: Any) -> None:
+    print(json.dumps(words))
+
+
+def session() -> tuple[Any, Any]:
+    """``pcsc_safe.scard``, and a card."""
+    import pcsc_safe.scard as scard
+
+    _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
+    _, readers = scard.SCardListReaders(context, [])
+    _, card, _ = scard.SCardConnect(context, readers[0], scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1)
+    return scard, card
+
+
+def exchange(scard: Any, card: Any) -> Any:
+    return scard.SCardTransmit(card, scard.SCARD_PCI_T1, ECHO)[0]
+
+
+def is_there() -> bool:
+    return BROKER in sys.modules
+
+
+def other_thread() -> Callable[[], None]:
+    """Begin one that does nothing; returns what ends it."""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+
+    def end() -> None:
+        over.set()
+        thread.join()
+
+    return end
+
+
+def test_a_program_with_one_thread_imports_no_broker(shared_stack: VirtualPcsc) -> None:
+    """Not when it forks either, and its child has what it needs."""
+    assert told(one_thread, stack=shared_stack) == [0, False, [0, False], False]
+
+
+def one_thread() -> None:
+    scard, card = session()
+    first, before = exchange(scard, card), is_there()
+    say(first, before, in_child(lambda: (exchange(scard, card), is_there())), is_there())
+
+
+@pytest.mark.parametrize("env", [{"PCSC_SAFE_POLICY": "broker"}, {"PCSC_SAFE_RECOVER": "1"}])
+def test_settings_that_need_a_broker(shared_stack: VirtualPcsc, env: dict[str, str]) -> None:
+    """Then it is imported with pcsc_safe.scard; so it is when a program sets them later."""
+    assert told(imports_only, stack=shared_stack, **env) == [True]
+    assert told(imports_only, *env, *env.values(), stack=shared_stack) == [False, True]
+
+
+def imports_only(variable: str = "", value: str = "") -> None:
+    import pcsc_safe.scard
+
+    seen = [is_there()]
+    if variable:
+        pcsc_safe.configure(**{variable[len("PCSC_SAFE_") :].lower(): value})
+        seen.append(is_there())
+    say(*seen)
+
+
+def test_a_call_beside_another_thread(shared_stack: VirtualPcsc) -> None:
+    """It may be inside when C code forks, so before it is, everything is imported."""
+    assert told(beside_a_thread, stack=shared_stack) == [False, 0, True]
+
+
+def beside_a_thread() -> None:
+    scard, card = session()
+    end, before = other_thread(), is_there()
+    say(before, exchange(scard, card), is_there())
+    end()
+
+
+@pytest.mark.parametrize(("how", "expected"), [("os.fork", [False, True, 0, True]), ("C", [False, False, 0, False])])
+def test_a_fork_beside_another_thread(shared_stack: VirtualPcsc, how: str, expected: list[Any]) -> None:
+    """The parent imports before the fork; a child whose fork ran no hook imports nothing, even if it has threads."""
+    assert told(forks_beside_a_thread, how, stack=shared_stack) == expected
+
+
+def forks_beside_a_thread(how: str) -> None:
+    scard, card = session()
+    end, before = other_thread(), is_there()
+
+    def child() -> Any:
+        had = is_there()
+        end_of_own = other_thread()
+        hresult = exchange(scard, card)
+        end_of_own()
+        return had, hresult, is_there()
+
+    say(before, *in_child(child, fork=fork if how == "os.fork" else c_fork))
+    end()
+
+
+def test_a_child_of_one_thread_gets_a_broker(shared_stack: VirtualPcsc) -> None:
+    """A child of a process with one thread imports what it needs when it asks for it."""
+    assert told(child_asks, stack=shared_stack) == [False, 0, True]
+
+
+def child_asks() -> None:
+    scard, card = session()
+
+    def child() -> Any:
+        import pcsc_safe
+
+        had = is_there()
+        pcsc_safe.configure(policy="broker")
+        return had, exchange(scard, card), is_there()
+
+    say(*in_child(child))
+
+
+def test_a_handler_in_the_middle(shared_stack: VirtualPcsc) -> None:
+    """A signal handler that interrupts these imports uses PC/SC all the same, and they go on."""
+    assert told(interrupted, stack=shared_stack) == [[0], 0, True]
+
+
+def interrupted() -> None:
+    scard, card = session()
+    seen: list[Any] = []
+    signal.signal(signal.SIGUSR1, lambda *_: seen.append(exchange(scard, card)))
+
+    class Interrupts:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            if name == "pcsc_safe.broker.connection":
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    sys.meta_path.insert(0, Interrupts())
+    end = other_thread()
+    hresult = exchange(scard, card)
+    end()
+    say(seen, hresult, is_there())
