@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import by_number
 from figures import Figure, figure
-from processes import AGAINST, HERE, RAW, SAFE, WRAPT, Process, by_turns, environment, stack
+from processes import AGAINST, HERE, RAW, SAFE, WRAPT, CardOf5Ms, Process, by_turns, environment, stack
 
 __all__ = ["FAST", "MEASURES", "OPEN_FILES", "OTHER_WRAPT", "THOROUGH", "Effort"]
 
@@ -193,7 +193,7 @@ def first_use(effort: Effort) -> Iterator[Figure]:
         rounds = by_turns(processes, ("first_use_in_child",), effort.children)
         for against in (WRAPT, RAW):
             pairs = [(taken[against][0], taken[SAFE][0]) for taken in rounds]
-            yield figure("first use in a child", pairs, against=AGAINST[against])
+            yield figure("first use in a child", pairs, against=AGAINST[against], ratio=2)
 
 
 def broker(effort: Effort) -> Iterator[Figure]:
@@ -204,7 +204,12 @@ def broker(effort: Effort) -> Iterator[Figure]:
         variants = {v: undo.enter_context(Process(v, env)) for v in (RAW, "broker")}
         rounds = by_turns(variants, ("exchange", 50), effort.processes * 5)
         yield figure("SCardTransmit, broker", [(taken[RAW][0], taken["broker"][0]) for taken in rounds], ratio=1.5)
-        for what, target in (("cold", 150_000), ("prestarted", 5_000)):
+        slowly = stack(undo, card=CardOf5Ms)
+        variants = {v: undo.enter_context(Process(v, slowly)) for v in (RAW, "broker")}
+        rounds = by_turns(variants, ("exchange", 10), effort.processes * 5)
+        pairs = [(taken[RAW][0], taken["broker"][0]) for taken in rounds]
+        yield figure("SCardTransmit of 5 ms, broker", pairs, ratio=1.03)
+        for what, target in (("cold", 40_000), ("prestarted", 4_000)):
             variants = {v: undo.enter_context(Process(v, env)) for v in (RAW, "child's broker")}
             for process in variants.values():
                 process.ask("contexts_are", 1)
@@ -267,7 +272,7 @@ def threads(effort: Effort) -> Iterator[Figure]:
             settings = {RAW: env, SAFE: {**env, "PCSC_SAFE_BROKER": "always"}}
             taken = {variant: crowd(settings[variant], "own", 1, 0.2, variant)[0][variant] for variant in order}
             pairs.append((taken[RAW], taken[SAFE]))
-        yield figure("8 threads, 8 contexts, broker", pairs)
+        yield figure("8 threads, 8 contexts, broker", pairs, ratio=1.5)
         for scene, name in (
             ("shared", "8 threads, 2 on one busy context"),
             ("monitored", "8 threads, 1 context monitored"),

@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
-__all__ = ["AGAINST", "HERE", "RAW", "SAFE", "WRAPT", "Process", "by_turns", "environment", "stack"]
+__all__ = ["AGAINST", "HERE", "RAW", "SAFE", "WRAPT", "CardOf5Ms", "Process", "by_turns", "environment", "stack"]
 
 HERE = Path(__file__).parent
 RAW, WRAPT, SAFE = "raw", "raw, wrapt imported", "safe"
@@ -30,9 +31,18 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, **more}
 
 
-def stack(undo: contextlib.ExitStack, readers: int = 1) -> dict[str, str]:
+class CardOf5Ms(EchoCard):
+    """A card that takes 5 ms for a command, as a fast real one does."""
+
+    def apdu(self, command: bytes) -> bytes:
+        """Answer one command, later."""
+        time.sleep(0.005)
+        return super().apdu(command)
+
+
+def stack(undo: contextlib.ExitStack, readers: int = 1, card: type[EchoCard] = EchoCard) -> dict[str, str]:
     """A PC/SC stack; returns the environment to reach it with."""
-    running = undo.enter_context(VirtualPcsc(readers, [EchoCard() for _ in range(readers)], activate=False))
+    running = undo.enter_context(VirtualPcsc(readers, [card() for _ in range(readers)], activate=False))
     return environment(PCSCLITE_CSOCK_NAME=running.env["PCSCLITE_CSOCK_NAME"])
 
 

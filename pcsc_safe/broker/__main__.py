@@ -9,6 +9,7 @@ from __future__ import annotations
 import _socket  # socket imports three times as much
 import contextlib
 import gc
+import importlib.util
 import os
 import signal
 import stat
@@ -45,12 +46,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         asked = list(arguments) in (["-h"], ["--help"])
         print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    gc.disable()  # nothing of what is imported is garbage
     _stand_alone()
     _leave_no_trace()
     from .._core import readiness, sessions  # not before this process stands alone
 
     readiness.is_on = sessions.is_on = False
+    _leave_out_classes()
     from .. import _gateways  # noqa: F401  # loads the native library, not before this process stands alone
     from .server import Server
 
@@ -105,6 +106,13 @@ def _leave_no_trace() -> None:
         else:
             # A core that is piped to a program is not bound by the limit. Nor may others of this user look into us.
             library.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _leave_out_classes() -> None:
+    """Keep ``import smartcard.scard`` from importing pyscard's classes with it, which a broker doesn't use."""
+    package = importlib.util.find_spec("smartcard")
+    if package is not None:
+        sys.modules["smartcard"] = importlib.util.module_from_spec(package)
 
 
 def _be_silent() -> None:

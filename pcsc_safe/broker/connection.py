@@ -17,7 +17,7 @@ from . import wire
 
 __all__ = ["Connection", "adopt", "pair", "prepare"]
 
-_AT_ONCE = 1 << 12  # bytes; Python allocates as many for each recv, and far more take longer than most exchanges
+_AT_ONCE = 1 << 16  # bytes
 _PAUSE = 0.002  # s
 _LOOK_AGAIN = 0.05  # s
 _socket: Any = None

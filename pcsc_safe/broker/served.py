@@ -18,7 +18,7 @@ from .sharing import Handle
 
 __all__ = ["Client", "Connection"]
 
-_AT_ONCE = 1 << 12  # bytes; as in connection.py
+_AT_ONCE = 1 << 16  # bytes
 _SHARING_VIOLATION = library.constant("SCARD_E_SHARING_VIOLATION")
 _EXCHANGES = {
     wire.NUMBERS[name]: (gateways.native.caller(calls.CALLS[name]), calls.CALLS[name])

@@ -52,8 +52,11 @@ FROZEN_BROKER = "--pcsc-safe-broker"
 # first; so does python -c, and says so by an empty entry.
 _WITHOUT_CWD = "import sys; sys.path[0] or sys.path.pop(0); "
 _BY_ANY_PYTHON = _WITHOUT_CWD + f"import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
-# python -S runs no .pth file and no sitecustomize: that is faster, and no tool that they load sees a PIN.
-_BY_THIS_PYTHON = _WITHOUT_CWD + f"sys.path += sys.argv[1:]; from {_MODULE}.__main__ import main; main([])"
+# python -S runs no .pth file and no sitecustomize: that is faster, and no tool that they load sees a PIN. Nothing that
+# is imported is garbage, so main() is where the collector begins.
+_BY_THIS_PYTHON = (
+    f"import gc; gc.disable(); {_WITHOUT_CWD}sys.path += sys.argv[1:]; from {_MODULE}.__main__ import main; main([])"
+)
 SOCKET_NAME = "PCSCLITE_CSOCK_NAME"
 _NEEDED = {
     *("HOME", "LANG", "LANGUAGE", "PATH", "TMPDIR", "TZ"),

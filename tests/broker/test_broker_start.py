@@ -155,6 +155,39 @@ def test_it_can_be_reached_by_nobody_else(stack: VirtualPcsc) -> None:
 # Its interpreter.
 
 
+@pytest.mark.not_on_macos("the simulation of macOS is a sitecustomize")
+def test_no_sitecustomize_runs_in_it(stack: VirtualPcsc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the settings name its interpreter, which may need one."""
+    ran = tmp_path / "ran"
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(ran)!r}, 'a')")
+    places = filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
+
+    def has_run(python: str) -> bool:
+        pcsc_safe.configure(policy="broker", broker_python=python)
+        establish()
+        return ran.exists()
+
+    assert in_child(has_run, "") is False
+    assert in_child(has_run, sys.executable) is True
+
+
+def test_it_leaves_out_what_it_does_not_use(stack: VirtualPcsc) -> None:
+    """Its start is what its first client waits for."""
+    asks = "import sys; from pcsc_safe.broker import __main__ as it; it._leave_out_classes(); import smartcard.scard; "
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"{asks}print(*sys.modules)"],
+        env={**stack.env, "PYTHONPATH": os.pathsep.join(start._places())},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=ENOUGH,
+    )
+    loaded = {*done.stdout.split()}
+    assert "smartcard.scard._scard" in loaded
+    assert loaded & {"smartcard.Session", "smartcard.Exceptions", "socket", "runpy", "wrapt", "logging"} == set()
+
+
 def test_its_interpreter_can_be_named(stack: VirtualPcsc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PCSC_SAFE_BROKER_PYTHON, or else what multiprocessing was told by set_executable()."""
     python = script(tmp_path / "snake", f'echo "$0" >> {tmp_path}/used\nexec {sys.executable} "$@"')
