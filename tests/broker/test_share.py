@@ -409,7 +409,7 @@ def test_where_all_descriptors_are_closed(stack: VirtualPcsc, when: str) -> None
         try:
             answers = [session.transmit(IS_VERIFIED) for _ in range(2)]
         except Exception as error:
-            answers = [type(error).__name__, "files_to_preserve() open" in str(error)]
+            answers = [type(error).__name__, "files_to_preserve()" in str(error)]
         return answers, in_child(called, session, *IS_PIN_THERE), Session().transmit(ECHO), untouched(files)
 
     def head() -> Any:
