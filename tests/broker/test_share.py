@@ -350,8 +350,14 @@ def test_it_needs_a_broker_always(stack: VirtualPcsc) -> None:
         for context in (None, session.context):
             with pytest.raises(SettingsError, match="set broker='always' as well"):
                 pcsc_safe.configure(policy="share", context=context)
-        pcsc_safe.configure(broker="always", policy="share")
-        return in_child(called, session, *TRANSMIT), called(session, *TRANSMIT)
+        with pytest.raises(SettingsError, match="before you establish it"):
+            pcsc_safe.configure(broker="always", policy="share")
+
+        def child() -> Any:
+            pcsc_safe.configure(broker="always", policy="share")
+            return called(session, *TRANSMIT)
+
+        return in_child(child), called(session, *TRANSMIT)
 
     assert in_child(head) == ("ForkedHandleError", ECHOED)
 
