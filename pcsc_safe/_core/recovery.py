@@ -41,7 +41,7 @@ __all__ = [
     "noticed",
     "outlast",
     "recovers",
-    "tell",
+    "tell_of_no_service",
 ]
 
 NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
@@ -75,13 +75,10 @@ _attempts: dict[int, int] = {}  # to make one call, by thread
 _told: Optional[process.Epoch] = None
 
 
-def tell(function: str, hresult: int) -> None:
-    """Say in the log that there is no pcscd, and what examines the machine; once per process.
-
-    :param hresult: what the function returned.
-    """
+def tell_of_no_service(function: str) -> None:
+    """Say in the log that a function found no pcscd, and what examines the machine; once per process."""
     global _told
-    if hresult == NO_SERVICE and _told is not process.current():
+    if _told is not process.current():
         _told = process.current()
         log.warning(
             "no-service",

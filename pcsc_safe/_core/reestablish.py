@@ -311,7 +311,9 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
     effective = settings() if context is None else settings_of(context)
     through = gateway(function, context)
     result = through.establish(scope, keep, OUTGROWN if effective.recover else None)
-    recovery.tell(function, result[0])
+    # Nothing is called when a context was got: a signal handler could raise there, and it would be nobody's.
+    if result[0] == recovery.NO_SERVICE:
+        recovery.tell_of_no_service(function)
     if result[0] != OUTGROWN:
         return result
     if effective.policy is Policy.REESTABLISH:

@@ -86,7 +86,8 @@ def _ended(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
 def _failed(function: str, record: Record, hresult: int) -> None:
     if hresult in _ENDED and isinstance(record, Card):
         record.session.end()
-    recovery.tell(function, hresult)
+    if hresult == recovery.NO_SERVICE:
+        recovery.tell_of_no_service(function)
 
 
 _ENDED = tuple(
@@ -353,7 +354,8 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
         timeout = min(timeout, reader_states.INFINITE)
         began, cancels = monotonic(), record.cancels
         answer = wait(handle, timeout, states)
-        recovery.tell(call.name, answer[0])
+        if answer[0] == recovery.NO_SERVICE:
+            recovery.tell_of_no_service(call.name)
         if answer[0] in recovery.GONE and recovery.recovers(record):
             list_readers = public["SCardListReaders"]
             return recovery.outlast(call, wait, list_readers, record, timeout, states, began, cancels)

@@ -350,8 +350,14 @@ def test_it_needs_a_broker_always(stack: VirtualPcsc) -> None:
         for context in (None, session.context):
             with pytest.raises(SettingsError, match="set broker='always' as well"):
                 pcsc_safe.configure(policy="share", context=context)
-        pcsc_safe.configure(broker="always", policy="share")
-        return in_child(called, session, *TRANSMIT), called(session, *TRANSMIT)
+        with pytest.raises(SettingsError, match="before you establish it"):
+            pcsc_safe.configure(broker="always", policy="share")
+
+        def child() -> Any:
+            pcsc_safe.configure(broker="always", policy="share")
+            return called(session, *TRANSMIT)
+
+        return in_child(child), called(session, *TRANSMIT)
 
     assert in_child(head) == ("ForkedHandleError", ECHOED)
 
@@ -409,7 +415,7 @@ def test_where_all_descriptors_are_closed(stack: VirtualPcsc, when: str) -> None
         try:
             answers = [session.transmit(IS_VERIFIED) for _ in range(2)]
         except Exception as error:
-            answers = [type(error).__name__, "files_to_preserve() open" in str(error)]
+            answers = [type(error).__name__, "files_to_preserve()" in str(error)]
         return answers, in_child(called, session, *IS_PIN_THERE), Session().transmit(ECHO), untouched(files)
 
     def head() -> Any:

@@ -189,7 +189,7 @@ def test_on_macos_a_child_is_refused_clearly(session: Session, monkeypatch: pyte
         ("SCardTransmit", me, True),
     ]
     assert "on darwin" in text
-    assert "use policy 'auto', which goes through a broker here" in text
+    assert "use policy 'auto', which uses a broker here" in text
     assert answers == [safe.SCARD_E_INVALID_HANDLE, OK, OK, OK]
     monkeypatch.undo()
     with pytest.raises(SettingsError):

@@ -402,7 +402,7 @@ def refused(outcome: dict[str, Any], who: str) -> Any:
             continue
         _, function, text = value
         assert function == ("SCardListReaders" if name == "a plain number" else name)
-        for said in (function, "SCardTransmit", who, " s ", "quiesce_timeout", "use policy 'auto'"):
+        for said in (function, "SCardTransmit", who, " s; ", "quiesce_timeout", "use policy 'auto'"):
             assert said in text, text
     return rest
 
@@ -473,7 +473,7 @@ def unquiet(how: str, where: str) -> None:
 def test_a_fork_while_another_thread_imports(shared_stack: VirtualPcsc, how: str, patience: str, expected: str) -> None:
     """A fork waits for the imports of the first SCardEstablishContext; a child that has half of them doesn't hang."""
     child, parent = run(shared_stack, importing, how, patience)
-    why = "was forked while thread first was inside an import" if how != "C" else "was inside an import"
+    why = "was forked while thread first had been inside an import" if how != "C" else "had been inside an import"
     assert child == OK if expected == "works" else why in child
     assert parent == OK
 
@@ -521,7 +521,7 @@ def test_how_long_a_fork_waits(held: VirtualPcsc) -> None:
         with pytest.raises(ForkUnsafeError):
             safe.SCardListReaders(context, [])
         error = pickle.loads(pickle.dumps(caught.value))
-        return error.function, error.pid == os.getpid(), " was inside SCard" in str(error)
+        return error.function, error.pid == os.getpid(), " inside SCard" in str(error)
 
     for timeout in (0, 0.3):
         pcsc_safe.configure(quiesce_timeout=timeout, policy="reestablish")
