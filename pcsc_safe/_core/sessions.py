@@ -85,7 +85,7 @@ class _BsdLayout:
 def _empty_file() -> int:
     if hasattr(os, "memfd_create"):
         with failures.suppress(OSError):  # a seccomp filter's
-            return os.memfd_create("pcsc_safe")
+            return int(os.memfd_create("pcsc_safe"))
     import tempfile
 
     number, path = tempfile.mkstemp("", "pcsc_safe")

@@ -202,7 +202,10 @@ class AlarmError(Exception):
 
 BUILTIN = [IndexError, OSError, RuntimeError, TimeoutError, TypeError, ValueError]
 ALARMS = [AlarmError, *(type(f"Alarm{kind.__name__}", (AlarmError, kind), {}) for kind in BUILTIN)]
-"""What handlers raise may be of a kind that is caught where something else is to fail.  A KeyError is not: os.environ.get() takes it."""
+"""What handlers raise may be of a kind that is caught where something else is to fail.
+
+A KeyError isn't here: os.environ.get() catches it.
+"""
 
 
 def raise_alarm(*_: object) -> None:
@@ -302,7 +305,7 @@ NOTHING = {"in flight": 0, "locked": 0, "doomed": 0, "natives": 0}
 @pytest.mark.parametrize("alarms", [100, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("where", ["idle", "in a transaction", "beside a wait", "broker"])
 def test_handlers_that_raise(where: str, alarms: int) -> None:
-    """Whatever a handler raises, and wherever: the program gets it, all works, and no lock, context or entry is left."""
+    """Whatever a handler raises, and wherever: the program gets it, all works, and no lock or context is left."""
     works, answers, lost, held, contexts, cards = told(interrupted, str(alarms), where, timeout=60 + alarms / 10)
     assert works == [OK, OK, OK]
     assert answers == ([True, OK, CANCELLED] if where == "beside a wait" else None)
