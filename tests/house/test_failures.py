@@ -1,0 +1,58 @@
+"""What a signal handler raises, be it an OSError, is not taken for a failure of the library's own."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from collections.abc import Iterator
+from pathlib import Path
+
+import pcsc_safe
+
+PACKAGE = Path(pcsc_safe.__file__).parent
+IN_THE_BROKER = {"served", "server", "sharing", "watch", "__init__", "__main__"}
+"""Modules that run in a broker, where no handler raises."""
+
+WITH_A_REASON = {
+    "_core.descriptors.kill": "in a hook, where it must not keep the rest from being done",
+    "_core.log._write": "print() runs whatever the application has put in the place of sys.stderr",
+    "_core.readiness._import": "the next call tries again",
+    "_core.reconnecting.reconnecting": "it raises what it doesn't know",
+    "_core.sessions.prepare": "tempfile's own errors, once in a process",
+    "_core.transfer._child_has_started": "a BlockingIOError ends a wait that is asked for again",
+    "_native.interruptible.attempt": "on the way out of a handler's exception",
+    "broker.start._path_of": "importlib's own errors, when a broker is started",
+    "broker.values._read_text": "a UnicodeDecodeError is nobody else's",
+    "broker.values._read_opaque": "a UnicodeDecodeError is nobody else's",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Those whose code runs in the application's threads, inside calls of PC/SC."""
+    files = [file for room in ("_core", "_native", "broker") for file in (PACKAGE / room).glob("*.py")]
+    return {f"{file.parent.name}.{file.stem}": file for file in files if file.stem not in IN_THE_BROKER}
+
+
+def catching(function: ast.FunctionDef) -> Iterator[ast.AST]:
+    """What catches one of Python's exceptions, and neither asks whose it is nor raises it again."""
+    kinds = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)}
+    for node in ast.walk(function):
+        if isinstance(node, ast.ExceptHandler) and node.type is not None:
+            caught = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} & kinds
+            asks = any(isinstance(name, ast.Name) and name.id == "is_ours" for name in ast.walk(node))
+            last = node.body[-1]
+            if caught and not asks and not (isinstance(last, ast.Raise) and last.exc is None):
+                yield node
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "contextlib.suppress":
+            yield node
+
+
+def test_who_catches_asks_whose_it_is() -> None:
+    """By ``failures.is_ours()``, or ``failures.suppress()``; what doesn't is on the list, with its reason."""
+    found = {
+        f"{name}.{function.name}"
+        for name, file in modules().items()
+        for function in ast.walk(ast.parse(file.read_text()))
+        if isinstance(function, ast.FunctionDef) and any(catching(function))
+    }
+    assert found == set(WITH_A_REASON)
