@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -32,6 +33,14 @@ before_3_10 = pytest.mark.skipif(
     sys.version_info < (3, 10),
     reason="CPython 3.9 runs signal handlers between any two bytecodes, also between a with block and its own exit",
 )
+
+
+def as_of_c(function: Any) -> Any:
+    """A function for pcsc_safe to call in the place of one of C, which has no frame in a traceback.
+
+    A frame of a test's would be a signal handler's.
+    """
+    return FunctionType(function.__code__, {**function.__globals__, "__name__": "pcsc_safe"})
 
 
 class Alarm(Exception):  # noqa: N818  # not an error

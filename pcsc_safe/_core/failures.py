@@ -13,7 +13,8 @@ from typing import Optional
 
 __all__ = ["is_ours", "suppress"]
 
-_PACKAGE = __name__.partition(".")[0]
+_OURS = frozenset((__name__.partition(".")[0], "gevent", "eventlet"))
+"""Whose frames are no handler's; the others put functions of their own in the place of some of C."""
 
 
 def is_ours(error: BaseException) -> bool:
@@ -23,7 +24,7 @@ def is_ours(error: BaseException) -> bool:
     """
     step = error.__traceback__
     while step is not None:
-        if step.tb_frame.f_globals.get("__name__", "").partition(".")[0] != _PACKAGE:
+        if step.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS:
             return False
         step = step.tb_next
     return True

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from conftest import Session
 from forking import fork, in_child, in_program
+from interrupts import as_of_c
 from own_descriptors import descriptors as open_descriptors
 from own_descriptors import is_dead
 from rawscard import raw
@@ -266,7 +267,7 @@ def test_without_proc(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     class Os:
         """The module, without a /proc."""
 
-        open = staticmethod(no_proc)
+        open = staticmethod(as_of_c(no_proc))
 
         def __getattr__(self, name: str) -> Any:
             return getattr(os, name)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +23,7 @@ from calling import CANCELLED, OK, PRESENT, TIMED_OUT, Calling, connect, establi
 from cforks import c_fork
 from conftest import ECHO
 from forking import fork, in_program
-from interrupts import Alarm, before_3_10
+from interrupts import Alarm, as_of_c, before_3_10
 
 import pcsc_safe
 from pcsc_safe import scard as safe
@@ -361,6 +360,5 @@ def without_a_thread() -> None:
         raise RuntimeError("can't start new thread")
 
     session, began = Session(), time.monotonic()
-    # The real one is of C; a frame of this module would be a signal handler's.
-    interruptible.start_new_thread = types.FunctionType(no_thread.__code__, {**globals(), "__name__": "pcsc_safe"})
+    interruptible.start_new_thread = as_of_c(no_thread)
     print(json.dumps([session.wait(A_WHILE), time.monotonic() - began]))
