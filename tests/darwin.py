@@ -419,4 +419,5 @@ def install() -> None:
     bootstrap._init_module_attrs = begin_module  # type: ignore[attr-defined]
     runpy._run_code = run_code  # type: ignore[attr-defined]
 
+
 __name__ = "pcsc_safe.darwin"  # what these functions stand for is of C; see pcsc_safe._core.failures
