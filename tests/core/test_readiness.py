@@ -168,7 +168,7 @@ def interrupted() -> None:
 def test_a_warning_where_nobody_imports_logging(shared_stack: VirtualPcsc) -> None:
     """It goes to standard error, as logging itself would write it; nothing else does, and logging isn't imported."""
     done = in_program(warns, env={**os.environ, **shared_stack.env})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "[false]\n", "it costs 7\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[false]\n", "pcsc_safe: it costs 7\n")
 
 
 def warns() -> None:
@@ -177,7 +177,7 @@ def warns() -> None:
 
     for name in [each for each in sys.modules if each.partition(".")[0] == "logging"]:
         del sys.modules[name]
-    log.debug("nobody hears %s", "this")
-    log.info("nor %s", "this")
-    log.warning("it costs %d", 7)
+    log.debug("test", "nobody hears this")
+    log.info("test", "nor this")
+    log.warning("test", "it costs %(price)d", price=7)
     say("logging" in sys.modules)
