@@ -189,10 +189,10 @@ def test_python_is_told_and_sys_platform_is_not(shared_stack: VirtualPcsc, on_ma
 
 SHOWN_RAW = {
     "1": "the child died of SIGSEGV",
-    "6": "a fresh context was refused: SCARD_E_NO_SERVICE",
+    "6": "a new context was refused: SCARD_E_NO_SERVICE",
     "7": "still frozen",  # no fork, so nothing of macOS in it; and pcsc_safe must not need a fork to cure it
     "9": "the daemon died of SIGSEGV",
-    "11": "answered memory of the process",  # after pcscd died; the child that drops its copy has died of SIGSEGV
+    "11": "returned memory of the process",  # after pcscd died; the child that drops its copy has died of SIGSEGV
 }
 """What the demo says of raw pyscard on the simulated macOS.
 
