@@ -11,6 +11,10 @@ say so.  So what a broker takes is imported
 
 The child of a process with one thread does the same as a process that was not forked.
 
+Beside other threads a thread of its own imports, and the others wait for it.  A signal handler in the middle of an
+import could wait for a thread that wants the same modules, and an exception that another thread sends there can be
+lost; but nothing of the application runs in the thread that imports, and it waits for nobody.
+
 Invariant: a child whose fork was not quiet has nothing left to import, unless it was forked in the middle of that.
 Then it uses no broker.
 """
@@ -18,10 +22,13 @@ Then it uses no broker.
 from __future__ import annotations
 
 import atexit
+from typing import Any
 
 from ..policy import Broker, Owner, Policy, Settings, native_works_after_fork
 from . import gate, gateways, in_flight, process
-from .unpatched import count_threads, get_ident
+from .failures import is_ours
+from .one_step import in_one_step
+from .unpatched import allocate_lock, count_threads, get_ident, monotonic, start_new_thread
 
 __all__ = ["begin", "consider", "is_on", "is_ready", "lacks_broker", "prepare"]
 
@@ -37,6 +44,8 @@ lacks_broker = False
 """Whether this process was forked in the middle of these imports."""
 
 _importing: set[int] = set()  # the threads that are at it
+_aside: dict[Any, None] = {}  # a lock that is held while a thread of its own is at it
+_WAITED_FOR = 1.0  # s; an import of the application's that a handler has interrupted may keep that thread
 _ATTEMPTS = 3
 
 
@@ -48,7 +57,7 @@ def consider(settings: Settings) -> None:
         transfer.begin()
     always = settings.broker is Broker.ALWAYS or settings.policy is Policy.BROKER
     if always or settings.recover or not native_works_after_fork():
-        prepare()
+        gate.during(in_flight.IMPORTS, _import)
 
 
 def begin() -> None:
@@ -60,12 +69,45 @@ def begin() -> None:
     gate.before_waiting = _before_fork
     atexit.register(_leave_it)  # finalizers that come later import nothing
     if count_threads():
-        _import()
+        _import_aside()
 
 
 def prepare() -> None:
-    """Import what is left."""
-    gate.during(in_flight.IMPORTS, _import)
+    """Import what is left; for calls and forks beside other threads."""
+    gate.during(in_flight.IMPORTS, _import_aside)
+
+
+def _import_aside() -> None:
+    """Import in a thread of its own, and wait for that."""
+    if get_ident() in _importing:
+        return None  # a finalizer, in that thread
+    over = allocate_lock()
+    over.acquire()
+    try:
+        if not _aside:
+            in_one_step((_aside.setdefault, over), (start_new_thread, _import_and_say, (over,)))
+    except RuntimeError as error:  # there is no thread to be had
+        if not is_ours(error):
+            raise
+        _aside.pop(over, None)
+        return _import()
+    for running in list(_aside):
+        if running.acquire(True, _WAITED_FOR):
+            running.release()
+        else:
+            _aside.pop(running, None)  # the next call tries again
+    return None
+
+
+def _import_and_say(over: Any) -> None:
+    key = object()
+    try:
+        in_flight.elsewhere[key] = (in_flight.IMPORTS, get_ident(), monotonic(), None)
+        _import()
+    finally:
+        in_flight.elsewhere.pop(key, None)
+        _aside.pop(over, None)
+        over.release()
 
 
 def _import() -> None:
@@ -106,6 +148,7 @@ def _begin(epoch: process.Epoch) -> None:
     if not is_ready and epoch.unquiet is not None and epoch.unquiet.function == in_flight.IMPORTS:
         lacks_broker = True
     _importing.clear()
+    _aside.clear()
     if epoch.noticed_by != "hook" and count_threads():
         _leave_it()  # another thread may have been importing
 
