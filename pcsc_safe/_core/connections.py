@@ -14,14 +14,13 @@ import os
 import stat
 import sys
 from collections.abc import Iterable, Sequence
-from functools import partial
 from operator import methodcaller
 from typing import Any, Callable, Optional
 
 from . import descriptors, process
 from .descriptors import Descriptor
 from .failures import is_ours
-from .one_step import Operation, in_one_step, nowhere
+from .one_step import Operation, nowhere
 from .settings import when_changed
 
 __all__ = [
@@ -42,14 +41,17 @@ _SOCKET_NAME = "pcscd.comm"
 _MOST_NUMBERS = 65536  # to look at where they can't be listed
 
 _socket: Any = None
+_Borrowed: Any = None  # a socket that never closes its descriptor, whenever and however it is left
 _paths: set[str] = set()
 
 
 def prepare() -> None:
     """Import what the look at the descriptors takes, so that nothing need be imported in a child."""
-    global _socket
+    global _socket, _Borrowed
     import _socket as module  # the socket module may have been patched (gevent)
 
+    # Its finalizer is a function of C: no signal handler can raise in it.
+    _Borrowed = type("Borrowed", (module.socket,), {"__slots__": (), "__del__": module.socket.detach})
     _socket = module
     _learn_path()
 
@@ -126,22 +128,13 @@ def _ask(number: int, question: Callable[[Any], Any]) -> list[Any]:
     """
     # As one that doesn't block, whatever it is: after socket.setdefaulttimeout() Python would else make it one, for its
     # owner and for the owner's parent as well.
-    make = partial(_socket.SocketType, _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK, 0)
-    sockets: list[Any] = []
-    answers: list[Any] = []
+    kind = _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK
     try:
-        # One step: a signal handler that raised before detach() would have the descriptor closed.
-        in_one_step(
-            (sockets.extend, map(make, (number,))),
-            (answers.extend, map(question, sockets)),
-            (nowhere.extend, map(methodcaller("detach"), sockets)),
-        )
+        return [question(_Borrowed(_socket.AF_UNIX, kind, 0, number))]
     except OSError as error:
         if not is_ours(error):
             raise
-        for one in sockets:
-            one.detach()
-    return answers
+        return []
 
 
 def guard_all(on: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -15,10 +16,11 @@ from typing import Any
 import pytest
 from conftest import ECHO, Session
 from forking import fork, in_child, in_program
+from interrupts import Alarm, raise_alarm
 from own_descriptors import descriptors, is_dead
 
 from pcsc_safe import scard as safe
-from pcsc_safe._core import handles, process
+from pcsc_safe._core import connections, handles, process
 from pcsc_safe._core.descriptors import Descriptor
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
@@ -36,6 +38,15 @@ def establish() -> Any:
     hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
     assert hresult == OK
     return context
+
+
+def test_a_look_closes_nothing(session: Session) -> None:
+    """A signal handler that raises while a connection is looked at doesn't close it: another would get its number."""
+    number = connection_of(session.context).number
+    with pytest.raises(Alarm):
+        connections._ask(number, raise_alarm)
+    gc.collect()
+    assert session.transmit(ECHO)[0] == OK
 
 
 def test_the_connection_is_found(session: Session) -> None:

@@ -434,6 +434,9 @@ def stopped() -> None:
     context = establish()
     reader = safe.SCardListReaders(context, [])[1][0]
     card, stuck = connect(context, reader), 0
+    # The first call beside another thread starts one, to import; CPython takes a thread that is being started for the
+    # one that starts it, and sends it the exception.
+    Calling(transmit, card).answer()
 
     class StopError(Exception):
         pass
