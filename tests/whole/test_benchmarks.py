@@ -93,6 +93,7 @@ def run(output: Path, *arguments: str) -> str:
     return printed
 
 
+@pytest.mark.long
 def test_benchmarks_run_to_their_end(tmp_path: Path) -> None:
     """``benchmarks/run.py --fast`` measures everything, and writes it down as data, as a page and as a picture."""
     printed, output = run(tmp_path / "figures"), tmp_path / "figures"
