@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # as in in_flight
         """The gateway that is this process's own native library.
 
         What it knows a PC/SC context by (``real``) lives in this process, and can be handed over at a fork: it has
-        ``tidy()``, ``give()``, ``give_latest()``, ``take_back()``, ``take_over(epoch)`` and ``release_dead()``.
+        ``tidy()``, ``give(by)``, ``give_latest()``, ``take_back(by)``, ``take_over(epoch)`` and ``release_dead()``.
         """
 
         def is_loaded(self) -> bool:

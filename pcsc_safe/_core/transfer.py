@@ -216,9 +216,9 @@ def _reserve(plan: Plan) -> Optional[str]:
     """Keep this process's threads out of what is handed over, and have the broker prepare for the child."""
     here = process.here
     for context in plan.native:
-        if not _keep_threads_out(context):
+        plan.given.append(context)  # first: a signal handler may raise in the middle
+        if not _keep_threads_out(context, plan):
             return "another thread is handing over a context"
-        plan.given.append(context)
     if plan.handed_over() and not gate.stays_quiet():
         return "another thread is inside a PC/SC call"
     for context in plan.native:
@@ -232,10 +232,10 @@ def _reserve(plan: Plan) -> Optional[str]:
     return None
 
 
-def _keep_threads_out(context: Context) -> bool:
+def _keep_threads_out(context: Context, plan: Plan) -> bool:
     """Keep the threads of this process out of a context; False if another one's fork has done so."""
     deadline = monotonic() + _GIVEN_WITHIN
-    while not context.real.give():
+    while not context.real.give(plan):
         if monotonic() > deadline:
             return False
         sleep(_PAUSE)
@@ -293,7 +293,7 @@ def _settle_once(plan: Plan) -> None:
         observer.record("handover", contexts=len(plan.handed_over()))
     for context in plan.given:
         if not plan.has_child:
-            context.real.take_back()
+            context.real.take_back(plan)
     if plan.has_child and plan.shared:
         observer.record("share", contexts=len(plan.shared))
     if plan.inherited_connection is not None:

@@ -59,11 +59,12 @@ class NativeContexts:
     :ivar waits: the waits for events on the PC/SC context, as their callers see them.
     """
 
-    __slots__ = ("natives", "owner", "released", "scope", "waits")
+    __slots__ = ("_given_by", "natives", "owner", "released", "scope", "waits")
 
     def __init__(self, scope: Any) -> None:
         self.scope = scope
         self.owner: Optional[process.Epoch] = process.current()
+        self._given_by: object = None
         self.released = False
         self.natives: dict[NativeContext, Any] = {}  # in the order in which they were established
         self.waits: dict[Any, None] = {}
@@ -431,14 +432,15 @@ class NativeContexts:
         """Their connections to pcscd; None for one that could not be told."""
         return [context.descriptor for context in self.settled()]
 
-    def give(self) -> bool:
+    def give(self, by: object) -> bool:
         """Keep everybody out, while a child is being forked that is to have them.
 
-        :return: False if another thread has done so.
+        :param by: who does so.
+        :return: False if somebody else has done so.
         """
         if self.owner is None:
-            return False
-        self.owner = None
+            return self._given_by is by
+        self._given_by, self.owner = by, None
         self.give_latest()
         return True
 
@@ -447,8 +449,10 @@ class NativeContexts:
         for context in self.settled():
             context.state = GIVEN
 
-    def take_back(self) -> None:
-        """Let everybody in again: there is no child."""
+    def take_back(self, by: object) -> None:
+        """Let everybody in again, if this one has kept them out: there is no child."""
+        if self._given_by is not by:
+            return
         self.owner = process.current()
         for context in self.settled():
             context.state = OPEN
