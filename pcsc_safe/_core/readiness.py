@@ -1,19 +1,9 @@
-"""What a process with one thread doesn't need: it is imported before it can be needed.
+"""What a broker takes is imported before a child can need it.
 
-A program that reads one card and ends has no use for a broker, which takes longer to import than PC/SC does.  But no
-child may be the first to import if another thread may have held an import lock at its fork, and no signal handler and
-no finalizer at all.  A child needs a broker if its fork was not quiet, which takes another thread; or if the settings
-say so.  So what a broker takes is imported
-
-- where the settings say that this process, or a child, needs one;
-- before the first fork beside another thread;
-- at the first call of PC/SC beside another thread, because a fork may run no hook.
-
-The child of a process with one thread does the same as a process that was not forked.
-
-Beside other threads a thread of its own imports, and the others wait for it.  A signal handler in the middle of an
-import could wait for a thread that wants the same modules, and an exception that another thread sends there can be
-lost; but nothing of the application runs in the thread that imports, and it waits for nobody.
+No child may be the first to import if another thread may have held an import lock at its fork, and no signal handler
+and no finalizer at all.  So what a broker takes is imported when a process uses PC/SC for the first time, or when the
+settings say that it needs one.  If a signal handler has kept that from being done, the next call, or the next fork,
+does it, beside other threads in a thread of its own: nothing of the application runs there.
 
 Invariant: a child whose fork was not quiet has nothing left to import, unless it was forked in the middle of that.
 Then it uses no broker.
@@ -68,8 +58,7 @@ def begin() -> None:
         return
     gate.before_waiting = _before_fork
     atexit.register(_leave_it)  # finalizers that come later import nothing
-    if count_threads():
-        _import_aside()
+    _import()  # not later, in a call beside other threads: it would hold locks of modules while a handler runs
 
 
 def prepare() -> None:
