@@ -47,8 +47,8 @@ def reconnecting(
     :param card: the handle that SCardConnect of :mod:`pcsc_safe.scard` returned, or, after :func:`pcsc_safe.install`,
         a connected CardConnection of pyscard.
     :param work: takes ``card``.
-    :param on_reset: takes ``card``, and restores what a reset undoes: it selects the applet and verifies the PIN.  What
-        it raises is raised here and not tried again, so that a wrong PIN is sent once.
+    :param on_reset: takes ``card``, and restores what a reset undoes: it selects the applet and verifies the PIN.
+        Unless the card was reset again, what it raises is raised here, so that a wrong PIN is sent once.
     :param attempts: how often ``work`` is called, at most.
     :return: what ``work`` returned.
     :raises ValueError: ``attempts`` is less than 1.
