@@ -25,6 +25,7 @@ from .settings import when_changed
 
 __all__ = [
     "ARE_INHERITED",
+    "OPENS_ANOTHER",
     "Traces",
     "connections",
     "guard_all",
@@ -61,8 +62,12 @@ class Traces:
 
     Its socket gets the lowest free number.  A look before and one after it, in the same step of C and with nobody else
     of this library in between, tell it, unless another thread of the application opens or closes files just then; a
-    thorough look lists all numbers, and tells it then, too.
+    thorough look lists all numbers, and tells it then, too, unless libpcsclite has opened another one since.
+
+    :cvar latest: the one of the last connection that was opened; None if that wasn't by SCardEstablishContext.
     """
+
+    latest: Optional[Traces] = None
 
     def __init__(self) -> None:
         self._next: list[int] = []  # the lowest free number, before
@@ -71,10 +76,14 @@ class Traces:
 
     def operations(self, thoroughly: bool) -> tuple[Sequence[Operation], Sequence[Operation]]:
         """What is to be done before SCardEstablishContext and after it."""
-        spare = descriptors.any_open()
-        if not ARE_INHERITED or spare is None:
+        if not ARE_INHERITED:
             return (), ()
+        begin: Operation = (setattr, Traces, "latest", self)
+        spare = descriptors.any_open()
+        if spare is None:
+            return [begin], []
         look: list[Operation] = [
+            begin,
             (self._next.extend, map(os.dup, (spare,))),
             (nowhere.extend, map(os.close, self._next)),
         ]
@@ -96,7 +105,12 @@ class Traces:
         now = set(self._listed[1]) if len(self._listed) > 1 else _possible_numbers()
         found = strangers((now - set(self._listed[0])) | set(map(str, self._next)))
         likely = [descriptor for is_likely, descriptor in found if is_likely]
-        return likely[0] if len(likely) == 1 else None
+        # Another one that was opened after this one may have a number that was listed.
+        return likely[0] if len(likely) == 1 and Traces.latest is self else None
+
+
+OPENS_ANOTHER: Operation = (setattr, Traces, "latest", None)
+"""Comes, in the same step, before any other call in which libpcsclite opens a connection to pcscd."""
 
 
 def shut_down(connection: Optional[Descriptor], *, at_once: bool) -> bool:

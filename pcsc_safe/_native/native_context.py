@@ -17,7 +17,7 @@ from typing import Any, Optional
 from .._core import connections, descriptors, gate, in_flight, process
 from .._core.calls import STALE
 from .._core.descriptors import Descriptor
-from .._core.in_flight import OPEN, WOKEN, Owned, Place, attempt, made
+from .._core.in_flight import OPEN, WOKEN, Owned, Place, attempt
 from .._core.library import SUCCESS
 from .._core.unpatched import get_ident, monotonic, sleep
 from .pyscard import raw
@@ -119,12 +119,13 @@ class NativeContext(Place):
 
 def cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
     """SCardCancel, which has a connection to pcscd of its own, for a moment."""
-    call = (raw["SCardCancel"], handle)
-    while not (steps := attempt(establishing, owned, "SCardCancel", call, may_pass=may_pass)):
+    answer: list[Any] = []
+    call = (answer.extend, map(raw["SCardCancel"], (handle,)))
+    while not attempt(establishing, owned, "SCardCancel", connections.OPENS_ANOTHER, call, may_pass=may_pass):
         if owned.owner is not process.current():
             return STALE
         may_pass = gate.wait_for(establishing, may_pass)
-    return made(steps)
+    return answer[0]
 
 
 def wait_until_given(given: Sequence[NativeContext]) -> None:

@@ -11,6 +11,8 @@ import resource
 import signal
 import socket
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from own_descriptors import descriptors, is_dead
 from pcsc_safe import scard as safe
 from pcsc_safe._core import connections, handles, process
 from pcsc_safe._core.descriptors import Descriptor
+from pcsc_safe._core.one_step import Operation
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 OK = safe.SCARD_S_SUCCESS
@@ -64,6 +67,35 @@ def test_the_connection_is_found(session: Session) -> None:
     for pair in crowd:
         for end in pair:
             end.close()
+
+
+def test_one_that_was_opened_later_is_not_taken_for_it(session: Session, tmp_path: Path) -> None:
+    """A thorough look is over when its thread comes to what it has listed; then another connection can be there."""
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(tmp_path / "pcscd.comm"))
+        door.listen()
+        low, ours, theirs = os.open(os.devnull, os.O_RDONLY), *(socket.socket(socket.AF_UNIX) for _ in range(2))
+        ours_at, later = os.dup(low), connections.Traces()
+        traces = connections.Traces()
+        before, after = traces.operations(True)
+        run(before)
+        os.dup2(ours.fileno(), ours_at)  # another thread closes a file, and libpcsclite gets its number
+        ours.connect(door.getsockname())
+        run(after)
+        run(later.operations(False)[0])
+        theirs.connect(door.getsockname())
+        os.dup2(theirs.fileno(), traces._next[0])
+        assert [is_likely for is_likely, _ in connections.strangers({str(traces._next[0])})] == [True]
+        assert traces.connection() is None
+        for number in (low, ours_at, traces._next[0]):
+            os.close(number)
+        ours.close()
+        theirs.close()
+
+
+def run(operations: Sequence[Operation]) -> None:
+    for function, *arguments in operations:
+        function(*arguments)
 
 
 def test_the_right_one_is_found_among_busy_threads(shared_stack: VirtualPcsc) -> None:
