@@ -136,7 +136,6 @@ def _close(*, everything: bool) -> None:
         sleep(_PAUSE)
     until = deadline + _GRACE
     in_flight.closers[ident] = until
-    before_waiting()
     try:
         _quiesce(ident, deadline, everything=everything)
     except BaseException as error:
@@ -146,10 +145,6 @@ def _close(*, everything: bool) -> None:
         in_flight.closers[ident] = until
         if in_flight.others_are_inside():
             _thread_names.update({thread.ident or 0: thread.name for thread in threading.enumerate()})
-
-
-before_waiting: Callable[[], Any] = bool
-"""What a process with several threads does first before a fork, with the gate closed; it doesn't raise."""
 
 
 def _another_forks(ident: int) -> bool:

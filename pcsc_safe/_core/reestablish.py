@@ -14,7 +14,7 @@ from typing import Any, Optional
 from .. import policy
 from ..errors import BrokerError, ForkUnsafeError
 from ..policy import Policy, Role, Settings, Way, choose_way, native_works_after_fork
-from . import gateways, handles, in_flight, log, observer, one_step, process, readiness, recovery
+from . import gateways, handles, in_flight, log, observer, one_step, process, recovery
 from .calls import CALLS, STALE, Call, Gateway, Keep
 from .failures import is_ours
 from .handles import Card, Context, Record
@@ -338,7 +338,7 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
     way = _way(context)
     if way is Way.NATIVE:
         return gateways.native
-    if way is Way.BROKER and not readiness.lacks_broker:
+    if way is Way.BROKER:
         return gateways.brokers.get()
     raise unsafe(function, context)
 

@@ -125,10 +125,8 @@ def _prepare() -> None:
         from . import proxies  # wrapt takes longer to import than all the rest, and a broker needs none
 
         handles.hand_out(proxies.SafeContext, proxies.SafeCard)
-    for part in (descriptors, sessions, gateways.native):
+    for part in (descriptors, sessions, gateways.native, readiness):
         part.prepare()
-    if not _is_prepared:
-        readiness.begin()
     _is_prepared = True
 
 

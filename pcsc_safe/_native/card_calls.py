@@ -9,11 +9,11 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Any, Callable
 
-from .._core import gate, in_flight, one_step, process, readiness
+from .._core import gate, in_flight, one_step, process
 from .._core.calls import STALE
 from .._core.in_flight import GIVEN, RELEASED, WOKEN
 from .._core.library import SUCCESS
-from .._core.unpatched import count_threads, get_ident, monotonic
+from .._core.unpatched import get_ident, monotonic
 from .contexts import behind, discard, doomed, sweep
 from .native_context import NativeContext, wait_until_given
 from .pyscard import raw
@@ -32,8 +32,6 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
     is_not_false, called = one_step.is_not_false, one_step.called
 
     def call(card: Any, arguments: tuple[Any, ...]) -> Any:
-        if not readiness.is_ready and count_threads():
-            readiness.prepare()
         may_pass = False
         while True:
             place = card.native

@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
-from .._core import connections, descriptors, failures, gate, in_flight, log, process, readiness
+from .._core import connections, descriptors, failures, gate, in_flight, log, process
 from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import is_ours
 from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, made
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation, in_one_step
-from .._core.unpatched import count_threads, get_ident, monotonic, sleep
+from .._core.unpatched import get_ident, monotonic, sleep
 from . import interruptible
 from .native_context import NativeContext, cancel_natively, establishing, is_at, wait_until_given
 from .pyscard import raw
@@ -195,8 +195,6 @@ class NativeContexts:
 
         :param lasts: signal handlers are to run while it does.
         """
-        if not readiness.is_ready and count_threads():
-            readiness.prepare()
         may_pass, refused = False, SUCCESS
         avoided: list[NativeContext] = []
         while self.is_behind(owned) and not (wait is not None and wait.cancelled):
