@@ -226,4 +226,4 @@ def test_a_storm_of_forks(pcsc_stack: VirtualPcsc, forks: int, levels: int) -> N
 @pytest.mark.parametrize(("forks", "levels"), [(2000, 1), (300, 3)])
 def test_a_long_storm_of_forks(pcsc_stack: VirtualPcsc, forks: int, levels: int) -> None:
     """The same for as long as it takes to meet what is rare."""
-    print(check(pcsc_stack, forks, levels, timeout=1800))
+    print(check(pcsc_stack, forks, levels, timeout=900))
