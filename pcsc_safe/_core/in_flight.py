@@ -92,8 +92,6 @@ NOT_NATIVE = frozenset((IMPORTS, DOOR, START))
 """What a fork waits for although its child can't use the native library."""
 
 
-_LONG_WAIT = 0.001  # s
-
 _GIVE_WAY = 0.0001  # s; longer than it takes a thread to wake up
 
 OPEN, WOKEN, RELEASED, GIVEN = range(4)
@@ -123,7 +121,7 @@ class Place:
     :ivar cards: what lives there; a call that wants the place bare isn't made while there is any.
     :ivar state: OPEN; WOKEN: the wait that was there has been ended, and the place is of no more use; RELEASED; GIVEN:
         to a child that is being forked, or has just been, which is decided in a moment.
-    :ivar waiting: since when threads wait for the place, by ``monotonic()``.
+    :ivar waiting: one key for each thread that waits for the place.
     :ivar acquire: takes the place, if it is free, and says whether it was; its argument is False: don't wait.
     :ivar enter: puts a call on the list.
     :ivar release: gives the place back.
@@ -141,7 +139,7 @@ class Place:
         """Forget who is there: this is a new process."""
         self.lock = RLock()
         self.calls = _empty_list()
-        self.waiting: dict[object, float] = {}
+        self.waiting: dict[object, None] = {}
         self.acquire: Callable[[bool], Any] = self.lock.acquire
         self.enter = self.calls.append
         self.release: Callable[[], Any] = self.lock.release
@@ -160,17 +158,17 @@ class Place:
         """
         key = object()
         try:
-            self.waiting[key] = monotonic()
+            self.waiting[key] = None
             in_one_step((self.lock.acquire, True, timeout), (self.release,))
         finally:
             self.waiting.pop(key, None)
 
     def give_way(self) -> None:
-        """Before a call: let a thread go first that has waited for long.
+        """Before a call: let a thread go first that waits.
 
-        A thread that makes one call after the other would else be back before one that waits has woken up.
+        A thread that makes one call after the other would else be back before that one has woken up.
         """
-        if any(monotonic() - since > _LONG_WAIT for since in list(self.waiting.values())):
+        if self.waiting:
             sleep(_GIVE_WAY)
 
 

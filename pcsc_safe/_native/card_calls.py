@@ -1,18 +1,23 @@
 """The path of a call on a card, in as few steps as possible.
 
 A card has a native context to itself.  One step of C takes the context, records the call, makes it, and gives the
-context back.  At a fork nothing changes here: the child doesn't own its record of the card.
+context back.  If another thread's call is there, the same step begins with the wait for it: a thread that waited in one
+step and took the context in the next would lose it again and again to a thread that makes one call after the other.
+At a fork nothing changes here: the child doesn't own its record of the card.
 """
 
 from __future__ import annotations
 
-from itertools import takewhile
+from itertools import chain as all_of
+from itertools import compress, starmap, takewhile
+from operator import attrgetter, is_, itemgetter, not_
 from typing import Any, Callable
 
 from .._core import gate, in_flight, one_step, process
 from .._core.calls import STALE
-from .._core.in_flight import GIVEN, RELEASED, WOKEN
+from .._core.in_flight import GIVEN, RELEASED, WOKEN, Entry
 from .._core.library import SUCCESS
+from .._core.one_step import Operation
 from .._core.unpatched import get_ident, monotonic
 from .contexts import behind, discard, doomed, sweep
 from .native_context import NativeContext, wait_until_given
@@ -62,23 +67,63 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
                         place.release()
                 raise
             if steps:
+                result = steps[2]
                 break
             if card.owner is not process.current() or place.state in (WOKEN, RELEASED):
                 return STALE
-            may_pass = _wait_for_card(place, may_pass)
-        place.began = entry[2]
-        if unbinds and steps[2] == SUCCESS:
+            if place.state == GIVEN:
+                wait_until_given([place])
+            elif closers and not may_pass and entry[1] not in closers:
+                may_pass = gate.wait_until_open(entry[1])
+            elif answers := _in_turn(card, place, operation, entry, may_pass or entry[1] in closers):
+                result = answers[0]
+                break
+        if unbinds and result == SUCCESS:
             discard(place.cards, card.real)
             behind(card.context).tidy()
         if doomed:
             sweep()
-        return steps[2]
+        return result
 
     return call
 
 
-def _wait_for_card(place: NativeContext, may_pass: bool) -> bool:
-    if place.state != GIVEN:
-        return gate.wait_for(place, may_pass)
-    wait_until_given([place])
-    return may_pass
+_owner, _native, _state, _here = map(attrgetter, ("owner", "native", "state", "here"))
+
+
+def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool) -> list[Any]:
+    """Make a call after those that other threads have there, or wait for.
+
+    :param entry: of the call.
+    :param may_pass: it is made although the gate is closed.
+    :return: what it returned, or nothing: what was looked at before is so no more.
+    """
+    answers: list[Any] = []
+    key = object()
+    # C asks these when the context is free.
+    conditions = all_of(
+        (may_pass,) if may_pass else map(not_, (in_flight.closers,)),
+        map(not_, map(_state, (place,))),
+        map(itemgetter(0), (process.sentinel,)),
+        map(is_, map(_owner, (card,)), map(_here, (process,))),
+        map(is_, map(_native, (card,)), (place,)),
+    )
+    native, *operands = operation
+    answer = (answers.extend, starmap(native, compress((operands,), map(all, (conditions,)))))
+    operations = ((place.acquire, True), (place.enter, entry), answer, (place.release,), (place.leave,))
+    steps: list[Any] = []
+    chain = takewhile(one_step.is_not_false, one_step.called(operations))
+    try:
+        place.waiting[key] = None
+        steps.extend(chain)
+    except BaseException:
+        # As in in_flight.attempt().
+        if steps and steps[-1] is not entry:
+            try:
+                place.leave()
+            finally:
+                place.release()
+        raise
+    finally:
+        place.waiting.pop(key, None)
+    return answers

@@ -203,8 +203,7 @@ class NativeContexts:
                 # Who ends a wait by SCardCancel must not end the next one there.
                 if context in avoided or context.wakers or (insists and context.cards):
                     continue
-                if context.waiting:
-                    context.give_way()
+                context.give_way()
                 make = interruptible.attempt if lasts and not context.cards else attempt
                 steps = make(context, owned, function, *call(context), wait=wait, bare=insists, may_pass=may_pass)
                 if steps:
