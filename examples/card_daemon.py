@@ -2,10 +2,10 @@
 
 What it shows: a daemon may open its readers before it forks, so that a missing card is reported on the terminal, and
 use them afterwards.  When its parent has ended, the daemon's first command returns SCARD_W_RESET_CARD, as after any
-reset of the card; pcsc_safe.reconnecting() connects again and repeats the command.  No PIN is verified and no applet
-selected then: a daemon that needs that does it in a function that it passes as on_reset.
+reset of the card; pcsc_safe.reconnecting() connects again and repeats the command.  The example needs no PIN and no
+applet.  A daemon that does passes a function as on_reset, which selects the applet and verifies the PIN.
 
-Run it, and send it commands over its socket; each line is a command in hex, and each answer is a line::
+Run it, and send it commands over its socket; each line is a command in hex, and each reply is a line::
 
     python examples/card_daemon.py /tmp/card.sock       # prints the daemon's PID
     echo 80010000021234 | nc -UN /tmp/card.sock
@@ -30,7 +30,7 @@ def main(path):
     pid = os.fork()
     if pid:
         print(pid, flush=True)
-        # Whatever this process cleans up now is its own: the daemon gets a context and a connection for itself.
+        # This cleanup doesn't affect the daemon, which gets its own context and connection.
         scard.SCardDisconnect(card, scard.SCARD_LEAVE_CARD)
         scard.SCardReleaseContext(context)
         return
@@ -62,7 +62,7 @@ def check(function, hresult):
 
 
 def detach():
-    """Leave the terminal, and end in an orderly way when told to."""
+    """Leave the terminal, and clean up on SIGTERM."""
     os.setsid()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
     null = os.open(os.devnull, os.O_RDWR)
@@ -75,14 +75,14 @@ def serve(listener, card):
     with contextlib.suppress(SystemExit):
         while True:
             client, _ = listener.accept()
-            # A client may hang up when it likes, and may send no text at all.
+            # A client may disconnect at any time, and may send bytes that aren't text.
             with client, client.makefile(encoding="ascii", errors="replace") as lines, contextlib.suppress(OSError):
                 for line in lines:
                     client.sendall(f"{answer(card, line)}\n".encode())
 
 
 def answer(card, line):
-    """The card's answer to a command, both in hex, or what went wrong."""
+    """The card's reply to a command, both in hex, or an error message."""
     try:
         command = list(bytes.fromhex(line))
     except ValueError:

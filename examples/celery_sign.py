@@ -32,34 +32,34 @@ import threading
 
 import piv
 from celery import Celery
-from celery.exceptions import Reject, TimeoutError  # noqa: A004  # its own, which is no OSError
+from celery.exceptions import Reject, TimeoutError  # noqa: A004  # Celery's own class, not a subclass of OSError
 from celery.signals import worker_init
 
 REDELIVER_AFTER = int(os.environ.get("SIGN_REDELIVER_AFTER", "60"))  # seconds; many times what a signature takes
 
-app = Celery("celery_sign")  # CELERY_BROKER_URL and CELERY_RESULT_BACKEND say where Redis is
+app = Celery("celery_sign")  # CELERY_BROKER_URL and CELERY_RESULT_BACKEND have Redis' address
 app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_transport_options={
         "visibility_timeout": REDELIVER_AFTER,
         "unacked_restore_interval": 1,  # every worker looks every second; by default every 100 s
         "unacked_restore_throttle": 1,
-        "unacked_mutex_expire": 10,  # the lock of a host that went away while it looked
+        "unacked_mutex_expire": 10,  # seconds; the lock of a host that died while it looked
     },
     result_expires=3600,
     task_acks_late=True,
     task_default_queue="sign",
     task_reject_on_worker_lost=True,
     worker_lost_wait=1,
-    worker_prefetch_multiplier=1,  # what waits, waits where the others can have it
+    worker_prefetch_multiplier=1,  # tasks wait in Redis, where other workers can take them
 )
 card = None
 
 
 class Card:
-    """What the worker has before its pool forks.
+    """The card, which the worker opens before its pool forks.
 
-    :raises piv.CardError: there is none, or it refuses the PIN.
+    :raises piv.CardError: there is no card, or it refuses the PIN.
     """
 
     def __init__(self):
@@ -67,7 +67,7 @@ class Card:
         self.certificate = self.signer.certificate()
         self.queue = f"sign.{hashlib.sha256(self.certificate).hexdigest()}"
         self.worker = os.getpid()
-        self.turn = threading.Lock()  # with --pool threads
+        self.turn = threading.Lock()  # needed with --pool threads
 
 
 @worker_init.connect
@@ -87,18 +87,17 @@ def sign(message):
         with card.turn:
             signature = card.signer.sign(hashlib.sha256(message.encode()).digest())
     except piv.CardError as error:
-        # A worker without its card would take everybody's tasks and fail them.  It ends, and whoever started it starts
-        # it again.
+        # A worker without its card would take all tasks and fail them.  So it ends, and its supervisor restarts it.
         os.kill(card.worker, signal.SIGTERM)
         raise Reject(error, requeue=True) from error
     return ssl.DER_cert_to_PEM_cert(card.certificate), signature.hex()
 
 
 def signed(message, fingerprint="", patience=4 * REDELIVER_AFTER):
-    """What `sign` returns, for clients.
+    """Call `sign` in a worker, and return what it returns.
 
-    Redis forgets a message that a host has just taken when it dies, and everything, if it is not told to keep it: what
-    has no answer after so many seconds is sent again, under the same id.
+    A task can be lost: if a host dies just after it has taken the task, or if Redis doesn't keep its data and restarts.
+    So a task that has no result after `patience` seconds is sent again, with the same ID.
     """
     queue = f"sign.{fingerprint}" if fingerprint else "sign"
     task = sign.apply_async((message,), queue=queue)

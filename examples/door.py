@@ -39,7 +39,7 @@ import pcsc_safe
 
 CARD_AUTHENTICATION_KEY = 0x9E
 CERTIFICATE = bytes.fromhex("5C035FC101")
-PATIENCE = 20  # s for a card
+PATIENCE = 20  # seconds; how long a card may take
 
 
 class NotAdmittedError(Exception):
@@ -53,18 +53,18 @@ class Door(CardObserver):
         self.admitted = admitted
 
     def update(self, observable, handlers):
-        """Cards have come and gone."""
+        """The monitor calls this when cards were inserted or removed."""
         added, removed = handlers
         for card in removed:
             log(card, "removed")
         for card in added:
             try:
                 self.handle(card)
-            except (OSError, SmartcardException) as error:  # it would be the end of the monitor
+            except (OSError, SmartcardException) as error:  # which would end the monitor's thread
                 log(card, f"closed: no handler ({error})")
 
     def handle(self, card):
-        """Fork a handler; it ends here."""
+        """Fork a handler, which never returns from here."""
         connection = card.createConnection()
         pid = os.fork()
         if pid:
@@ -86,9 +86,9 @@ def reap(pid, card):
 
 
 def decision(connection, admitted):
-    """What to log about a card; a real door is opened here."""
+    """What to log about a card.  A real program would open the door here."""
     try:
-        # By default disconnect() powers the card off, for everybody.
+        # By default disconnect() powers the card off, for all applications.
         connection.connect(disposition=SCARD_LEAVE_CARD)
         try:
             return f"open: {authenticated(connection, admitted)}"
@@ -117,7 +117,7 @@ def authenticated(connection, admitted):
 
 
 def transmit(connection, command):
-    """The answer to a command, put together from its pieces."""
+    """The complete reply to a command, which a card may send in parts."""
     answer, sw1, sw2 = connection.transmit(list(command))
     while sw1 == 0x61:
         piece, sw1, sw2 = connection.transmit([0x00, 0xC0, 0x00, 0x00, sw2])
@@ -128,7 +128,7 @@ def transmit(connection, command):
 
 
 def log(card, text):
-    os.write(1, f"{card.reader}: {text}\n".encode())  # in one piece: handlers write to it as well
+    os.write(1, f"{card.reader}: {text}\n".encode())  # one write, because handlers write to the same file
 
 
 def main(path):
@@ -136,7 +136,7 @@ def main(path):
     with open(path) as file:
         admitted = dict(line.split(maxsplit=1) for line in file.read().splitlines())
     the_end = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, the_end)  # for all threads and handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, the_end)  # in all threads and handlers
     monitor, door = CardMonitor(), Door(admitted)
     monitor.addObserver(door)
     signal.sigwait(the_end)

@@ -5,7 +5,7 @@ of ``pcsc_safe.testing`` instead of a reader::
 
     python -m pcsc_safe.testing -- python -m pcsc_safe run --timeline docs/timeline.svg examples/family.py
 
-Without the drawing, it runs with any reader, and with a card that may answer anything::
+Without the drawing, it runs with any reader, and with a card that may reply anything::
 
     python examples/family.py
 """
@@ -26,7 +26,7 @@ def check(hresult):
 
 
 def use(card, times):
-    """Some commands that belong together, again and again."""
+    """Send groups of commands, each in a transaction."""
     for _ in range(times):
         check(scard.SCardBeginTransaction(card))
         for _ in range(3):
@@ -37,7 +37,7 @@ def use(card, times):
 
 
 def work(context, card):
-    """In a forked worker: the inherited card wants a connection of this process's own."""
+    """In a forked worker: give the inherited card a connection of this process."""
     hresult, _ = scard.SCardReconnect(card, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1, scard.SCARD_LEAVE_CARD)
     check(hresult)
     use(card, 4)
@@ -66,7 +66,7 @@ def main():
     with pcsc_safe.handover():
         successor = os.fork()
     if successor == 0:
-        use(card, 3)  # the same session goes on here
+        use(card, 3)  # the same session continues here
         check(scard.SCardDisconnect(card, scard.SCARD_LEAVE_CARD))
         check(scard.SCardReleaseContext(context))
         os._exit(0)

@@ -28,22 +28,22 @@ import multiprocessing.connection
 import sys
 
 WORKERS = 3
-TASKS = 50  # that a worker does before it makes room for a new one
-PATIENCE = 5  # s without any signature
+TASKS = 50  # after so many tasks a worker is replaced
+PATIENCE = 5  # seconds without any signature
 
 
 def sign(message):
-    """What a worker does; the card is open, where the module is imported already."""
+    """In a worker: sign with the card.  The parent or the fork server has imported `opened_card` already."""
     import opened_card
 
     return message, opened_card.signer.sign(hashlib.sha256(message).digest())
 
 
 def by_pool(how, messages):
-    """`multiprocessing.Pool` replaces a worker that died, but says nothing of the task that was lost with it.
+    """`multiprocessing.Pool` replaces a worker that died, but doesn't report that its task is lost.
 
-    So when nothing comes any more, what is missing is begun anew.  (A worker that is killed while it takes a task from
-    the queue leaves the queue locked, and the pool stuck for ever; where workers are killed, better take an executor.)
+    So if no signature arrives for some seconds, a new pool signs the missing messages.  (If a worker is killed while it
+    takes a task from the queue, the queue stays locked and the pool hangs.  Use an executor if workers may be killed.)
     """
     missing = set(messages)
     while missing:
@@ -57,7 +57,7 @@ def by_pool(how, messages):
 
 
 def by_executor(how, messages):
-    """`ProcessPoolExecutor` is broken for good when a worker died, and says so; a new one does what is missing."""
+    """`ProcessPoolExecutor` raises BrokenProcessPool if a worker died; a new executor signs the missing messages."""
     missing = set(messages)
     while missing:
         with concurrent.futures.ProcessPoolExecutor(WORKERS, mp_context=how) as executor:
@@ -72,7 +72,7 @@ def by_executor(how, messages):
 
 
 def by_process(how, messages):
-    """A `Process` for so many messages, with a pipe of its own: when the pipe ends, what hasn't come won't come."""
+    """Each `Process` gets some messages and its own pipe.  The end of the pipe tells which messages are missing."""
     missing, running = list(messages), {}
     while missing or running:
         while missing and len(running) < WORKERS:
@@ -80,16 +80,16 @@ def by_process(how, messages):
             pipe, its_end = how.Pipe(duplex=False)
             process = how.Process(target=sign_all, args=(some, its_end))
             process.start()
-            its_end.close()  # or there were no end of the pipe
+            its_end.close()  # otherwise the pipe would never end
             running[pipe] = process, set(some)
         for pipe in multiprocessing.connection.wait(running):
             process, expected = running[pipe]
             try:
                 message, signature = pipe.recv()
-            except (EOFError, OSError):  # OSError: it died while it wrote
+            except (EOFError, OSError):  # OSError: the worker died while it wrote
                 process.join()
                 if process.exitcode > 0:
-                    sys.exit("a worker gave up")  # it has said why
+                    sys.exit("a worker gave up")  # it has printed why
                 missing += expected
                 del running[pipe]
             else:
@@ -107,7 +107,7 @@ def main(kind, method="fork"):
     if method == "forkserver":
         how.set_forkserver_preload(["opened_card"])
     else:
-        import opened_card  # noqa: F401  # here, before the fork
+        import opened_card  # noqa: F401  # opens the card before the fork
     messages = {line.rstrip(b"\n") for line in sys.stdin.buffer}
     for message, signature in KINDS[kind](how, messages):
         print(signature.hex(), message.decode(errors="replace"), flush=True)

@@ -64,7 +64,7 @@ def main(path, reader, exclusive, keep_pin):
 
 
 def listen(path):
-    """A socket that nobody else may connect to: who may can have anything signed."""
+    """A socket for this user and root only, because whoever may connect to it can have anything signed."""
     listener = socket.socket(socket.AF_UNIX)
     umask = os.umask(0o177)
     listener.bind(path)
@@ -74,7 +74,7 @@ def listen(path):
 
 
 def detach(log):
-    """Leave the terminal, and end in an orderly way when told to."""
+    """Leave the terminal, and clean up on SIGTERM."""
     os.setsid()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -83,10 +83,10 @@ def detach(log):
 
 
 def converse(client, signer, certificate):
-    """Give an OpenVPN what it needs, until it hangs up (doc/management-notes.txt of OpenVPN)."""
+    """Serve one OpenVPN until it disconnects (doc/management-notes.txt of OpenVPN has the protocol)."""
     try:
         with client, client.makefile("rw", encoding="utf-8", errors="replace") as lines:
-            say(lines, "version 3", "state on")  # from version 3 on it tells which kind of signature it wants
+            say(lines, "version 3", "state on")  # from version 3 on OpenVPN says which kind of signature it wants
             for line in lines:
                 kind, _, text = line.rstrip().partition(":")
                 if kind == ">NEED-CERTIFICATE":
@@ -102,7 +102,7 @@ def converse(client, signer, certificate):
 
 
 def sign(lines, signer, request):
-    """Answer with a signature, or with none, and OpenVPN gives this handshake up."""
+    """Send a signature; or an empty one, after which OpenVPN ends this handshake."""
     try:
         signature = base64.b64encode(signer.sign(digest(*request.split(",")))).decode()
     except ValueError as error:
@@ -117,16 +117,16 @@ def sign(lines, signer, request):
 
 
 def digest(data, algorithm, *parameters):
-    """What a P-256 key has to sign: the data, or if management-external-key says "digest" their digest.
+    """What a P-256 key has to sign: the data, or their digest if they are the message itself.
 
-    :raises ValueError: it wants another kind of key.
+    :raises ValueError: OpenVPN wants another kind of key.
     """
     if algorithm != "ECDSA":
         raise ValueError(f"OpenVPN wants {algorithm}, and the key does ECDSA")
     data = base64.b64decode(data)
     if "data=message" in parameters:
         data = hashlib.new(dict(parameter.split("=") for parameter in parameters)["hashalg"], data).digest()
-    return data[:32].rjust(32, b"\0")  # TLS 1.2 takes any digest with any curve; how: FIPS 186-5, 6.4.1
+    return data[:32].rjust(32, b"\0")  # TLS 1.2 permits any digest with any curve: FIPS 186-5, 6.4.1
 
 
 def say(lines, *commands):

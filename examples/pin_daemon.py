@@ -6,7 +6,7 @@ the session ends, because the card was pulled out or pcscd was restarted, the da
 a line to the system's log, and ends; start it again.  It forks a handler for every client.  The handler doesn't use the
 session, and may die.
 
-Run it with python-daemon installed, and have files signed; the answer is the signature in hex, or ``error: ...``::
+Run it with python-daemon installed, and have files signed; the reply is the signature in hex, or ``error: ...``::
 
     python examples/pin_daemon.py ~/sign.sock      # asks for the PIN, or takes it from PIV_PIN in the environment
     nc -UN ~/sign.sock < file
@@ -31,7 +31,7 @@ import piv
 import pcsc_safe
 from pcsc_safe import scard
 
-PATIENCE = 60  # s for a client
+PATIENCE = 60  # seconds; how long a client may take
 
 
 def main(path):
@@ -43,10 +43,10 @@ def main(path):
     listener.bind(path)
     listener.listen()
     background = daemon.DaemonContext(umask=0o177, files_preserve=[listener, *pcsc_safe.files_to_preserve()])
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may end before this process has left it
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may close before this process has left it
     with pcsc_safe.handover():
         background.open()
-    # Out of that block: the forks of handlers hand nothing over.
+    # Outside of that block, so that the forks of handlers hand nothing over.
     with background:
         try:
             with open(f"{path}.pid", "w") as file:
@@ -77,10 +77,10 @@ def serve(listener, signer):
 
 
 def answer(handler, signer):
-    """Sign what a handler wants to be signed; false if it has ended."""
+    """Sign a digest that a handler sends.  Return False if the handler has ended."""
     try:
         digest = handler.recv(32)
-    except ConnectionResetError:  # it was killed
+    except ConnectionResetError:  # the handler was killed
         return False
     if len(digest) < 32:
         return False
@@ -94,12 +94,12 @@ def answer(handler, signer):
 
 
 def tell(whom, line):
-    with contextlib.suppress(OSError):  # it has gone
+    with contextlib.suppress(OSError):  # the other side has ended
         whom.sendall(f"{line}\n".encode())
 
 
 def fork_handler(listener):
-    """The PID of a handler for the next client, and a socket to it."""
+    """Fork a handler for the next client; return its PID and a socket to it."""
     client, _ = listener.accept()
     ours, its = socket.socketpair()
     pid = os.fork()

@@ -30,7 +30,7 @@ CERTIFICATE = bytes.fromhex("5C035FC105")
 
 
 class CardError(Exception):
-    """What the card, or PC/SC, would not do."""
+    """The card or PC/SC has refused something."""
 
 
 class SessionLostError(Exception):
@@ -62,13 +62,13 @@ class Signer:
             raise
 
     def close(self):
-        """Give up the card; other applications notice nothing."""
+        """Disconnect from the card.  Other applications are not affected."""
         if hasattr(self, "_card"):
             scard.SCardDisconnect(self._card, scard.SCARD_LEAVE_CARD)
         scard.SCardReleaseContext(self._context)
 
     def forget_pin(self):
-        """Don't keep the PIN: the session in which it is verified goes on, and there will be no other."""
+        """Don't keep the PIN.  The session in which it is verified continues, but can't be replaced if it is lost."""
         self._pin = None
         self._no_pin = "the session with the card is lost, and the PIN was not kept"
 
@@ -88,25 +88,25 @@ class Signer:
         def attempt():
             try:
                 return action()
-            except CardError:  # not selected, or no PIN: another application was at the card
+            except CardError:  # another application has selected another applet, or reset the PIN
                 self._open()
                 return action()
 
         return self._in_a_session(attempt)
 
     def _in_a_session(self, action):
-        """The result of an action in one transaction; begun anew while the session is lost."""
+        """The result of an action in one transaction.  If the session is lost, reconnect and try again."""
         while True:
             try:
                 with self._alone():
                     return action()
             except SessionLostError:
-                with contextlib.suppress(SessionLostError):  # again
+                with contextlib.suppress(SessionLostError):  # lost again
                     done("SCardReconnect", self._card, *self._how, scard.SCARD_LEAVE_CARD)
 
     @contextlib.contextmanager
     def _alone(self):
-        """No other process's commands come between ours."""
+        """A transaction: no other process can send a command in between."""
         done("SCardBeginTransaction", self._card)
         try:
             yield
@@ -125,7 +125,7 @@ class Signer:
             raise CardError(f"the card refuses the PIN ({sw:04X})")
 
     def _command(self, ins, p1, p2, data):
-        """The answer to a command, put together from its pieces."""
+        """The complete reply to a command, which the card may send in parts."""
         answer, sw = self._transmit(apdu(ins, p1, p2, data))
         while sw >> 8 == 0x61:
             piece, sw = self._transmit(bytes([0x00, 0xC0, 0x00, 0x00, sw & 0xFF]))
@@ -139,12 +139,12 @@ class Signer:
         return bytes(answer[:-2]), int.from_bytes(bytes(answer[-2:]), "big")
 
 
-# What pcscd may answer while it resets a card, after an application died in the middle of a transaction.
+# What pcscd may return while it resets a card, because an application died inside a transaction.
 LOST = {("SCardTransmit", scard.SCARD_E_PROTO_MISMATCH)}
 
 
 def done(function, *arguments):
-    """What a function of PC/SC returns behind its return code, if that is good."""
+    """Call a function of PC/SC, check its return code, and return the rest of its result."""
     result = getattr(scard, function)(*arguments)
     hresult, *rest = result if isinstance(result, list) else [result]
     if (function, hresult) in LOST or hresult == scard.SCARD_W_RESET_CARD:
@@ -155,7 +155,7 @@ def done(function, *arguments):
 
 
 def apdu(ins, p1, p2, data):
-    """A command with data, all of whose answer is wanted (ISO 7816-4, case 4)."""
+    """A command with data that asks for the complete reply (ISO 7816-4, case 4)."""
     return bytes([0x00, ins, p1, p2, len(data)]) + data + b"\x00"
 
 

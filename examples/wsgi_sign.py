@@ -30,7 +30,7 @@ import piv
 LONGEST = 1 << 20  # bytes of a message
 
 signer = piv.Signer(piv.pin())
-turns = threading.Lock()  # a Signer is for one thread at a time; a server may have more
+turns = threading.Lock()  # only one thread at a time may use a Signer, and a server may have several
 
 
 def application(environ, start_response):
