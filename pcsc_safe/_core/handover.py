@@ -27,8 +27,9 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     The next ``os.fork()`` of this thread hands over; if the child is still in the block, so does its next one.  A block
     around a daemon's double fork therefore hands over to the daemon.
 
-    Sessions that this process has itself inherited are connected again first, as ``cards="reconnect"`` does it.  Other
-    threads can't use PC/SC from the beginning of the block until the fork.
+    Sessions that this process has itself inherited are connected again first, as ``cards="reconnect"`` does it.  PC/SC
+    calls of other threads block from the beginning of the block until the fork; those through a broker may return
+    earlier.
 
     A warning in the log says so when a block does nothing: it is inside another one, this process has no context, or
     nothing was forked.

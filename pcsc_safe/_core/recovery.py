@@ -37,6 +37,7 @@ __all__ = [
     "UNHEARD",
     "again",
     "cancel",
+    "is_another",
     "lost_meanwhile",
     "noticed",
     "outlast",
@@ -113,8 +114,15 @@ def lost_meanwhile(record: Record, real: int) -> bool:
 
     :param real: the handle in that call.
     """
-    is_same = record.real == real and record.owner is process.current()
-    return not is_same and not record.released and recovers(record)
+    return is_another(record, real) and recovers(record)
+
+
+def is_another(record: Record, real: int) -> bool:
+    """Whether something else is behind a handle since a call was made, or belongs to another process.
+
+    :param real: the handle in that call.
+    """
+    return not record.released and not (record.real == real and record.owner is process.current())
 
 
 def again(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:

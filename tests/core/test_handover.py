@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,27 @@ def test_which_contexts(stack: VirtualPcsc, through: str) -> None:
     answers, said = in_child(parent)
     assert answers == expected
     assert said.endswith(f"{why}nothing to hand all contexts over")
+
+
+@through_both
+def test_calls_of_other_threads(stack: VirtualPcsc, through: str) -> None:
+    """One that blocks until the fork has the answer that the parent's policy gives, as any that comes later."""
+
+    def parent() -> Any:
+        session = opened(through, policy="reestablish")
+
+        def in_block() -> int:
+            with pcsc_safe.handover():
+                # More than there are idle connections to a broker.
+                calls.extend(Calling(safe.SCardListReaders, session.context, []) for _ in range(6))
+                time.sleep(0.3)
+                return fork()
+
+        calls: list[Calling] = []
+        child = in_child(has, session, fork=in_block)
+        return child, [call.answer()[0] for call in calls]
+
+    assert in_child(parent) == (True, [OK] * 6)
 
 
 UNUSABLE = f"{NOTHING}a forked process can't use PC/SC on this platform; "
