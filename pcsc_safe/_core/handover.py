@@ -50,13 +50,13 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         self._done, self.failure = False, None
         transfer.begin()
         if threading.get_ident() in transfer.blocks:
-            _warn("its handover() block is inside another one; name all contexts in one block")
+            _warn("its handover() block is inside another one; pass all contexts to one block")
         if self._chosen is None:
             for context in list(handles.contexts.values()):
                 if context.owner is not here:
                     inherited.adopt(context)
         if not self.contexts():
-            _warn("its handover() block begins before it has a PC/SC context; establish the context first")
+            _warn("it has no PC/SC context at the beginning of its handover() block; establish one before the block")
         for context in self.contexts():
             why_not = transfer.obstacle(context)
             if why_not:
@@ -90,10 +90,10 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             raise _error(*self.failure)
         here = process.current()
         if here is self._epoch:
-            _warn("its handover() block has ended, and this thread has forked nothing in it")
+            _warn("this thread has not forked in its handover() block")
         elif self._owned_by(self._epoch):
             if here.noticed_by == "hook":
-                raise _error("a signal handler raised during the fork", transfer.AGAIN)
+                raise _error("a signal handler raised an exception during the fork", transfer.AGAIN)
             raise _error(
                 "the fork in this block ran none of Python's at-fork hooks",
                 "use os.fork(); the parent is still the owner",
@@ -133,15 +133,15 @@ def _owned(handle: Any) -> Context:
     record = handles.find(Kind.CONTEXT, handle)
     if not isinstance(record, Context) or record.released or record.owner is not process.current():
         raise HandoverError(
-            f"process {os.getpid()} doesn't own this context: it is released, inherited, or no context",
-            remedy="pass what SCardEstablishContext returned here, or nothing to hand all contexts over",
+            f"process {os.getpid()} doesn't own this context: it is released, inherited, or not a context",
+            remedy="pass contexts that SCardEstablishContext returned in this process, or nothing to hand over all",
             pid=os.getpid(),
         )
     return record
 
 
 def _warn(why: str) -> None:
-    log.warning("no-handover", "process %(pid)d hands nothing over by this block: %(why)s", why=why)
+    log.warning("no-handover", "process %(pid)d hands nothing over: %(why)s", why=why)
 
 
 def _error(problem: str, remedy: str) -> HandoverError:

@@ -158,8 +158,8 @@ def _lost_share(function: str, record: Record) -> BrokerError:
     here = process.current()
     return BrokerError(
         f"process {here.pid} has lost the session of this {_thing(record)}: the broker has ended, or the file "
-        "descriptors that lead to it were closed",
-        remedy="establish a new context; a program that closes all file descriptors has to keep those of "
+        "descriptors of the connection to it were closed",
+        remedy="establish a new context; a program that closes all file descriptors must keep those of "
         "pcsc_safe.files_to_preserve()",
         function=function,
         pid=here.pid,
@@ -197,9 +197,11 @@ def _forked_handle(function: str, record: Record) -> ForkedHandleError:
         state = (
             f"was established by process {owner.pid} ({record.established_at}) and this is its {relation} {here.pid}"
         )
-    remedy = "establish one here, or use policy 'auto'"
+    remedy = "establish a context in this process, or use policy 'auto'"
     if record.context.settings(settings()).policy is Policy.SHARE:
-        remedy = "set broker='always' before the parent establishes it, and keep it open there"
+        remedy = (
+            "set broker='always' before the parent establishes the context, and keep the context open in the parent"
+        )
     return ForkedHandleError(
         f"this {_thing(record)} {state}",
         remedy=remedy,

@@ -83,7 +83,7 @@ def tell_of_no_service(function: str) -> None:
         log.warning(
             "no-service",
             "%(function)s returns SCARD_E_NO_SERVICE to process %(pid)d, because pcscd doesn't run, was restarted, or "
-            "refuses this process: 'python -m pcsc_safe doctor' says which, and what to do",
+            "refuses this process: run 'python -m pcsc_safe doctor' to see which, and what to do",
             function=function,
         )
 

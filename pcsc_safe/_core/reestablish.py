@@ -53,7 +53,7 @@ Since pcsc-lite 2.5 it keeps one array of readers for the whole process, which g
 
 
 _CONTINUES = "process %(pid)d continues process %(owner_pid)d's session with the card in %(reader)s"
-_REPLACES = "process %(pid)d has a new connection to the card in %(reader)s, in place of %(former)s"
+_REPLACES = "process %(pid)d has a new connection to the card in %(reader)s, which replaces %(former)s"
 
 
 class _SupersededError(Exception):
@@ -143,13 +143,13 @@ def _replace(function: str, context: Context) -> int:
 def _tell(context: Context, left: process.Epoch) -> None:
     """Tell that this process has a context in the place of one whose owner is, to it, another."""
     if left.noticed_by is process.SERVICE_LOST:
-        log.info("recovered", "process %(pid)d has a new context in place of one that ended with pcscd")
+        log.info("recovered", "process %(pid)d has a new context, which replaces one that ended with pcscd")
         observer.record("recovered")
         observer.established("established", context)
     else:
         log.info(
             "reestablished",
-            "process %(pid)d has a new context in place of %(former)s",
+            "process %(pid)d has a new context, which replaces %(former)s",
             owner_pid=left.pid,
             established_at=context.established_at,
             former=_former(left),
@@ -161,7 +161,7 @@ def _former(owner: process.Epoch) -> str:
     """Whose it was that is replaced."""
     if owner.noticed_by is process.HANDED_OVER:
         return f"the one that process {owner.pid} has handed over"
-    return "the one that its broker had" if owner.noticed_by is process.LOST else f"process {owner.pid}'s"
+    return "the one that ended with its broker" if owner.noticed_by is process.LOST else f"process {owner.pid}'s"
 
 
 def connect(

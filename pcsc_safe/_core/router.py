@@ -451,7 +451,7 @@ def _notice() -> process.Epoch:
             observer.record("fork", parent=here.parent.pid)
             log.debug(
                 "fork",
-                "process %(pid)d was forked from process %(owner_pid)d, noticed by %(layer)s",
+                "process %(pid)d was forked from process %(owner_pid)d, detected by %(layer)s",
                 owner_pid=here.parent.pid,
                 layer=here.noticed_by,
             )
@@ -463,7 +463,7 @@ def _notice() -> process.Epoch:
 def _warn_of_unquiet(here: process.Epoch) -> None:
     """Say what keeps a process from the native library, and what it does without."""
     is_served = choose_way(settings(), forked=True, native_works=False) is Way.BROKER
-    without = "a broker makes its PC/SC calls" if is_served else "with policy 'auto' a broker makes its PC/SC calls"
+    without = "a broker makes its PC/SC calls" if is_served else "use policy 'auto', which uses a broker here"
     log.warning(
         "unquiet-fork",
         "process %(pid)d was forked while thread %(thread)s was inside %(function)s, and can't use the native PC/SC "

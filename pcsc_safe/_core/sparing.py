@@ -34,7 +34,7 @@ def disposition(function: str, card: Card, wanted: int) -> int:
         log.warning(
             "interference",
             "process %(pid)d resets or powers off the card in %(reader)s, which its parent or child uses too, because "
-            "its application calls %(function)s with that disposition: SCARD_LEAVE_CARD leaves the card alone",
+            "the application passes this disposition to %(function)s: pass SCARD_LEAVE_CARD to leave the card alone",
             function=function,
             reader=card.reader,
         )

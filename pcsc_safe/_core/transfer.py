@@ -53,11 +53,17 @@ def obstacle(context: Context) -> Optional[tuple[str, str]]:
     if context.gateway is not gateways.native:
         return None
     if not native_works_after_fork():
-        return "a forked process can't use PC/SC on this platform", "set broker='always' before it is established"
+        return (
+            "a forked process can't use PC/SC on this platform",
+            "set broker='always' before you establish the context",
+        )
     context.real.tidy()
     # Another thread may be releasing one that is surplus.
     if not any(are_intact(context) or sleep(_PAUSE) for _ in range(_LOOKS)):
-        return f"the context of {context.established_at} has no known connection to pcscd", "establish it again"
+        return (
+            f"the context of {context.established_at} has a connection to pcscd that is closed or unknown",
+            "establish the context again",
+        )
     return None
 
 
@@ -141,7 +147,7 @@ def _plan_before_fork() -> None:
     except BaseException as error:
         ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
         if not plan.is_complete:
-            _failed(plan, str(error) if ours else "a signal handler raised")
+            _failed(plan, str(error) if ours else "a signal handler raised an exception")
         if not ours:  # the fork goes on
             plan.raised.append(error)
             _plans[ident] = plan

@@ -52,7 +52,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], *, report: bool,
 _TOLD = {
     "retrofit": "imported pyscard, and runs on pcsc_safe",
     "fork": "used PC/SC after its fork from process {parent}",
-    "reestablished": "has a new context in place of process {owner}'s",
+    "reestablished": "has a new context, which replaces process {owner}'s",
     "recovered": "established a new context after pcscd had ended",
     "broker": "started the broker {broker}",
     "handover": "handed {contexts} context(s) over to a forked child",

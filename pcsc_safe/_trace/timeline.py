@@ -168,7 +168,7 @@ class _Drawing:
     def _label(self, lane: Lane, top: int, hidden: int) -> None:
         about = f"{lane.program} ({lane.how})" if lane.how in ("C fork", "exec") else lane.program
         if hidden:
-            about = f"{hidden} contexts more"
+            about = f"{hidden} more contexts"
         words = escaped(shortened(about, _LETTERS_IN_GUTTER))
         self._labels.append(
             f"<g><title>{escaped(life_in_words(lane))}</title>"

@@ -112,8 +112,8 @@ class Ends:
         if not self._rest.wait(_PATIENCE):
             pids = ", ".join(sorted(name.partition("-")[0] for name in list(self._alive.values())))
             print(
-                f"pcsc_safe: the program has ended; process {pids} still runs, and is recorded until it ends, or "
-                "until you press Ctrl-C",
+                f"pcsc_safe: the program has ended, but process {pids} still runs: recording continues "
+                "until it ends or you press Ctrl-C",
                 file=sys.stderr,
                 flush=True,
             )

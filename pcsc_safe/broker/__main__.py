@@ -27,8 +27,8 @@ __all__ = ["main"]
 _USAGE = """\
 usage: python -m pcsc_safe.broker
 
-Makes the PC/SC calls of the process that starts it, which reaches it by file descriptor 3. It is not for
-the command line: pcsc_safe starts a broker where a process can't use PC/SC itself.
+Makes the PC/SC calls of the process that starts it, and gets its connections over file descriptor 3.
+Don't start it yourself: pcsc_safe starts a broker when a process can't use PC/SC itself.
 """
 _PR_SET_DUMPABLE = 4  # linux/prctl.h
 _PT_DENY_ATTACH = 31  # sys/ptrace.h of macOS

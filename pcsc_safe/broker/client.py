@@ -96,7 +96,8 @@ class Broker:
         if hresult == outgrown:
             log.info(
                 "broker-left",
-                "process %(pid)d starts a new broker in place of broker %(broker_pid)d: pcscd had more readers before "
+                "process %(pid)d starts a new broker, which replaces broker %(broker_pid)d, "
+                "because pcscd had more readers before "
                 "it was restarted",
                 broker_pid=self.helper_pid,
             )
@@ -134,7 +135,8 @@ class Broker:
             except wire.WireError as error:
                 raise BrokerError(
                     f"the arguments can't be sent to the broker: {error}",
-                    remedy=f"they may have {wire.MAX_BODY} bytes in all; an APDU has {_LONGEST_APDU} at most",
+                    remedy=f"pass at most {wire.MAX_BODY} bytes in all arguments, "
+                    f"and at most {_LONGEST_APDU} in an APDU",
                     function=wire.FUNCTIONS[number],
                     pid=os.getpid(),
                 ) from error
@@ -167,7 +169,7 @@ class Broker:
     def _unusual(self, reply: wire.Message) -> Any:
         if isinstance(reply, wire.Raised):
             raise getattr(builtins, reply.kind)(reply.text)
-        raise _misunderstood(reply.text if isinstance(reply, wire.Refused) else "it sent something else")
+        raise _misunderstood(reply.text if isinstance(reply, wire.Refused) else "it sent an unexpected message")
 
     def _ask(self, frame: bytes) -> bytes:
         """One exchange, on a connection that no other thread is using."""
@@ -303,7 +305,7 @@ class Broker:
         is_ours = isinstance(error, OSError) and not isinstance(error, ConnectionError)
         patience = 0.0 if is_ours else _DYING_TAKES
         if self._presence is not None and not self.lost and self._presence.is_alive(patience):
-            reason = (is_ours and getattr(error, "strerror", None)) or "the broker accepts no more"
+            reason = (is_ours and getattr(error, "strerror", None)) or "the broker accepts no more connections"
             return BrokerError(
                 f"process {os.getpid()} can't make another connection to its broker: {reason}",
                 remedy="each PC/SC call in progress needs one, and a file descriptor in both processes: raise the "

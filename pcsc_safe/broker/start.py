@@ -95,7 +95,7 @@ class Helper(NamedTuple):
         ended = self._ended(_TIME_TO_EXIT)
         said, has_begun = self._said()
         if ended is None and has_begun:
-            return "it takes no more clients"
+            return "it accepts no more clients"
         if ended is None:
             with failures.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -227,7 +227,7 @@ def _command(configured: str, places: Sequence[str]) -> list[str]:
     if not os.path.basename(python).lower().startswith(("python", "pypy", "graalpy")):
         raise BrokerError(
             f"this program runs in {python!r}, which embeds Python and can't run a broker (uWSGI, for example)",
-            remedy="set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe, perhaps "
+            remedy="set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe, for example "
             + os.path.join(sys.exec_prefix, "bin", "python3"),
         )
     if python == sys.executable:

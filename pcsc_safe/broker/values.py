@@ -232,7 +232,7 @@ def truncated(body: bytes) -> WireError:
 
 
 def _too_deep(body: bytes, at: int) -> WireError:
-    return malformed(f"there is a value nested deeper than {MAX_DEPTH}", body, at)
+    return malformed(f"a value is nested deeper than {MAX_DEPTH}", body, at)
 
 
 def _read_all(body: bytes, at: int, count: int, depth: int) -> tuple[list[Any], int]:
@@ -261,7 +261,7 @@ def _read_dict(body: bytes, at: int, depth: int) -> _Read:
     flat, end = _read_list(body, at, depth)
     keys, values = flat[::2], flat[1::2]
     if not all(type(key) is str for key in keys) or not len({*keys}) == len(keys) == len(values):
-        raise malformed("there is a dict with impossible keys", body, at)
+        raise malformed("a dict has invalid keys", body, at)
     return dict(zip(keys, values)), end
 
 
@@ -291,7 +291,7 @@ def _read_text(body: bytes, at: int, depth: int) -> _Read:
     try:
         return data.decode("utf-8", "surrogatepass"), end
     except UnicodeDecodeError:
-        raise malformed("there is a text that is not UTF-8", body, at) from None
+        raise malformed("a text is not UTF-8", body, at) from None
 
 
 def _read_opaque(body: bytes, at: int, depth: int) -> _Read:
@@ -301,12 +301,12 @@ def _read_opaque(body: bytes, at: int, depth: int) -> _Read:
     except UnicodeDecodeError:
         name = "\0"
     if len(name) > _MAX_NAME or "\0" in name:
-        raise malformed("there is a type with an impossible name", body, at)
+        raise malformed("a type has an invalid name", body, at)
     return opaque(name), end
 
 
 def _read_unknown(body: bytes, at: int, _depth: int) -> _Read:
-    raise malformed("there is an unknown tag", body, at - 1)
+    raise malformed("unknown tag", body, at - 1)
 
 
 _READ: dict[int, Callable[[bytes, int, int], _Read]] = {

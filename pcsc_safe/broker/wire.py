@@ -297,9 +297,9 @@ def _decode_any(body: bytes) -> Message:
         raise WireError("the message is of an unknown kind")
     fields, end = read(body, 1, kind.fields)
     if end != len(body):
-        raise malformed("there is data after its end", body, end)
+        raise malformed("data after its end", body, end)
     if not kind.fits(*fields):
-        raise WireError(f"the message is malformed: it is no {kind.message.__name__}")
+        raise WireError(f"the message is malformed: its fields are not those of {kind.message.__name__}")
     message: Message = kind.message(*fields)
     return message
 
@@ -326,7 +326,7 @@ class Receiver:
         if missing > 0:
             return None
         if missing < 0:
-            raise WireError("the frame has data after its end")
+            raise WireError("the frame is followed by more data")
         body = bytes(self._held[4:])
         self._held.clear()
         return body
@@ -344,7 +344,7 @@ class Receiver:
             return 4 - held
         (length,) = _unpack_size(self._held)
         if not length:
-            raise WireError("the frame is empty: its body has no byte")
+            raise WireError("the frame is empty: its body has no bytes")
         if length > MAX_BODY:
             raise WireError(f"the frame is oversized: its body would be longer than {MAX_BODY} bytes")
         return 4 + int(length) - held

@@ -77,7 +77,7 @@ def conclude(finding: Finding, run: Run) -> Verdict:
         return Verdict(Outcome.HAZARD, _sentence([*finding.harm, *ending]))
     if finding.proof and not ending:
         return Verdict(Outcome.SAFE, _sentence(finding.proof))
-    return Verdict(Outcome.UNKNOWN, _sentence(ending or ["it did not report enough to say"]))
+    return Verdict(Outcome.UNKNOWN, _sentence(ending or ["it reported too little for a verdict"]))
 
 
 def _ending(run: Run) -> tuple[list[str], bool]:

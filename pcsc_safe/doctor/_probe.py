@@ -169,7 +169,9 @@ def _touched(reader: str, answer: Answer) -> Finding:
         detail = f"{connected}; after a fork the child got {child}, and the parent {parent.get('afterwards')}"
         return Finding("probe.card", Status.PROBLEM, what, detail, _REPORT, data)
     if child.get("own") != _OK:
-        detail = f"{connected}; a forked child can't connect to it beside its parent: {child.get('reconnect')}"
+        detail = (
+            f"{connected}; a forked child can't connect to it while its parent is connected: {child.get('reconnect')}"
+        )
         remedy = "if the child has to use this card, share the session: docs/sessions.md"
         return Finding("probe.card", Status.WARNING, what, detail, remedy, data)
     detail = f"{connected}; a forked child connected again, and its parent's connection still works"

@@ -163,14 +163,14 @@ def _named(pids: list[int]) -> str:
 
 def _finding(pid: int, process: Optional[Process], family: _Family) -> Finding:
     if process is None:
-        return Finding("process", Status.UNKNOWN, f"process {pid}", "it has ended since", data={"pid": pid})
+        return Finding("process", Status.UNKNOWN, f"process {pid}", "it has ended in the meantime", data={"pid": pid})
     what = f"process {pid} ({process.name})"
     data = _data(process, family)
     if process.is_broker:
-        detail = "a broker of pcsc_safe's: its connections are its own, and no fork inherits them"
+        detail = "a broker of pcsc_safe: no other process inherits its connections"
         return Finding("process", Status.OK, what, detail, data=data)
     if process.state in "ZX":
-        return Finding("process", Status.OK, what, "has ended, and its parent has not waited for it", data=data)
+        return Finding("process", Status.OK, what, "has ended, but its parent has not yet waited for it", data=data)
     if process.sockets is None:
         remedy = f"sudo python -m pcsc_safe doctor --pid {pid}"
         detail = "this user may not examine it: it belongs to another user, or is protected"
@@ -229,12 +229,12 @@ def _all_well(process: Process, family: _Family) -> str:
     own = _held(process, family)
     said = [f"{_many(len(own), 'connection', 'connections')} to pcscd, its own"] if own else []
     also = sorted({pid for each in own for pid in each.holders} - {process.pid})
-    said += [f"held by {_named(also)} as well: see there"] if also else []
+    said += [f"also held by {_named(also)}"] if also else []
     for owner in sorted(set(_dead_sockets(process, family).values())):
-        said.append(f"a dead socket in place of process {owner}'s connection: harmless, pcsc_safe put it there")
+        said.append(f"a dead socket that replaces process {owner}'s connection: harmless, pcsc_safe put it there")
     if not said:
         said.append("no connection to pcscd" + ("" if process.libpcsclite else ", no PC/SC library"))
-    said += [f"pcsc_safe is in it ({_HOW[process.pcsc_safe]})"] if process.pcsc_safe else []
+    said += [f"pcsc_safe is loaded (shown {_HOW[process.pcsc_safe]})"] if process.pcsc_safe else []
     return "; ".join(said)
 
 
@@ -247,7 +247,7 @@ def _verdict(
     """Of a process that holds connections which others made."""
     gone = [each for each in inherited if each.owner not in each.holders]
     owners = _named(sorted({each.owner for each in inherited}))
-    told = "" if all(each.known for each in inherited) else " (as it seems: the older holder)"
+    told = "" if all(each.known for each in inherited) else " (probably: that is the oldest process that holds it)"
     guarded = _is_guarded(process, family)
     if guarded and len(gone) == len(inherited):
         detail = f"holds a session that {owners} established and has handed over"
@@ -256,7 +256,7 @@ def _verdict(
         data["hazards"] = ["5"]
         detail = f"holds {owners}'s connection{told}, and has not used PC/SC since the fork, which ran no hook; "
         detail += f"pcsc_safe closes it at its first PC/SC call. Until then hazard 5: {_HAZARDS['5']}"
-        return Finding("process", Status.WARNING, what, detail, "end it, or have it use PC/SC once", data)
+        return Finding("process", Status.WARNING, what, detail, "end the process, or let it make a PC/SC call", data)
     numbers = ["4", "5"] if len(gone) == len(inherited) else ["2", "3", "5"] if process.libpcsclite else ["5"]
     data["hazards"] = numbers
     words = "; ".join(_HAZARDS[number] for number in numbers)

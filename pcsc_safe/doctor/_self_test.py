@@ -71,7 +71,7 @@ def _outdated(seen: dict[str, Any]) -> str:
 _ENDS = _wrong(what_is_sent=[], hang_up=True, exit=True, peer=True, identity=True)
 _TESTS = (
     _Test("self.passing", "passing sockets", ("passing",), "", False, _wrong(dead_if_kept=0), "sockets arrive"),
-    _Test("self.ends", "ends", ("ends",), "", False, _ENDS, "the ends of connections and processes are noticed"),
+    _Test("self.ends", "ends", ("ends",), "", False, _ENDS, "the ends of connections and processes are detected"),
     _Test(
         "self.brokers",
         "brokers",
@@ -83,7 +83,7 @@ _TESTS = (
     ),
     _Test(
         *("self.deaths", "death of a client", ("deaths",), "", False, _wrong(broker_ended=True)),
-        "its broker ends, though a child made by C code has copies of its descriptors",
+        "its broker ends, although a child that C code forked has copies of its file descriptors",
     ),
     _Test("self.cancel", "waits, raw", ("events",), RAW, True, _cancelled, "SCardCancel ends a wait"),
     _Test("self.cancel", "waits", ("events",), SAFE, True, _cancelled, "SCardCancel ends a wait"),

@@ -47,7 +47,7 @@ def _install() -> None:
         install()
     except Exception as error:  # the program goes on as it would without us, and its user is told
         pid = process.current().pid
-        print(f"pcsc_safe: process {pid} runs on plain pyscard: {error}", file=sys.stderr)
+        print(f"pcsc_safe: process {pid} runs without pcsc_safe: {error}", file=sys.stderr)
     else:
         process.current()
         events.record("retrofit")

@@ -54,8 +54,8 @@ class Daemon:
             self._process = self._start_keeper(theirs.fileno(), link)
         except OSError as error:
             self._control.close()
-            problem = f"the process that keeps pcscd can't be started: {error}"
-            raise PcscStackError(problem, remedy=f"see that this user may run {sys.executable}") from error
+            problem = f"the process that supervises pcscd can't be started: {error}"
+            raise PcscStackError(problem, remedy=f"check that this user may run {sys.executable}") from error
         except BaseException:
             self._control.close()
             raise
@@ -166,7 +166,9 @@ class Daemon:
             line += more
         answer = line.decode().rstrip()
         if answer.startswith("error"):
-            raise PcscStackError(f"pcscd's keeper: {answer}", remedy="see that TMPDIR is a writable directory")
+            raise PcscStackError(
+                f"the process that supervises pcscd reported: {answer}", remedy="set TMPDIR to a writable directory"
+            )
         return answer
 
     def _why_it_died(self) -> PcscStackError:
@@ -175,10 +177,10 @@ class Daemon:
         try:
             status = self._process.wait(self._control.gettimeout())
         except subprocess.TimeoutExpired:
-            return PcscStackError("the process that keeps pcscd hangs", remedy=f"end process {self._process.pid}")
+            return PcscStackError("the process that supervises pcscd hangs", remedy=f"kill process {self._process.pid}")
         said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        problem = f"the process that keeps pcscd has died ({how}{f': {said[-1]}' if said else ''})"
+        problem = f"the process that supervises pcscd has died ({how}{f': {said[-1]}' if said else ''})"
         return PcscStackError(problem, remedy=_remedy(status, said))
 
 
@@ -188,10 +190,10 @@ def _remedy(status: int, said: Sequence[str]) -> str:
     :param said: the lines that it wrote.
     """
     if not os.access(_KEEPER, os.R_OK):
-        return f"let this user read {_KEEPER}, or install pcsc-safe where it can"
+        return f"let this user read {_KEEPER}, or install pcsc-safe where this user can read it"
     if status < 0:
-        return "leave the with block, and see who killed it (the kernel does when memory runs out)"
-    return "leave the with block, and report this, with all that it said:\n" + "\n".join(said)
+        return "leave the with block, and find out what killed it (the kernel does when memory runs out)"
+    return "leave the with block, and report this with the complete output:\n" + "\n".join(said)
 
 
 def _entry(name: str, port: str, channel: int, driver: str) -> str:

@@ -27,7 +27,7 @@ from .cards import VirtualCard
 __all__ = ["Reader", "VirtualPcsc"]
 
 _CURES = {
-    "cannot create /": "without root pcscd needs its run directory, once: sudo mkdir -p /run/pcscd",
+    "cannot create /": "without root, pcscd can't create its run directory: sudo mkdir -p /run/pcscd",
     "failed to map segment": "more than two readers need a TMPDIR that is not mounted noexec",
 }
 _LOG_TAIL = 2000  # characters
@@ -360,7 +360,7 @@ class VirtualPcsc:
     def _report(self) -> None:
         for card in self._cards_seen:
             if card.errors:
-                problem = f"{type(card).__name__} raised {type(card.errors[0]).__name__} in its own code"
+                problem = f"the code of {type(card).__name__} raised {type(card.errors[0]).__name__}"
                 raise PcscStackError(problem, remedy="see the cause; card.errors lists all of them") from card.errors[0]
 
 

@@ -49,7 +49,9 @@ class PortPair:
                 # not before bind(), which would then be content with a port that others share, and vpcd would not
                 held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             return
-        raise PcscStackError("no two neighbouring TCP ports are free", remedy="see who uses them all: ss -tan")
+        raise PcscStackError(
+            "no two consecutive TCP ports are free", remedy="find out which programs use them: ss -tanp"
+        )
 
     def close(self) -> None:
         """Give the ports back."""
@@ -93,8 +95,8 @@ class Slot:
             return
         thread.join(timeout)
         if thread.is_alive():
-            problem = f"{type(self.card).__name__} has been in its own code for {timeout:g} seconds"
-            raise PcscStackError(problem, remedy="let apdu() and the hooks return")
+            problem = f"the code of {type(self.card).__name__} has not returned for {timeout:g} seconds"
+            raise PcscStackError(problem, remedy="let apdu(), power_on(), power_off() and reset() return")
 
     def _connect(self) -> None:
         connection = socket.create_connection((_LOCALHOST, self.port))

@@ -125,7 +125,7 @@ class Probe:
         while len(data) < count:
             more = self._receive_some(count - len(data))
             if not more:
-                raise ConnectionResetError("pcscd hung up")
+                raise ConnectionResetError("pcscd closed the connection")
             data += more
         return data
 

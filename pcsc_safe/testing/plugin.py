@@ -39,7 +39,7 @@ def pytest_report_header() -> str:
 
     found = look()
     if isinstance(found, Missing):
-        return f"virtual PC/SC stack: none, {found.problem}"
+        return f"virtual PC/SC stack: not available, {found.problem}"
     return f"virtual PC/SC stack: pcscd {found.version}, {found.driver}"
 
 
@@ -91,8 +91,8 @@ def _card(source: CardSource) -> Optional[VirtualCard]:
     if source in ("echo", None):
         return EchoCard() if source else None
     raise PcscStackError(
-        f"{source!r} is not what makes a card",
-        remedy="use 'echo', 'piv', None, or a class or function: each test has cards of its own",
+        f"{source!r} doesn't make a card",
+        remedy="use 'echo', 'piv', None, or a class or function that returns a new card",
     )
 
 

@@ -269,16 +269,18 @@ def test_which_contexts(stack: VirtualPcsc, through: str) -> None:
         return answers, str(refused.value)
 
     gone = [INVALID, INVALID]
-    why = "this context: it is released, inherited, or no context; pass what SCardEstablishContext returned here, or "
+    why = (
+        "this context: it is released, inherited, or not a context; pass what SCardEstablishContext returned here, or "
+    )
     expected = [(True, False), (False, True), (True, gone), (False, gone), False]
     answers, said = in_child(parent)
     assert answers == expected
-    assert said.endswith(f"{why}nothing to hand all contexts over")
+    assert said.endswith(why)
 
 
 UNUSABLE = f"{NOTHING}a forked process can't use PC/SC on this platform; "
 ON_MACOS = {
-    "native": [f"{UNUSABLE}set broker='always' before it is established", [True]],
+    "native": [f"{UNUSABLE}set broker='always' before you establish the context", [True]],
     "native, from within": [f"{UNUSABLE}the parent is still the owner: fork again", [False, True]],
     "broker": ["", [True, False]],
 }

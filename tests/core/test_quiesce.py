@@ -537,7 +537,7 @@ def test_how_long_a_fork_waits(held: VirtualPcsc) -> None:
     assert flags(waiter.answer()) == (OK, [(reader, CHANGED | EMPTY, [])])
 
 
-BLOCKED = {"auto": "a broker makes its PC/SC calls", "reestablish": "with policy 'auto' a broker makes its PC/SC calls"}
+BLOCKED = {"auto": "a broker makes its PC/SC calls", "reestablish": "use policy 'auto', which uses a broker here"}
 
 
 @pytest.mark.parametrize("policy", BLOCKED)

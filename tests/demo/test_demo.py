@@ -202,7 +202,7 @@ def test_an_interrupted_run_is_no_result(run_disposable: Any) -> None:
 @pytest.mark.parametrize(
     ("finding", "ending", "verdict"),
     [
-        (Finding([], []), {"exit_status": 0}, (UNKNOWN, "it did not report enough to say")),
+        (Finding([], []), {"exit_status": 0}, (UNKNOWN, "it reported too little for a verdict")),
         (Finding([], ["fine"]), {"exit_status": 0}, (SAFE, "fine")),
         (Finding(["bad", "worse"], []), {"exit_status": 0}, (HAZARD, "bad; worse")),
         (Finding(["bad"], ["fine"]), {"exit_status": 0}, (HAZARD, "bad")),

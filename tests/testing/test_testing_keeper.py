@@ -246,7 +246,7 @@ def test_why_the_keeper_died(
     keeper = tmp_path / "keeper.py"
     keeper.write_text(source)
     said = refusal(monkeypatch, keeper)
-    assert f"the process that keeps pcscd has died {problem}" in said
+    assert f"the process that supervises pcscd has died {problem}" in said
     assert remedy in said
 
 

@@ -45,5 +45,5 @@ def load(only: Collection[str] = ()) -> list[Hazard]:
     unknown = set(only) - {hazard.NUMBER for hazard in every}
     if unknown:
         known = ", ".join(hazard.NUMBER for hazard in every)
-        raise ValueError(f"no hazard {', '.join(sorted(unknown))} is shown; there are {known}")
+        raise ValueError(f"there is no hazard {', '.join(sorted(unknown))}; the hazards are {known}")
     return [hazard for hazard in every if not only or hazard.NUMBER in only]

@@ -68,7 +68,7 @@ def judge(run: Run) -> Finding:
     total = {name: sum(seen.get(name, 0) for seen in run.reported.values()) for name in ("asked", "wrong", "failed")}
     ends = [seen.get("ended") for seen in run.reported.values()]
     forks = sum(who.startswith("parent") for who in run.reported)
-    harm = [f"{total['wrong']} answers were wrong bytes, with SCARD_S_SUCCESS"] if total["wrong"] else []
+    harm = [f"{total['wrong']} calls returned SCARD_S_SUCCESS and wrong bytes"] if total["wrong"] else []
     harm += [f"{total['failed']} calls failed"] if total["failed"] else []
     harm += _deaths(ends)
     if harm:
@@ -76,7 +76,7 @@ def judge(run: Run) -> Finding:
     if not forks or any(end != 0 for end in ends) or total["asked"] != len(ends) * EXCHANGES:
         return Finding([], [])
     told = sum(seen.get("told_reset", 0) for seen in run.reported.values())
-    proof = [f"in {forks} forks all {total['asked']} answers were right"]
+    proof = [f"in {forks} forks all {total['asked']} calls returned the right bytes"]
     return Finding([], proof + ([f"{told} children got SCARD_W_RESET_CARD once and connected again"] if told else []))
 
 

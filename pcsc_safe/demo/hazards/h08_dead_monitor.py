@@ -54,7 +54,7 @@ def judge(run: Run) -> Finding:
     cards, readers, thread = run.of("child", "cards", "readers", "thread")
     ended, going_on, first_cards, first_readers = run.of("parent", "child_ended", "thread", "cards", "readers")
     harm = [
-        f"in the child an observer was not told of the {what} there, in {PATIENCE:g} s"
+        f"in the child an observer was not notified of the {what} within {PATIENCE:g} s"
         for what, told in (("readers", readers), ("cards", cards))
         if told is False
     ]
@@ -64,5 +64,5 @@ def judge(run: Run) -> Finding:
     if not (first_cards and first_readers and cards and readers and thread and going_on) or ended != 0:
         return Finding(harm, [])
     return Finding(
-        harm, ["in the child new observers were told of readers and cards, and the parent's monitor kept working"]
+        harm, ["in the child new observers were notified of readers and cards, and the parent's monitor kept working"]
     )

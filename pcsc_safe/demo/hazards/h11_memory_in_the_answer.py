@@ -11,7 +11,7 @@ from typing import Any
 from .._judge import Finding, Run
 from .._stage import Stage
 
-NUMBER, NAME, SECONDS = "11", "memory of the process in a failed call's answer", 8.0
+NUMBER, NAME, SECONDS = "11", "a failed call returns memory of the process", 8.0
 ROUNDS = 20
 SECRET = b"a secret of this process;"
 BUFFER = 65538  # about what pyscard allocates for an answer

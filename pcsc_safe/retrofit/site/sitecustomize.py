@@ -17,7 +17,7 @@ def _install():  # type: () -> None
     try:
         from pcsc_safe.retrofit.on_import import install_late
     except ValueError as error:  # of PCSC_SAFE_GUARD_NATIVE
-        sys.stderr.write("pcsc_safe: process " + str(os.getpid()) + " runs on plain pyscard: " + str(error) + "\n")
+        sys.stderr.write("pcsc_safe: process " + str(os.getpid()) + " runs without pcsc_safe: " + str(error) + "\n")
         return
     except Exception:
         return  # it isn't installed there, or not for this Python
