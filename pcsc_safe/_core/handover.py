@@ -22,20 +22,22 @@ __all__ = ["files_to_preserve", "handover"]
 class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     """Hand the sessions of this process over to the child that is forked in this block.
 
-    The child continues them: verified PIN, transaction and exclusive hold included.  For the parent they are then what
-    inherited sessions are for a child: nothing that it does with them, its exit included, touches the child's sessions.
-    The next ``os.fork()`` of this thread hands over; if the child is still in the block, so does its next one.  A block
-    around a daemon's double fork therefore hands over to the daemon.
+    The child continues them, with verified PIN, transaction and exclusive hold.  The parent then has them as a child
+    has inherited sessions: nothing that it does with them, its exit included, affects the child's sessions.
 
-    Sessions that this process has itself inherited are connected again first, as ``cards="reconnect"`` does it.  Other
-    threads can't use PC/SC from the beginning of the block until the fork.
+    The next ``os.fork()`` of this thread hands over.  If the child is still in the block, its next fork hands over,
+    too.  A block around a daemon's double fork therefore hands over to the daemon.
 
-    A warning in the log says so when a block does nothing: it is inside another one, this process has no context, or
+    Sessions that this process has inherited are first connected again, as with ``cards="reconnect"``.  Other threads
+    can't use PC/SC from the beginning of the block until the fork.
+
+    A block logs a warning if it does nothing: if it is inside another block, if this process has no context, or if
     nothing was forked.
 
-    :param contexts: those to hand over, as SCardEstablishContext returned them; none: all of this process.
-    :raises HandoverError: on entry, with nothing forked: it can't work on this platform, or with these contexts, or
-        other threads are in PC/SC calls for longer than ``quiesce_timeout``.  On exit: the fork handed nothing over,
+    :param contexts: the contexts to hand over, as SCardEstablishContext returned them; if none are given, all contexts
+        of this process.
+    :raises HandoverError: on entry, before a fork: a handover is not possible on this platform, or with these contexts,
+        or PC/SC calls of other threads take longer than ``quiesce_timeout``.  On exit: the fork handed nothing over,
         and the parent still owns its sessions.
     """
 
@@ -100,7 +102,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             )
 
     def contexts(self) -> list[Context]:
-        """Those to hand over that this process owns."""
+        """The contexts to hand over that this process owns."""
         return self._owned_by(process.here)
 
     def _owned_by(self, owner: Optional[process.Epoch]) -> list[Context]:
@@ -108,18 +110,18 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         return [context for context in chosen if context.owner is owner and not context.released]
 
     def happened(self) -> None:
-        """Note that there was a fork, and it handed over."""
+        """Note that a fork has handed over."""
         self._done = True
 
 
 def files_to_preserve() -> list[int]:
     """The file descriptors that the sessions of this process need.
 
-    A program that closes all file descriptors, as daemons do, keeps these open.  For python-daemon:
-    ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  They stay the same when sessions are handed over
-    or shared.
+    A program that closes all file descriptors, as daemons do, must keep these open.  For python-daemon:
+    ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  The numbers stay the same when sessions are handed
+    over or shared.
 
-    :return: their numbers, in ascending order; none if this process has no session.
+    :return: their numbers, in ascending order; an empty list if this process has no session.
     """
     here = process.current()  # first: it may be what makes contexts this process's own
     own = [context for context in list(handles.contexts.values()) if context.owner is here]

@@ -1,7 +1,7 @@
 """The calls that are inside the native library.
 
 A thread inside occupies a :class:`Place`.  One step of C (:func:`attempt`) takes the place, enters the call in its
-list, makes the call, and gives the place back.  No signal handler, no other thread's exception and, from Python 3.12,
+list, makes the call, and releases the place.  No signal handler, no other thread's exception and, from Python 3.12,
 no finalizer can run during the step.  So no place is ever occupied while code of the application runs, a handler that
 raises leaves nothing behind, and a thread that waits for a place waits for C code only.
 
@@ -51,7 +51,7 @@ __all__ = [
 if TYPE_CHECKING:  # not at run time, where a Protocol takes each program its part of a millisecond
 
     class Owned(Protocol):
-        """What a call is made on: live in one process, that whose epoch is its owner."""
+        """What a call is made on; it is live only in the process whose epoch is its owner."""
 
         @property
         def owner(self) -> Optional[process.Epoch]: ...
@@ -68,10 +68,10 @@ wait for events that it is part of, if any."""
 
 
 class Unquiet:
-    """Why a process cannot use the native library: who was inside when it was forked.
+    """Why a process cannot use the native library: the call that was inside when it was forked.
 
     :ivar function: PC/SC's name of the call.
-    :ivar thread: the name of the thread, or its number where the name could not be had.
+    :ivar thread: the name of the thread, or its number if the name is unknown.
     :ivar seconds: how long it had been inside.
     """
 
@@ -103,9 +103,9 @@ _stock: list[list[Entry]] = []
 
 
 def _empty_list() -> list[Entry]:
-    """From a stock: so they lie beside each other.
+    """An empty list from a stock, in which all lists lie beside each other in memory.
 
-    Each fork looks at all, and pays for every page of memory that they are in.
+    Each fork reads all of them, and pays for every page of memory that they are in.
     """
     try:
         return _stock.pop()
@@ -117,16 +117,16 @@ def _empty_list() -> list[Entry]:
 
 
 class Place:
-    """Where one thread at a time is in the native library.
+    """A place in the native library for one thread at a time.
 
-    :ivar calls: the calls that are there now: one, or more of the same thread where a finalizer runs in the middle.
-    :ivar cards: what lives there; a call that wants the place bare isn't made while there is any.
-    :ivar state: OPEN; WOKEN: the wait that was there has been ended, and the place is of no more use; RELEASED; GIVEN:
-        to a child that is being forked, or has just been, which is decided in a moment.
-    :ivar waiting: since when threads wait for the place, by ``monotonic()``.
-    :ivar acquire: takes the place, if it is free, and says whether it was; its argument is False: don't wait.
+    :ivar calls: the calls that are there now: one, or several of the same thread if a finalizer runs during a call.
+    :ivar cards: the cards there; a call with ``bare`` isn't made while there are any.
+    :ivar state: OPEN; WOKEN: a wait there was ended from outside, and the place must not be used again; RELEASED;
+        GIVEN: to a child that is being forked, until it is known whether there is a child.
+    :ivar waiting: the time, by ``monotonic()``, since which threads wait for the place.
+    :ivar acquire: takes the place if it is free, and returns whether it was; its argument is False: don't wait.
     :ivar enter: puts a call on the list.
-    :ivar release: gives the place back.
+    :ivar release: releases the place.
     :ivar leave: takes the last call off the list, and returns it.
     """
 
@@ -148,9 +148,9 @@ class Place:
         self.leave = self.calls.pop
 
     def wake(self, wait: Any, *, may_pass: bool = False) -> None:
-        """End the native call of a wait for events that is here, if it can be ended.
+        """End the native call of a wait for events that is here, if possible.
 
-        :param may_pass: although the gate is closed.
+        :param may_pass: even if the gate is closed.
         """
 
     def wait_until_free(self, timeout: float = -1) -> None:
@@ -166,9 +166,9 @@ class Place:
             self.waiting.pop(key, None)
 
     def give_way(self) -> None:
-        """Before a call: let a thread go first that has waited for long.
+        """Before a call: let a thread that has waited for long go first.
 
-        A thread that makes one call after the other would else be back before one that waits has woken up.
+        Otherwise a thread that makes one call after the other would be back before a waiting thread has woken up.
         """
         if any(monotonic() - since > _LONG_WAIT for since in list(self.waiting.values())):
             sleep(_GIVE_WAY)
@@ -203,15 +203,15 @@ def attempt(
 ) -> list[Any]:
     """Make a native call, in one step of C, if the place is free and nothing is in the way.
 
-    :param owned: what the call is on; it isn't made if that is no more this process's.
+    :param owned: what the call is on; the call isn't made if this process no longer owns it.
     :param function: PC/SC's name.
     :param call: the call.
-    :param more: what belongs to the same step, after it.
-    :param wait: the wait for events that it is part of; it isn't made if that was cancelled.
-    :param bare: it isn't made if a card lives there.
-    :param most: nor if the place is in a later state.
-    :param may_pass: it is made although the gate is closed.
-    :return: empty if the call wasn't made; else :func:`made` has the result.
+    :param more: C calls that belong to the same step, after it.
+    :param wait: the wait for events that it is part of; the call isn't made if the wait was cancelled.
+    :param bare: the call isn't made if there is a card.
+    :param most: the call isn't made if the place is in a later state than this.
+    :param may_pass: the call is made even if the gate is closed.
+    :return: empty if the call wasn't made; otherwise :func:`made` returns its result.
     """
     entry = (function, get_ident(), monotonic(), wait)
     steps: list[Any] = []
@@ -241,12 +241,12 @@ def attempt(
 
 
 def made(steps: list[Any]) -> Any:
-    """What the call of :func:`attempt` returned."""
+    """The result of the call that :func:`attempt` made."""
     return steps[2]
 
 
 def calls() -> list[Entry]:
-    """What is inside now."""
+    """The calls that are inside now."""
     found = [call for place in list(places) if place.calls for call in list(place.calls)]
     return [*found, *list(elsewhere.values())]
 
@@ -258,7 +258,7 @@ def others_are_inside() -> bool:
 
 
 def stop_locking() -> None:
-    """At interpreter exit: threads that are inside, or fork, may never come out, so nobody waits for them."""
+    """At interpreter exit: wait for no thread any more; one that is inside, or forks, may never return."""
     closers.clear()
     for place in list(places):
         place.acquire = operator.not_  # it says that the place is free

@@ -1,12 +1,13 @@
-"""What a broker takes is imported before a child can need it.
+"""Imports what a broker requires, before a child can need it.
 
-No child may be the first to import if another thread may have held an import lock at its fork, and no signal handler
-and no finalizer at all.  So what a broker takes is imported when a process uses PC/SC for the first time, or when the
-settings say that it needs one.  If a signal handler has kept that from being done, the next call, or the next fork,
-does it, beside other threads in a thread of its own: nothing of the application runs there.
+A child must not be the first process to import a module if another thread may have held an import lock at its fork.
+Signal handlers and finalizers must never be the first.  So what a broker requires is imported when a process uses PC/SC
+for the first time, or when the settings say that it needs a broker.  If a signal handler has prevented that, the next
+call or the next fork does it; if there are other threads, in a separate thread, in which no code of the application
+runs.
 
-Invariant: a child whose fork was not quiet has nothing left to import, unless it was forked in the middle of that.
-Then it uses no broker.
+Invariant: a child whose fork was not quiet has nothing left to import, unless it was forked during these imports.  In
+that case it uses no broker.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from .unpatched import allocate_lock, count_threads, get_ident, monotonic, start
 __all__ = ["begin", "consider", "is_on", "is_ready", "lacks_broker", "prepare"]
 
 is_on = True
-"""Whether this process may have children, or use a broker; a broker does neither."""
+"""Whether this process can have children, or use a broker; a broker does neither."""
 
 is_ready = True
-"""Whether nothing is left to import; also while this process has not used PC/SC, and where it is not to import."""
+"""Whether nothing is left to import; also true before the first use of PC/SC, and if this process must not import."""
 
 _is_prepared = False
 
 lacks_broker = False
-"""Whether this process was forked in the middle of these imports."""
+"""Whether this process was forked during these imports."""
 
 _importing: set[int] = set()  # the threads that are at it
 _aside: dict[Any, None] = {}  # a lock that is held while a thread of its own is at it
@@ -40,7 +41,7 @@ _ATTEMPTS = 3
 
 
 def consider(settings: Settings) -> None:
-    """Import what these settings say that this process, or a child, needs whatever else it does."""
+    """Import what this process, or a child, needs in any case according to these settings."""
     if settings.owner is Owner.CHILD or settings.policy is Policy.SHARE:
         from . import transfer  # not for processes that give their children nothing
 
@@ -51,7 +52,7 @@ def consider(settings: Settings) -> None:
 
 
 def begin() -> None:
-    """From now on this process uses PC/SC; called where a fork waits for imports."""
+    """Note that this process uses PC/SC from now on; called where a fork waits for imports."""
     global is_ready
     is_ready = _is_prepared or not is_on
     if is_ready:
@@ -62,12 +63,12 @@ def begin() -> None:
 
 
 def prepare() -> None:
-    """Import what is left; for calls and forks beside other threads."""
+    """Import what is left; for calls and forks in a process with other threads."""
     gate.during(in_flight.IMPORTS, _import_aside)
 
 
 def _import_aside() -> None:
-    """Import in a thread of its own, and wait for that."""
+    """Import in a separate thread, and wait for it."""
     if get_ident() in _importing:
         return None  # a finalizer, in that thread
     over = allocate_lock()
@@ -117,7 +118,7 @@ def _import() -> None:
 
 
 def _leave_it() -> None:
-    """Import no more."""
+    """Stop importing."""
     global is_ready
     is_ready = True
     gate.before_waiting = bool

@@ -18,10 +18,10 @@ __all__ = ["disposition"]
 
 
 def disposition(function: str, card: Card, wanted: int) -> int:
-    """What is to happen to a card that this process is connected to.
+    """What a call should do to a card that this process is connected to.
 
     :param function: PC/SC's name of the call.
-    :param wanted: SCARD_*_CARD, of the application or by default.
+    :param wanted: SCARD_*_CARD, from the application or by default.
     """
     if wanted == LEAVE_CARD or not settings().spare_cards or not card.session.has_others():
         return int(wanted)
