@@ -404,7 +404,7 @@ _NOBODYS = 1 << 40  # no handle of libpcsclite's has so many bits
 
 
 def _number_of(record: Record) -> int:
-    """The number to pass for a record of the wrong kind, so that the library returns its error for it."""
+    """The number to pass for a record that is released or of the wrong kind, so that the library returns its error."""
     if record.context.gateway is not gateways.native or isinstance(record, Card):
         return int(record.real)
     # A thread may still be in the native library with a context that was released.

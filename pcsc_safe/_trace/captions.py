@@ -31,7 +31,7 @@ _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def escaped(text: str) -> str:
-    """Safe in XML and HTML, as content and in an attribute; what XML can't hold is replaced."""
+    """The text, safe in XML and HTML as content and in an attribute; characters that XML can't have are replaced."""
     return html.escape(_ILLEGAL.sub("\ufffd", text))
 
 
@@ -40,7 +40,7 @@ def shortened(text: str, letters: int) -> str:
 
 
 def duration(ns: float) -> str:
-    """For people: 3 digits."""
+    """A duration for people: 3 digits and a unit."""
     for unit, size in (("s", 1e9), ("ms", 1e6)):
         if ns >= size:
             return f"{ns / size:.3g} {unit}" if ns < 1000 * size else f"{ns / size:.0f} {unit}"

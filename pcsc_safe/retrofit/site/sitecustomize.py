@@ -25,7 +25,7 @@ def _install():  # type: () -> None
 
 
 def _step_aside():  # type: () -> None
-    """Leave no trace on the path, and import the next one; it is not to be had in most places, which site expects."""
+    """Remove this directory from the path, and import the next sitecustomize; site expects that there may be none."""
     here = os.path.dirname(__file__)
     sys.path[:] = [entry for entry in sys.path if entry != here]
     sys.modules.pop(__name__, None)
