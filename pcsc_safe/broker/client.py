@@ -299,7 +299,7 @@ class Broker:
             raise
 
     def _turned_away(self, error: Exception) -> Exception:
-        """The error if the broker has not accepted a connection: it never started, has ended, or a resource is used up."""
+        """The error if the broker accepts no connection: it never started, has ended, or has no free resources."""
         if self.epoch is not process.current():
             return LostError(self, under_way=False)
         is_ours = isinstance(error, OSError) and not isinstance(error, ConnectionError)

@@ -132,7 +132,7 @@ class Server:
         return [number for number in handles if sharing.share(giver, taker, number, keeps=keeps)]
 
     def _see_its_end(self, client: Client, connection: Connection) -> None:
-        """Watch for the end of the client's process, whose descriptors a child of a fork without hooks may have, too."""
+        """Watch for the end of the client's process; a child of a fork without hooks may have its descriptors."""
         client.process = watch.process_behind(connection.socket)
         if client.process:
             self._processes.setdefault(client.process, []).append(client)

@@ -68,7 +68,7 @@ def _seconds(text: str) -> float:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Examine, and print what was found.
+    """Examine, and print the findings.
 
     :return: the exit status, see :data:`EPILOG`.
     """
@@ -118,7 +118,7 @@ def _as_json(ledger: Ledger) -> dict[str, Any]:
 
 
 def _sections(options: argparse.Namespace, ledger: Ledger) -> Iterator[_Section]:
-    """The parts of the page; each is asked for when the findings of those before it have been entered."""
+    """The sections of the page; each begins after the findings of the earlier ones have been entered."""
     yield "This installation", _installation()
     # What the generator of one section learns of PC/SC is what those of later ones go by.
     seen = [_pcscd.Service(False, [])]

@@ -23,7 +23,7 @@ def are_possible() -> bool:
 
 
 def forks() -> Iterator[Finding]:
-    """Look at what a fork is here."""
+    """Examine what detects a fork here, and what policy ``auto`` chooses."""
     if not are_possible():
         detail = "Windows has no fork: pcsc_safe passes every call through"
         yield Finding("fork.hooks", Status.OK, "forks", detail, data={"forks": False})
@@ -33,10 +33,10 @@ def forks() -> Iterator[Finding]:
 
 
 def broker(seconds: float, pcsc_works: bool) -> Finding:
-    """Have a broker started.
+    """Start a broker.
 
-    :param seconds: that it may take to come up.
-    :param pcsc_works: it can be asked for a context.
+    :param seconds: that it may take to start.
+    :param pcsc_works: whether it can be asked for a context.
     """
     return _broker(ask("broker", seconds, *["establish"] * pcsc_works, env=plain_environment(keep=_PYTHON)))
 

@@ -1,4 +1,4 @@
-"""Findings about pcscd: whether it exists, who starts it, whether it answers and whom, readers and cards.
+"""Findings about pcscd: whether it exists, what starts it, whether it accepts this user; readers and cards.
 
 macOS and Windows have no PC/SC daemon with a socket to examine; there the findings are those of PC/SC calls.
 
@@ -37,10 +37,10 @@ _POLKIT = (
 
 
 class Service(NamedTuple):
-    """What there is of PC/SC, for those who go on from there.
+    """The state of PC/SC, for further checks.
 
     :ivar works: whether a context can be established.
-    :ivar cards: the readers with a card that answers.
+    :ivar cards: the readers with a card that responds.
     """
 
     works: bool
@@ -55,10 +55,10 @@ class _Program(NamedTuple):
 
 
 def service(seconds: float) -> Iterator[tuple[list[Finding], Service]]:
-    """Look at PC/SC, step by step.
+    """Examine PC/SC, step by step.
 
     :param seconds: that each step may take.
-    :return: findings, as they come, each time with what is known then.
+    :return: findings, as they are made, each time with the state that is known by then.
     """
     nothing = Service(False, [])
     answers = True
@@ -108,7 +108,7 @@ def _installed(program: _Program) -> Finding:
 
 
 def _socket(path: str, program: _Program, seconds: float) -> tuple[list[Finding], bool]:
-    """The socket of pcscd and what answers there; and whether anything does."""
+    """The socket of pcscd, and how pcscd responds there; and whether it responds."""
     what, named = "pcscd's socket", bool(os.environ.get("PCSCLITE_CSOCK_NAME"))
     shown = f"{path} (named by PCSCLITE_CSOCK_NAME)" if named else path
     told = ask("service", seconds, path, f"{seconds}").of()
@@ -157,7 +157,7 @@ def _how_to_start(program: _Program) -> str:
 
 
 def _origin(listener: Optional[int]) -> str:
-    """How pcscd comes to be at its socket, by the process that made this."""
+    """What has created pcscd's socket, by the process that listens on it."""
     name = _proc.name(listener) if listener else ""
     if name == "pcscd":
         return f"of the running pcscd (process {listener})"
@@ -185,7 +185,7 @@ def _answer(answer: str, told: dict[str, Any], program: _Program) -> Finding:
 
 
 def _refusal(listener: Optional[int], clients: Optional[int], program: _Program) -> tuple[str, str]:
-    """Why pcscd hangs up on this user, as far as it can be told, and the remedy.
+    """Why pcscd closes the connection of this user, as far as that is known, and the remedy.
 
     polkit never refuses root; but pcscd refuses everybody when it can't ask polkit.
     """
@@ -209,7 +209,7 @@ def _refusal(listener: Optional[int], clients: Optional[int], program: _Program)
 
 
 def _missing_for_polkit() -> str:
-    """What does not run of what pcscd asks polkit by; empty if all does, or it can't be told."""
+    """What pcscd needs to ask polkit, and does not run; empty if everything runs, or if that is unknown."""
     if not os.path.exists(_BUS):
         return "dbus-daemon"
     # Where the processes of others are hidden, polkitd would be too.
@@ -229,7 +229,7 @@ def _clients(clients: int) -> Finding:
 
 
 def _limit() -> int:
-    """That of the one pcscd that is seen running, if it was given one."""
+    """The limit of clients: from the command line of the only pcscd that is running, or the default."""
     lines = [_proc.command(pid) for pid in _proc.all_pids() if _proc.name(pid) == "pcscd"]
     for line in lines:
         given = re.search(r"(?:--max-thread[ =]|-t ?)(\d+)", " ".join(line)) if len(lines) == 1 else None

@@ -1,4 +1,4 @@
-"""Tries what a fork does to PC/SC here, on raw pyscard and on pcsc_safe.
+"""Tests what a fork does to PC/SC here, on raw pyscard and on pcsc_safe.
 
 Three probes need no card and run on the PC/SC of this machine.  The hazards of the demo run on virtual stacks, if these
 are installed.  The probe of a user's card runs with ``--touch-cards`` only, and on pcsc_safe only: on raw pyscard it
@@ -41,7 +41,7 @@ KEYS = tuple(each.key for each in _PROBES)
 
 
 def probes() -> Iterator[Finding]:
-    """Try what needs no card, on the PC/SC of this machine."""
+    """Test what needs no card, on the PC/SC of this machine."""
     with ThreadPoolExecutor(2) as pool:
         for probe in _PROBES:
             raw, safe = (pool.submit(ask, probe.task, _SECONDS, module=module) for module in (RAW, SAFE))
@@ -49,10 +49,10 @@ def probes() -> Iterator[Finding]:
 
 
 class _Seen(NamedTuple):
-    """What became of the child, and of its parent.
+    """What happened to the child, and to its parent.
 
     :ivar harm: what went wrong, in words; empty if nothing did.
-    :ivar known: whether enough was reported to say so.
+    :ivar known: whether enough was reported for a verdict.
     """
 
     harm: str
@@ -90,7 +90,7 @@ def _probe_finding(probe: _Probe, raw: _Seen, safe: _Seen) -> Finding:
 
 
 def hazards() -> Iterator[Finding]:
-    """Run the demo's hazards, each on virtual stacks of its own."""
+    """Run the demo's hazards, each on separate virtual stacks."""
     why_not = _no_stack()
     if why_not:
         yield Finding("hazards", Status.SKIPPED, "hazards", why_not[0], why_not[1])

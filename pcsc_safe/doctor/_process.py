@@ -1,8 +1,8 @@
 """``doctor --pid``: which connections to pcscd a running program and its children hold, and which they inherited.
 
-A connection that two processes hold was made by one of them, and is a hazard in the other.  pcscd's end of it says
-which process made it, if this user may look there (SO_PEERCRED; root or pcscd's own user).  Otherwise the process that
-has existed longest counts as its maker.  Nothing is sent anywhere, and no process is stopped.
+If two processes hold a connection, one of them has made it, and it is a hazard in the other.  pcscd's end of the
+connection says which process made it, if this user may look there (SO_PEERCRED; root or pcscd's own user).  Otherwise
+the process that has existed longest counts as its maker.  Nothing is sent anywhere, and no process is stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Connection(NamedTuple):
 
     :ivar holders: the processes that have it, the oldest first.
     :ivar owner: the process that made it.
-    :ivar known: whether pcscd's end says so; else it is taken to be the oldest holder.
+    :ivar known: whether pcscd's end says so; if not, the oldest holder counts as the owner.
     """
 
     inode: int
@@ -53,7 +53,7 @@ def examine(pid: int) -> tuple[list[Finding], bool]:
     """Examine a process and its descendants.
 
     :param pid: of the process.
-    :return: the findings, and whether the process itself could be looked into.
+    :return: the findings, and whether the process itself could be examined.
     :raises ProcessLookupError: there is no such process.
     """
     root = _proc.look(pid)
@@ -101,7 +101,7 @@ def _to_pcscd(processes: dict[int, Optional[Process]], table: dict[int, _sockets
 
 
 def _holders(inodes: set[int]) -> tuple[dict[int, list[int]], int]:
-    """Who on this machine has these sockets, the oldest first; and how many processes could not be looked into."""
+    """The processes that have these sockets, the oldest first; and how many processes could not be examined."""
     found: dict[int, list[tuple[int, int]]] = {inode: [] for inode in inodes}
     unseen = 0
     for pid in _proc.all_pids() if inodes else ():
@@ -121,7 +121,7 @@ def _connection(inode: int, table: dict[int, _sockets.Socket], holders: list[int
 
 
 def _maker(other_end: int) -> Optional[int]:
-    """Who made a connection, asked of the server's end of it."""
+    """The process that made a connection, according to the server's end of it."""
     for pid in _proc.all_pids() if other_end else ():
         if _proc.name(pid) != "pcscd":
             continue
@@ -213,7 +213,7 @@ def _data(process: Process, family: _Family) -> dict[str, Any]:
 
 
 def _dead_sockets(process: Process, family: _Family) -> dict[int, int]:
-    """Descriptors with a dead socket in the place of an ancestor's connection, and whose that is."""
+    """Descriptors with a dead socket that replaces an ancestor's connection, and the ancestor's PID."""
     dead = {number for number, inode in (process.sockets or {}).items() if inode in family.dead}
     ancestor, found = process, {}
     while dead and ancestor.parent in family.processes and family.processes[ancestor.parent]:
@@ -244,7 +244,7 @@ _HOW = {"mark": "by its mark in memory", "environment": "by its environment"}
 def _verdict(
     process: Process, family: _Family, inherited: list[Connection], what: str, data: dict[str, Any]
 ) -> Finding:
-    """Of a process that holds connections which others made."""
+    """The finding for a process that holds connections which other processes made."""
     gone = [each for each in inherited if each.owner not in each.holders]
     owners = _named(sorted({each.owner for each in inherited}))
     told = "" if all(each.known for each in inherited) else " (probably: that is the oldest process that holds it)"
@@ -268,7 +268,7 @@ def _verdict(
 
 
 def _is_guarded(process: Process, family: _Family) -> bool:
-    """Whether pcsc_safe surely is in a process: it has the mark, and a dead socket in store, as with every context."""
+    """Whether pcsc_safe is certainly loaded in a process: it has the mark, and the dead socket kept in reserve."""
     return process.pcsc_safe == "mark" and not family.dead.isdisjoint((process.sockets or {}).values())
 
 

@@ -52,7 +52,7 @@ renewing = _Renewing()
 
 
 def _held_here(lock: Any) -> bool:
-    """Whether this is the thread that forked, and it holds the lock; any other thread may reuse a dead thread's number."""
+    """Whether this is the thread that forked, and it holds the lock; others may reuse a dead thread's number."""
     if threading.get_ident() != threading.main_thread().ident:
         return False
     is_owned = getattr(lock, "_is_owned", None)  # a Lock has none, and it is not held where it is asked for

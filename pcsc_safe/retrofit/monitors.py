@@ -4,8 +4,8 @@ CardMonitor and ReaderMonitor are singletons with a thread, and that thread is i
 a new process would: at its first use of a monitor, not at the fork, so that a child without monitors pays nothing and
 has no thread.  The parent's observers are not notified in the child; deleting one there succeeds.
 
-With the setting ``recover`` their threads don't end when pcscd has ended.  While there is no pcscd there are no readers,
-and the list of cards stays as it was.
+With the setting ``recover`` their threads don't end when pcscd has ended.  While there is no pcscd there are no
+readers, and the list of cards stays as it was.
 
 Invariant: nothing here uses what the dead thread may have left locked.
 """

@@ -56,7 +56,7 @@ def _connect(stage: Stage, context: Any, readers: list[str], share_mode: int) ->
 
 
 def _connect_soon(stage: Stage, context: Any, readers: list[str]) -> str:
-    """The answer of SCardConnect, asked until it succeeds or patience ends."""
+    """The result of SCardConnect, called until it succeeds or the time is up."""
     deadline = time.monotonic() + PATIENCE
     while True:
         hresult = _connect(stage, context, readers, stage.scard.SCARD_SHARE_SHARED)

@@ -14,7 +14,7 @@ PATIENCE = 3.0  # seconds that an observer gets to hear of the cards that are th
 
 
 def program(stage: Stage) -> None:
-    """Watch cards, fork a child that does so too, and see who is told of the cards that are there."""
+    """Watch cards, fork a child that does the same, and check which observers are notified of the cards."""
     stage.retrofit()
     from smartcard.CardMonitoring import CardMonitor
     from smartcard.ReaderMonitoring import ReaderMonitor
@@ -38,19 +38,19 @@ def program(stage: Stage) -> None:
 
 
 class _Observer:
-    """Either monitor's; it needs no base class."""
+    """An observer for either monitor; it needs no base class."""
 
     def __init__(self) -> None:
         self.told = threading.Event()
 
     def update(self, observable: object, handlers: tuple[list[object], list[object]]) -> None:
-        """What the monitor calls."""
+        """Called by the monitor."""
         if handlers[0]:
             self.told.set()
 
 
 def judge(run: Run) -> Finding:
-    """Shown by observers in the child that are never told, and threads that are not there."""
+    """Shown by observers in the child that are never notified, and threads that don't exist there."""
     cards, readers, thread = run.of("child", "cards", "readers", "thread")
     ended, going_on, first_cards, first_readers = run.of("parent", "child_ended", "thread", "cards", "readers")
     harm = [

@@ -19,7 +19,7 @@ ENDINGS = {"child": "after its child dropped its copy", "pcscd": "after pcscd di
 
 
 def program(stage: Stage) -> None:
-    """Let the session end twice, and look at what the calls after it answer."""
+    """Let the session end twice, and check what the calls after it return."""
     context, card, _ = stage.connect()
 
     def child() -> None:
@@ -46,7 +46,7 @@ def _ask(stage: Stage, ended_by: str, card: Any) -> None:
 
 
 def judge(run: Run) -> Finding:
-    """Shown by failed calls that answer anything."""
+    """Shown by failed calls that return data."""
     harm, proof = [], []
     for ended_by, when in ENDINGS.items():
         calls, codes, failed, filled, told = run.of(ended_by, "calls", "codes", "failed", "filled", "held_secret")
