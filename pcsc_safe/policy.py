@@ -134,7 +134,7 @@ class Settings(NamedTuple):
         Policy.AUTO, "what a process gets when it first uses an inherited context", of_context=True
     )
     cards: Cards = _setting(Cards.AUTO, "what calls on an inherited card handle do", of_context=True)
-    quiesce_timeout: float = _setting(1.0, "seconds that a fork waits, at most, for PC/SC calls of other threads")
+    quiesce_timeout: float = _setting(1.0, "seconds that a fork waits at most for PC/SC calls of other threads")
     broker: Broker = _setting(Broker.ON_FORK, "when a helper process makes the PC/SC calls")
     broker_python: str = _setting("", "the interpreter that runs brokers")
     owner: Owner = _setting(Owner.PARENT, "which process owns the sessions after a fork")

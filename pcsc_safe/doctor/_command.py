@@ -133,9 +133,9 @@ def _sections(options: argparse.Namespace, ledger: Ledger) -> Iterator[_Section]
     if options.no_probe or not _fork.are_possible():
         return
     if ledger.allows(*_probe.KEYS):
-        yield "Tried on this PC/SC", _probe.probes()
+        yield "Tests on the PC/SC of this machine", _probe.probes()
     if ledger.allows("hazards") and not options.self_test:
-        yield "Tried on virtual cards", _probe.hazards()
+        yield "Tests on virtual cards", _probe.hazards()
 
 
 def _installation() -> Iterator[Finding]:

@@ -79,7 +79,7 @@ def _judge(answer: Answer) -> _Seen:
 
 def _probe_finding(probe: _Probe, raw: _Seen, safe: _Seen) -> Finding:
     data = {"raw": raw.harm, "raw_known": raw.known, "safe": safe.harm, "safe_known": safe.known}
-    raw_says = raw.harm or ("no harm seen" if raw.known else "nothing is known")
+    raw_says = raw.harm or ("no harm seen" if raw.known else "unknown: too little was reported")
     said = f"raw pyscard: {raw_says}"
     if safe.harm:
         detail = f"pcsc_safe: {safe.harm}; {said}"

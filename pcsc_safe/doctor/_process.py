@@ -59,7 +59,8 @@ def examine(pid: int) -> tuple[list[Finding], bool]:
     root = _proc.look(pid)
     if root.network and root.network != os.stat("/proc/self/ns/net").st_ino:
         remedy = f"sudo nsenter -t {pid} -n python -m pcsc_safe doctor --pid {pid}"
-        detail = f"process {pid} ({root.name}) is in another network namespace: where its sockets lead is unknown here"
+        detail = f"process {pid} ({root.name}) is in another network namespace, so the doctor can't see where its "
+        detail += "sockets lead"
         return [Finding("family", Status.UNKNOWN, "processes", detail, remedy, {"pid": pid})], False
     family = _gather(pid, root)
     findings = [_summary(pid, family)]
@@ -144,7 +145,7 @@ def _summary(pid: int, family: _Family) -> Finding:
     unsure = not family.ends_known and any(each and each.libpcsclite for each in family.processes.values())
     if unsure and not connections:
         remedy = f"sudo modprobe unix_diag, or sudo python -m pcsc_safe doctor --pid {pid}"
-        text = "where their sockets lead is unknown here"
+        text = "the doctor can't see where their sockets lead"
         return Finding("family", Status.UNKNOWN, "processes", text, remedy, data)
     if family.unseen:
         detail += (
