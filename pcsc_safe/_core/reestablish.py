@@ -377,5 +377,5 @@ def _why_not(here: process.Epoch) -> str:
     if here.unquiet is None:
         return f"it was forked, and on {policy.PLATFORM} PC/SC doesn't work in a forked process"
     who = here.unquiet
-    inside = f"thread {who.thread} had been inside {who.function} for {who.seconds:.1f} s"
+    inside = f"thread {who.thread} was inside {who.function} (for {who.seconds:.1f} s)"
     return f"it, or an ancestor, was forked while {inside}"

@@ -473,7 +473,7 @@ def unquiet(how: str, where: str) -> None:
 def test_a_fork_while_another_thread_imports(shared_stack: VirtualPcsc, how: str, patience: str, expected: str) -> None:
     """A fork waits for the imports of the first SCardEstablishContext; a child that has half of them doesn't hang."""
     child, parent = run(shared_stack, importing, how, patience)
-    why = "was forked while thread first had been inside an import" if how != "C" else "had been inside an import"
+    why = "was forked while thread first was inside an import" if how != "C" else "was inside an import"
     assert child == OK if expected == "works" else why in child
     assert parent == OK
 
