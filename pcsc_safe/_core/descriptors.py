@@ -1,6 +1,6 @@
 """The file descriptors that a forked child must not use, and the dead socket that replaces them there.
 
-A child inherits its parent's connections to pcscd and to a broker.  Over them it could read its parent's answers, and
+A child inherits its parent's connections to pcscd and to a broker.  Over them it could read its parent's replies, and
 it would keep its parent's locks alive.  So the child replaces each by a dead socket at the fork, but only if the number
 still stands for that connection: an application may have closed it, and the number may be a database connection's by
 now.
@@ -60,10 +60,10 @@ def of(number: int) -> Descriptor:
 
 
 guarded: dict[Descriptor, None] = {}
-"""The connections of this process."""
+"""The connections of this process that a forked child must not use."""
 
 kept: dict[int, set[int]] = {}
-"""Those that the child is to have which a thread is about to fork, by the thread."""
+"""The numbers that the child keeps, by the thread that is about to fork it."""
 
 
 others: Callable[[], Sequence[Descriptor]] = tuple

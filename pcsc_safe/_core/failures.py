@@ -14,7 +14,7 @@ from typing import Optional
 __all__ = ["is_ours", "suppress"]
 
 _OURS = frozenset((__name__.partition(".")[0], "gevent", "eventlet"))
-"""Whose frames are no handler's; the others put functions of their own in the place of some of C."""
+"""Packages whose frames are not a handler's; gevent and eventlet replace some C functions by Python functions."""
 
 
 def is_ours(error: BaseException) -> bool:

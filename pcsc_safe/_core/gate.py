@@ -27,7 +27,7 @@ _FOR_GOOD = float("inf")
 _GRACE = 1.0  # s; longer than a fork takes that waited for quiesce_timeout
 
 quiesce_timeout = 1.0
-"""How long a fork waits, in seconds; a setting."""
+"""How long a fork waits at most, in seconds; a setting."""
 
 _policy = Policy.AUTO
 _thread_names: dict[int, str] = {}

@@ -63,8 +63,8 @@ else:
     Owned = object
 
 Entry = tuple[str, int, float, Any]
-"""A call that is inside: PC/SC's name of the function; the identifier of the thread; ``monotonic()`` when it began; the
-wait for events that it is part of, if any."""
+"""A call that is inside: PC/SC's name of the function; the identifier of the thread; when it began, by ``monotonic()``;
+the wait for events that it is part of, if any."""
 
 
 class Unquiet:
@@ -72,7 +72,7 @@ class Unquiet:
 
     :ivar function: PC/SC's name of the call.
     :ivar thread: the name of the thread, or its number if the name is unknown.
-    :ivar seconds: how long it had been inside.
+    :ivar seconds: how long the call had lasted.
     """
 
     def __init__(self, function: str, thread: str, seconds: float) -> None:
@@ -82,14 +82,14 @@ class Unquiet:
 
 
 IMPORTS = "an import"
-"""In the place of a function: who imports what PC/SC takes is inside as well, for a child in which a module is half
-imported has its lock held for ever."""
+"""Used like a function's name: a thread that imports what PC/SC requires is also inside, because in a child with a
+half-imported module the module's lock stays locked for ever."""
 
 DOOR, START = "the broker's door", "the start of a broker"
-"""The same of who passes a connection to a broker, or starts one: a child must not have the other end."""
+"""The same for a thread that passes a connection to a broker, or starts one: a child must not have the other end."""
 
 NOT_NATIVE = frozenset((IMPORTS, DOOR, START))
-"""What a fork waits for although its child can't use the native library."""
+"""What a fork waits for even if its child can't use the native library."""
 
 
 _LONG_WAIT = 0.001  # s
@@ -138,7 +138,7 @@ class Place:
         self.renew()
 
     def renew(self) -> None:
-        """Forget who is there: this is a new process."""
+        """Forget the calls that are there: this is a new process."""
         self.lock = RLock()
         self.calls = _empty_list()
         self.waiting: dict[object, float] = {}
@@ -154,7 +154,7 @@ class Place:
         """
 
     def wait_until_free(self, timeout: float = -1) -> None:
-        """Wait until nobody is here.
+        """Wait until no thread is here.
 
         :param timeout: in seconds; negative: for ever.
         """
@@ -175,19 +175,19 @@ class Place:
 
 
 places: dict[Place, list[Entry]] = {}
-"""All of this process, each with the calls that are there now."""
+"""All places of this process, each with the calls that are there now."""
 
 unsettled: dict[Any, None] = {}
-"""Places about which something is to be noted before a fork; each has ``settle()``."""
+"""Places that must be settled before a fork; each has ``settle()``."""
 
 elsewhere: dict[object, Entry] = {}
-"""What goes on that a fork waits for, and that has no place."""
+"""Calls in progress that a fork waits for, and that have no place."""
 
 nobody_hears: ContextVar[Callable[[], bool]] = ContextVar("nobody_hears", default=bool)
-"""Whether the answer to a wait for events has no hearer any more; of the thread that waits for a broker's client."""
+"""In a thread that waits for events for a broker's client: whether nobody will receive the result any more."""
 
 closers: dict[int, float] = {}
-"""The threads that have closed the gate, and until when: a thread that forks, not for long; a block, until its fork."""
+"""The threads that have closed the gate, and until when: a fork closes it briefly, a block until its fork."""
 
 
 def attempt(

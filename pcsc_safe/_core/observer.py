@@ -41,8 +41,8 @@ born_elsewhere: Callable[[int, str, str], None] = _nothing
 """Takes the PID of a process that was started and records nothing itself, how it was started, and its name."""
 
 recorded: Callable[[Any, Any], Any] = _as_it_is
-"""Takes a row of the table of calls and the function that an application is to call; returns that function, or one
-that also records what it does."""
+"""Takes a row of the table of calls and the function for the application; returns that function, or one that also
+records."""
 
 followed: Callable[[str, Any], Any] = _as_it_is
 """Takes a PC/SC function's name and the function called after it; returns that function, or one that also records."""

@@ -33,12 +33,12 @@ _call_a_partial: Any = partial.__call__
 _call: Any = getattr(operator, "call", None)  # since Python 3.11
 
 called: Callable[[Iterable[Operation]], Iterator[Any]] = partial(starmap, _call) if _call else _called
-"""What these return, each called when the iterator comes to it: by C alone, if C is what goes through it."""
+"""An iterator of what these return; each is called when the iterator reaches it, in C if C code iterates."""
 
 is_not_false = partial(operator.is_not, False)
 
 nowhere: deque[Any] = deque(maxlen=0)
-"""Takes what C functions return that nobody wants."""
+"""Takes results of C functions that are not needed."""
 
 
 def in_one_step(*operations: Operation) -> None:

@@ -155,7 +155,7 @@ def outlast(
     :param timeout: of the whole wait, in ms; 0 if the call doesn't wait, but asks for the states.
     :param began: when the wait began, by ``time.monotonic()``.
     :param cancels: how often waits on the context had been cancelled by then.
-    :return: the answer.
+    :return: the result.
     """
     safe, ident, here = context.safe, get_ident(), process.current()
 

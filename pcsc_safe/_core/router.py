@@ -109,7 +109,7 @@ _AFTER: dict[str, _After] = {
 
 
 _FOLLOWING: dict[str, Optional[_After]] = {name: observer.followed(name, _AFTER.get(name)) for name in CALLS}
-"""The same for each function, and what records it."""
+"""For each function, what is called after it, recording included."""
 
 
 # The way of a call.

@@ -38,7 +38,7 @@ DOOR = 3
 """The descriptor over which a broker gets its clients' connections."""
 
 FOR_FAMILY, FOR_ONE = b"f", b"1"
-"""The message with each connection that is passed through the door: whether more may follow."""
+"""The message with each connection that is passed through the door: whether other clients may follow."""
 
 _NAMES = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP")
 IGNORED = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]

@@ -24,7 +24,7 @@ from typing import Any, Callable, Optional
 __all__ = ["PCSCD", "Stage"]
 
 PCSCD = "PCSC_SAFE_DEMO_PCSCD"
-"""The environment variable that tells a hazard program the PID of its virtual pcscd."""
+"""The environment variable with the PID of the virtual pcscd, for the hazard program."""
 
 
 class Stage:

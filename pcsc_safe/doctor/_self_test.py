@@ -23,7 +23,7 @@ _SECONDS = 40.0
 _IDLE = 20  # s
 _REMEDY = "report it, with the text between the lines below"
 _TOLD = ("platform", "pyscard", "wrapt", "fork.", "policy.", "broker", "probe.inherited", "probe.fresh", "probe.c-fork")
-"""How the keys begin of the findings that are in the report, beside those of this module."""
+"""The beginnings of the keys of other findings that the report contains, besides those of this module."""
 _PATHS = ("executable", "path", "place", "python")
 
 

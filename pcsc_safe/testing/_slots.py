@@ -2,7 +2,7 @@
 
 pcscd starts with two slots for readers.  It makes two more whenever they are full, and never removes one.  Since
 pcsc-lite 2.5 its client library keeps an array of that size, one for the whole process, which never shrinks either.  A
-process that has seen a pcscd with four slots gets 0x8010001F (SCARD_E_UNSUPPORTED_FEATURE) from SCardListReaders,
+process that has used a pcscd with four slots gets 0x8010001F (SCARD_E_UNSUPPORTED_FEATURE) from SCardListReaders,
 SCardStatus and SCardGetStatusChange at a pcscd with two.  This happens with stacks that follow each other in a process.
 
 So each stack gets as many slots as the largest stack before it in this process had, and :data:`LEAST` at least: stacks

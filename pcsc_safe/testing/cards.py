@@ -59,8 +59,8 @@ class VirtualCard:
             raise ValueError(f"an ATR has 2 to 33 bytes, not {len(atr)}; DEFAULT_ATR is one")
         self.atr = bytes(atr)
         self.errors: list[BaseException] = []
-        """What the card's own code raised, in order.  Leaving the stack raises PcscStackError if there is anything
-        here; a test that expects errors clears it."""
+        """The exceptions of the card's own code, in order.  Leaving the stack raises PcscStackError if there are any;
+        a test that expects errors clears the list."""
         self._script = apdu
         self._record: list[CardEvent] = []
         self._changed = threading.Condition()
@@ -109,7 +109,7 @@ class VirtualCard:
 
     @property
     def apdus(self) -> int:
-        """How many commands the card answered."""
+        """How many commands the card has responded to."""
         return self.count(CardEvent.APDU)
 
     def wait_for(self, event: Union[CardEvent, str], count: int = 1, timeout: float = 10.0) -> None:
