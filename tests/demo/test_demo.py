@@ -253,7 +253,12 @@ JUDGEMENTS: list[tuple[str, dict[str, dict[str, Any]], list[str], bool]] = [
         [],
         False,  # the parent's connection was not found, so nothing is known of it
     ),
-    ("2", {"parent 0": {"asked": 3, "wrong": 2, "failed": 1, "ended": 0}}, ["2 answers were", "1 calls failed"], False),
+    (
+        "2",
+        {"parent 0": {"asked": 3, "wrong": 2, "failed": 1, "ended": 0}},
+        ["2 calls returned SCARD_S_SUCCESS and wrong bytes", "1 calls failed"],
+        False,
+    ),
     ("2", {"parent 0": {"asked": 0, "ended": 0}, "child 0": {"ended": -11}}, ["1 process died of SIGSEGV"], False),
     ("2", {"parent 0": {"asked": 25, "ended": 0}, "child 0": {"asked": 24, "ended": 0}}, [], False),
     ("2", {"parent 0": {"asked": 25, "ended": 0}, "child 0": {"asked": 25, "ended": 0}}, [], True),
