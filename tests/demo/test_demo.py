@@ -94,7 +94,7 @@ def test_an_unknown_hazard_is_refused() -> None:
     """``--only`` with a number that is not shown ends with 2 and lists those that are."""
     done = demo("--only", "99")
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"there are {', '.join(NUMBERS)}" in done.stderr
+    assert f"the hazards are {', '.join(NUMBERS)}" in done.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it is not pcscd that is missing")
