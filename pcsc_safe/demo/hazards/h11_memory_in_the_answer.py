@@ -55,12 +55,10 @@ def judge(run: Run) -> Finding:
         if filled:
             harm.append(
                 f"{when} {failed} of {calls} calls failed ({', '.join(codes)}): {filled} returned memory of the "
-                f"process, {told} of them its secret"
+                f"process, {told} of them a secret"
             )
         elif failed:
-            proof.append(
-                f"{when} {failed} of {calls} calls failed ({', '.join(codes)}) and returned nothing but the code"
-            )
+            proof.append(f"{when} {failed} of {calls} calls failed ({', '.join(codes)}) and returned only the code")
         else:
             proof.append(f"{when} all {calls} calls succeeded")
     # Only a call that fails can show anything.
