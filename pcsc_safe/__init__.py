@@ -1,6 +1,6 @@
 """PC/SC smart cards that survive ``fork()``.
 
-Import :mod:`pcsc_safe.scard` in place of ``smartcard.scard``; a program that uses pyscard's classes calls
+Import :mod:`pcsc_safe.scard` instead of ``smartcard.scard``; a program that uses pyscard's classes calls
 :func:`install`.  The names of this package are loaded when they are first used, so that ``import pcsc_safe`` costs
 nothing and loads no native library.  One setting applies from the import on, if the environment has it:
 ``PCSC_SAFE_GUARD_NATIVE``.

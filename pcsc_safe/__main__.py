@@ -1,8 +1,7 @@
 """``python -m pcsc_safe``, also installed as ``pcsc-safe``: the command line.
 
-A command is a row in :data:`COMMANDS`.  Its module is imported when it is the one that was asked for, so that no
-command pays for another, and ``version`` tells the versions even where nothing else can be imported.  Nothing here
-forks.
+A command is a row in :data:`COMMANDS`.  Only the module of the requested command is imported, so no command pays for
+another, and ``version`` prints the versions even if nothing else can be imported.  Nothing here forks.
 """
 
 from __future__ import annotations
@@ -22,15 +21,16 @@ class Command(NamedTuple):
 
     :ivar summary: for ``--help``.
     :ivar home: its module in the package.  It has ``add_arguments(parser)``, and ``main(options)``, which runs the
-        command and returns the exit status; perhaps ``EPILOG``, which ends its ``--help``, and ``split(arguments)``,
-        which tells its arguments from those of a program that it runs (these become ``options.program``).
+        command and returns the exit status.  It may have ``EPILOG``, the end of its ``--help``, and
+        ``split(arguments)``, which separates its arguments from those of a program that it runs (these become
+        ``options.program``).
     """
 
     summary: str
     home: str
 
     def load(self) -> Any:
-        """Its module."""
+        """Import its module."""
         return importlib.import_module(f"pcsc_safe.{self.home}")
 
 
@@ -50,7 +50,7 @@ _WANTS_ALL = "completion"
 
 
 def _parser(asked: str) -> argparse.ArgumentParser:
-    """One that knows every command by its summary, and the arguments of the one that is asked for."""
+    """A parser with the summary of every command, and with the arguments of the requested one."""
     name_of_file = os.path.basename(sys.argv[0])
     prog = name_of_file if name_of_file.startswith("pcsc-safe") else "python -m pcsc_safe"
     parser = argparse.ArgumentParser(prog=prog, description="PC/SC smart cards that survive fork().")

@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 
 
 class _Brokers:
-    """The brokers of this process, by :mod:`pcsc_safe.broker.family`; that is imported when it can first be needed.
+    """The brokers of this process, by :mod:`pcsc_safe.broker.family`, which is imported when it can first be needed.
 
     :mod:`readiness` says when that is.
     """
 
     def prepare(self) -> None:
-        """Import it, and what it takes."""
+        """Import it, and what it requires."""
         from ._core import handover  # noqa: F401  # a child may want to hand over to one of its own
         from .broker import family  # not before
 
         family.prepare()
 
     def get(self) -> gateways.BrokerGateway:
-        """The one of this process; see :class:`gateways.Brokers`."""
+        """The broker of this process; see :class:`gateways.Brokers`."""
         from .broker import family  # in all but a child that is the first to use PC/SC, it is there
 
         return family.get()
 
     def existing(self) -> Optional[gateways.BrokerGateway]:
-        """The one of this process, if it has one."""
+        """The broker of this process, if it has one."""
         of_family = self._loaded("existing")
         return of_family() if of_family else None
 
@@ -57,12 +57,12 @@ class _Brokers:
         return of_family() if of_family else ()
 
     def died_too_often(self) -> Exception:
-        """What to raise when new brokers die as well."""
+        """The error to raise if new brokers die, too."""
         error: Exception = self._loaded("died_too_often")()
         return error
 
     def _loaded(self, function: str) -> Any:
-        """A function of it; None if it isn't imported, or another thread is at that."""
+        """A function of that module; None if it isn't imported, or another thread is importing it."""
         return getattr(sys.modules.get(f"{__package__}.broker.family"), function, None)
 
 
@@ -88,7 +88,7 @@ from ._native import unprotected  # noqa: E402, F401  # its hook comes last: wha
 
 
 def __getattr__(name: str) -> Any:
-    """What few programs need, loaded when it is first asked for (PEP 562)."""
+    """Load a name that few programs need at its first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ._core import handover  # not before

@@ -1,7 +1,7 @@
 """Every exception of pcsc_safe.
 
-The text of an error says object, state and remedy.  The same facts are fields, so that a program can act on them.  All
-errors survive pickling: a worker's error reaches its parent complete.
+The text of an error says which object is in which state, and what to do.  The same facts are attributes, for programs.
+All errors survive pickling, so a worker's error reaches its parent complete.
 
 A fork changes nothing here.
 """
@@ -25,8 +25,8 @@ __all__ = [
 class PcscSafeError(Exception):
     """The base of all errors of pcsc_safe.
 
-    Its text is ``FUNCTION: PROBLEM; REMEDY``.  Its parts and the facts are attributes, which pickling keeps; None where
-    they don't apply.
+    Its text is ``FUNCTION: PROBLEM; REMEDY``.  These parts and the facts are attributes, which pickling keeps.  An
+    attribute is None if it doesn't apply.
 
     :param problem: which object is in which state.
     :param remedy: what to do about it.
@@ -71,7 +71,7 @@ def _load(kind: type[PcscSafeError], problem: str, fields: dict[str, Any]) -> Pc
 
 
 class SettingsError(PcscSafeError, ValueError):
-    """A setting has a value that it can't have; the text lists those that it can."""
+    """A setting can't have this value; the text says which values it can have.  Also a ValueError."""
 
 
 class ForkUnsafeError(PcscSafeError):
@@ -83,11 +83,11 @@ class BrokerError(PcscSafeError):
 
 
 class HandoverError(PcscSafeError):
-    """Sessions can't be handed over to a forked child, or were not."""
+    """Sessions can't be handed over to a forked child, or a fork did not hand them over."""
 
 
 class _CodedError(PcscSafeError):
-    """One that is also a ``smartcard.Exceptions.SmartcardException``, so that code written for pyscard catches it.
+    """An error that is also a ``smartcard.Exceptions.SmartcardException``, so that code written for pyscard catches it.
 
     :param hresult: the PC/SC code of this state.
     """
@@ -118,8 +118,8 @@ class ReconnectError(_CodedError):
 def join_pyscard() -> None:
     """Make the errors with an ``hresult`` SmartcardExceptions, once pyscard has been imported.
 
-    Not before: to import pyscard is to load the native library.  A program that has not imported it can't be catching
-    its errors.
+    Not before, because importing pyscard loads the native library.  A program that has not imported pyscard can't catch
+    its exceptions.
     """
     pyscard = sys.modules.get("smartcard.Exceptions")
     base = getattr(pyscard, "SmartcardException", None)

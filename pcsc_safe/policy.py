@@ -1,6 +1,6 @@
 """Settings, and the pure decision what a process gets when it uses an inherited object.
 
-Nothing here touches PC/SC, a lock or a file descriptor.  :func:`decide` is a function of its arguments, so that the
+Nothing here touches PC/SC, a lock or a file descriptor.  :func:`decide` depends only on its arguments, so that the
 whole table of docs/policies.md can be read, and tested, in one place.  At a fork a child inherits the settings like any
 other value.
 """
@@ -38,7 +38,15 @@ __all__ = [
 
 
 class Policy(str, enum.Enum):
-    """What a process gets when it first uses a context that it inherited."""
+    """What a process gets when it first uses a context that it inherited; docs/policies.md explains each policy.
+
+    :cvar AUTO: as ``reestablish`` if the process can use PC/SC itself, otherwise as ``broker``; the default.
+    :cvar REESTABLISH: a new context in this process; ForkUnsafeError if it can't use PC/SC itself.
+    :cvar BROKER: a new context in a broker.
+    :cvar SHARE: the owner's session, together with the owner; needs ``broker="always"``.
+    :cvar RAISE: ForkedHandleError.
+    :cvar INVALID: SCARD_E_INVALID_HANDLE.
+    """
 
     AUTO = "auto"
     REESTABLISH = "reestablish"
@@ -49,7 +57,12 @@ class Policy(str, enum.Enum):
 
 
 class Cards(str, enum.Enum):
-    """What calls on an inherited card handle do."""
+    """What calls on an inherited card handle do under the policies ``auto``, ``reestablish`` and ``broker``.
+
+    :cvar AUTO: the first call connects again if the owner's session continues, otherwise as ``reset``; the default.
+    :cvar RESET: calls return SCARD_W_RESET_CARD until SCardReconnect.
+    :cvar RECONNECT: the first call connects again, unless the owner was in a transaction when the process forked.
+    """
 
     AUTO = "auto"
     RESET = "reset"
@@ -57,25 +70,33 @@ class Cards(str, enum.Enum):
 
 
 class Broker(str, enum.Enum):
-    """When a helper process makes the PC/SC calls."""
+    """When a helper process makes the PC/SC calls.
+
+    :cvar ON_FORK: in a forked process that can't use PC/SC itself, or has policy ``broker``; the default.
+    :cvar ALWAYS: for all contexts that are established from now on.
+    """
 
     ON_FORK = "on-fork"
     ALWAYS = "always"
 
 
 class Owner(str, enum.Enum):
-    """Which process owns the sessions after a fork."""
+    """Which process owns the sessions after a fork.
+
+    :cvar PARENT: the process that forked; the default.
+    :cvar CHILD: the child of every fork, as with :class:`pcsc_safe.handover`.
+    """
 
     PARENT = "parent"
     CHILD = "child"
 
 
 class Setting:
-    """What is to be known about a setting, in its one place.
+    """Everything that is known about a setting.
 
-    :ivar default: what it is where nobody says anything.
+    :ivar default: its value if it is not set.
     :ivar summary: what it is for, in a line.
-    :ivar of_context: a context can have one of its own.
+    :ivar of_context: whether a context can have a different value.
     """
 
     def __init__(self, default: Any, summary: str, of_context: bool) -> None:
@@ -84,15 +105,15 @@ class Setting:
         self.of_context = of_context
 
     def parse(self, value: Any) -> Any:
-        """The setting that a user means by a value, or by its text; what it may be follows from the default.
+        """Convert what a user gave, a value or its text; the type of the default decides which values are allowed.
 
-        :raises ValueError: none; says what to use.
+        :raises ValueError: the value is not allowed; the text says what to use.
         """
         kind = type(self.default)
         return _member_of(kind)(value) if issubclass(kind, enum.Enum) else _PARSERS[kind](value)
 
     def choices(self) -> list[str]:
-        """The words that it can be, if they are few."""
+        """The words that are allowed; empty if the setting is not a choice of words."""
         kind = type(self.default)
         return [member.value for member in kind] if issubclass(kind, enum.Enum) else []
 
@@ -113,7 +134,7 @@ class Settings(NamedTuple):
         Policy.AUTO, "what a process gets when it first uses an inherited context", of_context=True
     )
     cards: Cards = _setting(Cards.AUTO, "what calls on an inherited card handle do", of_context=True)
-    quiesce_timeout: float = _setting(1.0, "seconds that a fork waits, at most, for PC/SC calls of other threads")
+    quiesce_timeout: float = _setting(1.0, "seconds that a fork waits at most for PC/SC calls of other threads")
     broker: Broker = _setting(Broker.ON_FORK, "when a helper process makes the PC/SC calls")
     broker_python: str = _setting("", "the interpreter that runs brokers")
     owner: Owner = _setting(Owner.PARENT, "which process owns the sessions after a fork")
@@ -126,14 +147,14 @@ class Settings(NamedTuple):
     def changed(self, **values: Any) -> "Settings":
         """These settings with some replaced.
 
-        :raises SettingsError: a value is not one that the setting can have.
+        :raises SettingsError: a setting can't have this value.
         """
         return self._replace(**{name: parse(name, value) for name, value in values.items()}).checked()
 
     def checked(self) -> "Settings":
-        """These settings, if they go together.
+        """These settings, if they are consistent.
 
-        :raises SettingsError: they don't.
+        :raises SettingsError: two settings contradict each other.
         """
         if self.policy is Policy.SHARE and self.broker is not Broker.ALWAYS:
             raise SettingsError(
@@ -205,11 +226,11 @@ def option(setting: str) -> str:
 
 
 def parse(setting: str, value: Any, called: str = "") -> Any:
-    """The value that a setting gets.
+    """Convert what a user gave to the value of a setting.
 
     :param setting: a field of :class:`Settings`.
-    :param value: what a user gave, as the thing itself or as text.
-    :param called: what the user knows the setting as, for the error.
+    :param value: what a user gave: the value itself, or its text.
+    :param called: the name by which the user has set it, for the error.
     :raises SettingsError: the setting cannot have this value.
     """
     try:
@@ -219,7 +240,7 @@ def parse(setting: str, value: Any, called: str = "") -> Any:
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
-    """The defaults, with what the variables PCSC_SAFE_* say; an empty variable says nothing.
+    """The defaults, changed by the variables PCSC_SAFE_*; an empty variable changes nothing.
 
     :raises SettingsError: a variable has a value that its setting cannot have.
     """
@@ -232,11 +253,11 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
 
 
 OTHER_VARIABLES = frozenset({"PCSC_SAFE_REPORT", "PCSC_SAFE_PYTHON", "PCSC_SAFE_DEMO_PCSCD"})
-"""Variables that are no settings, but that other parts of the project read."""
+"""Variables that other parts of the project read; they are not settings."""
 
 
 def misspelt(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables PCSC_SAFE_* that nothing reads, each with the one that may be meant, or with ``""``."""
+    """The variables PCSC_SAFE_* that nothing reads, each with a variable of a similar name, or ``""``."""
     known = {variable(setting): setting for setting in Settings._fields}
     ours = [name for name in sorted(environment) if name.startswith(_PREFIX)]
     unknown = [name for name in ours if name not in known and name not in OTHER_VARIABLES]
@@ -277,9 +298,9 @@ def decide(settings: Settings, role: Role, *, card: bool, in_transaction: bool =
     """What a call on an inherited handle gets.
 
     :param settings: of this process, or of this context.
-    :param role: what the called function means.
-    :param card: the handle is a card's, not a context's.
-    :param in_transaction: the owner was inside a transaction when the process forked.
+    :param role: what the called function means in a process that inherited the handle.
+    :param card: whether the handle is of a card, not of a context.
+    :param in_transaction: whether the owner was in a transaction when the process forked.
     """
     if role is Role.CLEANUP:
         return Verdict.FORGET
@@ -303,14 +324,14 @@ def decide(settings: Settings, role: Role, *, card: bool, in_transaction: bool =
 
 
 PLATFORM = sys.platform
-"""What :func:`native_works_after_fork` asks; the tests set it."""
+"""What :func:`native_works_after_fork` checks; tests set it."""
 
 
 def native_works_after_fork() -> bool:
     """Whether a forked process may use the native library on this platform.
 
-    Not on macOS: an inherited context dies of SIGSEGV in libdispatch since Yosemite, and since El Capitan even a fresh
-    SCardEstablishContext answers SCARD_E_NO_SERVICE (LudovicRousseau/pyscard#73).
+    Not on macOS: since Yosemite, using an inherited context crashes with SIGSEGV in libdispatch, and since El Capitan
+    even a new SCardEstablishContext returns SCARD_E_NO_SERVICE (LudovicRousseau/pyscard#73).
     """
     return PLATFORM != "darwin"
 
@@ -326,9 +347,9 @@ class Way(enum.Enum):
 def choose_way(settings: Settings, *, forked: bool, native_works: bool) -> Way:
     """How a process gets a new context.
 
-    :param settings: of this process, or of the context in whose place the new one is.
-    :param forked: this process was forked, and not exec'd, since pcsc_safe was imported.
-    :param native_works: the native library can be used in this process.
+    :param settings: of this process, or of the context that the new one replaces.
+    :param forked: whether this process was forked, and not exec'd, since pcsc_safe was imported.
+    :param native_works: whether this process can use the native library.
     """
     if settings.broker is Broker.ALWAYS or (forked and settings.policy is Policy.BROKER):
         return Way.BROKER

@@ -1,12 +1,12 @@
 """The types of :mod:`pcsc_safe.scard`: of the functions and constants of pyscard 2.3.1 on Linux.
 
-What a function returns is declared as a tuple though a list comes back: a list's type has no place for elements of
-different kinds in a fixed order, and unpacking is what everybody does with it::
+Functions return lists, but are declared to return tuples: the type of a list can't describe elements of different types
+in a fixed order, and programs unpack the result::
 
     hresult, card, protocol = SCardConnect(...)  # int, int, int
 
-With a list type each of the three would be a union that the user had to take apart again.  The price is that a type
-checker refuses to compare a result with a list, or to append to it.  Arguments that are lists have to be lists.
+With a list type each of the three would be a union, which the program would have to narrow.  The price is that a type
+checker refuses to compare a result with a list, or to append to it.  Arguments that are lists must be lists.
 
 Handles are ints to a type checker, as they are to ``isinstance``.  pyscard's names and parameters are kept as they are.
 """
@@ -17,7 +17,7 @@ from typing import Union
 
 _State = tuple[str, int]
 _StateWithAtr = tuple[str, int, list[int]]
-# list is invariant: each of these is what somebody has, and none would do for the others.
+# list is invariant: programs have each of these types, and none is a subtype of another.
 _States = Union[list[_State], list[_StateWithAtr], list[Union[_State, _StateWithAtr]]]
 
 class error(Exception): ...

@@ -28,9 +28,9 @@ class Call:
 
     :ivar name: as PC/SC spells it.
     :ivar takes: what its first argument is a handle of; None if it is not a handle.
-    :ivar failed: what stands beside the code in a failed answer; None where the answer is the bare code.
-    :ivar role: what it means to a process that inherited the handle.
-    :ivar discloses: whether pyscard's failed answer can hold memory that nobody wrote (DESIGN, hazard 11).
+    :ivar failed: what a failed call returns beside the code; None if it returns the code alone.
+    :ivar role: what the function means in a process that inherited the handle.
+    :ivar discloses: whether a failed call of pyscard can return uninitialised memory (hazard 11 of the demo).
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class Call:
         self.discloses = discloses
 
     def failure(self, hresult: int, arguments: Sequence[Any] = ()) -> Any:
-        """The answer of a call that failed with ``hresult``, in the shape that pyscard gives it.
+        """What a call that failed with ``hresult`` returns, in the same form as pyscard.
 
         :param hresult: the PC/SC code.
-        :param arguments: those behind the handle; SCardGetStatusChange gives the states back that it was given.
+        :param arguments: those after the handle; SCardGetStatusChange returns the states that it was given.
         """
         if self.failed is None:
             return hresult
@@ -61,7 +61,7 @@ class Call:
 
 
 def _unchanged(states: Any) -> list[tuple[Any, ...]]:
-    """The states that were passed in as pyscard gives them back: no event, and the ATR as it came."""
+    """The states that were passed in, as pyscard returns them: no event, and the same ATR."""
     if not isinstance(states, list):
         return []
     return [(state[0], 0, list(state[2]) if len(state) > 2 else []) for state in states if isinstance(state, tuple)]
@@ -110,21 +110,21 @@ CALLS: dict[str, Call] = {
 
 
 class ByDefault(int):
-    """What a call is to do to a card (SCARD_*_CARD), where the application hasn't said."""
+    """What a call does to a card (SCARD_*_CARD) if the application has not specified it."""
 
 
 if TYPE_CHECKING:  # as in in_flight
 
     class Keep(Protocol):
-        """Records a new context, before any other thread can fork; one that nobody knew would go on in the child."""
+        """Records a new context before another thread can fork; a child would keep using one that is not recorded."""
 
         def __call__(self, real: Any, number: int, owner: Epoch, gateway: Gateway, /) -> Any:
             """Record it.
 
             :param real: the context, as the gateway knows it.
-            :param number: what it counts as.
+            :param number: the integer that the application sees.
             :param owner: the epoch in which it was established.
-            :param gateway: through which.
+            :param gateway: through which it was established.
             """
 
     class KeepCard(Protocol):
@@ -134,21 +134,21 @@ if TYPE_CHECKING:  # as in in_flight
             """Record it.
 
             :param real: the card, as the gateway knows it.
-            :param native: the native context where it lives, if any.
+            :param native: the native context that it belongs to, if any.
             :param protocol: SCARD_PROTOCOL_*.
             """
 
     class Gateway(Protocol):
         """A way to reach PC/SC.
 
-        :ivar functions: by PC/SC's name; they take real handles and give pyscard's results.
+        :ivar functions: by PC/SC's name; they take real handles and return what pyscard's functions return.
         """
 
         @property
         def functions(self) -> Mapping[str, Callable[..., Any]]: ...
 
         def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
-            """``call(*arguments)``, which uses :attr:`functions`.
+            """Return ``call(*arguments)``, a call that uses :attr:`functions`.
 
             :param function: PC/SC's name for what it does.
             """
@@ -157,10 +157,10 @@ if TYPE_CHECKING:  # as in in_flight
             """SCardEstablishContext.
 
             :param scope: SCARD_SCOPE_*.
-            :param outgrown: what SCardListReaders returns where the library can't use this pcscd.  Such a
-                context is not kept.
-            :return: pyscard's answer, with what ``keep`` returned in the place of the context; or ``outgrown``.
-            :raises LostError: instead, where another gateway of this kind can use it.
+            :param outgrown: the code of SCardListReaders that means that the library can't use this pcscd.  A context
+                that gets this code is released again.
+            :return: pyscard's result, with what ``keep`` returned instead of the context; or ``outgrown``.
+            :raises LostError: instead of returning ``outgrown``, if another gateway of this kind can use this pcscd.
             """
 
         def connect(self, context: Any, arguments: Sequence[Any], keep: KeepCard) -> Any:
@@ -168,24 +168,24 @@ if TYPE_CHECKING:  # as in in_flight
 
             :param context: the record of the PC/SC context.
             :param arguments: reader, share mode, protocols.
-            :return: pyscard's answer, with what ``keep`` returned in the place of the card.
+            :return: pyscard's result, with what ``keep`` returned instead of the card.
             """
 
         def descriptors(self, real: Any) -> Sequence[Optional[Descriptor]]:
-            """The connections to pcscd that a context has in this process; None for one that could not be told."""
+            """The connections to pcscd that a context has in this process; None for one that is not known."""
 
 else:
     Keep = KeepCard = Gateway = object
 
 
 STALE = object()
-"""The result of a call that was not made: what it is on is no longer this process's."""
+"""The result of a call that was not made, because its handle no longer belongs to this process."""
 
 
 class LostError(Exception):
-    """A gateway is no more, and with it every context that was established through it.
+    """A gateway has ended, and with it every context that was established through it.
 
-    :ivar under_way: whether the call may have been carried out.
+    :ivar under_way: whether the call may have been executed.
     """
 
     def __init__(self, gateway: Gateway, *, under_way: bool) -> None:

@@ -1,7 +1,7 @@
 """``pcsc_safe.configure()``: the only place where settings are changed.
 
-:class:`pcsc_safe.policy.Settings` lists the settings: a new one is a row there.  At a fork nothing changes: a child
-inherits the settings, and may change its own.
+:class:`pcsc_safe.policy.Settings` lists the settings: a new setting is a row there.  At a fork nothing changes: a child
+inherits the settings, and can change its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Configured", "configure"]
 
 
 class Configured(Settings):
-    """The settings in force after :func:`configure`; as a context manager, it puts back what that call has changed."""
+    """The settings in force after :func:`configure`; as a context manager, it restores what that call has changed."""
 
     _put_back: Callable[[], None]
 
@@ -77,8 +77,8 @@ else:  # what type checkers and the documentation know
         """Change settings of this process, or of one context.
 
         You can call it at any time, in the parent and in a child.  It applies from the next PC/SC call on.  Settings
-        that you leave out stay as they are.  In a ``with`` statement the settings that the call has changed are put
-        back at the end of the block:
+        that you leave out stay as they are.  In a ``with`` statement, the settings that the call has changed are
+        restored at the end of the block:
 
             with pcsc_safe.configure(policy="raise"):
                 ...
@@ -87,10 +87,10 @@ else:  # what type checkers and the documentation know
 
         :param policy: what a process gets when it first uses a context that it inherited: ``auto`` (default),
             ``reestablish``, ``broker``, ``share``, ``raise`` or ``invalid``.
-        :param cards: what calls on an inherited card handle do.  ``auto`` (default): the first call connects again and
-            continues, where the owner's session continues; otherwise calls return SCARD_W_RESET_CARD until
-            SCardReconnect.  ``reset``: they return that in any case.  ``reconnect``: the first call connects again in
-            any case.
+        :param cards: what calls on an inherited card handle do.  ``auto`` (default): if the owner's session continues,
+            the first call connects again and continues it; otherwise calls return SCARD_W_RESET_CARD until
+            SCardReconnect.  ``reset``: calls always return SCARD_W_RESET_CARD until SCardReconnect.  ``reconnect``: the
+            first call always connects again.
         :param quiesce_timeout: seconds, from 0 to 86400, that a fork waits for PC/SC calls of other threads to return;
             1 by default.
         :param broker: when a helper process makes the PC/SC calls: ``on-fork`` (default), in a forked process that
@@ -103,14 +103,14 @@ else:  # what type checkers and the documentation know
         :param guard_native: whether children that are forked from now on lose this process's connections to pcscd,
             those of PKCS#11 modules and other native code included; False by default.
         :param spare_cards: whether pyscard's defaults (disconnect() powers a card off, reconnect() resets it) leave
-            alone a card that a parent or child uses too; True by default.
+            alone a card that a parent or child also uses; True by default.
         :param recover: whether contexts are re-established after a restart of pcscd; False by default.  Their cards are
-            treated as inherited ones; see ``cards``.
-        :param context: a context, as SCardEstablishContext returned it: the settings then apply to it and its cards
-            only.  It takes ``policy``, ``cards`` and ``recover``.
-        :return: the settings that are now in force, for the context if one was given.
-        :raises SettingsError: a setting can't have this value, or not together with the others; ``context`` is no
-            context of this process; ``policy="share"``, and a context of this process is in the native library.
+            treated like inherited cards; see ``cards``.
+        :param context: a context, as SCardEstablishContext returned it: the settings then apply only to this context
+            and its cards.  Only ``policy``, ``cards`` and ``recover`` can be set for a context.
+        :return: the settings that are now in force: those of the context, if one was given.
+        :raises SettingsError: a setting can't have this value, alone or together with the others; or ``context`` is not
+            a context of this process; or ``policy="share"``, and a context of this process is in the native library.
         """
         raise NotImplementedError
 
@@ -122,9 +122,9 @@ def _configured(now: Settings, put_back: Callable[[], object]) -> Configured:
 
 
 def _check_share(changed: Settings) -> None:
-    """Refuse a policy ``share`` that would fail in each child.
+    """Refuse a policy ``share`` that would fail in every child.
 
-    :param changed: the settings that are to be in force.
+    :param changed: the settings that will be in force.
     :raises SettingsError: this process has contexts that can't be shared.
     """
     here = process.current()

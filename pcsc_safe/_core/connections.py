@@ -47,7 +47,7 @@ _paths: set[str] = set()
 
 
 def prepare() -> None:
-    """Import what the look at the descriptors takes, so that nothing need be imported in a child."""
+    """Import what looking at descriptors requires, so that a child need not import anything."""
     global _socket, _Borrowed
     import _socket as module  # the socket module may have been patched (gevent)
 
@@ -58,13 +58,14 @@ def prepare() -> None:
 
 
 class Traces:
-    """What tells which connection libpcsclite opens in SCardEstablishContext.
+    """Finds out which connection libpcsclite opens in SCardEstablishContext.
 
-    Its socket gets the lowest free number.  A look before and one after it, in the same step of C and with nobody else
-    of this library in between, tell it, unless another thread of the application opens or closes files just then; a
-    thorough look lists all numbers, and tells it then, too, unless libpcsclite has opened another one since.
+    Its socket gets the lowest free number.  Looking at that number before and after, in the same step of C and without
+    another call of this package in between, identifies the socket, unless another thread of the application opens or
+    closes files at the same time.  A thorough look lists all numbers, and identifies the socket in that case, too,
+    unless libpcsclite has opened another one since.
 
-    :cvar latest: the one of the last connection that was opened; None if that wasn't by SCardEstablishContext.
+    :cvar latest: the object for the last connection that was opened; None if another function opened it.
     """
 
     latest: Optional[Traces] = None
@@ -75,7 +76,7 @@ class Traces:
         self._listed: list[list[str]] = []  # all numbers, before and after
 
     def operations(self, thoroughly: bool) -> tuple[Sequence[Operation], Sequence[Operation]]:
-        """What is to be done before SCardEstablishContext and after it."""
+        """What to do before SCardEstablishContext and after it."""
         if not ARE_INHERITED:
             return (), ()
         begin: Operation = (setattr, Traces, "latest", self)
@@ -93,7 +94,7 @@ class Traces:
         return [*look, listing[0]], [listing[1]]
 
     def connection(self) -> Optional[Descriptor]:
-        """The connection, or None if it can't be told."""
+        """The connection, or None if it is not known."""
         if self._status:
             status = self._status[0]
             expected = Descriptor(self._next[0], status.st_dev, status.st_ino)
@@ -114,13 +115,13 @@ OPENS_ANOTHER: Operation = (setattr, Traces, "latest", None)
 
 
 def shut_down(connection: Optional[Descriptor], *, at_once: bool) -> bool:
-    """End a connection to pcscd, and leave the descriptor to libpcsclite.
+    """Shut a connection to pcscd down, and leave the descriptor to libpcsclite.
 
-    Whoever reads from it finds its end, also later: nothing that ends a call comes too early.
+    Every read from it, now and later, returns end of file, so it can't be too early to end a call in this way.
 
-    :param at_once: don't leave it to pcscd, which may not answer.  pcscd 2.5 goes on sending events to the number of a
-        client that it could not answer: whoever gets that number next takes one for the answer to his call.
-    :return: whether it was there.
+    :param at_once: don't leave it to pcscd, which may not respond.  pcscd 2.5 continues to send events to the number of
+        a client that it could not respond to: the next client with that number reads one as the response to its call.
+    :return: whether the connection was there.
     """
     if connection is None or not connection.is_intact():
         return False
@@ -136,9 +137,9 @@ def is_hung_up(connection: Optional[Descriptor]) -> bool:
 
 
 def _ask(number: int, question: Callable[[Any], Any]) -> list[Any]:
-    """What a socket answers that has this number; nothing where there is none, or it has no answer.
+    """The result of a question to the socket with this number; nothing if there is no such socket, or no result.
 
-    :param question: a C function, of a socket.
+    :param question: a C function that takes a socket.
     """
     # As one that doesn't block, whatever it is: after socket.setdefaulttimeout() Python would else make it one, for its
     # owner and for the owner's parent as well.
@@ -152,7 +153,7 @@ def _ask(number: int, question: Callable[[Any], Any]) -> list[Any]:
 
 
 def guard_all(on: bool) -> None:
-    """Whether children that are forked from now on are to have none of this process's connections to pcscd."""
+    """Set whether children that are forked from now on lose all of this process's connections to pcscd."""
     if on:
         prepare()
         descriptors.prepare()
@@ -160,12 +161,12 @@ def guard_all(on: bool) -> None:
 
 
 def connections() -> list[Descriptor]:
-    """Those that were opened by somebody else, as far as they can be told."""
+    """The connections that other libraries have opened, as far as they are known."""
     return [connection for likely, connection in strangers(open_numbers()) if likely]
 
 
 def open_numbers() -> set[str]:
-    """The open descriptors, by their names; without the one that it takes to look."""
+    """The open descriptors, by their names; without the one that is used to list them."""
     if sys.platform == "win32" or not ARE_INHERITED:
         return set()
     try:
@@ -192,7 +193,7 @@ def _possible_numbers() -> set[str]:
 
 
 def strangers(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
-    """The connected Unix sockets among these that we don't know; with each, whether it leads to pcscd."""
+    """The connected Unix sockets among these that are not ours, each with whether it leads to pcscd."""
     found = []
     for number in map(int, numbers):
         try:
@@ -234,7 +235,7 @@ def _learn_path() -> None:
 
 
 def _inherited() -> list[Descriptor]:
-    """In a forked child: the connections that it has from its parent."""
+    """In a forked child: the connections that it has inherited."""
     found = connections()
     if found and not process.ran_hook():
         # It may have run for long, and have connections of its own; but none that its parent has too.
@@ -244,7 +245,7 @@ def _inherited() -> list[Descriptor]:
 
 
 def _files_of(pid: int) -> set[tuple[int, int]]:
-    """Device and inode of every descriptor of another process; of none, if we may not see them."""
+    """Device and inode of every descriptor of another process; empty if this user may not see them."""
     files = set()
     try:
         for number in os.listdir(f"/proc/{pid}/fd"):

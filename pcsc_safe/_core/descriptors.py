@@ -1,6 +1,6 @@
 """The file descriptors that a forked child must not use, and the dead socket that replaces them there.
 
-A child inherits its parent's connections to pcscd and to a broker.  Over them it could read its parent's answers, and
+A child inherits its parent's connections to pcscd and to a broker.  Over them it could read its parent's replies, and
 it would keep its parent's locks alive.  So the child replaces each by a dead socket at the fork, but only if the number
 still stands for that connection: an application may have closed it, and the number may be a database connection's by
 now.
@@ -60,10 +60,10 @@ def of(number: int) -> Descriptor:
 
 
 guarded: dict[Descriptor, None] = {}
-"""The connections of this process."""
+"""The connections of this process that a forked child must not use."""
 
 kept: dict[int, set[int]] = {}
-"""Those that the child is to have which a thread is about to fork, by the thread."""
+"""The numbers that the child keeps, by the thread that is about to fork it."""
 
 
 others: Callable[[], Sequence[Descriptor]] = tuple
@@ -71,12 +71,12 @@ others: Callable[[], Sequence[Descriptor]] = tuple
 
 
 def guard(connection: Descriptor) -> None:
-    """From now on no forked child can use this connection."""
+    """Keep children that are forked from now on from using this connection."""
     guarded[connection] = None
 
 
 def unguard(connection: Optional[Descriptor]) -> None:
-    """Say that a connection is closed, or was never this process's."""
+    """Note that a connection is closed, or never belonged to this process."""
     if connection is not None:
         guarded.pop(connection, None)
 
@@ -87,7 +87,7 @@ _dead_ones: set[tuple[int, int]] = set()
 
 
 def prepare() -> None:
-    """Import and open what a fork takes, so that nothing need be imported in a child or at interpreter exit."""
+    """Import and open what a fork requires, so that nothing need be imported in a child or at interpreter exit."""
     global _socket
     import _socket as socket  # the module that Python's own is made of: eventlet and gevent patch that one
 
@@ -105,12 +105,12 @@ def _make_dead_socket() -> Descriptor:
 
 
 def any_open() -> Optional[int]:
-    """The number of a descriptor that is open, to be duplicated."""
+    """The number of any open descriptor, to be duplicated."""
     return _dead.number if _dead is not None and _dead.is_intact() else None
 
 
 def is_dead(number: int) -> bool:
-    """Whether a dead socket is in the place of this descriptor."""
+    """Whether a dead socket has replaced this descriptor."""
     try:
         status = os.fstat(number)
     except OSError as error:
@@ -121,7 +121,7 @@ def is_dead(number: int) -> bool:
 
 
 def disarm() -> None:
-    """Put a dead socket in the place of each guarded connection, in the child."""
+    """In the child: replace each guarded connection by a dead socket."""
     if not kept:
         kill(list(guarded))
         return
@@ -154,7 +154,7 @@ def _disarm_others() -> None:
 
 
 def kill(connections: Iterable[Optional[Descriptor]]) -> None:
-    """Put a dead socket in the place of each of these that is still there."""
+    """Replace each of these that is still intact by a dead socket."""
     dead = _dead if _dead is not None and _dead.is_intact() else None
     for connection in connections:
         if connection is None:

@@ -1,8 +1,8 @@
-"""Whose an exception is: of what failed here, or of a signal handler.
+"""Tells where an exception comes from: from a failure here, or from a signal handler.
 
-Python runs a signal handler in the middle of any function, so a ``try`` catches what the handler raises as well: a
-TimeoutError, which is an OSError, would pass for a failed system call, and the application would wait for its timeout
-for ever.  But what a handler raises has the handler's frame in its traceback, and that is not a frame of this package.
+Python can run a signal handler in the middle of any function, so a ``try`` also catches what the handler raises: a
+TimeoutError, which is an OSError, would look like a failed system call, and the application would wait for its timeout
+for ever.  But the traceback of such an exception has the handler's frame, which is not a frame of this package.
 Nothing here changes at a fork.
 """
 
@@ -14,13 +14,13 @@ from typing import Optional
 __all__ = ["is_ours", "suppress"]
 
 _OURS = frozenset((__name__.partition(".")[0], "gevent", "eventlet"))
-"""Whose frames are no handler's; the others put functions of their own in the place of some of C."""
+"""Packages whose frames are not a handler's; gevent and eventlet replace some C functions by Python functions."""
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether a function of C raised this, called by this package, and not the application.
+    """Whether a C function that this package called raised this, and not the application.
 
-    :param error: just caught; no module but those of this package and of C was called in the ``try``.
+    :param error: just caught; the ``try`` called only modules of this package and C functions.
     """
     step = error.__traceback__
     while step is not None:

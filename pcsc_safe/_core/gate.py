@@ -1,8 +1,8 @@
 """The gate that a fork closes before the native library.
 
 libpcsclite has locks.  A child that was forked while another thread held one blocks for ever in its first call.  So a
-fork waits until no thread is inside (it is *quiet*), at most for :data:`quiesce_timeout`, and lets no thread in until
-then; see :mod:`in_flight`.
+fork waits, at most for :data:`quiesce_timeout`, until no thread is inside (the fork is then *quiet*), and no thread can
+enter while it waits; see :mod:`in_flight`.
 
 Invariant: the child of a fork that was not quiet never enters the native library.  In a child nothing here stays closed
 or locked.
@@ -27,7 +27,7 @@ _FOR_GOOD = float("inf")
 _GRACE = 1.0  # s; longer than a fork takes that waited for quiesce_timeout
 
 quiesce_timeout = 1.0
-"""How long a fork waits, in seconds; a setting."""
+"""How long a fork waits at most, in seconds; a setting."""
 
 _policy = Policy.AUTO
 _thread_names: dict[int, str] = {}
@@ -42,9 +42,9 @@ when_changed(_configured)
 
 
 def wait_for(place: in_flight.Place, may_pass: bool = False) -> bool:
-    """Wait for what may have kept a call from being made: a closed gate, or another thread's call.
+    """Wait for what has prevented a call: a closed gate, or another thread's call.
 
-    :param may_pass: the gate was no obstacle.
+    :param may_pass: the gate did not prevent it.
     :return: whether the next attempt may pass a closed gate.
     """
     ident = get_ident()
@@ -57,8 +57,8 @@ def wait_for(place: in_flight.Place, may_pass: bool = False) -> bool:
 def wait_until_open(ident: int) -> bool:
     """Wait until no other thread is about to fork.
 
-    A handler that interrupted that thread may be waiting for this one, so a gate that a fork has closed is passed
-    after a while; the fork is unquiet then, at worst.
+    A signal handler in that thread may be waiting for this thread, so this function returns after a while even if the
+    gate is still closed; at worst the fork is then unquiet.
 
     :return: whether the gate may be passed although it is closed: by the thread that closed it, or by anybody.
     """
@@ -70,9 +70,9 @@ def wait_until_open(ident: int) -> bool:
 
 
 def during(function: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """``call(*arguments)``, which a fork waits for, and which has no place.
+    """Return ``call(*arguments)``, a call that a fork waits for and that has no place.
 
-    :param function: PC/SC's name of the call, or another one.
+    :param function: PC/SC's name of the call, or another name.
     """
     key = object()
     ident = get_ident()
@@ -92,10 +92,10 @@ def during(function: str, call: Callable[..., Any], *arguments: Any) -> Any:
 def close_quietly() -> bool:
     """Close the gate until the next fork, or :func:`open_again`.
 
-    The fork of another thread doesn't wait for ours: it may hold locks by now that we need to get there, as logging's.
-    It opens the gate, and ours closes it once more.
+    If another thread is forking, its fork comes first, and does not wait for ours: it may already hold locks that we
+    need to get there, such as logging's.  It opens the gate, and ours closes it again.
 
-    :return: whether nobody else is inside; if somebody is, the gate is open.
+    :return: whether no other thread is inside; if one is, the gate is open.
     """
     _close(everything=True)
     if in_flight.others_are_inside():
@@ -111,7 +111,7 @@ def open_again() -> None:
 
 
 def stays_quiet() -> bool:
-    """Whether nobody else is inside."""
+    """Whether no other thread is inside."""
     _quiesce(get_ident(), monotonic() + quiesce_timeout, everything=True)
     return not in_flight.others_are_inside()
 
@@ -152,9 +152,9 @@ def _another_forks(ident: int) -> bool:
 
 
 def _quiesce(ident: int, deadline: float, *, everything: bool) -> None:
-    """Wait until nobody else is inside, or time is up.
+    """Wait until no other thread is inside, or until the timeout.
 
-    :param everything: wait for native calls, too, and end waits for events.
+    :param everything: also wait for native calls, and end waits for events.
     """
     ending: list[_Ending] = []
     try:
@@ -190,8 +190,8 @@ def _await_others(ident: int, deadline: float, everything: bool, ending: list[_E
 class _Ending:
     """Ends the native calls of waits for events, for a fork.
 
-    In a thread of its own, since it may have to ask pcscd, which may not answer, and a fork waits no longer than it
-    says.
+    It runs in a separate thread, because it may need pcscd, which may not respond, and a fork must not wait longer than
+    its timeout.
     """
 
     def __init__(self, forking: int) -> None:
@@ -199,7 +199,7 @@ class _Ending:
         self.stopped = False
 
     def run(self) -> None:
-        """End them, and those that have begun since, until stopped."""
+        """End them, and those that begin later, until it is stopped."""
         while not self.stopped:
             for place in list(places):
                 for call in list(place.calls):
@@ -224,7 +224,7 @@ def _raise_later(ident: int, error: BaseException) -> None:
 
 
 def _begin(epoch: process.Epoch) -> None:
-    """Judge whether the fork was quiet, and open the gate."""
+    """Decide whether the fork was quiet, and open the gate."""
     # The thread that forked is inside where a finalizer has forked in the middle of a call.
     # Whoever is in the table: a thread of this process may have got the number of one of its parent's.
     for function, thread, since, _ in in_flight.calls():

@@ -1,7 +1,7 @@
 """The gateways of this process.  The core knows them only by their protocol.
 
-:mod:`pcsc_safe._gateways` puts them here before anything uses them.  A test can put others here, and the core sees no
-difference.  At a fork nothing changes: :mod:`inherited` decides at each first use what a child may use.
+:mod:`pcsc_safe._gateways` puts them here before they are used.  A test can put others here; the core sees no
+difference.  At a fork nothing changes: :mod:`inherited` decides at the first use of each object what a child may use.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ __all__ = ["BrokerGateway", "Brokers", "InheritedConnection", "NativeGateway", "
 if TYPE_CHECKING:  # as in in_flight
 
     class NativeGateway(Gateway, Protocol):
-        """The gateway that is this process's own native library.
+        """The gateway to the native library in this process.
 
-        What it knows a PC/SC context by (``real``) lives in this process, and can be handed over at a fork: it has
+        Its object for a PC/SC context (``real``) lives in this process, and can be handed over at a fork: it has
         ``tidy()``, ``give(by)``, ``give_latest()``, ``take_back(by)``, ``take_over(epoch)`` and ``release_dead()``.
         """
 
         def is_loaded(self) -> bool:
-            """Whether there is a native library in this process at all."""
+            """Whether the native library is loaded in this process."""
 
         def prepare(self) -> None:
-            """Import what it takes, so that nothing need be imported in a child."""
+            """Import what it requires, so that a child need not import anything."""
 
         def caller(self, call: Call) -> Callable[[Any, tuple[Any, ...]], Any]:
-            """What makes a call on a record that this process owns.
+            """The function that makes a call on a record that this process owns.
 
-            :return: takes the record and the arguments behind the handle; returns pyscard's result, or ``calls.STALE``.
+            :return: takes the record and the arguments after the handle; returns pyscard's result, or ``calls.STALE``.
             """
 
         def await_change(
@@ -41,38 +41,38 @@ if TYPE_CHECKING:  # as in in_flight
             """SCardGetStatusChange with a timeout; see :func:`pcsc_safe._native.waits.await_change`."""
 
         def leave(self, real: Any) -> None:
-            """Something else is behind the PC/SC context now; threads may not have known it when they used this."""
+            """Note that something has replaced ``real`` in a PC/SC context, perhaps while threads were using it."""
 
     class InheritedConnection(Protocol):
-        """How a child reaches what its parent gives it in a broker.
+        """The connection by which a child reaches what its parent gives it in a broker.
 
-        :ivar number: the descriptor's in the child.
+        :ivar number: of the descriptor in the child.
         """
 
         number: int
 
         def descriptors(self) -> set[int]:
-            """Those that the child is to have."""
+            """The descriptors that the child keeps."""
 
         def arrive(self) -> None:
             """In the child, in its hook: take the parent's place."""
 
         def settle(self, born: bool, /) -> None:
-            """In the parent: leave it to the child; or take back what was given, if there is none."""
+            """In the parent: leave it to the child; or, if there is no child, take back what was given."""
 
     class BrokerGateway(Gateway, Protocol):
         """The gateway that is another process.
 
-        :ivar key: what tells it from the broker's other clients.
+        :ivar key: identifies this client to the broker.
         """
 
         key: bytes
 
         def forget(self, real: int) -> None:
-            """Have a context released that is of no more use."""
+            """Release a context that is no longer needed."""
 
         def inherit(self, key: bytes, handles: list[int], *, keeps: bool) -> Any:
-            """Get contexts and cards of another client; returns those that were got."""
+            """Get contexts and cards of another client; return those that the broker gave."""
 
         def prepare_child(self, given: list[int], shared: list[int]) -> Any:
             """Prepare a client for the child that is about to be forked, with these contexts and cards."""
@@ -81,16 +81,16 @@ if TYPE_CHECKING:  # as in in_flight
         """The brokers of this process and its family."""
 
         def prepare(self) -> None:
-            """Import what they take, so that nothing need be imported in a child."""
+            """Import what they require, so that a child need not import anything."""
 
         def get(self) -> BrokerGateway:
-            """The one of this process, started if need be.
+            """The broker of this process, started if necessary.
 
             :raises BrokerError: it can't be started.
             """
 
         def existing(self) -> Optional[BrokerGateway]:
-            """The one of this process, if it has one."""
+            """The broker of this process, if it has one."""
 
         def as_broker(self, gateway: object) -> Optional[BrokerGateway]:
             """The gateway, if it is a broker."""
@@ -99,14 +99,14 @@ if TYPE_CHECKING:  # as in in_flight
             """The descriptors without which this process loses its broker."""
 
         def died_too_often(self) -> Exception:
-            """What to raise when new brokers die as well."""
+            """The error to raise if new brokers die, too."""
 
 else:
     NativeGateway = InheritedConnection = BrokerGateway = Brokers = object
 
 
 class _NotYet:
-    """In the place of gateways, until :mod:`pcsc_safe._gateways` is imported."""
+    """Stands for the gateways until :mod:`pcsc_safe._gateways` is imported."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(name)
@@ -122,6 +122,6 @@ brokers: Brokers = _not_yet
 
 
 def compose(of_process: NativeGateway, of_family: Brokers) -> None:
-    """Say which gateways there are."""
+    """Set the gateways of this process."""
     global native, brokers
     native, brokers = of_process, of_family

@@ -39,24 +39,24 @@ __all__ = [
 ]
 
 family = os.urandom(16)
-"""The same in every process that was forked since pcsc_safe was imported."""
+"""The same in every process that is forked after pcsc_safe was imported."""
 
 
 class Context:
     """A PC/SC context.
 
     :ivar safe: the proxy that the application holds.
-    :ivar number: what the proxy counts as; the first real handle.
-    :ivar real: what its gateway knows it by in the process that owns it: native contexts, or a number of a broker's.
+    :ivar number: the integer that the proxy stands for; the first real handle.
+    :ivar real: its gateway's name for it in the process that owns it: native contexts, or a handle of a broker.
     :ivar owner: the epoch in which it is live.
-    :ivar gateway: through which its owner reaches it.
+    :ivar gateway: the gateway through which its owner reaches it.
     :ivar established_at: ``file:line`` in the application.
-    :ivar overrides: settings of this context alone.
-    :ivar cards: those connected through it and not yet disconnected, by number.
-    :ivar turn: of the threads that get this process its own; see :func:`one_step.in_turn`.
+    :ivar overrides: the settings that this context alone has.
+    :ivar cards: the cards connected through it and not yet disconnected, by number.
+    :ivar turn: the lock of threads that re-establish it; see :func:`one_step.in_turn`.
     :ivar cancels: how often the application has called SCardCancel.
-    :ivar outlasting: the threads whose waits go on although pcscd was gone in between.
-    :ivar context: itself, so that a context and a card can be asked alike.
+    :ivar outlasting: the threads whose waits continue over an end of pcscd.
+    :ivar context: itself, so that a context and a card have the same interface.
     """
 
     kind = Kind.CONTEXT
@@ -103,11 +103,11 @@ class Context:
         self.released = False
 
     def settings(self, process: Settings) -> Settings:
-        """Those of the process with this context's own."""
+        """The settings of the process, with this context's own settings over them."""
         return process._replace(**self.overrides) if self.overrides else process
 
     def bury(self) -> None:
-        """Mark it and its cards as released; their numbers stay known, for libpcsclite may know them still."""
+        """Mark it and its cards as released; their numbers stay known, because libpcsclite may still know them."""
         self.released = True
         for card in list(self.cards.values()):
             card.bury()
@@ -124,15 +124,15 @@ class Card:
     """A connection to a card.
 
     :ivar context: through which it was connected.
-    :ivar native: the native context where it lives, in the process that owns it; None where it lives in a broker.
+    :ivar native: its native context, in the process that owns it; None if the card is in a broker.
     :ivar reader: the reader's name.
     :ivar share_mode: SCARD_SHARE_* as last asked for.
-    :ivar protocol: SCARD_PROTOCOL_* that was agreed on, or what was asked for where none was (SCARD_SHARE_DIRECT).
-    :ivar session: what other processes of the family can see of it.
-    :ivar transactions: how many SCardBeginTransaction are open.
-    :ivar turn: of the threads that get this process a connection of its own; see :func:`one_step.in_turn`.
-    :ivar warned: the epochs of the last loss that was logged: where, and whose it was.
-    :ivar warned_of_end: the process that has logged that it ends others' sessions with the card.
+    :ivar protocol: the SCARD_PROTOCOL_* in use, or the requested one if none is in use (SCARD_SHARE_DIRECT).
+    :ivar session: what other processes of the fork family can see of it.
+    :ivar transactions: how many transactions are open.
+    :ivar turn: the lock of threads that connect it again; see :func:`one_step.in_turn`.
+    :ivar warned: the epochs of the last loss that was logged: that of the process, and the owner's.
+    :ivar warned_of_end: the epoch of the process that has logged that it ends others' sessions with the card.
     """
 
     kind = Kind.CARD
@@ -183,18 +183,18 @@ class Card:
 
     @property
     def established_at(self) -> str:
-        """Where its context was established."""
+        """``file:line`` where its context was established."""
         return self.context.established_at
 
     def is_lost(self) -> bool:
-        """Whether a call of this process has found that its session has ended, and none has connected since."""
+        """Whether a call of this process has found that its session has ended, and none has connected again since."""
         here = process.current()
         if self.owner is here:
             return not self.released and not self.session.is_open
         return self.warned == (here, self.owner)
 
     def bury(self) -> None:
-        """Mark it as released; its number stays known, for libpcsclite may know it still."""
+        """Mark it as released; its number stays known, because libpcsclite may still know it."""
         self.released = True
         self.transactions = 0
         self.session.end()
@@ -208,14 +208,14 @@ class Card:
 
 
 def inherited_session(reader: str) -> Optional[sessions.Session]:
-    """The session with the card in a reader that this process inherited, if another process still has it."""
+    """The inherited session with the card in a reader, if another process still has it."""
     pcscd = os.environ.get("PCSCLITE_CSOCK_NAME")
     of_this_reader = [session for name, session in _inherited if name == reader and session.pcscd == pcscd]
     return next((session for session in of_this_reader if session.is_alive()), None)
 
 
 _inherited: list[tuple[str, sessions.Session]] = []
-"""The sessions that other processes had when this one was forked, by reader; those of its parent first."""
+"""The sessions that other processes had when this process was forked, by reader; the parent's first."""
 
 
 Record = Union[Context, Card]
@@ -236,15 +236,15 @@ _card_proxy: Optional[_Proxy] = None
 
 
 def has_proxies() -> bool:
-    """Whether it is known what applications get in the place of numbers."""
+    """Whether it is known what applications get instead of integers."""
     return _context_proxy is not None
 
 
 def hand_out(context: _Proxy, card: _Proxy) -> None:
-    """What applications get in the place of numbers.
+    """Set what applications get instead of integers.
 
     :param context: makes it from the record of a context.
-    :param card: from that of a card.
+    :param card: makes it from the record of a card.
     """
     global _context_proxy, _card_proxy
     _context_proxy, _card_proxy = context, card
@@ -271,18 +271,18 @@ def register(record: Record) -> Any:
 
 
 def disown(gateway: Gateway) -> None:
-    """Give up what this process had through a gateway that is no more, as if it were another process's."""
+    """Give up what this process had through a gateway that has ended, as if another process owned it."""
     for context in list(contexts.values()):
         if context.gateway is gateway and context.owner is process.current():
             lose(context, context.real, process.LOST)
 
 
 def update(record: Record, owned_by: process.Epoch, /, **attributes: Any) -> bool:
-    """Set attributes of a record in one step; unless it has another owner by now, or is released.
+    """Set attributes of a record in one step, unless it now has another owner, or is released.
 
-    So one of several threads makes a record this process's own.
+    So exactly one of several threads makes this process the owner of a record.
 
-    :param owned_by: the one that it is to have still.
+    :param owned_by: the owner that it must still have.
     :return: whether it was done.
     """
     steps = one_step.called([(setattr, record, name, value) for name, value in attributes.items()])
@@ -294,11 +294,11 @@ def update(record: Record, owned_by: process.Epoch, /, **attributes: Any) -> boo
 
 
 def lose(record: Record, real: Any, how: str) -> None:
-    """Give up the context of a record and its cards, as if they were another process's; in one step.
+    """Give up the context of a record and its cards in one step, as if another process owned them.
 
-    Unless another thread has been quicker.
+    Nothing happens if another thread has done so already.
 
-    :param real: what the record was known by in the call that noticed the loss.
+    :param real: the real handle in the call that detected the loss.
     :param how: LOST or SERVICE_LOST, of :mod:`process`.
     """
     context, here = record.context, process.current()
@@ -319,9 +319,9 @@ def lose(record: Record, real: Any, how: str) -> None:
 
 
 def find(kind: Kind, handle: object) -> Optional[Record]:
-    """The record that a handle stands for: a proxy's own, or that of a plain integer.
+    """The record that a handle stands for; a handle is a proxy or a plain integer.
 
-    :param kind: as what the called function takes it; only a plain integer needs it.
+    :param kind: the kind of handle that the called function takes; needed for a plain integer only.
     :return: None for anything that is not a handle of ours.
     """
     own = getattr(handle, "_self_record", None)
@@ -333,9 +333,9 @@ def find(kind: Kind, handle: object) -> Optional[Record]:
 
 
 def load(from_family: bytes, kind: Kind, key: bytes, description: str) -> Any:
-    """The proxy in this process of what was pickled in another.
+    """The proxy in this process for a handle that was pickled in another process.
 
-    :raises PcscSafeError: this process was not forked from the one that had it, or has it no longer.
+    :raises PcscSafeError: this process was not forked from the process that had the handle, or no longer has it.
     """
     registry: dict[Any, Any] = contexts if kind is Kind.CONTEXT else cards
     if from_family == family:

@@ -22,21 +22,22 @@ __all__ = ["files_to_preserve", "handover"]
 class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     """Hand the sessions of this process over to the child that is forked in this block.
 
-    The child continues them: verified PIN, transaction and exclusive hold included.  For the parent they are then what
-    inherited sessions are for a child: nothing that it does with them, its exit included, touches the child's sessions.
-    The next ``os.fork()`` of this thread hands over; if the child is still in the block, so does its next one.  A block
-    around a daemon's double fork therefore hands over to the daemon.
+    The child continues them, with verified PIN, transaction and exclusive hold.  The parent then has them as a child
+    has inherited sessions: nothing that it does with them, its exit included, affects the child's sessions.
 
-    Sessions that this process has itself inherited are connected again first, as ``cards="reconnect"`` does it.  PC/SC
-    calls of other threads block from the beginning of the block until the fork; those through a broker may return
-    earlier.
+    The next ``os.fork()`` of this thread hands over.  If the child is still in the block, its next fork hands over,
+    too.  A block around a daemon's double fork therefore hands over to the daemon.
 
-    A warning in the log says so when a block does nothing: it is inside another one, this process has no context, or
+    Sessions that this process has inherited are first connected again, as with ``cards="reconnect"``.  PC/SC calls
+    of other threads block from the beginning of the block until the fork; those through a broker may return earlier.
+
+    A block logs a warning if it does nothing: if it is inside another block, if this process has no context, or if
     nothing was forked.
 
-    :param contexts: those to hand over, as SCardEstablishContext returned them; none: all of this process.
-    :raises HandoverError: on entry, with nothing forked: it can't work on this platform, or with these contexts, or
-        other threads are in PC/SC calls for longer than ``quiesce_timeout``.  On exit: the fork handed nothing over,
+    :param contexts: the contexts to hand over, as SCardEstablishContext returned them; if none are given, all contexts
+        of this process.
+    :raises HandoverError: on entry, before a fork: a handover is not possible on this platform, or with these contexts,
+        or PC/SC calls of other threads take longer than ``quiesce_timeout``.  On exit: the fork handed nothing over,
         and the parent still owns its sessions.
     """
 
@@ -51,13 +52,13 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         self._done, self.failure = False, None
         transfer.begin()
         if threading.get_ident() in transfer.blocks:
-            _warn("its handover() block is inside another one; name all contexts in one block")
+            _warn("its handover() block is inside another one; pass all contexts to one block")
         if self._chosen is None:
             for context in list(handles.contexts.values()):
                 if context.owner is not here:
                     inherited.adopt(context)
         if not self.contexts():
-            _warn("its handover() block begins before it has a PC/SC context; establish the context first")
+            _warn("it has no PC/SC context at the beginning of its handover() block; establish one before the block")
         for context in self.contexts():
             why_not = transfer.obstacle(context)
             if why_not:
@@ -91,17 +92,17 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             raise _error(*self.failure)
         here = process.current()
         if here is self._epoch:
-            _warn("its handover() block has ended, and this thread has forked nothing in it")
+            _warn("this thread has not forked in its handover() block")
         elif self._owned_by(self._epoch):
             if here.noticed_by == "hook":
-                raise _error("a signal handler raised during the fork", transfer.AGAIN)
+                raise _error("a signal handler raised an exception during the fork", transfer.AGAIN)
             raise _error(
                 "the fork in this block ran none of Python's at-fork hooks",
                 "use os.fork(); the parent is still the owner",
             )
 
     def contexts(self) -> list[Context]:
-        """Those to hand over that this process owns."""
+        """The contexts to hand over that this process owns."""
         return self._owned_by(process.here)
 
     def _owned_by(self, owner: Optional[process.Epoch]) -> list[Context]:
@@ -109,18 +110,18 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         return [context for context in chosen if context.owner is owner and not context.released]
 
     def happened(self) -> None:
-        """Note that there was a fork, and it handed over."""
+        """Note that a fork has handed over."""
         self._done = True
 
 
 def files_to_preserve() -> list[int]:
     """The file descriptors that the sessions of this process need.
 
-    A program that closes all file descriptors, as daemons do, keeps these open.  For python-daemon:
-    ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  They stay the same when sessions are handed over
-    or shared.
+    A program that closes all file descriptors, as daemons do, must keep these open.  For python-daemon:
+    ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  The numbers stay the same when sessions are handed
+    over or shared.
 
-    :return: their numbers, in ascending order; none if this process has no session.
+    :return: their numbers, in ascending order; an empty list if this process has no session.
     """
     here = process.current()  # first: it may be what makes contexts this process's own
     own = [context for context in list(handles.contexts.values()) if context.owner is here]
@@ -134,15 +135,15 @@ def _owned(handle: Any) -> Context:
     record = handles.find(Kind.CONTEXT, handle)
     if not isinstance(record, Context) or record.released or record.owner is not process.current():
         raise HandoverError(
-            f"process {os.getpid()} doesn't own this context: it is released, inherited, or no context",
-            remedy="pass what SCardEstablishContext returned here, or nothing to hand all contexts over",
+            f"process {os.getpid()} doesn't own this context: it is released, inherited, or not a context",
+            remedy="pass contexts that SCardEstablishContext returned in this process, or nothing to hand over all",
             pid=os.getpid(),
         )
     return record
 
 
 def _warn(why: str) -> None:
-    log.warning("no-handover", "process %(pid)d hands nothing over by this block: %(why)s", why=why)
+    log.warning("no-handover", "process %(pid)d hands nothing over: %(why)s", why=why)
 
 
 def _error(problem: str, remedy: str) -> HandoverError:

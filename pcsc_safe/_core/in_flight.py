@@ -1,7 +1,7 @@
 """The calls that are inside the native library.
 
 A thread inside occupies a :class:`Place`.  One step of C (:func:`attempt`) takes the place, enters the call in its
-list, makes the call, and gives the place back.  No signal handler, no other thread's exception and, from Python 3.12,
+list, makes the call, and releases the place.  No signal handler, no other thread's exception and, from Python 3.12,
 no finalizer can run during the step.  So no place is ever occupied while code of the application runs, a handler that
 raises leaves nothing behind, and a thread that waits for a place waits for C code only.
 
@@ -51,7 +51,7 @@ __all__ = [
 if TYPE_CHECKING:  # not at run time, where a Protocol takes each program its part of a millisecond
 
     class Owned(Protocol):
-        """What a call is made on: live in one process, that whose epoch is its owner."""
+        """What a call is made on; it is live only in the process whose epoch is its owner."""
 
         @property
         def owner(self) -> Optional[process.Epoch]: ...
@@ -63,16 +63,16 @@ else:
     Owned = object
 
 Entry = tuple[str, int, float, Any]
-"""A call that is inside: PC/SC's name of the function; the identifier of the thread; ``monotonic()`` when it began; the
-wait for events that it is part of, if any."""
+"""A call that is inside: PC/SC's name of the function; the identifier of the thread; when it began, by ``monotonic()``;
+the wait for events that it is part of, if any."""
 
 
 class Unquiet:
-    """Why a process cannot use the native library: who was inside when it was forked.
+    """Why a process cannot use the native library: the call that was inside when it was forked.
 
     :ivar function: PC/SC's name of the call.
-    :ivar thread: the name of the thread, or its number where the name could not be had.
-    :ivar seconds: how long it had been inside.
+    :ivar thread: the name of the thread, or its number if the name is unknown.
+    :ivar seconds: how long the call had lasted.
     """
 
     def __init__(self, function: str, thread: str, seconds: float) -> None:
@@ -82,14 +82,14 @@ class Unquiet:
 
 
 IMPORTS = "an import"
-"""In the place of a function: who imports what PC/SC takes is inside as well, for a child in which a module is half
-imported has its lock held for ever."""
+"""Used like a function's name: a thread that imports what PC/SC requires is also inside, because in a child with a
+half-imported module the module's lock stays locked for ever."""
 
 DOOR, START = "the broker's door", "the start of a broker"
-"""The same of who passes a connection to a broker, or starts one: a child must not have the other end."""
+"""The same for a thread that passes a connection to a broker, or starts one: a child must not have the other end."""
 
 NOT_NATIVE = frozenset((IMPORTS, DOOR, START))
-"""What a fork waits for although its child can't use the native library."""
+"""What a fork waits for even if its child can't use the native library."""
 
 
 _GIVE_WAY = 0.0001  # s; longer than it takes a thread to wake up
@@ -101,9 +101,9 @@ _stock: list[list[Entry]] = []
 
 
 def _empty_list() -> list[Entry]:
-    """From a stock: so they lie beside each other.
+    """An empty list from a stock, in which all lists lie beside each other in memory.
 
-    Each fork looks at all, and pays for every page of memory that they are in.
+    Each fork reads all of them, and pays for every page of memory that they are in.
     """
     try:
         return _stock.pop()
@@ -115,16 +115,16 @@ def _empty_list() -> list[Entry]:
 
 
 class Place:
-    """Where one thread at a time is in the native library.
+    """A place in the native library for one thread at a time.
 
-    :ivar calls: the calls that are there now: one, or more of the same thread where a finalizer runs in the middle.
-    :ivar cards: what lives there; a call that wants the place bare isn't made while there is any.
-    :ivar state: OPEN; WOKEN: the wait that was there has been ended, and the place is of no more use; RELEASED; GIVEN:
-        to a child that is being forked, or has just been, which is decided in a moment.
+    :ivar calls: the calls that are there now: one, or several of the same thread if a finalizer runs during a call.
+    :ivar cards: the cards there; a call with ``bare`` isn't made while there are any.
+    :ivar state: OPEN; WOKEN: a wait there was ended from outside, and the place must not be used again; RELEASED;
+        GIVEN: to a child that is being forked, until it is known whether there is a child.
     :ivar waiting: one key for each thread that waits for the place.
-    :ivar acquire: takes the place, if it is free, and says whether it was; its argument is False: don't wait.
+    :ivar acquire: takes the place if it is free, and returns whether it was; its argument is False: don't wait.
     :ivar enter: puts a call on the list.
-    :ivar release: gives the place back.
+    :ivar release: releases the place.
     :ivar leave: takes the last call off the list, and returns it.
     """
 
@@ -136,7 +136,7 @@ class Place:
         self.renew()
 
     def renew(self) -> None:
-        """Forget who is there: this is a new process."""
+        """Forget the calls that are there: this is a new process."""
         self.lock = RLock()
         self.calls = _empty_list()
         self.waiting: dict[object, None] = {}
@@ -146,13 +146,13 @@ class Place:
         self.leave = self.calls.pop
 
     def wake(self, wait: Any, *, may_pass: bool = False) -> None:
-        """End the native call of a wait for events that is here, if it can be ended.
+        """End the native call of a wait for events that is here, if possible.
 
-        :param may_pass: although the gate is closed.
+        :param may_pass: even if the gate is closed.
         """
 
     def wait_until_free(self, timeout: float = -1) -> None:
-        """Wait until nobody is here.
+        """Wait until no thread is here.
 
         :param timeout: in seconds; negative: for ever.
         """
@@ -164,28 +164,28 @@ class Place:
             self.waiting.pop(key, None)
 
     def give_way(self) -> None:
-        """Before a call: let a thread go first that waits.
+        """Before a call: let a thread that waits go first.
 
-        A thread that makes one call after the other would else be back before that one has woken up.
+        Otherwise a thread that makes one call after the other would be back before a waiting thread has woken up.
         """
         if self.waiting:
             sleep(_GIVE_WAY)
 
 
 places: dict[Place, list[Entry]] = {}
-"""All of this process, each with the calls that are there now."""
+"""All places of this process, each with the calls that are there now."""
 
 unsettled: dict[Any, None] = {}
-"""Places about which something is to be noted before a fork; each has ``settle()``."""
+"""Places that must be settled before a fork; each has ``settle()``."""
 
 elsewhere: dict[object, Entry] = {}
-"""What goes on that a fork waits for, and that has no place."""
+"""Calls in progress that a fork waits for, and that have no place."""
 
 nobody_hears: ContextVar[Callable[[], bool]] = ContextVar("nobody_hears", default=bool)
-"""Whether the answer to a wait for events has no hearer any more; of the thread that waits for a broker's client."""
+"""In a thread that waits for events for a broker's client: whether nobody will receive the result any more."""
 
 closers: dict[int, float] = {}
-"""The threads that have closed the gate, and until when: a thread that forks, not for long; a block, until its fork."""
+"""The threads that have closed the gate, and until when: a fork closes it briefly, a block until its fork."""
 
 
 def attempt(
@@ -201,15 +201,15 @@ def attempt(
 ) -> list[Any]:
     """Make a native call, in one step of C, if the place is free and nothing is in the way.
 
-    :param owned: what the call is on; it isn't made if that is no more this process's.
+    :param owned: what the call is on; the call isn't made if this process no longer owns it.
     :param function: PC/SC's name.
     :param call: the call.
-    :param more: what belongs to the same step, after it.
-    :param wait: the wait for events that it is part of; it isn't made if that was cancelled.
-    :param bare: it isn't made if a card lives there.
-    :param most: nor if the place is in a later state.
-    :param may_pass: it is made although the gate is closed.
-    :return: empty if the call wasn't made; else :func:`made` has the result.
+    :param more: C calls that belong to the same step, after it.
+    :param wait: the wait for events that it is part of; the call isn't made if the wait was cancelled.
+    :param bare: the call isn't made if there is a card.
+    :param most: the call isn't made if the place is in a later state than this.
+    :param may_pass: the call is made even if the gate is closed.
+    :return: empty if the call wasn't made; otherwise :func:`made` returns its result.
     """
     entry = (function, get_ident(), monotonic(), wait)
     steps: list[Any] = []
@@ -239,12 +239,12 @@ def attempt(
 
 
 def made(steps: list[Any]) -> Any:
-    """What the call of :func:`attempt` returned."""
+    """The result of the call that :func:`attempt` made."""
     return steps[2]
 
 
 def calls() -> list[Entry]:
-    """What is inside now."""
+    """The calls that are inside now."""
     found = [call for place in list(places) if place.calls for call in list(place.calls)]
     return [*found, *list(elsewhere.values())]
 
@@ -256,7 +256,7 @@ def others_are_inside() -> bool:
 
 
 def stop_locking() -> None:
-    """At interpreter exit: threads that are inside, or fork, may never come out, so nobody waits for them."""
+    """At interpreter exit: wait for no thread any more; one that is inside, or forks, may never return."""
     closers.clear()
     for place in list(places):
         place.acquire = operator.not_  # it says that the place is free

@@ -22,16 +22,16 @@ __all__ = ["adopt", "answer"]
 
 
 def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
-    """The answer to a call on what this process inherited.
+    """The result of a call on an object that this process inherited.
 
     :param call: the function.
-    :param record: live in another process.
-    :param arguments: those behind the handle.
-    :return: the answer, or None: the record is this process's own now, and the call can be made.
+    :param record: of an object that another process owns.
+    :param arguments: those after the handle.
+    :return: the result; None if this process now owns the record, so that the call can be made.
     :raises ForkedHandleError: policy ``raise``.
     :raises ForkUnsafeError: this process cannot use PC/SC, and may not use a broker.
-    :raises BrokerError: it needs one, and there is none.
-    :raises LostError: the broker died meanwhile.
+    :raises BrokerError: this process needs a broker, and can't have one.
+    :raises LostError: the broker died during the call.
     """
     verdict = decide(
         settings_of(record),
@@ -69,7 +69,7 @@ def _reset(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
 
 
 def _go_on(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
-    """Connect again, if that leads to the session that this process inherited."""
+    """Connect again, if this continues the session that this process inherited."""
     assert isinstance(card, Card)
     session = card.session
     if not session.goes_on():
@@ -81,10 +81,10 @@ def _go_on(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
 
 
 def adopt(context: Context) -> None:
-    """Give this process a context, and connections to its cards, in the place of one that it inherited.
+    """Replace an inherited context, and the connections to its cards, by this process's own.
 
-    Before they are handed over, which is to say that somebody counts on them.  What can't be had stays as it is, and so
-    does what this process itself has handed over, or lost.
+    This happens before they are handed over.  What can't be established stays as it is, and so does what this process
+    itself has handed over or lost.
     """
     if context.owner.noticed_by in (process.HANDED_OVER, process.LOST, process.SERVICE_LOST):
         return
@@ -103,9 +103,9 @@ def adopt(context: Context) -> None:
 
 
 def _forget(call: Call, record: Record) -> Optional[int]:
-    """Drop this process's copy only.
+    """Forget this process's copy, and nothing else.
 
-    :return: SCARD_S_SUCCESS; None if another thread has made the record this process's own meanwhile.
+    :return: SCARD_S_SUCCESS; None if another thread has made this process the owner of the record.
     """
     left = record.owner
     if left is process.current():
@@ -122,7 +122,7 @@ def _forget(call: Call, record: Record) -> Optional[int]:
 
 
 def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
-    """Take part in a session of the owner that this process did not get at the fork."""
+    """Join a session of the owner that this process did not get at the fork."""
     context = record.context
     if context.owner.noticed_by is process.LOST:
         if call.role is Role.VALIDITY:
@@ -158,8 +158,8 @@ def _lost_share(function: str, record: Record) -> BrokerError:
     here = process.current()
     return BrokerError(
         f"process {here.pid} has lost the session of this {_thing(record)}: the broker has ended, or the file "
-        "descriptors that lead to it were closed",
-        remedy="establish a new context; a program that closes all file descriptors has to keep those of "
+        "descriptors of the connection to it were closed",
+        remedy="establish a new context; a program that closes all file descriptors must keep those of "
         "pcsc_safe.files_to_preserve()",
         function=function,
         pid=here.pid,
@@ -172,7 +172,7 @@ def _thing(record: Record) -> str:
 
 
 def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
-    """SCardReconnect gives an inherited handle a connection of this process's own."""
+    """SCardReconnect on an inherited handle: connect this process to the card."""
     assert isinstance(card, Card)
     hresult = own_context(call.name, card.context)
     if hresult != SUCCESS:
@@ -197,9 +197,11 @@ def _forked_handle(function: str, record: Record) -> ForkedHandleError:
         state = (
             f"was established by process {owner.pid} ({record.established_at}) and this is its {relation} {here.pid}"
         )
-    remedy = "establish one here, or use policy 'auto'"
+    remedy = "establish a context in this process, or use policy 'auto'"
     if record.context.settings(settings()).policy is Policy.SHARE:
-        remedy = "set broker='always' before the parent establishes it, and keep it open there"
+        remedy = (
+            "set broker='always' before the parent establishes the context, and keep the context open in the parent"
+        )
     return ForkedHandleError(
         f"this {_thing(record)} {state}",
         remedy=remedy,
@@ -229,7 +231,7 @@ def _warn_of_reset(call: Call, card: Record) -> None:
 
 
 def _why_reset(card: Card) -> str:
-    """Why this process gets SCARD_W_RESET_CARD although nobody has reset the card."""
+    """The reason for SCARD_W_RESET_CARD although nobody has reset the card."""
     owner = f"process {card.owner.pid}, from which it was forked,"
     if card.owner.noticed_by is process.SERVICE_LOST:
         return "pcscd was restarted"

@@ -25,7 +25,7 @@ class Signature:
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Signature:
-        """That of a function written in Python, as pyscard's wrappers of its C functions are."""
+        """The signature of a function written in Python, such as pyscard's wrappers of its C functions."""
         code = function.__code__
         return cls(function.__name__, code.co_varnames[: code.co_argcount], function.__doc__ or "")
 
@@ -41,7 +41,7 @@ _TAKING: dict[int, Callable[[Callable[..., Any]], Any]] = {
 def shaped(route: Callable[..., Any], like: Signature) -> Any:
     """``route`` with the name, parameters and docstring of pyscard's own function.
 
-    So that it takes the same keywords, and Python words a wrong call the same way.
+    So it takes the same keywords, and wrong arguments raise the same TypeError.
     """
     function = _TAKING[len(like.parameters)](route)
     function.__code__ = function.__code__.replace(co_name=like.name, co_varnames=like.parameters)
@@ -54,21 +54,21 @@ public: dict[str, Any] = {}
 """Every public name of ``smartcard.scard``, with its value."""
 
 signatures: dict[str, Signature] = {}
-"""Of those that are functions."""
+"""The signatures of those that are functions."""
 
 
 def catalogue() -> dict[str, Any]:
-    """The same as plain values, as a broker tells it to its client; :func:`describe` takes it in."""
+    """The contents of this module as plain values, which a broker sends to its client; see :func:`describe`."""
     constants = {name: value for name, value in public.items() if isinstance(value, (int, str))}
     functions = {name: (list(like.parameters), like.doc) for name, like in signatures.items()}
     return {"constants": constants, "functions": functions}
 
 
 def describe(told: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> None:
-    """Fill this in with what another process has told of its pyscard.
+    """Fill this module with another process's catalogue of its pyscard.
 
     :param told: its :func:`catalogue`.
-    :param functions: what reaches its functions, by PC/SC's name.
+    :param functions: the functions that call those of the other process, by PC/SC's name.
     """
     public["error"] = type("error", (Exception,), {"__module__": "scard"})
     public.update(told["constants"])

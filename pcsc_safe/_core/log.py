@@ -1,9 +1,9 @@
 """Log lines of ``logging.getLogger("pcsc_safe")``, where one can be written.
 
-Each record has the facts of its text as attributes too: :data:`FIELDS`.  Never called in an at-fork hook.  ``logging``
-is never imported here: a program that reads one card would pay for it, in a child another thread may have held an
-import lock at the fork, and at interpreter exit nothing can be imported.  A program that has not imported it has
-configured nothing, so warnings go to standard error, as logging would write them, and the other lines nowhere.
+Each record also has the facts of its text as attributes: :data:`FIELDS`.  At-fork hooks never log.  ``logging`` is
+never imported here: it would slow down a program that reads one card; in a child, another thread may have held an
+import lock at the fork; and at interpreter exit nothing can be imported.  A program that has not imported ``logging``
+has not configured it, so warnings go to standard error, as logging would write them, and other lines are dropped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .unpatched import count_threads
 __all__ = ["FIELDS", "debug", "info", "warning"]
 
 FIELDS = ("event", "pid", "owner_pid", "broker_pid", "function", "reader", "established_at")
-"""What a record tells beside its text, each as ``pcsc_NAME``; None where it doesn't apply.  Never data of a card."""
+"""The attributes of a record, each as ``pcsc_NAME``; None if it doesn't apply.  Never data of a card."""
 
 
 def _write(level: str, event: str, text: str, fields: dict[str, Any]) -> None:
@@ -40,20 +40,20 @@ def _write(level: str, event: str, text: str, fields: dict[str, Any]) -> None:
 
 
 def debug(event: str, text: str, **fields: Any) -> None:
-    """For who looks into how pcsc_safe works; arguments as for :func:`warning`."""
+    """Log how pcsc_safe works; arguments as for :func:`warning`."""
     _write("debug", event, text, fields)
 
 
 def info(event: str, text: str, **fields: Any) -> None:
-    """For who wants to know what a fork changed; arguments as for :func:`warning`."""
+    """Log what a fork changed; arguments as for :func:`warning`."""
     _write("info", event, text, fields)
 
 
 def warning(event: str, text: str, **fields: Any) -> None:
-    """For what would look like a fault of the card or the reader, with the remedy.
+    """Log what a user could mistake for a fault of the card or the reader, with the remedy.
 
     :param event: what happened, the same word from version to version.
-    :param text: says it, with ``%(name)s`` for a field; ``pid`` is this process's.
-    :param fields: what is told, by the names of :data:`FIELDS`; others may be in the text alone.
+    :param text: the message, with ``%(name)s`` for a field; ``pid`` is this process's.
+    :param fields: the facts, by the names of :data:`FIELDS`; other names may be in the text alone.
     """
     _write("warning", event, text, fields)

@@ -1,7 +1,7 @@
-"""The functions that are told what happens to PC/SC in this process: empty ones, unless a recorder has replaced them.
+"""Functions that the core calls when something happens to PC/SC; they do nothing unless a recorder replaces them.
 
-``run --report`` and ``run --timeline`` record; see :mod:`pcsc_safe._trace`.  A process without a record pays for a call
-of an empty function at each event, and nothing at each PC/SC call.  Nothing here changes at a fork.
+``run --report`` and ``run --timeline`` record; see :mod:`pcsc_safe._trace`.  A process without a record calls an empty
+function at each event, and none at each PC/SC call.  Nothing here changes at a fork.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any, Callable
 __all__ = ["VARIABLE", "born_elsewhere", "connected", "established", "followed", "is_wanted", "record", "recorded"]
 
 VARIABLE = "PCSC_SAFE_REPORT"
-"""The environment variable that holds the path of the directory where processes are to record."""
+"""The environment variable with the path of the directory where processes record."""
 
 
 def is_wanted() -> bool:
-    """Whether this process is to record."""
+    """Whether this process should record."""
     return bool(os.environ.get(VARIABLE))
 
 
 def _nothing(*arguments: Any, **fields: Any) -> None:
-    """Tell nobody."""
+    """Do nothing."""
 
 
 def _as_it_is(of: Any, function: Any) -> Any:
@@ -32,17 +32,17 @@ record: Callable[..., None] = _nothing
 """Takes an event: its kind, a word; and its fields by name."""
 
 established: Callable[..., None] = _nothing
-"""Takes the kind of the event, and the record of a context that this process has now."""
+"""Takes the kind of the event, and the record of a context that this process now owns."""
 
 connected: Callable[..., None] = _nothing
-"""Takes the kind of the event, and the record of a card that this process has now."""
+"""Takes the kind of the event, and the record of a card that this process now owns."""
 
 born_elsewhere: Callable[[int, str, str], None] = _nothing
 """Takes the PID of a process that was started and records nothing itself, how it was started, and its name."""
 
 recorded: Callable[[Any, Any], Any] = _as_it_is
-"""Takes a row of the table of calls and the function that an application is to call; returns that function, or one
-that also records what it does."""
+"""Takes a row of the table of calls and the function for the application; returns that function, or one that also
+records."""
 
 followed: Callable[[str, Any], Any] = _as_it_is
-"""Takes a PC/SC function's name and what is to follow each call of it; returns that, or what also records the call."""
+"""Takes a PC/SC function's name and the function called after it; returns that function, or one that also records."""

@@ -33,18 +33,18 @@ _call_a_partial: Any = partial.__call__
 _call: Any = getattr(operator, "call", None)  # since Python 3.11
 
 called: Callable[[Iterable[Operation]], Iterator[Any]] = partial(starmap, _call) if _call else _called
-"""What these return, each called when the iterator comes to it: by C alone, if C is what goes through it."""
+"""An iterator of what these return; each is called when the iterator reaches it, in C if C code iterates."""
 
 is_not_false = partial(operator.is_not, False)
 
 nowhere: deque[Any] = deque(maxlen=0)
-"""Takes what C functions return that nobody wants."""
+"""Takes results of C functions that are not needed."""
 
 
 def in_one_step(*operations: Operation) -> None:
     """Call each of these without returning to the interpreter in between.
 
-    One that returns False ends it.
+    A call that returns False is the last one.
     """
     nowhere.extend(takewhile(is_not_false, called(operations)))
 
@@ -53,13 +53,13 @@ _LONGEST_TURN = 1.0  # s
 
 
 def in_turn(lock: Any, function: Callable[[], _Result]) -> _Result:
-    """``function()``, after other threads that are at the same.
+    """Return ``function()``, called after other threads that do the same.
 
-    That saves them double work; it doesn't keep them apart.  The thread whose turn it is may be interrupted by a signal
-    handler that waits for this one, so after a second nobody waits longer, and the function has to be right then, too:
-    it does what it does in steps of which each says "unless somebody else has".
+    This avoids double work, but is no mutual exclusion.  A signal handler may interrupt the thread whose turn it is,
+    and wait for this thread.  So a thread waits for one second at most, and the function must then be correct, too:
+    each of its steps takes effect only if no other thread has done it.
 
-    :param lock: an RLock; it is not left held by a handler that raises.
+    :param lock: an RLock; a handler that raises does not leave it held.
     """
     held: list[bool] = []
     try:

@@ -57,23 +57,23 @@ _at_begin: list[Callable[[Epoch], None]] = []
 _at_begin_last: list[Callable[[Epoch], None]] = []
 
 LOST = "loss"
-"""What noticed the beginning of an epoch that is nobody's: the owner of what this process had, and has lost."""
+"""``noticed_by`` of an epoch that belongs to no process: the owner of what this process had, and has lost."""
 
 SERVICE_LOST = "service"
-"""The same, where pcscd is gone, and nothing that stands between it and this process."""
+"""The same, if pcscd has ended, and not a broker."""
 
 HANDED_OVER = "handover"
-"""That of the epoch of the child that this process has handed over to, as this process sees it."""
+"""``noticed_by`` of the epoch that stands, in this process, for the child that it has handed over to."""
 
 
 class Epoch:
     """The life of one process between the fork that made it and those it makes.
 
-    :ivar pid: the PID it had when the epoch began.
-    :ivar number: how many forks lie between it and the process that imported pcsc_safe.
-    :ivar noticed_by: the layer that noticed its beginning: ``import``, ``hook``, ``page`` or ``pid``.
-    :ivar parent: the epoch that it was forked from; that of an older ancestor if those between never used PC/SC.
-    :ivar unquiet: who was inside the native library when it, or an ancestor, was forked; None after a quiet fork.
+    :ivar pid: the PID when the epoch began.
+    :ivar number: the number of forks between this process and the process that imported pcsc_safe.
+    :ivar noticed_by: the layer that detected its beginning: ``import``, ``hook``, ``page`` or ``pid``.
+    :ivar parent: the epoch that it was forked from, or an older ancestor's if the processes between never used PC/SC.
+    :ivar unquiet: the call that was inside when this process, or an ancestor, was forked; None after quiet forks.
     """
 
     __slots__ = ("_successors", "_to_do", "_turn", "noticed_by", "number", "parent", "pid", "unquiet")
@@ -92,13 +92,13 @@ class Epoch:
         return f"<Epoch {self.number} of process {self.pid}, noticed by {self.noticed_by}>"
 
     def successor(self, noticed_by: str, forks: int) -> Epoch:
-        """The one epoch that follows this one in this very process, whichever thread asks first."""
+        """The one epoch that follows this one in this process, whichever thread asks first."""
         # dict.setdefault is atomic, so no lock is needed that a fork could have caught held.
         return self._successors.setdefault(_process_key(), Epoch(self, noticed_by, forks))
 
 
 def _process_key() -> tuple[int, int]:
-    """What tells this process from every ancestor that could have left its own epoch half begun."""
+    """A key that differs from that of every ancestor that could have left its own epoch half begun."""
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError as error:
@@ -111,7 +111,7 @@ def _process_key() -> tuple[int, int]:
 if TYPE_CHECKING:  # as in in_flight
 
     class _Sentinel(Protocol):
-        """Two cells: whether the process is the one that :data:`here` describes; whether it ran the at-fork hook."""
+        """Two values: whether :data:`here` describes this process, and whether it ran the at-fork hook."""
 
         def __getitem__(self, index: int, /) -> int: ...
 
@@ -119,7 +119,7 @@ if TYPE_CHECKING:  # as in in_flight
 
 
 class _PidSentinel:
-    """Layer 3, where no page is wiped."""
+    """Layer 3, for systems that can't wipe a page."""
 
     def __init__(self) -> None:
         self._set_by = [0, 0]
@@ -132,7 +132,7 @@ class _PidSentinel:
 
 
 def _wiped_page() -> Optional[_Sentinel]:
-    """Layer 2: a page that reads 0 in a forked child, or None where there is no such thing."""
+    """Layer 2: a page that reads 0 in a forked child, or None if the system can't do that."""
     if not sys.platform.startswith("linux"):
         return None
     import mmap
@@ -162,10 +162,10 @@ sentinel: _Sentinel = _page or _PidSentinel()
 sentinel[_HERE] = 1
 _hooks_run = 0  # since here began
 forked_by = 0
-"""In a child that ran a hook and has not begun: the thread that forked."""
+"""In a child that ran a hook and whose epoch has not begun: the thread that forked."""
 
 for_child: dict[object, Any] = {}
-"""Locks to release in a child: the main thread waits for them, and a thread holds them that the child doesn't have."""
+"""Locks to release in a child: the main thread waits for them, and their holder doesn't exist in the child."""
 
 _turns: dict[int, Optional[Callable[[], None]]] = {}
 _before: list[Callable[[], None]] = []
@@ -177,22 +177,22 @@ QUIESCE, GIVE, TELL = range(3)
 
 
 def before_fork(turn: int, function: Optional[Callable[[], None]]) -> None:
-    """Have a function called in the parent before every fork that runs hooks.
+    """Set a function that is called in the parent before every fork that runs hooks.
 
-    As little as can be, and none that has nothing to do: each page that is written to after a fork costs a fault, 2 us
-    and more, and Python writes to every object that it looks at.
+    It should do as little as possible, and should not be set if it has nothing to do: each page of memory that is
+    written to after a fork costs a page fault, 2 us or more, and Python writes to every object that it uses.
 
-    :param turn: when: QUIESCE, GIVE or TELL.
-    :param function: in the place of the one that had this turn; None for none.
+    :param turn: when it is called: QUIESCE, GIVE or TELL.
+    :param function: replaces the one that had this turn; None for no function.
     """
     _turns[turn] = function
     _before[:] = [each for _, each in sorted(_turns.items()) if each is not None]
 
 
 def after_fork_in_parent(function: Callable[[], None]) -> None:
-    """Have a function called in the parent after every fork that runs hooks, also if it failed.
+    """Add a function that is called in the parent after every fork that runs hooks, even if the fork failed.
 
-    One in Python can be left by what a signal handler raises; a C function can't.
+    An exception of a signal handler can interrupt a function in Python, but not a C function.
     """
     if sys.platform != "win32" and FORKS:
         os.register_at_fork(after_in_parent=function)
@@ -204,13 +204,13 @@ def at_fork(
     at_begin: Optional[Callable[[Epoch], None]] = None,
     at_begin_last: Optional[Callable[[Epoch], None]] = None,
 ) -> None:
-    """Have functions called in every forked child.
+    """Add functions that are called in every forked child.
 
-    :param in_child: by the hook; after a fork that ran none, at the first use.  It may close, nothing else: most
-        children exec at once.
-    :param at_begin: at the first use of PC/SC, with the epoch that begins; :data:`here` is then still the one that was
-        left.  It may replace locks and tables, and must not wait for one.
-    :param at_begin_last: the same, after all others, also those that come later.
+    :param in_child: called by the hook, or, after a fork that ran no hook, at the first use of PC/SC.  It may only
+        close file descriptors: most children exec immediately.
+    :param at_begin: called at the first use of PC/SC, with the epoch that begins; :data:`here` is then still the
+        parent's epoch.  It may replace locks and tables, and must not wait for a lock.
+    :param at_begin_last: the same, but called after all others, including those that are added later.
     """
     if in_child is not None:
         _in_child.append(in_child)
@@ -221,7 +221,7 @@ def at_fork(
 
 
 def current() -> Epoch:
-    """The epoch of this process, which begins with the first call."""
+    """The epoch of this process, which begins with the first call of this function."""
     if not sentinel[_HERE]:
         left = here
         epoch = left.successor("hook" if sentinel[_HOOKED] else "page" if _page else "pid", max(1, _hooks_run))
@@ -231,7 +231,7 @@ def current() -> Epoch:
 
 
 def ran_hook() -> bool:
-    """Whether this process was forked, and ran Python's hooks then."""
+    """Whether this process was forked by a fork that ran Python's hooks."""
     return bool(sentinel[_HOOKED])
 
 

@@ -1,9 +1,9 @@
 """The wrapt proxies that an application holds instead of integers.
 
-They behave as the integer did, but for ``repr()``, and record who owns what it stands for.  wrapt takes longer to
+They behave like the integer, except for ``repr()``, and record which process owns the handle.  wrapt takes longer to
 import than pyscard, so this module is imported when the first context is established, which is before any child can
-need it.  A fork changes nothing in a proxy; pyscard refuses one (TypeError, it wants an int), so one that slips past us
-is never misused.
+need it.  A fork changes nothing in a proxy.  pyscard refuses a proxy (TypeError, because it is no int), so a proxy that
+reaches pyscard by mistake does no harm.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ else:
 
 
 class _SafeHandle(_IntegerProxy):
-    """An integer that knows its record."""
+    """An integer that has a record."""
 
     __slots__ = ("_self_record",)
 
@@ -34,7 +34,7 @@ class _SafeHandle(_IntegerProxy):
 
     @property
     def owner_pid(self) -> int:
-        """The PID of the process in which it is live."""
+        """The PID of the process that owns it."""
         return int(self._self_record.owner.pid)
 
     @property
@@ -66,7 +66,7 @@ class _SafeHandle(_IntegerProxy):
 
 
 def _state(record: handles.Record) -> str:
-    """What a handle is in this process, in a word or two."""
+    """The state of a handle in this process, in a word or two."""
     owner = record.owner
     if record.released:
         return "released"

@@ -15,10 +15,10 @@ DIRECTORY = os.path.join(PACKAGE, "retrofit", "site")
 
 
 def put_on(path: str, last: Sequence[str] = ()) -> str:
-    """A PYTHONPATH that leads here first, and then where it led.
+    """A PYTHONPATH that has this directory first, and then the previous entries.
 
-    :param path: PYTHONPATH as it is, or ``""``.
-    :param last: where it is to lead at last.
+    :param path: the current PYTHONPATH, or ``""``.
+    :param last: a directory to put at the end.
     """
     # An empty entry is the current directory, so none may be added.
     entries = [DIRECTORY, *filter(None, [take_off(path)]), *last]
@@ -26,5 +26,5 @@ def put_on(path: str, last: Sequence[str] = ()) -> str:
 
 
 def take_off(path: str) -> str:
-    """A PYTHONPATH that doesn't lead here."""
+    """The PYTHONPATH without this directory."""
     return os.pathsep.join(entry for entry in path.split(os.pathsep) if entry != DIRECTORY)

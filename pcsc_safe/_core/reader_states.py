@@ -18,5 +18,5 @@ _NEW_READERS = "\\\\?pnp?\\notification"  # pcsc-lite: a change in the list of r
 
 
 def is_for_new_readers(name: str) -> bool:
-    """Whether it is not a reader, but stands for their list."""
+    """Whether this name stands for the list of readers, and not for a reader."""
     return name.lower() == _NEW_READERS

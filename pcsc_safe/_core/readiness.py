@@ -1,9 +1,10 @@
-"""What a broker takes is imported before a child can need it.
+"""Imports what a broker requires, before a child can need it.
 
-No child may be the first to import if another thread may have held an import lock at its fork.  So a process imports
-this when it uses PC/SC for the first time, or when the settings say that it needs a broker.  A fork waits for that.
+A child must not be the first process to import a module if another thread may have held an import lock at its fork.  So
+a process imports what a broker requires when it uses PC/SC for the first time, or when the settings say that it needs a
+broker.  A fork waits for that.
 
-Invariant: a process that has a context has nothing left to import; nor has its child.
+Invariant: a process that has a context has nothing left to import, and neither has its child.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from . import gate, gateways, in_flight
 __all__ = ["consider", "is_on", "prepare"]
 
 is_on = True
-"""Whether this process may have children, or use a broker; a broker does neither."""
+"""Whether this process can have children, or use a broker; a broker does neither."""
 
 
 def consider(settings: Settings) -> None:
-    """Import what these settings say that this process, or a child, needs whatever else it does."""
+    """Import what this process, or a child, needs in any case according to these settings."""
     if settings.owner is Owner.CHILD or settings.policy is Policy.SHARE:
         from . import transfer  # not for processes that give their children nothing
 
@@ -29,6 +30,6 @@ def consider(settings: Settings) -> None:
 
 
 def prepare() -> None:
-    """Import what a broker takes; called where a fork waits for imports."""
+    """Import what a broker requires; called where a fork waits for imports."""
     if is_on:
         gateways.brokers.prepare()

@@ -1,8 +1,7 @@
 """``pcsc_safe.reconnecting()``: the loop that every program around a card needs, whether it forks or not.
 
-It takes a function and calls that again.  A ``with`` block can't be run twice, and a loop in the application's code can
-be left in the middle.  Whether the session was lost is not read from what the function returns or raises: an
-application may hide it.  The card's record has it.
+It takes a function and calls it again.  A ``with`` block can't run twice, and a loop in the application's code can be
+left in the middle.  The card's record says whether the session was lost: what the function returns or raises may not.
 
 At a fork nothing happens here.
 """
@@ -86,7 +85,7 @@ def reconnecting(
 
 
 class _Plain(NamedTuple):
-    """What stands for a card where there is no fork, and so no record (Windows)."""
+    """Stands for a card on Windows, which has no fork and therefore no record."""
 
     safe: int
     reader: str = "its reader"
@@ -95,7 +94,7 @@ class _Plain(NamedTuple):
 
 
 def _find(card: Any) -> Union[Card, _Plain, None]:
-    """The record of a handle, or of the one that a connection of pyscard has."""
+    """The record of a handle, or of the handle in a pyscard connection."""
     while hasattr(card, "component"):  # a CardConnectionDecorator
         card = card.component
     handle = getattr(card, "hcard", card)
@@ -117,9 +116,9 @@ def _record_of(card: Any) -> Union[Card, _Plain]:
 
 
 def _is_lost(card: Any, outcome: Any) -> bool:
-    """Whether the card has to be connected again.
+    """Whether the card must be connected again.
 
-    :param outcome: what ``work`` returned, or the code of what it raised: all there is without a record.
+    :param outcome: what ``work`` returned, or the code of what it raised; without a record nothing else is known.
     """
     record = _find(card)
     if isinstance(record, Card):

@@ -8,13 +8,13 @@ The code that libpcsclite returns (1.9.9 to 2.5.1) says whether pcscd has receiv
 - SCARD_E_NO_SERVICE: libpcsclite could not send it.  pcscd itself never returns this code.
 - SCARD_W_SECURITY_VIOLATION: pcscd ended before it had read all of it; the kernel resets the connection then.  pcscd
   itself returns this code only from SCardConnect, if polkit forbids the card.
-- SCARD_F_COMM_ERROR: no answer arrived; the call may have been carried out.  The next call returns SCARD_E_NO_SERVICE.
+- SCARD_F_COMM_ERROR: no response arrived; the call may have been executed.  The next call returns SCARD_E_NO_SERVICE.
 
-A call with the first or the second code was not carried out, and can be repeated.  A call with the third can be
-repeated if it changes nothing.  Codes from re-establishing a context or a connection go to the application as they are.
+A call with the first or the second code was not executed, and can be repeated.  A call with the third can be repeated
+if it changes nothing.  Codes from re-establishing a context or a connection go to the application as they are.
 SCardIsValidContext, SCardListReaderGroups and SCardCancel detect nothing.
 
-At a fork: a child counts its own attempts.  What its parent has lost, the child inherits like anything else.
+At a fork: a child counts its own attempts.  It inherits what its parent has lost like anything else.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _RESET: int = constant("SCARD_W_SECURITY_VIOLATION")
 _COMM_ERROR: int = constant("SCARD_F_COMM_ERROR")
 _INVALID_HANDLE: int = constant("SCARD_E_INVALID_HANDLE")
 GONE = (NO_SERVICE, _RESET, _COMM_ERROR)
-"""What a call is answered that pcscd could not answer."""
+"""What a call returns that pcscd has not received or not completed."""
 
 
 def _unheard(call: Call) -> tuple[int, ...]:
@@ -64,7 +64,7 @@ def _unheard(call: Call) -> tuple[int, ...]:
 
 
 UNHEARD = {name: _unheard(call) for name, call in CALLS.items()}
-"""The codes of calls that can be made again, by PC/SC's name."""
+"""The codes after which a call can be repeated, by PC/SC's name."""
 
 _ATTEMPTS = 3
 _POLL = 0.05  # s; for pcscd to be back
@@ -77,30 +77,30 @@ _told: Optional[process.Epoch] = None
 
 
 def tell_of_no_service(function: str) -> None:
-    """Say in the log that a function found no pcscd, and what examines the machine; once per process."""
+    """Log once per process that a function found no pcscd, with the command that examines the machine."""
     global _told
     if _told is not process.current():
         _told = process.current()
         log.warning(
             "no-service",
             "%(function)s returns SCARD_E_NO_SERVICE to process %(pid)d, because pcscd doesn't run, was restarted, or "
-            "refuses this process: 'python -m pcsc_safe doctor' says which, and what to do",
+            "refuses this process: run 'python -m pcsc_safe doctor' to see which, and what to do",
             function=function,
         )
 
 
 def recovers(record: Record) -> bool:
-    """Whether what is lost with pcscd is to be had again."""
+    """Whether a context or card that was lost with pcscd should be re-established."""
     return record.context.settings(settings()).recover
 
 
 def noticed(record: Record, real: int, hresult: int) -> bool:
-    """Note that pcscd is gone, if that is to make a difference.
+    """Note that pcscd has ended, if ``recover`` is set.
 
-    :param record: of a call that can be made again.
-    :param real: its handle in that call; another thread may have got the record a new one since.
-    :param hresult: what the call was answered, one of :data:`UNHEARD`.
-    :return: whether the call is to be made again, by :func:`again`.
+    :param record: of a call that can be repeated.
+    :param real: its real handle in that call; another thread may have replaced it since.
+    :param hresult: what the call returned, one of :data:`UNHEARD`.
+    :return: whether to repeat the call, by :func:`again`.
     """
     if not recovers(record):
         return False
@@ -110,9 +110,9 @@ def noticed(record: Record, real: int, hresult: int) -> bool:
 
 
 def lost_meanwhile(record: Record, real: int) -> bool:
-    """Whether another thread has noticed, since a call was made, that what it was made on is lost.
+    """Whether, since a call was made, another thread has detected that the call's object is lost.
 
-    :param real: the handle in that call.
+    :param real: the real handle in that call.
     """
     return is_another(record, real) and recovers(record)
 
@@ -126,9 +126,9 @@ def is_another(record: Record, real: int) -> bool:
 
 
 def again(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
-    """Make a call again that pcscd has not got.
+    """Repeat a call that pcscd has not received.
 
-    :param attempt: makes it; if it fails in the same way, by this function.
+    :param attempt: makes the call; if it fails in the same way, it calls this function again.
     """
     ident = get_ident()
     attempts = _attempts.get(ident, 0)
@@ -154,16 +154,16 @@ def outlast(
     began: float,
     cancels: int,
 ) -> Any:
-    """Go on with a wait for events that pcscd did not answer, until it is back, and has something to say.
+    """Continue a wait for events over an end of pcscd, until pcscd is back and has an event.
 
     :param call: SCardGetStatusChange.
-    :param wait: makes it, as far as pcscd is there.
-    :param list_readers: SCardListReaders, which notices a loss, and establishes the context anew.
-    :param context: of which the wait is.
-    :param timeout: of the whole wait, in ms; 0 if it is none, but asks for the states.
-    :param began: when that was, by ``time.monotonic()``.
-    :param cancels: how often waits on the context had been cancelled then.
-    :return: the answer.
+    :param wait: makes the call while pcscd runs.
+    :param list_readers: SCardListReaders, which detects a loss, and re-establishes the context.
+    :param context: the context of the wait.
+    :param timeout: of the whole wait, in ms; 0 if the call doesn't wait, but asks for the states.
+    :param began: when the wait began, by ``time.monotonic()``.
+    :param cancels: how often waits on the context had been cancelled by then.
+    :return: the result.
     """
     safe, ident, here = context.safe, get_ident(), process.current()
 
@@ -196,7 +196,7 @@ def outlast(
 
 
 def _with_new_readers(states: list[Any]) -> Any:
-    """The answer that the list of readers has changed; None if nobody has asked for that."""
+    """The result that says that the list of readers has changed; None if the call did not ask for that."""
     if not any(is_for_new_readers(name) for name, *_ in states):
         return None
     return [
@@ -206,9 +206,9 @@ def _with_new_readers(states: list[Any]) -> Any:
 
 
 def cancel(context: Context, cancel_once: Callable[[], Any]) -> Any:
-    """SCardCancel, of a context on which a wait may be between pcscd and pcscd.
+    """SCardCancel on a context that may have a wait between two runs of pcscd.
 
-    :param cancel_once: cancels what is in it now.
+    :param cancel_once: cancels the waits that are in pcscd now.
     """
     context.cancels += 1
     waits = [thread for thread in context.outlasting if thread != get_ident()]

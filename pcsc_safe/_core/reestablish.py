@@ -46,29 +46,29 @@ UNAWARE, IN_USE = constant("SCARD_STATE_UNAWARE"), constant("SCARD_STATE_INUSE")
 _STATES = CALLS["SCardGetStatusChange"]
 _EVENTS_AT = 16  # bits; above the state, pcsc-lite counts the events of a reader
 OUTGROWN = constant("SCARD_E_UNSUPPORTED_FEATURE")
-"""What SCardListReaders returns on a new context where libpcsclite has seen a pcscd with more readers than this one.
+"""What SCardListReaders returns on a new context if libpcsclite has seen a pcscd with more readers than this one.
 
 Since pcsc-lite 2.5 it keeps one array of readers for the whole process, which grows and never shrinks.
 """
 
 
 _CONTINUES = "process %(pid)d continues process %(owner_pid)d's session with the card in %(reader)s"
-_REPLACES = "process %(pid)d has a new connection to the card in %(reader)s, in place of %(former)s"
+_REPLACES = "process %(pid)d has a new connection to the card in %(reader)s, which replaces %(former)s"
 
 
 class _SupersededError(Exception):
-    """Another thread has been quicker, or has released what this was for: give back what was got."""
+    """Another thread has done the same first, or has released the record: release what was established here."""
 
 
 class _EndedError(Exception):
-    """The session that this was to go on in has ended: give back what was got."""
+    """The session that should be continued has ended: release what was established here."""
 
 
 def own(call: Call, record: Record, *, only_in: Optional[Session] = None) -> int:
-    """Give this process a context, or a context and a connection to the card, of its own.
+    """Give this process its own context, or its own context and connection to the card.
 
-    :param only_in: not if this session of another process has ended by then.
-    :return: SCARD_S_SUCCESS, or why there is none; the next call tries again.
+    :param only_in: do nothing if this session of another process has ended.
+    :return: SCARD_S_SUCCESS, or the code of the failure; the next call tries again.
     """
     try:
         hresult = own_context(call.name, record.context)
@@ -96,10 +96,10 @@ def own(call: Call, record: Record, *, only_in: Optional[Session] = None) -> int
 
 
 def own_context(function: str, context: Context) -> int:
-    """Give this process a context of its own.
+    """Give this process its own context.
 
     :param function: the PC/SC function that was called.
-    :return: as :func:`own`.
+    :return: as for :func:`own`.
     """
 
     def once() -> int:
@@ -141,15 +141,15 @@ def _replace(function: str, context: Context) -> int:
 
 
 def _tell(context: Context, left: process.Epoch) -> None:
-    """Tell that this process has a context in the place of one whose owner is, to it, another."""
+    """Log and record that this process has replaced a context that it did not own."""
     if left.noticed_by is process.SERVICE_LOST:
-        log.info("recovered", "process %(pid)d has a new context in place of one that ended with pcscd")
+        log.info("recovered", "process %(pid)d has a new context, which replaces one that ended with pcscd")
         observer.record("recovered")
         observer.established("established", context)
     else:
         log.info(
             "reestablished",
-            "process %(pid)d has a new context in place of %(former)s",
+            "process %(pid)d has a new context, which replaces %(former)s",
             owner_pid=left.pid,
             established_at=context.established_at,
             former=_former(left),
@@ -158,20 +158,20 @@ def _tell(context: Context, left: process.Epoch) -> None:
 
 
 def _former(owner: process.Epoch) -> str:
-    """Whose it was that is replaced."""
+    """What was replaced, in words."""
     if owner.noticed_by is process.HANDED_OVER:
         return f"the one that process {owner.pid} has handed over"
-    return "the one that its broker had" if owner.noticed_by is process.LOST else f"process {owner.pid}'s"
+    return "the one that ended with its broker" if owner.noticed_by is process.LOST else f"process {owner.pid}'s"
 
 
 def connect(
     card: Card, share_mode: Any, protocols: Any, initialization: Any, *, only_in: Optional[Session] = None
 ) -> Optional[tuple[int, int]]:
-    """Give a card of a context that is this process's own a connection of its own.
+    """Connect this process to a card, in a context that this process owns.
 
     It may wait for another process's transaction.
 
-    :param initialization: SCARD_LEAVE_CARD, or what to do to the card once it is connected.
+    :param initialization: SCARD_LEAVE_CARD, or what to do to the card after connecting.
     :param only_in: as for :func:`own`.
     :return: the code, and the protocol; None if another thread has connected.
     """
@@ -223,16 +223,16 @@ def _connect(card: Card, share_mode: Any, protocols: Any, only_in: Optional[Sess
 
 
 def _leads_to(wanted: Session, session: Session, before: _Look) -> bool:
-    """Whether a connection was made to the card as another process's session has it."""
+    """Whether a new connection leads to the same card session as another process's."""
     # In use: else nobody is connected, and pcscd was restarted since its owner has used it.
     is_same = before.in_use and before.events == wanted.events and session.pcscd == wanted.pcscd
     return is_same and wanted.goes_on()
 
 
 def new_session(context: Context, reader: str, share_mode: Any) -> Session:
-    """What others of the family are to see of a connection that this process is about to make.
+    """What other processes of the family can see of a connection that this process is about to make.
 
-    :param context: its own.
+    :param context: one that this process owns.
     """
     return _session(reader, share_mode, _look(context, reader, share_mode))
 
@@ -243,10 +243,10 @@ def _session(reader: str, share_mode: Any, before: _Look) -> Session:
 
 
 class _Look:
-    """What pcscd says of a reader before a connection is made.
+    """What pcscd says about a reader before a connection is made.
 
-    :ivar events: how often a card has come or gone.
-    :ivar in_use: somebody is connected.
+    :ivar events: how often a card was inserted or removed.
+    :ivar in_use: whether an application is connected.
     """
 
     def __init__(self, events: Optional[int] = None, in_use: bool = False) -> None:
@@ -269,12 +269,12 @@ def _look(context: Context, reader: str, share_mode: Any) -> _Look:
 
 
 def release_dead(owner: process.Epoch, real: Any, gateway: Gateway) -> bool:
-    """Free what is left in this process of a context that is another's.
+    """Free what is left in this process of a context that another process owns.
 
-    :param owner: whose it is.
-    :param real: what it was known by.
-    :param gateway: through which.
-    :return: whether this process's native library knows it no more.
+    :param owner: its owner.
+    :param real: its real handle.
+    :param gateway: its gateway.
+    :return: whether this process's native library has forgotten it.
     """
     if gateway is not gateways.native:
         through = gateways.brokers.as_broker(gateway)
@@ -285,7 +285,7 @@ def release_dead(owner: process.Epoch, real: Any, gateway: Gateway) -> bool:
 
 
 def _forget_released(context: Context) -> None:
-    """Forget the cards that nothing knows any more: neither the application nor the native library."""
+    """Forget the cards that neither the application nor the native library knows any more."""
     for card in list(context.cards.values()):
         if card.released:
             card.forget()
@@ -303,10 +303,10 @@ def settings_of(record: Record) -> Settings:
 def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] = None) -> Any:
     """A new context; see :class:`calls.Gateway`.
 
-    With ``recover`` one that can be used: where this process's native library has outgrown a restarted pcscd, it is a
-    broker's.  Arguments and errors as in :func:`gateway`.
+    With ``recover`` the context is usable: if this process's native library has seen a pcscd with more readers, the
+    context is in a broker.  Arguments and errors as in :func:`gateway`.
 
-    :raises LostError: the broker's has outgrown pcscd; the next one's has not.
+    :raises LostError: the native library of the broker has seen more readers, too; that of the next broker has not.
     """
     effective = settings() if context is None else settings_of(context)
     through = gateway(function, context)
@@ -328,12 +328,12 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
 
 
 def gateway(function: str, context: Optional[Context]) -> Gateway:
-    """Through which this process gets a new context.
+    """The gateway through which this process gets a new context.
 
     :param function: the PC/SC function that was called.
-    :param context: the one in whose place the new one is to be, if any.
+    :param context: the context that the new one replaces, if any.
     :raises ForkUnsafeError: there is none.
-    :raises BrokerError: it is a broker, and none can be started.
+    :raises BrokerError: it would be a broker, and none can be started.
     """
     way = _way(context)
     if way is Way.NATIVE:
@@ -356,7 +356,7 @@ def _native_works() -> bool:
 
 
 def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
-    """That there is no way to PC/SC in this process; arguments as in :func:`gateway`."""
+    """The error for a process that can't use PC/SC; arguments as in :func:`gateway`."""
     here = process.current()
     remedy = "use policy 'auto', which uses a broker here, or exec a new program"
     if here.unquiet is not None and here.unquiet.function == in_flight.IMPORTS:
@@ -377,5 +377,5 @@ def _why_not(here: process.Epoch) -> str:
     if here.unquiet is None:
         return f"it was forked, and on {policy.PLATFORM} PC/SC doesn't work in a forked process"
     who = here.unquiet
-    inside = f"thread {who.thread} had been inside {who.function} for {who.seconds:.1f} s"
+    inside = f"thread {who.thread} was inside {who.function} (for {who.seconds:.1f} s)"
     return f"it, or an ancestor, was forked while {inside}"

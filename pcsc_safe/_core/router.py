@@ -93,7 +93,7 @@ def _failed(function: str, record: Record, hresult: int) -> None:
 _ENDED = tuple(
     constant(f"SCARD_W_{name}") for name in ("RESET_CARD", "REMOVED_CARD", "UNPOWERED_CARD", "UNRESPONSIVE_CARD")
 )
-"""That the card is not as it was; what begins with SCardReconnect is another session."""
+"""The codes that say that the session has ended; SCardReconnect begins another session."""
 
 _REFUSED = tuple(constant(name) for name in ("SCARD_E_INVALID_VALUE", "SCARD_E_SHARING_VIOLATION"))
 _After = Callable[[Record, "tuple[Any, ...]", Any], Any]
@@ -109,7 +109,7 @@ _AFTER: dict[str, _After] = {
 
 
 _FOLLOWING: dict[str, Optional[_After]] = {name: observer.followed(name, _AFTER.get(name)) for name in CALLS}
-"""The same for each function, and what records it."""
+"""For each function, what is called after it, recording included."""
 
 
 # The way of a call.
@@ -119,7 +119,7 @@ _is_prepared = False
 
 
 def _prepare() -> None:
-    """Import what PC/SC takes, so that nothing need be imported in a child."""
+    """Import what PC/SC requires, so that a child need not import anything."""
     global _is_prepared
     if not handles.has_proxies():
         from . import proxies  # wrapt takes longer to import than all the rest, and a broker needs none
@@ -157,10 +157,10 @@ COMM_ERROR = constant("SCARD_F_COMM_ERROR")
 
 
 def _persistently(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
-    """What ``attempt`` answers, although a broker may be lost meanwhile.
+    """The result of ``attempt``, even if a broker ends meanwhile.
 
-    A call that was under way then may have been carried out, so it is not made again: it answers SCARD_F_COMM_ERROR,
-    as libpcsclite does when pcscd is lost.  Any other is made again, of a new broker.
+    A call that was in progress then may have been executed, so it is not repeated: it returns SCARD_F_COMM_ERROR, as
+    libpcsclite does when pcscd ends.  Any other call is repeated, in a new broker.
     """
     for _ in range(_ATTEMPTS):
         try:
@@ -183,7 +183,7 @@ _C_INFINITE = 0xFFFFFFFF  # winscard.h's; pyscard's is 0x7FFFFFFF
 
 
 def _routed(call: Call) -> Callable[..., Any]:
-    """The function that takes the application's call."""
+    """The function that the application calls."""
     special: dict[str, Callable[[Call], Callable[..., Any]]] = {
         "SCardEstablishContext": lambda call: _establish,
         "SCardGetStatusChange": _routed_wait,
@@ -200,7 +200,7 @@ def _routed(call: Call) -> Callable[..., Any]:
 
 
 def _caller(call: Call) -> _Native:
-    """What makes a call in this process's native library."""
+    """The function that makes a call in this process's native library."""
     return _connect if call.name == "SCardConnect" else gateways.native.caller(call)
 
 
@@ -216,7 +216,7 @@ def _connect(context: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def _keep_card(context: Context, arguments: tuple[Any, ...]) -> tuple[Callable[[int, Any, int], Any], Session]:
-    """What records a card, and what the family can see of it: from before the connection is made."""
+    """The function that records a card; the family can see its session from before the connection is made."""
     reader, share_mode, preferred = arguments
     session = reestablish.new_session(context, reader, share_mode)
     return lambda real, native, protocol: handles.register(
@@ -225,9 +225,9 @@ def _keep_card(context: Context, arguments: tuple[Any, ...]) -> tuple[Callable[[
 
 
 def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[..., Any]:
-    """In the owner: make the call, note the outcome; in as few steps as there are.
+    """In the owner: make the call and note the outcome, in as few steps as possible.
 
-    :param registry: where the records of the handles are that the function takes.
+    :param registry: the records of the handles that the function takes.
     :param make: makes the call in this process's native library.
     """
     after, discloses, is_bare = _FOLLOWING[call.name], call.discloses, call.failed is None
@@ -267,7 +267,7 @@ def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[
 def _through_broker(
     call: Call, route: Callable[..., Any], record: Record, handle: Any, arguments: tuple[Any, ...]
 ) -> Any:
-    """A call on what this process has in a broker."""
+    """A call on a handle that this process has in a broker."""
     name, real = call.name, record.real
     result = record.context.gateway.functions[name](real, *arguments)
     hresult = result if call.failed is None else result[0]
@@ -294,7 +294,7 @@ def _through_broker(
 
 
 def _routed_validity(call: Call) -> Callable[..., Any]:
-    """SCardIsValidContext: libpcsclite, too, looks at its own table only."""
+    """SCardIsValidContext: like libpcsclite, it only looks at its own table."""
     sentinel, contexts_by_handle, here_itself = process.sentinel, handles.contexts, gateways.native
 
     def route(handle: Any) -> Any:
@@ -327,7 +327,7 @@ def _routed_cancel(call: Call) -> Callable[..., Any]:
 
 
 def _routed_ending(call: Call) -> Callable[..., Any]:
-    """A call that may reset a card, or cut its power: its last argument says so."""
+    """A call that resets a card or powers it off if its last argument says so."""
     once = _routed_to(call, handles.cards, _caller(call))
 
     def route(handle: Any, *arguments: Any) -> Any:
@@ -388,7 +388,7 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
 
 
 def _owned(handle: Any) -> Optional[Context]:
-    """The context that ``handle`` stands for, if this process owns it, in its own native library."""
+    """The context that ``handle`` stands for, if this process owns it in its native library."""
     record = handles.find(Kind.CONTEXT, handle) if process.sentinel[0] else None
     if not isinstance(record, Context) or record.released or record.owner is not process.here:
         return None
@@ -396,7 +396,7 @@ def _owned(handle: Any) -> Optional[Context]:
 
 
 def _route_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
-    """For plain integers, what is no handle of ours, what was inherited, and what is reached through a broker."""
+    """For plain integers, handles that are not ours, inherited handles, and handles in a broker."""
     return _persistently(call, lambda: _routed_slowly(call, route, handle, arguments), arguments)
 
 
@@ -404,7 +404,7 @@ _NOBODYS = 1 << 40  # no handle of libpcsclite's has so many bits
 
 
 def _number_of(record: Record) -> int:
-    """What stands for a record where the library is to say that this is not what the call takes."""
+    """The number to pass for a record that is released or of the wrong kind, so that the library returns its error."""
     if record.context.gateway is not gateways.native or isinstance(record, Card):
         return int(record.real)
     # A thread may still be in the native library with a context that was released.
@@ -442,7 +442,7 @@ _announced: Optional[process.Epoch] = None
 
 
 def _notice() -> process.Epoch:
-    """The epoch of this process; says once how its beginning was noticed."""
+    """The epoch of this process; logs once which layer detected its beginning."""
     global _announced
     here = process.current()
     if here is not _announced:
@@ -451,7 +451,7 @@ def _notice() -> process.Epoch:
             observer.record("fork", parent=here.parent.pid)
             log.debug(
                 "fork",
-                "process %(pid)d was forked from process %(owner_pid)d, noticed by %(layer)s",
+                "process %(pid)d was forked from process %(owner_pid)d, detected by %(layer)s",
                 owner_pid=here.parent.pid,
                 layer=here.noticed_by,
             )
@@ -461,9 +461,9 @@ def _notice() -> process.Epoch:
 
 
 def _warn_of_unquiet(here: process.Epoch) -> None:
-    """Say what keeps a process from the native library, and what it does without."""
+    """Log why a process can't use the native library, and what it uses instead."""
     is_served = choose_way(settings(), forked=True, native_works=False) is Way.BROKER
-    without = "a broker makes its PC/SC calls" if is_served else "with policy 'auto' a broker makes its PC/SC calls"
+    without = "a broker makes its PC/SC calls" if is_served else "use policy 'auto', which uses a broker here"
     log.warning(
         "unquiet-fork",
         "process %(pid)d was forked while thread %(thread)s was inside %(function)s, and can't use the native PC/SC "
@@ -485,6 +485,6 @@ def _exported(name: str, value: Any) -> Any:
 
 
 public: dict[str, Any] = {name: _exported(name, value) for name, value in library.public.items()}
-"""Every public name of the installed ``smartcard.scard``; the functions that take or give a handle are ours."""
+"""Every public name of the installed ``smartcard.scard``; the functions that take or return a handle are ours."""
 
 when_changed(readiness.consider)

@@ -29,7 +29,7 @@ _CONNECTED, _IN_TRANSACTION, _GOING_ON = range(3)  # bytes of a session
 _LARGEST = 1 << 60
 
 is_on = True
-"""Whether this process tells others of its sessions; a broker has no children."""
+"""Whether other processes can see this process's sessions; a broker has no children."""
 
 _file: Optional[descriptors.Descriptor] = None
 _fcntl: Any = None
@@ -38,7 +38,7 @@ _going_on: dict[int, dict[Session, None]] = {}  # what this process has in other
 
 
 def prepare() -> None:
-    """Import and open what it takes, in the process that establishes the first context of its family."""
+    """Import and open what sessions require, in the process that establishes the first context of its family."""
     global _file, _fcntl, _layout
     if not process.FORKS or not is_on:
         return
@@ -62,7 +62,7 @@ class _LinuxLayout:
 
     @classmethod
     def kind(cls, packed: bytes) -> int:
-        """F_UNLCK, or the kind of a lock that is in the way."""
+        """F_UNLCK, or the kind of a conflicting lock."""
         return int(cls._FIELDS.unpack(packed)[0])
 
 
@@ -78,7 +78,7 @@ class _BsdLayout:
 
     @classmethod
     def kind(cls, packed: bytes) -> int:
-        """F_UNLCK, or the kind of a lock that is in the way."""
+        """F_UNLCK, or the kind of a conflicting lock."""
         return int(cls._FIELDS.unpack(packed)[3])
 
 
@@ -94,18 +94,18 @@ def _empty_file() -> int:
 
 
 def descriptor() -> Optional[int]:
-    """The number of the file's descriptor, without which sessions count as ended."""
+    """The number of the file's descriptor; if it is closed, sessions count as ended."""
     return _file.number if _file is not None and _file.is_intact() else None
 
 
 class Session:
     """A session with a card.
 
-    :ivar pcscd: its socket, where the environment names one: readers of several can have the same name.
-    :ivar events: how often a card had come or gone in the reader before it began; None if that is not known.
-    :ivar within: the session of another process that this one goes on in, if any.
-    :ivar is_shared: so only can other processes go on in it.
-    :ivar is_open: this process has it.
+    :ivar pcscd: the socket of its pcscd, if the environment names one: readers of two pcscds can have the same name.
+    :ivar events: how often a card was inserted or removed in the reader before it began; None if that is not known.
+    :ivar within: the session of another process that this one continues, if any.
+    :ivar is_shared: whether the card is connected shared; other processes can continue only a shared session.
+    :ivar is_open: whether this process has it.
     """
 
     __slots__ = ("_number", "events", "is_open", "is_shared", "pcscd", "within")
@@ -125,14 +125,14 @@ class Session:
             other._lock(_GOING_ON, for_all=True)
 
     def _lineage(self) -> Iterator[Session]:
-        """The sessions of other processes that this one goes on in."""
+        """The sessions of other processes that this session continues."""
         other = self.within
         while other is not None:
             yield other
             other = other.within
 
     def end(self) -> None:
-        """Note that this process no longer has it; in a process that never had it, nothing changes."""
+        """Note that this process no longer has it; does nothing in a process that never had it."""
         self.is_open = False
         self._unlock(_CONNECTED, _IN_TRANSACTION)
         for other in self._lineage():
@@ -141,14 +141,14 @@ class Session:
                 other._unlock(_GOING_ON)
 
     def taken_over(self, in_transaction: bool) -> Session:
-        """In a child that it was handed over to: this process's own."""
+        """In a child that it was handed over to: the session, as this process's own."""
         session = Session(shared=self.is_shared, events=self.events, within=self)
         if in_transaction:
             session.in_transaction(True)
         return session
 
     def in_transaction(self, is_in: bool) -> None:
-        """Note the beginning, or the end, of a transaction."""
+        """Note the beginning or the end of a transaction."""
         if is_in:
             self._lock(_IN_TRANSACTION)
         else:
@@ -159,11 +159,11 @@ class Session:
         return self._is_locked(_CONNECTED)
 
     def goes_on(self) -> bool:
-        """Whether another process has it, shared, and is in no transaction."""
+        """Whether another process has it, shared, and is not in a transaction."""
         return self.is_alive() and not self._is_locked(_IN_TRANSACTION)
 
     def has_others(self) -> bool:
-        """Whether another process has it as well: one in whose session it goes on, or one that goes on in either."""
+        """Whether another process also has it: the one whose session it continues, or one that continues either."""
         return self._is_locked(_GOING_ON) or any(
             other.is_alive() or other._is_locked(_GOING_ON) for other in self._lineage()
         )

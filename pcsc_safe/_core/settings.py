@@ -1,6 +1,6 @@
 """The settings that are in force: of this process, and of single contexts.
 
-They are plain values, replaced as a whole, and inherited over a fork like any other; a child may change its own.
+They are plain values that are replaced as a whole.  A child inherits them like any other value, and can change its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["gives_at_forks", "put_in_force", "settings", "when_changed"]
 
 _settings: Optional[Settings] = None
 for_contexts = False
-"""Whether any context has settings of its own."""
+"""Whether any context has its own settings."""
 
 
 def settings() -> Settings:
@@ -54,7 +54,7 @@ def _warn_of(unknown: Mapping[str, str]) -> None:
 
 
 def gives_at_forks() -> bool:
-    """Whether a child may get something of its parent's sessions; in as few steps as there are, for every fork asks."""
+    """Whether a child may get sessions of its parent; in as few steps as possible, because every fork asks."""
     if _settings is None:
         return False
     return _settings.owner is Owner.CHILD or _settings.policy is Policy.SHARE or for_contexts
@@ -64,7 +64,7 @@ _listeners: list[Callable[[Settings], None]] = []
 
 
 def when_changed(listener: Callable[[Settings], None]) -> None:
-    """Have a function called with the settings, now if there are any, and whenever they change."""
+    """Add a function that is called with the settings: now, if they are known, and at each change."""
     _listeners.append(listener)
     if _settings is not None:
         listener(_settings)

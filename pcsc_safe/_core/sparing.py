@@ -18,10 +18,10 @@ __all__ = ["disposition"]
 
 
 def disposition(function: str, card: Card, wanted: int) -> int:
-    """What is to happen to a card that this process is connected to.
+    """What a call should do to a card that this process is connected to.
 
     :param function: PC/SC's name of the call.
-    :param wanted: SCARD_*_CARD, of the application or by default.
+    :param wanted: SCARD_*_CARD, from the application or by default.
     """
     if wanted == LEAVE_CARD or not settings().spare_cards or not card.session.has_others():
         return int(wanted)
@@ -34,7 +34,7 @@ def disposition(function: str, card: Card, wanted: int) -> int:
         log.warning(
             "interference",
             "process %(pid)d resets or powers off the card in %(reader)s, which its parent or child uses too, because "
-            "its application calls %(function)s with that disposition: SCARD_LEAVE_CARD leaves the card alone",
+            "the application passes this disposition to %(function)s: pass SCARD_LEAVE_CARD to leave the card alone",
             function=function,
             reader=card.reader,
         )

@@ -32,20 +32,20 @@ __all__ = ["AGAIN", "Block", "are_intact", "begin", "blocks", "obstacle"]
 class Block(Protocol):
     """A ``with handover():`` block that a thread is in.
 
-    :ivar failure: why the fork in it gave nothing, and what to do.
+    :ivar failure: why the fork in it handed nothing over, and what to do.
     """
 
     failure: Optional[tuple[str, str]]
 
     def contexts(self) -> list[Context]:
-        """Those to hand over that this process owns."""
+        """The contexts to hand over that this process owns."""
 
     def happened(self) -> None:
-        """Note that there was a fork, and it handed over."""
+        """Note that a fork has handed over."""
 
 
 blocks: dict[int, tuple[Any, ...]] = {}
-"""The blocks that each thread is in; the innermost is the last."""
+"""The blocks that each thread is in, the innermost last."""
 
 
 def obstacle(context: Context) -> Optional[tuple[str, str]]:
@@ -53,16 +53,22 @@ def obstacle(context: Context) -> Optional[tuple[str, str]]:
     if context.gateway is not gateways.native:
         return None
     if not native_works_after_fork():
-        return "a forked process can't use PC/SC on this platform", "set broker='always' before it is established"
+        return (
+            "a forked process can't use PC/SC on this platform",
+            "set broker='always' before you establish the context",
+        )
     context.real.tidy()
     # Another thread may be releasing one that is surplus.
     if not any(are_intact(context) or sleep(_PAUSE) for _ in range(_LOOKS)):
-        return f"the context of {context.established_at} has no known connection to pcscd", "establish it again"
+        return (
+            f"the context of {context.established_at} has a connection to pcscd that is closed or unknown",
+            "establish the context again",
+        )
     return None
 
 
 def are_intact(context: Context) -> bool:
-    """Whether all its connections are known, and there."""
+    """Whether all its connections are known and open."""
     found = context.gateway.descriptors(context.real)
     return bool(found) and all(one is not None and one.is_intact() for one in found)
 
@@ -70,18 +76,18 @@ def are_intact(context: Context) -> bool:
 class Plan:
     """What a fork gives to its child.
 
-    What it takes is noted here first, so that it can be given back wherever a signal handler raises.
+    What it reserves is noted here first, so that it can be released wherever a signal handler raises.
 
-    :ivar blocks: that it is made for, if any.
+    :ivar blocks: the blocks that it is made for, if any.
     :ivar native: contexts that are handed over with their connections.
-    :ivar given: those of them that nobody in the parent can use, until it is known whether there is a child.
+    :ivar given: those of them that no thread of the parent can use, until it is known whether there is a child.
     :ivar in_broker: contexts that are handed over in a broker.
     :ivar shared: contexts that are shared.
-    :ivar inherited_connection: how the child reaches the latter two; None if there is none of them.
-    :ivar start_signal: a socket pair, over whose second end the child says that it has started; empty at first.
-    :ivar is_complete: the child that is forked now gets all this.
-    :ivar has_child: there is that child; None until the parent knows.
-    :ivar raised: by signal handlers meanwhile; it has to wait until all is settled.
+    :ivar inherited_connection: how the child reaches ``in_broker`` and ``shared``; None if both are empty.
+    :ivar start_signal: a socket pair; over its second end the child says that it has started.  Empty at first.
+    :ivar is_complete: whether the child that is forked now gets all this.
+    :ivar has_child: whether there is this child; None until the parent knows.
+    :ivar raised: the exceptions of signal handlers, which are raised again when all is settled.
     """
 
     def __init__(self, blocks: tuple[Block, ...]) -> None:
@@ -110,7 +116,7 @@ _has_begun = False
 
 
 def begin() -> None:
-    """Have forks give; a process that gives nothing doesn't pay for it at each fork."""
+    """Register this module's functions for forks; until then a fork costs nothing more."""
     global _has_begun
     if not _has_begun:
         _has_begun = True
@@ -141,7 +147,7 @@ def _plan_before_fork() -> None:
     except BaseException as error:
         ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
         if not plan.is_complete:
-            _failed(plan, str(error) if ours else "a signal handler raised")
+            _failed(plan, str(error) if ours else "a signal handler raised an exception")
         if not ours:  # the fork goes on
             plan.raised.append(error)
             _plans[ident] = plan
@@ -169,7 +175,7 @@ def _contexts_to_give(of_thread: tuple[Block, ...], owner: Owner) -> list[Contex
 def _complete(plan: Plan, ident: int) -> Optional[str]:
     """Choose what the child gets, and reserve it.
 
-    :return: None, or why the child gets nothing although it should.
+    :return: None, or the reason why the child does not get what it should get.
     """
     _choose(plan)
     if not plan.handed_over() and not plan.shared:
@@ -204,7 +210,7 @@ def _choose(plan: Plan) -> None:
 
 
 def _cannot_begin(plan: Plan) -> Optional[str]:
-    """Why nothing can be handed over now; None if it can."""
+    """Why nothing can be handed over now; None if nothing prevents it."""
     for context in plan.handed_over():  # one that is younger than the block
         why_not = obstacle(context)
         if why_not:
@@ -233,7 +239,7 @@ def _reserve(plan: Plan) -> Optional[str]:
 
 
 def _keep_threads_out(context: Context, plan: Plan) -> bool:
-    """Keep the threads of this process out of a context; False if another one's fork has done so."""
+    """Keep the threads of this process out of a context; False if another thread's fork has done so."""
     deadline = monotonic() + _GIVEN_WITHIN
     while not context.real.give(plan):
         if monotonic() > deadline:
@@ -243,7 +249,7 @@ def _keep_threads_out(context: Context, plan: Plan) -> bool:
 
 
 def _connections(contexts: list[Context]) -> list[Optional[descriptors.Descriptor]]:
-    """Those to pcscd of contexts that this process reaches natively."""
+    """The connections to pcscd of contexts in this process's native library."""
     return [descriptor for context in contexts for descriptor in context.gateway.descriptors(context.real)]
 
 
@@ -273,7 +279,7 @@ def _settle_in_parent() -> None:
 def _settle_once(plan: Plan) -> None:
     """In the parent: give up what the child has now; or keep it, if there is no child.
 
-    Again from the beginning, if a signal handler has raised in the middle.
+    If a signal handler raises during this function, it is called again from the beginning.
     """
     descriptors.kept.pop(threading.get_ident(), None)
     if plan.has_child is None:
@@ -301,7 +307,7 @@ def _settle_once(plan: Plan) -> None:
 
 
 def _child_has_started(plan: Plan) -> bool:
-    """Whether there is a child: it has said so, or has its end of the socket pair still."""
+    """Whether there is a child: it has said so, or still has its end of the socket pair."""
     if not plan.is_complete:
         return False
     ours, *theirs = plan.start_signal
@@ -316,7 +322,7 @@ def _child_has_started(plan: Plan) -> bool:
 
 
 def _make_owner(context: Context, owner: process.Epoch) -> None:
-    """Make a context somebody else's, and its cards: those that have the same owner, for others are an ancestor's."""
+    """Change the owner of a context and its cards, except for cards of another owner, which are an ancestor's."""
     before = context.owner
     for card in list(context.cards.values()):
         if card.owner is before:
@@ -325,7 +331,7 @@ def _make_owner(context: Context, owner: process.Epoch) -> None:
 
 
 def _confirm_in_child() -> None:
-    """In the child's hook: say that there is a child, and take over the connection to the broker."""
+    """In the child's hook: tell the parent that there is a child, and take over the connection to the broker."""
     global _received
     plan, plans = _plans.get(threading.get_ident()), list(_plans.values())
     _plans.clear()
@@ -352,7 +358,7 @@ def _confirm_in_child() -> None:
 
 
 def _take_possession(epoch: process.Epoch) -> None:
-    """In the child, when its epoch begins: be the owner."""
+    """In the child, when its epoch begins: become the owner."""
     global _received
     received, _received = _received, None
     _plans.clear()

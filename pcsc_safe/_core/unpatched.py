@@ -41,7 +41,7 @@ get_ident = _thread.get_ident
 get_native_id = _thread.get_native_id
 start_new_thread = _thread.start_new_thread
 count_threads = _thread._count
-"""How many threads Python has started that have not ended, without the main one."""
+"""How many threads that Python has started are running, without the main thread."""
 
 sleep = _time.sleep
 monotonic = _time.monotonic

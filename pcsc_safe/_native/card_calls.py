@@ -27,10 +27,10 @@ __all__ = ["card_call"]
 
 
 def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
-    """What makes a call on a card that this process owns.
+    """The function that makes a call on a card that this process owns.
 
     :param function: PC/SC's name.
-    :return: takes the card's record and the arguments behind the handle; returns pyscard's result, or :data:`STALE`.
+    :return: takes the card's record and the arguments after the handle; returns pyscard's result, or :data:`STALE`.
     """
     native, sentinel, closers = raw[function], process.sentinel, in_flight.closers
     unbinds = function == "SCardDisconnect"

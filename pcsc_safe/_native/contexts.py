@@ -50,13 +50,12 @@ doomed: list[NativeContext] = []  # to be released, as soon as nobody is in them
 
 
 class NativeContexts:
-    """Those behind one PC/SC context.
+    """The native contexts behind one PC/SC context.
 
     :ivar scope: SCARD_SCOPE_*.
-    :ivar owner: the process in which more can be established; None from when they are given to a child that is being
-        forked.
-    :ivar natives: they.
-    :ivar waits: the waits for events on the PC/SC context, as their callers see them.
+    :ivar owner: the process in which more can be established; None once they are given to a child that is being forked.
+    :ivar natives: the native contexts.
+    :ivar waits: the waits for events on the PC/SC context, each over all its native calls.
     """
 
     __slots__ = ("_given_by", "natives", "owner", "released", "scope", "waits")
@@ -72,7 +71,7 @@ class NativeContexts:
     # Calls.
 
     def call(self, owned: Owned, function: str, *arguments: Any) -> Any:
-        """A call on the PC/SC context itself; one that doesn't last.
+        """Make a short call on the PC/SC context itself.
 
         :param owned: the PC/SC context.
         :return: pyscard's result, or :data:`STALE`.
@@ -83,7 +82,7 @@ class NativeContexts:
     def wait(self, owned: Owned, wait: Any, timeout: int, states: Any) -> Any:
         """SCardGetStatusChange, on a native context without a card.
 
-        :param wait: of which it is a part.
+        :param wait: the wait that this native call is part of.
         :return: pyscard's result, or :data:`STALE`.
         """
         native = raw[_WAIT]
@@ -99,8 +98,8 @@ class NativeContexts:
         """SCardConnect.
 
         :param arguments: reader, share mode, protocols.
-        :param keep: records a new card; called with its native handle, where it lives, and its protocol.
-        :return: pyscard's result, with what ``keep`` returned in the place of the card; or :data:`STALE`.
+        :param keep: records a new card; called with its native handle, its native context, and its protocol.
+        :return: pyscard's result, with what ``keep`` returned instead of the card; or :data:`STALE`.
         """
         native, connected, lives = raw["SCardConnect"], list[Any](), list[NativeContext]()
         operands = [(argument,) for argument in arguments]
@@ -128,7 +127,7 @@ class NativeContexts:
             self._connected(connected, lives)
 
     def _connected(self, connected: list[Any], lives: list[NativeContext]) -> None:
-        """The end of SCardConnect; a connection that a signal handler kept from being recorded is undone."""
+        """The end of SCardConnect; disconnects a card that was not recorded because a signal handler raised."""
         for context in lives:
             if connected and connected[0][0] == SUCCESS:
                 handle = connected[0][1]
@@ -140,7 +139,7 @@ class NativeContexts:
                 self.tidy()
 
     def cancel(self, owned: Owned, thread: Optional[int] = None) -> Any:
-        """SCardCancel: ends every wait for events on the PC/SC context, also one that is between two native calls.
+        """SCardCancel: ends every wait for events on the PC/SC context, even one that is between two native calls.
 
         :param thread: only the waits of this thread.
         :return: pyscard's result.
@@ -154,13 +153,13 @@ class NativeContexts:
         return cancel_natively(owned, next(iter(self.natives)).handle)
 
     def has_spare(self, owned: Owned, context: NativeContext, may_pass: bool) -> bool:
-        """Whether there is another native context than this one that no wait has, after establishing it if need be."""
+        """Whether there is another native context without a wait; establishes one if necessary."""
         return self._spare(owned, context, may_pass) == SUCCESS
 
     def _spare(self, owned: Owned, context: NativeContext, may_pass: bool) -> int:
-        """See that there is another native context than this one that no wait has.
+        """Ensure that there is another native context without a wait.
 
-        :return: SCARD_S_SUCCESS, or why there is none.
+        :return: SCARD_S_SUCCESS, or the code of the failure.
         """
         others = [
             other for other in self.settled() if other is not context and not any(c[3] for c in list(other.calls))
@@ -191,9 +190,9 @@ class NativeContexts:
         bare: bool = False,
         lasts: bool = False,
     ) -> Any:
-        """Make a call on any native context that is free, or on a new one.
+        """Make a call on any free native context, or on a new one.
 
-        :param lasts: signal handlers are to run while it does.
+        :param lasts: signal handlers must be able to run during the call.
         """
         may_pass, refused = False, SUCCESS
         avoided: list[NativeContext] = []
@@ -222,7 +221,7 @@ class NativeContexts:
         return STALE
 
     def _wait_for_one(self) -> bool:
-        """Wait until a native context may be free, where pcscd refuses another one; False if none will be."""
+        """If pcscd refuses another native context: wait until one may be free; False if none will be."""
         # A call ends by itself, and so does a wait for events where a card lives (_SHORT).
         usable = [one for one in self.settled() if one.cards or not any(call[3] for call in list(one.calls))]
         if usable:
@@ -238,7 +237,7 @@ class NativeContexts:
         avoided: list[NativeContext],
         may_pass: bool,
     ) -> Any:
-        """The result of a call; _ASK_ANOTHER where this native context's answer may be nonsense."""
+        """The result of a call; _ASK_ANOTHER if the result of this native context may be wrong."""
         if function not in _ASKING or result[0] not in _DOUBTFUL or len(avoided) == _MOST_AVOIDED:
             return result
         refused = self._avoid(owned, context, may_pass)
@@ -251,20 +250,20 @@ class NativeContexts:
         return [refused, *result[1:]] if refused == NO_SERVICE else result
 
     def is_behind(self, owned: Any) -> bool:
-        """Whether these are still what is behind the PC/SC context, in this process."""
+        """Whether these are still the native contexts of the PC/SC context in this process."""
         return not owned.released and owned.owner is process.current() and owned.real is self
 
     def _are_left(self, owned: Any) -> bool:
-        """Whether this process has released the PC/SC context, or has others behind it, perhaps of another pcscd."""
+        """Whether the PC/SC context is released, or has other native contexts now, perhaps of another pcscd."""
         return owned.owner is process.current() and not self.is_behind(owned)
 
     def _avoid(self, owned: Owned, context: NativeContext, may_pass: bool) -> int:
-        """Give a native context up whose conversation with pcscd may be out of step.
+        """Stop using a native context that may have misread a message of pcscd.
 
-        pcsc-lite 2.5 reads an event that comes at the wrong moment as the size of its array of readers; the answer is
-        then one that these calls can't have, or that there is no such reader.
+        pcsc-lite 2.5 reads an event that comes at the wrong moment as the size of its array of readers.  The call then
+        returns a code that it can't otherwise return, or that there is no such reader.
 
-        :return: SCARD_S_SUCCESS if there is another one to ask, or why there is none.
+        :return: SCARD_S_SUCCESS if there is another native context to use, or the code of the failure.
         """
         hresult = self._spare(owned, context, may_pass)
         if hresult != SUCCESS:
@@ -275,7 +274,7 @@ class NativeContexts:
         return SUCCESS
 
     def _used(self, context: NativeContext) -> None:
-        """After a call: release what is of no more use."""
+        """After a call: release what is no longer needed."""
         if context.state == WOKEN:
             self._release(context)
         if len(self.natives) > 1:
@@ -284,9 +283,9 @@ class NativeContexts:
             sweep()
 
     def tidy(self) -> None:
-        """Release the native contexts that are idle, without a card, and surplus: all of them but one.
+        """Release all native contexts but one that are idle and without a card.
 
-        One whose connection could be told is kept rather than another: it can be handed over.
+        If possible, the one that is kept has a known connection, so that it can be handed over.
         """
         idle = [context for context in list(self.natives) if context.handle and not context.cards and not context.calls]
         woken = [context for context in idle if context.state == WOKEN]
@@ -316,7 +315,7 @@ class NativeContexts:
     # The life of a PC/SC context.
 
     def establish(self, owned: Owned, *, may_pass: bool = False) -> int:
-        """SCardEstablishContext: one native context more.
+        """SCardEstablishContext: add one native context.
 
         :return: pyscard's result.
         """
@@ -340,7 +339,7 @@ class NativeContexts:
         return SUCCESS
 
     def _establish_one(self, owned: Owned, may_pass: bool, *, thoroughly: bool) -> Optional[NativeContext]:
-        """A native context, or why there is none; None if what it is for is no more this process's."""
+        """A native context, or the code of the failure; None if this process no longer owns what it is for."""
         while owned.owner is process.current() and self.owner is process.current():
             context = NativeContext()
             before, after = context.traces.operations(thoroughly)
@@ -376,7 +375,7 @@ class NativeContexts:
             )
 
     def release(self, owned: Owned, forget: Callable[[], None]) -> int:
-        """SCardReleaseContext: end the waits, and release every native context; one that is busy, when it is free.
+        """SCardReleaseContext: end the waits, and release every native context; a busy one when it is free.
 
         :param forget: forgets the PC/SC context.
         :return: pyscard's result.
@@ -401,13 +400,13 @@ class NativeContexts:
         return int(results[0]) if results else SUCCESS
 
     def cut_off(self) -> None:
-        """End calls that last, as the death of the process would; waits for events are for SCardCancel to end."""
+        """End long calls, as the death of the process would; SCardCancel ends waits for events."""
         for context in self.settled():
             if not any(call[3] for call in list(context.calls)):
                 connections.shut_down(context.descriptor, at_once=True)
 
     def abandon(self) -> None:
-        """Release what a thread has established here that didn't know yet that others have taken its place."""
+        """Release native contexts that a thread has established here after this object was replaced."""
         ours = [context for context in list(self.natives) if context.is_ours()]
         for context in ours:
             context.settle()
@@ -419,21 +418,21 @@ class NativeContexts:
             sweep()
 
     def settled(self) -> list[NativeContext]:
-        """Those that are in use or can be."""
+        """The native contexts that are in use or can be used."""
         for context in list(self.natives):
             if not context.handle:
                 context.settle()
         return [context for context in list(self.natives) if context.handle and context.state in (OPEN, GIVEN)]
 
     def descriptors(self) -> list[Optional[Descriptor]]:
-        """Their connections to pcscd; None for one that could not be told."""
+        """Their connections to pcscd; None for one that is not known."""
         return [context.descriptor for context in self.settled()]
 
     def give(self, by: object) -> bool:
-        """Keep everybody out, while a child is being forked that is to have them.
+        """Keep all threads out, while the child that gets them is being forked.
 
         :param by: who does so.
-        :return: False if somebody else has done so.
+        :return: False if another thread has done so.
         """
         if self.owner is None:
             return self._given_by is by
@@ -442,12 +441,12 @@ class NativeContexts:
         return True
 
     def give_latest(self) -> None:
-        """The same for those that were being established meanwhile, when nobody is inside any more."""
+        """The same for those that were established meanwhile; called when no thread is inside any more."""
         for context in self.settled():
             context.state = GIVEN
 
     def take_back(self, by: object) -> None:
-        """Let everybody in again, if this one has kept them out: there is no child."""
+        """There is no child: let threads in again, if ``by`` has kept them out."""
         if self._given_by is not by:
             return
         self.owner = process.current()
@@ -455,7 +454,7 @@ class NativeContexts:
             context.state = OPEN
 
     def take_over(self, here: process.Epoch) -> None:
-        """In a child: what was handed over is this process's."""
+        """In a child: make this process the owner of what was handed over."""
         self.owner = here
         self.natives = dict.fromkeys(self.settled())
         self.waits.clear()
@@ -467,12 +466,12 @@ class NativeContexts:
                 descriptors.guard(context.descriptor)
 
     def release_dead(self) -> bool:
-        """Free what libpcsclite keeps for what was inherited, and the descriptors.
+        """Free libpcsclite's memory for inherited contexts, and their descriptors.
 
-        Without this a chain of forks would gather dead descriptors.  libpcsclite closes the number it knows, so it may
-        only be asked while the dead socket is there.
+        Without this, a chain of forks would accumulate dead descriptors.  libpcsclite closes the number that it knows,
+        so it may be called only while the dead socket has that number.
 
-        :return: whether libpcsclite has forgotten all of it.
+        :return: whether libpcsclite has forgotten all of them.
         """
         self.abandon()
         natives = [context for context in self.natives if context.handle and context.state != RELEASED]
@@ -488,16 +487,16 @@ class NativeContexts:
 
 
 def behind(context: Any) -> NativeContexts:
-    """Those behind a PC/SC context; with none in them, if another thread has just re-established it through a broker.
+    """The native contexts behind a PC/SC context; empty if another thread has just re-established it in a broker.
 
-    A call on them is :data:`STALE` then.
+    A call on empty ones returns :data:`STALE`.
     """
     real = context.real
     return real if isinstance(real, NativeContexts) else NativeContexts(context.scope)
 
 
 def sweep() -> None:
-    """Release the native contexts that are of no more use, and that nobody is in any more."""
+    """Release the native contexts that are no longer needed, and that no thread is in."""
     for context in list(doomed):
         if context.state != RELEASED:
             NativeContexts(None)._release(context, bare=not context.released)

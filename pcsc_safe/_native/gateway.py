@@ -21,7 +21,7 @@ __all__ = ["functions", "gateway"]
 
 
 def _silenced(call: Call, native: Callable[..., Any]) -> Callable[..., Any]:
-    """``native``, but a failed call answers nothing that pyscard did not get from PC/SC (hazard 11)."""
+    """``native``, but a failed call returns only what pyscard got from PC/SC (hazard 11)."""
 
     def silenced(*arguments: Any) -> Any:
         result = native(*arguments)
@@ -33,7 +33,7 @@ def _silenced(call: Call, native: Callable[..., Any]) -> Callable[..., Any]:
 functions: dict[str, Callable[..., Any]] = {
     name: _silenced(CALLS[name], native) if CALLS[name].discloses else native for name, native in raw.items()
 }
-"""The functions of the native gateway: those of pyscard, but for what a failed call discloses."""
+"""The functions of the native gateway: those of pyscard, except that a failed call discloses no memory."""
 
 
 class _Newcomer:
@@ -64,20 +64,20 @@ def _cancel(context: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 class _Native:
-    """The gateway that is this process's own native library."""
+    """The gateway to the native library in this process."""
 
     functions: Mapping[str, Callable[..., Any]] = functions
 
     def is_loaded(self) -> bool:
-        """Whether there is a native library in this process at all."""
+        """Whether the native library is loaded in this process."""
         return pyscard.is_loaded()
 
     def prepare(self) -> None:
-        """Import what it takes, so that nothing need be imported in a child."""
+        """Import what it requires, so that a child need not import anything."""
         connections.prepare()
 
     def caller(self, call: Call) -> Callable[[Any, tuple[Any, ...]], Any]:
-        """What makes a call on a record; see :class:`pcsc_safe._core.gateways.NativeGateway`."""
+        """The function that makes a call on a record; see :class:`pcsc_safe._core.gateways.NativeGateway`."""
         if call.takes is Kind.CARD:
             return card_call(call.name)
         special = {"SCardReleaseContext": _release, "SCardCancel": _cancel}
@@ -109,9 +109,9 @@ class _Native:
                 contexts.release(newcomer, lambda: setattr(newcomer, "released", True))
 
     def leave(self, real: Any) -> None:
-        """Something else is behind the PC/SC context now; threads may not have known it when they used this.
+        """Note that something has replaced ``real`` in a PC/SC context, perhaps while threads were using it.
 
-        :param real: native contexts, or a number of a broker's, for which nothing is to be done.
+        :param real: native contexts; or a handle of a broker, for which nothing needs to be done.
         """
         if isinstance(real, NativeContexts):
             real.abandon()
@@ -121,7 +121,7 @@ class _Native:
         return behind(context).connect(context, arguments, keep)
 
     def descriptors(self, real: Any) -> Sequence[Optional[Descriptor]]:
-        """Those of its native contexts; see :class:`calls.Gateway`."""
+        """The connections of its native contexts; see :class:`calls.Gateway`."""
         contexts: NativeContexts = real
         return contexts.descriptors()
 

@@ -1,14 +1,15 @@
 """A wait for events in the main thread, during which signal handlers run.
 
-Python runs signal handlers in its main thread, between two steps of Python, and so only after a C function has
-returned; a wait for events can last for hours.  So if the main thread waits, another thread makes the native call, and
-the main thread waits for that thread, by a lock.  There a handler runs as soon as the signal arrives.  It may do
-everything, because the main thread is inside nothing of ours.  If the handler raises, the native call is ended.
+Python runs signal handlers in its main thread, between two steps of Python, and therefore only after a C function has
+returned.  A wait for events can last for hours.  So if the main thread waits, another thread makes the native call, and
+the main thread waits for a lock that this thread releases.  During that wait a handler runs as soon as the signal
+arrives.  It may do anything, because the main thread is not inside the native library.  If the handler raises, the
+native call is ended.
 
 The other thread runs no code of the application and receives no signal.  It has ended when the wait returns.
 
-At a fork it is a thread in a wait like any other.  A child that a handler forks doesn't have it: the hook releases the
-lock, and the child continues as with any call on an inherited object.
+At a fork it is a thread in a wait like any other.  A child that a handler forks doesn't have this thread: the hook
+releases the lock, and the child continues as with any call on an inherited object.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _LINUX = sys.platform.startswith("linux")
 
 
 def is_wanted(timeout: int) -> bool:
-    """Whether handlers would have to wait for a wait of this thread.
+    """Whether a wait of this thread would delay signal handlers.
 
     :param timeout: in ms.
     """
@@ -56,7 +57,7 @@ def attempt(
 ) -> list[Any]:
     """:func:`in_flight.attempt`, made by another thread.
 
-    :return: the same; empty also in a child that was forked meanwhile.
+    :return: the same; also empty in a child that was forked meanwhile.
     """
     if place.calls or (in_flight.closers and not may_pass):
         return []  # without a thread for it
@@ -96,7 +97,7 @@ class _OtherThread:
         self._native_id = 0
 
     def start(self) -> bool:
-        """Begin; False if there is no thread to be had: the limit is reached, or the interpreter ends."""
+        """Start; False if no thread can be started: the limit is reached, or the interpreter ends."""
         start = map(start_new_thread, (self._run,), ((),))
         try:
             self._started.extend(start)
@@ -129,14 +130,14 @@ class _OtherThread:
         return self._returned.pop() if self._returned else []
 
     def _see_off(self) -> None:
-        """Wait until the system has no such thread any more: since Python 3.12 a fork warns of several."""
+        """Wait until the system has removed the thread: since Python 3.12 a fork warns about several threads."""
         for _ in range(_MOMENTS):
             if not os.path.exists(f"/proc/self/task/{self._native_id}"):
                 break
             sleep(_MOMENT)
 
     def join(self, seconds: float) -> None:
-        """Wait until it is over, if it was begun."""
+        """Wait until it has ended, if it was started."""
         if self._started and not self._is_over:
             self.done.acquire(True, seconds)
 
@@ -146,7 +147,7 @@ _NOT_ITS_OWN = set(_signal.valid_signals()) - {getattr(_signal, name, 0) for nam
 
 
 def _end(place: NativeContext, wait: Any) -> None:
-    """End the native call of a wait, if it has begun; from now on it doesn't begin."""
+    """End the native call of a wait, or keep it from beginning."""
     wait.cancelled = True
     pause = _WAKE_AGAIN
     while is_at(wait, place):

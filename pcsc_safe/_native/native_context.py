@@ -1,7 +1,7 @@
 """One context of libpcsclite, with its connection to pcscd.
 
-The step of C in which libpcsclite makes it also enters it in the lists that know it.  A wait for events inside it ends
-when its connection is shut down, at every moment; SCardCancel can't end it at every moment.
+The step of C in which libpcsclite makes it also enters it in the lists that know it.  Shutting its connection down ends
+a wait for events in it at any moment; SCardCancel can't do that at any moment.
 
 Invariant: the process that established it, or to which it was handed over, is its ``owner``, and alone may release it.
 At a fork it stays the parent's.
@@ -29,7 +29,7 @@ _UNTIL_GIVEN = 0.001  # s
 
 
 class _Establishing(Place):
-    """Where native contexts are established: one at a time, so that the descriptor of each can be told."""
+    """Where native contexts are established: one at a time, so that the descriptor of each can be identified."""
 
 
 establishing = _Establishing()
@@ -37,15 +37,15 @@ in_flight.places[establishing] = establishing.calls
 
 
 class NativeContext(Place):
-    """A context of libpcsclite's.
+    """A context of libpcsclite.
 
-    :ivar owner: the process that established it, or that it was handed over to; that alone may release it.
-    :ivar released: the PC/SC context is; what lives here is nobody's any more.
-    :ivar handle: libpcsclite's; 0 until it is known.
-    :ivar descriptor: its connection to pcscd, if it could be told.
-    :ivar woken: when its end was asked for first, by ``monotonic()``.
+    :ivar owner: the process that established it, or that it was handed over to; only this process may release it.
+    :ivar released: whether the PC/SC context is released; then no one owns what lives here.
+    :ivar handle: libpcsclite's handle; 0 until it is known.
+    :ivar descriptor: its connection to pcscd, if it is known.
+    :ivar woken: when its end was first requested, by ``monotonic()``.
     :ivar wakers: one key for each thread that is ending a wait there.
-    :ivar cards: the native handles of the cards that live there, and an empty list for each SCardConnect that goes on.
+    :ivar cards: the native handles of its cards, and an empty list for each SCardConnect in progress.
     """
 
     __slots__ = ("descriptor", "established", "handle", "owner", "released", "traces", "wakers", "woken")
@@ -62,11 +62,11 @@ class NativeContext(Place):
         self.traces = connections.Traces()
 
     def if_established(self) -> Iterator[tuple[NativeContext, Any]]:
-        """An entry for a table, if pcscd hasn't refused it when the iterator is asked."""
+        """An entry for a table, if pcscd has not refused it by the time the iterator is used."""
         return compress([(self, self.calls)], map(not_, map(itemgetter(0), self.established)))
 
     def settle(self) -> None:
-        """Note what libpcsclite has made; whoever comes first does it, and a second time changes nothing."""
+        """Note what libpcsclite has made; any thread may do it, and a second time changes nothing."""
         if not self.handle and self.established and self.established[0][0] == SUCCESS:
             descriptor = self.traces.connection()
             if descriptor is not None and self.is_ours():
@@ -78,14 +78,14 @@ class NativeContext(Place):
         in_flight.unsettled.pop(self, None)
 
     def is_ours(self) -> bool:
-        """Whether it is this process's; not so in a child, nor if a finalizer has forked while it was established."""
+        """Whether this process owns it: not in a child, and not if a finalizer forked while it was established."""
         return self.owner is process.current()
 
     def wake(self, wait: Any, *, may_pass: bool = False) -> None:
-        """End the native call of a wait for events that is here; or if it isn't here, do nothing.
+        """End the native call of a wait for events that is here; if there is none, do nothing.
 
-        To shut the connection down ends it at every moment, as SCardCancel doesn't.  It ends the native context, too,
-        so there has to be another one: a process may have lost the right to connect to pcscd since.
+        Shutting the connection down ends it at any moment, which SCardCancel doesn't.  This also ends the native
+        context, so there must be another one: the process may since have lost the right to connect to pcscd.
         """
         is_known = self.descriptor is not None and self.descriptor.is_intact()
         if is_known and self.state == OPEN and not wait.has_spare(self, may_pass):
@@ -117,7 +117,7 @@ class NativeContext(Place):
 
 
 def cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
-    """SCardCancel, which has a connection to pcscd of its own, for a moment."""
+    """SCardCancel, which uses a separate connection to pcscd for a moment."""
     answer: list[Any] = []
     call = (answer.extend, map(raw["SCardCancel"], (handle,)))
     while not attempt(establishing, owned, "SCardCancel", connections.OPENS_ANOTHER, call, may_pass=may_pass):
@@ -128,7 +128,7 @@ def cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
 
 
 def wait_until_given(given: Sequence[NativeContext]) -> None:
-    """Wait for what another thread's fork decides; the thread that forks itself, in a handler, goes on using them."""
+    """Wait a moment for another thread's fork to decide; if this thread itself forks, in a handler, use them again."""
     if get_ident() not in in_flight.closers:
         sleep(_UNTIL_GIVEN)
         return

@@ -24,12 +24,12 @@ _loaded: list[Any] = []
 
 
 def is_loaded() -> bool:
-    """Whether the functions are those of the native library in this process."""
+    """Whether the functions are those of this process's native library."""
     return bool(_loaded)
 
 
 def load() -> None:
-    """Import pyscard, and say what it has."""
+    """Import pyscard, and describe it in :mod:`library`."""
     import smartcard.scard as scard  # while pyscard is being imported, a retrofit may ask: it has no attribute yet
     from smartcard.scard import _scard
 
@@ -47,9 +47,9 @@ def load() -> None:
 
 
 def stand_in(functions: Mapping[str, Callable[..., Any]], told: Mapping[str, Any]) -> None:
-    """Leave pyscard alone: another process has one.
+    """Use another process's pyscard, and import none here.
 
-    :param functions: what reaches it.
+    :param functions: the functions that reach it.
     :param told: its :func:`library.catalogue`.
     """
     library.describe(told, functions)

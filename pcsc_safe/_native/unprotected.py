@@ -1,8 +1,8 @@
-"""What pyscard's own classes have open in a program that uses :mod:`pcsc_safe.scard`, and has not called ``install()``.
+"""What pyscard's classes have open in a program that uses :mod:`pcsc_safe.scard` and has not called ``install()``.
 
-In such a program its own calls are protected, and its connections, requests and monitors are not.  The first fork with
-one of these open logs a warning in the parent.  This imports and replaces nothing, and costs a fork little: each object
-refers to its class, so the objects are only counted if the number of references to the class has changed.
+pcsc_safe protects the calls of such a program, but not pyscard's connections, requests and monitors.  The first fork
+with one of these open logs a warning in the parent.  This module imports and replaces nothing, and costs a fork little:
+each object refers to its class, so the objects are counted only if the number of references to the class has changed.
 
 At a fork a child inherits whether the warning was logged.
 """
@@ -31,7 +31,7 @@ _count_of_modules = 0
 
 
 def opened() -> list[str]:
-    """What has a context that is pyscard's own: the class, and the reader if there is one."""
+    """The objects of pyscard that have their own context: the class of each, and the reader if there is one."""
     classes = tuple(_classes())
     found = [each for each in gc.get_objects() if issubclass(type(each), classes)]
     told = [_described(each) for each in found if _has_context(each)]
@@ -75,7 +75,7 @@ def _before_fork() -> None:
 
 
 def _signs() -> int:
-    """Another number, if there is more or less than there was of what refers to the classes."""
+    """A number that changes when the number of references to the classes changes."""
     references = sum(map(getrefcount, _watched))  # a derived class refers to its base, so that it is noticed, too
     return references + _has_context(_singleton()) if _SINGLETON[0] in modules else references
 

@@ -1,8 +1,8 @@
 """SCardGetStatusChange: a wait for events, as its caller sees it.
 
 A wait has a native context to itself.  A fork ends the native call.  The wait continues in the parent, on another
-native context and with the time that was left, and its caller sees no difference: what happened between the two is
-reported as if the wait had seen it.  SCardCancel ends the whole wait, once.
+native context and with the rest of its timeout, and its caller sees no difference: an event between the two native
+calls is reported as if the wait had seen it.  SCardCancel ends the whole wait, once.
 
 A child has none of its parent's waits.
 """
@@ -28,9 +28,9 @@ _STATE = 0xFFFF  # the lower half of a reader's state; the upper one counts its 
 class Wait:
     """One SCardGetStatusChange, over all its native calls.
 
-    :ivar thread: that of its caller.
-    :ivar cancelled: the application called SCardCancel, or released the context.
-    :ivar was_ended: its native call was ended before its time, by a fork.
+    :ivar thread: the caller's thread.
+    :ivar cancelled: whether the application called SCardCancel, or released the context.
+    :ivar was_ended: whether a fork ended its native call early.
     """
 
     def __init__(self, context: Any, contexts: NativeContexts, timeout: int, states: Any) -> None:
@@ -45,7 +45,7 @@ class Wait:
 
     @property
     def owner(self) -> Any:
-        """Whose it is; a native SCardCancel for this wait is made on the context's behalf."""
+        """The owner of the context; a native SCardCancel for this wait is made for the context."""
         return self._context.owner
 
     @property
@@ -54,19 +54,19 @@ class Wait:
         return self._context.released
 
     def has_spare(self, native: Any, may_pass: bool) -> bool:
-        """Whether there is a native context to go on with when this one is ended."""
+        """Whether there is another native context on which the wait can continue."""
         if not self._contexts.is_behind(self._context):
             return True  # it goes on elsewhere, if at all
         return self._contexts.has_spare(self._context, native, may_pass)
 
     def begin(self) -> None:
-        """Note the readers, if this wait is for changes of their list; libpcsclite counts them anew at each call."""
+        """Note the readers, if this wait is for changes of their list; libpcsclite counts them again at each call."""
         self._readers = self._list_readers()
 
     def step(self) -> Any:
-        """Wait in the native library, until something happens or somebody ends that.
+        """Wait in the native library, until there is an event or the native call is ended.
 
-        :return: the result; None to go on; :data:`STALE` where the context is no more this process's.
+        :return: the result; None to continue; :data:`STALE` if this process no longer owns the context.
         """
         # Also where it would take another thread: none is needed for what has happened already.
         if self._seen is not None or interruptible.is_wanted(self._left()):
@@ -90,12 +90,12 @@ class Wait:
         return result
 
     def _confirmed(self, result: Any) -> Any:
-        """An event; asked for again if it is that there is no such reader.
+        """An event, after a second look if it says that there is no such reader.
 
-        In pcsc-lite 2.5 the list of readers is the whole process's, and holds nonsense for a moment when another thread
-        has taken an event for a part of it.
+        pcsc-lite 2.5 has one list of readers for the whole process.  Its content is wrong for a moment when another
+        thread has misread an event as a part of it.
 
-        :return: None to go on: it was no event.
+        :return: the event; None to continue, if there was none.
         """
         if not any(state & UNKNOWN for _, state, _ in result[1]):
             return result
@@ -105,17 +105,17 @@ class Wait:
         return None if now[0] == TIMED_OUT else result  # else there is no such reader indeed
 
     def _left(self) -> int:
-        """What is left of the timeout, in ms."""
+        """The rest of the timeout, in ms."""
         if self._deadline is None:
             return INFINITE
         left: float = self._deadline - monotonic()
         return max(0, round(left * 1000))
 
     def _missed(self) -> Any:
-        """The event that came while this wait was interrupted, or None.
+        """The event that happened while this wait was interrupted, or None.
 
-        libpcsclite itself finds a state that differs from the one that the application knows.  A card that was taken
-        out and put back differs in its event counter only, and new readers in nothing.
+        libpcsclite itself detects a state that differs from the one that the application knows.  If a card was removed
+        and inserted again, only the event counter differs; if there is a new reader, nothing differs.
         """
         seen, self._seen = self._seen, None
         result = self._contexts.call(self._context, "SCardGetStatusChange", 0, self._states)
@@ -143,7 +143,7 @@ class Wait:
 
 
 def _counters(states: list[Any]) -> list[Optional[int]]:
-    """The event counters that libpcsclite keeps in the upper half of each state; None where it hasn't looked yet."""
+    """The event counters that libpcsclite keeps in the upper half of each state; None if it has not looked yet."""
     return [state >> 16 if state & _STATE else None for _, state, _ in states]
 
 
@@ -151,9 +151,9 @@ def await_change(context: Any, alive: Callable[[], bool], timeout: int, states: 
     """SCardGetStatusChange.
 
     :param context: the PC/SC context, of this process.
-    :param alive: whether it still is.
+    :param alive: whether this process still owns it.
     :param timeout: in ms, more than 0.
-    :param states: as the application gave them.
+    :param states: as the application passed them.
     :param cancelled: the result of a wait that the application cancelled before it could begin.
     :return: pyscard's result, or :data:`STALE`.
     """

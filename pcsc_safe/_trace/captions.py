@@ -17,21 +17,21 @@ __all__ = ["duration", "escaped", "life_in_words", "notes", "session_in_words", 
 _CAME = {
     "start": "was started",
     "fork": "was forked",
-    "C fork": "was forked by C code, which runs no hooks, and is known from its first use of PC/SC on",
+    "C fork": "was forked by C code, which runs no hooks; its record begins with its first PC/SC call",
     "exec": "was started by exec, and replaced the program that had this PID",
     "broker": "was started to make PC/SC calls for others",
 }
 _WENT = {
-    "seen": "its end was seen",
+    "seen": "its end was observed",
     "exec": "it became another program, by exec",
-    "gone": "it ended somewhere where it fades",
+    "gone": "it ended at some point in the faded part",
     "unknown": "its end is not known",
 }
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def escaped(text: str) -> str:
-    """Safe in XML and HTML, as content and in an attribute; what XML can't hold is replaced."""
+    """The text, safe in XML and HTML as content and in an attribute; characters that XML can't have are replaced."""
     return html.escape(_ILLEGAL.sub("\ufffd", text))
 
 
@@ -40,7 +40,7 @@ def shortened(text: str, letters: int) -> str:
 
 
 def duration(ns: float) -> str:
-    """For people: 3 digits."""
+    """A duration for people: 3 digits and a unit."""
     for unit, size in (("s", 1e9), ("ms", 1e6)):
         if ns >= size:
             return f"{ns / size:.3g} {unit}" if ns < 1000 * size else f"{ns / size:.0f} {unit}"
@@ -65,7 +65,7 @@ def session_in_words(session: Session) -> str:
 
 def life_in_words(lane: Lane) -> str:
     parent = f" by process {lane.parent.pid}" if lane.parent is not None else ""
-    gap = "; its record has an end before it" if lane.is_incomplete else ""
+    gap = "; its record ends earlier" if lane.is_incomplete else ""
     return f"{lane.title()}: {_CAME[lane.how]}{parent}; {_WENT[lane.end]}{gap}"
 
 
@@ -77,7 +77,8 @@ def notes(history: History, not_drawn: int) -> Iterator[str]:
         yield f"{history.left_out} more did not use PC/SC, and are left out."
     incomplete = [str(lane.pid) for lane in history.lanes if lane.is_incomplete]
     if incomplete:
-        yield f"The record of process {', '.join(incomplete)} is cut off: it was full, or could no longer be written."
+        pids = ", ".join(incomplete)
+        yield f"The record of process {pids} is incomplete: it was full, or could no longer be written."
     yield (
         "Not drawn are processes that don't run Python, that ignore PYTHONPATH, or that could not write a record "
         "because they were started in another root directory or as another user."

@@ -90,7 +90,7 @@ class _Record:
         _TEXT.pack_into(file, offset, line)
 
     def slot(self) -> tuple[Any, int]:
-        """A free one: what it is in, and where."""
+        """A free slot: the memory that it is in, and its offset there."""
         number, index = divmod(next(self._slots), _SLOTS)
         file = self._files.get(number)
         if file is None:  # two threads that come here map the same file
@@ -132,7 +132,7 @@ def _mapped(path: str, size: int) -> Any:
 
 
 def pid_space() -> int:
-    """Which PID namespace this is; in another one a PID means nothing to the watcher."""
+    """The PID namespace of this process; the watcher can't use a PID of another namespace."""
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -143,12 +143,12 @@ _mine: Optional[_Record] = None
 
 
 def record(kind: str, **fields: Any) -> None:
-    """Tell that something happened in this process.
+    """Record that something happened in this process.
 
-    It never fails: who can't write, in a chroot or as another user, tells nothing.
+    It never fails: a process that can't write, in a chroot or as another user, records nothing.
 
-    :param kind: what; a word.
-    :param fields: more of it; words and numbers, and the keys of records as they are.
+    :param kind: what happened, in a word.
+    :param fields: more facts: words and numbers, and the keys of records as they are.
     """
     if _mine is not None:
         _mine.write(kind, fields)
@@ -161,11 +161,11 @@ def born_elsewhere(pid: int, how: str, program: str) -> None:
 
 
 class Activity:
-    """Something that is done again and again, on contexts or cards; what is close in time is told as one span.
+    """Something that is done many times, on contexts or cards; what is close in time is recorded as one span.
 
     :param name: at most 7 letters.
-    :ivar spans: by key, the one that it is in: the file and where its end is there, behind which is the count; the next
-        count; and until when it lasts.
+    :ivar spans: by key, the current span: the file, and the offset of its end there, followed by the count; the
+        next count; and when the span ends.
     """
 
     def __init__(self, name: str) -> None:
@@ -174,11 +174,11 @@ class Activity:
         _activities.append(self)
 
     def happened(self, key: bytes, start: float, end: float) -> None:
-        """It was done once.
+        """Record that it was done once.
 
-        :param key: of what it was done on.
-        :param start: when it began, as monotonic() says.
-        :param end: when it ended; 0 if it goes on until :meth:`ended`.
+        :param key: of the object that it was done on.
+        :param start: when it began, by monotonic().
+        :param end: when it ended; 0 if it continues until :meth:`ended`.
         """
         file, at, count, limit = self.spans.get(key, NO_SPAN)
         if (end or start) < limit:
@@ -190,7 +190,7 @@ class Activity:
         self.spans[key] = file.cast("d"), (offset + _END_AT) // _DOUBLE, itertools.count(2.0), limit
 
     def ended(self, key: bytes, end: float) -> None:
-        """What went on has ended."""
+        """Record the end of what was in progress."""
         file, at, _, _ = self.spans.get(key, NO_SPAN)
         if file is not None:
             file[at] = end
@@ -200,7 +200,7 @@ NO_SPAN: tuple[Any, int, Any, float] = (None, 0, None, 0.0)
 
 
 def forget(key: bytes) -> None:
-    """Nothing will be done on that any more."""
+    """Forget an object: nothing will be done on it any more."""
     for activity in _activities:
         activity.spans.pop(key, None)
 

@@ -1,7 +1,7 @@
 """The history of a family of processes: which process forked which, and which owned which session when.
 
-Its sources are the processes' records, and the times at which the processes were seen to end.  A child inherits what
-its parent had at the fork, so this needs no record.  Nothing here knows how the history is drawn, and nothing forks.
+Its sources are the processes' records, and the times at which their ends were observed.  A child inherits what its
+parent had at the fork, so this needs no record.  Nothing here knows how the history is drawn, and nothing forks.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Session:
     """A context, as one process has it, with its cards.
 
     :ivar owned: whether it is this process's own, or inherited.
-    :ivar how: this process got it.
-    :ivar end: what became of it; "" as long as nothing is known.
+    :ivar how: how this process got it.
+    :ivar end: how it ended; "" until that is known.
     :ivar through: the PID of the broker, or 0.
     """
 
@@ -57,13 +57,13 @@ class Session:
     waits: list[Span] = field(default_factory=list)
 
     def open_connections(self) -> list[Connection]:
-        """Those that haven't ended."""
+        """The connections that have not ended."""
         return [connection for connection in self.connections if not connection.until]
 
 
 @dataclass
 class Mark:
-    """Something else that a process told."""
+    """Another event that a process recorded."""
 
     time: int
     text: str
@@ -73,10 +73,10 @@ class Mark:
 class Lane:
     """A process.
 
-    :ivar how: it came to be: ``start``, ``fork``, ``C fork`` or ``broker``.
-    :ivar end: how its end is known: ``seen``, ``gone`` (it ended between its last sign of life and ``until``), or
+    :ivar how: how it began: ``start``, ``fork``, ``C fork``, ``exec`` or ``broker``.
+    :ivar end: how its end is known: ``seen``, ``exec``, ``gone`` (it ended between its last record and ``until``), or
         ``unknown``.
-    :ivar last: its last sign of life.
+    :ivar last: the time of its last record.
     :ivar open: the sessions that it has, by key, while the history is made.
     """
 
@@ -96,13 +96,13 @@ class Lane:
     open: dict[str, Session] = field(default_factory=dict)
 
     def title(self) -> str:
-        """What it is called: the PID and the program, without its arguments."""
+        """Its title: the PID and the program, without its arguments."""
         return f"process {self.pid}: {self.program}"
 
 
 @dataclass
 class Arrow:
-    """From process to process.
+    """An arrow from process to process.
 
     :ivar kind: ``start``, ``fork``, ``C fork``, ``exec``, ``broker``, ``handover`` or ``share``.
     """
@@ -120,9 +120,9 @@ _KNOWN = ("retrofit", "fork", "broker", "handover", "share")  # the report's; he
 class History:
     """What happened.
 
-    :param told: by the processes.
-    :param ends: when they were seen to end, by record.
-    :param gone: when they were seen to have ended, likewise.
+    :param told: what the processes recorded.
+    :param ends: when the end of each process was observed, by record.
+    :param gone: when it was observed that a process had already ended, by record.
     :ivar lanes: a process before those that it forked.
     :ivar left_out: how many processes had nothing to do with PC/SC.
     """
@@ -185,7 +185,7 @@ class History:
         self._by_name[lane.name] = lane
 
     def _living(self, pid: int, time: int) -> Optional[Lane]:
-        """The process that has this PID at that time."""
+        """The process that had this PID at that time."""
         for lane in reversed(list(self._by_name.values())):
             if lane.pid == pid and lane.end != "exec" and self._ends.get(lane.name, time + 1) > time:
                 return lane
@@ -267,7 +267,7 @@ class History:
     # The rest.
 
     def _put(self, spans: list[Span]) -> None:
-        """Add the spans to what they were done on."""
+        """Add the spans to the objects that they were done on."""
         owned: dict[tuple[str, str], list[Union[Session, Connection]]] = {}
         for lane in self._by_name.values():
             for session in lane.sessions:
@@ -319,7 +319,7 @@ def _open(lane: Lane, session: Session) -> None:
 
 
 def _close(lane: Lane, key: str, time: int, end: str) -> Optional[Session]:
-    """The session that ends by it, if there was one, with the connections that it had."""
+    """Close a session, if there is one, with its connections, and return it."""
     session = lane.open.pop(key, None)
     if session is not None:
         session.until, session.end = time, end
@@ -329,7 +329,7 @@ def _close(lane: Lane, key: str, time: int, end: str) -> Optional[Session]:
 
 
 def _inherited(session: Session, since: int, how: str) -> Session:
-    """The same in another process, or no longer owned."""
+    """The same session in another process, or in this one when it no longer owns it."""
     return Session(
         session.key, False, how, since, session.at, session.thread, session.through, connections=_copies(session, since)
     )
@@ -346,7 +346,7 @@ def _overlap(bar: Any, span: Span) -> bool:
 
 
 def _worth_showing(lanes: list[Lane]) -> dict[str, Lane]:
-    """Those that had to do with PC/SC, and their ancestors."""
+    """The processes that used PC/SC, and their ancestors."""
     shown: dict[str, Lane] = {}
     for lane in lanes:
         if lane.sessions or lane.marks or lane.how == "broker":

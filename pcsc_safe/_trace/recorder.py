@@ -29,22 +29,22 @@ _After = Callable[[Any, "tuple[Any, ...]", Any], Any]
 
 
 def begin() -> None:
-    """Have the core tell of contexts, cards and calls from now on; before its functions are made."""
+    """Record contexts, cards and calls from now on; called before the core makes its functions."""
     observer.established, observer.connected = established, connected
     observer.recorded, observer.followed = recorded, followed
 
 
 def recorded(call: Call, route: _Route) -> _Route:
-    """``route``, which also tells of what it did; itself if there is no record, or nothing to tell."""
+    """A function that calls ``route`` and records it; ``route`` itself if there is nothing to record."""
     wrap = _WRAPPERS.get(call.name) if events.is_on() else None
     return wrap(call, route) if wrap is not None else route
 
 
 def established(kind: str, context: Context, **more: Any) -> None:
-    """Tell that a context is this process's.
+    """Record that this process owns a context.
 
     :param kind: ``established`` or ``reestablished``.
-    :param more: fields.
+    :param more: other fields.
     """
     events.record(
         kind,
@@ -56,7 +56,7 @@ def established(kind: str, context: Context, **more: Any) -> None:
 
 
 def connected(kind: str, card: Card) -> None:
-    """Tell that a connection to a card is this process's.
+    """Record that this process owns a connection to a card.
 
     :param kind: ``connected`` or ``reconnected``.
     """
@@ -121,9 +121,9 @@ def _ending(call: Call, route: _Route) -> _Route:
 
 
 def followed(name: str, after: Optional[_After]) -> Optional[_After]:
-    """``after``, which also tells of what was done; itself if there is no record, or nothing to tell.
+    """A function that calls ``after`` and records; ``after`` itself if there is nothing to record.
 
-    :param name: of the function that it follows.
+    :param name: of the function after which it is called.
     """
     follow = _FOLLOWERS.get(name) if events.is_on() else None
     return follow(after) if follow is not None else after

@@ -17,7 +17,7 @@ __all__ = ["Event", "Span", "events", "names", "read", "read_one"]
 
 
 class Event(NamedTuple):
-    """What a process told.
+    """An event that a process recorded.
 
     :ivar time: CLOCK_MONOTONIC, ns; the same clock in all processes.
     :ivar process: the name of its record.
@@ -37,7 +37,7 @@ class Event(NamedTuple):
 
 
 class Span(NamedTuple):
-    """What a process did again and again.
+    """What a process did many times.
 
     :ivar activity: ``apdu``, ``begun`` or ``wait``.
     :ivar key: of the card or context.
@@ -54,12 +54,12 @@ class Span(NamedTuple):
 
 
 def names(directory: Path) -> set[str]:
-    """Those of all records."""
+    """The names of all records."""
     return {file.name.partition(".")[0] for file in directory.iterdir()}
 
 
 def read(directory: Path) -> list[Union[Event, Span]]:
-    """All that was told, by time."""
+    """All that was recorded, in the order of time."""
     told: list[Union[Event, Span]] = []
     for name in names(directory):
         told += read_one(directory, name)
@@ -67,13 +67,13 @@ def read(directory: Path) -> list[Union[Event, Span]]:
 
 
 def read_one(directory: Path, name: str) -> list[Union[Event, Span]]:
-    """What one process told, as it stands in its record."""
+    """What one process recorded, in the order of its record."""
     files = sorted(directory.glob(f"{name}.*"), key=lambda file: int(file.suffix[1:]))
     return [slot for file in files for slot in _slots(name, file.read_bytes())]
 
 
 def events(told: Iterable[Union[Event, Span]]) -> list[Event]:
-    """The events among it."""
+    """The events in it."""
     return [each for each in told if isinstance(each, Event)]
 
 

@@ -21,11 +21,11 @@ __all__ = ["run", "summary"]
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], *, report: bool, picture: Optional[Path] = None) -> int:
-    """Run a program, and tell of it when it has ended.
+    """Run a program, and report what happened when it has ended.
 
-    :param report: whether a report is to be printed on stderr.
-    :param picture: where to draw its timeline; .svg or .html.
-    :return: its exit status; the negative number of the signal that ended it.
+    :param report: whether to print a report on stderr.
+    :param picture: the file for its timeline; .svg or .html.
+    :return: its exit status, or the negative number of the signal that ended it.
     """
     if not report and picture is None:
         return watch.run(command, environment)
@@ -52,7 +52,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], *, report: bool,
 _TOLD = {
     "retrofit": "imported pyscard, and runs on pcsc_safe",
     "fork": "used PC/SC after its fork from process {parent}",
-    "reestablished": "has a new context in place of process {owner}'s",
+    "reestablished": "has a new context, which replaces process {owner}'s",
     "recovered": "established a new context after pcscd had ended",
     "broker": "started the broker {broker}",
     "handover": "handed {contexts} context(s) over to a forked child",
@@ -71,7 +71,7 @@ _ONLY_DRAWN = frozenset(
 
 
 def summary(happened: Iterable[Event]) -> str:
-    """The report: a line of sums, and one for each thing that a process told."""
+    """The report: a line of totals, and a line for each kind of event of each process."""
     happened = list(happened)
     parents = {event.process: event.fields["ppid"] for event in happened if event.kind == "process"}
     told = [event for event in happened if event.kind not in _ONLY_DRAWN]

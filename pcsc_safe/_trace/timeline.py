@@ -49,7 +49,7 @@ def draw(history: History, suffix: str) -> str:
 
 @dataclass
 class _Unit:
-    """What takes rows of a lane: the sessions of one context one after the other, or a swarm of short ones."""
+    """What occupies rows of a lane: the consecutive sessions of one context, or a group of short sessions."""
 
     since: int
     until: int
@@ -60,9 +60,9 @@ class _Unit:
 
 
 class _Drawing:
-    """One attempt.
+    """One attempt to draw.
 
-    :param pixels: what is closer than that is one.
+    :param pixels: items that are closer than this are drawn as one.
     """
 
     def __init__(self, history: History, pixels: float) -> None:
@@ -75,7 +75,7 @@ class _Drawing:
         self._middles: dict[str, tuple[int, int]] = {}  # top and bottom of a lane
 
     def svg(self) -> str:
-        """The whole."""
+        """The whole drawing."""
         y = _TOP
         lanes = self._history.lanes[:_MOST_LANES]
         for lane in lanes:
@@ -126,7 +126,7 @@ class _Drawing:
         return round(_GUTTER + (time - self._from) / self._span * _PLOT, 2)
 
     def _bar(self, kind: str, since: int, until: int, y: float, height: float, title: str) -> str:
-        """A rectangle over time; one that would be too thin to see is a pixel."""
+        """A rectangle over time, at least one pixel wide."""
         x = self._x(max(since, self._from))
         width = max(1.0, round(self._x(until) - x, 2))
         shape = f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}">'
@@ -147,7 +147,7 @@ class _Drawing:
     # A process.
 
     def _lane(self, lane: Lane, top: int) -> int:
-        """Draw it; returns where the next one begins."""
+        """Draw a lane; return where the next one begins."""
         units = self._units(lane)
         hidden = sum(len(unit.sessions) for unit in units if unit.row + unit.rows > _MOST_ROWS)
         units = [unit for unit in units if unit.row + unit.rows <= _MOST_ROWS]
@@ -168,7 +168,7 @@ class _Drawing:
     def _label(self, lane: Lane, top: int, hidden: int) -> None:
         about = f"{lane.program} ({lane.how})" if lane.how in ("C fork", "exec") else lane.program
         if hidden:
-            about = f"{hidden} contexts more"
+            about = f"{hidden} more contexts"
         words = escaped(shortened(about, _LETTERS_IN_GUTTER))
         self._labels.append(
             f"<g><title>{escaped(life_in_words(lane))}</title>"
@@ -197,7 +197,7 @@ class _Drawing:
         return units
 
     def _swarms(self, units: Sequence[_Unit]) -> Iterator[_Unit]:
-        """Units that are too short to be told apart become one."""
+        """Combine units that are too short to be distinguished."""
         swarm: list[_Unit] = []
 
         def gathered() -> Iterator[_Unit]:
@@ -266,7 +266,7 @@ class _Drawing:
             self._name(card.reader + (f" ({card.mode})" if card.mode != "shared" else ""), card.since, until, y)
 
     def _name(self, name: str, since: int, until: int, y: int) -> None:
-        """Words in a bar, as many letters of them as there is space for."""
+        """Text in a bar, shortened to the space that there is."""
         x = self._x(max(since, self._from)) + 4
         letters = int((self._x(until) - x - 4) / _LETTER)
         if letters > 8:
@@ -276,7 +276,7 @@ class _Drawing:
             )
 
     def _merged(self, spans: Iterable[Span], until: int) -> Iterator[Span]:
-        """Spans that can be told apart; what has not ended has gone on until then."""
+        """Spans, combined where they can't be distinguished; one that has not ended lasts until the given time."""
         last = None
         for span in sorted(spans, key=lambda span: span.start):
             if not span.end or span.end > until > span.start:
@@ -311,7 +311,7 @@ class _Drawing:
 
 
 def _beginning(history: History) -> int:
-    """When the drawing begins: with the first process, or, if that first does other things for long, a bit later."""
+    """When the drawing begins: with the first process, or later if that process does other things for long."""
     first = min((each.since for lane in history.lanes for each in lane.sessions), default=history.since)
     later = first - (history.until - first) // _LEAD
     return later if later - history.since > (history.until - first) // 4 else history.since
@@ -330,7 +330,7 @@ def _unit(sessions: list[Session]) -> _Unit:
 
 
 def _pack(units: Iterable[_Unit], gap: float) -> None:
-    """Give each the first rows that are free."""
+    """Give each unit the first rows that are free."""
     free: list[float] = []
     for unit in units:
         row = 0

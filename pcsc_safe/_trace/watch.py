@@ -32,8 +32,8 @@ _PATIENCE = 2.0  # s, before it is said who is waited for
 def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[Ends] = None) -> int:
     """Run a program until it ends.
 
-    :param ends: is told to watch, and waits for those that live longer; a signal ends that wait.
-    :return: its exit status; the negative number of the signal that ended it.
+    :param ends: watches, and waits for processes that outlive the program; a signal ends that wait.
+    :return: its exit status, or the negative number of the signal that ended it.
     """
     # What it was to inherit, it inherits, as if nobody stood between.
     process = subprocess.Popen(command, env=environment, close_fds=False)  # noqa: S603  # it is the user's
@@ -60,7 +60,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[E
 
 
 def _have_terminal() -> bool:
-    """Whether Ctrl-C is for this process's group, so that the program was told by the terminal itself."""
+    """Whether the terminal sends Ctrl-C to this process group, and therefore to the program itself."""
     try:
         with open("/dev/tty", "rb", buffering=0) as terminal:
             return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
@@ -85,8 +85,8 @@ def end_as(status: int) -> int:
 class Ends:
     """When the processes that keep records in a directory ended.
 
-    :ivar at: by the name of the record, as monotonic_ns() says.
-    :ivar before: when it was seen that a process had ended already, of those whose end was too quick to be seen.
+    :ivar at: the time of each end, by the name of the record; by monotonic_ns().
+    :ivar before: for processes that ended too quickly: when it was observed that they had already ended.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -103,17 +103,17 @@ class Ends:
         self._stopped = False
 
     def watch(self) -> None:
-        """Begin."""
+        """Begin to watch."""
         self._thread.start()
 
     def wait_for_the_rest(self) -> None:
-        """Wait until there is no such process any more."""
+        """Wait until all these processes have ended."""
         self._is_over = True
         if not self._rest.wait(_PATIENCE):
             pids = ", ".join(sorted(name.partition("-")[0] for name in list(self._alive.values())))
             print(
-                f"pcsc_safe: the program has ended; process {pids} still runs, and is recorded until it ends, or "
-                "until you press Ctrl-C",
+                f"pcsc_safe: the program has ended, but process {pids} still runs: recording continues "
+                "until it ends or you press Ctrl-C",
                 file=sys.stderr,
                 flush=True,
             )
@@ -121,7 +121,7 @@ class Ends:
                 pass
 
     def stop(self) -> None:
-        """Wait for nobody any more."""
+        """Stop watching and waiting."""
         self._stopped = True
 
     def _look_on(self) -> None:

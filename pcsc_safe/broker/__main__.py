@@ -27,8 +27,8 @@ __all__ = ["main"]
 _USAGE = """\
 usage: python -m pcsc_safe.broker
 
-Makes the PC/SC calls of the process that starts it, which reaches it by file descriptor 3. It is not for
-the command line: pcsc_safe starts a broker where a process can't use PC/SC itself.
+Makes the PC/SC calls of the process that starts it, and gets its connections over file descriptor 3.
+Don't start it yourself: pcsc_safe starts a broker when a process can't use PC/SC itself.
 """
 _PR_SET_DUMPABLE = 4  # linux/prctl.h
 _PT_DENY_ATTACH = 31  # sys/ptrace.h of macOS
@@ -36,10 +36,10 @@ _DESCRIPTORS = 4096
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Be a broker until the last client is gone.
+    """Serve as a broker until the last client has ended.
 
     :param arguments: those of the command line if None.
-    :return: the exit status, if it could not begin.
+    :return: the exit status, if the broker could not start.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments or not _is_socket(DOOR):
@@ -109,14 +109,14 @@ def _leave_no_trace() -> None:
 
 
 def _leave_out_classes() -> None:
-    """Keep ``import smartcard.scard`` from importing pyscard's classes with it, which a broker doesn't use."""
+    """Keep ``import smartcard.scard`` from also importing pyscard's classes, which a broker doesn't use."""
     package = importlib.util.find_spec("smartcard")
     if package is not None:
         sys.modules["smartcard"] = importlib.util.module_from_spec(package)
 
 
 def _be_silent() -> None:
-    """From here on nothing is said anywhere: a traceback could hold what an APDU held."""
+    """Write nothing from here on: a traceback could contain data of an APDU."""
     try:
         nowhere = [os.open(os.devnull, os.O_RDWR)]
     except OSError:  # a chroot without one

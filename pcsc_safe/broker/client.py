@@ -1,12 +1,12 @@
-"""A broker as its client sees it: the gateway to another process.
+"""The client's side of a broker: the gateway to another process.
 
-A process has one door to its broker.  It passes the far ends of its connections through it: one that says that the
-process lives, and one for each call in progress.  A connection carries one request and its answer at a time, so no
-thread waits for another, and the calls of two threads can't mix.
+A process has one door to its broker, a socket.  It passes the far ends of its connections through it: one connection
+that exists as long as the process, and one for each call in progress.  A connection carries one request and its reply
+at a time, so no thread waits for another, and the calls of two threads can't mix.
 
-At a fork the connections are guarded file descriptors, like those to pcscd: dead in the child.  The door of a broker
-that serves the whole family of processes stays open, and the child becomes a separate client.  Any other door is dead,
-too, and the child starts its own broker when it first needs one.
+At a fork the connections are guarded file descriptors, like those to pcscd: a dead socket replaces each in the child.
+The door of a broker that serves the whole family of processes stays open, and the child becomes a separate client.  Any
+other door is replaced, too, and the child starts its own broker when it first needs one.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Broker:
     """A broker that this process is a client of; a :class:`calls.Gateway`.
 
     :ivar epoch: of the process.
-    :ivar for_family: forked children inherit the door.
-    :ivar lost: it is no more.
+    :ivar for_family: whether forked children inherit the door.
+    :ivar lost: whether it has ended.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Broker:
         self._accepted: Optional[tuple[int, InheritedConnection]] = None
 
     def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """``call(*arguments)``; nothing native is entered, so no fork need wait for it."""
+        """Return ``call(*arguments)``; the call is not inside the native library, so no fork needs to wait for it."""
         return call(*arguments)
 
     def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
@@ -96,7 +96,8 @@ class Broker:
         if hresult == outgrown:
             log.info(
                 "broker-left",
-                "process %(pid)d starts a new broker in place of broker %(broker_pid)d: pcscd had more readers before "
+                "process %(pid)d starts a new broker, which replaces broker %(broker_pid)d, "
+                "because pcscd had more readers before "
                 "it was restarted",
                 broker_pid=self.helper_pid,
             )
@@ -116,13 +117,13 @@ class Broker:
         return ()
 
     def forget(self, real: int) -> None:
-        """Have it release a context of this process that is no use any more; in a child nothing is to be done."""
+        """Release a context of this process that is no longer needed; does nothing in a child."""
         if self.epoch is process.current() and not self.lost:
             with failures.suppress(LostError, BrokerError):
                 self.functions["SCardReleaseContext"](real)
 
     def leave(self) -> None:
-        """Have no use for it: this process has another one."""
+        """Give this broker up, because this process has another one."""
         self._lost(under_way=False, say=False)
 
     def _function(self, number: int) -> Callable[..., Any]:
@@ -134,7 +135,8 @@ class Broker:
             except wire.WireError as error:
                 raise BrokerError(
                     f"the arguments can't be sent to the broker: {error}",
-                    remedy=f"they may have {wire.MAX_BODY} bytes in all; an APDU has {_LONGEST_APDU} at most",
+                    remedy=f"pass at most {wire.MAX_BODY} bytes in all arguments, "
+                    f"and at most {_LONGEST_APDU} in an APDU",
                     function=wire.FUNCTIONS[number],
                     pid=os.getpid(),
                 ) from error
@@ -147,16 +149,16 @@ class Broker:
         return function
 
     def describe(self) -> Any:
-        """The names of its pyscard; see :func:`pyscard.catalogue`."""
+        """The names of its pyscard; see :func:`library.catalogue`."""
         return self._told(self._ask(wire.encode(wire.Describe())))
 
     def inherit(self, key: bytes, handles: list[int], *, keeps: bool) -> Any:
         """Get contexts and cards of another client.
 
-        :param key: the other's.
-        :param handles: real ones.
-        :param keeps: the other has them as well then.
-        :return: the handles that were got, without those that it had no more.
+        :param key: of the other client.
+        :param handles: real handles.
+        :param keeps: whether the other client keeps them, too.
+        :return: the handles that this client got, without those that the other no longer had.
         """
         return self._told(self._ask(wire.encode(wire.Inherit(key, tuple(handles), keeps))))
 
@@ -167,10 +169,10 @@ class Broker:
     def _unusual(self, reply: wire.Message) -> Any:
         if isinstance(reply, wire.Raised):
             raise getattr(builtins, reply.kind)(reply.text)
-        raise _misunderstood(reply.text if isinstance(reply, wire.Refused) else "it sent something else")
+        raise _misunderstood(reply.text if isinstance(reply, wire.Refused) else "it sent an unexpected message")
 
     def _ask(self, frame: bytes) -> bytes:
-        """One exchange, on a connection that no other thread is using."""
+        """One request and its reply, on a connection that no other thread is using."""
         connection, state = None, _UNSENT
         try:
             connection = self._free()
@@ -227,7 +229,7 @@ class Broker:
         log.info("broker", "broker %(broker_pid)d makes the PC/SC calls of process %(pid)d", broker_pid=self.helper_pid)
 
     def _drop_orphans(self) -> None:
-        """Close connections that a signal handler's exception has left between their users."""
+        """Close connections that no thread uses because a signal handler raised between two uses."""
         before = monotonic() - _ORPHANED_AFTER
         for connection in list(self._connections.values()):
             kept = connection is self._presence or connection in self._idle
@@ -240,7 +242,7 @@ class Broker:
         return self._helper.pid
 
     def _greeted(self, key: Optional[bytes] = None) -> Connection:
-        """A new connection, of which the broker has said that it is welcome.
+        """A new connection that the broker has accepted.
 
         :param key: of the client that it is for, if not this one.
         """
@@ -274,8 +276,8 @@ class Broker:
     def _passed(self, hello: bytes) -> tuple[Connection, Connection]:
         """A connection, and a copy of its far end, which was passed through the door with a message already in it.
 
-        The copy is kept until the broker has answered: macOS can flush a socket that is under way and that nobody else
-        has.  No child may keep it, so it is guarded, too.
+        The copy is kept until the broker has replied: macOS can flush a socket that is being passed if no process has
+        it open.  No child may keep the copy, so it is guarded, too.
         """
         ours, theirs = pair(guarded=True)
         mine = [ours]
@@ -297,13 +299,13 @@ class Broker:
             raise
 
     def _turned_away(self, error: Exception) -> Exception:
-        """What to raise when the broker has not let us in: it never began, it is gone, or something is used up."""
+        """The error if the broker accepts no connection: it never started, has ended, or has no free resources."""
         if self.epoch is not process.current():
             return LostError(self, under_way=False)
         is_ours = isinstance(error, OSError) and not isinstance(error, ConnectionError)
         patience = 0.0 if is_ours else _DYING_TAKES
         if self._presence is not None and not self.lost and self._presence.is_alive(patience):
-            reason = (is_ours and getattr(error, "strerror", None)) or "the broker accepts no more"
+            reason = (is_ours and getattr(error, "strerror", None)) or "the broker accepts no more connections"
             return BrokerError(
                 f"process {os.getpid()} can't make another connection to its broker: {reason}",
                 remedy="each PC/SC call in progress needs one, and a file descriptor in both processes: raise the "
@@ -324,10 +326,10 @@ class Broker:
         )
 
     def _lost(self, *, under_way: bool, say: bool = True) -> LostError:
-        """Note that this broker is no more.
+        """Note that this broker has ended.
 
-        :param say: in the log.
-        :return: what to raise.
+        :param say: whether to log it.
+        :return: the error to raise.
         """
         if self.epoch is not process.current():
             return LostError(self, under_way=False)
@@ -347,7 +349,7 @@ class Broker:
         return LostError(self, under_way=under_way)
 
     def _stop_listening(self) -> None:
-        """To what the broker says of its start."""
+        """Stop reading the broker's messages about its start."""
         helper = self._helper
         silent = helper._replace(errors=None)
         if self._helper is helper:  # one thread closes it
@@ -362,7 +364,7 @@ class Broker:
     # At a fork, and at exit.
 
     def for_child(self, epoch: process.Epoch) -> Optional[Broker]:
-        """In a child: leave the parent's connections; the child's own way to the same broker, if there is one."""
+        """In a child: abandon the parent's connections; return its own client of the same broker, if there is one."""
         for connection in [*self._connections.values()]:
             connection.abandon()
         if self._accepted is not None and self._accepted[0] == epoch.pid:
@@ -386,11 +388,11 @@ class Broker:
         return None
 
     def prepare_child(self, given: list[int], shared: list[int]) -> InheritedConnection:
-        """Have a client made for the child that is about to be forked, and give contexts and cards to it.
+        """Create a client for the child that is about to be forked, and give contexts and cards to it.
 
-        :param given: those that this process has no more then.
-        :param shared: those that it goes on having.
-        :raises LostError, BrokerError: it can't be.
+        :param given: those that this process then no longer has.
+        :param shared: those that this process keeps, too.
+        :raises LostError, BrokerError: this is not possible.
         """
         if self._presence is None:
             self._idle.append(self._connect())
@@ -413,7 +415,7 @@ class Broker:
         return InheritedConnection(self, key, connection, self._presence.descriptor.number, given)
 
     def files_to_preserve(self) -> list[int]:
-        """The descriptors without which it is lost."""
+        """The descriptors without which this process loses the broker."""
         needed = [self._door, *filter(None, [self._presence])]
         return [connection.descriptor.number for connection in needed if connection.descriptor.is_intact()]
 
@@ -424,12 +426,12 @@ class Broker:
 
 
 class InheritedConnection:
-    """What a client gets that is not born yet.
+    """The connection of a client that has not been forked yet.
 
-    :ivar key: the client's.
-    :ivar number: the descriptor of the connection by which it lives; the same as its parent's, so that who closes all
-        descriptors but some can know which.
-    :ivar descriptor: the same, as it is in the child.
+    :ivar key: of the client.
+    :ivar number: the descriptor of the connection that exists as long as the client.  It is the same as in its parent,
+        so that a program that closes all descriptors but some can know which to keep.
+    :ivar descriptor: the same descriptor, as it is in the child.
     """
 
     def __init__(self, broker: Broker, key: bytes, connection: Connection, number: int, given: list[int]) -> None:
@@ -441,7 +443,7 @@ class InheritedConnection:
         self._given = given
 
     def descriptors(self) -> set[int]:
-        """Those that the child is to have."""
+        """The descriptors that the child keeps."""
         return {self._connection.descriptor.number, *self._broker.files_to_preserve()}
 
     def arrive(self) -> None:
@@ -453,7 +455,7 @@ class InheritedConnection:
             self._broker._accepted = (os.getpid(), self)
 
     def settle(self, born: bool) -> None:
-        """In the parent: leave it to the child; or take back what was given, if there is none."""
+        """In the parent: leave it to the child; or, if there is no child, take back what was given."""
         if self._given and not born:
             with failures.suppress(LostError, BrokerError):
                 self._broker.inherit(self.key, self._given, keeps=False)
@@ -462,7 +464,7 @@ class InheritedConnection:
 
 @contextlib.contextmanager
 def _undoing(undo: Callable[[], Any]) -> Iterator[None]:
-    """Undo what was got, if nobody keeps it: a signal handler has raised, or somebody else has been quicker."""
+    """Run ``undo`` if the block raises: a signal handler has raised, or another thread has done the same first."""
     try:
         yield
     except BaseException:

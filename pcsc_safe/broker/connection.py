@@ -1,4 +1,4 @@
-"""One connection to a broker, on the client's side: a stream socket that carries one request, then its answer.
+"""One connection to a broker, on the client's side: a stream socket that carries one request, then its reply.
 
 At a fork it is a guarded file descriptor, if it was made so: a dead socket replaces it in the child.  There the object
 must be abandoned and never closed, because the number may stand for another file.
@@ -26,7 +26,7 @@ _at_once = 0  # MSG_DONTWAIT
 
 
 def prepare() -> None:
-    """Import what a connection takes, so that nothing need be imported in a child."""
+    """Import what a connection requires, so that a child need not import anything."""
     global _socket, _silently, _at_once
     import _socket as socket  # the module that Python's own is made of: eventlet and gevent patch that one
 
@@ -37,7 +37,7 @@ def prepare() -> None:
 class Connection:
     """A connection to a broker, used by one thread at a time.
 
-    :ivar descriptor: what it was when it was made; an application may have closed it since.
+    :ivar descriptor: the descriptor when it was made; an application may have closed it since.
     :ivar user: the thread that uses it, or 0.
     :ivar since: ``time.monotonic()`` when it was last used.
     """
@@ -56,15 +56,15 @@ class Connection:
     def send(self, frame: bytes) -> None:
         """Send a request.
 
-        :raises OSError: the broker is gone, and has not got it.
+        :raises OSError: the broker has ended without receiving it.
         """
         self._send(frame, _silently)
 
     def receive(self) -> bytes:
-        """The body of the answer.
+        """The body of the reply.
 
-        :raises OSError, EOFError: the broker went before it answered.
-        :raises WireError: the answer is none.
+        :raises OSError, EOFError: the broker ended before it replied.
+        :raises WireError: the reply is malformed.
         """
         receive, feed = self._receive, self._receiver.feed
         while True:
@@ -76,12 +76,12 @@ class Connection:
                 return body
 
     def receive_from(self, door: Connection, within: float) -> bytes:
-        """The body of the broker's first answer, to who has a copy of the far end and so can't see its end.
+        """The body of the broker's first reply; this process has a copy of the far end, so there is no end of file.
 
-        :param door: by which the broker's end is seen.
-        :param within: seconds.
-        :raises OSError, EOFError: the broker went before it answered, or took too long.
-        :raises WireError: the answer is none.
+        :param door: shows whether the broker has ended.
+        :param within: the timeout in seconds.
+        :raises OSError, EOFError: the broker ended before it replied, or took too long.
+        :raises WireError: the reply is malformed.
         """
         deadline = time.monotonic() + within
         try:
@@ -105,7 +105,7 @@ class Connection:
         self._socket.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)], _silently)
 
     def is_alive(self, patience: float) -> bool:
-        """Whether the broker still has the other end of a connection on which nothing is under way.
+        """Whether the broker still has the other end of a connection without a call in progress.
 
         :param patience: seconds to wait for its end; a process that dies closes one descriptor after the other.
         """
@@ -133,13 +133,13 @@ class Connection:
             os.close(number)
 
     def abandon(self) -> None:
-        """In a child: forget it; what is in its place is a dead socket, or none of our business."""
+        """In a child: forget it; its number stands for a dead socket, or for a file of the application."""
         number = self._socket.detach()
         if number >= 0 and descriptors.is_dead(number):
             os.close(number)
 
     def go_on_at_exit(self) -> None:
-        """At interpreter exit: Python would close it, and complain, before the last finalizers have used it."""
+        """At interpreter exit: keep Python from closing it, with a warning, before the last finalizers have used it."""
         number, module = self._socket.detach(), _socket
 
         def briefly(use: Any) -> Any:
@@ -156,8 +156,8 @@ class Connection:
 def pair(*, guarded: bool) -> tuple[Connection, Any]:
     """A new connection, and the far end of it.
 
-    :param guarded: whether it is dead in a forked child.
-    :raises OSError: there is no descriptor left.
+    :param guarded: whether a dead socket replaces it in a forked child.
+    :raises OSError: no file descriptor is free.
     """
     ours, theirs = _socket.socketpair()
     try:
@@ -171,7 +171,7 @@ def pair(*, guarded: bool) -> tuple[Connection, Any]:
 
 
 def adopt(ours: Any, *, guarded: bool) -> Connection:
-    """The connection whose near end is this socket, or this descriptor."""
+    """The connection whose near end is this socket or descriptor."""
     if isinstance(ours, int):
         ours = _socket.socket(fileno=ours)
         ours.settimeout(None)

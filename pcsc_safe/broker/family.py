@@ -1,7 +1,7 @@
-"""The broker of this process: at most one, started when it is first needed, or ahead of time.
+"""The broker of this process: at most one, started when it is first needed, or earlier by ``prestart_broker()``.
 
-At a fork the child has none, or the same one as a separate client.  The first thread that asks begins the epoch before
-it looks.
+At a fork the child has none, or the same one as a separate client.  The first thread that asks for the broker begins
+the new epoch before it looks.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _starting = threading.RLock()
 def get() -> Broker:
     """The broker of this process; it is started if there is none.
 
-    :raises BrokerError: it can't be.
+    :raises BrokerError: it can't be started.
     """
     return _started(for_family=settings().broker is When.ALWAYS)
 
 
 def existing() -> Optional[Broker]:
-    """The broker of this process, if it has one; for who knows that its epoch has begun, or is about to."""
+    """The broker of this process, if it has one; for callers that know that the epoch has begun, or is beginning."""
     return _broker if _broker is not None and not _broker.lost else None
 
 
@@ -120,7 +120,7 @@ _ATTEMPTS = 3
 
 
 def _persistently(ask: Callable[[Broker], Any]) -> Any:
-    """What needs no session, asked of whatever broker this process has; of another if one dies meanwhile."""
+    """Ask the broker of this process for something that needs no session; ask another one if it dies meanwhile."""
     for _ in range(_ATTEMPTS):
         with failures.suppress(LostError):
             return ask(get())
@@ -128,7 +128,7 @@ def _persistently(ask: Callable[[Broker], Any]) -> Any:
 
 
 def died_too_often() -> BrokerError:
-    """What to raise when new brokers die as well."""
+    """The error to raise if new brokers die, too."""
     return BrokerError(
         f"{_ATTEMPTS} brokers of process {os.getpid()} ended as soon as they had started",
         remedy="see the system log for what kills them",
@@ -141,11 +141,11 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 functions: Mapping[str, Callable[..., Any]] = {name: _function(name) for name in CALLS}
-"""Those of whatever broker this process has at the time."""
+"""The functions of PC/SC, each of the broker that this process has at the time of the call."""
 
 
 def describe() -> Any:
-    """What a broker says of its pyscard; see :func:`pyscard.catalogue`."""
+    """A broker's catalogue of its pyscard; see :func:`library.catalogue`."""
     return _persistently(Broker.describe)
 
 
@@ -153,7 +153,7 @@ _is_prepared = False
 
 
 def prepare() -> None:
-    """Import what a broker takes, so that nothing need be imported in a child or at interpreter exit."""
+    """Import what a broker requires, so that nothing need be imported in a child or at interpreter exit."""
     global _is_prepared
     if not _is_prepared:
         _is_prepared = True

@@ -1,4 +1,4 @@
-"""How a frozen program runs as its own broker.
+"""Lets a frozen program run as its own broker.
 
 A fork changes nothing here: a broker is a new program.
 """
@@ -13,10 +13,11 @@ __all__ = ["freeze_support"]
 
 
 def freeze_support() -> None:
-    """Let a frozen program (PyInstaller and others) be its own broker.
+    """Let a frozen program (PyInstaller and similar tools) be its own broker.
 
-    Call it at the beginning of the main module.  A frozen program has no Python interpreter for a broker, so pcsc_safe
-    starts the program again, and this call then becomes the broker and doesn't return.  Otherwise it does nothing.
+    Call it at the beginning of the main module.  A frozen program has no Python interpreter for a broker.  So pcsc_safe
+    starts the program again as the broker, and in that process this function doesn't return.  In every other process it
+    does nothing.
     """
     start.can_freeze = True
     if sys.platform != "win32" and sys.argv[1:2] == [start.FROZEN_BROKER]:

@@ -1,4 +1,4 @@
-"""A client of a broker, and its connections: its requests, and their answers.
+"""A client of a broker, and its connections: its requests, and their replies.
 
 A client is a process.  It has the handles that it was given, and can't reach another client's.  The calls go through
 pcsc_safe's own functions, which know how threads share contexts.  Nothing here forks.
@@ -40,17 +40,17 @@ class Clients(Protocol):
     """All clients of a broker; the server is it."""
 
     def welcome(self, key: bytes, connection: Connection, /) -> Client:
-        """The client whose connection this is."""
+        """The client that this connection belongs to."""
 
     def give(self, taker: Client, key: bytes, handles: tuple[int, ...], keeps: bool, /) -> list[int]:
-        """Give contexts and cards of another client to this one; returns those that were given."""
+        """Give contexts and cards of another client to this one; return those that were given."""
 
 
 class Client:
     """A process that is served.
 
     :ivar handles: the contexts and cards that it was given, by number.
-    :ivar connections: those that it has, without the first.
+    :ivar connections: its connections, without the first.
     :ivar process: its PID; 0 until it is known.
     """
 
@@ -64,7 +64,7 @@ class Client:
         self.is_gone = False
 
     def release(self) -> None:
-        """End its sessions, as far as nobody else has them; also one that it gets while it goes."""
+        """End the sessions that no other client has, including one that it gets meanwhile."""
         self.is_gone = True
         contexts = [handle for handle in list(self.handles.values()) if isinstance(handle.record, handles.Context)]
         ended = [handle for handle in contexts if sharing.drop(self, handle)]
@@ -84,7 +84,7 @@ class Connection:
     """One connection of a client; carries one call at a time.
 
     :ivar socket: the broker's end.
-    :ivar unwatched: set when nobody waits for its end any more; until then its number is not for another.
+    :ivar unwatched: set when its end is no longer watched; until then its number must not be reused.
     """
 
     def __init__(self, server: Clients, ours: _socket.socket) -> None:
@@ -97,7 +97,7 @@ class Connection:
         self.unwatched = threading.Event()
 
     def run(self) -> None:
-        """Serve it until it is closed, or speaks nonsense."""
+        """Serve it until it is closed, or sends a malformed message."""
         self._thread = threading.get_ident()
         in_flight.nobody_hears.set(lambda: self._has_hung_up)
         try:
@@ -113,13 +113,13 @@ class Connection:
             self.socket.close()
 
     def shut_down(self) -> None:
-        """End it: the other end is gone, or not wanted any more."""
+        """End it, because the other end has ended or is no longer wanted."""
         self._has_hung_up = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(_socket.SHUT_RDWR)
 
     def hang_up(self) -> None:
-        """End it, and the wait for events that it is in."""
+        """End it, and its wait for events."""
         self.shut_down()
         if self._thread != threading.get_ident():
             self.cancel_wait()  # one that begins from here on sees that nobody hears it
@@ -178,7 +178,7 @@ class Connection:
             return wire.encode(wire.Refused(f"the result can't be sent: {error}"))
 
     def _undo(self, client: Client, request: wire.Request, answer: bytes) -> None:
-        """Take back what nobody has heard that it was granted: its caller was left by a signal handler, or died."""
+        """Undo a call whose result nobody has received: a signal handler interrupted the caller, or the caller died."""
         name, arguments = wire.FUNCTIONS[request.function], request.arguments
         reply = wire.decode(answer[wire.HEADER :])
         result = reply.value if isinstance(reply, wire.Result) else None
@@ -190,7 +190,7 @@ class Connection:
         self._called(client, call, undoing, (handle, *([_LEAVE_CARD] if call.takes is calls.Kind.CARD else [])))
 
     def _exchanged(self, client: Client, request: wire.Request) -> Any:
-        """An exchange with a card whose context is idle, in as few steps as there are; None if it isn't one."""
+        """Transmit to a card whose context is idle, in as few steps as possible; None if this is another call."""
         number, arguments = request
         exchange = _EXCHANGES.get(number)
         if exchange is None or not arguments or type(arguments[0]) is not int:
@@ -236,7 +236,7 @@ class Connection:
         return result
 
     def _shared(self, client: Client, call: calls.Call, function: Any, handle: Handle, arguments: Any) -> Any:
-        """A call on what other clients have as well."""
+        """A call on a handle that other clients also have."""
         name = call.name
         if name == "SCardCancel":  # of this client's waits, not of the others'
             for connection in list(client.connections):
@@ -252,7 +252,7 @@ class Connection:
         return result if result is not None else call.failure(_SHARING_VIOLATION, arguments)
 
     def cancel_wait(self, context: Optional[handles.Record] = None) -> None:
-        """End the wait for events that it is in, if any.
+        """End its wait for events, if any.
 
         :param context: only if it waits on this one.
         """
@@ -275,7 +275,7 @@ _establishing = threading.Lock()
 def _established(client: Client, scope: Any, socket_name: Any) -> Any:
     """SCardEstablishContext.
 
-    :param socket_name: where the client would look for pcscd; None: where everybody does.
+    :param socket_name: the path of pcscd's socket for the client; None for the default.
     """
 
     def keep(real: Any, number: int, owner: Any, gateway: calls.Gateway) -> Any:

@@ -4,8 +4,8 @@ A client has ended when it has closed its first connection, or when its process 
 descriptors live on.  Then the broker releases its contexts, as pcscd would have done.  When the last client has ended
 and the door is closed, the broker ends immediately, whatever its threads are doing.
 
-The main thread waits for the ends of connections and of processes (:mod:`watch`).  What has to be done then runs in a
-separate thread, because it may take long.  Nothing here forks.
+The main thread waits for the ends of connections and of processes (:mod:`watch`).  A separate thread does what follows,
+because it may take long.  Nothing here forks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NO_ROOM = (errno.EMFILE, errno.EMSGSIZE)  # macOS' kernel doesn't deliver then
 class Server:
     """A broker.
 
-    :param door: over which the connections come.
+    :param door: the socket over which connections are passed.
     """
 
     def __init__(self, door: _socket.socket) -> None:
@@ -66,7 +66,7 @@ class Server:
                     _in_a_thread(self._clean_up, self._connections.pop(told))
 
     def _let_in(self) -> bool:
-        """A connection comes over the door; False if nobody is behind it any more."""
+        """Accept a connection from the door; False if no process has the other end of the door any more."""
         spare, self._spare = self._spare, -1
         if spare >= 0:
             os.close(spare)  # so that there is room for what comes: who sends it is not told where there is none
@@ -106,7 +106,7 @@ class Server:
         self._watch.on_end(number)
 
     def welcome(self, key: bytes, connection: Connection) -> Client:
-        """The client whose connection this is; in the connection's thread."""
+        """The client that this connection belongs to; called in the connection's thread."""
         with self._arriving:
             client = self._clients.get(key)
             if client is None:
@@ -122,8 +122,8 @@ class Server:
     def give(self, taker: Client, key: bytes, handles: tuple[int, ...], keeps: bool) -> list[int]:
         """Give contexts and cards of one client to another.
 
-        :param key: of the one that has them.
-        :param keeps: it has them as well then.
+        :param key: of the client that has them.
+        :param keeps: whether that client keeps them, too.
         :return: those that were given.
         """
         giver = self._clients.get(key)
@@ -132,7 +132,7 @@ class Server:
         return [number for number in handles if sharing.share(giver, taker, number, keeps=keeps)]
 
     def _see_its_end(self, client: Client, connection: Connection) -> None:
-        """See when the client's process ends; it may have forked, with no hook run, and left copies of everything."""
+        """Watch for the end of the client's process; a child of a fork without hooks may have its descriptors."""
         client.process = watch.process_behind(connection.socket)
         if client.process:
             self._processes.setdefault(client.process, []).append(client)
@@ -166,7 +166,7 @@ class Server:
 
 
 def _in_a_thread(function: Callable[[Any], None], subject: Any) -> None:
-    """Call a function that may last."""
+    """Call a function that may take long, in a thread."""
     try:
         start_new_thread(function, (subject,))
     except RuntimeError:  # no more threads
@@ -174,7 +174,7 @@ def _in_a_thread(function: Callable[[Any], None], subject: Any) -> None:
 
 
 def _hang_up(number: int) -> None:
-    """Tell the other end of a connection that it is over; to close it tells nothing while somebody has a copy."""
+    """Shut a connection down; closing it would not reach the other end while another process has a copy."""
     with contextlib.suppress(OSError):
         passing = _socket.socket(fileno=number)
         try:

@@ -29,8 +29,8 @@ _EXCLUSIVE = library.constant("SCARD_SHARE_EXCLUSIVE")
 class Client(Protocol):
     """A process that is served.
 
-    :ivar handles: those that it has, by number.
-    :ivar is_gone: it is no more.
+    :ivar handles: the handles that it has, by number.
+    :ivar is_gone: whether it has ended.
     """
 
     handles: dict[int, Handle]
@@ -38,12 +38,12 @@ class Client(Protocol):
 
 
 class Handle(int):
-    """A context or card as it is known in a broker: no proxy, for nothing is inherited.
+    """A context or card in a broker.  It is not a proxy, because nothing is inherited there.
 
-    :ivar holders: the clients that have it; empty while only one ever had.
+    :ivar holders: the clients that have it; empty while only one client has ever had it.
     :ivar transaction: whose transaction is open on this card.
-    :ivar free: held while a transaction of this card is begun or ended, or any call is made on one that is shared;
-        notified when a transaction has ended.
+    :ivar free: a condition; held while a transaction of this card begins or ends, and during every call on a shared
+        card; notified when a transaction has ended.
     """
 
     _self_record: handles.Record
@@ -52,7 +52,7 @@ class Handle(int):
     free: threading.Condition
 
     def __new__(cls, record: handles.Record) -> Handle:
-        """What stands for ``record``."""
+        """The handle for ``record``."""
         handle = super().__new__(cls, record.number)
         handle._self_record = record
         handle.holders = set()
@@ -62,7 +62,7 @@ class Handle(int):
 
     @property
     def record(self) -> handles.Record:
-        """What it stands for."""
+        """The record that it stands for."""
         return self._self_record
 
 
@@ -70,12 +70,12 @@ _bookkeeping = threading.Lock()
 
 
 def share(giver: Client, taker: Client, number: int, *, keeps: bool) -> bool:
-    """Give a context or a card; waits for nobody's call.
+    """Give a context or a card to a client, without waiting for any call.
 
-    :param giver: who has it.
-    :param taker: who gets it.
+    :param giver: the client that has it.
+    :param taker: the client that gets it.
     :param number: of the handle.
-    :param keeps: the giver has it as well then; else a transaction of its goes over, too.
+    :param keeps: whether the giver keeps it, too; if not, its transaction is transferred with it.
     :return: whether the giver had it.
     """
     with _bookkeeping:
@@ -96,9 +96,9 @@ def share(giver: Client, taker: Client, number: int, *, keeps: bool) -> bool:
 
 
 def call_on_card(client: Client, name: str, handle: Handle, function: Callable[..., Any], arguments: Any) -> Any:
-    """A call on a card that is shared or may become so, when no other client's transaction is in the way.
+    """A call on a card that is, or may become, shared; made when no other client's transaction is open.
 
-    :return: the result; None where PC/SC would not wait: the other's transaction is a sharing violation.
+    :return: the result; None if PC/SC would not wait, and the other client's transaction is a sharing violation.
     """
     with handle.free:
         while handle.transaction not in (None, client):
@@ -117,7 +117,7 @@ def call_on_card(client: Client, name: str, handle: Handle, function: Callable[.
 
 
 def _settle(client: Client, handle: Handle) -> None:
-    """Note whose transaction is open after a call of this client; with the handle's lock."""
+    """Note whose transaction is open after a call of this client; called with the handle's lock."""
     record = handle.record
     if isinstance(record, handles.Card) and record.transactions:
         handle.transaction = handle.transaction or client
@@ -127,7 +127,7 @@ def _settle(client: Client, handle: Handle) -> None:
 
 
 def _end_transaction(client: Client, handle: Handle) -> None:
-    """End what is open of this client on a shared card; with the handle's lock."""
+    """End this client's transaction on a shared card; called with the handle's lock."""
     if handle.transaction is client:
         while isinstance(handle.record, handles.Card) and handle.record.transactions:
             if router.public["SCardEndTransaction"](handle, _LEAVE) != library.SUCCESS:
@@ -136,11 +136,11 @@ def _end_transaction(client: Client, handle: Handle) -> None:
 
 
 def drop(client: Client, handle: Handle) -> bool:
-    """A client has no more use for a context or card.
+    """A client releases a context or card.
 
-    Its transaction ends; with a context go the cards.
+    Its transaction ends.  The cards of a context are released with it.
 
-    :return: whether no other client has it: the session is to be ended.
+    :return: whether no other client has it, so that the session must be ended.
     """
     ended = []
     if isinstance(handle.record, handles.Context):
@@ -163,6 +163,6 @@ def drop(client: Client, handle: Handle) -> bool:
 
 
 def _disposition(record: handles.Record) -> int:
-    """How pcscd leaves the card of an application that is gone."""
+    """The disposition that pcscd uses for the card of an application that has ended."""
     is_locked = isinstance(record, handles.Card) and (record.transactions or record.share_mode == _EXCLUSIVE)
     return _RESET if is_locked else _LEAVE

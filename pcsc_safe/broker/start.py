@@ -1,4 +1,4 @@
-"""How a broker is started: by exec, never by a fork of Python code.
+"""Starts a broker: by exec, never by a fork of Python code.
 
 ``os.posix_spawn`` runs no at-fork hook and touches no lock, so it is safe in a forked child, in any thread.  The broker
 gets the part of the environment that it needs, and no file descriptor but its door.
@@ -35,14 +35,14 @@ __all__ = [
 ]
 
 DOOR = 3
-"""The descriptor over which a broker gets the connections to its clients."""
+"""The descriptor over which a broker gets its clients' connections."""
 
 FOR_FAMILY, FOR_ONE = b"f", b"1"
-"""What is said with each connection that is passed through the door: whether others may come."""
+"""The message with each connection that is passed through the door: whether other clients may follow."""
 
 _NAMES = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP")
 IGNORED = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-"""Signals that are for its client, who may still have something to do; end of file ends a broker."""
+"""Signals that are for its client, which may still need the broker; end of file ends a broker."""
 
 _MODULE = "pcsc_safe.broker"
 FROZEN_BROKER = "--pcsc-safe-broker"
@@ -75,12 +75,12 @@ can_freeze = False
 
 
 class Helper(NamedTuple):
-    """A broker's process, as its parent sees it.
+    """A broker's process, on its parent's side.
 
     :ivar pid: its PID.
-    :ivar parent: the PID of the process that started it, and can wait for it.
-    :ivar errors: a descriptor to read what it says before it is ready; None when it is.
-    :ivar attempt: what a user can run in a shell to see why it doesn't start.
+    :ivar parent: the PID of the process that started it, which can wait for it.
+    :ivar errors: a descriptor from which to read its messages until it is ready; None when it is ready.
+    :ivar attempt: a shell command that shows a user why it doesn't start.
     """
 
     pid: int
@@ -89,13 +89,13 @@ class Helper(NamedTuple):
     attempt: str = ""
 
     def why_not(self) -> str:
-        """What it said and how it ended; it is killed if it has not begun."""
+        """Its last message and how it ended; kills it if it is not ready."""
         if sys.platform == "win32":
             return ""
         ended = self._ended(_TIME_TO_EXIT)
         said, has_begun = self._said()
         if ended is None and has_begun:
-            return "it takes no more clients"
+            return "it accepts no more clients"
         if ended is None:
             with failures.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -104,7 +104,7 @@ class Helper(NamedTuple):
         return "; ".join(filter(None, [lines[-1] if lines else "", ended or "it was not ready in time"]))
 
     def _said(self) -> tuple[bytes, bool]:
-        """What it said before it began; and whether it has, which it says by closing its end."""
+        """Its messages before it was ready; and whether it is ready, which it shows by closing its end."""
         if sys.platform == "win32" or self.errors is None or not self.errors.is_intact():
             return b"", True
         os.set_blocking(self.errors.number, False)
@@ -122,12 +122,12 @@ class Helper(NamedTuple):
         return said, False
 
     def hush(self) -> None:
-        """Listen no more: nothing that it says matters now."""
+        """Stop reading its messages, which are no longer needed."""
         if self.errors is not None and self.errors.is_intact():
             os.close(self.errors.number)
 
     def reap(self) -> None:
-        """Wait for it: it is dead, or about to be."""
+        """Wait for its process, which has ended or is about to end."""
         self._ended(_TIME_TO_BE_REAPED)
 
     def _ended(self, patience: float) -> Optional[str]:
@@ -158,7 +158,7 @@ def spawn(door: int, configured: str) -> Helper:
 
     :param door: the descriptor of its end of the door.
     :param configured: the interpreter that the settings name, if any.
-    :raises BrokerError: there is no interpreter, or no process or descriptor to be had.
+    :raises BrokerError: there is no interpreter, or no process or file descriptor can be created.
     """
     if sys.platform == "win32":
         raise NotImplementedError
@@ -199,14 +199,14 @@ def spawn(door: int, configured: str) -> Helper:
 
 
 def _attempt(command: Sequence[str]) -> str:
-    """The command for a shell that does what the start of a broker does, with the interpreter's path."""
+    """A shell command that does the same as the start of a broker, with the interpreter's path."""
     is_frozen = command[-1] == FROZEN_BROKER
     words = command if is_frozen else [command[0], "-m", _MODULE, "--help"]
     return " ".join(repr(word) if " " in word else word for word in words)
 
 
 def _command(configured: str, places: Sequence[str]) -> list[str]:
-    """What runs a broker.
+    """The command that runs a broker.
 
     :param configured: the interpreter that the settings name, if any.
     :param places: where this interpreter has modules that are not Python's own.
@@ -227,7 +227,7 @@ def _command(configured: str, places: Sequence[str]) -> list[str]:
     if not os.path.basename(python).lower().startswith(("python", "pypy", "graalpy")):
         raise BrokerError(
             f"this program runs in {python!r}, which embeds Python and can't run a broker (uWSGI, for example)",
-            remedy="set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe, perhaps "
+            remedy="set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe, for example "
             + os.path.join(sys.exec_prefix, "bin", "python3"),
         )
     if python == sys.executable:
@@ -236,10 +236,10 @@ def _command(configured: str, places: Sequence[str]) -> list[str]:
 
 
 def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
-    """What a broker gets of this process's environment: no secret that it has no use for, and no setting of ours.
+    """The part of this process's environment for a broker: no secret that it does not need, and none of our settings.
 
     :param mine: this process's environment.
-    :param path: where to look for modules first; if empty, where the environment says.
+    :param path: PYTHONPATH for the broker; if empty, that of the environment.
     """
     kept = {name: value for name, value in mine.items() if name in _NEEDED or name.startswith(_NEEDED_PREFIXES)}
     if sys.flags.ignore_environment:  # python -I and -E: what this process doesn't trust is not for its broker either
@@ -251,9 +251,9 @@ def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
 
 
 def _places() -> list[str]:
-    """Where this process has pcsc_safe and pyscard from.
+    """The directories from which this process has imported pcsc_safe and pyscard.
 
-    No other entry of sys.path: what lies beside a script would come before the modules of Python itself.
+    No other entry of sys.path: modules beside a script would come before Python's own modules.
     """
     found = []
     for name in ("pcsc_safe", "smartcard"):
@@ -267,12 +267,12 @@ def _places() -> list[str]:
 
 
 def _is_usual(place: str) -> bool:
-    """Whether an interpreter looks there anyway, behind the modules of Python itself."""
+    """Whether an interpreter looks there anyway, after Python's own modules."""
     return os.path.basename(place) in ("site-packages", "dist-packages") and place.startswith(sys.prefix)
 
 
 def _path_of(name: str) -> Optional[Sequence[str]]:
-    """Where a package is that is not imported here; not in the current directory, where anybody may have put one."""
+    """The path of a package that is not imported here; not in the current directory, which others may write to."""
     with contextlib.suppress(OSError):
         here = os.getcwd()
         places = [place for place in sys.path if isinstance(place, str) and os.path.abspath(place) != here]

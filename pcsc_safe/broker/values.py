@@ -36,15 +36,15 @@ __all__ = [
 ]
 
 MAX_BODY: int = 1 << 20
-"""How long the body of a frame may be, in bytes; the longest APDU is a sixteenth of it."""
+"""The maximum length of a frame's body, in bytes; the longest APDU is a sixteenth of it."""
 MAX_OCTETS: int = MAX_BODY - 38
-"""How long a list of bytes may be; the rest is for what is around it in the request of an exchange."""
+"""The maximum length of a list of bytes; the rest of the body is for the other arguments of SCardTransmit."""
 MAX_DEPTH: int = 5
-"""How deep lists, tuples and dicts may be nested in a field; PC/SC's own, and the catalogue, go to 4."""
+"""The maximum depth of lists, tuples and dicts in a field; PC/SC's arguments, and the catalogue, need 4."""
 
 
 class WireError(Exception):
-    """A message can't be told, or what came in is none; the text holds nothing of it."""
+    """A message can't be encoded, or received bytes are not a message; the text contains nothing of it."""
 
 
 class Opaque:
@@ -60,9 +60,9 @@ _unnamed = Opaque()
 
 
 def opaque(name: str) -> Opaque:
-    """An object whose type has this name, so that the error of the PC/SC module names the type that was given to it.
+    """An object whose type has this name, so that the PC/SC module's TypeError names the type that was passed.
 
-    Only the first 256 names get one: a class takes a kilobyte, and a message could ask for a hundred thousand.
+    Only the first 256 names get a class: a class takes a kilobyte, and a message could have a hundred thousand names.
 
     :raises ValueError: no type can have this name.
     """
@@ -88,7 +88,7 @@ _pack_tagged_size, _pack_tagged_int = struct.Struct("<BI").pack, struct.Struct("
 
 
 def tell(values: Iterable[Any], depth: int = 0) -> bytes:
-    """The bytes of these values, one behind the other.
+    """The bytes of these values, one after the other.
 
     :raises WireError: they are more than MAX_BODY.
     """
@@ -104,7 +104,7 @@ def tell(values: Iterable[Any], depth: int = 0) -> bytes:
 
 
 def oversized() -> WireError:
-    """What is raised for a message that a frame can't hold."""
+    """The error for a message that is too long for a frame."""
     return WireError(f"the message is oversized: its body would be longer than {MAX_BODY} bytes")
 
 
@@ -126,7 +126,7 @@ def _tell_text(value: str, _depth: int) -> bytes:
 
 
 def octets_of(value: list[Any]) -> Optional[bytes]:
-    """The bytes that a list is made of; None if there is anything in it but plain ints from 0 to 255, or too much."""
+    """The bytes of a list; None if it contains anything but plain ints from 0 to 255, or is too long."""
     # bytes() would also take what can be made an int of, True for one, so the types come first.
     octets = tuple(value)  # a copy: another thread may change the list
     if len(octets) > MAX_OCTETS or {*map(id, map(type, octets))} - _INT:
@@ -207,11 +207,11 @@ _Read = tuple[Any, int]  # the value, and where it ended
 
 
 def read(body: bytes, at: int, count: int) -> tuple[list[Any], int]:
-    """The values that stand in a body, and where the last one ends.
+    """The values in a body, and where the last one ends.
 
     :param at: where the first one starts.
     :param count: how many there are.
-    :raises WireError: they are none.
+    :raises WireError: the bytes are malformed.
     """
     try:
         return _read_all(body, at, count, 0)
@@ -222,17 +222,17 @@ def read(body: bytes, at: int, count: int) -> tuple[list[Any], int]:
 
 
 def malformed(state: str, body: bytes, at: int) -> WireError:
-    """What is raised for a body in which something can't be."""
+    """The error for a malformed body."""
     return WireError(f"the message is malformed: {state} at byte {at} of {len(body)}")
 
 
 def truncated(body: bytes) -> WireError:
-    """What is raised for a body that ends too early."""
+    """The error for a body that ends too early."""
     return WireError(f"the message is truncated: it has {len(body)} bytes, and announces more")
 
 
 def _too_deep(body: bytes, at: int) -> WireError:
-    return malformed(f"there is a value nested deeper than {MAX_DEPTH}", body, at)
+    return malformed(f"a value is nested deeper than {MAX_DEPTH}", body, at)
 
 
 def _read_all(body: bytes, at: int, count: int, depth: int) -> tuple[list[Any], int]:
@@ -261,7 +261,7 @@ def _read_dict(body: bytes, at: int, depth: int) -> _Read:
     flat, end = _read_list(body, at, depth)
     keys, values = flat[::2], flat[1::2]
     if not all(type(key) is str for key in keys) or not len({*keys}) == len(keys) == len(values):
-        raise malformed("there is a dict with impossible keys", body, at)
+        raise malformed("a dict has invalid keys", body, at)
     return dict(zip(keys, values)), end
 
 
@@ -291,7 +291,7 @@ def _read_text(body: bytes, at: int, depth: int) -> _Read:
     try:
         return data.decode("utf-8", "surrogatepass"), end
     except UnicodeDecodeError:
-        raise malformed("there is a text that is not UTF-8", body, at) from None
+        raise malformed("a text is not UTF-8", body, at) from None
 
 
 def _read_opaque(body: bytes, at: int, depth: int) -> _Read:
@@ -301,12 +301,12 @@ def _read_opaque(body: bytes, at: int, depth: int) -> _Read:
     except UnicodeDecodeError:
         name = "\0"
     if len(name) > _MAX_NAME or "\0" in name:
-        raise malformed("there is a type with an impossible name", body, at)
+        raise malformed("a type has an invalid name", body, at)
     return opaque(name), end
 
 
 def _read_unknown(body: bytes, at: int, _depth: int) -> _Read:
-    raise malformed("there is an unknown tag", body, at - 1)
+    raise malformed("unknown tag", body, at - 1)
 
 
 _READ: dict[int, Callable[[bytes, int, int], _Read]] = {

@@ -1,11 +1,11 @@
-"""How a broker learns from the kernel that a connection or a client's process has ended.
+"""Tells a broker that a connection or a client's process has ended.
 
 One interface, :class:`Watch`, for two kernels.  Linux has epoll, which reports a hang-up in any case, and file
 descriptors of processes.  macOS and the BSDs have kqueue.  Their ``poll`` can't be used: macOS doesn't look at a
 descriptor for which no event is requested, and never reports its end.
 
-Invariant: each end is reported once, also one that happened before it was registered.  A thread may register while
-another waits.  Nothing here forks.
+Invariant: each end is reported once, even if it happened before it was registered.  A thread may register while another
+one waits.  Nothing here forks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MOST_AT_ONCE = 64
 if sys.platform == "linux":
 
     def process_behind(connection: _socket.socket) -> int:
-        """The PID of the process that has made the other end of a socket pair; 0 if that can't be told."""
+        """The PID of the process that created the other end of a socket pair; 0 if it is unknown."""
         try:
             credentials = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _CREDENTIALS.size)
         except OSError:
@@ -33,24 +33,24 @@ if sys.platform == "linux":
     _CREDENTIALS = struct.Struct("iII")  # struct ucred
 
     class Watch:
-        """Tells of input, and of the ends of connections and processes."""
+        """Reports input, and the ends of connections and processes."""
 
         def __init__(self) -> None:
             self._epoll = select.epoll()
             self._processes: dict[int, int] = {}  # the PIDs, by the descriptor of each
 
         def on_input(self, number: int) -> None:
-            """Tell whenever there is something to read from a descriptor."""
+            """Report whenever there is something to read from a descriptor."""
             self._epoll.register(number, select.EPOLLIN)
 
         def on_end(self, number: int) -> None:
-            """Tell when a connection has ended."""
+            """Report when a connection has ended."""
             self._epoll.register(number, 0)  # a hang-up is always told
 
         def on_exit(self, pid: int) -> bool:
-            """Tell when a process has ended, as far as the kernel can.
+            """Report when a process has ended, if the kernel can.
 
-            :return: False if it has ended already, which is not told then.
+            :return: False if it has already ended; this is then not reported.
             """
             try:
                 process = os.pidfd_open(pid)
@@ -63,7 +63,7 @@ if sys.platform == "linux":
             return True
 
         def wait(self) -> list[int]:
-            """Wait until there is something to tell.
+            """Wait until there is something to report.
 
             :return: descriptors, and the PIDs of processes that have ended, as negative numbers.
             """
@@ -81,7 +81,7 @@ if sys.platform == "linux":
 elif sys.platform != "win32":
 
     def process_behind(connection: _socket.socket) -> int:
-        """The PID of the process that has used the other end of a socket pair last; 0 if that can't be told."""
+        """The PID of the process that last used the other end of a socket pair; 0 if it is unknown."""
         if sys.platform != "darwin":
             return 0
         try:
@@ -93,27 +93,27 @@ elif sys.platform != "win32":
     _A_FULL_BUFFER = 1 << 30  # bytes; the kernel takes the buffer's size where that is less
 
     class Watch:
-        """Tells of input, and of the ends of connections and processes."""
+        """Reports input, and the ends of connections and processes."""
 
         def __init__(self) -> None:
             self._queue = select.kqueue()
             self._inputs: set[int] = set()
 
         def on_input(self, number: int) -> None:
-            """Tell whenever there is something to read from a descriptor."""
+            """Report whenever there is something to read from a descriptor."""
             self._inputs.add(number)
             self._ask(select.kevent(number, select.KQ_FILTER_READ, select.KQ_EV_ADD))
 
         def on_end(self, number: int) -> None:
-            """Tell when a connection has ended."""
+            """Report when a connection has ended."""
             # The end is told whatever else is asked for; that so much must have come keeps requests from waking us.
             flags = select.KQ_EV_ADD | select.KQ_EV_CLEAR
             self._ask(select.kevent(number, select.KQ_FILTER_READ, flags, select.KQ_NOTE_LOWAT, _A_FULL_BUFFER))
 
         def on_exit(self, pid: int) -> bool:
-            """Tell when a process has ended, as far as the kernel can.
+            """Report when a process has ended, if the kernel can.
 
-            :return: False if it has ended already, which is not told then.
+            :return: False if it has already ended; this is then not reported.
             """
             flags = select.KQ_EV_ADD | select.KQ_EV_ONESHOT
             try:
@@ -128,7 +128,7 @@ elif sys.platform != "win32":
             self._queue.control([event], 0)
 
         def wait(self) -> list[int]:
-            """Wait until there is something to tell.
+            """Wait until there is something to report.
 
             :return: descriptors, and the PIDs of processes that have ended, as negative numbers.
             """

@@ -64,19 +64,19 @@ __all__ = [
 
 VERSION: int = 1
 HEADER: int = 4
-"""How long the head of a frame is, in bytes: the length of its body."""
+"""The length of a frame's head, in bytes; the head is the length of the body."""
 
 FUNCTIONS: tuple[str, ...] = tuple(CALLS)
-"""The number of a function is its place here, so another order, or another row, is another VERSION."""
+"""The number of a function is its index here, so another order, or another row, needs another VERSION."""
 NUMBERS: dict[str, int] = {name: number for number, name in enumerate(FUNCTIONS)}
 
 _ERRORS = (TypeError, ValueError, OverflowError, SystemError, MemoryError, AttributeError, RuntimeError)
 RAISABLE: dict[str, type[Exception]] = {error.__name__: error for error in _ERRORS}
-"""What a reply may raise in the other process, by name; each takes just a text."""
+"""The exceptions that a reply can raise in the other process, by name; each takes only a text."""
 
 
 class Hello(NamedTuple):
-    """The first message of a connection; the key tells whose it is."""
+    """The first message of a connection; the key identifies the client."""
 
     version: int
     key: bytes
@@ -86,7 +86,7 @@ class Hello(NamedTuple):
 
 
 class Welcome(NamedTuple):
-    """The answer to Hello: what the broker speaks, and which process it is."""
+    """The reply to Hello: the broker's version, and its PID."""
 
     version: int
     pid: int
@@ -109,9 +109,9 @@ class Describe(NamedTuple):
 class Inherit(NamedTuple):
     """Asks for contexts and cards that another client has.
 
-    :ivar key: of the other.
-    :ivar handles: theirs.
-    :ivar keeps: whether the other has them as well then.
+    :ivar key: of the other client.
+    :ivar handles: of the contexts and cards.
+    :ivar keeps: whether the other client keeps them, too.
     """
 
     key: bytes
@@ -132,14 +132,14 @@ class Result(NamedTuple):
 
 
 class Raised(NamedTuple):
-    """The call raised ``RAISABLE[kind](text)``: what the PC/SC module thinks of the arguments."""
+    """The call raised ``RAISABLE[kind](text)``, because the PC/SC module refused the arguments."""
 
     kind: str
     text: str
 
 
 class Refused(NamedTuple):
-    """The peer can't understand, or can't serve."""
+    """The peer did not understand a message, or can't serve it."""
 
     text: str
 
@@ -148,7 +148,7 @@ Message = Union[Hello, Welcome, Request, Describe, Inherit, Result, Raised, Refu
 
 
 class _Kind(NamedTuple):
-    """A kind of message: the first byte of its body, and whether it can have these fields."""
+    """A kind of message: the first byte of its body, and a function that checks its fields."""
 
     letter: bytes
     message: type[Any]
@@ -166,7 +166,7 @@ _NUMBERS = range(len(FUNCTIONS))
 _KEY_SIZE = 16
 
 REFUSED = b"X"
-"""How the body of a Refused begins."""
+"""The beginning of the body of a Refused."""
 
 _KINDS = (
     _Kind(b"H", Hello, 2, lambda version, key: _is_in(version, _VERSIONS) and _is_key(key)),
@@ -211,7 +211,7 @@ _COMMAND_TAGS, _ANSWER_TAGS = (INT, TUPLE, 3, INT, INT, OCTETS), (LIST, 2, INT, 
 def encode(message: Message) -> bytes:
     """The frame of a message.
 
-    :raises WireError: it is more than a frame holds, or has a field that is not allowed.
+    :raises WireError: it is too long for a frame, or has a field that is not allowed.
     """
     kind = _KIND_OF.get(type(message))
     if kind is None or not kind.fits(*message):
@@ -226,7 +226,7 @@ def encode_request(number: int, arguments: tuple[Any, ...]) -> bytes:
     """The frame of a Request.
 
     :param number: of the function.
-    :raises WireError: there is no such function, or the arguments are more than a frame holds.
+    :raises WireError: there is no such function, or the arguments are too long for a frame.
     """
     if len(arguments) == 3 and number in _NUMBERS:
         card, code, command = arguments
@@ -246,7 +246,7 @@ def encode_request(number: int, arguments: tuple[Any, ...]) -> bytes:
 def encode_result(value: Any) -> bytes:
     """The frame of a Result.
 
-    :raises WireError: the value is more than a frame holds.
+    :raises WireError: the value is too long for a frame.
     """
     if type(value) is list and len(value) == 2:
         hresult, answer = value
@@ -269,8 +269,8 @@ _new = tuple.__new__  # what a NamedTuple's own does, at half the price
 def decode(body: Union[bytes, memoryview]) -> Message:
     """The message that a frame carries.
 
-    :param body: of the frame, as :class:`Receiver` gives it.
-    :raises WireError: it is no message.
+    :param body: of the frame, as :class:`Receiver` returns it.
+    :raises WireError: it is not a message.
     """
     if len(body) > MAX_BODY:
         raise WireError(f"the message is oversized: its body is longer than {MAX_BODY} bytes")
@@ -297,15 +297,15 @@ def _decode_any(body: bytes) -> Message:
         raise WireError("the message is of an unknown kind")
     fields, end = read(body, 1, kind.fields)
     if end != len(body):
-        raise malformed("there is data after its end", body, end)
+        raise malformed("data after its end", body, end)
     if not kind.fits(*fields):
-        raise WireError(f"the message is malformed: it is no {kind.message.__name__}")
+        raise WireError(f"the message is malformed: its fields are not those of {kind.message.__name__}")
     message: Message = kind.message(*fields)
     return message
 
 
 class Receiver:
-    """Makes frames of what comes in on one connection.  After a WireError the connection is of no use any more."""
+    """Makes frames from the bytes of one connection.  After a WireError the connection can't be used any more."""
 
     __slots__ = ("_held",)
 
@@ -315,8 +315,8 @@ class Receiver:
     def feed(self, data: bytes) -> Optional[bytes]:
         """The body of the frame, once it is complete; None before.
 
-        :param data: what has come in; none of it may belong to a next frame, for a peer awaits the answer first.
-        :raises WireError: the frame can't be one.
+        :param data: the received bytes; none may belong to a next frame, because a peer waits for the reply first.
+        :raises WireError: the frame is malformed.
         """
         # As nearly all come: at once, and alone.
         if not self._held and len(data) > 4 and _unpack_size(data)[0] == len(data) - 4 <= MAX_BODY:
@@ -326,7 +326,7 @@ class Receiver:
         if missing > 0:
             return None
         if missing < 0:
-            raise WireError("the frame has data after its end")
+            raise WireError("the frame is followed by more data")
         body = bytes(self._held[4:])
         self._held.clear()
         return body
@@ -334,7 +334,7 @@ class Receiver:
     def needed(self) -> int:
         """How many bytes of the frame are known to be missing, 1 at least.
 
-        :raises WireError: the frame has been refused for its length.
+        :raises WireError: the frame was refused because of its length.
         """
         return max(1, self._missing())
 
@@ -344,7 +344,7 @@ class Receiver:
             return 4 - held
         (length,) = _unpack_size(self._held)
         if not length:
-            raise WireError("the frame is empty: its body has no byte")
+            raise WireError("the frame is empty: its body has no bytes")
         if length > MAX_BODY:
             raise WireError(f"the frame is oversized: its body would be longer than {MAX_BODY} bytes")
         return 4 + int(length) - held

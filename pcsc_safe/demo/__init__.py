@@ -7,9 +7,9 @@ nothing else.  The demo reports only what was observed: reports of the processes
 module      responsibility
 =========== ==========================================================================
 hazards/    one module for each hazard: the program that causes it, and its judgement
-_stage      what a hazard program builds upon; runs in the disposable process
-_run        one run, seen from outside: stack, process, watchdog
-_judge      observations, and the sentence that may be said about them
+_stage      what a hazard program uses; runs in the disposable process
+_run        one run, observed from outside: stack, process, watchdog
+_judge      turns observations into a verdict and a sentence
 _view       the live lines and the table
 _command    ``python -m pcsc_safe demo``
 =========== ==========================================================================

@@ -32,7 +32,7 @@ _Pair = tuple[tuple[Run, Verdict], tuple[Run, Verdict]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--only", nargs="+", default=[], metavar="N", help="the numbers of the hazards to show")
-    parser.add_argument("--json", action="store_true", help="print everything that was observed, for programs")
+    parser.add_argument("--json", action="store_true", help="print all observations as JSON")
     # For our own tests: what would the demo say if pcsc_safe let a hazard through?
     parser.add_argument("--safe-module", default="pcsc_safe.scard", help=argparse.SUPPRESS)
 

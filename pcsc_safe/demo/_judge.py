@@ -1,8 +1,7 @@
-"""What was observed of one run, and the sentence that may be said about it.
+"""Turns the observations of one run into a verdict and a sentence.
 
-Invariant: a sentence consists of observations, and nothing else.  It never says what no process reported and what the
-demo did not see from outside.  A run of which too little is known gets the outcome ``unknown``, not the benefit of the
-doubt.  Nothing here starts a process, and a fork changes nothing here.
+Invariant: a sentence contains only what a process reported or what the demo observed from outside.  A run of which too
+little is known gets the outcome ``unknown``.  Nothing here starts a process, and a fork changes nothing here.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ __all__ = ["Finding", "Outcome", "Run", "Verdict", "conclude", "death", "signal_
 
 
 class Outcome(str, enum.Enum):
-    """What a run showed."""
+    """The outcome of a run."""
 
     HAZARD = "hazard"
     SAFE = "safe"
@@ -28,7 +27,7 @@ class Run(NamedTuple):
     :ivar module: the scard module that it used.
     :ivar reported: what its processes reported, by process: ``{"child": {"wrong": 3}}``.
     :ivar exit_status: of the program, if it ended by itself.
-    :ivar killed_by: the signal that ended it, if one did that was not the demo's.
+    :ivar killed_by: the signal that ended it, unless the demo sent it.
     :ivar timed_out: the seconds that it was given, if it needed more.
     :ivar seconds: how long it took.
     :ivar log: the end of what it wrote to stderr.
@@ -49,10 +48,10 @@ class Run(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What a hazard's own judgement makes of what was reported.
+    """The judgement of a hazard's module about what was reported.
 
     :ivar harm: sentences that show the hazard.
-    :ivar proof: sentences that show its absence; empty where too little was reported to say so.
+    :ivar proof: sentences that show its absence; empty if too little was reported.
     """
 
     harm: list[str]
@@ -77,11 +76,11 @@ def conclude(finding: Finding, run: Run) -> Verdict:
         return Verdict(Outcome.HAZARD, _sentence([*finding.harm, *ending]))
     if finding.proof and not ending:
         return Verdict(Outcome.SAFE, _sentence(finding.proof))
-    return Verdict(Outcome.UNKNOWN, _sentence(ending or ["it did not report enough to say"]))
+    return Verdict(Outcome.UNKNOWN, _sentence(ending or ["it reported too little for a verdict"]))
 
 
 def _ending(run: Run) -> tuple[list[str], bool]:
-    """How the program ended, if not well; and whether that says nothing about the hazard."""
+    """How the program ended, if it failed; and whether this says nothing about the hazard."""
     if run.timed_out is not None:
         return [f"did not finish in {run.timed_out:g} s"], False
     if run.killed_by is not None:
@@ -95,13 +94,13 @@ def death(who: str, status: Optional[int]) -> list[str]:
     """A clause if a process died of a signal.
 
     :param who: "the child".
-    :param status: as ``os.waitstatus_to_exitcode`` gives it; None if nobody saw it end.
+    :param status: as ``os.waitstatus_to_exitcode`` returns it; None if its end was not observed.
     """
     return [f"{who} died of {signal_name(-status)}"] if status is not None and status < 0 else []
 
 
 def signal_name(number: int) -> str:
-    """SIGSEGV for 11."""
+    """The name of a signal: SIGSEGV for 11."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -1,7 +1,7 @@
-"""One run of one hazard: a fresh virtual stack, a disposable process on it, and what is seen of it from outside.
+"""One run of one hazard: a new virtual stack, a disposable process on it, and what is observed from outside.
 
-Invariant: the run ends within the hazard's ``SECONDS`` and a little, and nothing of it is left.  The demo itself never
-forks and never uses PC/SC.
+Invariant: the run ends soon after the hazard's ``SECONDS``, and leaves nothing behind.  The demo itself never forks and
+never uses PC/SC.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["Stopped", "judged", "run"]
 
 
 def run(hazard: Hazard, module: str, stop: threading.Event) -> Run:
-    """Run a hazard's program on a stack of its own.
+    """Run a hazard's program on a separate stack.
 
-    :param module: the name of the scard module that it is to use.
-    :param stop: set to have the run end at once.
-    :raises PcscStackError: there is no virtual stack to be had.
+    :param module: the name of the scard module to use.
+    :param stop: set it to end the run immediately.
+    :raises PcscStackError: the virtual stack can't be started.
     :raises Stopped: ``stop`` was set.
     """
     from ..testing import EchoCard, VirtualPcsc  # only a run needs a stack
@@ -35,7 +35,7 @@ def run(hazard: Hazard, module: str, stop: threading.Event) -> Run:
 
 
 def judged(hazard: Hazard, module: str, stop: threading.Event) -> tuple[Run, Verdict]:
-    """Run a hazard's program, and say what was seen; see :func:`run`."""
+    """Run a hazard's program, and judge what was observed; see :func:`run`."""
     seen = run(hazard, module, stop)
     return seen, conclude(hazard.judge(seen), seen)
 

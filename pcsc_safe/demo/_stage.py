@@ -1,8 +1,8 @@
-"""What a hazard program builds upon: the scard module under test, its report, its forks and their ends.
+"""What a hazard program uses: the scard module under test, its report, its forks and their ends.
 
-Runs in a disposable process, started by `_run` as ``python -m pcsc_safe.demo._stage HAZARD SCARD SECONDS``.  Reports
-are lines of JSON on descriptor 1, one write each.  So those of several processes don't mix, and those of a process that
-crashes later are not lost.
+It runs in a disposable process, started by `_run` as ``python -m pcsc_safe.demo._stage HAZARD SCARD SECONDS``.  Reports
+are lines of JSON on descriptor 1, one write each, so the reports of several processes don't mix, and the reports of a
+process that crashes later are not lost.
 
 At a fork the child inherits descriptor 1, and the handler of SIGALRM, which dumps the stacks and ends the process.
 :meth:`Stage.fork` sets the alarm again.  (``faulthandler.dump_traceback_later`` can't be used here: if it was started
@@ -24,14 +24,14 @@ from typing import Any, Callable, Optional
 __all__ = ["PCSCD", "Stage"]
 
 PCSCD = "PCSC_SAFE_DEMO_PCSCD"
-"""The environment variable that tells a hazard program the PID of its virtual pcscd."""
+"""The environment variable with the PID of the virtual pcscd, for the hazard program."""
 
 
 class Stage:
-    """The means of one hazard program.
+    """The tools of one hazard program.
 
     :param scard: the module under test.
-    :param seconds: after which every process of the program ends itself, should the demo be gone by then.
+    :param seconds: after which every process of the program ends itself, in case the demo has ended.
     """
 
     def __init__(self, scard: Any, seconds: float) -> None:
@@ -40,7 +40,7 @@ class Stage:
         self.watch()
 
     def watch(self, seconds: Optional[float] = None) -> None:
-        """Set the alarm of this process; the demo, if it is still there, is earlier."""
+        """Set the alarm of this process; if the demo still runs, it ends the process earlier."""
         if hasattr(signal, "setitimer"):  # Windows has none
             signal.setitimer(signal.ITIMER_REAL, seconds or self._seconds)
 
@@ -54,7 +54,7 @@ class Stage:
         """Run ``body`` in a forked child, which never returns.
 
         :param fork: how to fork; by ``os.fork()`` if None.
-        :param seconds: after which SIGALRM ends the child, if it needs that long.
+        :param seconds: after which SIGALRM ends the child.
         :return: the child's PID.
         """
         pid = (fork or os.fork)()
@@ -71,13 +71,13 @@ class Stage:
             os._exit(status)
 
     def wait(self, pid: int) -> int:
-        """Wait for a child; its exit status, or the negative number of the signal it died of."""
+        """Wait for a child; return its exit status, or the negative number of the signal that ended it."""
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def retrofit(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-        """For a program that uses pyscard's own classes: with pcsc_safe under test, install it.
+        """For a program that uses pyscard's classes: install pcsc_safe, if it is under test.
 
-        :return: what such a program enters around the fork of its daemon.
+        :return: the context manager that such a program enters around the fork of its daemon.
         """
         if self.scard.__name__ != "pcsc_safe.scard":
             return contextlib.nullcontext
@@ -87,7 +87,7 @@ class Stage:
         return pcsc_safe.handover
 
     def kill_pcscd(self) -> None:
-        """Kill the virtual pcscd, as a crash would; returns when it is gone."""
+        """Kill the virtual pcscd, as a crash would; return when it has ended."""
         pid = int(os.environ[PCSCD])
         os.kill(pid, signal.SIGKILL)
         while _is_running(pid):
@@ -101,9 +101,9 @@ class Stage:
         return hex(hresult & 0xFFFFFFFF)
 
     def establish(self) -> tuple[Any, list[str]]:
-        """A context, and the readers it lists.
+        """A context, and the readers that it lists.
 
-        :raises RuntimeError: the virtual stack does not answer, so nothing can be observed.
+        :raises RuntimeError: the virtual stack does not work, so nothing can be observed.
         """
         hresult, context = self.scard.SCardEstablishContext(self.scard.SCARD_SCOPE_SYSTEM)
         if hresult == 0:
@@ -115,7 +115,7 @@ class Stage:
     def connect(self) -> tuple[Any, Any, int]:
         """A context, a shared connection to the card in the first reader, and its protocol.
 
-        :raises RuntimeError: as :meth:`establish`.
+        :raises RuntimeError: as for :meth:`establish`.
         """
         context, readers = self.establish()
         hresult, card, protocol = self.scard.SCardConnect(
@@ -133,7 +133,7 @@ class Stage:
 
 
 def _is_running(pid: int) -> bool:
-    """Whether a process that is not our child runs; a zombie does not."""
+    """Whether a process that is not our child is running; a zombie is not."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"

@@ -1,7 +1,7 @@
 """What the demo shows: a line for each hazard while it runs, and a table of sentences at the end.
 
-Colour and rewriting of lines only on a terminal, and no colour if NO_COLOR is set (https://no-color.org).  No shared
-state; nothing here is used in a forked process.
+Colours are used and lines are rewritten only on a terminal; NO_COLOR switches colours off (https://no-color.org).
+There is no shared state, and nothing here is used in a forked process.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def _coloured(text: str, outcome: Outcome, colour: bool) -> str:
 
 
 class Live:
-    """A line for each hazard, filled in as its two runs end; used by the thread of either run.
+    """A line for each hazard, completed as its two runs end; used by the threads of both runs.
 
-    :param stream: where to.
+    :param stream: where to write.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -66,13 +66,13 @@ class Live:
         self._show()
 
     def result(self, raw: bool, verdict: Verdict) -> None:
-        """Fill in one side."""
+        """Show the verdict of one run."""
         with self._lock:
             self._verdicts[raw] = verdict
             self._show()
 
     def heading(self, raw: str, safe: str) -> None:
-        """Head the columns with the modules' names, without what they have in common."""
+        """Print the modules' names over the columns, without what they have in common."""
         print(
             f"{'':{_NAME + 4}}  {raw.partition('.')[0]:<{_WORD}}{safe.partition('.')[0]}", file=self._stream, flush=True
         )
@@ -92,11 +92,11 @@ class Live:
 
 
 def table(rows: Sequence[Row], raw: str, safe: str, colour: bool, width: Optional[int] = None) -> str:
-    """Hazard, what happened raw, what happened here.
+    """A table: the hazard, what happened on raw pyscard, what happened on pcsc_safe.
 
     :param raw: the heading of the second column.
     :param safe: the heading of the third.
-    :param width: in characters; the terminal's if None.
+    :param width: in characters; if None, the terminal's width.
     """
     width = min(width or shutil.get_terminal_size((100, 25)).columns, 140)
     first = max(width // 5, 14)

@@ -1,8 +1,6 @@
 """Runs one of the functions of `_tasks` in a disposable process, and says in words how it ended.
 
-Nothing of PC/SC is ever imported in this process.
-
-Nothing here forks; the disposable process may.
+This process never imports anything of PC/SC, and never forks; the disposable process may.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ class Answer:
 
     @property
     def failure(self) -> str:
-        """How the task ended, if not well; an empty text if it did."""
+        """How the task failed; an empty text if it ended well."""
         if self._done.timed_out is not None:
             return f"did not end in {self._done.timed_out:g} s"
         if self._done.killed_by is not None:
@@ -47,7 +45,7 @@ class Answer:
 
     @property
     def hung(self) -> bool:
-        """Whether it had to be given up."""
+        """Whether it exceeded its time."""
         return self._done.timed_out is not None
 
 
@@ -62,9 +60,9 @@ def ask(
     """Run a task in a disposable process.
 
     :param task: the name of a function.
-    :param seconds: that it may take, beside what Python takes to start.
-    :param module: the scard module that it is to use, if any.
-    :param env: its environment; without the settings of pcsc_safe if None.
+    :param seconds: that it may take, after Python has started.
+    :param module: the scard module to use, if any.
+    :param env: its environment; if None, this process's without the settings of pcsc_safe.
     :param home: the module of the doctor that has the task.
     """
     command = [sys.executable, "-m", f"pcsc_safe.doctor.{home}", task, module, f"{seconds + 2 * _START}", *arguments]
@@ -74,6 +72,6 @@ def ask(
 def plain_environment(keep: str = "") -> dict[str, str]:
     """The environment of this process, without the settings of pcsc_safe.
 
-    :param keep: the one that stays.
+    :param keep: a setting's variable that stays.
     """
     return {name: value for name, value in os.environ.items() if not name.startswith("PCSC_SAFE_") or name == keep}

@@ -16,19 +16,20 @@ from ._view import Page, left_out, summary
 
 __all__ = ["EPILOG", "add_arguments", "main"]
 
-EPILOG = """The doctor uses PC/SC only in processes that may hang or crash. It connects to no card without
---touch-cards; with it, it connects shared and leaves the cards as they are. It sends them no APDU, except with
---self-test and --touch-cards together: GET RESPONSE, which changes nothing.
+EPILOG = """The doctor uses PC/SC only in separate processes, so a hang or a crash doesn't affect it. It connects to the
+cards only with --touch-cards, in shared mode, and leaves them as they are. It sends an APDU only with both --self-test
+and --touch-cards: GET RESPONSE, which changes nothing.
 
---self-test tries what pcsc_safe relies on: forks, brokers, clients that die, waits. It works with and without a reader,
-takes half a minute, and prints a text to paste into an issue. It is meant for macOS, which its authors can't test.
+--self-test tests what pcsc_safe relies on: forks, brokers, clients that die, waits. It works with and without a reader,
+takes half a minute, and prints a report that you can paste into an issue. Its main purpose is macOS, which the authors
+of pcsc_safe can't test.
 
-exit status: 0 if there is no problem, 1 if there is one, 2 if the doctor could not run or not examine the program
+exit status: 0 if there is no problem, 1 if there is one, 2 if the doctor could not run or could not examine the program
 
 --json prints {"version", "findings": [{"key", "status", "what", "detail", "remedy", "data"}, ...], "left_out"}. A key
-is the same from version to version, and may occur several times (a reader, a hazard, a process). A status is ok,
-warning, problem, unknown or skipped. "data" has the facts of "detail". "left_out" has the keys that a problem kept the
-doctor from examining, by the key of that problem."""
+stays the same from version to version. It occurs several times if there are several readers, hazards or processes. A
+status is ok, warning, problem, unknown or skipped. "data" has the facts of "detail". "left_out" has the keys that the
+doctor did not examine, by the key of the problem that is the reason."""
 
 _Section = tuple[str, Iterator[Finding]]
 _LONGEST = 600.0
@@ -36,16 +37,17 @@ _LONGEST = 600.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--json", action="store_true", help="print the findings for programs")
-    parser.add_argument("--no-probe", action="store_true", help="skip the tests of forks, which take 25 s")
-    parser.add_argument("--touch-cards", action="store_true", help="connect to the cards in the readers, too")
-    parser.add_argument("--self-test", action="store_true", help="try what pcsc_safe relies on, and print a report")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--no-probe", action="store_true", help="skip the tests of forks (25 s)")
+    parser.add_argument("--touch-cards", action="store_true", help="also connect to the cards in the readers")
+    parser.add_argument("--self-test", action="store_true", help="test what pcsc_safe relies on, and print a report")
     parser.add_argument(
-        "--pid", type=_pid, metavar="N", help="examine a running program and its children instead (Linux)"
+        "--pid",
+        type=_pid,
+        metavar="N",
+        help="examine a running program and its children instead of this machine (Linux)",
     )
-    parser.add_argument(
-        "--timeout", type=_seconds, default=10.0, metavar="S", help="seconds that pcscd may take to answer (10)"
-    )
+    parser.add_argument("--timeout", type=_seconds, default=10.0, metavar="S", help="seconds to wait for pcscd (10)")
     parser.set_defaults(refuse=parser.error)
 
 
@@ -66,12 +68,14 @@ def _seconds(text: str) -> float:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Examine, and print what was found.
+    """Examine, and print the findings.
 
     :return: the exit status, see :data:`EPILOG`.
     """
     if options.pid is not None and (options.touch_cards or options.no_probe or options.self_test):
-        options.refuse("--pid examines a program, and --touch-cards, --no-probe and --self-test examine this machine")
+        options.refuse(
+            "--pid examines a program: leave out --touch-cards, --no-probe and --self-test, which examine this machine"
+        )
     if options.pid is not None:
         return _examine(options)
     signal.signal(signal.SIGTERM, _terminated)
@@ -114,7 +118,7 @@ def _as_json(ledger: Ledger) -> dict[str, Any]:
 
 
 def _sections(options: argparse.Namespace, ledger: Ledger) -> Iterator[_Section]:
-    """The parts of the page; each is asked for when the findings of those before it have been entered."""
+    """The sections of the page; each begins after the findings of the earlier ones have been entered."""
     yield "This installation", _installation()
     # What the generator of one section learns of PC/SC is what those of later ones go by.
     seen = [_pcscd.Service(False, [])]
@@ -129,9 +133,9 @@ def _sections(options: argparse.Namespace, ledger: Ledger) -> Iterator[_Section]
     if options.no_probe or not _fork.are_possible():
         return
     if ledger.allows(*_probe.KEYS):
-        yield "Tried on this PC/SC", _probe.probes()
+        yield "Tests on the PC/SC of this machine", _probe.probes()
     if ledger.allows("hazards") and not options.self_test:
-        yield "Tried on virtual cards", _probe.hazards()
+        yield "Tests on virtual cards", _probe.hazards()
 
 
 def _installation() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What a finding is, what it needs, and the keys that findings have: a promise to programs that read ``--json``.
+"""Defines findings, what each needs, and their keys, which stay the same for programs that read ``--json``.
 
 One cause is one finding: while something is a problem, the checks that need it are left out (:data:`NEEDS`).
 
@@ -81,11 +81,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "self.idle": _ALL_OF_PCSC,
     "self.exchange": _ALL_OF_PCSC,
 }
-"""What has to be well for a thing to be looked at, by their keys; what that needs is needed too."""
+"""What a check needs, by keys: no problem there, nor in what these need in turn."""
 
 
 class Status(str, enum.Enum):
-    """How a thing is."""
+    """The status of a finding."""
 
     OK = "ok"
     WARNING = "warning"
@@ -96,13 +96,13 @@ class Status(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One thing that was examined.
 
     :param key: one of :data:`KEYS`.
-    :param status: how it is.
-    :param what: what it is, in a few words.
-    :param detail: what was seen, in a sentence.
-    :param remedy: what to do about it, if it isn't well.
+    :param status: its status.
+    :param what: what was examined, in a few words.
+    :param detail: what was observed, in a sentence.
+    :param remedy: what to do about it, if the status isn't ok.
     :param data: the facts of ``detail``, for programs.
     """
 
@@ -118,20 +118,20 @@ class Finding:
         assert self.remedy or self.status in (Status.OK, Status.SKIPPED, Status.UNKNOWN), self
 
     def as_json(self) -> dict[str, Any]:
-        """It for ``json.dumps``."""
+        """The finding as a dict for ``json.dumps``."""
         return {**asdict(self), "status": self.status.value}
 
 
 class Ledger:
-    """What was found so far, and what is left out because of it."""
+    """The findings so far, and the checks that are left out because of them."""
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
         self.left_out: dict[str, list[str]] = {}
-        """The keys that are left out, by the key of the problem."""
+        """The keys of the checks that are left out, by the key of the problem."""
 
     def allows(self, *keys: str) -> bool:
-        """Whether things can be looked at; those that can't are noted."""
+        """Whether things can be examined; notes those that can't."""
         causes = {key: self._cause(key) for key in keys}
         for key, cause in causes.items():
             if cause and key not in self.left_out.setdefault(cause, []):
@@ -139,14 +139,14 @@ class Ledger:
         return not any(causes.values())
 
     def enter(self, finding: Finding) -> bool:
-        """Enter a finding, unless it is left out; returns whether it was entered."""
+        """Enter a finding, unless it is left out; return whether it was entered."""
         if not self.allows(finding.key):
             return False
         self.findings.append(finding)
         return True
 
     def _cause(self, key: str) -> str:
-        """The first problem that a thing comes upon; empty if there is none."""
+        """The first problem that prevents a check; empty if there is none."""
         for need in NEEDS.get(key, ()):
             cause = self._cause(need) or (need if self._is_problem(need) else "")
             if cause:

@@ -23,7 +23,7 @@ def are_possible() -> bool:
 
 
 def forks() -> Iterator[Finding]:
-    """Look at what a fork is here."""
+    """Examine what detects a fork here, and what policy ``auto`` chooses."""
     if not are_possible():
         detail = "Windows has no fork: pcsc_safe passes every call through"
         yield Finding("fork.hooks", Status.OK, "forks", detail, data={"forks": False})
@@ -33,10 +33,10 @@ def forks() -> Iterator[Finding]:
 
 
 def broker(seconds: float, pcsc_works: bool) -> Finding:
-    """Have a broker started.
+    """Start a broker.
 
-    :param seconds: that it may take to come up.
-    :param pcsc_works: it can be asked for a context.
+    :param seconds: that it may take to start.
+    :param pcsc_works: whether it can be asked for a context.
     """
     return _broker(ask("broker", seconds, *["establish"] * pcsc_works, env=plain_environment(keep=_PYTHON)))
 
@@ -44,17 +44,17 @@ def broker(seconds: float, pcsc_works: bool) -> Finding:
 def _detection(told: Answer) -> Iterator[Finding]:
     task = told.of()
     if not task:
-        detail = f"forks could not be tried: the process {told.failure or 'reported nothing'}"
-        remedy = "see that this user may start processes (ulimit -u), and that pcsc_safe can be imported"
+        detail = f"the test of forks failed: the process {told.failure or 'reported nothing'}"
+        remedy = "check that this user may start processes (ulimit -u), and that pcsc_safe can be imported"
         yield Finding("fork.hooks", Status.PROBLEM, "os.fork()", detail, remedy)
         return
     seen = {fork: told.of(fork).get("noticed_by") for fork in ("os.fork", "C fork")}
     hooks, page = seen["os.fork"] == "hook", seen["C fork"] == "page"
     if hooks:
-        yield Finding("fork.hooks", Status.OK, "os.fork()", "noticed by Python's at-fork hooks", data={"works": True})
+        yield Finding("fork.hooks", Status.OK, "os.fork()", "detected by Python's at-fork hooks", data={"works": True})
     else:
         remedy = "use CPython 3.9 or later"
-        detail = f"Python's at-fork hooks did not run; noticed by {seen['os.fork']}"
+        detail = f"Python's at-fork hooks did not run; detected by {seen['os.fork']}"
         yield Finding("fork.hooks", Status.PROBLEM, "os.fork()", detail, remedy, {"works": False})
     yield _page(task, page, seen["C fork"])
     layers = [name for name in _LAYERS if name in seen.values()]
@@ -72,13 +72,13 @@ def _page(task: dict[str, object], works: bool, noticed_by: object) -> Finding:
         {"works": works, "there": task.get("page"), "noticed_by": noticed_by},
     )
     if works:
-        return Finding(key, Status.OK, what, "noticed by a page under MADV_WIPEONFORK", data=data)
+        return Finding(key, Status.OK, what, "detected by a page under MADV_WIPEONFORK", data=data)
     if noticed_by != "pid":
-        detail = f"it is not noticed ({noticed_by})"
+        detail = f"it is not detected ({noticed_by})"
         return Finding(key, Status.PROBLEM, what, detail, "report this: pcsc_safe is not safe on this machine", data)
     if not sys.platform.startswith("linux"):
-        return Finding(key, Status.OK, what, "noticed by os.getpid()", data=data)
-    detail = "noticed by os.getpid() only, which misses a child that has its parent's PID in another PID namespace"
+        return Finding(key, Status.OK, what, "detected by os.getpid()", data=data)
+    detail = "detected by os.getpid() only, which misses a child that has its parent's PID in another PID namespace"
     return Finding(
         key, Status.WARNING, what, detail, "use Linux 4.14 or later, and no emulator that lacks madvise", data
     )
@@ -100,7 +100,7 @@ def _auto() -> Finding:
     else:
         detail = "a broker: on macOS a forked process can't use PC/SC"
     if given.policy is not policy.Policy.AUTO:
-        detail += f". Not in force: the policy is {given.policy.value!r}"
+        detail += f". Not in use: the policy is {given.policy.value!r}"
     return Finding("policy.auto", Status.OK, "policy 'auto'", detail, data=data)
 
 
@@ -117,7 +117,7 @@ def _broker(told: Answer) -> Finding:
             return Finding("broker", Status.OK, "broker", took, data=data)
         detail, remedy = (
             f"{took}; SCardEstablishContext in the broker: {code}",
-            "see what keeps other processes from PC/SC",
+            "find out what keeps other processes from using PC/SC",
         )
         return Finding("broker", Status.PROBLEM, "broker", detail, remedy, data)
     if "problem" in task:
@@ -126,4 +126,4 @@ def _broker(told: Answer) -> Finding:
     return Finding("broker", Status.PROBLEM, "broker", detail, _HELP, data)
 
 
-_HELP = "see that this user may start processes, and that PCSC_SAFE_BROKER_PYTHON, if set, has pcsc_safe"
+_HELP = "check that this user may start processes, and that PCSC_SAFE_BROKER_PYTHON, if set, has pcsc_safe"

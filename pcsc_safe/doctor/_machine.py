@@ -28,8 +28,8 @@ _LIBRARY = "; if the PC/SC library is missing, install it (Debian, Ubuntu: apt-g
 class _Needed(NamedTuple):
     """A package that pcsc_safe needs.
 
-    :ivar least: its oldest version that will do.
-    :ivar module: what is imported of it.
+    :ivar least: its oldest version that works.
+    :ivar module: the module of it that is imported.
     :ivar more: what may help besides installing it again.
     """
 
@@ -43,7 +43,7 @@ _CONTAINERS, _SYSTEMDS = ("/.dockerenv", "/run/.containerenv"), "container"
 
 
 def installation() -> Iterator[Finding]:
-    """Versions, and whether an application can import pcsc_safe and what that imports."""
+    """Versions, and whether an application can import pcsc_safe and the packages that it needs."""
     told, load = versions(), ask("load", _PATIENCE)
     yield Finding(
         "python",
@@ -63,7 +63,7 @@ def installation() -> Iterator[Finding]:
 
 
 def _imported(load: Answer, module: str) -> str:
-    """What became of an import in the task ``load``: ``ok``, or how it failed."""
+    """The result of an import in the task ``load``: ``ok``, or how it failed."""
     imported: str = load.of().get(module, load.failure or "nothing was reported")
     return imported
 
@@ -100,9 +100,9 @@ def _package(name: str, version: str, least: tuple[int, ...], imported: str) -> 
 
 
 def library(look: Answer) -> Finding:
-    """The native library, by what a process has loaded that imports pyscard.
+    """The native library that a process has loaded which imports pyscard.
 
-    :param look: of the task ``look``.
+    :param look: the answer of the task ``look``.
     """
     what, told = "PC/SC library", look.of()
     failure = told.get("imported", look.failure or "nothing was reported")
@@ -122,7 +122,7 @@ def library(look: Answer) -> Finding:
 
 
 def _owner(file: str) -> Optional[str]:
-    """The package that a file comes from, with its version: libpcsclite itself doesn't tell one."""
+    """The package that a file comes from, with its version, which libpcsclite itself doesn't report."""
     if shutil.which("dpkg-query"):
         for path in dict.fromkeys((file, file.replace("/usr/lib/", "/lib/", 1))):  # of a merged /usr, either is listed
             package = _output("dpkg-query", "-S", path).partition(": ")[0].partition(",")[0]
@@ -143,7 +143,7 @@ def _output(*command: str) -> str:
 
 
 def in_force(environment: Mapping[str, str] = os.environ) -> policy.Settings:
-    """The settings of this environment; the defaults if they make no sense."""
+    """The settings of this environment; the defaults if the environment has invalid ones."""
     try:
         return policy.from_environment(environment)
     except SettingsError:
@@ -151,7 +151,7 @@ def in_force(environment: Mapping[str, str] = os.environ) -> policy.Settings:
 
 
 def settings(environment: Mapping[str, str] = os.environ) -> Finding:
-    """The settings that the environment gives, where each comes from, and what is wrong with them."""
+    """The settings of the environment, where each comes from, and what is wrong with them."""
     what, wrong, data, remedies = "settings", [], {}, []
     for name, default in policy.Settings()._asdict().items():
         variable = f"PCSC_SAFE_{name.upper()}"

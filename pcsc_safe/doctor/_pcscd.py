@@ -1,4 +1,4 @@
-"""Findings about pcscd: whether it exists, who starts it, whether it answers and whom, readers and cards.
+"""Findings about pcscd: whether it exists, what starts it, whether it accepts this user; readers and cards.
 
 macOS and Windows have no PC/SC daemon with a socket to examine; there the findings are those of PC/SC calls.
 
@@ -31,16 +31,16 @@ _MOUNT = "give the container pcscd's socket: docker run -v /run/pcscd:/run/pcscd
 _BUS = "/run/dbus/system_bus_socket"
 _VERSIONS = "install pcscd and libpcsclite of the same version of pcsc-lite (a container and its host often differ)"
 _POLKIT = (
-    "polkit may allow PC/SC to users at the machine only: run as root, log in there, or write a rule in "
-    "/etc/polkit-1/rules.d for the actions org.debian.pcsc-lite.access_pcsc and .access_card"
+    "polkit may allow PC/SC only to users who are logged in at the machine: run as root, log in there, or "
+    "add a rule to /etc/polkit-1/rules.d for the actions org.debian.pcsc-lite.access_pcsc and .access_card"
 )
 
 
 class Service(NamedTuple):
-    """What there is of PC/SC, for those who go on from there.
+    """The state of PC/SC, for further checks.
 
     :ivar works: whether a context can be established.
-    :ivar cards: the readers with a card that answers.
+    :ivar cards: the readers with a card that responds.
     """
 
     works: bool
@@ -55,10 +55,10 @@ class _Program(NamedTuple):
 
 
 def service(seconds: float) -> Iterator[tuple[list[Finding], Service]]:
-    """Look at PC/SC, step by step.
+    """Examine PC/SC, step by step.
 
     :param seconds: that each step may take.
-    :return: findings, as they come, each time with what is known then.
+    :return: findings, as they are made, each time with the state that is known by then.
     """
     nothing = Service(False, [])
     answers = True
@@ -108,7 +108,7 @@ def _installed(program: _Program) -> Finding:
 
 
 def _socket(path: str, program: _Program, seconds: float) -> tuple[list[Finding], bool]:
-    """The socket of pcscd and what answers there; and whether anything does."""
+    """The socket of pcscd, and how pcscd responds there; and whether it responds."""
     what, named = "pcscd's socket", bool(os.environ.get("PCSCLITE_CSOCK_NAME"))
     shown = f"{path} (named by PCSCLITE_CSOCK_NAME)" if named else path
     told = ask("service", seconds, path, f"{seconds}").of()
@@ -129,22 +129,22 @@ def _socket(path: str, program: _Program, seconds: float) -> tuple[list[Finding]
 def _not_connected(shown: str, why: str, program: _Program, named: bool) -> tuple[str, str]:
     start = _how_to_start(program)
     if why == "ENOENT" and named:
-        return f"there is no {shown}", f"start what makes it, or unset PCSCLITE_CSOCK_NAME; {start}"
+        return f"there is no {shown}", f"start the program that creates it, or unset PCSCLITE_CSOCK_NAME; {start}"
     if why == "ENOENT":
         if in_container():
             return f"there is no {shown}: no pcscd runs in this container", f"{_MOUNT}; or run one inside: {start}"
         return f"there is no {shown}: pcscd doesn't run, and no socket activation starts it", start
     if why == "ECONNREFUSED":
-        return f"{shown} exists, but nobody listens: a pcscd that has died left it behind", start
+        return f"{shown} exists, but no process listens on it: a pcscd that has died left it behind", start
     if why == "EACCES":
-        return f"this user may not connect to {shown}", "see the permissions of the socket and its directories"
+        return f"this user may not connect to {shown}", "check the permissions of the socket and its directories"
     if why in ("EAGAIN", "timeout"):
         return f"pcscd accepts no connection on {shown}: it hangs", _RESTART
     return f"{shown}: connecting fails with {why}", start
 
 
 _RESTART = (
-    "sudo systemctl restart pcscd, or kill it and start it again; pcscd --foreground --debug says what it hangs in"
+    "sudo systemctl restart pcscd, or kill it and start it again; pcscd --foreground --debug shows where it hangs"
 )
 
 
@@ -157,7 +157,7 @@ def _how_to_start(program: _Program) -> str:
 
 
 def _origin(listener: Optional[int]) -> str:
-    """How pcscd comes to be at its socket, by the process that made this."""
+    """What has created pcscd's socket, by the process that listens on it."""
     name = _proc.name(listener) if listener else ""
     if name == "pcscd":
         return f"of the running pcscd (process {listener})"
@@ -165,7 +165,7 @@ def _origin(listener: Optional[int]) -> str:
         return "by socket activation: systemd starts pcscd when a client connects"
     if name:
         return f"by socket activation of process {listener} ({name})"
-    return "made by a process that can't be seen from here"
+    return "created by a process that is not visible here"
 
 
 def _answer(answer: str, told: dict[str, Any], program: _Program) -> Finding:
@@ -185,31 +185,31 @@ def _answer(answer: str, told: dict[str, Any], program: _Program) -> Finding:
 
 
 def _refusal(listener: Optional[int], clients: Optional[int], program: _Program) -> tuple[str, str]:
-    """Why pcscd hangs up on this user, as far as it can be told, and the remedy.
+    """Why pcscd closes the connection of this user, as far as that is known, and the remedy.
 
     polkit never refuses root; but pcscd refuses everybody when it can't ask polkit.
     """
     if clients and clients >= _LIMIT:
-        return f"it serves {clients} clients, and has no room for another", "end some, or restart pcscd"
+        return f"it serves {clients} clients, and accepts no more", "end some of them, or restart pcscd"
     if not listener or not _proc.name(listener):
-        remedy = "see its log where it runs; there polkit has to run, and to allow PC/SC to this user"
-        return "it refuses this user, and runs where it can't be seen from here", remedy
+        remedy = "see its log on the system where it runs; polkit must run there, and must allow this user to use PC/SC"
+        return "it refuses this user; its process is not visible here", remedy
     if program.path and not program.asks_polkit:
-        return "it has no room for another client, or fails", _LOG
+        return "it accepts no more clients, or fails", _LOG
     missing = _missing_for_polkit()
     if missing:
         remedy = (
             f"install and start {missing} (Debian, Ubuntu: apt-get install dbus polkitd), or, where every user may "
         )
         remedy += "use the readers, as in most containers, start pcscd with --disable-polkit (pcsc-lite 2.0 and later)"
-        return f"it has to ask polkit who may use PC/SC, and can't, since no {missing} runs here", remedy
+        return f"it can't ask polkit who may use PC/SC, because no {missing} runs here", remedy
     if os.geteuid() == 0:
-        return "it can't ask polkit, which would allow root, or it has no room for another client", _LOG
-    return "polkit refuses this user, or pcscd has no room for another client", _POLKIT
+        return "it can't ask polkit, which would allow root, or it accepts no more clients", _LOG
+    return "polkit refuses this user, or pcscd accepts no more clients", _POLKIT
 
 
 def _missing_for_polkit() -> str:
-    """What does not run of what pcscd asks polkit by; empty if all does, or it can't be told."""
+    """What pcscd needs to ask polkit, and does not run; empty if everything runs, or if that is unknown."""
     if not os.path.exists(_BUS):
         return "dbus-daemon"
     # Where the processes of others are hidden, polkitd would be too.
@@ -224,12 +224,12 @@ def _clients(clients: int) -> Finding:
     detail = f"{clients - 1} besides the doctor; pcscd serves at most {limit}"
     if clients < _MANY * limit:
         return Finding("pcscd.clients", Status.OK, what, detail, data=data)
-    remedy = "find who keeps contexts without releasing them, or start pcscd with --max-thread"
+    remedy = "find the programs that don't release their contexts, or raise the limit (pcscd --max-thread)"
     return Finding("pcscd.clients", Status.WARNING, what, detail, remedy, data)
 
 
 def _limit() -> int:
-    """That of the one pcscd that is seen running, if it was given one."""
+    """The limit of clients: from the command line of the only pcscd that is running, or the default."""
     lines = [_proc.command(pid) for pid in _proc.all_pids() if _proc.name(pid) == "pcscd"]
     for line in lines:
         given = re.search(r"(?:--max-thread[ =]|-t ?)(\d+)", " ".join(line)) if len(lines) == 1 else None
@@ -261,7 +261,7 @@ def _access(look: Answer) -> Finding:
 
 _NO_SERVICE = {
     "darwin": "plug a reader in: macOS starts PC/SC with the first one; a forked process needs a new program to use it",
-    "win32": "plug a reader in, and see that the service SCardSvr may start",
+    "win32": "plug a reader in, and check that the service SCardSvr can start",
 }
 
 
@@ -278,7 +278,7 @@ def _readers(look: Answer) -> Iterator[Finding]:
     if not readers:
         known = code in ("SCARD_E_NO_READERS_AVAILABLE", "SCARD_S_SUCCESS")
         detail = "there is none" if known else f"SCardListReaders returns {code}"
-        remedy = "plug one in; if it is, install its driver (Debian, Ubuntu: libccid) and see lsusb"
+        remedy = "plug one in; if lsusb lists it already, install its driver (Debian, Ubuntu: libccid)"
         yield Finding("readers", Status.WARNING, "readers", detail, remedy, data)
         return
     yield Finding("readers", Status.OK, "readers", f"{len(readers)}", data=data)
@@ -293,7 +293,10 @@ def _readers(look: Answer) -> Iterator[Finding]:
 def _reader(name: str, flags: list[str], atr: str) -> Finding:
     data = {"reader": name, "state": flags, "atr": atr}
     if "mute" in flags:
-        detail, remedy = "a card that doesn't answer", "see that it is the right way round, and clean its contacts"
+        detail, remedy = (
+            "a card that doesn't answer",
+            "check that it is inserted the right way round, and clean its contacts",
+        )
     elif "exclusive" in flags:
         detail = f"a card, held exclusively by an application; ATR {atr}"
         remedy = (

@@ -1,4 +1,4 @@
-"""Tries what a fork does to PC/SC here, on raw pyscard and on pcsc_safe.
+"""Tests what a fork does to PC/SC here, on raw pyscard and on pcsc_safe.
 
 Three probes need no card and run on the PC/SC of this machine.  The hazards of the demo run on virtual stacks, if these
 are installed.  The probe of a user's card runs with ``--touch-cards`` only, and on pcsc_safe only: on raw pyscard it
@@ -41,7 +41,7 @@ KEYS = tuple(each.key for each in _PROBES)
 
 
 def probes() -> Iterator[Finding]:
-    """Try what needs no card, on the PC/SC of this machine."""
+    """Test what needs no card, on the PC/SC of this machine."""
     with ThreadPoolExecutor(2) as pool:
         for probe in _PROBES:
             raw, safe = (pool.submit(ask, probe.task, _SECONDS, module=module) for module in (RAW, SAFE))
@@ -49,10 +49,10 @@ def probes() -> Iterator[Finding]:
 
 
 class _Seen(NamedTuple):
-    """What became of the child, and of its parent.
+    """What happened to the child, and to its parent.
 
     :ivar harm: what went wrong, in words; empty if nothing did.
-    :ivar known: whether enough was reported to say so.
+    :ivar known: whether enough was reported for a verdict.
     """
 
     harm: str
@@ -79,7 +79,7 @@ def _judge(answer: Answer) -> _Seen:
 
 def _probe_finding(probe: _Probe, raw: _Seen, safe: _Seen) -> Finding:
     data = {"raw": raw.harm, "raw_known": raw.known, "safe": safe.harm, "safe_known": safe.known}
-    raw_says = raw.harm or ("no harm seen" if raw.known else "nothing is known")
+    raw_says = raw.harm or ("no harm seen" if raw.known else "unknown: too little was reported")
     said = f"raw pyscard: {raw_says}"
     if safe.harm:
         detail = f"pcsc_safe: {safe.harm}; {said}"
@@ -90,7 +90,7 @@ def _probe_finding(probe: _Probe, raw: _Seen, safe: _Seen) -> Finding:
 
 
 def hazards() -> Iterator[Finding]:
-    """Run the demo's hazards, each on virtual stacks of its own."""
+    """Run the demo's hazards, each on separate virtual stacks."""
     why_not = _no_stack()
     if why_not:
         yield Finding("hazards", Status.SKIPPED, "hazards", why_not[0], why_not[1])
@@ -169,7 +169,9 @@ def _touched(reader: str, answer: Answer) -> Finding:
         detail = f"{connected}; after a fork the child got {child}, and the parent {parent.get('afterwards')}"
         return Finding("probe.card", Status.PROBLEM, what, detail, _REPORT, data)
     if child.get("own") != _OK:
-        detail = f"{connected}; a forked child can't connect to it beside its parent: {child.get('reconnect')}"
+        detail = (
+            f"{connected}; a forked child can't connect to it while its parent is connected: {child.get('reconnect')}"
+        )
         remedy = "if the child has to use this card, share the session: docs/sessions.md"
         return Finding("probe.card", Status.WARNING, what, detail, remedy, data)
     detail = f"{connected}; a forked child connected again, and its parent's connection still works"

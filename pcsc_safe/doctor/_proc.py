@@ -1,6 +1,7 @@
 """What /proc says about processes: names, parents, file descriptors, libraries, and the marks that pcsc_safe leaves.
 
-A process may end between any two looks, and may belong to another user.  Both are distinguished from "nothing there".
+A process may end between two reads, and may belong to another user.  Both cases are distinguished from "there is
+nothing".
 
 Nothing here forks.
 """
@@ -33,11 +34,11 @@ _MARK = ("rr", "sr", "rr", "sr")  # of pcsc_safe._core.process, which leaves it 
 class Process(NamedTuple):
     """A process, as /proc shows it.
 
-    :ivar started: when, in clock ticks since the machine was.
+    :ivar started: when it was started, in clock ticks since the machine was booted.
     :ivar sockets: its sockets' inodes by descriptor; None if this user may not see them.
     :ivar libpcsclite: whether the PC/SC library is mapped into it; None if this user may not see that.
-    :ivar pcsc_safe: what shows that pcsc_safe is in it; empty if nothing does.
-    :ivar network: which network namespace it lives in; 0 if that isn't told.
+    :ivar pcsc_safe: what shows that pcsc_safe is loaded in it; empty if nothing does.
+    :ivar network: the inode of its network namespace; 0 if that is unknown.
     """
 
     pid: int
@@ -52,7 +53,7 @@ class Process(NamedTuple):
 
     @property
     def is_broker(self) -> bool:
-        """Whether it is a broker of pcsc_safe's."""
+        """Whether it is a broker of pcsc_safe."""
         return self.pcsc_safe == "broker"
 
 
@@ -72,7 +73,7 @@ class _Area(NamedTuple):
 
 
 def all_pids() -> Iterator[int]:
-    """Every process that there is, as far as this user sees."""
+    """Every process that this user can see."""
     with contextlib.suppress(OSError):
         yield from [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
 
@@ -88,19 +89,19 @@ def _stat(pid: int) -> Optional[_Stat]:
 
 
 def name(pid: int) -> str:
-    """The name of a process; empty if it is gone.  Not its arguments: they may hold a PIN."""
+    """The name of a process; empty if it has ended.  Not its arguments: they may contain a PIN."""
     found = _stat(pid)
     return found.name if found else ""
 
 
 def started(pid: int) -> int:
-    """When a process was started, in clock ticks since the machine was; 0 if it is gone."""
+    """When a process was started, in clock ticks since the machine was booted; 0 if it has ended."""
     found = _stat(pid)
     return found.started if found else 0
 
 
 def command(pid: int) -> list[str]:
-    """The arguments of a process, to look for known ones; never to be shown."""
+    """The arguments of a process, to search for known ones; never show them."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
         return [os.fsdecode(each) for each in file.read().split(b"\0") if each]
     return []
@@ -115,7 +116,7 @@ def environment(pid: int) -> dict[str, str]:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all that descend from it, parents first; without this one, should it do so."""
+    """A process and all its descendants, parents first; without the current process, if it is one of them."""
     children: dict[int, list[int]] = {}
     for each in all_pids():
         found = _stat(each)
@@ -130,7 +131,7 @@ def descendants(pid: int) -> list[int]:
 def sockets(pid: int) -> Optional[dict[int, int]]:
     """The inodes of a process's sockets by descriptor; None if this user may not see them.
 
-    :raises ProcessLookupError: it is gone.
+    :raises ProcessLookupError: it has ended.
     """
     found = {}
     try:
@@ -149,7 +150,7 @@ def sockets(pid: int) -> Optional[dict[int, int]]:
 def look(pid: int) -> Process:
     """Everything about a process.
 
-    :raises ProcessLookupError: it is gone.
+    :raises ProcessLookupError: it has ended.
     """
     found = _stat(pid)
     if found is None:
@@ -172,9 +173,9 @@ def _maps_libpcsclite(pid: int) -> Optional[bool]:
 
 
 def _mark(pid: int) -> str:
-    """What shows that pcsc_safe is in a process: ``broker``, ``mark``, ``environment``, or nothing.
+    """What shows that pcsc_safe is loaded in a process: ``broker``, ``mark``, ``environment``, or nothing.
 
-    The last is no proof: it only says that a Python which imports pyscard is to have pcsc_safe.
+    The environment is no proof: it only says that a Python which imports pyscard gets pcsc_safe.
     """
     if _is_brokers(command(pid)[1:]):
         return "broker"

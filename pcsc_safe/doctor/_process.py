@@ -1,8 +1,8 @@
 """``doctor --pid``: which connections to pcscd a running program and its children hold, and which they inherited.
 
-A connection that two processes hold was made by one of them, and is a hazard in the other.  pcscd's end of it says
-which process made it, if this user may look there (SO_PEERCRED; root or pcscd's own user).  Otherwise the process that
-has existed longest counts as its maker.  Nothing is sent anywhere, and no process is stopped.
+If two processes hold a connection, one of them has made it, and it is a hazard in the other.  pcscd's end of the
+connection says which process made it, if this user may look there (SO_PEERCRED; root or pcscd's own user).  Otherwise
+the process that has existed longest counts as its maker.  Nothing is sent anywhere, and no process is stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Connection(NamedTuple):
 
     :ivar holders: the processes that have it, the oldest first.
     :ivar owner: the process that made it.
-    :ivar known: whether pcscd's end says so; else it is taken to be the oldest holder.
+    :ivar known: whether pcscd's end says so; if not, the oldest holder counts as the owner.
     """
 
     inode: int
@@ -53,13 +53,14 @@ def examine(pid: int) -> tuple[list[Finding], bool]:
     """Examine a process and its descendants.
 
     :param pid: of the process.
-    :return: the findings, and whether the process itself could be looked into.
+    :return: the findings, and whether the process itself could be examined.
     :raises ProcessLookupError: there is no such process.
     """
     root = _proc.look(pid)
     if root.network and root.network != os.stat("/proc/self/ns/net").st_ino:
         remedy = f"sudo nsenter -t {pid} -n python -m pcsc_safe doctor --pid {pid}"
-        detail = f"process {pid} ({root.name}) is in another network namespace: where its sockets lead is unknown here"
+        detail = f"process {pid} ({root.name}) is in another network namespace, so the doctor can't see where its "
+        detail += "sockets lead"
         return [Finding("family", Status.UNKNOWN, "processes", detail, remedy, {"pid": pid})], False
     family = _gather(pid, root)
     findings = [_summary(pid, family)]
@@ -101,7 +102,7 @@ def _to_pcscd(processes: dict[int, Optional[Process]], table: dict[int, _sockets
 
 
 def _holders(inodes: set[int]) -> tuple[dict[int, list[int]], int]:
-    """Who on this machine has these sockets, the oldest first; and how many processes could not be looked into."""
+    """The processes that have these sockets, the oldest first; and how many processes could not be examined."""
     found: dict[int, list[tuple[int, int]]] = {inode: [] for inode in inodes}
     unseen = 0
     for pid in _proc.all_pids() if inodes else ():
@@ -121,7 +122,7 @@ def _connection(inode: int, table: dict[int, _sockets.Socket], holders: list[int
 
 
 def _maker(other_end: int) -> Optional[int]:
-    """Who made a connection, asked of the server's end of it."""
+    """The process that made a connection, according to the server's end of it."""
     for pid in _proc.all_pids() if other_end else ():
         if _proc.name(pid) != "pcscd":
             continue
@@ -144,7 +145,7 @@ def _summary(pid: int, family: _Family) -> Finding:
     unsure = not family.ends_known and any(each and each.libpcsclite for each in family.processes.values())
     if unsure and not connections:
         remedy = f"sudo modprobe unix_diag, or sudo python -m pcsc_safe doctor --pid {pid}"
-        text = "where their sockets lead is unknown here"
+        text = "the doctor can't see where their sockets lead"
         return Finding("family", Status.UNKNOWN, "processes", text, remedy, data)
     if family.unseen:
         detail += (
@@ -163,14 +164,14 @@ def _named(pids: list[int]) -> str:
 
 def _finding(pid: int, process: Optional[Process], family: _Family) -> Finding:
     if process is None:
-        return Finding("process", Status.UNKNOWN, f"process {pid}", "it has ended since", data={"pid": pid})
+        return Finding("process", Status.UNKNOWN, f"process {pid}", "it has ended in the meantime", data={"pid": pid})
     what = f"process {pid} ({process.name})"
     data = _data(process, family)
     if process.is_broker:
-        detail = "a broker of pcsc_safe's: its connections are its own, and no fork inherits them"
+        detail = "a broker of pcsc_safe: no other process inherits its connections"
         return Finding("process", Status.OK, what, detail, data=data)
     if process.state in "ZX":
-        return Finding("process", Status.OK, what, "has ended, and its parent has not waited for it", data=data)
+        return Finding("process", Status.OK, what, "has ended, but its parent has not yet waited for it", data=data)
     if process.sockets is None:
         remedy = f"sudo python -m pcsc_safe doctor --pid {pid}"
         detail = "this user may not examine it: it belongs to another user, or is protected"
@@ -213,7 +214,7 @@ def _data(process: Process, family: _Family) -> dict[str, Any]:
 
 
 def _dead_sockets(process: Process, family: _Family) -> dict[int, int]:
-    """Descriptors with a dead socket in the place of an ancestor's connection, and whose that is."""
+    """Descriptors with a dead socket that replaces an ancestor's connection, and the ancestor's PID."""
     dead = {number for number, inode in (process.sockets or {}).items() if inode in family.dead}
     ancestor, found = process, {}
     while dead and ancestor.parent in family.processes and family.processes[ancestor.parent]:
@@ -229,12 +230,12 @@ def _all_well(process: Process, family: _Family) -> str:
     own = _held(process, family)
     said = [f"{_many(len(own), 'connection', 'connections')} to pcscd, its own"] if own else []
     also = sorted({pid for each in own for pid in each.holders} - {process.pid})
-    said += [f"held by {_named(also)} as well: see there"] if also else []
+    said += [f"also held by {_named(also)}"] if also else []
     for owner in sorted(set(_dead_sockets(process, family).values())):
-        said.append(f"a dead socket in place of process {owner}'s connection: harmless, pcsc_safe put it there")
+        said.append(f"a dead socket that replaces process {owner}'s connection: harmless, pcsc_safe put it there")
     if not said:
         said.append("no connection to pcscd" + ("" if process.libpcsclite else ", no PC/SC library"))
-    said += [f"pcsc_safe is in it ({_HOW[process.pcsc_safe]})"] if process.pcsc_safe else []
+    said += [f"pcsc_safe is loaded (shown {_HOW[process.pcsc_safe]})"] if process.pcsc_safe else []
     return "; ".join(said)
 
 
@@ -244,10 +245,10 @@ _HOW = {"mark": "by its mark in memory", "environment": "by its environment"}
 def _verdict(
     process: Process, family: _Family, inherited: list[Connection], what: str, data: dict[str, Any]
 ) -> Finding:
-    """Of a process that holds connections which others made."""
+    """The finding for a process that holds connections which other processes made."""
     gone = [each for each in inherited if each.owner not in each.holders]
     owners = _named(sorted({each.owner for each in inherited}))
-    told = "" if all(each.known for each in inherited) else " (as it seems: the older holder)"
+    told = "" if all(each.known for each in inherited) else " (probably: that is the oldest process that holds it)"
     guarded = _is_guarded(process, family)
     if guarded and len(gone) == len(inherited):
         detail = f"holds a session that {owners} established and has handed over"
@@ -256,7 +257,7 @@ def _verdict(
         data["hazards"] = ["5"]
         detail = f"holds {owners}'s connection{told}, and has not used PC/SC since the fork, which ran no hook; "
         detail += f"pcsc_safe closes it at its first PC/SC call. Until then hazard 5: {_HAZARDS['5']}"
-        return Finding("process", Status.WARNING, what, detail, "end it, or have it use PC/SC once", data)
+        return Finding("process", Status.WARNING, what, detail, "end the process, or let it make a PC/SC call", data)
     numbers = ["4", "5"] if len(gone) == len(inherited) else ["2", "3", "5"] if process.libpcsclite else ["5"]
     data["hazards"] = numbers
     words = "; ".join(_HAZARDS[number] for number in numbers)
@@ -268,7 +269,7 @@ def _verdict(
 
 
 def _is_guarded(process: Process, family: _Family) -> bool:
-    """Whether pcsc_safe surely is in a process: it has the mark, and a dead socket in store, as with every context."""
+    """Whether pcsc_safe is certainly loaded in a process: it has the mark, and the dead socket kept in reserve."""
     return process.pcsc_safe == "mark" and not family.dead.isdisjoint((process.sockets or {}).values())
 
 

@@ -1,6 +1,6 @@
 """What ``--self-test`` runs in disposable processes; :mod:`_tasks` has the tasks of the rest of the doctor.
 
-Each task does on this machine what pcsc_safe relies on, and reports what it saw, step by step.
+Each task does on this machine what pcsc_safe relies on, and reports what it observed, step by step.
 
 Invariant: only :func:`exchange` connects to a card, and what it sends changes nothing there.
 """
@@ -35,7 +35,7 @@ _GET_RESPONSE = [0x00, 0xC0, 0x00, 0x00, 0x00]  # asks for the rest of an answer
 
 
 def passing(stage: Stage) -> None:
-    """Pass sockets, and see which of them live: closed by their sender before they are received, and after."""
+    """Pass sockets, and check which of them work: closed by their sender before they are received, and after."""
     early = sum(not _lives(close_early=True) for _ in range(_PASSED))
     stage.report("task", passed=_PASSED, dead_if_closed_early=early)
     stage.report("task", dead_if_kept=sum(not _lives(close_early=False) for _ in range(_PASSED)))
@@ -65,7 +65,7 @@ def _lives(*, close_early: bool) -> bool:
 
 
 def ends(stage: Stage) -> None:
-    """See the end of a connection and of a process as a broker does, and what tells one socket from another."""
+    """Detect the end of a connection and of a process as a broker does, and check what identifies a socket."""
     from .._core import descriptors  # this process may crash in it
     from ..broker import watch  # so it may in this one
 
@@ -99,7 +99,7 @@ def ends(stage: Stage) -> None:
 
 
 def _flags() -> Optional[int]:
-    """What macOS' kernel tells of this process; it may tell one that was forked from one that was exec'd."""
+    """The flags that macOS' kernel has for this process; they may distinguish a forked from an exec'd process."""
     with contextlib.suppress(AttributeError):
         about = ctypes.create_string_buffer(_BSDINFO_SIZE)
         size = ctypes.CDLL(None).proc_pidinfo(os.getpid(), _PROC_PIDTBSDINFO, ctypes.c_uint64(0), about, len(about))
@@ -108,7 +108,7 @@ def _flags() -> Optional[int]:
 
 
 def _waiting(watching: Any) -> tuple[list[int], threading.Thread]:
-    """What is told next, once it is; and the thread that waits for it."""
+    """The next report of a watch, when there is one; and the thread that waits for it."""
     told: list[int] = []
     waiting = threading.Thread(target=lambda: told.extend(watching.wait()), daemon=True)
     waiting.start()
@@ -116,7 +116,7 @@ def _waiting(watching: Any) -> tuple[list[int], threading.Thread]:
 
 
 def _peer(stage: Stage, process_behind: Callable[[socket.socket], int]) -> bool:
-    """Whether a socket tells the process that has made the pair, as a broker asks for it."""
+    """Whether a socket reports the process that made the pair, as a broker asks for it."""
     door, behind = socket.socketpair()
 
     def child() -> None:
@@ -136,7 +136,7 @@ def _peer(stage: Stage, process_behind: Callable[[socket.socket], int]) -> bool:
 
 
 def _poll_tells() -> bool:
-    """Whether poll() tells a hang-up to who asks for nothing."""
+    """Whether poll() reports a hang-up if no events are requested."""
     near, far = socket.socketpair()
     poll = select.poll()
     poll.register(near, 0)
@@ -145,7 +145,7 @@ def _poll_tells() -> bool:
 
 
 def brokers(stage: Stage) -> None:
-    """One broker for a family: children that come at the same time, and a broker that is killed."""
+    """One broker for a family: children that connect at the same time, and a broker that is killed."""
     family = _family("always")
     began = time.monotonic()
     family.describe()
@@ -175,7 +175,7 @@ def _family(broker: str) -> Any:
 
 
 def deaths(stage: Stage) -> None:
-    """A client is killed; a child that C code has forked lives on, with copies of its descriptors."""
+    """A client is killed; a child that C code has forked still runs, with copies of its descriptors."""
     family = _family("on-fork")
     read_end, write_end = os.pipe()
 
@@ -198,7 +198,7 @@ def deaths(stage: Stage) -> None:
 
 
 def _ends(pid: int) -> bool:
-    """Whether a process, which is not this one's child any more, ends in a while."""
+    """Whether a process that is no longer this process's child ends soon."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         with contextlib.suppress(PermissionError):
@@ -211,7 +211,7 @@ def _ends(pid: int) -> bool:
 
 
 def events(stage: Stage, broker: str = "") -> None:
-    """Wait for an event, and cancel that; and what the states of readers tell.
+    """Wait for an event, and cancel the wait; and report the states of the readers.
 
     :param broker: ``always``, or empty.
     """
@@ -245,7 +245,7 @@ def events(stage: Stage, broker: str = "") -> None:
 
 
 def idle(stage: Stage, seconds: str) -> None:
-    """Leave a context alone for a while."""
+    """Leave a context idle for a while."""
     scard = stage.scard
     _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
     stage.report("task", before=stage.name(scard.SCardListReaders(context, [])[0]))

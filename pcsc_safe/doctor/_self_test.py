@@ -1,7 +1,7 @@
-"""``--self-test``: tries what pcsc_safe relies on, on this machine, above all on macOS, and reports it.
+"""``--self-test``: tests what pcsc_safe relies on, above all on macOS, and reports it.
 
-The tests need no reader.  With a reader, waits for events are tried as well, and with ``--touch-cards`` an exchange
-with each card.  All of it runs in the processes of :mod:`_self_tasks`.
+The tests need no reader.  With a reader, waits for events are also tested, and with ``--touch-cards`` an exchange with
+each card.  All tests run in the processes of :mod:`_self_tasks`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _SECONDS = 40.0
 _IDLE = 20  # s
 _REMEDY = "report it, with the text between the lines below"
 _TOLD = ("platform", "pyscard", "wrapt", "fork.", "policy.", "broker", "probe.inherited", "probe.fresh", "probe.c-fork")
-"""How the keys begin of the findings that are in the report, beside those of this module."""
+"""The beginnings of the keys of other findings that the report contains, besides those of this module."""
 _PATHS = ("executable", "path", "place", "python")
 
 
 class _Test(NamedTuple):
-    """One thing that is tried.
+    """One test.
 
     :ivar key: of its finding.
-    :ivar what: it is, in a few words.
+    :ivar what: what is tested, in a few words.
     :ivar task: of :mod:`_self_tasks`, with its arguments.
     :ivar module: the scard module that it uses, if any.
-    :ivar needs_pcsc: PC/SC must answer here.
-    :ivar judge: what is wrong with what it reported, in words; empty if nothing is.
-    :ivar says: what was seen, in words.
+    :ivar needs_pcsc: whether PC/SC must work here.
+    :ivar judge: returns what is wrong with the report, in words; empty if nothing is.
+    :ivar says: the result of a passed test, in words.
     """
 
     key: str
@@ -49,7 +49,7 @@ class _Test(NamedTuple):
 
 
 def _wrong(**expected: Any) -> Callable[[dict[str, Any]], str]:
-    """A judge: what differs from what is expected."""
+    """A judge that returns what differs from the expected values."""
 
     def judge(seen: dict[str, Any]) -> str:
         return ", ".join(f"{name} is {seen.get(name)!r}" for name, value in expected.items() if seen.get(name) != value)
@@ -71,7 +71,7 @@ def _outdated(seen: dict[str, Any]) -> str:
 _ENDS = _wrong(what_is_sent=[], hang_up=True, exit=True, peer=True, identity=True)
 _TESTS = (
     _Test("self.passing", "passing sockets", ("passing",), "", False, _wrong(dead_if_kept=0), "sockets arrive"),
-    _Test("self.ends", "ends", ("ends",), "", False, _ENDS, "the ends of connections and processes are noticed"),
+    _Test("self.ends", "ends", ("ends",), "", False, _ENDS, "the ends of connections and processes are detected"),
     _Test(
         "self.brokers",
         "brokers",
@@ -83,7 +83,7 @@ _TESTS = (
     ),
     _Test(
         *("self.deaths", "death of a client", ("deaths",), "", False, _wrong(broker_ended=True)),
-        "its broker ends, though a child made by C code has copies of its descriptors",
+        "its broker ends, although a child that C code forked has copies of its file descriptors",
     ),
     _Test("self.cancel", "waits, raw", ("events",), RAW, True, _cancelled, "SCardCancel ends a wait"),
     _Test("self.cancel", "waits", ("events",), SAFE, True, _cancelled, "SCardCancel ends a wait"),
@@ -97,9 +97,9 @@ KEYS = tuple(dict.fromkeys(test.key for test in _TESTS))
 
 
 def tests(pcsc_works: bool) -> Iterator[Finding]:
-    """Try everything that needs no card.
+    """Test everything that needs no card.
 
-    :param pcsc_works: it can be asked for a context.
+    :param pcsc_works: whether a context can be established.
     """
     with ThreadPoolExecutor(4) as pool:
         asked = [
@@ -137,7 +137,7 @@ def exchanges(readers: list[str]) -> Iterator[Finding]:
 
 
 def report(findings: Iterable[Finding]) -> str:
-    """What to paste into an issue: what was found, without the names of files and devices."""
+    """The report to paste into an issue: the findings, without the names of files and devices."""
     rule = "-" * 72
     told = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = []

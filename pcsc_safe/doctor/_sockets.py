@@ -3,7 +3,7 @@
 The kernel reports the other end of each socket over netlink (sock_diag), to every user.  If netlink isn't available, a
 file descriptor is borrowed (pidfd_getfd) from a process that we may trace.  /proc/net/unix alone pairs no sockets.
 
-Nothing here changes anything: a borrowed descriptor is asked for its name or its credentials, and closed.
+Nothing here changes anything: a borrowed descriptor is only used to read its name or its credentials, and closed.
 
 Nothing here forks.
 """
@@ -36,9 +36,9 @@ _SS_CONNECTED = 3  # of those in /proc/net/unix
 class Socket(NamedTuple):
     """A Unix socket of this network namespace.
 
-    :ivar connected: whether it is, or was until its other end was closed.
-    :ivar path: that it, or the listening socket that it came from, was bound to.
-    :ivar peer: the inode of its other end; 0 if there is none, or it isn't told.
+    :ivar connected: whether it is connected, or was until its other end was closed.
+    :ivar path: the path that it, or the listening socket that accepted it, was bound to.
+    :ivar peer: the inode of its other end; 0 if there is none, or if it is unknown.
     """
 
     inode: int
@@ -48,7 +48,7 @@ class Socket(NamedTuple):
 
 
 def table() -> tuple[dict[int, Socket], bool]:
-    """The Unix sockets by inode, and whether their other ends are told."""
+    """The Unix sockets by inode, and whether their other ends are known."""
     # What a server has not accepted yet has no inode: 0 stands for them all.
     with contextlib.suppress(OSError, AttributeError, struct.error):
         return {each.inode: each for each in _ask_kernel() if each.inode}, True
@@ -101,9 +101,9 @@ def _listed() -> Iterator[Socket]:
 
 
 def accepted(path: str) -> Optional[int]:
-    """How many clients the server of a path has; None if that can't be seen from here.
+    """How many clients the server of a path has; None if that is not visible here.
 
-    :param path: as the server has bound it.
+    :param path: the path to which the server is bound.
     """
     try:
         return sum(each.path == path and each.connected for each in _listed()) or None
@@ -112,7 +112,7 @@ def accepted(path: str) -> Optional[int]:
 
 
 def leads_to(pid: int, number: int) -> str:
-    """The path that a descriptor of another process is connected to; empty if it can't be asked for."""
+    """The path that a descriptor of another process is connected to; empty if it is unknown."""
     with contextlib.suppress(OSError, AttributeError), _borrowed(pid, number) as connection:
         peer = connection.getpeername()
         return peer if isinstance(peer, str) else ""
@@ -120,7 +120,7 @@ def leads_to(pid: int, number: int) -> str:
 
 
 def connected_by(server: int, number: int) -> Optional[int]:
-    """The process that made the connection which a server has accepted; None if that can't be asked for.
+    """The process that made the connection which a server has accepted; None if it is unknown.
 
     :param server: the server's PID.
     :param number: its descriptor.
@@ -137,7 +137,7 @@ def connected_by(server: int, number: int) -> Optional[int]:
 def _borrowed(pid: int, number: int) -> Iterator[socket.socket]:
     """A copy of another process's socket, for a moment.
 
-    :raises OSError: this process may not, or the kernel can't.
+    :raises OSError: this process may not copy it, or the kernel can't.
     """
     if sys.platform != "linux":
         raise OSError("only Linux lends descriptors")

@@ -1,6 +1,6 @@
 """What runs in the disposable processes: ``python -m pcsc_safe.doctor._tasks TASK MODULE SECONDS ARGUMENT...``.
 
-A task reports step by step, so that what it found before it hung or crashed is known.  It builds upon the demo's
+A task reports step by step, so that its results before a hang or a crash are known.  It uses the demo's
 :class:`~pcsc_safe.demo._stage.Stage`: reports, forks that always end, and an alarm in case the doctor ends first.
 
 Invariant: no task but :func:`touch` calls SCardConnect.
@@ -45,7 +45,7 @@ def service(stage: Stage, path: str, seconds: str) -> None:
 
 
 def _listener(connection: socket.socket) -> Optional[int]:
-    """The process that made the socket: pcscd, or who starts pcscd when a client comes."""
+    """The process that made the socket: pcscd, or the one that starts pcscd when a client connects."""
     if not hasattr(socket, "SO_PEERCRED"):
         return None
     pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
@@ -53,7 +53,7 @@ def _listener(connection: socket.socket) -> Optional[int]:
 
 
 def _handshake(connection: socket.socket) -> dict[str, Any]:
-    """Agree on a version as libpcsclite does: propose the newest, then what pcscd names if it refuses that."""
+    """Agree on a version as libpcsclite does: propose the newest, then the one that pcscd names in its refusal."""
     try:
         named, result = _propose(connection, _NEWEST)
         if result and named[0] == _NEWEST[0]:
@@ -66,9 +66,9 @@ def _handshake(connection: socket.socket) -> dict[str, Any]:
 
 
 def _propose(connection: socket.socket, version: tuple[int, int]) -> tuple[tuple[int, int], int]:
-    """Propose a version of the protocol; returns the one that pcscd names, and what it makes of the other.
+    """Propose a version of the protocol; return the one that pcscd names, and its result for the proposed one.
 
-    :raises EOFError: pcscd hangs up.
+    :raises EOFError: pcscd closes the connection.
     """
     connection.sendall(_VERSION.pack(_BODY, _CMD_VERSION, *version, 0))
     answer = b""
@@ -86,7 +86,7 @@ def _name(error: OSError) -> str:
 
 
 def look(stage: Stage) -> None:
-    """What PC/SC lists: readers, and the states of the cards, without waiting and without a connection to a card."""
+    """What PC/SC lists: readers, and the states of the cards, without a wait and without a connection to a card."""
     scard, imported = _import("smartcard.scard")
     stage.report("task", imported=imported)
     if scard is None:
@@ -125,13 +125,13 @@ def _flags(scard: Any, state: int) -> list[str]:
 
 
 def load(stage: Stage) -> None:
-    """Import what an application does, and first what that imports."""
+    """Import what an application imports, and before that what this needs."""
     for name in ("smartcard.scard", "wrapt", "pcsc_safe.scard"):
         stage.report("task", **{name: _import(name)[1]})
 
 
 def _import(name: str) -> tuple[Any, str]:
-    """Import a module: it, and ``ok`` or how it failed."""
+    """Import a module; return it, and ``ok`` or how it failed."""
     try:
         return importlib.import_module(name), "ok"
     except Exception as error:
@@ -139,7 +139,7 @@ def _import(name: str) -> tuple[Any, str]:
 
 
 def detection(stage: Stage) -> None:
-    """Fork by Python and by C, and see what notices it."""
+    """Fork by Python and by C, and check what detects it."""
     from .._core import process  # this process may crash in it
 
     def child(name: str) -> Callable[[], None]:
@@ -153,7 +153,7 @@ def detection(stage: Stage) -> None:
 def broker(stage: Stage, establish: str = "") -> None:
     """Start a broker.
 
-    :param establish: if not empty, have it establish a context.
+    :param establish: if not empty, the broker establishes a context.
     """
     import pcsc_safe
 
@@ -200,7 +200,7 @@ def _forked(stage: Stage, fork: Optional[Callable[[], int]] = None) -> None:
 
 
 def fresh(stage: Stage) -> None:
-    """A context that a forked child establishes itself."""
+    """A context that a forked child establishes."""
     hresult, context = stage.scard.SCardEstablishContext(stage.scard.SCARD_SCOPE_SYSTEM)
     stage.report("parent", code=_listed(stage, context) if not hresult else stage.name(hresult))
 
@@ -217,7 +217,7 @@ def _listed(stage: Stage, context: Any) -> str:
 
 
 def _connections() -> set[int]:
-    """The connected Unix sockets of this process, by inode; none where there is no /proc."""
+    """The connected Unix sockets of this process, by inode; empty if there is no /proc."""
     try:
         own = set((_proc.sockets(os.getpid()) or {}).values())
     except ProcessLookupError:
@@ -226,7 +226,7 @@ def _connections() -> set[int]:
 
 
 def touch(stage: Stage, reader: str) -> None:
-    """Connect to a card of the user's, and see what a fork does to the connection; no APDU is sent."""
+    """Connect to a card of the user, and check what a fork does to the connection; no APDU is sent."""
     scard = stage.scard
     hresult, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
     if hresult:
@@ -261,9 +261,9 @@ TASKS: dict[str, Callable[..., None]] = {
 
 
 def run(tasks: Mapping[str, Callable[..., None]], arguments: Sequence[str]) -> NoReturn:
-    """Run one of these tasks: be its process.
+    """Run one of these tasks in this process.
 
-    :param arguments: the task, the scard module or ``""``, the seconds that it may take; and what is the task's own.
+    :param arguments: the task, the scard module or ``""``, the seconds that it may take, and the task's arguments.
     """
     status = 1
     try:

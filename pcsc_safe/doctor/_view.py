@@ -1,6 +1,7 @@
-"""The printed page: findings in columns, a remedy under each problem, and a line of sums.
+"""The printed page: findings in columns, a remedy under each problem, and a line of totals.
 
-Colour only on a terminal, and not if NO_COLOR is set.  No shared state; nothing here is used in a forked process.
+Colours are used only on a terminal; NO_COLOR switches them off.  There is no shared state, and nothing here is used in
+a forked process.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _WIDEST, _FOR_COLUMNS, _NARROWEST = 120, 60, 15  # characters: a page at most, o
 
 
 class Page:
-    """Prints findings as they come.
+    """Prints findings as they are made.
 
-    :param stream: where to.
-    :param width: in characters; the terminal's if None.
+    :param stream: where to write.
+    :param width: in characters; if None, the terminal's width.
     """
 
     def __init__(self, stream: TextIO, width: Optional[int] = None) -> None:
@@ -42,7 +43,7 @@ class Page:
         self._width = min(width or shutil.get_terminal_size((100, 25)).columns, _WIDEST)
 
     def section(self, title: str) -> None:
-        """Begin a part of the page."""
+        """Begin a section of the page."""
         self._print(f"\n{title}")
 
     def show(self, finding: Finding) -> None:
@@ -74,7 +75,7 @@ class Page:
         return [f"{status}  {name}", *(f"  {line}" for line in [*more, *lines])]
 
     def _wrapped(self, text: str, indent: int) -> list[str]:
-        """Lines that begin where so many characters have been printed."""
+        """Wrap text into lines that begin after so many printed characters."""
         width = max(self._width - indent, _NARROWEST)
         follow = "   " if text.startswith("-> ") else ""
         return textwrap.wrap(text, width, subsequent_indent=follow, break_long_words=False, break_on_hyphens=False)
@@ -84,13 +85,13 @@ class Page:
 
 
 def left_out(ledger: Ledger) -> Iterable[str]:
-    """What could not be looked at, and because of what."""
+    """The checks that were left out, and the problem that is the reason."""
     for cause, keys in ledger.left_out.items():
         yield f"Left out because of the problem with {cause}: {', '.join(keys)}."
 
 
 def summary(findings: Iterable[Finding]) -> str:
-    """How many of each there are."""
+    """The number of findings of each status."""
     counts = Counter(finding.status for finding in findings)
     names = {
         Status.PROBLEM: ("problem", "problems"),

@@ -33,12 +33,12 @@ __all__ = [
 
 
 def here() -> process.Epoch:
-    """The epoch of this process; quick where it is not the first use."""
+    """The epoch of this process; quick after the first use."""
     return process.here if process.sentinel[0] else process.current()
 
 
 class _Renewing:
-    """The lock under which a child renews what it inherited; itself a new one in every child."""
+    """The lock under which a child renews what it inherited; every child has a new one."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -52,7 +52,7 @@ renewing = _Renewing()
 
 
 def _held_here(lock: Any) -> bool:
-    """Whether this is the thread that forked, and it holds the lock: any other may have the number of a dead one."""
+    """Whether this is the thread that forked, and it holds the lock; others may reuse a dead thread's number."""
     if threading.get_ident() != threading.main_thread().ident:
         return False
     is_owned = getattr(lock, "_is_owned", None)  # a Lock has none, and it is not held where it is asked for
@@ -60,10 +60,10 @@ def _held_here(lock: Any) -> bool:
 
 
 class _OwnAttribute:
-    """An attribute of instances that each process has its own of; a data descriptor over the instance's dictionary.
+    """An attribute of instances that differs in each process; a data descriptor over the instance's dictionary.
 
-    :param name: the attribute's.
-    :param make: what is new in a child.
+    :param name: of the attribute.
+    :param make: makes the new value in a child.
     """
 
     def __init__(self, name: str, make: Callable[[], Any]) -> None:
@@ -104,8 +104,8 @@ class _OwnAttribute:
 class SharedLock:
     """A lock of a class, in its dictionary; each process has its own.
 
-    :param lock: what was there.
-    :param make: what is new in a child.
+    :param lock: the original lock.
+    :param make: makes the new lock in a child.
     :param in_child: called in a child, with the new lock in place.
     """
 
@@ -126,20 +126,20 @@ class SharedLock:
         return self._lock
 
     def left_behind(self, original: object) -> Any:
-        """What is to be there in the end: not one that is held for ever."""
+        """The lock to restore in the end: not one that is held for ever."""
         return self.__get__(None)
 
 
 def synchronization(module: Any) -> list[Patch]:
-    """The lock of whatever can be observed: connections, monitors."""
+    """The lock of everything that can be observed: connections, monitors."""
     return [Patch(module.Synchronization, "mutex", _OwnAttribute("mutex", threading.RLock))]
 
 
 def pcsc_context(module: Any) -> list[Patch]:
-    """The singleton of pyscard before 2.3. What it has is a context like any other; of interest is its lock.
+    """The lock of the singleton of pyscard before 2.3, whose context is like any other.
 
-    And that pyscard renews it when pcscd is gone: that releases the context of everybody's cards, and leaves a released
-    one when there is no other to be had.  With ``recover`` it is not needed.
+    pyscard renews the singleton when pcscd has ended.  This releases the context of all cards, and leaves a released
+    context if no new one can be established.  With ``recover`` pyscard's renewal is not needed.
     """
     singleton = module.PCSCContext
     renew = singleton.renewContext
@@ -162,9 +162,9 @@ def pcsc_context(module: Any) -> list[Patch]:
 
 
 def renew_pcsc_context() -> None:
-    """When everything is put back: have that singleton, if it is one of ours, make way for one of pyscard's own.
+    """At the end of the retrofit: if that singleton has one of our contexts, let pyscard make a new one.
 
-    pyscard itself does so when pcscd was restarted.
+    pyscard itself does this when pcscd was restarted.
     """
     singleton = getattr(sys.modules.get("smartcard.pcsc.PCSCContext"), "PCSCContext", None)
     if singleton is None:
@@ -177,7 +177,7 @@ def renew_pcsc_context() -> None:
 
 
 def pcsc_card_connection(module: Any) -> list[Patch]:
-    """Its finalizer; and what it does to a card by default: that can then be told from what the application wants."""
+    """Its finalizer; and its default dispositions, marked so that they differ from what the application specifies."""
     connection = module.PCSCCardConnection
     defaults = {"connect": module.SCARD_UNPOWER_CARD, "reconnect": module.SCARD_RESET_CARD}
     return _finalizer(connection) + [
@@ -188,7 +188,7 @@ def pcsc_card_connection(module: Any) -> list[Patch]:
 
 
 def _with_default(method: Any, default: ByDefault) -> Any:
-    """``method``, with what pyscard's documentation says is the default of its last argument, marked as such."""
+    """``method``, with the documented default of its last argument marked as a default."""
 
     @functools.wraps(method)
     def replacement(self: Any, protocol: Any = None, mode: Any = None, disposition: Any = None) -> Any:
@@ -203,7 +203,7 @@ def card_service(module: Any) -> list[Patch]:
 
 
 def pcsc_card_request(module: Any) -> list[Patch]:
-    """Its finalizer and, in some versions, its event, which has a lock that its waiting thread may have held."""
+    """Its finalizer and, in some versions, its event, whose lock a waiting thread may have held at the fork."""
     request = module.PCSCCardRequest
     event = [Patch(request, "evt", _OwnAttribute("evt", threading.Event))]
     return _finalizer(request) + (event if "evt" in request.__init__.__code__.co_names else [])

@@ -40,7 +40,7 @@ PATCHES: dict[str, Callable[[Any], list[Patch]]] = {
     "smartcard.CardMonitoring": monitors.card_monitoring,
     "smartcard.ReaderMonitoring": monitors.reader_monitoring,
 }
-"""What is patched, by the module in which it stands: owner, name and replacement, as rows of :class:`Patch`."""
+"""What is patched, by module: owner, name and replacement, as rows of :class:`Patch`."""
 
 _applied = Patches()
 _installing = threading.RLock()  # held while modules are imported, so no import may wait for it
@@ -48,7 +48,7 @@ _awaited: set[str] = set()
 
 
 def _taking(like: Callable[_Settings, Any]) -> Callable[[Callable[..., _Result]], Callable[_Settings, _Result]]:
-    """For type checkers: that a function takes the keywords of another one."""
+    """For type checkers: declare that a function takes the keywords of another one."""
     return lambda function: function
 
 
@@ -56,15 +56,16 @@ def _taking(like: Callable[_Settings, Any]) -> Callable[[Callable[..., _Result]]
 def install(**settings: Any) -> None:
     """Make pyscard itself fork-aware, in this process and its children.
 
-    It reaches every name by which pyscard's functions and classes were imported, before the call or after it.  Call it
-    before the program establishes its first context: contexts that are open already work in this process as before,
-    and are SCARD_E_INVALID_HANDLE in a forked child.  A second call changes nothing but the settings.
+    It applies to every name by which pyscard's functions and classes are imported, before the call or after it.  Call
+    it before the program establishes its first context.  A context that is already open works in this process as
+    before; in a forked child, calls on it return SCARD_E_INVALID_HANDLE.  A second call only changes the settings.
 
     With ``broker="always"``, pyscard is imported without its native library from now on.
 
-    :param settings: as for :func:`pcsc_safe.configure`, which is called first; none: they stay as they are.
-    :raises SettingsError: a setting can't have this value; pyscard is unchanged then.
-    :raises BrokerError: ``broker="always"``, pyscard is imported already, and no broker can be started.
+    :param settings: as for :func:`pcsc_safe.configure`, which is called first; without arguments, settings stay as they
+        are.
+    :raises SettingsError: a setting can't have this value; pyscard is then not changed.
+    :raises BrokerError: ``broker="always"``, pyscard is already imported, and no broker can be started.
     """
     from wrapt import register_post_import_hook
 
@@ -92,9 +93,9 @@ def install(**settings: Any) -> None:
 def uninstall() -> None:
     """Undo :func:`install`.
 
-    Contexts and cards that are open keep working: pyscard's functions are its own C functions again when the last of
-    them has been released.  Its classes are its own immediately.  If pyscard was imported without its native library,
-    that is loaded now.  Settings stay as they are.
+    Open contexts and cards continue to work: pyscard's own C functions are restored when the last of them has been
+    released.  Its classes are restored immediately.  If pyscard was imported without its native library, the library is
+    loaded now.  Settings stay as they are.
     """
     process.current()
     with _installing:
@@ -108,7 +109,7 @@ def uninstall() -> None:
 
 
 def _imported(module: Any) -> None:
-    """A module is there, or is being imported by another thread."""
+    """Whether a module is imported, or is being imported by another thread."""
     name = module.__name__
     _awaited.discard(name)
     if not _applied.wanted:

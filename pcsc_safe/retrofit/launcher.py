@@ -1,8 +1,8 @@
 """``python -m pcsc_safe run``: retrofits a program that we can't edit, and the Python processes that it starts.
 
-This process becomes the program, by exec: Python runs it like any program, and nothing has to imitate that.  The
-environment makes the difference, and so also reaches further processes: the settings, and a directory on PYTHONPATH
-whose sitecustomize calls ``pcsc_safe.install()``.
+This process becomes the program, by exec, so Python runs it like any program.  Only the environment differs, and
+therefore also that of further processes: the settings, and a directory on PYTHONPATH whose sitecustomize calls
+``pcsc_safe.install()``.
 
 Nothing here forks: the program replaces this process.
 """
@@ -36,7 +36,7 @@ _MEANING_PROGRAM = ("-m", "-c")
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The options of ``run``, and the program with its arguments.
 
-    As with Python itself, the first argument that is none of the options begins the program, and all that follow are
+    As with Python itself, the program begins with the first argument that is not an option, and all later arguments are
     the program's.
     """
     index = 0
@@ -49,7 +49,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options; the program is told apart by :func:`split`."""
+    """Declare the options; :func:`split` separates the program from them."""
     parser.usage = f"{parser.prog} [options] script.py | -m module | -c code | -  [argument ...]"
     for option, setting in _SETTINGS.items():
         row = policy.SETTINGS[setting]
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             added = parser.add_argument(option, metavar=setting.upper(), help=told)
             vars(added)["values"] = row.choices()  # for the completion; what else is given is refused in our own words
-    parser.add_argument("--report", action="store_true", help="print to stderr, at the end, what happened to PC/SC")
+    parser.add_argument("--report", action="store_true", help="at the end, print to stderr what happened to PC/SC")
     parser.add_argument(
         _TIMELINE, metavar="FILE", help="draw the sessions of each process over time, in FILE.svg or FILE.html"
     )
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Become the program.
 
-    :return: the exit status of the program, where this process can't become it but has to watch it.
+    :return: the exit status of the program, if this process can't become it but must watch it.
     """
     program: list[str] = options.program
     if not program:
@@ -97,7 +97,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _checked(options: argparse.Namespace) -> Path:
-    """Where the timeline is to be; what can't be there is refused before the program runs."""
+    """The file for the timeline; one that can't be written is refused before the program runs."""
     from .._trace.timeline import SUFFIXES  # most runs draw nothing
 
     if os.name != "posix":
@@ -113,9 +113,9 @@ def _checked(options: argparse.Namespace) -> Path:
 
 
 def _environment(mine: Mapping[str, str], options: argparse.Namespace) -> dict[str, str]:
-    """The program's.
+    """The environment of the program.
 
-    :raises SettingsError: an option, or a variable, has a value that it cannot have.
+    :raises SettingsError: an option or a variable can't have its value.
     """
     environment = dict(mine)
     for option, setting in _SETTINGS.items():
@@ -130,7 +130,7 @@ def _environment(mine: Mapping[str, str], options: argparse.Namespace) -> dict[s
 
 
 def _is_found(package: str) -> bool:
-    """Whether a program finds the pcsc_safe of this directory; only ``-m`` looks in the current one."""
+    """Whether a program finds this pcsc_safe; only ``-m`` looks in the current directory."""
     path = sys.path[:]
     sys.path[:] = path if getattr(sys.flags, "safe_path", False) else path[1:]
     try:
@@ -154,7 +154,7 @@ _FLAGS = {
 
 
 def _interpreter_options() -> list[str]:
-    """Those that this Python was given, or has from its environment."""
+    """The options of this Python, from its command line or its environment."""
     given = [f"-{letter * int(getattr(sys.flags, flag, 0))}" for flag, letter in _FLAGS.items()]
     if getattr(sys.__stderr__, "write_through", False):
         given.append("-u")

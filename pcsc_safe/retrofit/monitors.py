@@ -4,10 +4,10 @@ CardMonitor and ReaderMonitor are singletons with a thread, and that thread is i
 a new process would: at its first use of a monitor, not at the fork, so that a child without monitors pays nothing and
 has no thread.  The parent's observers are not notified in the child; deleting one there succeeds.
 
-With the setting ``recover`` their threads continue when pcscd has ended, instead of ending.  While there is no pcscd
-there are no readers, and the cards stay those that were there.
+With the setting ``recover`` their threads don't end when pcscd has ended.  While there is no pcscd there are no
+readers, and the list of cards stays as it was.
 
-Invariant: nothing is touched that the dead thread may have left locked.
+Invariant: nothing here uses what the dead thread may have left locked.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = ["card_monitoring", "reader_monitoring"]
 class _Renewal:
     """Drops what a process inherited of a monitor, once.
 
-    :param drop: does it; gives the parent's observers.
-    :ivar inherited: the parent's observers, which nobody tells here.
+    :param drop: does it, and returns the parent's observers.
+    :ivar inherited: the parent's observers, which are not notified here.
     """
 
     def __init__(self, drop: Callable[[], list[Any]]) -> None:
@@ -38,7 +38,7 @@ class _Renewal:
         self.inherited: list[Any] = []
 
     def is_due(self) -> bool:
-        """Whether this process has something to drop."""
+        """Whether this process still has something to drop."""
         return self._epoch is not here()
 
     def __call__(self) -> None:
@@ -50,7 +50,7 @@ class _Renewal:
                 self._epoch = here()
 
     def deleting(self, delete: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """``delete``, but one of the parent's observers need not be there."""
+        """``delete``, which also succeeds for an observer of the parent."""
 
         def delete_observer(observer: Any) -> Any:
             try:
@@ -67,7 +67,7 @@ _LOOK_AGAIN = 0.2  # s; whether pcscd is back
 
 
 def _is_outage(error: Any) -> bool:
-    """Whether a monitor is to go on after an exception of pyscard's, for pcscd may be back."""
+    """Whether a monitor should continue after this exception of pyscard, because pcscd may return."""
     if not settings().recover:
         return False
     from .._core.recovery import GONE  # PC/SC's constants are not known while pyscard is being imported
@@ -77,7 +77,7 @@ def _is_outage(error: Any) -> bool:
 
 
 def _patient_request(module: Any) -> Any:
-    """The request that a CardMonitoringThread waits with: while there is no pcscd, it has the cards that it had."""
+    """The request that a CardMonitoringThread waits with: while there is no pcscd, its cards stay as they were."""
 
     class CardRequest(module.CardRequest):  # type: ignore[misc]
         _last: Any = ()
@@ -94,7 +94,7 @@ def _patient_request(module: Any) -> Any:
             return self._last
 
         def _look_for_pcscd(self) -> None:
-            """See that it is there: when it is not, pyscard releases its context, and gets no other."""
+            """Check that pcscd runs: if it doesn't, pyscard releases its context, and gets no other."""
             request, scard = self.pcsccardrequest, sys.modules["smartcard.scard"]
             hresult = scard.SCARD_S_SUCCESS
             if request.hcontext == 0:
@@ -108,7 +108,7 @@ def _patient_request(module: Any) -> Any:
 
 
 def _patient_readers(list_readers: Callable[..., Any]) -> Callable[..., Any]:
-    """``list_readers``, but while there is no pcscd there are none."""
+    """``list_readers``, which returns no readers while there is no pcscd."""
 
     def none_meanwhile(*arguments: Any) -> Any:
         try:
@@ -147,7 +147,7 @@ def card_monitoring(module: Any) -> list[Patch]:
         return object.__getattribute__(self, name)
 
     def _of_none(self: Any, name: str) -> Any:
-        """Of a monitor that this process has inherited, and not used."""
+        """The state of a monitor that this process has inherited, and not used."""
         if name == "countObservers":
             return lambda: 0
         if name == "deleteObservers":
@@ -177,7 +177,7 @@ def card_monitoring(module: Any) -> list[Patch]:
 
 
 def reader_monitoring(module: Any) -> list[Patch]:
-    """ReaderMonitor, whose instances share one state, as those of its thread do."""
+    """ReaderMonitor; its instances share one state, and so do those of its thread."""
     monitor = module.ReaderMonitor
     state = vars(monitor)["_ReaderMonitor__shared_state"]
 

@@ -19,7 +19,7 @@ _PYSCARD = "smartcard"
 
 
 def install_late() -> None:
-    """Have pyscard retrofitted when it is imported, or now if it has been."""
+    """Retrofit pyscard when it is imported, or now if it is already imported."""
     if _PYSCARD in sys.modules:
         _install()
     elif _finder not in sys.meta_path:
@@ -27,7 +27,7 @@ def install_late() -> None:
 
 
 class _Finder:
-    """Is asked where modules are, and finds none."""
+    """A finder that sees which modules are imported, and finds none."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
         """See :class:`importlib.abc.MetaPathFinder`."""
@@ -47,7 +47,7 @@ def _install() -> None:
         install()
     except Exception as error:  # the program goes on as it would without us, and its user is told
         pid = process.current().pid
-        print(f"pcsc_safe: process {pid} runs on plain pyscard: {error}", file=sys.stderr)
+        print(f"pcsc_safe: process {pid} runs without pcsc_safe: {error}", file=sys.stderr)
     else:
         process.current()
         events.record("retrofit")

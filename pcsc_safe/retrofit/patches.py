@@ -22,8 +22,8 @@ class Patch(NamedTuple):
 
     :ivar owner: a module or a class of pyscard.
     :ivar name: of its attribute.
-    :ivar replacement: what it is to be.  If it has a method ``left_behind``, that gives what is put back in the end, if
-        not what was there.
+    :ivar replacement: its new value.  If this has a method ``left_behind``, the method returns what is restored in the
+        end instead of the original value.
     """
 
     owner: Any
@@ -32,9 +32,9 @@ class Patch(NamedTuple):
 
 
 class Patches:
-    """Those in force.
+    """The patches in force.
 
-    :ivar wanted: whether there are to be any.
+    :ivar wanted: whether there should be any.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Patches:
     def apply(self, name: str, module: Any, rows: Iterable[Patch]) -> None:
         """Put a module's replacements in force, once.
 
-        :param name: under which it was imported.
+        :param name: the name under which it was imported.
         """
         with self._lock:
             if self.wanted and not self.has(name, module):
@@ -59,7 +59,7 @@ class Patches:
                 self.put(rows)
 
     def put(self, rows: Iterable[Patch]) -> None:
-        """Put replacements in force; what they replace is remembered, but not if it is a replacement itself."""
+        """Put replacements in force; remember what they replace, unless that is itself a replacement."""
         with self._lock:
             for row in rows:
                 key = id(row.owner), row.name
@@ -68,7 +68,7 @@ class Patches:
                 setattr(row.owner, row.name, row.replacement)
 
     def undo(self, still_needed: Callable[[Patch], bool] = lambda row: False) -> None:
-        """Put everything back, the latest first; but what is still needed, which another :meth:`undo` puts back."""
+        """Restore everything, the latest first, except what is still needed, which a later :meth:`undo` restores."""
         with self._lock:
             self.wanted = False
             self._modules.clear()
@@ -78,7 +78,7 @@ class Patches:
                     _restore(row, original)
 
     def finish(self) -> None:
-        """Put back what was still needed, if nothing is wanted any more."""
+        """Restore what was still needed, if no patches are wanted any more."""
         with self._lock:
             if not self.wanted:
                 self.undo()

@@ -38,7 +38,7 @@ _Function = Callable[..., Any]
 def functions(module: Any) -> list[Patch]:
     """The rows for ``smartcard.scard``.
 
-    :param module: that; only its C module is looked at.
+    :param module: ``smartcard.scard``, of which only the C module is used.
     """
     native = sys.modules[_NATIVE]
     return [] if native is stand_in.module or not process.FORKS else _rows(native)
@@ -50,7 +50,7 @@ def _rows(native: Any) -> list[Patch]:
 
 _ESTABLISH = "SCardEstablishContext"
 _NAMES = [name for name, call in CALLS.items() if call.takes is not None] + [_ESTABLISH]
-"""What is replaced. The last is put back first, so that nothing new is given out then."""
+"""What is replaced.  The last is restored first, so that no new handles are returned after that."""
 
 
 # What takes a function's place. The router is looked up at the first call: it imports pyscard, and may be the one who
@@ -58,15 +58,15 @@ _NAMES = [name for name, call in CALLS.items() if call.takes is not None] + [_ES
 
 _in_force = False
 _given: set[object] = set()
-"""The contexts that were given out by pyscard's functions and not yet released, and those that are under way."""
+"""The contexts that pyscard's functions have returned and that are not released, and those being established."""
 
 _when_all_are_released: Callable[[], None] = lambda: None  # noqa: E731
 
 
 def begin(when_all_are_released: Callable[[], None]) -> None:
-    """From now on be wanted.
+    """Begin to replace the functions.
 
-    :param when_all_are_released: called whenever no context is left that was given out by pyscard's functions.
+    :param when_all_are_released: called whenever the last context that pyscard's functions returned is released.
     """
     global _in_force, _when_all_are_released
     _when_all_are_released = when_all_are_released
@@ -75,21 +75,21 @@ def begin(when_all_are_released: Callable[[], None]) -> None:
 
 
 def end() -> None:
-    """From now on be no longer wanted; what was replaced is put back after this."""
+    """Stop replacing the functions; the originals are restored after this."""
     global _in_force
     _in_force = False
     stand_in.withdraw()
 
 
 def still_needed(row: Patch) -> bool:
-    """Whether a replacement has to stay, for the handles that were given out."""
+    """Whether a replacement must stay, for handles that are still open."""
     return bool(_given) and row.owner is sys.modules.get(_NATIVE) and row.name != _ESTABLISH
 
 
 def _replacement(name: str, native: Any) -> _Function:
-    """Take a handle of ours to the router, and any other number where it belongs.
+    """Pass a handle of ours to the router, and any other number to where it belongs.
 
-    :param native: the C module; None where there is none.
+    :param native: the C module; None if there is none.
     """
     original = vars(native)[name] if native is not None else None
     original = getattr(original, "__wrapped__", original)
@@ -120,7 +120,7 @@ _public: dict[str, Any] = {}
 def _load() -> dict[str, Any]:
     """The functions of the drop-in, by name.
 
-    From the first context on they are there: a finalizer that runs at interpreter exit imports nothing.
+    They are loaded from the first context on, because a finalizer can't import at interpreter exit.
     """
     from .._gateways import public  # loads the native library; here the application has asked for it
 
@@ -129,7 +129,7 @@ def _load() -> dict[str, Any]:
 
 
 def _opened_before(call: Call, original: Optional[_Function], since: process.Epoch, *arguments: Any) -> Any:
-    """For a number that pcsc_safe has not given out."""
+    """For a number that pcsc_safe has not returned."""
     if original is None or (_in_force and here() is not since):
         return call.failure((_public or _load())["SCARD_E_INVALID_HANDLE"], arguments[1:])
     result = gate.during(call.name, original, *arguments)
@@ -173,20 +173,20 @@ def _named(name: str, function: _Function, original: Optional[_Function]) -> _Fu
 
 
 class _StandIn:
-    """What is imported in the place of the C module, if a broker is to do all the work; a finder and its loader.
+    """A finder and loader of the module that replaces the C module if a broker makes all calls.
 
-    :ivar module: that module, once it was asked for.
+    :ivar module: that module, once it is imported.
     """
 
     def __init__(self) -> None:
         self.module: Optional[ModuleType] = None
 
     def offer(self) -> None:
-        """From now on be asked."""
+        """Add this finder to Python's finders."""
         sys.meta_path.insert(0, self)
 
     def withdraw(self) -> None:
-        """Be asked no more."""
+        """Remove this finder."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
@@ -199,7 +199,7 @@ class _StandIn:
         return ModuleSpec(fullname, self, origin="pcsc_safe")  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Of all that the broker's pyscard has."""
+        """A module with all names of the broker's pyscard."""
         public = _load()
         self.module = ModuleType(_NATIVE, "pyscard's functions and constants, by a broker; see pcsc_safe.install().")
         vars(self.module).update(public)
@@ -207,12 +207,12 @@ class _StandIn:
         return self.module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to do."""
+        """Do nothing: the module is complete."""
 
     def give_way(self, put: Callable[[list[Patch]], None]) -> None:
-        """Have the C module in its place.
+        """Replace this module by the C module.
 
-        :param put: puts replacements in force, for the handles that were given out.
+        :param put: puts replacements in force, for handles that are still open.
         """
         module, self.module = self.module, None
         if module is None or sys.modules.get(_NATIVE) is not module:
@@ -239,7 +239,7 @@ _strangers: list[Any] = []
 
 
 def take_over() -> None:
-    """Keep children away from what was opened before, if anything was."""
+    """Keep children from using what was opened before ``install()``, if anything was."""
     native = sys.modules.get(_NATIVE)
     if native is None or native is stand_in.module or not process.FORKS:
         return
@@ -252,7 +252,7 @@ def take_over() -> None:
 
 
 def _note_threads_inside() -> None:
-    """Enter the threads that are in one of the C functions now in the table of those."""
+    """Enter the threads that are now in one of the C functions in the list of calls in flight."""
     wrappers = getattr(sys.modules.get("smartcard.scard.scard"), "__file__", None)
     for ident, frame in sys._current_frames().items():
         code = frame.f_code
@@ -262,21 +262,21 @@ def _note_threads_inside() -> None:
 
 
 class _Straggler:
-    """A thread that went in before we came, so nothing tells when it comes out: a fork has to look."""
+    """A thread that was in a C function at ``install()``; nothing reports its return, so a fork must check."""
 
     def __init__(self, ident: int, frame: int) -> None:
         self._ident = ident
         self._frame = frame
 
     def interrupt(self) -> None:
-        """Strike it off if it is out. It can't be interrupted: its caller would notice."""
+        """Remove it from the list if it has returned.  It can't be interrupted, because its caller would see that."""
         frame = sys._current_frames().get(self._ident)
         if frame is None or id(frame) != self._frame:
             in_flight.elsewhere.pop(self, None)
 
 
 def leave_alone() -> None:
-    """Have what was opened before be inherited as it always was."""
+    """Let children inherit what was opened before ``install()``, as without pcsc_safe."""
     if not _strangers:
         return
     while _strangers:

@@ -9,12 +9,12 @@
 
 For pytest the fixtures ``pcsc_stack`` and ``pcsc_card`` are in `pcsc_safe.testing.plugin`.
 
-Needs Linux, pcscd and vpcd (Debian: pcscd, vsmartcard-vpcd); no root, no system service, no network.  It makes no PC/SC
-call in this process.
+It needs Linux, pcscd and vpcd (Debian: pcscd, vsmartcard-vpcd), but no root, no system service and no network.  It
+makes no PC/SC call in this process.
 
-Invariant: nothing of a stack outlives it, whatever happened to the process that started it.
+Invariant: a stack leaves nothing behind, whatever happens to the process that started it.
 
-At a fork: a stack belongs to the process that started it.  Its children may use it, and can't damage it.
+At a fork: a stack belongs to the process that started it.  Its children can use it, and can't damage it.
 """
 
 from __future__ import annotations

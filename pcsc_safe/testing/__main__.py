@@ -1,7 +1,7 @@
 """``python -m pcsc_safe.testing [options] -- command``: run a command on a virtual PC/SC stack.
 
-Use it to try an application, or one of our examples, without a reader.  The stack exists while the command runs.  A
-process that the command left running finds no pcscd any more.
+Use it to test an application, or one of our examples, without a reader.  The stack exists while the command runs.  A
+process that the command leaves running then has no pcscd.
 
 Invariant: the exit status is the command's own, or 128 plus the number of the signal that ended it, as in a shell.
 

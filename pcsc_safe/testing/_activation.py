@@ -1,8 +1,8 @@
-"""One path in each process by which libpcsclite finds the active stack.
+"""The path in each process by which libpcsclite finds the active stack.
 
 libpcsclite reads PCSCLITE_CSOCK_NAME once and keeps it for the life of the process.  So that several stacks can follow
-each other in one process, the variable names a symbolic link.  Its path stays the same for the life of the process, and
-it points to the socket of the stack activated last.
+each other in one process, the variable names a symbolic link.  The link's path stays the same for the life of the
+process, and it points to the socket of the stack that was activated last.
 
 Invariant: the link exists only while a stack is active, and only the process that made it changes it.
 
@@ -23,7 +23,7 @@ VARIABLE = "PCSCLITE_CSOCK_NAME"
 
 
 class Switch:
-    """The link of one process, and the stacks that are active, the one that counts last."""
+    """The link of one process, and the active stacks; the link points to the last."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
@@ -35,8 +35,8 @@ class Switch:
     def activate(self, socket_path: str, slots: int = 0) -> None:
         """Point the link to a stack's socket, and the environment to the link.
 
-        :param slots: how many reader slots the stack's pcscd has; 0 where that does not matter, see :mod:`_slots`.
-        :raises PcscStackError: libpcsclite can't follow.
+        :param slots: how many reader slots the stack's pcscd has; 0 if that does not matter, see :mod:`_slots`.
+        :raises PcscStackError: libpcsclite of this process can't use this stack.
         """
         with self._lock:
             _slots.maximum.allow(slots, min((its_slots for _, its_slots in self._active), default=0))
@@ -47,7 +47,7 @@ class Switch:
             os.environ[VARIABLE] = self.path
 
     def deactivate(self, socket_path: str) -> None:
-        """Undo one `activate`: back to the stack active before it, or to the environment there was."""
+        """Undo one `activate`: restore the stack that was active before it, or the original environment."""
         if self.owner != os.getpid():
             return
         with self._lock:
@@ -73,7 +73,7 @@ _switch = Switch()
 
 
 def switch() -> Switch:
-    """Return the switch of this process; a forked child gets a new one."""
+    """Return the `Switch` of this process; a forked child gets a new one."""
     global _switch  # one per process, because libpcsclite's memory is
     if _switch.owner != os.getpid():
         _switch = Switch()

@@ -1,6 +1,6 @@
 """``pcsc-safe completion SHELL``: the completion of the command line for a shell, made from its own parsers.
 
-So a new command or option is completed without a line here.  Nothing here forks.
+So a new command or option needs no change here.  Nothing here forks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _PROGRAM = "pcsc-safe"
 class _Option(NamedTuple):
     """An option of a command.
 
-    :ivar takes_value: whether a word follows it.
-    :ivar values: what that can be; where there are none, file names are completed.
+    :ivar takes_value: whether it takes a value.
+    :ivar values: the possible values; if empty, file names are completed.
     """
 
     name: str
@@ -34,8 +34,8 @@ class _Option(NamedTuple):
 class _Command(NamedTuple):
     """A command.
 
-    :ivar words: what it takes beside options.
-    :ivar takes_program: file names are completed for it.
+    :ivar words: the words that it takes besides options.
+    :ivar takes_program: whether file names are completed for it.
     """
 
     name: str
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Print the script.
 
-    :param options: with the whole parser as ``tree``.
+    :param options: the parsed arguments, with the whole parser as ``tree``.
     """
     print(_SCRIPTS[options.shell](list(_commands(options.tree))), flush=True)
     return 0

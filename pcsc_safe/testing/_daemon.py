@@ -1,7 +1,7 @@
 """One private pcscd: its directory, its configuration, and the keeper that runs it.
 
-Invariant: the directory, pcscd and the keeper no longer exist when `Daemon.close` has returned, and soon after this
-process died without calling it.
+Invariant: the directory, pcscd and the keeper no longer exist when `Daemon.close` has returned, or soon after this
+process has died without calling it.
 
 At a fork: only the process that made a Daemon talks to the keeper; the child's copy of the connection is never used.
 """
@@ -29,7 +29,7 @@ _KEEPER = os.path.abspath(_keeper.__file__)
 
 
 def short_temporary_path() -> str:
-    """A path nobody else uses, short enough for a socket in it; nothing is created."""
+    """A path that no other process uses, short enough for a socket in it; nothing is created."""
     name = f"pcsc-safe-{os.getpid()}-{secrets.token_hex(4)}"
     usual = os.path.join(tempfile.gettempdir(), name)
     return usual if len(os.fsencode(usual)) + 16 <= _SUN_PATH_MAX else os.path.join("/tmp", name)  # noqa: S108 - the name is a secret, and mkdir refuses one that exists
@@ -39,8 +39,8 @@ class Daemon:
     """A pcscd that can be started, killed and started again.
 
     :param installed: the programs.
-    :param link: the symbolic link that may come to point to this daemon's socket; removed when this process dies.
-    :param timeout: seconds that the keeper may take for anything.
+    :param link: the symbolic link that may point to this daemon's socket later; it is removed when this process dies.
+    :param timeout: seconds that the keeper may take for each request.
     """
 
     def __init__(self, installed: Installed, link: str, timeout: float) -> None:
@@ -54,8 +54,8 @@ class Daemon:
             self._process = self._start_keeper(theirs.fileno(), link)
         except OSError as error:
             self._control.close()
-            problem = f"the process that keeps pcscd can't be started: {error}"
-            raise PcscStackError(problem, remedy=f"see that this user may run {sys.executable}") from error
+            problem = f"the process that supervises pcscd can't be started: {error}"
+            raise PcscStackError(problem, remedy=f"check that this user may run {sys.executable}") from error
         except BaseException:
             self._control.close()
             raise
@@ -84,8 +84,8 @@ class Daemon:
         """Write reader.conf.d.
 
         :param devices: friendly name and first TCP port of each vpcd device.
-        :param hidden: first TCP ports of devices that pcscd shall add and remove again, see :mod:`_slots`.
-        :param refused: whether there shall be one more that can't be opened.
+        :param hidden: first TCP ports of devices that pcscd should add and remove again, see :mod:`_slots`.
+        :param refused: whether there should be one more device that can't be opened.
         """
         config = self._config
         config.mkdir(exist_ok=True)
@@ -98,7 +98,7 @@ class Daemon:
         Path(config, "vpcd").write_text("\n".join(entries))
 
     def settle(self) -> None:
-        """Take reader.conf.d away: pcscd has read it, and at each :func:`nudge` it would try again what it refused."""
+        """Remove reader.conf.d: pcscd has read it, and would try again at each :func:`nudge` what it has refused."""
         Path(self._config, "vpcd").unlink()
 
     def start(self) -> None:
@@ -141,7 +141,7 @@ class Daemon:
         return [*command, "--disable-polkit"] if self._installed.polkit else command
 
     def _driver(self, number: int) -> str:
-        """The driver has room for one device, so each device after the first gets a copy of its own."""
+        """The driver has room for one device, so each device after the first gets a separate copy."""
         if not number:
             return self._installed.driver
         copy = os.path.join(self.home, f"libifdvpcd-{number}.so")
@@ -166,19 +166,21 @@ class Daemon:
             line += more
         answer = line.decode().rstrip()
         if answer.startswith("error"):
-            raise PcscStackError(f"pcscd's keeper: {answer}", remedy="see that TMPDIR is a writable directory")
+            raise PcscStackError(
+                f"the process that supervises pcscd reported: {answer}", remedy="set TMPDIR to a writable directory"
+            )
         return answer
 
     def _why_it_died(self) -> PcscStackError:
-        """The error for a keeper that has hung up: how it ended, and what it said last."""
+        """The error for a keeper that has closed the connection: how it ended, and its last message."""
         assert self._process.stderr is not None
         try:
             status = self._process.wait(self._control.gettimeout())
         except subprocess.TimeoutExpired:
-            return PcscStackError("the process that keeps pcscd hangs", remedy=f"end process {self._process.pid}")
+            return PcscStackError("the process that supervises pcscd hangs", remedy=f"kill process {self._process.pid}")
         said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        problem = f"the process that keeps pcscd has died ({how}{f': {said[-1]}' if said else ''})"
+        problem = f"the process that supervises pcscd has died ({how}{f': {said[-1]}' if said else ''})"
         return PcscStackError(problem, remedy=_remedy(status, said))
 
 
@@ -188,10 +190,10 @@ def _remedy(status: int, said: Sequence[str]) -> str:
     :param said: the lines that it wrote.
     """
     if not os.access(_KEEPER, os.R_OK):
-        return f"let this user read {_KEEPER}, or install pcsc-safe where it can"
+        return f"let this user read {_KEEPER}, or install pcsc-safe where this user can read it"
     if status < 0:
-        return "leave the with block, and see who killed it (the kernel does when memory runs out)"
-    return "leave the with block, and report this, with all that it said:\n" + "\n".join(said)
+        return "leave the with block, and find out what killed it (the kernel does when memory runs out)"
+    return "leave the with block, and report this with the complete output:\n" + "\n".join(said)
 
 
 def _entry(name: str, port: str, channel: int, driver: str) -> str:

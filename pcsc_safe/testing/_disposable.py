@@ -1,6 +1,6 @@
 """A disposable process: it may crash, hang, or leave children behind, and doesn't affect the process that started it.
 
-Invariant: whatever the process does, it ends soon after its seconds are over, and nothing of it is left: it leads a
+Invariant: whatever the process does, it ends soon after its time is over, and leaves nothing behind: it leads a
 separate session, which is killed as a group.  Nothing here forks Python code or uses PC/SC.
 """
 
@@ -33,8 +33,8 @@ class Ended(NamedTuple):
     """What is known of a disposable process.
 
     :ivar reported: what it and its children reported, by process: ``{"child": {"wrong": 3}}``.
-    :ivar exit_status: if it ended by itself.
-    :ivar killed_by: the signal that ended it, if one did that was not ours.
+    :ivar exit_status: its exit status, if it ended by itself.
+    :ivar killed_by: the signal that ended it, unless this module sent it.
     :ivar timed_out: the seconds that it was given, if it needed more.
     :ivar seconds: how long it took.
     :ivar log: the end of what it wrote to stderr.
@@ -51,11 +51,11 @@ class Ended(NamedTuple):
 def run_disposable(
     command: Sequence[str], env: Mapping[str, str], seconds: float, stop: Optional[threading.Event] = None
 ) -> Ended:
-    """Run a program that may come to grief.
+    """Run a program that may crash or hang.
 
     :param command: of the program, which reports in lines of JSON, ``["child", {"wrong": 3}]``, on descriptor 1.
     :param seconds: that it may take.
-    :param stop: set to have it end at once.
+    :param stop: set it to end the program immediately.
     :raises Stopped: ``stop`` was set.
     """
     # Files, not pipes: nobody has to read them meanwhile, and a forgotten child can't keep them from ending.
@@ -103,7 +103,7 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _status(process: subprocess.Popen[bytes]) -> int:
-    """Its exit status, or the negative number of the signal it died of."""
+    """Its exit status, or the negative number of the signal that ended it."""
     if sys.platform != "linux":
         return process.wait()
     status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -124,7 +124,7 @@ def _read(file: IO[bytes]) -> bytes:
 
 
 def _reported(reports: IO[bytes]) -> dict[str, dict[str, Any]]:
-    """What the processes reported, the latest of each; lines that are no report are passed over."""
+    """What the processes reported, the latest report of each; other lines are ignored."""
     reported: dict[str, dict[str, Any]] = {}
     for line in _read(reports).splitlines():
         with contextlib.suppress(ValueError, TypeError):

@@ -11,4 +11,4 @@ from ..errors import PcscSafeError
 
 
 class PcscStackError(PcscSafeError):
-    """The virtual PC/SC stack can't do what it was asked; says what to do about it."""
+    """The virtual PC/SC stack can't do what you asked it to do; the text says how to solve that."""

@@ -1,4 +1,4 @@
-"""What of the virtual stack is installed on this machine: pcscd, its options, and the vpcd driver.
+"""Finds out which parts of the virtual stack are installed: pcscd, its options, and the vpcd driver.
 
 Invariant: looking changes nothing, and costs one run of ``pcscd --version`` for each process.
 
@@ -37,7 +37,7 @@ class Installed:
     :param version: its version, "1.9.9".
     :param polkit: whether it asks polkit who may use it.
     :param driver: path of the vpcd driver.
-    :param directory: where it leaves its process id, whatever else it is told.
+    :param directory: where it always writes its process ID.
     """
 
     pcscd: str
@@ -48,7 +48,7 @@ class Installed:
 
     @property
     def version_info(self) -> tuple[int, ...]:
-        """The version to compare; the newest there can be, if it is unknown."""
+        """The version, for comparisons; if it is unknown, higher than any other."""
         numbers = re.findall(r"\d+", self.version)
         return tuple(map(int, numbers)) if numbers else (sys.maxsize,)
 

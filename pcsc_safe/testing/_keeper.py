@@ -38,7 +38,7 @@ PATIENCE = 5.0  # seconds that pcscd may take to write its process id
 
 
 def main(home: str, link: str, system: str, parent: str, *command: str) -> None:
-    """Serve one stack; answers "ok" when the directory exists."""
+    """Serve one stack; reply "ok" when the directory exists."""
     # what the parent ignores or blocks, it hands down
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -59,7 +59,7 @@ def main(home: str, link: str, system: str, parent: str, *command: str) -> None:
 
 
 def watch(control: socket.socket, keeper: Keeper, parent: int) -> None:
-    """Obey the control connection until it says stop, ends, or the parent is gone."""
+    """Serve the control connection until it says stop or ends, or until the parent has ended."""
     poller = select.poll()
     poller.register(control, select.POLLIN)
     patience = watch_parent(poller, parent)
@@ -78,7 +78,7 @@ def watch(control: socket.socket, keeper: Keeper, parent: int) -> None:
 
 
 def watch_parent(poller: select.poll, parent: int) -> int | None:
-    """Make the poller wake when the parent dies; returns how many milliseconds it may sleep without looking."""
+    """Make the poller wake when the parent dies; return how many milliseconds it may sleep between checks."""
     if sys.platform != "linux":
         return 500
     try:
@@ -90,7 +90,7 @@ def watch_parent(poller: select.poll, parent: int) -> int | None:
 
 
 def reply(control: socket.socket, line: str) -> None:
-    """Answer one request; a parent that is gone needs no answer."""
+    """Reply to one request, unless the parent has ended."""
     try:
         control.sendall(line.replace("\n", " ").encode() + b"\n")
     except OSError:
@@ -109,7 +109,7 @@ class Keeper:
         self.pid = 0
 
     def start(self) -> int:
-        """Start pcscd on a fresh listening socket, the way systemd would; returns its process id."""
+        """Start pcscd on a new listening socket, as systemd would; return its process ID."""
         self.kill()
         path = os.path.join(self.home, SOCKET_NAME)
         if os.path.lexists(path):
@@ -125,7 +125,7 @@ class Keeper:
         return self.pid
 
     def hide_system(self) -> bool:
-        """Let pcscd start where its system directory is a private one; whether that is permitted."""
+        """Let pcscd start with a private system directory; return whether that is permitted."""
         private = os.path.join(self.home, PRIVATE_NAME)
         if not os.path.isdir(private):
             os.mkdir(private)
@@ -136,13 +136,13 @@ class Keeper:
         return self.hidden
 
     def fork_pcscd(self, listener: int) -> None:
-        """Start pcscd, no more."""
+        """Start pcscd, and do nothing else."""
         self.pid = os.fork()
         if not self.pid:
             self.become_pcscd(listener)
 
     def start_and_put_back(self, listener: int) -> None:
-        """Start pcscd, and put back what it overwrites when it has begun."""
+        """Start pcscd, and restore the file that it overwrites at its start."""
         path = os.path.join(self.system, PID_NAME)
         lock = os.open(nearest(self.system), os.O_RDONLY)
         try:
@@ -164,7 +164,7 @@ class Keeper:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def become_pcscd(self, listener: int) -> NoReturn:
-        """In the forked child: descriptors and environment as sd_listen_fds(3) wants them, then exec."""
+        """In the forked child: set descriptors and environment as for sd_listen_fds(3), then exec."""
         try:
             log = os.open(os.path.join(self.home, LOG_NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -186,14 +186,14 @@ class Keeper:
             os._exit(127)
 
     def kill(self) -> None:
-        """SIGKILL pcscd and wait until it is gone; nothing to do when it is not running."""
+        """SIGKILL pcscd and wait until it has ended; do nothing if it is not running."""
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.pid = 0
 
     def clean_up(self) -> None:
-        """Leave nothing behind."""
+        """Kill pcscd, and remove what this process has created."""
         self.kill()
         for link in (self.link, self.link + ".new"):
             try:
@@ -208,13 +208,13 @@ class Keeper:
 
 
 def in_mount_namespace(private: str, system: str) -> tuple[str, ...]:
-    """The beginning of a command that sees one directory in place of another, and remains the same process."""
+    """The beginning of a command that sees one directory instead of another, and stays the same process."""
     script = 'mount --bind "$0" "$1" && shift && exec "$@"'
     return ("unshare", "--mount", "--propagation", "slave", "sh", "-c", script, private, system)
 
 
 def run(*command: str) -> bool:
-    """Whether a command succeeds; what it says is dropped."""
+    """Whether a command succeeds; its output is dropped."""
     null = [(os.POSIX_SPAWN_OPEN, descriptor, os.devnull, os.O_RDWR, 0) for descriptor in range(3)]
     try:
         pid = os.posix_spawnp(command[0], command, os.environ, file_actions=null)
@@ -224,20 +224,20 @@ def run(*command: str) -> bool:
 
 
 def nearest(directory: str) -> str:
-    """A directory, or what there is of its parents."""
+    """A directory, or its nearest parent that exists."""
     while not os.path.isdir(directory):
         directory = os.path.dirname(directory)
     return directory
 
 
 def may_write(directory: str) -> bool:
-    """Whether pcscd, as this user, can leave its process id there."""
+    """Whether pcscd, as this user, can write its process ID there."""
     path = os.path.join(directory, PID_NAME)
     return os.access(path if os.path.exists(path) else nearest(directory), os.W_OK)
 
 
 def content(path: str) -> bytes | None:
-    """What is in a file; None if there is none."""
+    """The content of a file; None if there is no file."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -246,12 +246,12 @@ def content(path: str) -> bytes | None:
 
 
 def names(path: str, pid: int) -> bool:
-    """Whether a process id file has this one."""
+    """Whether a process ID file contains this process ID."""
     return (content(path) or b"").split(b"\n")[0] == str(pid).encode()
 
 
 def put_back(path: str, before: bytes | None) -> None:
-    """Give a file its former content, or remove it if there was none."""
+    """Restore the former content of a file, or remove it if there was none."""
     try:
         if before is None:
             os.unlink(path)

@@ -1,6 +1,6 @@
 """Two calls of the C library that Python does not offer.
 
-Invariant: a system that lacks one says no, it does not fail.
+Invariant: on a system that lacks one of them, its function returns False, and does not raise.
 
 At a fork: nothing.
 """
@@ -13,7 +13,7 @@ from functools import cache
 
 
 def signal_thread(pid: int, thread: int, number: int) -> bool:
-    """Send a signal to one thread of a process, for itself alone: tgkill(2), in glibc since 2.30.
+    """Send a signal to one thread of a process: tgkill(2), in glibc since 2.30.
 
     :return: whether it was sent.
     """
@@ -22,9 +22,9 @@ def signal_thread(pid: int, thread: int, number: int) -> bool:
 
 
 def abort_connection(connection: socket.socket) -> bool:
-    """End a TCP connection with a reset, however many copies of the descriptor other processes hold.
+    """End a TCP connection with a reset, however many copies of the descriptor other processes have.
 
-    connect(2) with AF_UNSPEC does it; Linux refuses while a thread waits in recv() there.
+    connect(2) with AF_UNSPEC does it; Linux refuses it while a thread waits in recv() there.
 
     :return: whether it was done.
     """

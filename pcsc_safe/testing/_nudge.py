@@ -19,7 +19,7 @@ from ._libc import signal_thread
 def nudge(pid: int) -> None:
     """Wake the threads of pcscd that sleep.
 
-    :param pid: pcscd's process id; it must be past its start, or the signal kills it.
+    :param pid: pcscd's process ID; before pcscd has started completely, the signal would kill it.
     """
     try:
         threads = os.listdir(f"/proc/{pid}/task")

@@ -2,7 +2,7 @@
 
 pcscd starts with two slots for readers.  It makes two more whenever they are full, and never removes one.  Since
 pcsc-lite 2.5 its client library keeps an array of that size, one for the whole process, which never shrinks either.  A
-process that has seen a pcscd with four slots gets 0x8010001F (SCARD_E_UNSUPPORTED_FEATURE) from SCardListReaders,
+process that has used a pcscd with four slots gets 0x8010001F (SCARD_E_UNSUPPORTED_FEATURE) from SCardListReaders,
 SCardStatus and SCardGetStatusChange at a pcscd with two.  This happens with stacks that follow each other in a process.
 
 So each stack gets as many slots as the largest stack before it in this process had, and :data:`LEAST` at least: stacks
@@ -10,7 +10,7 @@ of up to that many readers never differ.  Slots without a reader come from devic
 while it starts, before it serves anybody: devices of one name, and a last one of that name that can't be opened, with
 which pcscd removes all of that name.  The last one costs nothing, each device before it 0.8 seconds.
 
-Invariant: each start measures what a stack has; this module only says what to ask for.
+Invariant: each start measures how many slots a stack has; this module only says how many to request.
 
 At a fork: the child's library has the parent's array, so the child continues from the parent's maximum.
 """
@@ -33,16 +33,16 @@ _PER_DEVICE = 2
 
 @dataclass
 class Maximum:
-    """The most slots that a stack had that was active in this process."""
+    """The largest number of slots of all stacks that were active in this process."""
 
     slots: int = 0
 
     def allow(self, slots: int, outer: int) -> None:
         """Note that a stack becomes active.
 
-        :param slots: its own; 0 where they don't matter.
-        :param outer: the fewest slots of the stacks that are active now, to which PC/SC calls go back later; 0: none.
-        :raises PcscStackError: PC/SC calls of this process could not use this stack, or not go back to another one.
+        :param slots: its slots; 0 if they don't matter.
+        :param outer: the fewest slots of the stacks that are active now, to which PC/SC calls return later; 0 if none.
+        :raises PcscStackError: PC/SC calls of this process could not use this stack, or could not return to another.
         """
         if slots and slots < self.slots:
             raise PcscStackError(
@@ -69,10 +69,10 @@ def matter(installed: Installed) -> bool:
 
 
 def wanted(devices: int) -> int:
-    """How many slots a pcscd with so many devices is to have."""
+    """How many slots a pcscd with so many devices should have."""
     return max(LEAST, devices * _PER_DEVICE, maximum.slots)
 
 
 def hidden_devices(devices: int, slots: int) -> int:
-    """How many devices pcscd has to add and remove again, with the one that can't be opened; 0 if it has the slots."""
+    """How many devices pcscd must add and remove again, with the one that can't be opened; 0 if it has the slots."""
     return max(0, slots // _PER_DEVICE - devices)

@@ -1,6 +1,6 @@
 """`VirtualPcsc`: a complete private PC/SC stack, with readers and cards.
 
-Invariant: everything that a stack started or created is gone when it is closed, and soon after its process died.
+Invariant: everything that a stack has started or created is removed when it is closed, or soon after its process died.
 
 At a fork: the stack belongs to the process that started it.  Its children may use it as PC/SC clients and read its
 properties.  Everything that would change it raises PcscStackError there, and leaving its with block does nothing.
@@ -27,14 +27,14 @@ from .cards import VirtualCard
 __all__ = ["Reader", "VirtualPcsc"]
 
 _CURES = {
-    "cannot create /": "without root pcscd needs its run directory, once: sudo mkdir -p /run/pcscd",
+    "cannot create /": "without root, pcscd can't create its run directory: sudo mkdir -p /run/pcscd",
     "failed to map segment": "more than two readers need a TMPDIR that is not mounted noexec",
 }
 _LOG_TAIL = 2000  # characters
 
 
 class Reader:
-    """A virtual reader; made by VirtualPcsc."""
+    """A virtual reader; `VirtualPcsc` creates it."""
 
     def __init__(self, stack: VirtualPcsc, name: str, slot: Slot) -> None:
         self.name = name
@@ -51,12 +51,12 @@ class Reader:
         return self._slot.card
 
     def insert(self, card: VirtualCard) -> None:
-        """Put a card in; return when pcscd has noticed it and powered it up.
+        """Insert a card; return when pcscd has detected it and powered it up.
 
-        While pcscd is down (after `VirtualPcsc.kill`) the card sits there until it is up again.
+        While pcscd is down (after `VirtualPcsc.kill`), the card stays in the reader until pcscd is up again.
 
-        :param card: one that is in no reader.
-        :raises PcscStackError: there is a card in the reader, or pcscd does not see this one.
+        :param card: a card that is in no reader.
+        :raises PcscStackError: there is a card in the reader, or pcscd does not detect this one.
         """
         with self._stack._exclusive() as stack:
             if self.card is not None:
@@ -72,9 +72,9 @@ class Reader:
                 raise
 
     def remove(self) -> VirtualCard:
-        """Pull the card out; return it when pcscd has noticed.
+        """Remove the card; return it when pcscd has detected that.
 
-        :raises PcscStackError: there is no card in the reader, or pcscd still sees it.
+        :raises PcscStackError: there is no card in the reader, or pcscd still detects it.
         """
         with self._stack._exclusive() as stack:
             card = self.card
@@ -93,7 +93,7 @@ class Reader:
             self._slot.card = None
 
     def reset(self) -> None:
-        """Reset the card as another application would: whoever else is connected gets SCARD_W_RESET_CARD.
+        """Reset the card as another application would: every application that is connected gets SCARD_W_RESET_CARD.
 
         :raises PcscStackError: there is no card, or an application holds it exclusively or in a transaction.
         """
@@ -104,8 +104,8 @@ class Reader:
 class VirtualPcsc:
     """A private pcscd with virtual readers; a context manager.
 
-    It needs no hardware, no root and no system pcscd, and several can run side by side.  The cards run in threads of
-    this process.  Inside the block, PC/SC calls of this process and its children use this stack, unless
+    It needs no hardware, no root and no system pcscd, and several can run at the same time.  The cards run in threads
+    of this process.  Inside the block, PC/SC calls of this process and its children use this stack, unless
     ``activate=False``; see `activated`.
 
     :param readers: the number of readers, 1 to 16.  vpcd's readers come in pairs: for an odd number pcscd lists one
@@ -115,7 +115,7 @@ class VirtualPcsc:
     :param timeout: seconds that pcscd may take for each request.
     :raises ValueError: ``readers`` is not 1 to 16, or there are more cards than readers.
     :raises PcscStackError: on entry: pcscd or vpcd is not installed, or does not start; the error says what to do.  On
-        exit: a card's own code raised, unless the block raised itself; that exception is the cause of the error.
+        exit: the code of a card raised, and the block did not; the card's exception is the cause of the error.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class VirtualPcsc:
         if len(cards) > readers:
             raise ValueError(f"{len(cards)} cards for {readers} readers; ask for more readers")
         self.readers: tuple[Reader, ...] = ()
-        """The readers, in the order in which PC/SC lists them; none outside the block."""
+        """The readers, in the order in which PC/SC lists them; empty outside the block."""
         self._count = readers
         self._first_cards = tuple(cards)
         self._activate = activate
@@ -172,12 +172,12 @@ class VirtualPcsc:
 
     @property
     def env(self) -> dict[str, str]:
-        """Environment for a subprocess that shall use this stack: a copy of this process's."""
+        """The environment for a subprocess that should use this stack, based on this process's."""
         return {**os.environ, _activation.VARIABLE: self._running().path}
 
     @property
     def pid(self) -> int:
-        """Process id of pcscd; 0 while it is down."""
+        """The process ID of pcscd; 0 while it is down."""
         return self._running().pid
 
     @property
@@ -188,7 +188,7 @@ class VirtualPcsc:
     def clients(self) -> int:
         """How many connections pcscd serves now: one for each PC/SC context that is established.
 
-        pcscd notices a little later that a context is gone: see `wait_for_clients`.
+        pcscd detects the end of a context a little later: see `wait_for_clients`.
         """
         path = self._running().path
         # no lock in a child: a thread that it does not have may have held it at the fork
@@ -196,11 +196,11 @@ class VirtualPcsc:
             return _connections(path)
 
     def wait_for_clients(self, count: int, timeout: float = 10.0) -> None:
-        """Wait until pcscd serves just so many connections.
+        """Wait until pcscd serves this number of connections.
 
-        :param count: how many.
+        :param count: the number of connections.
         :param timeout: seconds.
-        :raises TimeoutError: it serves more or fewer.
+        :raises TimeoutError: after ``timeout``, it serves more or fewer.
         """
         deadline = time.monotonic() + timeout
         while (now := self.clients()) != count:
@@ -216,9 +216,9 @@ class VirtualPcsc:
             self._unplug()
 
     def start(self) -> None:
-        """Start pcscd after `kill`, or after it died by itself; returns when it has seen the readers and the cards.
+        """Start pcscd after `kill`, or after it died by itself; return when it has detected the readers and the cards.
 
-        :raises PcscStackError: it does not start; with the end of its log.
+        :raises PcscStackError: it does not start; the text has the end of its log.
         """
         with self._exclusive(), self._explained():
             self._unplug()
@@ -231,18 +231,18 @@ class VirtualPcsc:
             self._plug([reader for reader in self.readers if reader.card is not None])
 
     def restart(self) -> None:
-        """`kill` and `start`: every session is lost, the cards are reset."""
+        """`kill` and `start`: every session is lost, and the cards are reset."""
         with self._exclusive():
             self.kill()
             self.start()
 
     @contextlib.contextmanager
     def activated(self) -> Iterator[VirtualPcsc]:
-        """Let PC/SC calls of this process find this stack, by PCSCLITE_CSOCK_NAME in os.environ, while a block runs.
+        """Let PC/SC calls of this process use this stack while a block runs, by PCSCLITE_CSOCK_NAME in os.environ.
 
-        libpcsclite reads the variable once in the life of a process, at the first PC/SC call.  It is therefore given
-        one path for the whole process, a symbolic link to the stack activated last: stacks may follow each other, or
-        be nested.  A process that has used PC/SC before its first stack can't be redirected any more.
+        libpcsclite reads the variable once in the life of a process, at the first PC/SC call.  So the variable has one
+        path for the whole process, a symbolic link to the stack that was activated last: stacks can follow each other,
+        or be nested.  If a process has used PC/SC before its first stack, its calls can't use a stack any more.
         """
         with self._exclusive():
             switch, path = _activation.switch(), self._running().path
@@ -279,12 +279,12 @@ class VirtualPcsc:
         return [(f"Virtual PCD {number}", pair.port) for number, pair in enumerate(self._ports[: self._device_count])]
 
     def _reserve(self, count: int) -> None:
-        """See that there are ports for so many devices."""
+        """Reserve ports for so many devices."""
         while len(self._ports) < count:
             self._ports.append(PortPair())
 
     def _configure(self) -> None:
-        """What pcscd reads when it starts."""
+        """Write the configuration that pcscd reads when it starts."""
         surplus = _slots.hidden_devices(self._device_count, self._slots and _slots.wanted(self._device_count))
         shown, in_all = self._device_count, self._device_count + max(0, surplus - 1)
         self._reserve(in_all)
@@ -304,7 +304,7 @@ class VirtualPcsc:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[VirtualPcsc]:
-        """For everything that changes the stack: one thread at a time, and never a forked child."""
+        """Guards everything that changes the stack: one thread at a time, and never a forked child."""
         if os.getpid() != self._owner:
             problem = (
                 f"this virtual PC/SC stack belongs to process {self._owner}, and this is its forked child {os.getpid()}"
@@ -329,7 +329,7 @@ class VirtualPcsc:
         return Probe(self._running().path, self._timeout)
 
     def _await(self, wanted: dict[str, bool]) -> None:
-        """Wait until pcscd sees cards where there are some, and none where there are none."""
+        """Wait until pcscd detects all cards, and none in the empty readers."""
 
         def as_wanted(states: Sequence[ReaderState]) -> bool:
             return all(wanted.get(state.name, state.present) == state.present for state in states)
@@ -360,7 +360,7 @@ class VirtualPcsc:
     def _report(self) -> None:
         for card in self._cards_seen:
             if card.errors:
-                problem = f"{type(card).__name__} raised {type(card.errors[0]).__name__} in its own code"
+                problem = f"the code of {type(card).__name__} raised {type(card.errors[0]).__name__}"
                 raise PcscStackError(problem, remedy="see the cause; card.errors lists all of them") from card.errors[0]
 
 

@@ -1,4 +1,4 @@
-"""``python -m pcsc_safe version``, and the versions that everything else prints.
+"""``python -m pcsc_safe version``, and the versions for everything else that prints them.
 
 This loads nothing native, because users ask for the versions when an installation is broken.
 
@@ -17,7 +17,7 @@ __all__ = ["add_arguments", "main", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """The versions of pcsc_safe and of what it stands on; "not installed" for what is missing."""
+    """The versions of pcsc_safe and of what it needs; "not installed" for what is missing."""
     return {
         "pcsc_safe": __version__,
         "python": platform.python_version(),
@@ -38,11 +38,11 @@ def _installed(distribution: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.add_argument("--json", action="store_true", help="print the versions as JSON")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print them, a line each."""
+    """Print the versions, one in each line."""
     found = versions()
     print(
         json.dumps(found, indent=2) if options.json else "\n".join(f"{name} {value}" for name, value in found.items()),

@@ -1,7 +1,8 @@
 """The reader side of the vpcd driver: its ports, and the connection that puts a card into a reader.
 
-vpcd listens on a TCP port for each of its two slots.  The process that connects there is the card: two bytes of length,
-big endian, then the message.  (vpcd can also connect to us, but 3.3 can't do that twice: FD_SET(-1), and pcscd aborts.)
+vpcd listens on a TCP port for each of its two slots.  The process that connects there is the card.  A message is two
+bytes of length, big endian, then the data.  (vpcd can also connect to us, but 3.3 can't do that twice: FD_SET(-1), and
+pcscd aborts.)
 
 Invariant: only our vpcd can use a port that `PortPair` reserved, from before it starts until `close`, over every
 restart.  A card is in a reader exactly as long as its connection lives.  The connection ends by reset or shutdown,
@@ -29,10 +30,10 @@ _QUICK_ACK = getattr(socket, "TCP_QUICKACK", None)
 
 
 class PortPair:
-    """Two neighbouring TCP ports, as one vpcd device wants them.
+    """Two consecutive TCP ports, as one vpcd device needs them.
 
-    vpcd sets SO_REUSEADDR, so on Linux it can listen on ports that we hold bound but don't listen on; nobody else is
-    given them.
+    vpcd sets SO_REUSEADDR, so on Linux it can listen on ports that we have bound but don't listen on.  No other program
+    gets these ports.
     """
 
     def __init__(self) -> None:
@@ -49,10 +50,12 @@ class PortPair:
                 # not before bind(), which would then be content with a port that others share, and vpcd would not
                 held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             return
-        raise PcscStackError("no two neighbouring TCP ports are free", remedy="see who uses them all: ss -tan")
+        raise PcscStackError(
+            "no two consecutive TCP ports are free", remedy="find out which programs use them: ss -tanp"
+        )
 
     def close(self) -> None:
-        """Give the ports back."""
+        """Release the ports."""
         for held in self._sockets:
             held.close()
 
@@ -72,7 +75,7 @@ class Slot:
         self._sending = threading.Lock()
 
     def plug(self) -> None:
-        """Connect the card to vpcd, which must be listening; pcscd will notice in its own time."""
+        """Connect the card to vpcd, which must be listening; pcscd detects the card later."""
         card = self.card
         assert card is not None
         self._connect()
@@ -84,7 +87,7 @@ class Slot:
         """End the connection and the thread that serves it.
 
         :param timeout: seconds to wait for the card's own code to return.
-        :raises PcscStackError: it does not.
+        :raises PcscStackError: it does not return.
         """
         self._disconnect()
         thread, self._thread = self._thread, None
@@ -93,8 +96,8 @@ class Slot:
             return
         thread.join(timeout)
         if thread.is_alive():
-            problem = f"{type(self.card).__name__} has been in its own code for {timeout:g} seconds"
-            raise PcscStackError(problem, remedy="let apdu() and the hooks return")
+            problem = f"the code of {type(self.card).__name__} has not returned for {timeout:g} seconds"
+            raise PcscStackError(problem, remedy="let apdu(), power_on(), power_off() and reset() return")
 
     def _connect(self) -> None:
         connection = socket.create_connection((_LOCALHOST, self.port))
@@ -120,7 +123,7 @@ class Slot:
         # the thread that reads from it closes it: nobody else may, or it could read from another file of that number
 
     def _reconnect(self, lost: socket.socket) -> bool:
-        """After vpcd hung up: be there for it again, unless it is gone, or the card was pulled out."""
+        """After vpcd closed the connection: connect again, unless vpcd has ended, or the card was removed."""
         with self._lock:  # who pulls it out is not in the middle of it
             lost.close()
             if self._socket is not lost:
@@ -133,7 +136,7 @@ class Slot:
         return True
 
     def _serve(self, card: VirtualCard) -> None:
-        """Answer the reader until the connection ends for good."""
+        """Serve the reader until the connection ends for good."""
         connection = self._socket
         while connection is not None:
             self._converse(connection, card)

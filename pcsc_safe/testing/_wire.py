@@ -1,11 +1,11 @@
 """The part of pcscd's client protocol that the stack needs: what is in the readers, and a card reset.
 
-The stack talks to pcscd without loading libpcsclite: a context in the test process would be one more thing that affects
-the code under test.
+The stack talks to pcscd without loading libpcsclite, because a context in the test process could affect the code under
+test.
 
 Invariant: when `Probe.close` returns, pcscd has forgotten the connection, and doesn't count it as a client.
 
-At a fork: a probe lives within one call, under the stack's lock; a child inherits none that it could use.
+At a fork: a probe exists only during one call, under the stack's lock; a child inherits no probe that it could use.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SHARING_VIOLATION, _NO_CARD, _REMOVED = 0x8010000B, 0x8010000C, 0x80100069
 
 @dataclass(frozen=True)
 class ReaderState:
-    """What pcscd says about one reader: its name, whether a powered-up card with an ATR is in it."""
+    """What pcscd says about one reader: its name, and whether a powered-up card with an ATR is in it."""
 
     name: str
     present: bool
@@ -46,8 +46,8 @@ class Probe:
     """One short-lived connection to pcscd.
 
     :param path: pcscd's socket.
-    :param timeout: seconds that everything done with this probe may take together.
-    :raises ConnectionError: nobody serves that socket.
+    :param timeout: seconds for everything together that is done with this probe.
+    :raises ConnectionError: no process serves that socket.
     :raises TimeoutError: the time is up.
     """
 
@@ -70,7 +70,7 @@ class Probe:
         self.close()
 
     def close(self) -> None:
-        """Hang up, and wait until pcscd has too."""
+        """Close the connection, and wait until pcscd has closed it, too."""
         try:
             self._socket.shutdown(socket.SHUT_WR)
             while self._receive_some(4096):
@@ -81,19 +81,19 @@ class Probe:
             self._socket.close()
 
     def states(self) -> list[ReaderState]:
-        """What is in the readers now."""
+        """The states of the readers now."""
         return _parse(self._ask(_GET_STATES, b"", _STATE.size * MAX_READERS))
 
     def slots(self) -> int:
-        """How many slots for readers pcscd has; pcsc-lite 2.5 and later know."""
+        """How many slots for readers pcscd has; only pcsc-lite 2.5 and later report it."""
         return int(_SLOTS.unpack(self._ask(_GET_SLOTS, b"", _SLOTS.size))[0])
 
     def wait(self, satisfied: Callable[[list[ReaderState]], bool], hurry: Callable[[], None]) -> None:
-        """Wait for the readers to be as wanted, woken by pcscd's own events.
+        """Wait until the readers are in the desired state, by pcscd's own events.
 
-        :param satisfied: whether they are.
-        :param hurry: makes pcscd look; called now and then until they are.
-        :raises TimeoutError: they are not, and the time is up.
+        :param satisfied: whether they are in that state.
+        :param hurry: makes pcscd look at its readers; called repeatedly until they are in that state.
+        :raises TimeoutError: the time is up, and they are not in that state.
         """
         while not satisfied(_parse(self._ask(_WAIT_CHANGE, b"", _STATE.size * MAX_READERS))):
             hurry()
@@ -125,7 +125,7 @@ class Probe:
         while len(data) < count:
             more = self._receive_some(count - len(data))
             if not more:
-                raise ConnectionResetError("pcscd hung up")
+                raise ConnectionResetError("pcscd closed the connection")
             data += more
         return data
 

@@ -1,10 +1,10 @@
 """Virtual cards: what is in the virtual readers, scripted in Python.
 
-Invariant: whatever a card's own code does, the reader gets an answer, and `VirtualCard.errors` keeps what went wrong.
-No APDU is kept, logged or shown.
+Invariant: whatever a card's own code does, the reader gets a response, and `VirtualCard.errors` has the exceptions.  No
+APDU is kept, logged or shown.
 
-At a fork: a card lives in the process that started the stack.  A child has a copy that nothing serves.  Its counts can
-be read there, and stay what they were when the process forked.
+At a fork: a card runs in the process that started the stack.  A child has a copy that nothing serves; its counts can be
+read there, and stay as they were when the process forked.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FAILED = b"\x6f\x00"
 class CardEvent(Enum):
     """What can happen to a card.
 
-    A card that is pulled out, or whose pcscd dies, loses its power: that is a POWER_OFF too, if it had any.
+    A card that is removed, or whose pcscd dies, loses its power.  This is also a POWER_OFF, if the card had power.
     """
 
     POWER_ON = "power-on"
@@ -45,12 +45,13 @@ class VirtualCard:
     :param atr: answer to reset, 2 to 33 bytes.
     :param apdu: takes a command APDU and returns the response APDU, status word included.  Called in a thread of the
         stack's, one command after the other.
-    :raises ValueError: the ATR has no possible length.
+    :raises ValueError: the ATR has an invalid length.
 
     If the card's code raises, the reader gets the status word 6F00, and `errors` gets the exception.
 
-    vpcd carries at most 65,535 bytes in either direction, status word included, and takes a command of one byte for a
-    message of its own.  pcscd powers a card off that no application has used for some 400 ms.
+    vpcd carries at most 65,535 bytes in each direction, status word included.  A command of one byte doesn't reach the
+    card, because it is a control message of vpcd.  pcscd powers a card off that no application has used for about
+    400 ms.
     """
 
     def __init__(self, atr: bytes = DEFAULT_ATR, apdu: Optional[Callable[[bytes], bytes]] = None) -> None:
@@ -58,8 +59,8 @@ class VirtualCard:
             raise ValueError(f"an ATR has 2 to 33 bytes, not {len(atr)}; DEFAULT_ATR is one")
         self.atr = bytes(atr)
         self.errors: list[BaseException] = []
-        """What the card's own code raised, in order.  Leaving the stack raises PcscStackError if there is anything
-        here; a test that expects errors clears it."""
+        """The exceptions of the card's own code, in order.  Leaving the stack raises PcscStackError if there are any;
+        a test that expects errors clears the list."""
         self._script = apdu
         self._record: list[CardEvent] = []
         self._changed = threading.Condition()
@@ -68,7 +69,7 @@ class VirtualCard:
     def apdu(self, command: bytes) -> bytes:
         """Return the response to one command APDU; override it.
 
-        :param command: the APDU as the application sent it, two bytes at least.
+        :param command: the APDU as the application sent it, at least two bytes.
         :return: the response: data and status word, 2 to 65,535 bytes.
         """
         return b"\x6d\x00" if self._script is None else self._script(command)
@@ -84,11 +85,11 @@ class VirtualCard:
 
     @property
     def record(self) -> tuple[CardEvent, ...]:
-        """All that happened to the card, in order."""
+        """Everything that happened to the card, in order."""
         return tuple(self._record)
 
     def count(self, event: CardEvent) -> int:
-        """How many times something happened to the card."""
+        """How many times an event happened to the card."""
         return self.record.count(event)
 
     @property
@@ -108,16 +109,16 @@ class VirtualCard:
 
     @property
     def apdus(self) -> int:
-        """How many commands the card answered."""
+        """How many commands the card has responded to."""
         return self.count(CardEvent.APDU)
 
     def wait_for(self, event: Union[CardEvent, str], count: int = 1, timeout: float = 10.0) -> None:
-        """Wait until something has happened to the card.
+        """Wait until an event has happened to the card.
 
-        :param event: what; a CardEvent, or its value ("power-on", "power-off", "reset", "apdu").
-        :param count: how many times altogether, since the card was made.
+        :param event: a CardEvent, or its value ("power-on", "power-off", "reset", "apdu").
+        :param count: the total number of these events since the card was created.
         :param timeout: seconds.
-        :raises TimeoutError: it has not; says what has.
+        :raises TimeoutError: the event has not happened so often; the text lists the events of the card.
         """
         event = CardEvent(event)
         with self._changed:
@@ -129,7 +130,7 @@ class VirtualCard:
         return f"<{type(self).__name__}: {counts}>"
 
     def _answer(self, message: bytes) -> Optional[bytes]:
-        """What the reader gets for one vpcd message: bytes, or nothing."""
+        """The response to one vpcd message: bytes, or nothing."""
         if len(message) != 1:
             answer = self._guard(lambda: self._checked(self.apdu(message)), _FAILED)
             self._happened(CardEvent.APDU)
@@ -176,7 +177,7 @@ class VirtualCard:
 
 
 class EchoCard(VirtualCard):
-    """A card that returns what it is sent.  It ignores the class byte, and takes short and extended length.
+    """A card that returns the data that it is sent.  It ignores the class byte, and takes short and extended length.
 
     | INS | what it returns before the status word 9000 |
     |---|---|
@@ -193,7 +194,7 @@ class EchoCard(VirtualCard):
         self.verified = False
 
     def apdu(self, command: bytes) -> bytes:
-        """The response to one command; see the class."""
+        """Return the response to one command; see the class."""
         if len(command) < 4:
             return b"\x67\x00"
         ins, p1, p2 = command[1:4]

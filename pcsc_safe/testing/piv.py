@@ -1,10 +1,10 @@
 """`PivCard`: a virtual card with a signing key, for applications that use PIV (NIST SP 800-73-4).
 
-The applet is jcecard's, which is another project; ``pip install 'pcsc-safe[piv]'`` installs it, for Python 3.10 and
-later.  This module has the adapter, and what that applet leaves to others.
+The applet is that of jcecard, another project; ``pip install 'pcsc-safe[piv]'`` installs it, for Python 3.10 and later.
+This module has the adapter, and the functions that the applet lacks.
 
-Invariant: keys, certificates, PINs and their counters belong to the card, so they outlast its power, its reader and
-pcscd.  A verified PIN and a selected application don't outlast the power.
+Invariant: keys, certificates, PINs and their counters belong to the card, so they survive a loss of power, a change of
+the reader, and the end of pcscd.  A loss of power ends the verification of the PIN and the selection of an application.
 
 At a fork: see `pcsc_safe.testing.cards`.
 """
@@ -43,11 +43,11 @@ _VALID = timedelta(days=30)
 
 
 class PivCard(VirtualCard):
-    """A PIV card: PIN 123456, PUK 12345678, and the management key of the standard; nothing on it.
+    """An empty PIV card: PIN 123456, PUK 12345678, and the management key of the standard.
 
-    :param atr: see `VirtualCard`.  OpenSC signs with elliptic curves on cards that it knows by their ATR only.
+    :param atr: see `VirtualCard`.  OpenSC signs with elliptic curves only on cards whose ATR it knows.
 
-    A real one comes from its issuer with a key and a certificate; so does `PivCard.personalised`.
+    A real card has a key and a certificate from its issuer; `PivCard.personalised` makes such a card.
     """
 
     def __init__(self, atr: bytes = DEFAULT_ATR) -> None:
@@ -59,8 +59,8 @@ class PivCard(VirtualCard):
     def personalised(cls, common_name: str = "A card holder", atr: bytes = DEFAULT_ATR) -> PivCard:
         """A card with two P-256 keys, and self-signed certificates of them.
 
-        One is for the authentication of its holder (slot 9A), and wants the PIN; the other is for that of the card
-        itself (slot 9E), and wants none.
+        One authenticates the card holder (slot 9A), and needs the PIN; the other authenticates the card itself (slot
+        9E), and needs no PIN.
 
         :param common_name: the certificates' subject and issuer.
         :param atr: see `VirtualCard`.
@@ -70,7 +70,7 @@ class PivCard(VirtualCard):
         return card
 
     def issue(self, common_name: str) -> None:
-        """Put a card holder's identifier on the card, and for slots 9A and 9E a new P-256 key and its certificate.
+        """Write a card holder's identifier to the card, and for slots 9A and 9E a new P-256 key and its certificate.
 
         :param common_name: the certificates' subject and issuer.
         """
@@ -100,9 +100,9 @@ class PivCard(VirtualCard):
         objects.put_data_object(certificate_object, certificate)  # by itself jcecard puts that of 9E elsewhere
 
     def apdu(self, command: bytes) -> bytes:
-        """Answer one command of SP 800-73; before SELECT none.
+        """Return the response to one command of SP 800-73; before SELECT it refuses all others.
 
-        Chains of commands and answers in pieces of 256 bytes are done here, the applet has neither.
+        This method handles command chaining, and responses in parts of 256 bytes, because the applet doesn't.
         """
         parsed = APDUParser.parse(command)
         if parsed.ins == _GET_RESPONSE:
@@ -133,7 +133,7 @@ class PivCard(VirtualCard):
         return piece + (bytes([0x61, min(len(self._rest), 0xFF)]) if self._rest else b"\x90\x00")
 
     def power_on(self) -> None:
-        """Forget the PIN and what was selected."""
+        """Forget the PIN and the selected application."""
         self._applet.reset()
         self._chain = self._rest = b""
 
@@ -141,7 +141,7 @@ class PivCard(VirtualCard):
 
 
 def _self_signed(key: EllipticCurvePrivateKey, common_name: str) -> bytes:
-    """A certificate in DER, from yesterday on: clocks differ."""
+    """A certificate in DER, valid since yesterday, because clocks differ."""
     from cryptography import x509
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.serialization import Encoding

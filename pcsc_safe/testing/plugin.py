@@ -1,6 +1,6 @@
 """The pytest plugin: ``pcsc_stack``, ``pcsc_card``, ``pcsc_stack_factory``, the marker ``pcsc``, a line in the header.
 
-Invariant: a test run that doesn't use it pays for this module alone; everything else is imported by the fixtures.
+Invariant: a test run that doesn't use the plugin imports only this module; the fixtures import everything else.
 
 At a fork: see `VirtualPcsc`.
 """
@@ -34,18 +34,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    """Name what the virtual stack consists of here."""
+    """Print the versions of the virtual stack, or why there is none."""
     from ._install import Missing, look  # pytest loads this plugin in every run
 
     found = look()
     if isinstance(found, Missing):
-        return f"virtual PC/SC stack: none, {found.problem}"
+        return f"virtual PC/SC stack: not available, {found.problem}"
     return f"virtual PC/SC stack: pcscd {found.version}, {found.driver}"
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
-    """Show what pcscd logged where a test with the fixture failed."""
+    """Show pcscd's log if a test with the fixture failed."""
     outcome = yield
     report = outcome.get_result()
     stack = getattr(item, "funcargs", {}).get("pcsc_stack")
@@ -58,7 +58,8 @@ def pcsc_stack_factory() -> Iterator[StackFactory]:
     """A function that starts a `VirtualPcsc`, which ends with the test.
 
     Its arguments are those of the marker ``pcsc``, and ``activate``: whether PC/SC calls in this process use the stack
-    (True).  Stacks may be nested; see `VirtualPcsc.activated`.  The test is skipped where pcscd or vpcd is missing.
+    (default: True).  Stacks can be nested; see `VirtualPcsc.activated`.  The test is skipped if pcscd or vpcd is
+    missing.
     """
     from ._install import Missing, look  # as above
 
@@ -91,8 +92,8 @@ def _card(source: CardSource) -> Optional[VirtualCard]:
     if source in ("echo", None):
         return EchoCard() if source else None
     raise PcscStackError(
-        f"{source!r} is not what makes a card",
-        remedy="use 'echo', 'piv', None, or a class or function: each test has cards of its own",
+        f"{source!r} doesn't make a card",
+        remedy="use 'echo', 'piv', None, or a class or function that returns a new card",
     )
 
 
@@ -100,8 +101,8 @@ def _card(source: CardSource) -> Optional[VirtualCard]:
 def pcsc_stack(request: pytest.FixtureRequest, pcsc_stack_factory: StackFactory) -> VirtualPcsc:
     """A new `VirtualPcsc` for each test, activated, with an EchoCard in each of its two readers.
 
-    The marker asks for others: ``@pytest.mark.pcsc(readers=4)``, ``@pytest.mark.pcsc(cards=["piv", None, MyCard])``.
-    The test is skipped where pcscd or vpcd is missing.
+    The marker requests other readers and cards: ``@pytest.mark.pcsc(readers=4)``,
+    ``@pytest.mark.pcsc(cards=["piv", None, MyCard])``.  The test is skipped if pcscd or vpcd is missing.
     """
     marker = request.node.get_closest_marker("pcsc")
     return pcsc_stack_factory(**(marker.kwargs if marker else {}))

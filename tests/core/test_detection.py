@@ -102,7 +102,7 @@ def test_the_hook_says_so(session: Session) -> None:
     before, after = in_child(child)
     assert before == []
     assert after[0].startswith("process ")
-    assert after[0].endswith(f"was forked from process {os.getpid()}, noticed by hook")
+    assert after[0].endswith(f"was forked from process {os.getpid()}, detected by hook")
 
 
 def unhooked(fork_name: str, layer: str) -> None:

@@ -270,11 +270,14 @@ def test_which_contexts(stack: VirtualPcsc, through: str) -> None:
         return answers, str(refused.value)
 
     gone = [INVALID, INVALID]
-    why = "this context: it is released, inherited, or no context; pass what SCardEstablishContext returned here, or "
+    why = (
+        "this context: it is released, inherited, or not a context; pass contexts that "
+        "SCardEstablishContext returned in this process, or nothing to hand over all"
+    )
     expected = [(True, False), (False, True), (True, gone), (False, gone), False]
     answers, said = in_child(parent)
     assert answers == expected
-    assert said.endswith(f"{why}nothing to hand all contexts over")
+    assert said.endswith(why)
 
 
 @through_both
@@ -300,7 +303,7 @@ def test_calls_of_other_threads(stack: VirtualPcsc, through: str) -> None:
 
 UNUSABLE = f"{NOTHING}a forked process can't use PC/SC on this platform; "
 ON_MACOS = {
-    "native": [f"{UNUSABLE}set broker='always' before it is established", [True]],
+    "native": [f"{UNUSABLE}set broker='always' before you establish the context", [True]],
     "native, from within": [f"{UNUSABLE}the parent is still the owner: fork again", [False, True]],
     "broker": ["", [True, False]],
 }

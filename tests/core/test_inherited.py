@@ -252,7 +252,7 @@ def test_the_error_names_state_and_remedy(session: Session) -> None:
     assert fields == ("SCardTransmit", os.getpid(), pid, place, INVALID)
     assert text == (
         f"SCardTransmit: this card handle's PC/SC context was established by process {os.getpid()} ({place}) and "
-        f"this is its forked child {pid}; establish one here, or use policy 'auto'"
+        f"this is its forked child {pid}; establish a context in this process, or use policy 'auto'"
     )
 
 

@@ -90,7 +90,7 @@ def test_no_pcscd_is_told_once(tmp_path: Any) -> None:
     lines = [line for line in done.stderr.splitlines() if "SCARD_E_NO_SERVICE" in line]
     assert len(lines) == 2, done.stderr
     assert all(line.startswith("pcsc_safe: SCardEstablishContext returns SCARD_E_NO_SERVICE") for line in lines)
-    assert all("'python -m pcsc_safe doctor' says which" in line for line in lines)
+    assert all("run 'python -m pcsc_safe doctor' to see which" in line for line in lines)
 
 
 def test_a_pcscd_that_stops_is_told_once(pcsc_stack: VirtualPcsc, caplog: pytest.LogCaptureFixture) -> None:
@@ -118,10 +118,10 @@ def test_a_handover_that_does_nothing(session: Session, caplog: pytest.LogCaptur
     """A block inside another one, one without a fork, and one without a context are told; a good one is not."""
     with pcsc_safe.handover():
         pass
-    assert no_handovers(caplog) == ["its handover() block has ended, and this thread has forked nothing in it"]
+    assert no_handovers(caplog) == ["this thread has not forked in its handover() block"]
     with pcsc_safe.handover(), pcsc_safe.handover():
         pass
-    nested = "its handover() block is inside another one; name all contexts in one block"
+    nested = "its handover() block is inside another one; pass all contexts to one block"
     assert no_handovers(caplog)[0] == nested
 
     def child() -> tuple[list[str], list[str]]:
@@ -143,8 +143,8 @@ def test_a_handover_that_does_nothing(session: Session, caplog: pytest.LogCaptur
     assert in_child(child) == (
         [],
         [
-            "its handover() block begins before it has a PC/SC context; establish the context first",
-            "its handover() block has ended, and this thread has forked nothing in it",
+            "it has no PC/SC context at the beginning of its handover() block; establish one before the block",
+            "this thread has not forked in its handover() block",
         ],
     )
 
@@ -181,8 +181,11 @@ def test_who_has_handed_over(session: Session, caplog: pytest.LogCaptureFixture)
     gone = f"process {pid} has handed this session over to its child"
     assert f"to process {pid} for" in reset[-1]
     assert f"because {gone}: call SCardReconnect" in reset[-1]
-    assert all(line.endswith(f"in place of the one that process {pid} has handed over") for line in reconnect)
-    assert f"was handed over by process {pid} to its child; establish one here, or use policy 'auto'" in refusal
+    assert all(line.endswith(f"which replaces the one that process {pid} has handed over") for line in reconnect)
+    assert (
+        f"was handed over by process {pid} to its child; establish a context in this process, or use policy 'auto'"
+        in refusal
+    )
     assert f"because {gone}: call SCardReconnect" in other_reset[-1]
     assert f"was handed over by process {pid} to its child, and this is process {other}" in other_refusal
 

@@ -473,7 +473,7 @@ def unquiet(how: str, where: str) -> None:
 def test_a_fork_while_another_thread_imports(shared_stack: VirtualPcsc, how: str, patience: str, expected: str) -> None:
     """A fork waits for the imports of the first SCardEstablishContext; a child that has half of them doesn't hang."""
     child, parent = run(shared_stack, importing, how, patience)
-    why = "was forked while thread first had been inside an import" if how != "C" else "had been inside an import"
+    why = "was forked while thread first was inside an import" if how != "C" else "was inside an import"
     assert child == OK if expected == "works" else why in child
     assert parent == OK
 
@@ -537,7 +537,7 @@ def test_how_long_a_fork_waits(held: VirtualPcsc) -> None:
     assert flags(waiter.answer()) == (OK, [(reader, CHANGED | EMPTY, [])])
 
 
-BLOCKED = {"auto": "a broker makes its PC/SC calls", "reestablish": "with policy 'auto' a broker makes its PC/SC calls"}
+BLOCKED = {"auto": "a broker makes its PC/SC calls", "reestablish": "use policy 'auto', which uses a broker here"}
 
 
 @pytest.mark.parametrize("policy", BLOCKED)

@@ -380,7 +380,7 @@ def test_what_is_logged(stack: VirtualPcsc) -> None:
 
     lines, pid, reader = told(stack, "native", story)
     assert lines == 2 * [
-        f"INFO process {pid} has a new context in place of one that ended with pcscd",
+        f"INFO process {pid} has a new context, which replaces one that ended with pcscd",
         f"WARNING SCardTransmit returns SCARD_W_RESET_CARD to process {pid} for the card in {reader}, because pcscd "
         "was restarted: call SCardReconnect (pcsc_safe.reconnecting() does), or configure cards='reconnect'",
     ]

@@ -295,7 +295,7 @@ def test_what_is_logged(shrinking: Shrinking) -> None:
     (_, (answers, lines, pid)) = shrinking.told(says_so, 2, way="broker")
     assert answers == all_well(2)
     left = [line for line in lines if line.endswith(MORE_BEFORE)]
-    begins = f"INFO process {pid} starts a new broker in place of broker "
+    begins = f"INFO process {pid} starts a new broker, which replaces broker "
     assert [line.startswith(begins) for line in left] == [True], lines
     shrinking.restart(6)
     (_, (answers, lines, pid)) = shrinking.told(says_so, 2, policy="reestablish")

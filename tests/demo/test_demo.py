@@ -94,7 +94,7 @@ def test_an_unknown_hazard_is_refused() -> None:
     """``--only`` with a number that is not shown ends with 2 and lists those that are."""
     done = demo("--only", "99")
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"there are {', '.join(NUMBERS)}" in done.stderr
+    assert f"the hazards are {', '.join(NUMBERS)}" in done.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it is not pcscd that is missing")
@@ -202,7 +202,7 @@ def test_an_interrupted_run_is_no_result(run_disposable: Any) -> None:
 @pytest.mark.parametrize(
     ("finding", "ending", "verdict"),
     [
-        (Finding([], []), {"exit_status": 0}, (UNKNOWN, "it did not report enough to say")),
+        (Finding([], []), {"exit_status": 0}, (UNKNOWN, "it reported too little for a verdict")),
         (Finding([], ["fine"]), {"exit_status": 0}, (SAFE, "fine")),
         (Finding(["bad", "worse"], []), {"exit_status": 0}, (HAZARD, "bad; worse")),
         (Finding(["bad"], ["fine"]), {"exit_status": 0}, (HAZARD, "bad")),
@@ -253,7 +253,12 @@ JUDGEMENTS: list[tuple[str, dict[str, dict[str, Any]], list[str], bool]] = [
         [],
         False,  # the parent's connection was not found, so nothing is known of it
     ),
-    ("2", {"parent 0": {"asked": 3, "wrong": 2, "failed": 1, "ended": 0}}, ["2 answers were", "1 calls failed"], False),
+    (
+        "2",
+        {"parent 0": {"asked": 3, "wrong": 2, "failed": 1, "ended": 0}},
+        ["2 calls returned SCARD_S_SUCCESS and wrong bytes", "1 calls failed"],
+        False,
+    ),
     ("2", {"parent 0": {"asked": 0, "ended": 0}, "child 0": {"ended": -11}}, ["1 process died of SIGSEGV"], False),
     ("2", {"parent 0": {"asked": 25, "ended": 0}, "child 0": {"asked": 24, "ended": 0}}, [], False),
     ("2", {"parent 0": {"asked": 25, "ended": 0}, "child 0": {"asked": 25, "ended": 0}}, [], True),

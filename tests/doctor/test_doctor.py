@@ -194,7 +194,7 @@ def test_a_socket_that_was_left_behind(path: str) -> None:
         listener.bind(path)
     told = about_pcsc(path)
     assert (told.status, told.of["pcscd.socket"]["data"]["connect"]) == (1, "ECONNREFUSED")
-    assert "nobody listens" in told.of["pcscd.socket"]["detail"]
+    assert "no process listens on it" in told.of["pcscd.socket"]["detail"]
 
 
 @on_linux
@@ -270,14 +270,14 @@ POLKIT = _pcscd._Program("/usr/sbin/pcscd", "2.3.3", "/run/pcscd", True)
     ("program", "user", "seen", "clients", "why", "remedy"),
     [
         (POLKIT, 0, ("bus", ["init", "pcscd", "polkitd"]), 1, "would allow root", "see the log"),
-        (POLKIT, 0, ("bus", ["init", "pcscd"]), 1, "since no polkitd runs here", "--disable-polkit"),
-        (POLKIT, 0, ("", ["init", "pcscd"]), 1, "since no dbus-daemon runs", "--disable-polkit"),
-        (POLKIT, 1000, ("", ["init", "pcscd"]), 1, "since no dbus-daemon runs", "--disable-polkit"),
+        (POLKIT, 0, ("bus", ["init", "pcscd"]), 1, "because no polkitd runs here", "--disable-polkit"),
+        (POLKIT, 0, ("", ["init", "pcscd"]), 1, "because no dbus-daemon runs", "--disable-polkit"),
+        (POLKIT, 1000, ("", ["init", "pcscd"]), 1, "because no dbus-daemon runs", "--disable-polkit"),
         (POLKIT, 1000, ("bus", ["init", "pcscd", "polkitd"]), 1, "polkit refuses this user", "/etc/polkit-1"),
         (POLKIT, 1000, ("bus", ["", "pcscd"]), 1, "polkit refuses this user", "/etc/polkit-1"),
-        (POLKIT, 1000, ("", ["init", ""]), 1, "can't be seen", "see its log where it runs"),
+        (POLKIT, 1000, ("", ["init", ""]), 1, "is not visible", "see its log on the system where it runs"),
         (POLKIT, 0, ("bus", ["init", "pcscd"]), 200, "serves 200 clients", "end some"),
-        (POLKIT._replace(asks_polkit=False), 0, ("", ["init", "pcscd"]), 1, "has no room", "see the log"),
+        (POLKIT._replace(asks_polkit=False), 0, ("", ["init", "pcscd"]), 1, "accepts no more clients", "see the log"),
     ],
 )
 def test_why_pcscd_hangs_up(
@@ -418,7 +418,7 @@ def test_why_pcscd_is_not_reached(
 
 def test_who_made_the_socket() -> None:
     """Whether systemd, another process or pcscd itself listens is told by the process that does."""
-    assert "can't be seen" in _pcscd._origin(None)
+    assert "is not visible" in _pcscd._origin(None)
     assert f"process {os.getpid()}" in _pcscd._origin(os.getpid()) or not ON_LINUX
 
 

@@ -254,7 +254,7 @@ def test_pcsc_safe(shared_stack: VirtualPcsc) -> None:
     assert {told[role]["data"]["pcsc_safe"] for role in ("head", "idle", "user", "unhooked")} == {"mark"}
     assert (told["idle"]["status"], told["idle"]["data"]["connections"]) == ("ok", [])
     assert list(told["idle"]["data"]["dead_sockets"].values()) == [head]
-    assert f"a dead socket in place of process {head}'s connection: harmless" in told["idle"]["detail"]
+    assert f"a dead socket that replaces process {head}'s connection: harmless" in told["idle"]["detail"]
     (own,) = told["user"]["data"]["connections"]
     assert (told["user"]["status"], own["owner"], own["inherited"]) == ("ok", told["who"]["user"], False)
     assert (told["unhooked"]["status"], told["unhooked"]["data"]["hazards"]) == ("warning", ["5"])
@@ -395,7 +395,7 @@ def test_where_the_kernel_does_not_pair_sockets(shared_stack: VirtualPcsc) -> No
     (child_,) = [each for each in told["older"] if each["data"].get("pid") == told["child"]]
     (connection,) = child_["data"]["connections"]
     assert (connection["owner"], connection["owner_known"]) == (told["head"], False)
-    assert "as it seems" in child_["detail"]
+    assert "(probably: " in child_["detail"]
 
 
 @needs_root
@@ -418,7 +418,7 @@ def test_a_process_that_is_gone(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert f"no process {process.pid}" in capsys.readouterr().err
     monkeypatch.setattr(_proc, "descendants", lambda pid: [pid, process.pid])
     found = {each.data["pid"]: each for each in _process.examine(os.getpid())[0]}
-    assert found[process.pid].detail == "it has ended since"
+    assert found[process.pid].detail == "it has ended in the meantime"
 
 
 @needs_root

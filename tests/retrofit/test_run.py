@@ -337,7 +337,7 @@ import smartcard, smartcard.scard
 print(os.getpid())
 """
     done = run(*RUN, "-c", code, cwd=tmp_path)
-    assert done == (0, done.out, f"pcsc_safe: process {done.out.strip()} runs on plain pyscard: no sense\n")
+    assert done == (0, done.out, f"pcsc_safe: process {done.out.strip()} runs without pcsc_safe: no sense\n")
 
 
 def test_a_guard_that_makes_no_sense_is_told(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_a_guard_that_makes_no_sense_is_told(tmp_path: Path) -> None:
     code = "import os; os.environ['PCSC_SAFE_GUARD_NATIVE'] = 'perhaps'; os.execl({0!r}, {0!r}, '-c', 'print(1)')"
     done = run(*RUN, "-c", code.format(sys.executable), cwd=tmp_path)
     assert (done.status, done.out) == (0, "1\n")
-    assert "runs on plain pyscard: PCSC_SAFE_GUARD_NATIVE cannot be 'perhaps'; use one of '1', 'true'" in done.err
+    assert "runs without pcsc_safe: PCSC_SAFE_GUARD_NATIVE cannot be 'perhaps'; use one of '1', 'true'" in done.err
 
 
 def test_it_works_from_a_checkout(tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_the_report_is_by_process() -> None:
         "    handed 1 context(s) over to a forked child\n"
         "  process 3, parent 2\n"
         "    used PC/SC after its fork from process 2\n"
-        "    has a new context in place of process 2's (2 times)\n"
+        "    has a new context, which replaces process 2's (2 times)\n"
         "    news a=b\n"
     )
 

@@ -138,7 +138,7 @@ def explicitly(how: str) -> None:
         own.disconnect()
         own.connect(disposition=2)
         own.disconnect()
-        return [line for line in lines if "its application calls" in line]
+        return [line for line in lines if "the application passes this disposition" in line]
 
     say([len(child(in_child)), refusal(lambda: verified(mine))])
 

@@ -235,7 +235,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, keeper: Path) -> str:
     ("source", "problem", "remedy"),
     [
         ("raise MemoryError('no room')", "(exit status 1: MemoryError: no room)", "Traceback"),
-        ("import os; os.kill(os.getpid(), 9)", "(signal 9)", "who killed it"),
+        ("import os; os.kill(os.getpid(), 9)", "(signal 9)", "what killed it"),
         ("raise SystemExit(3)", "(exit status 3)", "report this"),
     ],
 )
@@ -246,7 +246,7 @@ def test_why_the_keeper_died(
     keeper = tmp_path / "keeper.py"
     keeper.write_text(source)
     said = refusal(monkeypatch, keeper)
-    assert f"the process that keeps pcscd has died {problem}" in said
+    assert f"the process that supervises pcscd has died {problem}" in said
     assert remedy in said
 
 
@@ -282,14 +282,14 @@ except PcscStackError as error:
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
     assert "Permission denied" in done.stdout
-    remedies = (f"let this user read {keeper}", "see that this user may run")
+    remedies = (f"let this user read {keeper}", "check that this user may run")
     assert any(remedy in done.stdout for remedy in remedies)
 
 
 def test_a_python_that_can_not_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """So is a Python that this user can't run."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(PcscStackError, match=r"can't be started: .*No such file.*; see that this user may run"):
+    with pytest.raises(PcscStackError, match=r"can't be started: .*No such file.*; check that this user may run"):
         VirtualPcsc(activate=False).__enter__()
 
 

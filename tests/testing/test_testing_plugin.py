@@ -87,7 +87,7 @@ def test_a_card_that_others_would_share(pcsc_stack):
 """
     output = run_pytest(tmp_path, source)
     assert "3 passed, 1 error" in output
-    assert "is not what makes a card; use 'echo', 'piv', None, or a class or function" in output
+    assert "doesn't make a card; use 'echo', 'piv', None, or a class or function" in output
 
 
 def test_the_factory(tmp_path: Path) -> None:

@@ -456,7 +456,7 @@ def test_a_process_that_lives_on(shared_stack: VirtualPcsc, tmp_path: Path) -> N
         assert process.stderr is not None
         try:
             line = process.stderr.readline()
-            assert "still runs, and is recorded until it ends, or until you press Ctrl-C" in line
+            assert "still runs: recording continues until it ends or you press Ctrl-C" in line
             os.kill(process.pid, signal.SIGINT)
             assert process.wait(20) == 0
         finally:
@@ -576,7 +576,7 @@ def test_what_is_missing_is_said() -> None:
     ]
     found = Drawing(timeline.draw(History(told, {"1-0": 10}, {"2-0": 5}), ".svg"))
     assert list(found.lanes) == [1]
-    for words in ("1 more did not use PC/SC", "The record of process 1 is cut off", "Not drawn are processes"):
+    for words in ("1 more did not use PC/SC", "The record of process 1 is incomplete", "Not drawn are processes"):
         assert words in found.text
     assert "recovered, contexts 2" in found.text
 

@@ -20,7 +20,7 @@ __all__ = ["Hazard", "load"]
 
 
 class Hazard(Protocol):
-    """What a hazard's module has to have."""
+    """The interface of a hazard's module."""
 
     __name__: str
     NUMBER: str
@@ -28,22 +28,22 @@ class Hazard(Protocol):
     SECONDS: float
 
     def program(self, stage: Stage) -> None:
-        """Bring the hazard about and report what is seen."""
+        """Cause the hazard, and report what is observed."""
 
     def judge(self, run: Run) -> Finding:
-        """What the reports show."""
+        """Judge what the reports show."""
 
 
 def load(only: Collection[str] = ()) -> list[Hazard]:
     """The hazards in the order of their modules' names.
 
     :param only: their numbers; all if empty.
-    :raises ValueError: a number that none has; lists those that there are.
+    :raises ValueError: there is no hazard with this number; the text lists the numbers.
     """
     names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name[0] == "h")
     every: list[Hazard] = [importlib.import_module(f"{__name__}.{name}") for name in names]
     unknown = set(only) - {hazard.NUMBER for hazard in every}
     if unknown:
         known = ", ".join(hazard.NUMBER for hazard in every)
-        raise ValueError(f"no hazard {', '.join(sorted(unknown))} is shown; there are {known}")
+        raise ValueError(f"there is no hazard {', '.join(sorted(unknown))}; the hazards are {known}")
     return [hazard for hazard in every if not only or hazard.NUMBER in only]

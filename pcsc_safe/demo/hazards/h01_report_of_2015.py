@@ -1,7 +1,7 @@
 """Hazard 1: establish a context, fork, list the readers in the child.
 
-On macOS the child crashes.  On Linux it gets an answer, but over its parent's connection to pcscd: the inode of the
-socket shows it, and the number of clients that pcscd has.
+On macOS the child crashes.  On Linux its call succeeds, but over its parent's connection to pcscd, as the inode of the
+socket and the number of pcscd's clients show.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _connections() -> list[list[str]]:
 
 
 def judge(run: Run) -> Finding:
-    """Shown by the child's death, its failure, or an answer over its parent's connection."""
+    """Shown by the child's death, its failure, or its success over its parent's connection."""
     code, readers, shares, clients = run.of("child", "code", "readers", "parents_socket", "clients")
     expected, before, ended, afterwards = run.of("parent", "readers", "clients", "child_ended", "code_afterwards")
     harm = death("the child", ended)

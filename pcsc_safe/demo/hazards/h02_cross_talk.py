@@ -21,7 +21,7 @@ ENOUGH = 7.0  # seconds after which no further fork is tried
 
 
 def program(stage: Stage) -> None:
-    """Let pairs exchange commands with the card, and compare each answer with what was asked."""
+    """Let pairs exchange commands with the card, and compare each response with its command."""
     started = time.monotonic()
     for number in range(FORKS):
         if time.monotonic() - started > ENOUGH:
@@ -46,7 +46,7 @@ def _pair(stage: Stage, number: int) -> None:
 
 
 def _exchange(stage: Stage, who: str, card: Any, protocol: int) -> None:
-    """Exchange commands until one fails, as an application would; report at once: it may not live to do so later."""
+    """Exchange commands until one fails, as an application would; report after each: the process may die."""
     wrong = 0
     stage.report(who, asked=0, wrong=0, failed=0)
     for asked in range(1, EXCHANGES + 1):
@@ -64,11 +64,11 @@ def _exchange(stage: Stage, who: str, card: Any, protocol: int) -> None:
 
 
 def judge(run: Run) -> Finding:
-    """Shown by answers to somebody else's question, failures, deaths, and processes that never end."""
+    """Shown by responses to another process's command, failures, deaths, and processes that never end."""
     total = {name: sum(seen.get(name, 0) for seen in run.reported.values()) for name in ("asked", "wrong", "failed")}
     ends = [seen.get("ended") for seen in run.reported.values()]
     forks = sum(who.startswith("parent") for who in run.reported)
-    harm = [f"{total['wrong']} answers were wrong bytes, with SCARD_S_SUCCESS"] if total["wrong"] else []
+    harm = [f"{total['wrong']} calls returned SCARD_S_SUCCESS and wrong bytes"] if total["wrong"] else []
     harm += [f"{total['failed']} calls failed"] if total["failed"] else []
     harm += _deaths(ends)
     if harm:
@@ -76,7 +76,7 @@ def judge(run: Run) -> Finding:
     if not forks or any(end != 0 for end in ends) or total["asked"] != len(ends) * EXCHANGES:
         return Finding([], [])
     told = sum(seen.get("told_reset", 0) for seen in run.reported.values())
-    proof = [f"in {forks} forks all {total['asked']} answers were right"]
+    proof = [f"in {forks} forks all {total['asked']} calls returned the right bytes"]
     return Finding([], proof + ([f"{told} children got SCARD_W_RESET_CARD once and connected again"] if told else []))
 
 

@@ -12,7 +12,7 @@ VERIFY, IS_VERIFIED = [0x80, 0x20, 0, 0, 0], [0x80, 0x30, 0, 0, 0]
 
 
 def program(stage: Stage) -> None:
-    """Verify the PIN, fork a child that drops the connection, and look whether it is verified still."""
+    """Verify the PIN, fork a child that drops the connection, and check whether the PIN is still verified."""
     stage.retrofit()
     from smartcard.Exceptions import SmartcardException
     from smartcard.System import readers
@@ -37,7 +37,7 @@ def program(stage: Stage) -> None:
 
 
 def judge(run: Run) -> Finding:
-    """Shown by a PIN that is verified no more, or a call that fails, in the parent."""
+    """Shown by a PIN that is no longer verified, or a call that fails, in the parent."""
     before, after, error, ended = run.of("parent", "before", "after", "error", "child_ended")
     harm = [f"after the child dropped the connection the parent got: {error}"] if error else []
     harm += ["the parent's PIN was no longer verified"] if after == [0] else []

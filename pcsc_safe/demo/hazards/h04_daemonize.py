@@ -13,7 +13,7 @@ VERIFY, IS_VERIFIED = [0x80, 0x20, 0, 0, 0], [0x80, 0x30, 0, 0, 0]
 
 
 def program(stage: Stage) -> None:
-    """Start a program that daemonizes as programs do, and read what the daemon reports."""
+    """Start a program that daemonizes in the usual way, and read what the daemon reports."""
     read_end, write_end = os.pipe()
     launcher = os.fork()
     if launcher == 0:
@@ -51,7 +51,7 @@ def _daemonizes(stage: Stage, until: int) -> None:
 
 
 def judge(run: Run) -> Finding:
-    """Shown by a PIN that is verified no more, or a call that fails, in the daemon."""
+    """Shown by a PIN that is no longer verified, or a call that fails, in the daemon."""
     before, ended = run.of("launcher", "before", "ended")
     after, error = run.of("daemon", "after", "error")
     harm = [f"after its parent had exited, the daemon got: {error}"] if error else []

@@ -56,7 +56,7 @@ def _connect(stage: Stage, context: Any, readers: list[str], share_mode: int) ->
 
 
 def _connect_soon(stage: Stage, context: Any, readers: list[str]) -> str:
-    """The answer of SCardConnect, asked until it succeeds or patience ends."""
+    """The result of SCardConnect, called until it succeeds or the time is up."""
     deadline = time.monotonic() + PATIENCE
     while True:
         hresult = _connect(stage, context, readers, stage.scard.SCARD_SHARE_SHARED)
@@ -72,10 +72,9 @@ def judge(run: Run) -> Finding:
     if held != "SCARD_S_SUCCESS" or not killed or code is None or not alive:
         return Finding([], [])
     if code == "SCARD_S_SUCCESS":
-        return Finding(
-            [], [f"card free for others {1000 * waited:.0f} ms after its owner was killed, the idle child alive"]
-        )
-    harm = [f"card still locked {waited:.1f} s after its owner was killed ({code}), its idle child alive"]
+        free = f"the card was free {1000 * waited:.0f} ms after its owner was killed, while the idle child was alive"
+        return Finding([], [free])
+    harm = [f"the card was still locked {waited:.1f} s after its owner was killed ({code}), while its child was alive"]
     if later == "SCARD_S_SUCCESS":
-        harm.append("free once that child was killed too")
+        harm.append("it was free after the child was killed, too")
     return Finding(harm, [])

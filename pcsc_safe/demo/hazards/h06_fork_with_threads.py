@@ -21,7 +21,7 @@ WAIT_10_MS = [0x80, 0x02, 0x01, 0x00, 0x01, 0x07]
 
 
 def program(stage: Stage) -> None:
-    """Fork a few times under load; see which children get a context, and how the threads' calls go on."""
+    """Fork a few times under load; check which children get a context, and whether the threads' calls succeed."""
     _, card, _ = stage.connect()
     done: list[int] = []
     stop = threading.Event()

@@ -21,7 +21,7 @@ SAYS = {
 
 
 def program(stage: Stage) -> None:
-    """Begin the calls one after the other, each in a thread of its own, and report which of them end."""
+    """Begin the calls one after the other, each in a separate thread, and report which of them end."""
     scard = stage.scard
     context, readers = stage.establish()
     other, _ = stage.establish()

@@ -14,7 +14,7 @@ PATIENCE = 3.0  # seconds that an observer gets to hear of the cards that are th
 
 
 def program(stage: Stage) -> None:
-    """Watch cards, fork a child that does so too, and see who is told of the cards that are there."""
+    """Watch cards, fork a child that does the same, and check which observers are notified of the cards."""
     stage.retrofit()
     from smartcard.CardMonitoring import CardMonitor
     from smartcard.ReaderMonitoring import ReaderMonitor
@@ -38,23 +38,23 @@ def program(stage: Stage) -> None:
 
 
 class _Observer:
-    """Either monitor's; it needs no base class."""
+    """An observer for either monitor; it needs no base class."""
 
     def __init__(self) -> None:
         self.told = threading.Event()
 
     def update(self, observable: object, handlers: tuple[list[object], list[object]]) -> None:
-        """What the monitor calls."""
+        """Called by the monitor."""
         if handlers[0]:
             self.told.set()
 
 
 def judge(run: Run) -> Finding:
-    """Shown by observers in the child that are never told, and threads that are not there."""
+    """Shown by observers in the child that are never notified, and threads that don't exist there."""
     cards, readers, thread = run.of("child", "cards", "readers", "thread")
     ended, going_on, first_cards, first_readers = run.of("parent", "child_ended", "thread", "cards", "readers")
     harm = [
-        f"in the child an observer was not told of the {what} there, in {PATIENCE:g} s"
+        f"in the child an observer was not notified of the {what} within {PATIENCE:g} s"
         for what, told in (("readers", readers), ("cards", cards))
         if told is False
     ]
@@ -64,5 +64,5 @@ def judge(run: Run) -> Finding:
     if not (first_cards and first_readers and cards and readers and thread and going_on) or ended != 0:
         return Finding(harm, [])
     return Finding(
-        harm, ["in the child new observers were told of readers and cards, and the parent's monitor kept working"]
+        harm, ["in the child new observers were notified of readers and cards, and the parent's monitor kept working"]
     )

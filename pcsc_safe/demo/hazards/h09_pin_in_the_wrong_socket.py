@@ -43,7 +43,7 @@ def _daemon(stage: Stage, context: Any, card: Any, protocol: int) -> None:
 
 
 def _database(stage: Stage, server: socket.socket, received: bytearray) -> None:
-    """A server of some binary protocol: it answers zeros, as many bytes as it got."""
+    """A server of some binary protocol: it returns zeros, as many bytes as it got."""
     while True:
         data = server.recv(4096)
         if not data:

@@ -12,7 +12,7 @@ VERIFY, IS_VERIFIED = 0x20, 0x30
 
 
 def program(stage: Stage) -> None:
-    """Verify the PIN in the parent, let the child clean up, and ask the card whether it still knows."""
+    """Verify the PIN in the parent, let the child clean up, and check whether the PIN is still verified."""
     context, card, _ = stage.connect()
     stage.transmit(card, VERIFY)
     stage.report("parent", verified=_verified(stage, card)[1])

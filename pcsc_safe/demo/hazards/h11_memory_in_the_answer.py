@@ -11,7 +11,7 @@ from typing import Any
 from .._judge import Finding, Run
 from .._stage import Stage
 
-NUMBER, NAME, SECONDS = "11", "memory of the process in a failed call's answer", 8.0
+NUMBER, NAME, SECONDS = "11", "a failed call returns memory of the process", 8.0
 ROUNDS = 20
 SECRET = b"a secret of this process;"
 BUFFER = 65538  # about what pyscard allocates for an answer
@@ -19,7 +19,7 @@ ENDINGS = {"child": "after its child dropped its copy", "pcscd": "after pcscd di
 
 
 def program(stage: Stage) -> None:
-    """Let the session end twice, and look at what the calls after it answer."""
+    """Let the session end twice, and check what the calls after it return."""
     context, card, _ = stage.connect()
 
     def child() -> None:
@@ -46,7 +46,7 @@ def _ask(stage: Stage, ended_by: str, card: Any) -> None:
 
 
 def judge(run: Run) -> Finding:
-    """Shown by failed calls that answer anything."""
+    """Shown by failed calls that return data."""
     harm, proof = [], []
     for ended_by, when in ENDINGS.items():
         calls, codes, failed, filled, told = run.of(ended_by, "calls", "codes", "failed", "filled", "held_secret")
@@ -55,12 +55,10 @@ def judge(run: Run) -> Finding:
         if filled:
             harm.append(
                 f"{when} {failed} of {calls} calls failed ({', '.join(codes)}): {filled} returned memory of the "
-                f"process, {told} of them its secret"
+                f"process, {told} of them a secret"
             )
         elif failed:
-            proof.append(
-                f"{when} {failed} of {calls} calls failed ({', '.join(codes)}) and returned nothing but the code"
-            )
+            proof.append(f"{when} {failed} of {calls} calls failed ({', '.join(codes)}) and returned only the code")
         else:
             proof.append(f"{when} all {calls} calls succeeded")
     # Only a call that fails can show anything.

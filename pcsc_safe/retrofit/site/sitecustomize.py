@@ -17,7 +17,7 @@ def _install():  # type: () -> None
     try:
         from pcsc_safe.retrofit.on_import import install_late
     except ValueError as error:  # of PCSC_SAFE_GUARD_NATIVE
-        sys.stderr.write("pcsc_safe: process " + str(os.getpid()) + " runs on plain pyscard: " + str(error) + "\n")
+        sys.stderr.write("pcsc_safe: process " + str(os.getpid()) + " runs without pcsc_safe: " + str(error) + "\n")
         return
     except Exception:
         return  # it isn't installed there, or not for this Python
@@ -25,7 +25,7 @@ def _install():  # type: () -> None
 
 
 def _step_aside():  # type: () -> None
-    """Leave no trace on the path, and import the next one; it is not to be had in most places, which site expects."""
+    """Remove this directory from the path, and import the next sitecustomize; site expects that there may be none."""
     here = os.path.dirname(__file__)
     sys.path[:] = [entry for entry in sys.path if entry != here]
     sys.modules.pop(__name__, None)
