@@ -21,7 +21,7 @@ from ..errors import PcscSafeError
 from ..policy import Settings
 from . import descriptors, in_flight, observer, one_step, process, sessions
 from .calls import Gateway, Kind
-from .unpatched import RLock
+from .unpatched import RLock, get_ident, sleep
 
 __all__ = [
     "Card",
@@ -30,12 +30,14 @@ __all__ = [
     "contexts",
     "family",
     "find",
+    "given",
     "hand_out",
     "has_proxies",
     "load",
     "lose",
     "register",
     "update",
+    "wait_while_given",
 ]
 
 family = os.urandom(16)
@@ -225,6 +227,19 @@ contexts: dict[Any, Context] = {}
 cards: dict[Any, Card] = {}
 
 
+given: dict[Context, int] = {}
+"""The contexts in a broker that a fork is giving to its child, with the thread that forks."""
+
+_PAUSE = 0.001  # s
+
+
+def wait_while_given(context: Context) -> None:
+    """Wait until it is known whether another thread's fork has given this context to its child."""
+    ident = get_ident()
+    while given.get(context, ident) != ident:
+        sleep(_PAUSE)
+
+
 def _drop(registry: dict[Any, Any], record: Record) -> None:
     if registry.get(record.number) is record:
         registry.pop(record.number, None)
@@ -364,6 +379,7 @@ def _is_library(module: str) -> bool:
 
 
 def _begin(epoch: process.Epoch) -> None:
+    given.clear()
     known = [*[(card.reader, card.session) for card in list(cards.values())], *_inherited]
     _inherited[:] = [(reader, session) for reader, session in known if session.is_alive()]
     for context in list(contexts.values()):

@@ -274,8 +274,10 @@ def _through_broker(
     after = _FOLLOWING[name]
     if hresult == SUCCESS and after is None and name != "SCardConnect":
         return result  # most calls are such ones
-    if hresult == INVALID_HANDLE and recovery.is_another(record, real) and not recovery.recovers(record):
-        return _route_slowly(call, route, handle, arguments)  # handed over before this call came there
+    if hresult == INVALID_HANDLE:
+        handles.wait_while_given(record.context)
+        if recovery.is_another(record, real) and not recovery.recovers(record):
+            return _route_slowly(call, route, handle, arguments)  # handed over before this call came there
     _failed(name, record, hresult)
     is_gone = hresult in recovery.UNHEARD[name] and recovery.noticed(record, real, hresult)
     if hresult == INVALID_HANDLE and recovery.lost_meanwhile(record, real):

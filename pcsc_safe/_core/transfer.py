@@ -81,6 +81,7 @@ class Plan:
     :ivar blocks: the blocks that it is made for, if any.
     :ivar native: contexts that are handed over with their connections.
     :ivar given: those of them that no thread of the parent can use, until it is known whether there is a child.
+    :ivar connections: those that ``native`` has to pcscd.
     :ivar in_broker: contexts that are handed over in a broker.
     :ivar shared: contexts that are shared.
     :ivar inherited_connection: how the child reaches ``in_broker`` and ``shared``; None if both are empty.
@@ -94,6 +95,7 @@ class Plan:
         self.blocks = blocks
         self.native: list[Context] = []
         self.given: list[Context] = []
+        self.connections: list[Optional[descriptors.Descriptor]] = []
         self.in_broker: list[Context] = []
         self.shared: list[Context] = []
         self.inherited_connection: Optional[gateways.InheritedConnection] = None
@@ -183,8 +185,9 @@ def _complete(plan: Plan, ident: int) -> Optional[str]:
     why_not = _cannot_begin(plan) or _reserve(plan)
     if why_not:
         return why_not
+    plan.connections = _connections(plan.native)
     descriptors.kept[ident] = {
-        *(descriptor.number for descriptor in _connections(plan.native) if descriptor is not None),
+        *(descriptor.number for descriptor in plan.connections if descriptor is not None),
         *(plan.inherited_connection.descriptors() if plan.inherited_connection is not None else ()),
     }
     _plans[ident] = plan
@@ -230,6 +233,7 @@ def _reserve(plan: Plan) -> Optional[str]:
     for context in plan.native:
         context.real.give_latest()
     broker = gateways.brokers.existing()
+    handles.given.update(dict.fromkeys(plan.in_broker, threading.get_ident()))
     if broker is not None and (plan.in_broker or plan.shared):
         plan.inherited_connection = broker.prepare_child(_numbers(plan.in_broker), _numbers(plan.shared))
     plan.start_signal = _socket.socketpair()
@@ -288,18 +292,20 @@ def _settle_once(plan: Plan) -> None:
     for end in start_signal:
         end.close()
     if plan.has_child and plan.handed_over():
+        descriptors.kill(plan.connections)  # before another thread can establish anew what it finds handed over
         gone = process.Epoch(process.here, process.HANDED_OVER)
         for context in plan.handed_over():
             _make_owner(context, gone)
             for card in list(context.cards.values()):
                 card.session.end()
-        descriptors.kill(_connections(plan.native))
         for block in plan.blocks:
             block.happened()
         observer.record("handover", contexts=len(plan.handed_over()))
     for context in plan.given:
         if not plan.has_child:
             context.real.take_back(plan)
+    for context in plan.in_broker:
+        handles.given.pop(context, None)
     if plan.has_child and plan.shared:
         observer.record("share", contexts=len(plan.shared))
     if plan.inherited_connection is not None:

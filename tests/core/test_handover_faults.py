@@ -96,18 +96,7 @@ def test_a_fork_by_another_thread(stack: VirtualPcsc, through: str) -> None:
     assert in_child(parent) == (False, True, False, False)
 
 
-@pytest.mark.parametrize(
-    "through",
-    [
-        NATIVE,
-        pytest.param(
-            "broker",
-            marks=pytest.mark.xfail(
-                strict=False, reason="a call of the moment is INVALID_HANDLE: it was moved by then"
-            ),
-        ),
-    ],
-)
+@through_both
 def test_threads_go_on(stack: VirtualPcsc, through: str) -> None:
     """A thread that waits for events and one that calls, on the very context, notice nothing of 20 handovers of it."""
     reader = stack.readers[2].name
