@@ -219,6 +219,26 @@ def test_many_threads_on_one_context(context: Any, reader: str) -> None:
         safe.SCardDisconnect(card, safe.SCARD_LEAVE_CARD)
 
 
+def test_threads_take_turns_on_a_card(context: Any, reader: str) -> None:
+    """One that makes one call after the other doesn't get ahead of another one that does."""
+    card, done, stop = connect(context, reader), [0], threading.Event()
+
+    def exchange_all_the_time() -> None:
+        while not stop.is_set():
+            assert transmit(card, ECHO)[0] == OK
+            done[0] += 1
+
+    other = Calling(exchange_all_the_time)
+    until(lambda: done[0], "the other thread is at it")
+    before, calls = done[0], 300
+    for _ in range(calls):
+        assert safe.SCardStatus(card)[0] == OK
+    theirs = done[0] - before
+    stop.set()
+    other.answer()
+    assert theirs < 4 * calls
+
+
 # Transactions.
 
 
