@@ -69,13 +69,8 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
             if steps:
                 result = steps[2]
                 break
-            if card.owner is not process.current() or place.state in (WOKEN, RELEASED):
-                return STALE
-            if place.state == GIVEN:
-                wait_until_given([place])
-            elif closers and not may_pass and entry[1] not in closers:
-                may_pass = gate.wait_until_open(entry[1])
-            elif answers := _in_turn(card, place, operation, entry, may_pass or entry[1] in closers):
+            answers, may_pass = _when_possible(card, place, operation, entry, may_pass)
+            if answers:
                 result = answers[0]
                 break
         if unbinds and result == SUCCESS:
@@ -86,6 +81,26 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
         return result
 
     return call
+
+
+def _when_possible(
+    card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool
+) -> tuple[list[Any], bool]:
+    """Make a call that couldn't be made at once, or wait until it can be attempted again.
+
+    :return: its result or :data:`STALE` in a list, which is empty if it wasn't made; and whether the next attempt may
+        pass a closed gate.
+    """
+    ident = entry[1]
+    if card.owner is not process.current() or place.state in (WOKEN, RELEASED):
+        return [STALE], may_pass
+    if place.state == GIVEN:
+        wait_until_given([place])
+    elif in_flight.closers and not may_pass and ident not in in_flight.closers:
+        may_pass = gate.wait_until_open(ident)
+    else:
+        return _in_turn(card, place, operation, entry, may_pass or ident in in_flight.closers), may_pass
+    return [], may_pass
 
 
 _owner, _native, _state, _here = map(attrgetter, ("owner", "native", "state", "here"))
