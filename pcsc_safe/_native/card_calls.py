@@ -67,7 +67,7 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
                         place.release()
                 raise
             if steps:
-                result = steps[2]
+                result, place.began = steps[2], entry[2]
                 break
             answers, may_pass = _when_possible(card, place, operation, entry, may_pass)
             if answers:
@@ -114,6 +114,7 @@ def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry
     :return: what it returned, or nothing: what was looked at before is so no more.
     """
     answers: list[Any] = []
+    times: list[float] = []
     key = object()
     # C asks these when the context is free.
     conditions = all_of(
@@ -124,8 +125,9 @@ def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry
         map(is_, map(_native, (card,)), (place,)),
     )
     native, *operands = operation
+    now = (times.extend, starmap(monotonic, ((),)))
     answer = (answers.extend, starmap(native, compress((operands,), map(all, (conditions,)))))
-    operations = ((place.acquire, True), (place.enter, entry), answer, (place.release,), (place.leave,))
+    operations = ((place.acquire, True), (place.enter, entry), now, answer, (place.release,), (place.leave,))
     steps: list[Any] = []
     chain = takewhile(one_step.is_not_false, one_step.called(operations))
     try:
@@ -141,4 +143,6 @@ def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry
         raise
     finally:
         place.waiting.pop(key, None)
+    if answers:
+        place.began = times[0]
     return answers

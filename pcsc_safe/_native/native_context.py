@@ -42,20 +42,21 @@ class NativeContext(Place):
     :ivar owner: the process that established it, or that it was handed over to; only this process may release it.
     :ivar released: whether the PC/SC context is released; then no one owns what lives here.
     :ivar handle: libpcsclite's handle; 0 until it is known.
+    :ivar began: when the last call on a card there began, by ``monotonic()``.
     :ivar descriptor: its connection to pcscd, if it is known.
     :ivar woken: when its end was first requested, by ``monotonic()``.
     :ivar wakers: one key for each thread that is ending a wait there.
     :ivar cards: the native handles of its cards, and an empty list for each SCardConnect in progress.
     """
 
-    __slots__ = ("descriptor", "established", "handle", "owner", "released", "traces", "wakers", "woken")
+    __slots__ = ("began", "descriptor", "established", "handle", "owner", "released", "traces", "wakers", "woken")
 
     def __init__(self) -> None:
         super().__init__()
         self.owner = process.current()
         self.released = False
         self.handle = 0
-        self.woken = 0.0
+        self.began = self.woken = 0.0
         self.descriptor: Optional[Descriptor] = None
         self.wakers: dict[object, None] = {}
         self.established: list[Any] = []  # what SCardEstablishContext returned

@@ -402,7 +402,7 @@ def refused(outcome: dict[str, Any], who: str) -> Any:
             continue
         _, function, text = value
         assert function == ("SCardListReaders" if name == "a plain number" else name)
-        for said in (function, "SCardTransmit", who, " s; ", "quiesce_timeout", "use policy 'auto'"):
+        for said in (function, "SCardTransmit", who, " s); ", "quiesce_timeout", "use policy 'auto'"):
             assert said in text, text
     return rest
 
