@@ -322,7 +322,8 @@ class NativeContexts:
         if any(context.is_dead() for context in list(self.natives)):
             return NO_SERVICE  # a new one would be one of another pcscd's
         for attempts_left in reversed(range(_ATTEMPTS_TO_FIND)):
-            context = self._establish_one(owned, may_pass, thoroughly=attempts_left < _ATTEMPTS_TO_FIND - 1)
+            # The quick look fails where files are opened meanwhile, the thorough one where contexts are.
+            context = self._establish_one(owned, may_pass, thoroughly=attempts_left % 2 == 0)
             if context is None:
                 return NO_SERVICE
             hresult = int(context.established[0][0])
