@@ -98,10 +98,9 @@ class _CodedError(PcscSafeError):
 
 
 class ForkedHandleError(_CodedError):
-    """A context or card was used that belongs to another process.
+    """An inherited context or card was used under policy ``raise``, or under ``share`` when the owner's isn't shared.
 
-    This happens under policy ``raise``, under policy ``share`` if the owner's session isn't shared, and in a process
-    that has handed the session over.
+    A session that this process has handed over counts as inherited.
 
     Also a ``smartcard.Exceptions.SmartcardException``, so that code written for pyscard catches it.
 
