@@ -75,7 +75,7 @@ class SettingsError(PcscSafeError, ValueError):
 
 
 class ForkUnsafeError(PcscSafeError):
-    """A forked process can't use PC/SC, except through a broker, which policy ``reestablish`` excludes."""
+    """A forked process can use PC/SC only through a broker, and policy ``reestablish`` excludes a broker."""
 
 
 class BrokerError(PcscSafeError):
@@ -98,7 +98,9 @@ class _CodedError(PcscSafeError):
 
 
 class ForkedHandleError(_CodedError):
-    """An inherited context or card was used under policy ``raise``.
+    """An inherited context or card was used under policy ``raise``, or under ``share`` when the owner's isn't shared.
+
+    A session that this process has handed over counts as inherited.
 
     Also a ``smartcard.Exceptions.SmartcardException``, so that code written for pyscard catches it.
 
@@ -111,7 +113,7 @@ class ReconnectError(_CodedError):
 
     Also a ``smartcard.Exceptions.SmartcardException``, so that code written for pyscard catches it.
 
-    :param hresult: the PC/SC code that SCardReconnect returned, or that says why it was not called.
+    :param hresult: the PC/SC code that SCardReconnect returned, or a code that says why it was not called.
     """
 
 

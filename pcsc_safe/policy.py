@@ -1,7 +1,7 @@
-"""Settings, and the pure decision what a process gets when it uses an inherited object.
+"""Settings, and :func:`decide`, which says what a process gets when it uses an inherited object.
 
 Nothing here touches PC/SC, a lock or a file descriptor.  :func:`decide` depends only on its arguments, so that the
-whole table of docs/policies.md can be read, and tested, in one place.  At a fork a child inherits the settings like any
+whole table of docs/policies.md can be read and tested in one place.  At a fork a child inherits the settings like any
 other value.
 """
 
@@ -40,7 +40,7 @@ __all__ = [
 class Policy(str, enum.Enum):
     """What a process gets when it first uses a context that it inherited; docs/policies.md explains each policy.
 
-    :cvar AUTO: as ``reestablish`` if the process can use PC/SC itself, otherwise as ``broker``; the default.
+    :cvar AUTO: the same as ``reestablish`` if the process can use PC/SC itself, otherwise as ``broker``; the default.
     :cvar REESTABLISH: a new context in this process; ForkUnsafeError if it can't use PC/SC itself.
     :cvar BROKER: a new context in a broker.
     :cvar SHARE: the owner's session, together with the owner; needs ``broker="always"``.
@@ -59,7 +59,7 @@ class Policy(str, enum.Enum):
 class Cards(str, enum.Enum):
     """What calls on an inherited card handle do under the policies ``auto``, ``reestablish`` and ``broker``.
 
-    :cvar AUTO: the first call connects again if the owner's session continues, otherwise as ``reset``; the default.
+    :cvar AUTO: the first call connects again if the owner's session continues, or returns SCARD_W_RESET_CARD; default.
     :cvar RESET: calls return SCARD_W_RESET_CARD until SCardReconnect.
     :cvar RECONNECT: the first call connects again, unless the owner was in a transaction when the process forked.
     """
@@ -282,16 +282,16 @@ class Role(enum.Enum):
 class Verdict(enum.Enum):
     """What to do with a call on an inherited handle."""
 
-    FORGET = enum.auto()  # this process's copy only; answer SCARD_S_SUCCESS
-    SUCCEED = enum.auto()  # answer SCARD_S_SUCCESS, do nothing
-    RAISE = enum.auto()  # ForkedHandleError
-    INVALID = enum.auto()  # answer SCARD_E_INVALID_HANDLE
-    REESTABLISH = enum.auto()  # a context of this process's own, then the call
-    RESET = enum.auto()  # answer SCARD_W_RESET_CARD
-    RECONNECT = enum.auto()  # a connection as SCardReconnect asks for
-    CONNECT = enum.auto()  # a connection as the inherited one was, then the call
-    GO_ON = enum.auto()  # the same if it leads to the same session of its owner, else as RESET
-    JOIN = enum.auto()  # take part in the owner's session, then the call
+    FORGET = enum.auto()  # forget this process's copy only; return SCARD_S_SUCCESS
+    SUCCEED = enum.auto()  # do nothing; return SCARD_S_SUCCESS
+    RAISE = enum.auto()  # raise ForkedHandleError
+    INVALID = enum.auto()  # return SCARD_E_INVALID_HANDLE
+    REESTABLISH = enum.auto()  # establish a context for this process, then make the call
+    RESET = enum.auto()  # return SCARD_W_RESET_CARD
+    RECONNECT = enum.auto()  # connect as the arguments of SCardReconnect say
+    CONNECT = enum.auto()  # connect as the owner did, then make the call
+    GO_ON = enum.auto()  # as CONNECT if the owner's session continues, otherwise as RESET
+    JOIN = enum.auto()  # join the owner's session, then make the call
 
 
 def decide(settings: Settings, role: Role, *, card: bool, in_transaction: bool = False) -> Verdict:

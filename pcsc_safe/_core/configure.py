@@ -88,9 +88,9 @@ else:  # what type checkers and the documentation know
         :param policy: what a process gets when it first uses a context that it inherited: ``auto`` (default),
             ``reestablish``, ``broker``, ``share``, ``raise`` or ``invalid``.
         :param cards: what calls on an inherited card handle do.  ``auto`` (default): if the owner's session continues,
-            the first call connects again and continues it; otherwise calls return SCARD_W_RESET_CARD until
-            SCardReconnect.  ``reset``: calls always return SCARD_W_RESET_CARD until SCardReconnect.  ``reconnect``: the
-            first call always connects again.
+            the first call connects again and continues it; otherwise it returns SCARD_W_RESET_CARD.
+            ``reset``: calls always return SCARD_W_RESET_CARD until SCardReconnect.  ``reconnect``: the first call
+            connects again, unless the owner was in a transaction when the process forked.
         :param quiesce_timeout: seconds, from 0 to 86400, that a fork waits for PC/SC calls of other threads to return;
             1 by default.
         :param broker: when a helper process makes the PC/SC calls: ``on-fork`` (default), in a forked process that

@@ -28,8 +28,8 @@ exit status: 0 if there is no problem, 1 if there is one, 2 if the doctor could 
 
 --json prints {"version", "findings": [{"key", "status", "what", "detail", "remedy", "data"}, ...], "left_out"}. A key
 stays the same from version to version. It occurs several times if there are several readers, hazards or processes. A
-status is ok, warning, problem, unknown or skipped. "data" has the facts of "detail". "left_out" has the keys that the
-doctor did not examine, by the key of the problem that is the reason."""
+status is ok, warning, problem, unknown or skipped. "data" has the facts of "detail". "left_out" maps the key of a
+problem to the keys of the findings that were omitted because of it."""
 
 _Section = tuple[str, Iterator[Finding]]
 _LONGEST = 600.0
@@ -38,7 +38,7 @@ _LONGEST = 600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("--no-probe", action="store_true", help="skip the tests of forks (25 s)")
+    parser.add_argument("--no-probe", action="store_true", help="skip the tests of forks, which take 25 s")
     parser.add_argument("--touch-cards", action="store_true", help="also connect to the cards in the readers")
     parser.add_argument("--self-test", action="store_true", help="test what pcsc_safe relies on, and print a report")
     parser.add_argument(

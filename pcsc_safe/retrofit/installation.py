@@ -1,4 +1,4 @@
-"""Makes pyscard itself fork-aware, for programs whose imports can't be edited.
+"""Makes pyscard itself fork-safe, for programs whose imports can't be edited.
 
 :func:`install` replaces pyscard's functions by pcsc_safe's, and makes pyscard's classes (connections, requests,
 monitors) usable in a forked child.  :func:`uninstall` restores all of it.  :data:`PATCHES` lists what is patched, by
@@ -54,7 +54,7 @@ def _taking(like: Callable[_Settings, Any]) -> Callable[[Callable[..., _Result]]
 
 @_taking(configure)
 def install(**settings: Any) -> None:
-    """Make pyscard itself fork-aware, in this process and its children.
+    """Make pyscard itself fork-safe, in this process and its children.
 
     It applies to every name by which pyscard's functions and classes are imported, before the call or after it.  Call
     it before the program establishes its first context.  A context that is already open works in this process as

@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             added = parser.add_argument(option, metavar=setting.upper(), help=told)
             vars(added)["values"] = row.choices()  # for the completion; what else is given is refused in our own words
-    parser.add_argument("--report", action="store_true", help="at the end, print to stderr what happened to PC/SC")
+    parser.add_argument(
+        "--report", action="store_true", help="at the end, print to stderr what each process did with PC/SC"
+    )
     parser.add_argument(
         _TIMELINE, metavar="FILE", help="draw the sessions of each process over time, in FILE.svg or FILE.html"
     )

@@ -27,6 +27,7 @@ _CARDS = ("echo", "piv", "none")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pcsc_safe.testing",
+        usage="%(prog)s [-h] [--card CARD] -- command [argument ...]",
         description="Run a command on a private PC/SC stack with virtual readers and cards.",
         epilog="exit status: that of the command; 2 if the stack can't be started",
     )
@@ -35,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         choices=_CARDS,
         metavar="CARD",
-        help="the card in the next reader; repeat it for more readers: echo (default), which returns what it is sent; "
-        "piv, with a key, a certificate and the PIN 123456; none",
+        help="the card in the next reader; repeat it for more readers: echo (default), which returns the data that it "
+        "gets; piv, with a key, a certificate and the PIN 123456; none",
     )
     parser.add_argument("command", nargs="+", metavar="-- command", help="the command to run, with its arguments")
     return parser
