@@ -141,7 +141,9 @@ class Settings(NamedTuple):
     guard_native: bool = _setting(
         False, "whether children are kept out of the sessions of PKCS#11 modules and other native code"
     )
-    spare_cards: bool = _setting(True, "whether pyscard's defaults leave alone a card that a parent or child uses too")
+    spare_cards: bool = _setting(
+        True, "whether pyscard's defaults neither reset nor power off a card that a parent or child also uses"
+    )
     recover: bool = _setting(False, "whether contexts are re-established after a restart of pcscd", of_context=True)
 
     def changed(self, **values: Any) -> "Settings":
