@@ -49,7 +49,7 @@ def wait_for(place: in_flight.Place, may_pass: bool = False) -> bool:
     """
     ident = get_ident()
     if may_pass or not in_flight.closers or ident in in_flight.closers:
-        place.wait_until_free()
+        place.wait_until_free(in_flight.LOOK_AGAIN)
         return may_pass or ident in in_flight.closers
     return wait_until_open(ident)
 

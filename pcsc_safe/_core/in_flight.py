@@ -26,6 +26,7 @@ __all__ = [
     "DOOR",
     "GIVEN",
     "IMPORTS",
+    "LOOK_AGAIN",
     "NOT_NATIVE",
     "OPEN",
     "RELEASED",
@@ -91,6 +92,12 @@ DOOR, START = "the broker's door", "the start of a broker"
 NOT_NATIVE = frozenset((IMPORTS, DOOR, START))
 """What a fork waits for even if its child can't use the native library."""
 
+
+LOOK_AGAIN = 1.0  # s
+"""How long to wait at most for another thread's call before looking again whether this is still the same process.
+
+A signal handler may fork during the wait, and return in the child, which doesn't have that thread.
+"""
 
 _GIVE_WAY = 0.0001  # s; longer than it takes a thread to wake up
 

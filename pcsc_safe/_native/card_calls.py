@@ -15,7 +15,7 @@ from typing import Any, Callable
 
 from .._core import gate, in_flight, one_step, process
 from .._core.calls import STALE
-from .._core.in_flight import GIVEN, RELEASED, WOKEN, Entry
+from .._core.in_flight import GIVEN, LOOK_AGAIN, RELEASED, WOKEN, Entry
 from .._core.library import SUCCESS
 from .._core.one_step import Operation
 from .._core.unpatched import get_ident, monotonic
@@ -127,7 +127,10 @@ def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry
     native, *operands = operation
     now = (times.extend, starmap(monotonic, ((),)))
     answer = (answers.extend, starmap(native, compress((operands,), map(all, (conditions,)))))
-    operations = ((place.acquire, True), (place.enter, entry), now, answer, (place.release,), (place.leave,))
+    # Not place.acquire and place.release: at interpreter exit, others are put there.
+    lock = place.lock
+    free = (lock.acquire, True, LOOK_AGAIN)
+    operations = (free, (place.enter, entry), now, answer, (lock.release,), (place.leave,))
     steps: list[Any] = []
     chain = takewhile(one_step.is_not_false, one_step.called(operations))
     try:
@@ -139,7 +142,7 @@ def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry
             try:
                 place.leave()
             finally:
-                place.release()
+                lock.release()
         raise
     finally:
         place.waiting.pop(key, None)

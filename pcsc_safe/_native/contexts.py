@@ -225,7 +225,7 @@ class NativeContexts:
         # A call ends by itself, and so does a wait for events where a card lives (_SHORT).
         usable = [one for one in self.settled() if one.cards or not any(call[3] for call in list(one.calls))]
         if usable:
-            usable[0].wait_until_free()
+            usable[0].wait_until_free(in_flight.LOOK_AGAIN)
         return bool(usable)
 
     def _checked(

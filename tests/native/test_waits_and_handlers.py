@@ -205,6 +205,40 @@ def forks(then: str, how: str) -> None:
     print(json.dumps([children, ended, session.works(), left_behind()]))
 
 
+class SlowCard(EchoCard):
+    """An EchoCard that takes two seconds for INS 03."""
+
+    def apdu(self, command: bytes) -> bytes:
+        if command[1] == 0x03:
+            time.sleep(2)
+            return b"\x90\x00"
+        return super().apdu(command)
+
+
+@pytest.mark.parametrize("how", ["os.fork", "C"])
+def test_a_handler_that_forks_while_its_thread_waits_for_its_turn(how: str) -> None:
+    """The child has no thread that would give the card back; it doesn't wait for it, and goes on through a broker."""
+    with VirtualPcsc(2, [SlowCard(), EchoCard()]) as stack:
+        done = in_program(forks_in_its_turn, how, env={**os.environ, **stack.env})
+    assert (done.returncode, json.loads(done.stdout)) == (0, [RIGHT, RIGHT, 0]), done.stderr
+
+
+def forks_in_its_turn(how: str) -> None:
+    pcsc_safe.configure(quiesce_timeout=0.1)
+    session, me = Session(), os.getpid()
+    reads, writes = os.pipe()
+    other = Calling(transmit, session.card, [0x80, 0x03, 0, 0])
+    time.sleep(SOON)
+    pids = at_alarm(lambda: fork() if how == "os.fork" else c_fork())
+    answer = transmit(session.card, ECHO)
+    if os.getpid() != me:
+        os.write(writes, json.dumps(answer).encode())
+        os._exit(0)
+    childs = json.loads(os.read(reads, 1000))
+    other.answer()
+    print(json.dumps([answer, childs, os.waitpid(pids[0], 0)[1]]))
+
+
 def forked_in_handler(session: Session, then: str, how: str, writes: int) -> int:
     pid = fork() if how == "os.fork" else c_fork()
     if pid == 0 and then == "exits":
