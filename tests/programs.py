@@ -25,7 +25,7 @@ RESET_CARD, INVALID_HANDLE = 0x80100068, 0x80100003
 def outcome(program: Callable[..., None], stack: VirtualPcsc, *arguments: str, **env: str) -> Any:
     """What a program says (:func:`say`); it must end well, with nothing on stderr but warnings of pcsc_safe."""
     done = in_program(program, *arguments, env={**stack.env, **env})
-    known = ("SCARD_W_RESET_CARD", "its application calls", "pcsc_safe doesn't protect")
+    known = ("SCARD_W_RESET_CARD", "the application passes this disposition", "pcsc_safe doesn't protect")
     complaints = [line for line in done.stderr.splitlines() if not any(part in line for part in known)]
     assert (done.returncode, complaints) == (0, []), done.stderr
     return json.loads(done.stdout)

@@ -21,7 +21,7 @@ from ..errors import PcscSafeError
 from ..policy import Settings
 from . import descriptors, in_flight, observer, one_step, process, sessions
 from .calls import Gateway, Kind
-from .unpatched import RLock, get_ident, sleep
+from .unpatched import RLock, get_ident, monotonic, sleep
 
 __all__ = [
     "Card",
@@ -231,12 +231,13 @@ given: dict[Context, int] = {}
 """The contexts in a broker that a fork is giving to its child, with the thread that forks."""
 
 _PAUSE = 0.001  # s
+_GIVEN_WITHIN = 1.0  # s; a signal handler in the thread that forks may wait for this one
 
 
 def wait_while_given(context: Context) -> None:
-    """Wait until it is known whether another thread's fork has given this context to its child."""
-    ident = get_ident()
-    while given.get(context, ident) != ident:
+    """Wait until it is known whether another thread's fork has given this context to its child; a second at most."""
+    ident, deadline = get_ident(), monotonic() + _GIVEN_WITHIN
+    while given.get(context, ident) != ident and monotonic() < deadline:
         sleep(_PAUSE)
 
 
