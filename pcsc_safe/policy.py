@@ -59,7 +59,8 @@ class Policy(str, enum.Enum):
 class Cards(str, enum.Enum):
     """What calls on an inherited card handle do under the policies ``auto``, ``reestablish`` and ``broker``.
 
-    :cvar AUTO: the first call connects again if the owner's session continues, or returns SCARD_W_RESET_CARD; default.
+    :cvar AUTO: the first call connects again if the owner's session continues; if not, it returns SCARD_W_RESET_CARD;
+        the default.
     :cvar RESET: calls return SCARD_W_RESET_CARD until SCardReconnect.
     :cvar RECONNECT: the first call connects again, unless the owner was in a transaction when the process forked.
     """
