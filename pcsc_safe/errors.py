@@ -98,7 +98,7 @@ class _CodedError(PcscSafeError):
 
 
 class ForkedHandleError(_CodedError):
-    """An inherited context or card was used under policy ``raise``, or under ``share`` when the owner's isn't shared.
+    """An inherited context or card was used under policy ``raise``, or under ``share`` without a shared session.
 
     A session that this process has handed over counts as inherited.
 

@@ -59,7 +59,8 @@ class Policy(str, enum.Enum):
 class Cards(str, enum.Enum):
     """What calls on an inherited card handle do under the policies ``auto``, ``reestablish`` and ``broker``.
 
-    :cvar AUTO: the first call connects again if the owner's session continues, or returns SCARD_W_RESET_CARD; default.
+    :cvar AUTO: the first call connects again if the owner's session continues; if not, it returns SCARD_W_RESET_CARD;
+        the default.
     :cvar RESET: calls return SCARD_W_RESET_CARD until SCardReconnect.
     :cvar RECONNECT: the first call connects again, unless the owner was in a transaction when the process forked.
     """
@@ -134,15 +135,17 @@ class Settings(NamedTuple):
         Policy.AUTO, "what a process gets when it first uses an inherited context", of_context=True
     )
     cards: Cards = _setting(Cards.AUTO, "what calls on an inherited card handle do", of_context=True)
-    quiesce_timeout: float = _setting(1.0, "seconds that a fork waits at most for PC/SC calls of other threads")
+    quiesce_timeout: float = _setting(
+        1.0, "the longest time in seconds that a fork waits for PC/SC calls of other threads"
+    )
     broker: Broker = _setting(Broker.ON_FORK, "when a helper process makes the PC/SC calls")
     broker_python: str = _setting("", "the interpreter that runs brokers")
     owner: Owner = _setting(Owner.PARENT, "which process owns the sessions after a fork")
     guard_native: bool = _setting(
-        False, "whether children are kept out of the sessions of PKCS#11 modules and other native code"
+        False, "whether children are kept from using the sessions of PKCS#11 modules and other native code"
     )
     spare_cards: bool = _setting(
-        True, "whether pyscard's defaults neither reset nor power off a card that a parent or child also uses"
+        True, "whether pyscard's defaults leave a card alone if a parent or child also uses it"
     )
     recover: bool = _setting(False, "whether contexts are re-established after a restart of pcscd", of_context=True)
 

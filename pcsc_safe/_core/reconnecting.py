@@ -37,9 +37,9 @@ def reconnecting(
     A PC/SC call returns SCARD_W_RESET_CARD when another application has reset the card, and in a forked child when it
     can't continue the session of its parent.  If that happens in ``work``, ``reconnecting`` calls SCardReconnect with
     SCARD_LEAVE_CARD, and the share mode and protocol of the connection, then ``on_reset``, then ``work`` again.  It
-    does the same if the card is reset during ``on_reset``.  ``work`` may ignore the return code, or raise an exception:
-    an Exception that ends ``work`` after a reset is dropped, even if a signal handler has raised it.  So a handler that
-    should end ``work`` must raise another BaseException, such as KeyboardInterrupt.
+    does the same if the card is reset during ``on_reset``.  ``work`` may ignore the return code, or raise an exception.
+    If an Exception ends ``work`` after a reset, ``reconnecting`` drops it, even if a signal handler has raised it.  So
+    a handler that should end ``work`` must raise another BaseException, such as KeyboardInterrupt.
 
     ``work`` may have been carried out in part before it is called again: let it begin its own transaction, and don't
     use it for commands that must not be sent twice, such as one that changes a counter.  One thread at a time may use
@@ -49,7 +49,7 @@ def reconnecting(
         a connected CardConnection of pyscard.
     :param work: takes ``card``.
     :param on_reset: takes ``card``, and restores what a reset undoes: it selects the applet and verifies the PIN.
-        Unless the card was reset again, what it raises is raised here, so that a wrong PIN is sent once.
+        An exception of ``on_reset`` is raised here, so that a wrong PIN is sent once, unless the card was reset again.
     :param attempts: how often ``work`` is called, at most.
     :return: what ``work`` returned.
     :raises ValueError: ``attempts`` is less than 1.

@@ -115,7 +115,7 @@ class VirtualPcsc:
     :param timeout: seconds that pcscd may take for each request.
     :raises ValueError: ``readers`` is not 1 to 16, or there are more cards than readers.
     :raises PcscStackError: on entry: pcscd or vpcd is not installed, or does not start; the error says what to do.  On
-        exit: the code of a card raised, and the block did not; the card's exception is the cause of the error.
+        exit: the code of a card raised an exception, and the block did not; the card's exception is the error's cause.
     """
 
     def __init__(

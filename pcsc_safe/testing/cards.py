@@ -43,8 +43,8 @@ class VirtualCard:
     """A card: give it a function, or subclass it and override `apdu`.
 
     :param atr: answer to reset, 2 to 33 bytes.
-    :param apdu: takes a command APDU and returns the response APDU, status word included.  Called in a thread of the
-        stack's, one command after the other.
+    :param apdu: takes a command APDU and returns the response APDU, status word included.  A thread of the stack
+        calls it, for one command after another.
     :raises ValueError: the ATR has an invalid length.
 
     If the card's code raises, the reader gets the status word 6F00, and `errors` gets the exception.
@@ -118,7 +118,7 @@ class VirtualCard:
         :param event: a CardEvent, or its value ("power-on", "power-off", "reset", "apdu").
         :param count: the total number of these events since the card was created.
         :param timeout: seconds.
-        :raises TimeoutError: the event has not happened so often; the text lists the events of the card.
+        :raises TimeoutError: the event has not happened ``count`` times; the text lists the events of the card.
         """
         event = CardEvent(event)
         with self._changed:
@@ -185,7 +185,7 @@ class EchoCard(VirtualCard):
     | 02 | the same, after P1 times 10 milliseconds |
     | 20 | nothing: "verify PIN", and any PIN is right |
     | 30 | 01 if a PIN was verified since the card was last powered or reset, otherwise 00 |
-    | 40 | P1*256+P2 bytes, counting 00, 01, ... FF, 00, ...; more than 65,533 are 6700 |
+    | 40 | P1*256+P2 bytes, counting 00, 01, ... FF, 00, ...; instead of more than 65,533 only the status word 6700 |
     | other | only the status word 6D00 |
     """
 
