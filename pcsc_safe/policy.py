@@ -92,7 +92,7 @@ class Owner(str, enum.Enum):
 
 
 class Setting:
-    """Everything that is known about a setting.
+    """The default, the description and the possible values of a setting.
 
     :ivar default: its value if it is not set.
     :ivar summary: what it is for, in a line.
@@ -117,6 +117,11 @@ class Setting:
         kind = type(self.default)
         return [member.value for member in kind] if issubclass(kind, enum.Enum) else []
 
+    def default_as_text(self) -> str:
+        """The default as a user would write it, for the documentation and for ``--help``."""
+        value = int(self.default) if isinstance(self.default, bool) else self.default
+        return str(getattr(value, "value", value)) or '""'
+
 
 _rows: list[Setting] = []
 _Value = TypeVar("_Value")
@@ -131,18 +136,22 @@ class Settings(NamedTuple):
     """All settings; :func:`pcsc_safe.configure` explains them."""
 
     policy: Policy = _setting(
-        Policy.AUTO, "what a process gets when it first uses an inherited context", of_context=True
+        Policy.AUTO, "what a process gets when it first uses a context that it inherited", of_context=True
     )
     cards: Cards = _setting(Cards.AUTO, "what calls on an inherited card handle do", of_context=True)
-    quiesce_timeout: float = _setting(1.0, "seconds that a fork waits at most for PC/SC calls of other threads")
-    broker: Broker = _setting(Broker.ON_FORK, "when a helper process makes the PC/SC calls")
-    broker_python: str = _setting("", "the interpreter that runs brokers")
+    quiesce_timeout: float = _setting(
+        1.0, "the longest time, in seconds, that a fork waits for PC/SC calls of other threads to return"
+    )
+    broker: Broker = _setting(Broker.ON_FORK, "when a broker, a helper process, makes the PC/SC calls")
+    broker_python: str = _setting(
+        "", "the path of the Python interpreter that runs brokers; if empty, the one that runs the program"
+    )
     owner: Owner = _setting(Owner.PARENT, "which process owns the sessions after a fork")
     guard_native: bool = _setting(
-        False, "whether children are kept out of the sessions of PKCS#11 modules and other native code"
+        False, "whether a child loses its parent's connections to pcscd, including those of PKCS#11 modules"
     )
     spare_cards: bool = _setting(
-        True, "whether pyscard's defaults neither reset nor power off a card that a parent or child also uses"
+        True, "whether pyscard's defaults leave a card alone, and don't reset it, if a parent or child also uses it"
     )
     recover: bool = _setting(False, "whether contexts are re-established after a restart of pcscd", of_context=True)
 

@@ -37,18 +37,12 @@ def _row(name: str) -> list[str]:
     setting = policy.SETTINGS[name]
     names = f"`{name}`<br>`{policy.variable(name)}`<br>`{policy.option(name)}`"
     values = ", ".join(f"`{choice}`" for choice in setting.choices()) or _KINDS[type(setting.default)]
-    default = f"`{_as_text(setting.default)}`"
+    default = f"`{setting.default_as_text()}`"
     of_context = "yes" if setting.of_context else "no"
     return [names, values, default, setting.summary, of_context, PAGES.get(name, "[Policies](policies.md)")]
 
 
 _KINDS = {bool: "`0`, `1`", float: "a number", str: 'a path, or `""`'}
-
-
-def _as_text(value: object) -> str:
-    if isinstance(value, bool):
-        return str(int(value))
-    return str(getattr(value, "value", value)) or '""'
 
 
 def in_page(text: str) -> str:

@@ -31,8 +31,8 @@ _Pair = tuple[tuple[Run, Verdict], tuple[Run, Verdict]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--only", nargs="+", default=[], metavar="N", help="the numbers of the hazards to show")
-    parser.add_argument("--json", action="store_true", help="print all observations as JSON")
+    parser.add_argument("--only", nargs="+", default=[], metavar="N", help="show only hazards N (default: all hazards)")
+    parser.add_argument("--json", action="store_true", help="print all observations as JSON (default: a table)")
     # For our own tests: what would the demo say if pcsc_safe let a hazard through?
     parser.add_argument("--safe-module", default="pcsc_safe.scard", help=argparse.SUPPRESS)
 

@@ -36,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         choices=_CARDS,
         metavar="CARD",
-        help="the card in the next reader; repeat it for more readers: echo (default), which returns the data that it "
-        "gets; piv, with a key, a certificate and the PIN 123456; none",
+        help="the card in a reader; each further --card adds a reader with a card: echo, which returns the data that "
+        "it gets; piv, which has a key, a certificate and the PIN 123456; none, for an empty reader (default: echo)",
     )
     parser.add_argument("command", nargs="+", metavar="-- command", help="the command to run, with its arguments")
     return parser
