@@ -42,7 +42,7 @@ class Figure(NamedTuple):
     """One line of the table.
 
     :ivar name: what was measured.
-    :ivar against: what pcsc_safe is compared with: "raw pyscard", a variant of it, or what programs do without pcsc_safe.
+    :ivar against: what pcsc_safe is compared with: "raw pyscard", a variant of it, or what programs do without it.
     :ivar raw: the samples of ``against``; None if it froze in every round.
     :ivar safe: the samples of pcsc_safe.
     :ivar more: the differences in each pair; None if raw froze in every round.

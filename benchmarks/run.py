@@ -36,8 +36,8 @@ is the median of the ratios. The 95 % interval is that of the ratio if the targe
 
 calls            Calls in one process that never forks, on one session. The card is a Python thread of another process.
                  "check by hand" is an application on raw pyscard that compares os.getpid() before each call.
-{OPEN_FILES} more files   The same with more open files, because SCardEstablishContext looks for its connection among the file
-                 descriptors of the process.
+{OPEN_FILES} more files   The same with more open files, because SCardEstablishContext looks for its connection
+                 among the file descriptors of the process.
 import           "python -c" with the import, from start to exit. "net" is this time without that of "python -c pass".
 a card read      A program, from start to exit, that imports, establishes a context, connects and exchanges an APDU.
                  Most of what pcsc_safe adds is the import of wrapt, which depends on its version. "other wrapt" uses
