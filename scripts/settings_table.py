@@ -1,7 +1,7 @@
-"""The table of all settings in docs/settings.md, made from :data:`pcsc_safe.policy.SETTINGS`.
+"""Makes the table of all settings in docs/settings.md from :data:`pcsc_safe.policy.SETTINGS`.
 
 python scripts/settings_table.py            print it
-python scripts/settings_table.py --write    put it in the page
+python scripts/settings_table.py --write    write it to the page
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAGES = {
     "spare_cards": "[Policies](policies.md#resets)",
     "recover": "[Recovery](recovery.md)",
 }
-"""Where a setting is explained, if it isn't on the page about policies."""
+"""The page that explains a setting, if it isn't the page about policies."""
 
 
 def table() -> str:
@@ -46,7 +46,7 @@ _KINDS = {bool: "`0`, `1`", float: "a number", str: 'a path, or `""`'}
 
 
 def in_page(text: str) -> str:
-    """The page with the table as it is now."""
+    """The text of the page, with the current table."""
     return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n\n{table()}\n\n{END}", text, flags=re.DOTALL)
 
 
