@@ -72,7 +72,7 @@ def by_executor(how, messages):
 
 
 def by_process(how, messages):
-    """Each `Process` gets some messages and its own pipe.  When the pipe ends, it is known which messages are missing."""
+    """Each `Process` gets some messages and its own pipe.  When the pipe ends, we know which messages are missing."""
     missing, running = list(messages), {}
     while missing or running:
         while missing and len(running) < WORKERS:

@@ -40,7 +40,7 @@ __all__ = [
 class Policy(str, enum.Enum):
     """What a process gets when it first uses a context that it inherited; docs/policies.md explains each policy.
 
-    :cvar AUTO: the same as ``reestablish`` if the process can use PC/SC itself, otherwise as ``broker``; the default.
+    :cvar AUTO: the default: ``reestablish`` if the process can use PC/SC itself, and otherwise ``broker``.
     :cvar REESTABLISH: a new context in this process; ForkUnsafeError if it can't use PC/SC itself.
     :cvar BROKER: a new context in a broker.
     :cvar SHARE: the owner's session, together with the owner; needs ``broker="always"``.
@@ -59,7 +59,8 @@ class Policy(str, enum.Enum):
 class Cards(str, enum.Enum):
     """What calls on an inherited card handle do under the policies ``auto``, ``reestablish`` and ``broker``.
 
-    :cvar AUTO: the first call connects again if the owner's session continues, or returns SCARD_W_RESET_CARD; default.
+    :cvar AUTO: the default: the first call connects again if the owner's session continues, and otherwise returns
+        SCARD_W_RESET_CARD.
     :cvar RESET: calls return SCARD_W_RESET_CARD until SCardReconnect.
     :cvar RECONNECT: the first call connects again, unless the owner was in a transaction when the process forked.
     """

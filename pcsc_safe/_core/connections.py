@@ -141,8 +141,8 @@ def _ask(number: int, question: Callable[[Any], Any]) -> list[Any]:
 
     :param question: a C function that takes a socket.
     """
-    # As one that doesn't block, whatever it is: after socket.setdefaulttimeout() Python would else make it one, for its
-    # owner and for the owner's parent as well.
+    # SOCK_NONBLOCK, whatever the socket is: after socket.setdefaulttimeout(), Python would otherwise make the socket
+    # non-blocking, also for its owner and for the owner's parent.
     kind = _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK
     try:
         return [question(_Borrowed(_socket.AF_UNIX, kind, 0, number))]

@@ -22,8 +22,8 @@ __all__ = ["files_to_preserve", "handover"]
 class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     """Hand the sessions of this process over to the child that is forked in this block.
 
-    The child continues them, with verified PIN, transaction and exclusive hold.  The parent then has them as a child
-    has inherited sessions: nothing that it does with them, its exit included, affects the child's sessions.
+    The child continues the sessions, with verified PIN, transaction and exclusive hold.  For the parent they are then
+    like inherited sessions: nothing that the parent does, not even its exit, affects the child's sessions.
 
     The next ``os.fork()`` of this thread hands over.  If the child is still in the block, its next fork hands over,
     too.  A block around a daemon's double fork therefore hands over to the daemon.

@@ -152,7 +152,7 @@ def _wiped_page() -> Optional[_Sentinel]:
         if not is_ours(error):
             raise
         return page
-    return None  # an emulator that accepts any advice, and so follows none
+    return None  # an emulator that accepts any advice without following it
 
 
 _HERE, _HOOKED = 0, 1
@@ -240,7 +240,7 @@ def _begin(epoch: Epoch) -> None:
     if epoch.noticed_by != "hook":
         for function in _in_child:
             function()
-    # A finalizer that runs in the middle comes here too; it finishes what is left, and does nothing again.
+    # A finalizer that runs in the middle also comes here.  It does what is left, and nothing twice.
     while epoch._to_do:
         epoch._to_do.pop(0)(epoch)
     _hooks_run = forked_by = 0

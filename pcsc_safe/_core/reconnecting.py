@@ -53,8 +53,8 @@ def reconnecting(
     :param attempts: how often ``work`` is called, at most.
     :return: what ``work`` returned.
     :raises ValueError: ``attempts`` is less than 1.
-    :raises ReconnectError: ``card`` is no card or is not connected; SCardReconnect failed, as when the card was pulled
-        out; or the card was reset during each attempt.
+    :raises ReconnectError: ``card`` is not a card, or is not connected; SCardReconnect failed, for example because the
+        card was pulled out; or the card was reset during each attempt.
     """
     if attempts < 1:
         raise ValueError(f"attempts must be 1 or more, not {attempts}")

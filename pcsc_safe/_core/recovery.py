@@ -132,7 +132,7 @@ def again(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) ->
     """
     ident = get_ident()
     attempts = _attempts.get(ident, 0)
-    if attempts >= _ATTEMPTS:  # something lets us establish contexts, and has no use for them
+    if attempts >= _ATTEMPTS:  # contexts can be established, but not used
         return call.failure(NO_SERVICE, arguments)
     try:
         _attempts[ident] = attempts + 1
@@ -176,7 +176,7 @@ def outlast(
         while not context.released and here is process.current():
             hresult = list_readers(safe, [])[0]
             refusals = refusals + 1 if hresult == _RESET else 0
-            is_back = hresult not in GONE or refusals == _ATTEMPTS  # it is polkit who says so
+            is_back = hresult not in GONE or refusals == _ATTEMPTS  # then polkit forbids it, not a missing pcscd
             if context.cancels != cancels:
                 return call.failure(CANCELLED, (timeout, states))
             if is_back:
@@ -214,9 +214,9 @@ def cancel(context: Context, cancel_once: Callable[[], Any]) -> Any:
     waits = [thread for thread in context.outlasting if thread != get_ident()]
     answer = cancel_once()
     if answer == _INVALID_HANDLE and not context.released and recovers(context):
-        answer = SUCCESS  # another pcscd than the context's has said so; its waits look at the count
-    # One that is about to enter PC/SC again isn't there to be cancelled. Not for ever: if this is a signal handler, it
-    # may need what this very thread is doing below.
+        answer = SUCCESS  # the code of another pcscd than the context's; the waits check the count of cancels
+    # Again, because a wait that is about to enter PC/SC can't be cancelled yet.  With a time limit, because if this is
+    # a signal handler, the wait may need the code that this handler has interrupted.
     deadline = time.monotonic() + _CANCEL_WITHIN
     while any(thread in context.outlasting for thread in waits) and time.monotonic() < deadline:
         time.sleep(_POLL / 10)

@@ -293,7 +293,7 @@ def _forget_released(context: Context) -> None:
 
 def settings_of(record: Record) -> Settings:
     effective, owner = record.context.settings(settings()), record.owner
-    # What is lost was not inherited: no fork is to be refused. And there is nothing to share when pcscd is gone.
+    # A lost context was not inherited, so RAISE and INVALID don't apply.  If pcscd has ended, nothing can be shared.
     lost = owner.noticed_by in (process.LOST, process.SERVICE_LOST) and owner.parent is process.current()
     lost = lost and effective.policy in (Policy.RAISE, Policy.INVALID)
     lost = lost or (owner.noticed_by is process.SERVICE_LOST and effective.policy is Policy.SHARE)
@@ -311,7 +311,7 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
     effective = settings() if context is None else settings_of(context)
     through = gateway(function, context)
     result = through.establish(scope, keep, OUTGROWN if effective.recover else None)
-    # Nothing is called when a context was got: a signal handler could raise there, and it would be nobody's.
+    # After success no function is called, because a signal handler could raise in it, and the context would be lost.
     if result[0] == recovery.NO_SERVICE:
         recovery.tell_of_no_service(function)
     if result[0] != OUTGROWN:

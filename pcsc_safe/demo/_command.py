@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
         hazards = load(options.only)
         signal.signal(signal.SIGTERM, _terminated)
         with VirtualPcsc(activate=False):
-            pass  # so that a machine without one is told so before anything else
+            pass  # so that a missing stack is reported first
         return _show(hazards, options.safe_module, options.json)
     except (ValueError, PcscStackError) as error:
         print(f"the demo can't run: {error}", file=sys.stderr)

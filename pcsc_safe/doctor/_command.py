@@ -132,7 +132,7 @@ def _as_json(ledger: Ledger) -> dict[str, Any]:
 def _sections(options: argparse.Namespace, ledger: Ledger) -> Iterator[_Section]:
     """The sections of the page; each begins after the findings of the earlier ones have been entered."""
     yield "This installation", _installation()
-    # What the generator of one section learns of PC/SC is what those of later ones go by.
+    # The generator of a section puts here what it finds out about PC/SC; those of later sections use it.
     seen = [_pcscd.Service(False, [])]
     yield "PC/SC", _service(options.timeout, seen)
     yield "Forks", _forks(options.timeout, seen[-1].works, ledger)

@@ -1,7 +1,7 @@
 """Hazard 11: a session is ended from outside, SCardTransmit fails, and returns memory of the process.
 
-First a child releases its copy of the handles; then pcscd ends.  The second is no fault of the program, and the call
-has to fail under pcsc_safe, too.  What counts is the data beside the error code.
+First a child releases its copy of the handles; then pcscd ends.  In the second case the call also fails under
+pcsc_safe.  Only the data that it returns beside the error code count.
 """
 
 from __future__ import annotations
