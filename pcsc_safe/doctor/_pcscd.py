@@ -260,7 +260,7 @@ def _access(look: Answer) -> Finding:
 
 
 _NO_SERVICE = {
-    "darwin": "plug a reader in: macOS starts PC/SC with the first one; a forked process can't use PC/SC before an exec",
+    "darwin": "plug a reader in: macOS starts PC/SC with the first one; a forked process can't use PC/SC before exec",
     "win32": "plug a reader in, and check that the service SCardSvr can start",
 }
 
