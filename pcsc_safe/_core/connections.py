@@ -1,8 +1,8 @@
-"""Which of this process's file descriptors are connections to pcscd, whichever library opened them.
+"""Finds out which of this process's file descriptors are connections to pcscd, whichever library opened them.
 
-libpcsclite has one Unix socket to pcscd for each context, and doesn't say which.  :mod:`gateway` looks for the sockets
-of our contexts here.  Sockets that other libraries in this process have, such as a PKCS#11 module, are left alone by
-default.  With ``guard_native=True`` a forked child must not have them either.
+libpcsclite has one Unix socket to pcscd for each context, and doesn't report its number.  :mod:`gateway` finds the
+sockets of our contexts with this module.  By default the sockets of other libraries in this process, such as a PKCS#11
+module, are left alone.  With ``guard_native=True`` a forked child must not have them either.
 
 At a fork the child hands every connection to pcscd that it has inherited to :mod:`descriptors`, which replaces it by a
 dead socket.  Everything that this needs was imported before.

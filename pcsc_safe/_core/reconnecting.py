@@ -1,7 +1,7 @@
-"""``pcsc_safe.reconnecting()``: the loop that every program around a card needs, whether it forks or not.
+"""``pcsc_safe.reconnecting()``: the loop that every program with a card needs, whether it forks or not.
 
-It takes a function and calls it again.  A ``with`` block can't run twice, and a loop in the application's code can be
-left in the middle.  The card's record says whether the session was lost: what the function returns or raises may not.
+It takes a function and calls it again after a reset.  It is not a context manager, because a ``with`` block can't run
+twice.  The card's record says whether the session was lost; the function's result or exception may not say it.
 
 At a fork nothing happens here.
 """

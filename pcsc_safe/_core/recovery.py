@@ -1,12 +1,12 @@
-"""What happens when pcscd has ended, because it was restarted or stopped or ended by itself (setting ``recover``).
+"""Detects that pcscd has ended, and continues waits for events when it is back (setting ``recover``).
 
-For a context this is like a fork: the context belongs to something that no longer exists, and :mod:`inherited` decides
-what its next use gets.  This module detects it, and continues waits for events.
+For a context the end of pcscd is like a fork: the context belongs to a pcscd that no longer exists, and
+:mod:`inherited` decides what its next use gets.
 
 The code that libpcsclite returns (1.9.9 to 2.5.1) says whether pcscd has received a call:
 
 - SCARD_E_NO_SERVICE: libpcsclite could not send it.  pcscd itself never returns this code.
-- SCARD_W_SECURITY_VIOLATION: pcscd ended before it had read all of it; the kernel resets the connection then.  pcscd
+- SCARD_W_SECURITY_VIOLATION: pcscd ended before it had read the whole call, and the kernel reset the connection.  pcscd
   itself returns this code only from SCardConnect, if polkit forbids the card.
 - SCARD_F_COMM_ERROR: no response arrived; the call may have been executed.  The next call returns SCARD_E_NO_SERVICE.
 

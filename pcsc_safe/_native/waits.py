@@ -1,8 +1,8 @@
-"""SCardGetStatusChange: a wait for events, as its caller sees it.
+"""SCardGetStatusChange: a wait for events, which can consist of several native calls.
 
 A wait has a native context to itself.  A fork ends the native call.  The wait continues in the parent, on another
-native context and with the rest of its timeout, and its caller sees no difference: an event between the two native
-calls is reported as if the wait had seen it.  SCardCancel ends the whole wait, once.
+native context and with the rest of its timeout.  The caller gets the same result as from one native call: an event
+between two native calls is reported, too.  SCardCancel ends the whole wait, once.
 
 A child has none of its parent's waits.
 """
