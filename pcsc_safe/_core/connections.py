@@ -228,7 +228,7 @@ def _is_pcscd(peer: str) -> bool:
 
 
 def _learn_path() -> None:
-    # libpcsclite goes on with the path that it saw first, so none is forgotten when the variable changes.
+    # libpcsclite continues to use the path that it saw first, so none is forgotten when the variable changes.
     path = os.environ.get("PCSCLITE_CSOCK_NAME")
     if path and path not in _paths:
         _paths.update((path, os.path.realpath(path)))

@@ -139,7 +139,8 @@ def _close(*, everything: bool) -> None:
     try:
         _quiesce(ident, deadline, everything=everything)
     except BaseException as error:
-        # A signal handler's, as KeyboardInterrupt. A hook can't raise: the fork goes on at once, and it comes after it.
+        # An exception of a signal handler, such as KeyboardInterrupt.  A hook can't raise it, so the process forks
+        # immediately, and the exception is raised after the fork.
         raise_later(ident, error)
     finally:
         in_flight.closers[ident] = until
@@ -184,7 +185,7 @@ def _await_others(ident: int, deadline: float, everything: bool, ending: list[_E
             busy[0].wait_until_free(left)
         else:
             sleep(_PAUSE)
-        in_flight.closers.setdefault(ident, deadline + _GRACE)  # a signal handler may have forked meanwhile
+        in_flight.closers.setdefault(ident, deadline + _GRACE)  # a signal handler may have forked
 
 
 class _Ending:

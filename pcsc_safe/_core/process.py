@@ -225,7 +225,7 @@ def current() -> Epoch:
     if not sentinel[_HERE]:
         left = here
         epoch = left.successor("hook" if sentinel[_HOOKED] else "page" if _page else "pid", max(1, _hooks_run))
-        # Made in this process by the line above, so nobody can have held this lock at the fork.
+        # The line above has created this lock in this process, so no thread can have held it at the fork.
         in_turn(epoch._turn, lambda: _begin(epoch) if here is left else None)
     return here
 
@@ -256,7 +256,7 @@ def _hook_in_child() -> None:
     if _hooks_run == 1:  # its process had used PC/SC itself
         forked_by = get_ident()
         for lock in list(for_child.values()):
-            if lock.locked():  # it is this process's copy, which nobody else has
+            if lock.locked():  # this process's copy, which no other process uses
                 lock.release()
     for function in _in_child:
         function()

@@ -128,7 +128,7 @@ def _is_lost(card: Any, outcome: Any) -> bool:
 
 
 def _reconnect(card: Any) -> None:
-    from .router import public  # which needs the gateways; whoever has a card has them
+    from .router import public  # needs the gateways, which exist if there is a card
 
     record = _record_of(card)
     arguments = record.share_mode, record.protocol, public["SCARD_LEAVE_CARD"]
@@ -148,4 +148,4 @@ def _error(problem: str, remedy: str, hresult: int) -> ReconnectError:
 
 
 def _constant(name: str) -> int:
-    return int(library.public.get(name, -1))  # nobody has asked for the names of PC/SC yet, so nobody has a card
+    return int(library.public.get(name, -1))  # without PC/SC's names there is no card

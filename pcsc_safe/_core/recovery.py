@@ -57,7 +57,7 @@ def _unheard(call: Call) -> tuple[int, ...]:
     if call.name == "SCardReleaseContext":
         return ()  # libpcsclite has dropped its context all the same
     if call.name == "SCardGetStatusChange":
-        return ()  # but for outlast()
+        return ()  # only outlast() continues waits
     if call.name == "SCardConnect":
         return (NO_SERVICE,)
     return GONE if call.role is Role.CLEANUP or call.name == "SCardListReaders" else (NO_SERVICE, _RESET)
@@ -189,7 +189,7 @@ def outlast(
             elif not left():
                 return call.failure(TIMED_OUT if timeout else hresult, (timeout, states))
             time.sleep(_POLL)
-        return wait(safe, left() or 1, states)  # released meanwhile, or this is a child
+        return wait(safe, left() or 1, states)  # the context was released, or this is a child
     finally:
         if ident in context.outlasting:
             context.outlasting.remove(ident)

@@ -103,7 +103,7 @@ def own_context(function: str, context: Context) -> int:
     """
 
     def once() -> int:
-        # Again, if a signal handler has forked meanwhile, and this is the child.
+        # Again, if a signal handler has forked and this is the child.
         while context.owner is not process.current() and not context.released:
             hresult = _replace(function, context)
             if hresult != SUCCESS:
@@ -224,7 +224,7 @@ def _connect(card: Card, share_mode: Any, protocols: Any, only_in: Optional[Sess
 
 def _leads_to(wanted: Session, session: Session, before: _Look) -> bool:
     """Whether a new connection leads to the same card session as another process's."""
-    # In use: else nobody is connected, and pcscd was restarted since its owner has used it.
+    # In use: otherwise no application is connected, and pcscd was restarted after the owner has used the card.
     is_same = before.in_use and before.events == wanted.events and session.pcscd == wanted.pcscd
     return is_same and wanted.goes_on()
 

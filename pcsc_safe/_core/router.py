@@ -146,7 +146,7 @@ def _establish(scope: Any) -> Any:
     call = CALLS["SCardEstablishContext"]
     try:
         return _persistently(call, lambda: reestablish.establish(call.name, scope, keep), ())
-    except BaseException:  # a signal handler's: nobody gets what was established
+    except BaseException:  # an exception of a signal handler: the application doesn't get the context
         for context in kept:
             context.forget()
         raise
@@ -340,7 +340,7 @@ def _routed_ending(call: Call) -> Callable[..., Any]:
         if isinstance(card, Card) and isinstance(wanted, int) and card.owner is process.current():
             wanted = sparing.disposition(call.name, card, wanted)
             if wanted != LEAVE_CARD:
-                card.session.end()  # before: no other process may go on in it from here on
+                card.session.end()  # before the call: from now on no other process may continue the session
         return once(handle, *most, wanted)
 
     return route

@@ -150,7 +150,7 @@ def _plan_before_fork() -> None:
         ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
         if not plan.is_complete:
             _failed(plan, str(error) if ours else "a signal handler raised an exception")
-        if not ours:  # the fork goes on
+        if not ours:  # the process forks anyway
             plan.raised.append(error)
             _plans[ident] = plan
 
@@ -292,7 +292,7 @@ def _settle_once(plan: Plan) -> None:
     for end in start_signal:
         end.close()
     if plan.has_child and plan.handed_over():
-        descriptors.kill(plan.connections)  # before another thread can establish anew what it finds handed over
+        descriptors.kill(plan.connections)  # before another thread can re-establish the contexts that were handed over
         gone = process.Epoch(process.here, process.HANDED_OVER)
         for context in plan.handed_over():
             _make_owner(context, gone)

@@ -46,7 +46,7 @@ _ATTEMPTS_TO_FIND = 10  # the connection of a new native context
 _CANCEL_WITHIN = 1.0  # s
 _RELEASE_WITHIN = 1.0  # s
 _CANCEL_AGAIN = 0.002  # s
-doomed: list[NativeContext] = []  # to be released, as soon as nobody is in them
+doomed: list[NativeContext] = []  # to be released when no thread is in them
 
 
 class NativeContexts:
@@ -478,7 +478,7 @@ class NativeContexts:
         natives = [context for context in self.natives if context.handle and context.state != RELEASED]
         for context in natives:
             if context.descriptor is not None and descriptors.is_dead(context.descriptor.number):
-                if context.is_ours():  # else its lock is the parent's
+                if context.is_ours():  # otherwise its lock belongs to the parent
                     context.wait_until_free(_RELEASE_WITHIN)
                 in_flight.places.pop(context, None)
                 with failures.suppress(KeyError):  # another thread has done it

@@ -102,7 +102,7 @@ class Wait:
         now = self._contexts.call(self._context, "SCardGetStatusChange", 0, self._states)
         if now is STALE or now[0] == SUCCESS:
             return now
-        return None if now[0] == TIMED_OUT else result  # else there is no such reader indeed
+        return None if now[0] == TIMED_OUT else result  # otherwise there is really no such reader
 
     def _left(self) -> int:
         """The rest of the timeout, in ms."""

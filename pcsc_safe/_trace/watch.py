@@ -26,7 +26,7 @@ _PASSED_ON = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 _FROM_TERMINAL = ("SIGINT", "SIGQUIT")
 _LOOKS_EVERY = 0.005  # s
 _UNBORN = 0.25  # s; a child may begin its record when its parent has ended already
-_PATIENCE = 2.0  # s, before it is said who is waited for
+_PATIENCE = 2.0  # s, after which a message names the processes that are still running
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[Ends] = None) -> int:

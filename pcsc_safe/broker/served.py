@@ -244,7 +244,7 @@ class Connection:
             return library.SUCCESS
         if name in ("SCardDisconnect", "SCardReleaseContext"):
             if not sharing.drop(client, handle):
-                return library.SUCCESS  # the others go on
+                return library.SUCCESS  # the other clients continue
             return function(handle, *arguments)
         if handle.record.kind is calls.Kind.CONTEXT:
             return function(handle, *arguments)

@@ -111,7 +111,7 @@ def call_on_card(client: Client, name: str, handle: Handle, function: Callable[.
             return None
         result = function(handle, *arguments)
         _settle(client, handle)
-        if int(handle) not in client.handles:  # dropped meanwhile
+        if int(handle) not in client.handles:  # another thread has dropped it
             _end_transaction(client, handle)
         return result
 

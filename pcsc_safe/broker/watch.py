@@ -45,7 +45,7 @@ if sys.platform == "linux":
 
         def on_end(self, number: int) -> None:
             """Report when a connection has ended."""
-            self._epoll.register(number, 0)  # a hang-up is always told
+            self._epoll.register(number, 0)  # a hang-up is always reported
 
         def on_exit(self, pid: int) -> bool:
             """Report when a process has ended, if the kernel can.

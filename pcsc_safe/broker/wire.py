@@ -318,7 +318,7 @@ class Receiver:
         :param data: the received bytes; none may belong to a next frame, because a peer waits for the reply first.
         :raises WireError: the frame is malformed.
         """
-        # As nearly all come: at once, and alone.
+        # Nearly all frames arrive in one piece, and alone.
         if not self._held and len(data) > 4 and _unpack_size(data)[0] == len(data) - 4 <= MAX_BODY:
             return data[4:]
         self._held += data

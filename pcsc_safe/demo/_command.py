@@ -116,7 +116,7 @@ def _summary(rows: Sequence[Row], safe: str, let_through: Sequence[str]) -> str:
 
 
 def _as_json(results: Sequence[tuple[Hazard, _Pair]], safe: str, let_through: Sequence[str]) -> dict[str, Any]:
-    from ..testing._versions import versions  # only --json and the page tell them
+    from ..testing._versions import versions  # only --json needs them
 
     return {
         "versions": versions(),

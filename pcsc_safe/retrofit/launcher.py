@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             metavar = _VALUES.get(type(row.default), setting.upper())
             added = parser.add_argument(option, metavar=metavar, help=told)
-            vars(added)["values"] = row.choices()  # for the completion; what else is given is refused in our own words
+            vars(added)["values"] = (
+                row.choices()
+            )  # for the completion; main() refuses other values with our own message
     parser.add_argument(
         "--report",
         action="store_true",

@@ -35,7 +35,7 @@ def program(stage: Stage) -> None:
 def _ask(stage: Stage, ended_by: str, card: Any) -> None:
     codes, failed, filled, told = set(), 0, 0, 0
     for _ in range(ROUNDS):
-        # Freed at once: its memory is what malloc hands to pyscard next.
+        # Freed immediately, so that malloc gives its memory to pyscard next.
         bytearray(SECRET * (BUFFER // len(SECRET)))
         hresult, answer = stage.transmit(card, 0x01, b"anything")
         codes.add(stage.name(hresult))
