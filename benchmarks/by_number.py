@@ -1,6 +1,6 @@
-"""What it costs that there are many: cost by number, raw pyscard and pcsc_safe by turns.
+"""How the cost depends on the number of workers, clients, files and readers, on raw pyscard and on pcsc_safe.
 
-Nothing should cost more because of what isn't used: other clients of pcscd, other readers, other files.
+A call should not take longer because of things that it doesn't use: other clients of pcscd, other readers, other files.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ REPEATED = 20  # calls a sample
 
 
 def figures(rounds: int) -> Iterator[Figure]:
-    """All of them.
+    """All figures of this module.
 
-    :param rounds: how many pairs of each.
+    :param rounds: the number of pairs for each figure.
     """
     yield from _workers(rounds)
     yield from _clients(rounds)
@@ -34,7 +34,7 @@ def figures(rounds: int) -> Iterator[Figure]:
 
 @contextlib.contextmanager
 def _sides(readers: int = 1) -> Iterator[tuple[dict[str, Process], dict[str, str]]]:
-    """A process of each side, on one pcscd; and the environment to reach that with."""
+    """A process with raw pyscard and one with pcsc_safe, on one pcscd; and the environment for this pcscd."""
     with contextlib.ExitStack() as undo:
         env = stack(undo, readers)
         yield {side: undo.enter_context(Process(side, env)) for side in (RAW, SAFE)}, env
@@ -46,7 +46,7 @@ def _figure(name: str, processes: dict[str, Process], command: Sequence[Any], ro
 
 
 def _workers(rounds: int) -> Iterator[Figure]:
-    """Forked workers that use PC/SC at the same time."""
+    """Measure forked workers that use PC/SC at the same time."""
     with _sides(max(READERS)) as (processes, _):
         for count in WORKERS:
             name = f"first exchange of a worker, {count} worker{'s' if count > 1 else ''}"
@@ -54,7 +54,7 @@ def _workers(rounds: int) -> Iterator[Figure]:
 
 
 def _clients(rounds: int) -> Iterator[Figure]:
-    """Contexts of others."""
+    """Measure with contexts of other processes."""
     with _sides() as (processes, env), Process(RAW, env) as others:
         for count in CLIENTS:
             others.ask("contexts_are", count)
@@ -63,7 +63,7 @@ def _clients(rounds: int) -> Iterator[Figure]:
 
 
 def _files(rounds: int) -> Iterator[Figure]:
-    """Open files of the process."""
+    """Measure with open files in the process."""
     with _sides() as (processes, _):
         for count in FILES:
             for process in processes.values():
@@ -76,7 +76,7 @@ def _files(rounds: int) -> Iterator[Figure]:
 
 
 def _readers(rounds: int) -> Iterator[Figure]:
-    """Readers of pcscd."""
+    """Measure with more readers."""
     for count in READERS:
         with _sides(count) as (processes, _):
             for what, command in (("Connect + Disconnect", "connect_and_disconnect"), ("all states", "look_at_all")):

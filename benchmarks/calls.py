@@ -1,8 +1,8 @@
-"""What a call costs in a process that never forks: ``python calls.py ROUNDS [OPEN-FILES]``.
+"""How long a call takes in a process that never forks: ``python calls.py ROUNDS [OPEN-FILES]``.
 
-Everything is loaded in this one process and called in turns, a few calls each, so that the samples of a round are a
-fraction of a millisecond apart.  The order changes.  Prints {name: [[raw, check by hand, safe], ...]}, in microseconds
-a call.
+This one process loads both modules.  It makes a few calls with each in turns, so that the samples of a round are a
+fraction of a millisecond apart.  The order changes.  It prints {name: [[raw, check by hand, safe], ...]}, in
+microseconds a call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ clock = time.perf_counter_ns
 
 
 class Side:
-    """One way to call PC/SC, and the handles as it takes them."""
+    """One way to call PC/SC, with the handles that it takes."""
 
     def __init__(self, scard: Any, context: Any, reader: str, card: Any = None) -> None:
         self.scard, self.context, self.reader = scard, context, reader
@@ -31,9 +31,9 @@ class Side:
 
     @staticmethod
     def all() -> tuple[Side, ...]:
-        """Raw, with a check by hand, and safe, with one session between them.
+        """Raw, with a check by hand, and safe; all three use one session.
 
-        pcscd has a thread for each session, and on which processor it happens to sit makes more of a difference than
+        pcscd has a thread for each session.  The processor on which this thread runs makes more of a difference than
         anything that we want to measure.
         """
         _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
@@ -52,7 +52,7 @@ class Side:
         return card
 
     def is_valid(self) -> None:
-        """The cheapest call there is: it asks nobody."""
+        """The cheapest call: libpcsclite only looks into its own table."""
         self.scard.SCardIsValidContext(self.context)
 
     def status(self) -> None:
@@ -64,17 +64,17 @@ class Side:
         self.scard.SCardTransmit(self.card, self.scard.SCARD_PCI_T1, APDU)
 
     def connect_and_disconnect(self) -> None:
-        """A connection, and its end."""
+        """Connect to the card and disconnect."""
         self.scard.SCardDisconnect(self.connect(), self.scard.SCARD_LEAVE_CARD)
 
     def establish_and_release(self) -> None:
-        """A context, and its end."""
+        """Establish a context and release it."""
         _, context = self.scard.SCardEstablishContext(self.scard.SCARD_SCOPE_SYSTEM)
         self.scard.SCardReleaseContext(context)
 
 
 class ByHand(Side):
-    """Raw pyscard in a careful application: it asks before each call whether this is still its process."""
+    """Raw pyscard in an application that compares the PID before each call."""
 
     def __init__(self, *arguments: Any) -> None:
         self._pid = os.getpid()
@@ -127,7 +127,7 @@ def sample(call: Callable[[], None], times: int) -> float:
 
 
 def rounds_of(sides: Sequence[Side], method: str, times: int, rounds: int) -> list[list[float]]:
-    """So many times (raw, by hand, safe)."""
+    """``rounds`` samples of (raw, by hand, safe), each of ``times`` calls."""
     calls = [getattr(side, method) for side in sides]
     for call in calls:
         call()

@@ -1,8 +1,8 @@
-"""From pairs of samples to a line of the table: medians, their spread, and whether a target is met.
+"""Turns pairs of samples into a line of the table: medians, their spread, and whether a target is met.
 
-A pair is one sample of raw pyscard, or of what users do instead, and one of pcsc_safe, taken right after each other in
-the same run.  Differences and ratios are taken inside each pair, before the median, so that anything that slows the
-machine down for a while slows both.
+A pair is one sample of raw pyscard, or of what programs do without pcsc_safe, and one sample of pcsc_safe.  Both are
+taken in the same run, one immediately after the other.  If something slows the machine down for a while, it slows both
+down.  So the differences and ratios are computed for each pair, and the median is computed from them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ __all__ = ["Figure", "Interval", "figure", "markdown", "table"]
 
 
 class Interval(NamedTuple):
-    """A median, and between what it lies.
+    """A median, its confidence interval, and the quartiles.
 
-    :ivar low, high: with 95 % confidence (order statistics; no assumption on the shape).
+    :ivar low, high: the median lies between them with 95 % confidence (order statistics, for any distribution).
     :ivar first_quartile, third_quartile: half of the samples lie between them.
     """
 
@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Interval:
-        """That of some samples."""
+        """The interval of some samples."""
         ordered, half = sorted(samples), 0.98 * math.sqrt(len(samples))
         low = max(0, math.floor(len(samples) / 2 - half))
         high = min(len(samples) - 1, math.ceil(len(samples) / 2 + half))
@@ -42,16 +42,16 @@ class Figure(NamedTuple):
     """One line of the table.
 
     :ivar name: what was measured.
-    :ivar against: what it is compared with: "raw pyscard", a variant of it, or what users do instead.
-    :ivar raw: that; None if it froze in every round.
-    :ivar safe: pcsc_safe.
-    :ivar more: how much longer pcsc_safe takes, pair by pair; None if raw froze.
-    :ivar ratio: how many times as long, pair by pair; None if raw froze.
-    :ivar froze: in how many rounds raw froze; what it did in the others is in :attr:`raw`.
-    :ivar most: the target for one of them; None where there is none.
-    :ivar target_is_ratio: which.
-    :ivar rounds: how many pairs.
-    :ivar unit: of all that is no ratio: us or kB.
+    :ivar against: what pcsc_safe is compared with: "raw pyscard", a variant of it, or what programs do without it.
+    :ivar raw: the samples of ``against``; None if it froze in every round.
+    :ivar safe: the samples of pcsc_safe.
+    :ivar more: the differences in each pair; None if raw froze in every round.
+    :ivar ratio: the ratios in each pair; None if raw froze in every round.
+    :ivar froze: the number of rounds in which raw froze; :attr:`raw` has the other rounds.
+    :ivar most: the highest value that meets the target; None if there is no target.
+    :ivar target_is_ratio: whether the target is for the ratio, not for the difference.
+    :ivar rounds: the number of pairs.
+    :ivar unit: the unit of all values except ratios: us or kB.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Figure(NamedTuple):
 
     @property
     def judged(self) -> Optional[Interval]:
-        """What the target is for: the ratio, or the difference."""
+        """The ratio or the difference, whichever the target is for."""
         return self.ratio if self.target_is_ratio else self.more
 
     @property
@@ -77,7 +77,7 @@ class Figure(NamedTuple):
         if self.most is None:
             return "-"
         if self.judged is None:
-            return "met"  # what never ends is slower than any target
+            return "met"  # raw never ended
         if self.judged.high <= self.most:
             return "met"
         return "NOT MET" if self.judged.low > self.most else "unclear"
@@ -103,7 +103,7 @@ class Figure(NamedTuple):
         return f"{self.say(interval.median)} ({quartiles})"
 
     def as_json(self) -> dict[str, object]:
-        """For programs; intervals become dicts of their fields."""
+        """The figure as a dict for ``json.dumps``; intervals become dicts of their fields."""
         plain = {
             key: value._asdict() if isinstance(value, Interval) else value for key, value in self._asdict().items()
         }
@@ -119,11 +119,11 @@ def figure(
     ratio: Optional[float] = None,
     unit: str = "us",
 ) -> Figure:
-    """What pairs of (raw, safe) say.
+    """Make a figure from pairs of samples, (raw, safe).
 
-    :param pairs: in that unit; None where raw froze.
-    :param more: the target, if it is one for the difference.
-    :param ratio: the target, if it is one for the ratio.
+    :param pairs: the samples in this unit; None for raw if it froze.
+    :param more: the target, if it is for the difference.
+    :param ratio: the target, if it is for the ratio.
     :param unit: microseconds (us) or kB.
     """
     whole = [(raw, safe) for raw, safe in pairs if raw is not None]
@@ -157,7 +157,7 @@ HEADINGS = (
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """All of them, for a terminal."""
+    """The figures as a table for a terminal."""
     rows = [HEADINGS, *map(_row, figures)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -165,7 +165,7 @@ def table(figures: Sequence[Figure]) -> str:
 
 
 def markdown(figures: Sequence[Figure]) -> str:
-    """All of them, for a page."""
+    """The figures as a table for a page."""
     rows = [HEADINGS, ("---",) * len(HEADINGS), *map(_row, figures)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

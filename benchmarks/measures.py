@@ -1,6 +1,6 @@
-"""What is measured: one function for each measure, each with separate virtual PC/SC stacks and processes.
+"""The measures: one function for each, with separate virtual PC/SC stacks and processes.
 
-A function yields its figures.  The things that it compares are measured in turns, in an order that changes.
+A function yields its figures.  It measures the things that it compares in turns, in an order that changes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["FAST", "MEASURES", "OPEN_FILES", "OTHER_WRAPT", "THOROUGH", "Effort"
 OPEN_FILES = 200
 BY_HAND, SPAWN = "check by hand", "spawn"
 OTHER_WRAPT = "OTHER_WRAPT"
-"""The environment variable with the directory of another wrapt, to measure a program with that as well."""
+"""The environment variable with the directory of another wrapt, with which a program is also measured."""
 
 
 class Effort(NamedTuple):
-    """How many rounds of each."""
+    """The number of rounds of each measure."""
 
     calls: int
     imports: int
@@ -58,7 +58,7 @@ FAST = Effort(calls=40, imports=2, processes=2, forks=5, children=5, held_up=2, 
 
 
 def calls(effort: Effort) -> Iterator[Figure]:
-    """What a call costs more when nothing forked."""
+    """How much longer a call takes in a process that never forks."""
     more, ratio = {"SCardIsValidContext": 1.0}, {"SCardTransmit, 8 bytes": 1.01}
     with contextlib.ExitStack() as undo:
         command = [sys.executable, str(HERE / "calls.py"), str(effort.calls), str(OPEN_FILES)]
@@ -69,7 +69,7 @@ def calls(effort: Effort) -> Iterator[Figure]:
 
 
 def imports(effort: Effort) -> Iterator[Figure]:
-    """What an import costs, as a whole process, and less the start of the interpreter."""
+    """How long an import takes, with and without the start of the interpreter."""
     programs = ("pass", "import smartcard.scard", "import pcsc_safe.scard")
     rounds = []
     for number in range(-1, effort.imports):  # the first one writes the .pyc files
@@ -99,7 +99,7 @@ _PROGRAMS = {
 
 
 def one_shot(effort: Effort) -> Iterator[Figure]:
-    """What a program takes that reads one card, as a whole process; with each wrapt that there is."""
+    """How long a program that reads one card takes from start to exit, with each wrapt that there is."""
     with contextlib.ExitStack() as undo:
         env = stack(undo)
         other = os.environ.get(OTHER_WRAPT)
@@ -112,7 +112,7 @@ def one_shot(effort: Effort) -> Iterator[Figure]:
 
 
 def _whole_programs(env: dict[str, str], count: int) -> list[dict[str, float]]:
-    """How long each program takes from start to exit, by turns, so many times."""
+    """How long each program takes from start to exit; they run in turns, ``count`` times each."""
     names, rounds = list(_PROGRAMS), []
     for number in range(-1, count):  # the first one writes the .pyc files
         shift, taken = number % len(names), {}
@@ -125,7 +125,7 @@ def _whole_programs(env: dict[str, str], count: int) -> list[dict[str, float]]:
 
 
 def memory(effort: Effort) -> Iterator[Figure]:
-    """How much memory a forked worker has to itself after its first exchange."""
+    """How much memory a forked worker doesn't share with other processes after its first exchange."""
     with contextlib.ExitStack() as undo:
         env = stack(undo)
         processes = {v: undo.enter_context(Process(v, env)) for v in (RAW, WRAPT, SAFE)}
@@ -139,7 +139,7 @@ def memory(effort: Effort) -> Iterator[Figure]:
 
 
 def first_establish(effort: Effort) -> Iterator[Figure]:
-    """What the first context of a process costs."""
+    """How long the first SCardEstablishContext of a process takes."""
     rounds = []
     with contextlib.ExitStack() as undo:
         env = stack(undo)
@@ -153,9 +153,9 @@ def first_establish(effort: Effort) -> Iterator[Figure]:
 
 
 def forks(effort: Effort) -> Iterator[Figure]:
-    """What a fork costs, with few and with many contexts."""
+    """How long a fork takes, with few and with many contexts."""
     with contextlib.ExitStack() as undo:
-        # One stack each: pcscd serves 200 contexts.
+        # A stack for each process, because pcscd serves 200 contexts at most.
         processes = {v: undo.enter_context(Process(v, stack(undo))) for v in (RAW, WRAPT, SAFE)}
         for count, target in {1: 1.1, 10: None, 50: None, 100: 1.1}.items():
             for process in processes.values():
@@ -169,7 +169,7 @@ def forks(effort: Effort) -> Iterator[Figure]:
 
 
 def guard(effort: Effort) -> Iterator[Figure]:
-    """What guard_native costs a fork, by the number of sockets that a child has to look at."""
+    """How much longer a fork takes with guard_native, by the number of sockets that the child examines."""
     with contextlib.ExitStack() as undo:
         env = stack(undo)
         processes = {v: undo.enter_context(Process(v, env)) for v in (SAFE, "guarded")}
@@ -184,7 +184,7 @@ def guard(effort: Effort) -> Iterator[Figure]:
 
 
 def first_use(effort: Effort) -> Iterator[Figure]:
-    """What a forked child waits for its first answer."""
+    """How long the first use of PC/SC takes in a forked child."""
     with contextlib.ExitStack() as undo:
         env = stack(undo)
         processes = {v: undo.enter_context(Process(v, env)) for v in (RAW, WRAPT, SAFE)}
@@ -197,9 +197,9 @@ def first_use(effort: Effort) -> Iterator[Figure]:
 
 
 def broker(effort: Effort) -> Iterator[Figure]:
-    """What it costs that another process does PC/SC."""
+    """How much longer PC/SC calls take through a broker."""
     with contextlib.ExitStack() as undo:
-        # One card each, but one stack: what slows pcscd down slows both.
+        # Two cards on one stack: whatever slows pcscd down slows both variants down.
         env = stack(undo)
         variants = {v: undo.enter_context(Process(v, env)) for v in (RAW, "broker")}
         rounds = by_turns(variants, ("exchange", 50), effort.processes * 5)
@@ -228,7 +228,7 @@ def held_up(effort: Effort) -> Iterator[Figure]:
         for count in (1, 2, 4, 8)
     }
     with contextlib.ExitStack() as undo:
-        # One stack each: two of them would wait for each other's cards.
+        # A stack for each process: on one stack they would wait for each other's cards.
         stacks = {variant: stack(undo, 8) for variant in (RAW, SAFE)}
         for name, scene in scenes.items():
             with contextlib.ExitStack() as until_next:
@@ -239,11 +239,11 @@ def held_up(effort: Effort) -> Iterator[Figure]:
             yield figure(f"os.fork(), {name}", [(taken[RAW][0], taken[SAFE][0]) for taken in rounds])
 
 
-FREEZES = 10  # seconds; a process that takes longer is given up
+FREEZES = 10  # seconds after which a process counts as frozen
 
 
 def crowd(env: dict[str, str], scene: str, rounds: int, seconds: float, *variants: str) -> list[dict[str, Any]]:
-    """What threads.py says, or that what it was to measure froze."""
+    """The output of threads.py; None for each variant if the process froze."""
     command = [sys.executable, str(HERE / "threads.py"), scene, str(rounds), str(seconds), *variants]
     try:
         done = subprocess.run(
@@ -256,7 +256,7 @@ def crowd(env: dict[str, str], scene: str, rounds: int, seconds: float, *variant
 
 
 def threads(effort: Effort) -> Iterator[Figure]:
-    """What eight threads get done."""
+    """How long a call takes while eight threads make calls."""
     with contextlib.ExitStack() as undo:
         env = stack(undo, 8)
         for scene, name, share, seconds in (
@@ -288,7 +288,7 @@ def threads(effort: Effort) -> Iterator[Figure]:
 
 
 def pools(effort: Effort) -> Iterator[Figure]:
-    """What users do instead of pcsc_safe: workers that check by hand whose card it is, or that are spawned."""
+    """What programs do without pcsc_safe: their workers check by hand whose card it is, or are spawned."""
     ways = (BY_HAND, SPAWN, SAFE, "cold broker", "prestarted broker")
     with contextlib.ExitStack() as undo:
         env = stack(undo)
@@ -307,12 +307,12 @@ def pools(effort: Effort) -> Iterator[Figure]:
 
 
 def many(effort: Effort) -> Iterator[Figure]:
-    """What it costs that there are many: workers, clients, open files, readers."""
+    """How the cost depends on the number of workers, clients, open files and readers."""
     return by_number.figures(effort.numbers)
 
 
 def recording(effort: Effort) -> Iterator[Figure]:
-    """What it costs to be recorded, by ``run --report`` or ``--timeline``; beside pcsc_safe that isn't."""
+    """How much longer calls take when ``run --report`` or ``--timeline`` records them."""
     with contextlib.ExitStack() as undo:
         directory = undo.enter_context(tempfile.TemporaryDirectory())
         command = [sys.executable, str(HERE / "recording.py"), str(effort.calls)]

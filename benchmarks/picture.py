@@ -1,6 +1,6 @@
-"""The figures as a picture: an SVG of bars and lines, drawn without any library.
+"""Draws the figures as an SVG of bars and lines, without any library.
 
-A panel without any figures is left out, as after ``--only``.  Whiskers reach from quartile to quartile.
+A panel that has no figures is left out (``--only``).  Whiskers reach from the first quartile to the third.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["picture"]
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 56, 44  # margins in a panel, around what is plotted
-COLOURS = {  # Okabe and Ito's: to be told apart by everybody
+COLOURS = {  # Okabe and Ito's palette, which colour-blind people can distinguish
     "raw pyscard": "#999999",
     "raw, wrapt imported": "#56b4e9",
     "check by hand": "#e69f00",
@@ -35,7 +35,7 @@ CONTEXTS = (1, 10, 50, 100)
 class Panel(NamedTuple):
     """One diagram.
 
-    :ivar title: with the unit.
+    :ivar title: the title, with the unit.
     :ivar unit: of the axis, in that of the figures.
     :ivar figures: what stands on the x axis (a line begins after ", "), and the name of its figure.
     :ivar lines: whether x is a number and the medians are joined; else they are bars.

@@ -1,9 +1,9 @@
 """An application with a pool of workers that use a card: ``python pools.py WAY``, one command a line on stdin.
 
-It connects to the card before it has workers, like a server that loads the application first.  Commands and answers are
-those of worker.py.
+It connects to the card before it starts workers, like a server that loads the application first.  The commands and
+answers have the same format as those of worker.py.
 
-Little is imported here, because a spawned worker imports all of it again.
+This module imports little, because a spawned worker imports all of it again.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class Card:
 
 
 class CheckedCard(Card):
-    """The same, begun anew where the process is another one."""
+    """The same, which connects again if the PID is another one."""
 
     def ask(self) -> bytes:
-        """Look whose card it is, and exchange."""
+        """Compare the PID, and exchange."""
         if os.getpid() != self.pid:
             self.connect()
         return super().ask()
@@ -103,20 +103,20 @@ class Application:
         return ProcessPoolExecutor(workers, mp_context=self._context, **start)
 
     def prestart(self) -> list[float]:
-        """Start a broker ahead, for the workers."""
+        """Start a broker for the workers before they are forked."""
         importlib.import_module("pcsc_safe").prestart_broker()
         time.sleep(1)
         return []
 
     def first_answer(self) -> list[float]:
-        """From a pool's first task until its result is there."""
+        """The time from a pool's first task to its result."""
         start = clock()
         with self._pool(1) as pool:
             pool.submit(task, 0).result()
             return [(clock() - start) / 1000]
 
     def tasks(self, count: int) -> list[float]:
-        """The time a task, of so many, in a pool of two workers that have done some before."""
+        """The time for each of ``count`` tasks, in a pool of two workers that have done some tasks before."""
         if self._kept is None:
             self._kept = self._pool(2)
             list(self._kept.map(task, range(count)))
@@ -125,13 +125,13 @@ class Application:
         return [(clock() - start) / 1000 / count]
 
     def end(self) -> None:
-        """Send the workers home."""
+        """End the workers."""
         if self._kept is not None:
             self._kept.shutdown()
 
 
 def main() -> None:
-    """Obey until stdin ends."""
+    """Execute commands until stdin ends."""
     warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
     application = Application(sys.argv[1])
     for line in sys.stdin:

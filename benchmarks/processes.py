@@ -1,4 +1,4 @@
-"""The processes that are measured, the PC/SC stacks that they use, and how they are asked by turns."""
+"""Starts the measured processes and their PC/SC stacks, and sends them commands in turns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AGAINST = {RAW: "raw pyscard", WRAPT: WRAPT}
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of the processes that are measured: the usual one, with .pyc files and the default settings."""
+    """The environment of the measured processes: this process's, with .pyc files and the default settings."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -32,7 +32,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class CardOf5Ms(EchoCard):
-    """A card that takes 5 ms for a command, as a fast real one does."""
+    """A card that takes 5 ms for a command, like a fast real card."""
 
     def apdu(self, command: bytes) -> bytes:
         """Answer one command, later."""
@@ -41,13 +41,13 @@ class CardOf5Ms(EchoCard):
 
 
 def stack(undo: contextlib.ExitStack, readers: int = 1, card: type[EchoCard] = EchoCard) -> dict[str, str]:
-    """A PC/SC stack; returns the environment to reach it with."""
+    """Start a PC/SC stack; return the environment for processes that use it."""
     running = undo.enter_context(VirtualPcsc(readers, [card() for _ in range(readers)], activate=False))
     return environment(PCSCLITE_CSOCK_NAME=running.env["PCSCLITE_CSOCK_NAME"])
 
 
 class Process:
-    """A process that measures itself when it is told to.
+    """A process that measures on command.
 
     :param variant: one of the program's.
     :param env: its environment.
@@ -65,7 +65,7 @@ class Process:
         self._process.communicate(timeout=30)
 
     def ask(self, *command: Any) -> list[float]:
-        """Have one thing measured."""
+        """Send one command, and return the times."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(command) + "\n")
@@ -75,7 +75,7 @@ class Process:
 
 
 def by_turns(processes: dict[str, Process], command: Sequence[Any], rounds: int) -> list[dict[str, list[float]]]:
-    """Ask each process once a round, in an order that changes."""
+    """Send the command to each process once in each round, in an order that changes."""
     names, found = list(processes), []
     for number in range(rounds):
         shift = number % len(names)

@@ -1,7 +1,7 @@
-"""What a record costs: ``PCSC_SAFE_REPORT=DIRECTORY python recording.py ROUNDS``.
+"""How much longer recorded calls take: ``PCSC_SAFE_REPORT=DIRECTORY python recording.py ROUNDS``.
 
-Calls the functions of pcsc_safe with a record and without one, in one process, on one session, in turns, as calls.py
-does.  Prints {name: [[without, with], ...]}, in microseconds a call.
+Like calls.py, it calls the functions of pcsc_safe in one process on one session, in turns with and without a record.
+It prints {name: [[without, with], ...]}, in microseconds a call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Recorded(Side):
     """What can be measured on either side."""
 
     def transaction(self) -> None:
-        """One with nothing in it."""
+        """An empty transaction."""
         self.scard.SCardBeginTransaction(self.card)
         self.scard.SCardEndTransaction(self.card, self.scard.SCARD_LEAVE_CARD)
 
@@ -35,7 +35,7 @@ CALLS = {  # what, and how many calls a sample
 
 
 def without_record() -> Any:
-    """``pcsc_safe.scard`` as it is where nothing is recorded."""
+    """``pcsc_safe.scard`` as it is in a process without a record."""
     told = observer.recorded, observer.followed
     observer.recorded, observer.followed = as_it_is, as_it_is
     try:
@@ -45,7 +45,7 @@ def without_record() -> Any:
 
 
 def as_it_is(of: Any, function: Any) -> Any:
-    """The function, which tells nobody."""
+    """The function, without a record."""
     return function
 
 

@@ -1,12 +1,12 @@
-"""What pcsc_safe costs, measured here and now: ``python benchmarks/run.py [--output DIRECTORY]``.
+"""Measures what pcsc_safe costs on this machine: ``python benchmarks/run.py [--output DIRECTORY]``.
 
-Needs what the tests need (pcscd, vpcd), and starts its own virtual PC/SC stacks.  Raw pyscard, and what users do
-instead of pcsc_safe, are measured in the same run, always in turns with it.  pyperf can't be used: it finishes one
-measure before it begins the next, and on a machine that others use too, the machine changes more in that time than the
-difference that we look for.  With ``--output`` the table is also written as a page (results.md), data (results.json)
-and a picture (results.svg).
+It needs pcscd and vpcd, as the tests do, and starts its own virtual PC/SC stacks.  The same run also measures raw
+pyscard, and what programs do without pcsc_safe.  It always takes their samples and those of pcsc_safe in turns.  pyperf
+can't do this: it finishes one measure before it begins the next.  On a machine with other users, the speed of the
+machine changes more in that time than pcsc_safe costs.  With ``--output`` the table is also written as a page
+(results.md), as data (results.json) and as a picture (results.svg).
 
-Exit status: 0, whatever the figures are; it measures, it does not judge a machine.
+The exit status is 0, whatever the figures are.
 """
 
 from __future__ import annotations
@@ -29,52 +29,57 @@ from picture import picture
 from pcsc_safe.testing._install import Missing, look
 
 EXPLANATION = f"""
-Times are medians of many samples, with the quartiles beside them: half of the samples lie between. "more" and "ratio"
-are medians of differences and ratios inside pairs of samples taken right after each other; the 95 % interval is that of
-the ratio where the target is a ratio, else of "more". "unclear": the target lies inside the interval.
+Times are medians of many samples. The quartiles are in parentheses: half of the samples lie between them. A pair is two
+samples that were taken one immediately after the other. "more" is the median of the differences in each pair, "ratio"
+is the median of the ratios. The 95 % interval is that of the ratio if the target is a ratio, and otherwise that of
+"more". "unclear" means that the target lies inside the interval.
 
-calls            all in one process that never forks, on one session; the card is a Python thread elsewhere. "check by
-                 hand": an application on raw pyscard that compares os.getpid() before each call
-{OPEN_FILES} more files   SCardEstablishContext looks for its connection among the descriptors of the process
-import           a whole "python -c", from start to end; "net": less an empty "python -c pass" of the same round
-a card read      a program from start to exit that imports, establishes, connects, exchanges an APDU and ends. Most of
-                 what pcsc_safe adds is the import of wrapt, which depends on its version; "other wrapt": with the one
-                 in the directory that the environment variable {OTHER_WRAPT} names, if there is one
-private memory   what a forked worker has to itself after its first exchange (Private_* of smaps_rollup): on its
-                 parent's card with pcsc_safe, on one that it connected with raw pyscard
-first establish  the first SCardEstablishContext of a process: wrapt, and with it asyncio, is imported there, not before
-fork             os.fork() until it returns in the parent; "to reaped": until a child that does nothing but _exit is
-                 reaped. A bigger process takes longer to fork, whatever made it bigger: "raw pyscard" has nothing else
-                 loaded, "raw, wrapt imported" has also imported wrapt, as pcsc_safe has; so the difference to the
-                 latter is what pcsc_safe itself costs a fork, the difference to the former all that a user notices
-guard            the same with guard_native=True, beside pcsc_safe without: the child looks at every descriptor; sockets
-                 take longest
-waits, APDUs     os.fork() in the parent while its other threads are in PC/SC: waiting for events that don't come, or
-                 exchanging APDUs of 10 ms, each on a context and a reader of its own. pcsc_safe's waits until they are
-                 out; raw pyscard's doesn't, and a child that does more than _exit may hang
-8 threads        microseconds a call, of all threads together: their throughput, upside down. All exchange APDUs;
-                 "10 ms": that is what a card takes, else it answers at once. "2 on one": two of them use one context,
-                 which is always busy with APDUs of 10 ms. "monitored": one waits for events on a context that another
-                 uses. Both modules by turns in one process on the same sessions, but for the last two, where raw may
-                 freeze, and for "broker" (broker="always"): there each has processes of its own
-broker           SCardTransmit of a process whose PC/SC is done by a broker (broker="always"); and the first use in a
-                 forked child that has to go through one (policy "broker"): that starts it (cold), or the parent has
-                 started one ahead (prestarted)
-recorded         run --report or --timeline: pcsc_safe beside itself, in one process, on one session
-first use        in a forked child: SCardListReaders on the inherited context, which gets a context of its own first; on
-                 raw pyscard SCardEstablishContext and SCardListReaders
-many             cost by number: forked workers that are there at the same time, each with a card, 16 readers between
-                 them, and what one of them takes from the first fork on; contexts of another process; open files;
-                 readers. "all states": SCardGetStatusChange that doesn't wait
-pool             ProcessPoolExecutor of an application that has connected the card. pcsc_safe: workers are forked and
-                 use that card, with cards="reconnect"; "check by hand": they are forked and connect when they see that
-                 the process is another one; "spawn": they are new Pythons, which connect when they begin. The first
-                 answer of one worker, from the start of the pool; a task is one exchange, two workers do them
+calls            Calls in one process that never forks, on one session. The card is a Python thread of another process.
+                 "check by hand" is an application on raw pyscard that compares os.getpid() before each call.
+{OPEN_FILES} more files   The same with more open files, because SCardEstablishContext looks for its connection
+                 among the file descriptors of the process.
+import           "python -c" with the import, from start to exit. "net" is this time without that of "python -c pass".
+a card read      A program, from start to exit, that imports, establishes a context, connects and exchanges an APDU.
+                 Most of what pcsc_safe adds is the import of wrapt, which depends on its version. "other wrapt" uses
+                 the wrapt in the directory that the environment variable {OTHER_WRAPT} names.
+private memory   The memory that a forked worker doesn't share with other processes after its first exchange (Private_*
+                 of smaps_rollup). On pcsc_safe it uses the card of its parent, on raw pyscard it connects to a card.
+first establish  The first SCardEstablishContext of a process. On pcsc_safe it imports wrapt, and with it asyncio.
+fork             os.fork(), until it returns in the parent. "to reaped" is the time until the parent has reaped a child
+                 that only calls _exit. A bigger process forks more slowly. "raw pyscard" has imported nothing else.
+                 "raw, wrapt imported" has also imported wrapt, as pcsc_safe has. So the difference to this one is what
+                 pcsc_safe itself adds to a fork.
+guard            A fork with guard_native=True, compared with guard_native=False. The child examines each of its file
+                 descriptors; sockets take longest.
+waits, APDUs     os.fork() in the parent while its other threads wait for events that don't come, or exchange APDUs of
+                 10 ms, each on a separate context and reader. On pcsc_safe the fork waits for these calls. On raw
+                 pyscard it doesn't, and a child that does more than _exit may hang.
+8 threads        Microseconds for each call of any thread, while all exchange APDUs. "10 ms" is the time that the card
+                 takes; without it, the card replies immediately. "2 on one": two threads use one context, which is
+                 always busy with APDUs of 10 ms. "monitored": one thread waits for events on a context that another
+                 thread uses. Both modules are measured in turns in one process on the same sessions. For "2 on one"
+                 and "monitored", where raw pyscard may freeze, and for "broker" (broker="always"), each module has
+                 separate processes.
+broker           SCardTransmit of a process whose PC/SC calls a broker makes (broker="always"). Also the first use in a
+                 forked child with policy "broker": the child starts the broker (cold), or the parent has started it
+                 before the fork (prestarted).
+recorded         pcsc_safe with run --report or --timeline, compared with pcsc_safe without it, in one process on one
+                 session.
+first use        In a forked child on pcsc_safe: SCardListReaders on the inherited context, which is re-established
+                 first. On raw pyscard: SCardEstablishContext and SCardListReaders.
+many             Cost by number: of forked workers that run at the same time, each with a card, on 16 readers (the time
+                 is that from the first fork on, for each worker); of contexts of another process; of open files; of
+                 readers. "all states" is an SCardGetStatusChange that doesn't wait.
+pool             ProcessPoolExecutor of an application that has connected to the card. On pcsc_safe, workers are forked
+                 and use that card, with cards="reconnect". With "check by hand", they are forked, and connect when
+                 they see that their PID is another one. With "spawn", they are new Python processes, which connect
+                 when they start. The first answer is the time from the start of the pool to the result of one worker.
+                 A task is one exchange; two workers carry out the tasks.
 """
 
 
 def machine() -> dict[str, Any]:
-    """Where and when this is measured."""
+    """The machine, the date and the versions."""
     found = look()
     return {
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
@@ -89,7 +94,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name, as Linux tells it."""
+    """The name of the processor, as Linux reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -98,10 +103,10 @@ def processor() -> str:
 
 
 def write(directory: Path, where: dict[str, Any], figures: Sequence[Figure], fast: bool) -> None:
-    """The figures as a page, as data, and as a picture.
+    """Write the figures as a page, as data, and as a picture.
 
-    :param directory: where to; made if there is none.
-    :param where: what :func:`machine` said.
+    :param directory: where to write; it is created if it doesn't exist.
+    :param where: what :func:`machine` returned.
     """
     directory.mkdir(parents=True, exist_ok=True)
     document = {"machine": where, "fast": fast, "figures": [line.as_json() for line in figures]}
@@ -113,10 +118,25 @@ def write(directory: Path, where: dict[str, Any], figures: Sequence[Figure], fas
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure what pcsc_safe costs more than smartcard.scard.")
-    parser.add_argument("--fast", action="store_true", help="a few rounds only: to see that it runs, not what it says")
-    parser.add_argument("--output", metavar="DIRECTORY", type=Path, help="write a page, data and a picture there")
-    parser.add_argument("--only", metavar="MEASURE", action="append", choices=MEASURES, help=", ".join(MEASURES))
+    parser = argparse.ArgumentParser(description="Measure how much longer pcsc_safe takes than smartcard.scard.")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="run only a few rounds, to test the benchmark; the figures mean nothing (default: all rounds)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIRECTORY",
+        type=Path,
+        help="also write a page, data and a picture to this directory (default: print a table only)",
+    )
+    parser.add_argument(
+        "--only",
+        metavar="MEASURE",
+        action="append",
+        choices=MEASURES,
+        help=f"take this measure only; repeat it for more measures: {', '.join(MEASURES)} (default: all measures)",
+    )
     options = parser.parse_args(arguments)
     where = machine()
     figures: list[Figure] = []

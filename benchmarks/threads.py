@@ -1,8 +1,8 @@
 """How many calls eight threads make: ``python threads.py SCENE ROUNDS SECONDS VARIANT...``.
 
-Each round gives every variant so many seconds, in turns, in this one process and on the same sessions.  The order
-alternates.  Prints [{variant: microseconds a call, of all threads together, or null if they froze}, ...].  After a
-freeze no other round is possible, so give a variant that may freeze a separate process.
+In each round every variant runs for SECONDS, in turns, in this one process and on the same sessions.  The order
+alternates.  It prints [{variant: microseconds for each call of any thread, or null if they froze}, ...].  After a
+freeze no other round is possible, so a variant that may freeze needs a separate process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Calls = list[Callable[[], Any]]
 class Sessions:
     """Contexts and cards, as one of the modules takes them.
 
-    :param count: how many; the n-th is on the n-th reader.
+    :param count: the number of sessions; the n-th one is on the n-th reader.
     """
 
     def __init__(self, count: int) -> None:
@@ -61,7 +61,7 @@ class Sessions:
         return lambda: transmit(card, protocol, apdu)
 
     def wait(self, number: int) -> Callable[[], Any]:
-        """A wait for events on the n-th context; none comes."""
+        """A wait on the n-th context for events that don't come."""
         change, context, forever, known = (
             self.scard.SCardGetStatusChange,
             self.contexts[number],
@@ -118,7 +118,7 @@ class Phase:
         self._ends[number] = time.perf_counter()
 
     def run(self, seconds: float, end: Callable[[], Any]) -> Any:
-        """Microseconds a call; None if in the second half none ended.
+        """Microseconds a call; None if no call ended in the second half.
 
         :param end: called at last, to end a wait.
         """
@@ -133,7 +133,7 @@ class Phase:
         end()
         for thread in self._threads:
             thread.join()
-        # Each by its own time: the last call of a thread is a whole one, too.
+        # The time of each thread ends with its last call.
         return 1e6 / sum(count / (end - start) for count, end in zip(self._counts, self._ends))
 
 

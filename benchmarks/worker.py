@@ -1,9 +1,9 @@
 """A process that measures itself on request: ``python worker.py VARIANT``, one command a line on stdin.
 
-The benchmark keeps one for each variant and sends them commands in turns.  A command is a JSON list, the name of a
-function of :class:`Worker` and its arguments; the answer is a JSON list of times in microseconds.
+The benchmark has one such process for each variant, and sends them commands in turns.  A command is a JSON list with
+the name of a function of :class:`Worker` and its arguments.  The answer is a JSON list of times in microseconds.
 
-Every fork here is ended with ``os._exit`` and waited for.
+Every forked child ends with ``os._exit``, and this process waits for it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Worker:
         self.files: list[int] = []
 
     def contexts_are(self, count: int) -> list[float]:
-        """Hold so many contexts, idle."""
+        """Have ``count`` idle contexts."""
         while len(self.contexts) < count:
             self.contexts.append(self._establish())
         while len(self.contexts) > count:
@@ -62,7 +62,7 @@ class Worker:
         return []
 
     def sockets_are(self, count: int) -> list[float]:
-        """Have so many sockets open, beside what is open anyway."""
+        """Have ``count`` more sockets open."""
         import resource  # here, or every variant would be bigger
         import socket
 
@@ -82,7 +82,7 @@ class Worker:
         return times
 
     def files_are(self, count: int) -> list[float]:
-        """Have so many files open, beside what is open anyway."""
+        """Have ``count`` more files open."""
         import resource  # as in sockets_are
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -92,24 +92,24 @@ class Worker:
         return []
 
     def exchange(self, count: int) -> list[float]:
-        """The median of so many exchanges of 8 bytes, on one session."""
+        """The median time of ``count`` exchanges of 8 bytes, on one session."""
         if self.card is None:
             self.contexts_are(1)
             self.card = self._connect(self.contexts[0], 0)
         return self._median(count, self._transmit, self.card)
 
     def establish_and_release(self, count: int) -> list[float]:
-        """The median of so many contexts, each established and released."""
+        """The median time to establish and release a context, of ``count`` contexts."""
         return self._median(count, lambda: self.scard.SCardReleaseContext(self._establish()))
 
     def connect_and_disconnect(self, count: int) -> list[float]:
-        """The median of so many connections to the last reader, each made and ended."""
+        """The median time to connect to the last reader and disconnect, of ``count`` connections."""
         self.contexts_are(1)
         disconnect, leave = self.scard.SCardDisconnect, self.scard.SCARD_LEAVE_CARD
         return self._median(count, lambda: disconnect(self._connect(self.contexts[0], -1), leave))
 
     def look_at_all(self, count: int) -> list[float]:
-        """The median of so many questions for the states of all readers."""
+        """The median time of ``count`` calls that return the states of all readers."""
         self.contexts_are(1)
         scard, context = self.scard, self.contexts[0]
         states = [(name, scard.SCARD_STATE_UNAWARE) for name in self._readers(context)]
@@ -137,7 +137,7 @@ class Worker:
         return self._must(scard.SCardConnect(context, reader, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1))[1]
 
     def private_memory(self) -> list[float]:
-        """What a forked worker has to itself after an exchange on the parent's card, or one of its own; in kB."""
+        """The private memory of a forked worker in kB, after an exchange with the inherited card, or with its own."""
 
         def ask() -> float:
             self._transmit(self.card if self.inherits else self._connect(self._establish(), 0))
@@ -147,7 +147,7 @@ class Worker:
         return self._in_child(ask)
 
     def workers(self, count: int) -> list[float]:
-        """So many forked workers, each with a card of its own, until each had an exchange; a worker's part of that."""
+        """The time until each of ``count`` forked workers has had an exchange with its card, divided by ``count``."""
         self.contexts_are(1)
         read_end, write_end = os.pipe()
         goes_on, is_over = os.pipe()
@@ -174,13 +174,13 @@ class Worker:
         return [taken]
 
     def prestart(self) -> list[float]:
-        """Start a broker ahead, for the children."""
+        """Start a broker for the children before they are forked."""
         importlib.import_module("pcsc_safe").prestart_broker()
         time.sleep(1)
         return []
 
     def fork(self) -> list[float]:
-        """os.fork() as the parent sees it, and from there until a child that does nothing is reaped."""
+        """The time of os.fork() in the parent, and the time until a child that does nothing is reaped."""
         start = clock()
         pid = os.fork()
         if pid == 0:
@@ -190,7 +190,7 @@ class Worker:
         return [(forked - start) / 1000, (clock() - start) / 1000]
 
     def busy(self, what: str, count: int) -> list[float]:
-        """Keep so many threads busy from now on, each on a context and a reader of its own: ``wait`` or ``exchange``.
+        """Keep ``count`` threads busy from now on, each on its own context and reader: ``wait`` or ``exchange``.
 
         They wait for events that don't come, or exchange APDUs of 10 ms, one after the other.
         """
@@ -202,7 +202,7 @@ class Worker:
         return []
 
     def fork_among_threads(self) -> list[float]:
-        """os.fork() as the parent sees it, at any moment of what its other threads do."""
+        """The time of os.fork() in the parent, at a random moment of the other threads' calls."""
         time.sleep(random.uniform(0.005, 0.02))
         return self.fork()[:1]
 
@@ -218,9 +218,9 @@ class Worker:
             self._must(scard.SCardTransmit(card, scard.SCARD_PCI_T1, IN_10_MS))
 
     def first_use_in_child(self) -> list[float]:
-        """A forked child's first answer from a context of its own; the second, for comparison.
+        """The time of a forked child's first call on its own context, and of the second, for comparison.
 
-        With pcsc_safe that is any call on the context it inherited; on raw pyscard it has to establish one first.
+        On pcsc_safe the first call uses the inherited context.  On raw pyscard the child first establishes a context.
         """
 
         def ask() -> float:
@@ -232,7 +232,7 @@ class Worker:
         return self._in_child(ask)
 
     def _in_child(self, ask: Callable[[], float]) -> list[float]:
-        """What a forked child says."""
+        """The output of a forked child."""
         read_end, write_end = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -256,7 +256,7 @@ class Worker:
 
 
 def main() -> None:
-    """Obey until stdin ends."""
+    """Execute commands until stdin ends."""
     warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
     worker = Worker(sys.argv[1])
     for line in sys.stdin:

@@ -1,9 +1,10 @@
 """A card service that opens the card in the foreground and serves it from the background.
 
-What it shows: a daemon may open its readers before it forks, so that a missing card is reported on the terminal, and
-use them afterwards.  When its parent has ended, the daemon's first command returns SCARD_W_RESET_CARD, as after any
-reset of the card; pcsc_safe.reconnecting() connects again and repeats the command.  The example needs no PIN and no
-applet.  A daemon that does passes a function as on_reset, which selects the applet and verifies the PIN.
+What it shows: a program may connect to the card before it daemonizes, so that a missing card is reported on the
+terminal.  The daemon then uses this card.  Its parent has ended, so the daemon's first command returns
+SCARD_W_RESET_CARD, as after any reset of the card.  pcsc_safe.reconnecting() connects again and repeats the command.
+This example needs no PIN and no applet.  A daemon that needs them passes on_reset, a function that selects the applet
+and verifies the PIN.
 
 Run it, and send it commands over its socket; each line is a command in hex, and each reply is a line::
 

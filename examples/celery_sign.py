@@ -1,19 +1,19 @@
-"""A signing queue: Celery workers, one for each card, on as many machines as there are cards, with one Redis.
+"""A signing queue on Celery and Redis, with a worker for each card, on one or more machines.
 
 What it shows: the worker opens the card and verifies the PIN before its pool forks, and every process of the pool signs
-with it.  A card can only be used on the machine of its reader, so queues route tasks to cards.  Every idle worker
-serves "sign".  Only the worker that has the card serves "sign.FINGERPRINT"; FINGERPRINT is the SHA-256 of the card's
-certificate in hex.  A task is acknowledged when it is done: if a process is killed or a host disappears, its tasks are
-delivered again.  Signing twice is harmless.
+with this card.  A card can only be used on the machine of its reader, so queues route tasks to cards.  Idle workers
+take tasks from the queue "sign".  Only the worker that has the card takes tasks from the queue "sign.FINGERPRINT".
+FINGERPRINT is the SHA-256 of the card's certificate in hex.  A task is acknowledged when it is done.  If a process is
+killed or a machine disappears, its tasks are delivered again.  Signing twice is harmless.
 
-Start a worker for each reader.  It asks for the PIN, or takes it from PIV_PIN.  If there are several readers,
-PIV_READER is a part of the reader's name::
+Start a worker for each reader.  It asks for the PIN, or takes it from the environment variable PIV_PIN.  If there are
+several readers, set PIV_READER to a part of the reader's name::
 
     export CELERY_BROKER_URL=redis://127.0.0.1/0 CELERY_RESULT_BACKEND=redis://127.0.0.1/0
     celery --workdir examples -A celery_sign worker --concurrency 2
 
-Have a message signed, by any card or by the one with this certificate.  The certificate and the signature are written
-to standard output.  `celery ... inspect active_queues` lists the cards::
+Sign a message with any card, or with the card that has this certificate.  The program prints the certificate and the
+signature.  `celery ... inspect active_queues` lists the cards::
 
     python examples/celery_sign.py "to be signed" [FINGERPRINT]
 
@@ -42,7 +42,7 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_transport_options={
         "visibility_timeout": REDELIVER_AFTER,
-        "unacked_restore_interval": 1,  # every worker looks every second; by default every 100 s
+        "unacked_restore_interval": 1,  # every worker looks for lost tasks every second; by default every 100 s
         "unacked_restore_throttle": 1,
         "unacked_mutex_expire": 10,  # seconds; the lock of a host that died while it looked
     },
@@ -96,7 +96,7 @@ def sign(message):
 def signed(message, fingerprint="", patience=4 * REDELIVER_AFTER):
     """Call `sign` in a worker, and return what it returns.
 
-    A task can be lost: if a host dies just after it has taken the task, or if Redis doesn't keep its data and restarts.
+    A task can be lost if a host dies just after it has taken the task, or if Redis restarts without its data.
     So a task that has no result after `patience` seconds is sent again, with the same ID.
     """
     queue = f"sign.{fingerprint}" if fingerprint else "sign"

@@ -1,16 +1,16 @@
 """A door that opens for PIV cards: pyscard's CardMonitor, and a separate process for every card that is inserted.
 
 What it shows: with `pcsc_safe.install()` a program that uses pyscard's own classes may fork, here in the thread of the
-monitor.  The forked handler continues with the connection that was made before the fork.  What it does, and how it
-ends, affects neither the parent nor the other handlers.  A handler that hangs with a bad card blocks nobody else, and
-a handler that dies opens no door.
+monitor.  The forked handler uses the connection that was made before the fork.  Neither the parent nor the other
+handlers are affected by what it does, or by how it ends.  A handler that hangs with a bad card blocks no other
+handler, and a handler that dies opens no door.
 
 A card opens the door if it is on the list and proves that it is that card: it signs a random challenge with the key of
 its certificate for card authentication (slot 9E), which needs no PIN.  A UID, an ATR or a certificate alone is easily
-copied and opens nothing.  Only the list counts: the certificates' dates and issuers are not checked.
+copied and opens nothing.  The certificates' dates and issuers are not checked, because the list decides.
 
-Run it with a list that has the SHA-256 of a certificate and a name in each line.  A card that isn't on it is logged
-with the line that adds it.  The log is on standard output; SIGTERM and Ctrl-C end the program::
+Run it with a list that has the SHA-256 of a certificate and a name in each line.  For a card that isn't on the list,
+the program logs the SHA-256.  The log is on standard output.  SIGTERM and Ctrl-C end the program::
 
     python examples/door.py list
 

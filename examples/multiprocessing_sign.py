@@ -1,19 +1,19 @@
 """Signatures by worker processes, with a card that was opened before they were forked.
 
 What it shows: the process from which the workers are forked opens the card once and verifies the PIN.  Each worker
-connects again at its first signature, and finds the PIN verified.  Workers are replaced, and some die: another worker
-then signs the messages that such a worker had.  The three kinds of workers differ in how a program notices that; see
-each below.
+connects again at its first signature, and the PIN is still verified.  Some workers die.  Other workers then sign the
+messages that these workers had.  A program notices the death of a worker in three different ways, depending on the kind
+of its workers: see the functions below.
 
-Sign every line of standard input; on standard output, the line after its signature in hex, in any order::
+The program signs every line of standard input.  It prints the signature in hex and then the line, in any order::
 
     seq 1000 | python examples/multiprocessing_sign.py executor           # or pool, or process
     seq 1000 | PYTHONPATH=examples python examples/multiprocessing_sign.py executor forkserver
 
-The start method ``fork`` is named explicitly, because it is not the default since Python 3.14, and with another one the
-workers would not inherit this process's card.  With ``forkserver`` the fork server opens the card, not this process:
-it preloads the module `opened_card`, which has to be on PYTHONPATH for that.  The PIN is asked for on the terminal, or
-taken from PIV_PIN in the environment.  Without a card::
+The program sets the start method ``fork``, because it is not the default since Python 3.14, and with another one the
+workers would not inherit this process's card.  With ``forkserver`` the fork server opens the card, not this process.
+The fork server preloads the module `opened_card`, so this module must be on PYTHONPATH.  The program asks for the PIN
+on the terminal, or takes it from the environment variable PIV_PIN.  Without a card::
 
     pip install 'pcsc-safe[piv]'
     export PIV_PIN=123456
@@ -72,7 +72,7 @@ def by_executor(how, messages):
 
 
 def by_process(how, messages):
-    """Each `Process` gets some messages and its own pipe.  The end of the pipe tells which messages are missing."""
+    """Each `Process` gets some messages and its own pipe.  When the pipe ends, we know which messages are missing."""
     missing, running = list(messages), {}
     while missing or running:
         while missing and len(running) < WORKERS:
@@ -80,7 +80,7 @@ def by_process(how, messages):
             pipe, its_end = how.Pipe(duplex=False)
             process = how.Process(target=sign_all, args=(some, its_end))
             process.start()
-            its_end.close()  # otherwise the pipe would never end
+            its_end.close()  # otherwise the pipe would never end in this process
             running[pipe] = process, set(some)
         for pipe in multiprocessing.connection.wait(running):
             process, expected = running[pipe]

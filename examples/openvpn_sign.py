@@ -1,10 +1,10 @@
-"""The key of an OpenVPN client on a PIV card: signs what OpenVPN asks for, over its management interface.
+"""Signs for an OpenVPN client whose key is on a PIV card, over OpenVPN's management interface.
 
-What it shows: a daemon may ask for the PIN on the terminal, and continue in the background in the session in which it
-was verified.  The PIN is not kept, so the daemon has nothing but this session.  `pcsc_safe.handover` gives it the
-connection itself, and the cleanup of the foreground process at its end no longer affects it.
+What it shows: a program may ask for the PIN on the terminal, and continue in the background as a daemon.  The daemon
+doesn't keep the PIN, so it needs the session in which the PIN was verified.  `pcsc_safe.handover` gives this session to
+the daemon.  The exit of the foreground process then doesn't affect the session.
 
-It listens on a socket to which its user and root may connect.  Start it, and then OpenVPN, which connects::
+The daemon listens on a socket, to which its user and root may connect.  Start it, and then OpenVPN, which connects::
 
     python examples/openvpn_sign.py ~/card.sock    # asks for the PIN, or takes PIV_PIN; prints the daemon's PID
     sudo openvpn client.conf
@@ -17,9 +17,9 @@ Put these lines into client.conf instead of cert and key::
     management-external-cert piv
     management-external-key nopadding
 
-If the session is lost (the card is removed, reset, or used for something else) the daemon ends, and OpenVPN with it.
-With --keep-pin it keeps the PIN and begins another session.  It writes a log to ~/card.sock.log.  Without a card:
-``python -m pcsc_safe.testing --card piv -- sh`` starts a shell with a virtual one, whose PIN is 123456.
+If the session is lost (the card is removed, reset, or used for something else), the daemon and OpenVPN end.  With
+--keep-pin the daemon keeps the PIN and begins another session.  It writes a log to ~/card.sock.log.  Without a card,
+``python -m pcsc_safe.testing --card piv -- sh`` starts a shell with a virtual card, whose PIN is 123456.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main(path, reader, exclusive, keep_pin):
 
 
 def listen(path):
-    """A socket for this user and root only, because whoever may connect to it can have anything signed."""
+    """A socket for this user and root only, because every client can have anything signed."""
     listener = socket.socket(socket.AF_UNIX)
     umask = os.umask(0o177)
     listener.bind(path)
@@ -86,7 +86,9 @@ def converse(client, signer, certificate):
     """Serve one OpenVPN until it disconnects (doc/management-notes.txt of OpenVPN has the protocol)."""
     try:
         with client, client.makefile("rw", encoding="utf-8", errors="replace") as lines:
-            say(lines, "version 3", "state on")  # from version 3 on OpenVPN says which kind of signature it wants
+            say(
+                lines, "version 3", "state on"
+            )  # with version 3 or later, OpenVPN says which kind of signature it needs
             for line in lines:
                 kind, _, text = line.rstrip().partition(":")
                 if kind == ">NEED-CERTIFICATE":
@@ -117,12 +119,12 @@ def sign(lines, signer, request):
 
 
 def digest(data, algorithm, *parameters):
-    """What a P-256 key has to sign: the data, or their digest if they are the message itself.
+    """What a P-256 key signs: ``data``, or the digest of ``data`` if this is the message itself.
 
     :raises ValueError: OpenVPN wants another kind of key.
     """
     if algorithm != "ECDSA":
-        raise ValueError(f"OpenVPN wants {algorithm}, and the key does ECDSA")
+        raise ValueError(f"OpenVPN wants {algorithm}, but the key can only sign with ECDSA")
     data = base64.b64decode(data)
     if "data=message" in parameters:
         data = hashlib.new(dict(parameter.split("=") for parameter in parameters)["hashalg"], data).digest()
@@ -136,10 +138,20 @@ def say(lines, *commands):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--exclusive", action="store_true", help="keep other applications out of the card")
-    parser.add_argument("--keep-pin", action="store_true", help="verify it again when the session was lost")
-    parser.add_argument("--reader", default="", help="a part of its name")
-    parser.add_argument("socket", type=os.path.abspath, help="to be made, for OpenVPN's --management")
+    parser.add_argument(
+        "--exclusive",
+        action="store_true",
+        help="prevent other applications from using the card (default: they can use it)",
+    )
+    parser.add_argument(
+        "--keep-pin",
+        action="store_true",
+        help="keep the PIN, and verify it again if the session is lost (default: end)",
+    )
+    parser.add_argument("--reader", default="", help="a part of the reader's name (default: the first reader)")
+    parser.add_argument(
+        "socket", type=os.path.abspath, help="the path of the socket for OpenVPN's --management; the program creates it"
+    )
     options = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     try:

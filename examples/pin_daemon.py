@@ -1,19 +1,19 @@
 """A signing daemon that asks for the PIN on the terminal, and then continues in the background without it.
 
-What it shows: `pcsc_safe.handover()` transfers the session of the process that asked for the PIN to the daemon: same
-card, PIN verified, held exclusively.  So the daemon needs no PIN and has none.  It also can't verify the PIN again.  If
-the session ends, because the card was pulled out or pcscd was restarted, the daemon reports that to the client, writes
-a line to the system's log, and ends; start it again.  It forks a handler for every client.  The handler doesn't use the
-session, and may die.
+What it shows: the process that asks for the PIN transfers its session to the daemon with `pcsc_safe.handover()`.  The
+PIN is still verified, and the card is still held exclusively.  So the daemon needs no PIN and has none.  But it can't
+verify the PIN again.  If the session ends, because the card was pulled out or pcscd was restarted, the daemon reports
+this to the client, writes a line to the system's log, and ends.  Start it again then.  It forks a handler for every
+client.  The handler doesn't use the session, and may die.
 
-Run it with python-daemon installed, and have files signed; the reply is the signature in hex, or ``error: ...``::
+Run it with python-daemon installed, and send files to it; the reply is the signature in hex, or ``error: ...``::
 
     python examples/pin_daemon.py ~/sign.sock      # asks for the PIN, or takes it from PIV_PIN in the environment
     nc -UN ~/sign.sock < file
     kill $(cat ~/sign.sock.pid)
 
-Everybody who may connect may sign.  So only its user may use the socket (mode 0600), and the card is held exclusively:
-otherwise every user of the reader could sign with the PIN that was verified here.
+Everybody who may connect to the socket may sign.  So only its user may use the socket (mode 0600).  The card is held
+exclusively, because otherwise every user of the reader could sign with the PIN that was verified here.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ def main(path):
     listener.bind(path)
     listener.listen()
     background = daemon.DaemonContext(umask=0o177, files_preserve=[listener, *pcsc_safe.files_to_preserve()])
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may close before this process has left it
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may close before this process has detached from it
     with pcsc_safe.handover():
         background.open()
-    # Outside of that block, so that the forks of handlers hand nothing over.
+    # Outside of the handover block, so that the forks of handlers hand nothing over.
     with background:
         try:
             with open(f"{path}.pid", "w") as file:

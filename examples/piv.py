@@ -4,11 +4,11 @@ What it shows: code that handles a reset of its card also handles a fork.  Anoth
 time.  PC/SC then returns SCARD_W_RESET_CARD, and the remedy is to connect again, select the applet and verify the PIN.
 A forked process gets the same code if the session that it inherited has ended, and the same remedy works.
 
-Sign a file: the certificate of the card in the first reader, and the signature in hex, on standard output::
+Sign a file with the card in the first reader.  The program prints the certificate, and the signature in hex::
 
     python examples/piv.py file
 
-The PIN is asked for, or taken from PIV_PIN in the environment.  Without a card, on a virtual one whose PIN is 123456::
+It asks for the PIN, or takes it from the environment variable PIV_PIN.  On a virtual card, whose PIN is 123456::
 
     pip install 'pcsc-safe[piv]'
     python -m pcsc_safe.testing --card piv -- python examples/piv.py file

@@ -1,8 +1,8 @@
 """The bug report that started it: establish a context, fork, list the readers in the child.
 
 What it shows: on OS X Yosemite the child crashed ("PC/SC functions crash after a fork(2)", January 2015,
-https://blog.apdu.fr/posts/2015/01/os-x-yosemite-bug-pcsc-functions-crash/).  On Linux it got an answer, over its
-parent's connection.  With pcsc_safe the child gets its own context, and the parent's continues.
+https://blog.apdu.fr/posts/2015/01/os-x-yosemite-bug-pcsc-functions-crash/).  On Linux the child used its parent's
+connection.  With pcsc_safe the child gets its own context, and the parent's context continues to work.
 
 The report's sample is a C program.  These are the same steps, written for pyscard; only the import is different.  Run
 it, with any reader or with the virtual stack of ``pcsc_safe.testing``::

@@ -1,19 +1,19 @@
-"""A web service that signs with a card: the same file under gunicorn and under uWSGI, each with two workers.
+"""A web service that signs with a card, under gunicorn or uWSGI, with two workers.
 
 What it shows: the server opens the card when it loads the application, so a missing card or a wrong PIN is reported
-before the service starts.  Then it forks its workers.  Each connects again at its first request, finds the PIN
-verified, and signs.  Workers may die, and be replaced.
+before the service starts.  Then the server forks its workers.  Each worker connects again at its first request, the PIN
+is still verified, and the worker signs.  Workers may die and be replaced.
 
-Run it under one or the other; PIV_PIN in the environment, or the PIN is asked for::
+Run it under gunicorn or uWSGI.  It asks for the PIN, or takes it from the environment variable PIV_PIN::
 
     gunicorn --preload --workers 2 --bind 127.0.0.1:8000 --chdir examples wsgi_sign:application
     uwsgi --http-socket 127.0.0.1:8000 --master --processes 2 --chdir examples --wsgi-file wsgi_sign.py
 
-Without a card, with a virtual one::
+On a virtual card::
 
     PIV_PIN=123456 python -m pcsc_safe.testing --card piv -- gunicorn ...
 
-Have a file signed, and check the signature::
+Sign a file, and check the signature::
 
     curl --data-binary @file http://127.0.0.1:8000/sign > file.sig
     curl http://127.0.0.1:8000/certificate > certificate.pem
@@ -34,7 +34,7 @@ turns = threading.Lock()  # only one thread at a time may use a Signer, and a se
 
 
 def application(environ, start_response):
-    """POST /sign: the signature of the body, in DER.  GET /certificate: that of the key, in PEM."""
+    """POST /sign: the signature of the body, in DER.  GET /certificate: the key's certificate, in PEM."""
     handle = ROUTES.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]), not_found)
     try:
         status, kind, body = handle(environ)

@@ -1,9 +1,8 @@
 """PC/SC smart cards that survive ``fork()``.
 
 Import :mod:`pcsc_safe.scard` instead of ``smartcard.scard``; a program that uses pyscard's classes calls
-:func:`install`.  The names of this package are loaded when they are first used, so that ``import pcsc_safe`` costs
-nothing and loads no native library.  One setting applies from the import on, if the environment has it:
-``PCSC_SAFE_GUARD_NATIVE``.
+:func:`install`.  The names of this package are loaded when they are first used, so ``import pcsc_safe`` is quick and
+loads no native library.  If the environment has ``PCSC_SAFE_GUARD_NATIVE``, this setting applies from the import on.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ def __dir__() -> list[str]:
 
 _GUARD = "PCSC_SAFE_GUARD_NATIVE"
 if _environment.get(_GUARD):
-    # It is for programs that may use nothing else of this package, so nothing else would look.
+    # A program with this setting may use nothing else of the package, so the variable has to be read here.
     from . import policy
     from ._core import connections
 

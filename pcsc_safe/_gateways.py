@@ -30,14 +30,14 @@ class _Brokers:
 
     def prepare(self) -> None:
         """Import it, and what it requires."""
-        from ._core import handover  # noqa: F401  # a child may want to hand over to one of its own
+        from ._core import handover  # noqa: F401  # a child may call handover() for a child of its own
         from .broker import family  # not before
 
         family.prepare()
 
     def get(self) -> gateways.BrokerGateway:
         """The broker of this process; see :class:`gateways.Brokers`."""
-        from .broker import family  # in all but a child that is the first to use PC/SC, it is there
+        from .broker import family  # it is already imported, except in a child that is the first process to use PC/SC
 
         return family.get()
 
@@ -84,7 +84,7 @@ if observer.is_wanted():
         recorder.begin()
 
 from ._core.router import public  # noqa: E402
-from ._native import unprotected  # noqa: E402, F401  # its hook comes last: what a fork needs has been done then
+from ._native import unprotected  # noqa: E402, F401  # imported last, so that its hook runs after all others
 
 
 def __getattr__(name: str) -> Any:

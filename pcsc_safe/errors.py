@@ -71,7 +71,7 @@ def _load(kind: type[PcscSafeError], problem: str, fields: dict[str, Any]) -> Pc
 
 
 class SettingsError(PcscSafeError, ValueError):
-    """A setting can't have this value; the text says which values it can have.  Also a ValueError."""
+    """A setting can't have this value; the text says which values it can have.  It is also a ValueError."""
 
 
 class ForkUnsafeError(PcscSafeError):
@@ -102,26 +102,26 @@ class ForkedHandleError(_CodedError):
 
     A session that this process has handed over counts as inherited.
 
-    Also a ``smartcard.Exceptions.SmartcardException``, so that code written for pyscard catches it.
+    It is also a ``smartcard.Exceptions.SmartcardException``, so code written for pyscard catches it.
 
     :param hresult: the PC/SC code of this state, SCARD_E_INVALID_HANDLE.
     """
 
 
 class ReconnectError(_CodedError):
-    """A card could not be connected again by :func:`pcsc_safe.reconnecting`.
+    """:func:`pcsc_safe.reconnecting` could not connect to the card again.
 
-    Also a ``smartcard.Exceptions.SmartcardException``, so that code written for pyscard catches it.
+    It is also a ``smartcard.Exceptions.SmartcardException``, so code written for pyscard catches it.
 
     :param hresult: the PC/SC code that SCardReconnect returned, or a code that says why it was not called.
     """
 
 
 def join_pyscard() -> None:
-    """Make the errors with an ``hresult`` SmartcardExceptions, once pyscard has been imported.
+    """Make the errors with an ``hresult`` subclasses of SmartcardException, if pyscard has been imported.
 
-    Not before, because importing pyscard loads the native library.  A program that has not imported pyscard can't catch
-    its exceptions.
+    This function doesn't import pyscard, because that would load the native library.  A program that has not imported
+    pyscard can't catch its exceptions.
     """
     pyscard = sys.modules.get("smartcard.Exceptions")
     base = getattr(pyscard, "SmartcardException", None)

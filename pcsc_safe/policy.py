@@ -40,7 +40,7 @@ __all__ = [
 class Policy(str, enum.Enum):
     """What a process gets when it first uses a context that it inherited; docs/policies.md explains each policy.
 
-    :cvar AUTO: the same as ``reestablish`` if the process can use PC/SC itself, otherwise as ``broker``; the default.
+    :cvar AUTO: the default: ``reestablish`` if the process can use PC/SC itself, and otherwise ``broker``.
     :cvar REESTABLISH: a new context in this process; ForkUnsafeError if it can't use PC/SC itself.
     :cvar BROKER: a new context in a broker.
     :cvar SHARE: the owner's session, together with the owner; needs ``broker="always"``.
@@ -93,7 +93,7 @@ class Owner(str, enum.Enum):
 
 
 class Setting:
-    """Everything that is known about a setting.
+    """The default, the description and the possible values of a setting.
 
     :ivar default: its value if it is not set.
     :ivar summary: what it is for, in a line.
@@ -118,6 +118,11 @@ class Setting:
         kind = type(self.default)
         return [member.value for member in kind] if issubclass(kind, enum.Enum) else []
 
+    def default_as_text(self) -> str:
+        """The default as a user would write it, for the documentation and for ``--help``."""
+        value = int(self.default) if isinstance(self.default, bool) else self.default
+        return str(getattr(value, "value", value)) or '""'
+
 
 _rows: list[Setting] = []
 _Value = TypeVar("_Value")
@@ -132,14 +137,16 @@ class Settings(NamedTuple):
     """All settings; :func:`pcsc_safe.configure` explains them."""
 
     policy: Policy = _setting(
-        Policy.AUTO, "what a process gets when it first uses an inherited context", of_context=True
+        Policy.AUTO, "what a process gets when it first uses a context that it inherited", of_context=True
     )
     cards: Cards = _setting(Cards.AUTO, "what calls on an inherited card handle do", of_context=True)
     quiesce_timeout: float = _setting(
-        1.0, "the longest time in seconds that a fork waits for PC/SC calls of other threads"
+        1.0, "the longest time, in seconds, that a fork waits for PC/SC calls of other threads to return"
     )
-    broker: Broker = _setting(Broker.ON_FORK, "when a helper process makes the PC/SC calls")
-    broker_python: str = _setting("", "the interpreter that runs brokers")
+    broker: Broker = _setting(Broker.ON_FORK, "when a broker, a helper process, makes the PC/SC calls")
+    broker_python: str = _setting(
+        "", "the path of the Python interpreter that runs brokers; if empty, the one that runs the program"
+    )
     owner: Owner = _setting(Owner.PARENT, "which process owns the sessions after a fork")
     guard_native: bool = _setting(
         False, "whether children are kept from using the sessions of PKCS#11 modules and other native code"

@@ -1,8 +1,8 @@
 """``smartcard.scard``, safe to use on both sides of a fork.
 
-Import it instead of ``smartcard.scard``: the same functions, constants and ``error``, with the same results.  In a
-process that never forks only one thing differs: a failed call returns no uninitialised memory beside its error code.
-SCardTransmit and SCardControl return ``[]``; hazard 11 of ``python -m pcsc_safe demo`` shows what pyscard returns.
+Import it instead of ``smartcard.scard``.  It has the same functions, constants and ``error``, with the same results.
+In a process that never forks only one thing differs: if SCardTransmit, SCardControl or another call fails, the data
+that it returns is ``[]``.  pyscard returns uninitialised memory instead (hazard 11 of ``python -m pcsc_safe demo``).
 """
 
 import sys as _sys
@@ -10,5 +10,5 @@ import sys as _sys
 from ._gateways import public as _public
 
 globals().update(_public)
-scard = _sys.modules[__name__]  # some import the module smartcard.scard.scard from smartcard.scard
+scard = _sys.modules[__name__]  # some programs import the module smartcard.scard.scard from smartcard.scard
 __all__ = list(_public)

@@ -1,11 +1,11 @@
-"""The animated picture of the demo in the README, made from a real run of it in a terminal.
+"""Makes the animated picture of the demo in the README from a real run in a terminal.
 
 python scripts/demo_picture.py            run the demo, and print the picture
-python scripts/demo_picture.py --write    put it in docs/images
+python scripts/demo_picture.py --write    write it to docs/images
 
 The picture shows the lines as the run prints them.  Pauses are shortened, and the table between the last line and the
-summary is left out.  Each text is in its final place from the beginning and only hidden until its time, so a viewer
-that doesn't animate shows the end of the run.
+summary is left out.  Each text is in its final place from the beginning, and is hidden until its time.  So a viewer
+that doesn't animate the picture shows the end of the run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A part of a line, and the seconds from which and until which it is there; None: it stays."""
+    """A part of a line, with the second when it appears, and the second when it disappears (None if it stays)."""
 
     part: Part
     since: float
@@ -86,7 +86,7 @@ def _read(descriptor: int) -> str:
 
 
 def shortened(pieces: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    """The same with no long pause, from :data:`START` on."""
+    """The same without long pauses, beginning at :data:`START`."""
     now, before, result = START, pieces[0][0], []
     for at, piece in pieces:
         now += min(at - before, LONGEST_PAUSE)
@@ -96,7 +96,7 @@ def shortened(pieces: list[tuple[float, str]]) -> list[tuple[float, str]]:
 
 
 def lines(pieces: list[tuple[float, str]]) -> list[list[tuple[float, str]]]:
-    """Each line of the screen, as the versions that replace each other."""
+    """Each line of the screen, as the list of its versions."""
     screen: list[list[tuple[float, str]]] = [[]]
     for at, piece in pieces:
         for token in re.split(r"(\r\n|\r\x1b\[K)", piece):
@@ -108,7 +108,7 @@ def lines(pieces: list[tuple[float, str]]) -> list[list[tuple[float, str]]]:
 
 
 def parts(text: str) -> list[Part]:
-    """What is in a line, without the spaces between."""
+    """The parts of a line, without the spaces between them."""
     found, column, look = [], 0, ""
     for token in re.split(r"(\x1b\[\d+m|  +)", text):
         if token.startswith("\x1b"):

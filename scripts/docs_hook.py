@@ -1,8 +1,8 @@
-"""What mkdocs.yml can't say: the README's first screen, files of the repository, pictures, version and repository.
+"""The parts of the site that mkdocs.yml can't configure; mkdocs loads this module (``hooks`` in mkdocs.yml).
 
-The pages link to examples and to other files of the repository by relative paths, which work where the repository is
-looked at.  For the site each linked file becomes a page with its text, and the links lead there.  mkdocs loads this
-module (``hooks`` in mkdocs.yml).  No fork, no PC/SC.
+It adds the README's first screen, files of the repository, pictures, the version and the link to the repository.  The
+pages link to examples and other files by relative paths, which work in the repository.  For the site, each linked file
+becomes a page with its text, and the links lead to this page.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def on_config(config: Any) -> Any:
 
 
 def _value(name: str, file: str) -> str:
-    """The string that a line of a file gives a name; Python 3.9 has no parser of TOML."""
+    """The string that a file assigns to a name; Python 3.9 has no parser of TOML."""
     found = re.search(rf'(?m)^{name} = "([^"]*)"', (ROOT / file).read_text())
     return found.group(1) if found else ""
 
@@ -51,7 +51,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put the README's first screen where it belongs, and lead links to the pages of this site."""
+    """Insert the README's first screen, and change links so that they lead to pages of this site."""
     source = page.file.src_uri
     if source in PAGES.values() or source.startswith("examples/"):
         return markdown
@@ -61,13 +61,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Embed the pictures, and show the roles of Sphinx in the docstrings as the code that they are about."""
+    """Embed the pictures, and replace Sphinx's roles in docstrings with code."""
     html = _PICTURE.sub(_embedded, html)
     return re.sub(r":(?:mod|class|func|meth|data|exc|attr):<code>~?", "<code>", html)
 
 
 def _embedded(picture: re.Match[str]) -> str:
-    """A picture that scrolls where the page is narrower, and a link to it in its full size.
+    """A picture that scrolls if the page is narrower, and a link to the picture in its full size.
 
     An ``<img>`` follows the page's choice of light or dark, but has no tooltips; an ``<object>`` has them.
     """
@@ -80,21 +80,21 @@ def _embedded(picture: re.Match[str]) -> str:
 
 
 def on_post_page(output: str, **_: Any) -> str:
-    """Keep the theme's script from asking GitHub how popular the repository is."""
+    """Prevent the theme's script from asking GitHub for the repository's stars."""
     return output.replace(' data-md-component="source"', "")
 
 
 def first_screen() -> str:
-    """Of README.md, without its title."""
+    """The first screen of README.md, without its title."""
     _, _, rest = (ROOT / "README.md").read_text().partition("\n")
     return rest.partition("\n## ")[0]
 
 
 def moved(markdown: str, directory: str, page_directory: str) -> str:
-    """Text with its links to files of the repository made links between pages.
+    """The text, with links to pages of the site instead of links to files of the repository.
 
-    :param directory: where the text is, relative to the repository.
-    :param page_directory: where its page is, relative to the site.
+    :param directory: the directory of the text, relative to the repository.
+    :param page_directory: the directory of its page, relative to the site.
     """
 
     def link(match: re.Match[str]) -> str:
@@ -107,7 +107,7 @@ def moved(markdown: str, directory: str, page_directory: str) -> str:
 
 
 def _page_of(path: str) -> str | None:
-    """The page that a file of the repository is on; None if it is on none."""
+    """The page that shows a file of the repository; None if no page does."""
     if path in PAGES:
         return PAGES[path]
     if path == "examples":

@@ -1,7 +1,7 @@
-"""The man page of the command line, made from its parsers and from the table of settings.
+"""Makes the man page of the command line from its parsers and from the table of settings.
 
 python scripts/man_page.py            print it
-python scripts/man_page.py --write    put it in man/
+python scripts/man_page.py --write    write it to man/
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _foot() -> Iterator[str]:
 
 
 def _roff(text: str) -> str:
-    """Text as roff takes it: no line of it is a request."""
+    """The text, escaped for roff, so that no line is a request."""
     lines = text.replace("\\", "\\e").replace("-", "\\-").splitlines()
     return "\n".join(f"\\&{line}" if line.startswith((".", "'")) else line for line in lines)
 

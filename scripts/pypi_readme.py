@@ -1,7 +1,7 @@
-"""README.md as PyPI shows it, where relative links lead nowhere: those to files of the repository are made absolute.
+"""README.md for PyPI, where relative links don't work: links to files of the repository are made absolute.
 
-hatchling calls this when it builds (``tool.hatch.metadata.hooks.custom`` in pyproject.toml).  The URL is that of
-``Repository`` in ``project.urls``; without it the links stay as they are.
+hatchling calls this module when it builds (``tool.hatch.metadata.hooks.custom`` in pyproject.toml).  The links begin
+with the URL ``Repository`` in ``project.urls``.  Without this URL the links stay relative.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 _LINK = re.compile(r"(!?)(\[[^]]*\]\()([^)#\s:]+)(#[^)\s]*)?\)")
 
 
-class PypiReadme(MetadataHookInterface):  # type: ignore[misc]  # hatchling is there when it calls this
-    """What hatchling looks for in this file."""
+class PypiReadme(MetadataHookInterface):  # type: ignore[misc]  # hatchling is installed when it calls this module
+    """The hook that hatchling calls."""
 
     def update(self, metadata: dict[str, Any]) -> None:
         """Set ``readme``."""
@@ -29,7 +29,7 @@ class PypiReadme(MetadataHookInterface):  # type: ignore[misc]  # hatchling is t
 
 
 def absolute(markdown: str, repository: str) -> str:
-    """Text with its links to files of the repository made absolute.
+    """The text, with absolute links to files of the repository.
 
     :param repository: its URL.
     """

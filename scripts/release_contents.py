@@ -22,7 +22,7 @@ MAY_BE = WANTED | {".gitignore"}
 
 
 def of_wheel(path: str) -> dict[str, str]:
-    """Each file of a wheel, with a hash; but for the list of them, whose order is the builder's."""
+    """Each file of a wheel, with a hash; without the list of files, whose order depends on the builder."""
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/RECORD")]
         return {name: hashlib.sha256(archive.read(name)).hexdigest() for name in names}
@@ -35,14 +35,14 @@ def of_sdist(path: str) -> set[str]:
 
 
 def faults(sdist: str, wheel: str, direct: str) -> list[str]:
-    """What is wrong."""
+    """The faults of these archives, in words."""
     found = []
     if of_wheel(wheel) != of_wheel(direct):
-        found.append("the wheel from the sdist differs from that of the checkout")
+        found.append("the wheel from the sdist differs from the wheel from the checkout")
     if strange := {name for name in of_wheel(wheel) if not name.startswith(("pcsc_safe/", "pcsc_safe-"))}:
-        found.append(f"the wheel has {sorted(strange)}")
+        found.append(f"the wheel has files that it should not have: {sorted(strange)}")
     if not {"pcsc_safe/py.typed", "pcsc_safe/scard.pyi"} <= of_wheel(wheel).keys():
-        found.append("the wheel has no types")
+        found.append("the wheel has no py.typed")
     if not any(name.endswith(".data/data/share/man/man1/pcsc-safe.1") for name in of_wheel(wheel)):
         found.append("the wheel has no man page")
     names = of_sdist(sdist)
@@ -58,5 +58,5 @@ def faults(sdist: str, wheel: str, direct: str) -> list[str]:
 
 if __name__ == "__main__":
     problems = faults(*sys.argv[1:])
-    print("\n".join(problems) or "the contents are as they should be")
+    print("\n".join(problems) or "the contents are correct")
     sys.exit(bool(problems))

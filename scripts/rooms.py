@@ -22,7 +22,7 @@ LAYERS = (
     ("_core",),
     ("policy", "errors"),
 )
-"""Callers above what they import; a test sees that no arrow goes up."""
+"""The rooms in rows; a room is above those that it imports, and a test checks that no arrow points up."""
 
 SAYS = {
     "demo": "hazards, shown",
@@ -46,7 +46,7 @@ def arrows() -> set[tuple[str, str]]:
     found = set()
     for file in PACKAGE.rglob("*.py"):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
-        if "site" in parts or parts[-1] == "__main__":  # a program of its own, not what callers import
+        if "site" in parts or parts[-1] == "__main__":  # a separate program, which no other room imports
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -57,7 +57,7 @@ def arrows() -> set[tuple[str, str]]:
 
 
 def drawn() -> set[tuple[str, str]]:
-    """The same, without those that follow from others."""
+    """The arrows, without those between rooms that other arrows already connect."""
     all_of_them = arrows()
     reached: dict[str, set[str]] = {name: set() for name in SAYS}
     for names in reversed(LAYERS):
@@ -73,7 +73,7 @@ def drawn() -> set[tuple[str, str]]:
 
 
 def svg() -> str:
-    """The picture; it fits a telephone, and takes the colours of light and dark pages."""
+    """The picture, which fits a phone's screen, and has colours for light and dark pages."""
     middles: dict[str, tuple[float, int]] = {}
     boxes = []
     for layer, names in enumerate(LAYERS):

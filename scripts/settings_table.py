@@ -1,7 +1,7 @@
-"""The table of all settings in docs/settings.md, made from :data:`pcsc_safe.policy.SETTINGS`.
+"""Makes the table of all settings in docs/settings.md from :data:`pcsc_safe.policy.SETTINGS`.
 
 python scripts/settings_table.py            print it
-python scripts/settings_table.py --write    put it in the page
+python scripts/settings_table.py --write    write it to the page
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAGES = {
     "spare_cards": "[Policies](policies.md#resets)",
     "recover": "[Recovery](recovery.md)",
 }
-"""Where a setting is explained, if it isn't on the page about policies."""
+"""The page that explains a setting, if it isn't the page about policies."""
 
 
 def table() -> str:
@@ -37,7 +37,7 @@ def _row(name: str) -> list[str]:
     setting = policy.SETTINGS[name]
     names = f"`{name}`<br>`{policy.variable(name)}`<br>`{policy.option(name)}`"
     values = ", ".join(f"`{choice}`" for choice in setting.choices()) or _KINDS[type(setting.default)]
-    default = f"`{_as_text(setting.default)}`"
+    default = f"`{setting.default_as_text()}`"
     of_context = "yes" if setting.of_context else "no"
     return [names, values, default, setting.summary, of_context, PAGES.get(name, "[Policies](policies.md)")]
 
@@ -45,14 +45,8 @@ def _row(name: str) -> list[str]:
 _KINDS = {bool: "`0`, `1`", float: "a number", str: 'a path, or `""`'}
 
 
-def _as_text(value: object) -> str:
-    if isinstance(value, bool):
-        return str(int(value))
-    return str(getattr(value, "value", value)) or '""'
-
-
 def in_page(text: str) -> str:
-    """The page with the table as it is now."""
+    """The text of the page, with the current table."""
     return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n\n{table()}\n\n{END}", text, flags=re.DOTALL)
 
 

@@ -1,7 +1,7 @@
-"""What was seen on each stack: read from the output of scripts/test, told, recorded, and the pages' table of it.
+"""The results of each stack: reads them from the output of scripts/test, prints and records them, and makes a table.
 
-A result is a dict, as JSON has it; docs/stacks.json has those that were green, and the table on the pages is made from
-that file and nothing else.
+A result is a dict, as in JSON.  docs/stacks.json has the results of the stacks on which all tests passed.  The table on
+the pages is made from that file only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Result = dict[str, Any]
 
 
 def read_tests(output: str) -> Result:
-    """What pytest's runs say in the output of scripts/test: counts, failures, and skips with their reasons."""
+    """Read pytest's results from the output of scripts/test: counts, failures, and skips with their reasons."""
     counts: Counter[str] = Counter()
     skips: Counter[str] = Counter()
     failures: list[str] = []
@@ -37,7 +37,7 @@ def read_tests(output: str) -> Result:
         if not closing:
             failures.append(_unfinished(run))
     told = {name: counts[name] for name in COUNTS}
-    lacking = re.findall(r"(?m)^optional, and not here: (.*) \(", output)
+    lacking = re.findall(r"(?m)^optional, not installed: (.*) \(", output)
     return {**told, "skips": dict(skips.most_common()), "failures": failures, "lacking": " ".join(lacking).split()}
 
 
@@ -47,17 +47,17 @@ def _unfinished(run: str) -> str:
         tests = re.findall(r'File ".*/(test_\w+\.py)", line \d+, in (test_\w+)', run)
         which = "::".join(tests[-1]) if tests else "a test"
         return f"{which} took longer than its limit, and pytest ended; the log has its stacks"
-    return f"pytest did not come to its end; it said last: {said[-1] if said else 'nothing'}"
+    return f"pytest did not finish; its last output: {said[-1] if said else 'none'}"
 
 
 def read_demo(output: str, status: int) -> str:
-    """What the demo's column says: its last line, or that it failed."""
+    """The text for the demo's column: ``ok``, or the exit status and the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return "ok" if status == 0 else f"status {status}: {lines[-1] if lines else 'no output'}"
 
 
 def is_green(result: Result) -> bool:
-    """Whether everything that was run there is as it should be."""
+    """Whether the demo and all tests passed on this stack."""
     return "impossible" not in result and result["demo"] == "ok" and result["status"] == 0
 
 
@@ -65,7 +65,7 @@ COLUMNS = ("stack", "Debian", "pcsc-lite", "Python", "pyscard", "wrapt", "demo",
 
 
 def tests_in_words(result: Result) -> str:
-    """The counts that aren't zero; passed and failed always."""
+    """The number of tests for each outcome, without zeros except for passed and failed."""
     tests = result["tests"]
     return ", ".join(f"{tests[name]} {name}" for name in COUNTS if tests[name] or name in ("passed", "failed"))
 
@@ -80,7 +80,7 @@ def _row(result: Result) -> list[str]:
 
 
 def as_text(results: list[Result]) -> str:
-    """The table for a terminal, and beneath it what it has no room for."""
+    """The table for a terminal, and below it failures, skips and the paths of the logs."""
     rows = [list(COLUMNS), *map(_row, results)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -99,10 +99,10 @@ def _notes(result: Result) -> list[str]:
 
 
 def record(results: list[Result], order: list[str], file: Path = RECORD) -> list[str]:
-    """Enter the green results of whole runs in the file, each in place of the one before of that stack.
+    """Record the green results of whole runs in the file; each replaces the former result of its stack.
 
-    :param order: the stacks' names, as the table has them.
-    :return: for each result that isn't entered, why.
+    :param order: the stacks' names, in the order of the table.
+    :return: the reasons why some of the results are not recorded.
     """
     refused = [f"{result['stack']}: {why}" for result in results if (why := _why_not(result))]
     known = {result["stack"]: result for result in recorded(file)}
@@ -113,9 +113,11 @@ def record(results: list[Result], order: list[str], file: Path = RECORD) -> list
 
 
 def _why_not(result: Result) -> str:
+    if "impossible" in result:
+        return "not possible here"
     if not is_green(result):
-        return "not green"
-    return "" if result["arguments"] == [] else "only a part was run"
+        return "the demo or a test failed"
+    return "" if result["arguments"] == [] else "only some of the tests were run"
 
 
 def _lasting(result: Result) -> Result:
@@ -123,15 +125,15 @@ def _lasting(result: Result) -> Result:
 
 
 def recorded(file: Path = RECORD) -> list[Result]:
-    """What is in the file."""
+    """The results that the file has."""
     return json.loads(file.read_text()) if file.exists() else []
 
 
 def as_markdown(results: list[Result]) -> str:
-    """The pages' table of the stacks that were seen green."""
+    """The table, for the pages, of the stacks on which all tests passed."""
     if not results:
         return "No run of `scripts/stacks` has been recorded yet.\n"
-    lines = ["| Debian | pcsc-lite | Python | pyscard | wrapt | tests | seen |", "|---|---|---|---|---|---|---|"]
+    lines = ["| Debian | pcsc-lite | Python | pyscard | wrapt | tests | date |", "|---|---|---|---|---|---|---|"]
     for result in results:
         cells = [result[name] for name in ("debian", "pcsc_lite", "python", "pyscard", "wrapt")]
         lines.append(f"| {' | '.join([*cells, tests_in_words(result), result['date']])} |")
@@ -139,7 +141,7 @@ def as_markdown(results: list[Result]) -> str:
 
 
 def with_table(text: str, table: str) -> str:
-    """A page with the table in its place."""
+    """The page, with this table between its markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -148,7 +150,7 @@ def with_table(text: str, table: str) -> str:
 
 
 def write_pages() -> None:
-    """Put the table on the pages."""
+    """Write the table to the pages."""
     for name in PAGES:
         page = ROOT / name
         page.write_text(with_table(page.read_text(), as_markdown(recorded())))

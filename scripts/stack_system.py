@@ -1,7 +1,7 @@
-"""A minimal Debian in a folder: made by debootstrap, entered by unshare and chroot.  For scripts/stacks, as root.
+"""A minimal Debian in a folder, for scripts/stacks: debootstrap creates it, unshare and chroot enter it.  Needs root.
 
-Invariant: a mount exists only in the mount namespace of a command that runs in the system, and ends with it, so what
-deletes a system never meets one; so does every process that the command started, as the PID namespace is its own, too.
+Invariant: a command that runs in the system has its own mount namespace and PID namespace.  Its mounts and its
+processes end with it.  So a system that is deleted has no mount in it.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ NAMESPACES = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
 
 
 class NotPossible(Exception):  # noqa: N818 - no error of ours: the machine's, told by name
-    """What this machine doesn't permit, or can't get, by name."""
+    """Something is not permitted on this machine, or can't be downloaded; the text says what."""
 
 
 def apt_get(*arguments: str) -> list[str]:
-    """The command of an apt-get that asks nothing."""
+    """The command for an apt-get that asks no questions."""
     return ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-y", *arguments]
 
 
 def check_machine() -> None:
-    """See that systems can be made and entered here; debootstrap is installed if it is missing.
+    """Check that systems can be created and entered here; install debootstrap if it is missing.
 
-    :raises NotPossible: they can't.
+    :raises NotPossible: systems can't be created or entered.
     """
     if not sys.platform.startswith("linux"):
         raise NotPossible("this is not Linux")
@@ -98,7 +98,7 @@ def _check_debootstrap() -> None:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something."""
+    """The last line that isn't empty."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
@@ -111,10 +111,10 @@ def throw_away(folder: Path) -> None:
 
 
 class Settings:
-    """What commands in a system need of this machine: how to reach the network, the package registries and Debian.
+    """The settings of this machine for the network, the package registries and Debian; commands in a system need them.
 
     :ivar env: the environment of a command.
-    :ivar shown: the folders that pip's settings name; they are to be seen in the system at the same place.
+    :ivar shown: the folders that pip's settings name; the system has them at the same place.
     """
 
     _files = ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
@@ -127,7 +127,7 @@ class Settings:
         self.env |= {"HOME": "/root", "LANG": "C.UTF-8", "COLUMNS": "300", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 
     def copy_to(self, system: Path) -> None:
-        """Bring the files into a system."""
+        """Copy the files of the settings to a system."""
         certificates = [value for name, value in self.env.items() if "CERT" in name or "CA" in name]
         for name in [*self._files, *map(str, self._configurations()), *certificates]:
             if Path(name).is_file():
@@ -167,8 +167,8 @@ class Settings:
 class System:
     """One Debian.
 
-    :param suite: its name, as debootstrap wants it.
-    :param folder: where it is, or is to be.
+    :param suite: its name, for debootstrap.
+    :param folder: where it is, or will be created.
     """
 
     def __init__(self, suite: str, folder: Path, settings: Settings, mirror: str = MIRROR) -> None:
@@ -178,10 +178,10 @@ class System:
         self._mirror = mirror
 
     def make(self, log: Path) -> None:
-        """Have it there: made, if it isn't, and with the newest packages.
+        """Create the system if it doesn't exist, and install the newest packages.
 
-        :param log: gets the output.
-        :raises NotPossible: it can't be made.
+        :param log: the file for the output.
+        :raises NotPossible: the system can't be created.
         """
         if not self.folder.exists():
             self._debootstrap(log)
@@ -221,7 +221,7 @@ class System:
         limit: float = 1800,
         echo: bool = False,
     ) -> int:
-        """A command in it, as root.
+        """Run a command in the system, as root.
 
         :param log: gets the output, at its end.
         :param env: more for its environment.
@@ -250,7 +250,7 @@ class System:
             process.wait()
 
     def output(self, command: Sequence[str], log: Path) -> str:
-        """What a command says; empty if it fails."""
+        """The output of a command; empty if the command fails."""
         own = log.with_suffix(".output")
         own.unlink(missing_ok=True)
         return own.read_text().strip() if self.run(command, own) == 0 else ""

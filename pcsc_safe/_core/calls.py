@@ -1,6 +1,6 @@
-"""The table of PC/SC functions, and the protocol of a gateway.
+"""The table of PC/SC functions, and the Protocol of a gateway.
 
-A new SCard function is a row here.  At a fork nothing changes in this module, and nothing in it can block.
+A new SCard function needs a row in this table.  At a fork nothing changes here, and nothing here can block.
 """
 
 from __future__ import annotations

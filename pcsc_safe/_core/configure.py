@@ -91,19 +91,19 @@ else:  # what type checkers and the documentation know
             the first call connects again and continues it; otherwise it returns SCARD_W_RESET_CARD.
             ``reset``: calls always return SCARD_W_RESET_CARD until SCardReconnect.  ``reconnect``: the first call
             connects again, unless the owner was in a transaction when the process forked.
-        :param quiesce_timeout: seconds, from 0 to 86400, that a fork waits for PC/SC calls of other threads to return;
-            1 by default.
-        :param broker: when a helper process makes the PC/SC calls: ``on-fork`` (default), in a forked process that
-            can't use PC/SC itself; ``always``, for all contexts that are established from now on.  Set ``always``
-            before you import :mod:`pcsc_safe.scard` to keep the native library out of the process.
+        :param quiesce_timeout: the longest time that a fork waits for PC/SC calls of other threads to return, in
+            seconds from 0 to 86400; 1 by default.
+        :param broker: when a broker, a helper process, makes the PC/SC calls: ``on-fork`` (default), in a forked
+            process that can't use PC/SC itself; ``always``, for all contexts that are established from now on.  Set
+            ``always`` before you import :mod:`pcsc_safe.scard` to keep the native library out of the process.
         :param broker_python: the path of the Python interpreter that runs brokers; ``""`` (default) is the one that
             runs this program.
         :param owner: which process owns the sessions after a fork: the ``parent`` (default), or the ``child``, as in
             :class:`pcsc_safe.handover`.
         :param guard_native: whether children that are forked from now on lose this process's connections to pcscd,
-            those of PKCS#11 modules and other native code included; False by default.
-        :param spare_cards: whether pyscard's defaults (disconnect() powers a card off, reconnect() resets it) leave
-            alone a card that a parent or child also uses; True by default.
+            including those of PKCS#11 modules and other native code; False by default.
+        :param spare_cards: whether a card that a parent or child also uses is left alone by pyscard's defaults
+            (disconnect() powers a card off, reconnect() resets it); True by default.
         :param recover: whether contexts are re-established after a restart of pcscd; False by default.  Their cards are
             treated like inherited cards; see ``cards``.
         :param context: a context, as SCardEstablishContext returned it: the settings then apply only to this context

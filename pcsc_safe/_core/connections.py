@@ -1,8 +1,8 @@
-"""Which of this process's file descriptors are connections to pcscd, whichever library opened them.
+"""Finds out which of this process's file descriptors are connections to pcscd, whichever library opened them.
 
-libpcsclite has one Unix socket to pcscd for each context, and doesn't say which.  :mod:`gateway` looks for the sockets
-of our contexts here.  Sockets that other libraries in this process have, such as a PKCS#11 module, are left alone by
-default.  With ``guard_native=True`` a forked child must not have them either.
+libpcsclite has one Unix socket to pcscd for each context, and doesn't report its number.  :mod:`gateway` finds the
+sockets of our contexts with this module.  By default the sockets of other libraries in this process, such as a PKCS#11
+module, are left alone.  With ``guard_native=True`` a forked child must not have them either.
 
 At a fork the child hands every connection to pcscd that it has inherited to :mod:`descriptors`, which replaces it by a
 dead socket.  Everything that this needs was imported before.
@@ -141,8 +141,8 @@ def _ask(number: int, question: Callable[[Any], Any]) -> list[Any]:
 
     :param question: a C function that takes a socket.
     """
-    # As one that doesn't block, whatever it is: after socket.setdefaulttimeout() Python would else make it one, for its
-    # owner and for the owner's parent as well.
+    # SOCK_NONBLOCK, whatever the socket is: after socket.setdefaulttimeout(), Python would otherwise make the socket
+    # non-blocking, also for its owner and for the owner's parent.
     kind = _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK
     try:
         return [question(_Borrowed(_socket.AF_UNIX, kind, 0, number))]
@@ -228,7 +228,7 @@ def _is_pcscd(peer: str) -> bool:
 
 
 def _learn_path() -> None:
-    # libpcsclite goes on with the path that it saw first, so none is forgotten when the variable changes.
+    # libpcsclite continues to use the path that it saw first, so none is forgotten when the variable changes.
     path = os.environ.get("PCSCLITE_CSOCK_NAME")
     if path and path not in _paths:
         _paths.update((path, os.path.realpath(path)))

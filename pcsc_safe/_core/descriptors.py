@@ -1,9 +1,9 @@
 """The file descriptors that a forked child must not use, and the dead socket that replaces them there.
 
 A child inherits its parent's connections to pcscd and to a broker.  Over them it could read its parent's replies, and
-it would keep its parent's locks alive.  So the child replaces each by a dead socket at the fork, but only if the number
-still stands for that connection: an application may have closed it, and the number may be a database connection's by
-now.
+its copies would keep the parent's cards locked.  So the child replaces each connection with a dead socket at the fork.
+It does this only if the number still stands for that connection: an application may have closed the connection, and may
+now have a database connection with this number.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Tells where an exception comes from: from a failure here, or from a signal handler.
+"""Distinguishes exceptions of this package's own calls from exceptions of signal handlers.
 
-Python can run a signal handler in the middle of any function, so a ``try`` also catches what the handler raises: a
-TimeoutError, which is an OSError, would look like a failed system call, and the application would wait for its timeout
-for ever.  But the traceback of such an exception has the handler's frame, which is not a frame of this package.
+Python can run a signal handler in the middle of any function, so a ``try`` also catches what the handler raises.  A
+handler's TimeoutError, which is an OSError, would look like a failed system call, and the application would never get
+it.  But the traceback of such an exception has the handler's frame, which is not a frame of this package.
 Nothing here changes at a fork.
 """
 

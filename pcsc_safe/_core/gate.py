@@ -117,11 +117,11 @@ def stays_quiet() -> bool:
 
 
 def _before_fork() -> None:
-    # Nobody else is there: so it is most of the time, and this is all that such a fork pays.
+    # Usually no other thread is inside, and a fork costs only this check.
     if not (count_threads() or any(places.values()) or elsewhere or unsettled):
         return
     if count_threads() or in_flight.calls():
-        # A child that can't use the native library anyway needs no native call to end.
+        # If the child can't use the native library anyway, the fork needn't wait for native calls.
         _close(everything=_policy is not Policy.BROKER and native_works_after_fork())
     for place in list(unsettled):
         place.settle()
@@ -129,7 +129,7 @@ def _before_fork() -> None:
 
 def _close(*, everything: bool) -> None:
     if not process.sentinel[0]:
-        return  # a child that never used PC/SC: whoever is in the table was inside in its parent
+        return  # a child that never used PC/SC: the calls in the table are its parent's
     ident = get_ident()
     deadline = monotonic() + quiesce_timeout
     while _another_forks(ident) and monotonic() < deadline:
@@ -139,7 +139,8 @@ def _close(*, everything: bool) -> None:
     try:
         _quiesce(ident, deadline, everything=everything)
     except BaseException as error:
-        # A signal handler's, as KeyboardInterrupt. A hook can't raise: the fork goes on at once, and it comes after it.
+        # An exception of a signal handler, such as KeyboardInterrupt.  A hook can't raise it, so the process forks
+        # immediately, and the exception is raised after the fork.
         raise_later(ident, error)
     finally:
         in_flight.closers[ident] = until
@@ -184,7 +185,7 @@ def _await_others(ident: int, deadline: float, everything: bool, ending: list[_E
             busy[0].wait_until_free(left)
         else:
             sleep(_PAUSE)
-        in_flight.closers.setdefault(ident, deadline + _GRACE)  # a signal handler may have forked meanwhile
+        in_flight.closers.setdefault(ident, deadline + _GRACE)  # a signal handler may have forked
 
 
 class _Ending:
@@ -225,8 +226,8 @@ def _raise_later(ident: int, error: BaseException) -> None:
 
 def _begin(epoch: process.Epoch) -> None:
     """Decide whether the fork was quiet, and open the gate."""
-    # The thread that forked is inside where a finalizer has forked in the middle of a call.
-    # Whoever is in the table: a thread of this process may have got the number of one of its parent's.
+    # The thread that forked can be inside itself, if a finalizer forked in the middle of a call.  All other calls in
+    # the table count, even if a thread of this process has the number of one of the parent's threads.
     for function, thread, since, _ in in_flight.calls():
         if thread != process.forked_by and (epoch.unquiet is None or function == in_flight.IMPORTS):
             epoch.unquiet = in_flight.Unquiet(function, _thread_names.get(thread, str(thread)), monotonic() - since)
@@ -234,7 +235,7 @@ def _begin(epoch: process.Epoch) -> None:
         table.clear()
 
 
-# To open is one step that nothing can interrupt. A hook in Python could be left by what a signal handler raises.
+# A C function opens the gate, so nothing can interrupt this.  A signal handler could raise in a hook in Python.
 process.before_fork(process.QUIESCE, _before_fork)
 process.after_fork_in_parent(in_flight.closers.clear)
 process.at_fork(at_begin=_begin)

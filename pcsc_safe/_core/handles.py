@@ -1,12 +1,12 @@
 """Contexts and cards, their owners, and the registry that finds them by their handles.
 
 A record keeps two handles apart: the *number* that the application has, which never changes, and the *real* handle,
-which a re-establishment replaces.  The registry holds every record until it is released, as libpcsclite does.  What a
-forked child inherited stays referenced and disarmed: a finalizer that sent something to the owner's peer would be worse
-than a kilobyte of memory.
+which a re-establishment replaces.  The registry holds every record until it is released, as libpcsclite does.  A forked
+child keeps references to all records that it inherited, although this costs memory.  Otherwise a finalizer could send
+something over the owner's connection.
 
 Invariant: a record is live in exactly one process, whose epoch is its ``owner``.  In all other processes it is
-inherited.  A child's first call replaces the locks of what it inherited; owners stay.
+inherited.  A child's first call replaces the locks of the inherited records, and doesn't change their owners.
 """
 
 from __future__ import annotations

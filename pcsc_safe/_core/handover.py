@@ -22,9 +22,8 @@ __all__ = ["files_to_preserve", "handover"]
 class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     """Hand the sessions of this process over to the child that is forked in this block.
 
-    The child continues them, with verified PIN, transaction and exclusive hold.  The parent then
-    has inherited sessions, as a child has by default: what the parent does with them doesn't affect the child's
-    sessions, and neither does the parent's exit.
+    The child continues the sessions, with verified PIN, transaction and exclusive hold.  For the parent they are then
+    like inherited sessions: nothing that the parent does, not even its exit, affects the child's sessions.
 
     The next ``os.fork()`` of this thread hands over.  If the child is still in the block, its next fork hands over,
     too.  A block around a daemon's double fork therefore hands over to the daemon.

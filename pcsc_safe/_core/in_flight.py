@@ -1,8 +1,8 @@
 """The calls that are inside the native library.
 
-A thread inside occupies a :class:`Place`.  One step of C (:func:`attempt`) takes the place, enters the call in its
-list, makes the call, and releases the place.  No signal handler, no other thread's exception and, from Python 3.12,
-no finalizer can run during the step.  So no place is ever occupied while code of the application runs, a handler that
+A thread that is inside occupies a :class:`Place`.  One step of C (:func:`attempt`) takes the place, adds the call to
+its list, makes the call, and releases the place.  During the step no signal handler, no other thread's exception and,
+from Python 3.12, no finalizer can run.  So no place is occupied while code of the application runs.  A handler that
 raises leaves nothing behind, and a thread that waits for a place waits for C code only.
 
 Invariant: a call is in the list of its place while its thread is in the native library, and only then.  A child decides

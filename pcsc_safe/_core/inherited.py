@@ -60,7 +60,7 @@ def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
 
 
 def _reset(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
-    if record.owner.noticed_by is process.SERVICE_LOST:  # while there is no pcscd, that is the answer
+    if record.owner.noticed_by is process.SERVICE_LOST:  # while no pcscd runs, the call returns the code for this
         hresult = own(call, record.context)
         if hresult != SUCCESS:
             return call.failure(hresult, arguments)
@@ -92,7 +92,7 @@ def adopt(context: Context) -> None:
     status = CALLS["SCardStatus"]
     for card in list(context.cards.values()):
         verdict = decide(reconnects, status.role, card=True, in_transaction=card.transactions > 0)
-        # Nor one that would be waited for: in its reader this process itself has a transaction.
+        # Not if this process itself has a transaction on the card in this reader, for which the connection would wait.
         is_free = not any(
             other.transactions and other.owner is process.here and other.reader == card.reader
             for other in list(handles.cards.values())
@@ -179,7 +179,7 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
         return call.failure(hresult)
     share_mode, protocols, initialization = arguments
     if settings().spare_cards and card.session.is_alive():
-        initialization = LEAVE_CARD  # the reset that this handle has seen was none of the card's
+        initialization = LEAVE_CARD  # the card itself was not reset
     connected = connect(card, share_mode, protocols, initialization)
     if connected is None:
         return None

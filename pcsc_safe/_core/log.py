@@ -23,14 +23,14 @@ FIELDS = ("event", "pid", "owner_pid", "broker_pid", "function", "reader", "esta
 
 def _write(level: str, event: str, text: str, fields: dict[str, Any]) -> None:
     epoch = process.current()
-    # Only a hooked fork renews the locks of logging. After any other, a thread that is no more may be holding one.
+    # logging renews its locks only in a hook.  After a fork without hooks, a thread of the parent may hold one.
     if epoch.noticed_by in ("page", "pid") and count_threads():
         return
     values = {**dict.fromkeys(FIELDS), "event": event, "pid": epoch.pid, **fields}
     get_logger = getattr(sys.modules.get("logging"), "getLogger", None)  # None also while it is being imported
     if get_logger is not None:
         logger = get_logger("pcsc_safe")
-        if not logger.hasHandlers():  # then logging prints the text alone, and nobody would know whose it is
+        if not logger.hasHandlers():  # then logging prints only the text, which doesn't say where it comes from
             text = f"pcsc_safe: {text}"
         extra = {f"pcsc_{name}": values[name] for name in FIELDS}
         getattr(logger, level)(text, values, extra=extra)

@@ -152,7 +152,7 @@ def _wiped_page() -> Optional[_Sentinel]:
         if not is_ours(error):
             raise
         return page
-    return None  # an emulator that accepts any advice, and so follows none
+    return None  # an emulator that accepts any advice without following it
 
 
 _HERE, _HOOKED = 0, 1
@@ -225,7 +225,7 @@ def current() -> Epoch:
     if not sentinel[_HERE]:
         left = here
         epoch = left.successor("hook" if sentinel[_HOOKED] else "page" if _page else "pid", max(1, _hooks_run))
-        # Made in this process by the line above, so nobody can have held this lock at the fork.
+        # The line above has created this lock in this process, so no thread can have held it at the fork.
         in_turn(epoch._turn, lambda: _begin(epoch) if here is left else None)
     return here
 
@@ -240,7 +240,7 @@ def _begin(epoch: Epoch) -> None:
     if epoch.noticed_by != "hook":
         for function in _in_child:
             function()
-    # A finalizer that runs in the middle comes here too; it finishes what is left, and does nothing again.
+    # A finalizer that runs in the middle also comes here.  It does what is left, and nothing twice.
     while epoch._to_do:
         epoch._to_do.pop(0)(epoch)
     _hooks_run = forked_by = 0
@@ -256,7 +256,7 @@ def _hook_in_child() -> None:
     if _hooks_run == 1:  # its process had used PC/SC itself
         forked_by = get_ident()
         for lock in list(for_child.values()):
-            if lock.locked():  # it is this process's copy, which nobody else has
+            if lock.locked():  # this process's copy, which no other process uses
                 lock.release()
     for function in _in_child:
         function()

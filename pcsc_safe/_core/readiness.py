@@ -1,10 +1,10 @@
 """Imports what a broker requires, before a child can need it.
 
-A child must not be the first process to import a module if another thread may have held an import lock at its fork.  So
-a process imports what a broker requires when it uses PC/SC for the first time, or when the settings say that it needs a
-broker.  A fork waits for that.
+If another thread held an import lock at a fork, the child must not import a module.  So a process imports the modules
+for brokers when it uses PC/SC for the first time, or when the settings say that it needs a broker.  A fork waits for
+these imports.
 
-Invariant: a process that has a context has nothing left to import, and neither has its child.
+Invariant: a process that has a context needs no further import, and neither does its child.
 """
 
 from __future__ import annotations

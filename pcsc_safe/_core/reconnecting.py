@@ -1,7 +1,7 @@
-"""``pcsc_safe.reconnecting()``: the loop that every program around a card needs, whether it forks or not.
+"""``pcsc_safe.reconnecting()``: the loop that every program with a card needs, whether it forks or not.
 
-It takes a function and calls it again.  A ``with`` block can't run twice, and a loop in the application's code can be
-left in the middle.  The card's record says whether the session was lost: what the function returns or raises may not.
+It takes a function and calls it again after a reset.  It is not a context manager, because a ``with`` block can't run
+twice.  The card's record says whether the session was lost; the function's result or exception may not say it.
 
 At a fork nothing happens here.
 """
@@ -53,8 +53,8 @@ def reconnecting(
     :param attempts: how often ``work`` is called, at most.
     :return: what ``work`` returned.
     :raises ValueError: ``attempts`` is less than 1.
-    :raises ReconnectError: ``card`` is no card or is not connected; SCardReconnect failed, as when the card was pulled
-        out; or the card was reset during each attempt.
+    :raises ReconnectError: ``card`` is not a card, or is not connected; SCardReconnect failed, for example because the
+        card was pulled out; or the card was reset during each attempt.
     """
     if attempts < 1:
         raise ValueError(f"attempts must be 1 or more, not {attempts}")
@@ -128,7 +128,7 @@ def _is_lost(card: Any, outcome: Any) -> bool:
 
 
 def _reconnect(card: Any) -> None:
-    from .router import public  # which needs the gateways; whoever has a card has them
+    from .router import public  # needs the gateways, which exist if there is a card
 
     record = _record_of(card)
     arguments = record.share_mode, record.protocol, public["SCARD_LEAVE_CARD"]
@@ -148,4 +148,4 @@ def _error(problem: str, remedy: str, hresult: int) -> ReconnectError:
 
 
 def _constant(name: str) -> int:
-    return int(library.public.get(name, -1))  # nobody has asked for the names of PC/SC yet, so nobody has a card
+    return int(library.public.get(name, -1))  # without PC/SC's names there is no card

@@ -1,12 +1,12 @@
-"""What happens when pcscd has ended, because it was restarted or stopped or ended by itself (setting ``recover``).
+"""Detects that pcscd has ended, and continues waits for events when it is back (setting ``recover``).
 
-For a context this is like a fork: the context belongs to something that no longer exists, and :mod:`inherited` decides
-what its next use gets.  This module detects it, and continues waits for events.
+For a context the end of pcscd is like a fork: the context belongs to a pcscd that no longer exists, and
+:mod:`inherited` decides what its next use gets.
 
 The code that libpcsclite returns (1.9.9 to 2.5.1) says whether pcscd has received a call:
 
 - SCARD_E_NO_SERVICE: libpcsclite could not send it.  pcscd itself never returns this code.
-- SCARD_W_SECURITY_VIOLATION: pcscd ended before it had read all of it; the kernel resets the connection then.  pcscd
+- SCARD_W_SECURITY_VIOLATION: pcscd ended before it had read the whole call, and the kernel reset the connection.  pcscd
   itself returns this code only from SCardConnect, if polkit forbids the card.
 - SCARD_F_COMM_ERROR: no response arrived; the call may have been executed.  The next call returns SCARD_E_NO_SERVICE.
 
@@ -57,7 +57,7 @@ def _unheard(call: Call) -> tuple[int, ...]:
     if call.name == "SCardReleaseContext":
         return ()  # libpcsclite has dropped its context all the same
     if call.name == "SCardGetStatusChange":
-        return ()  # but for outlast()
+        return ()  # only outlast() continues waits
     if call.name == "SCardConnect":
         return (NO_SERVICE,)
     return GONE if call.role is Role.CLEANUP or call.name == "SCardListReaders" else (NO_SERVICE, _RESET)
@@ -132,7 +132,7 @@ def again(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) ->
     """
     ident = get_ident()
     attempts = _attempts.get(ident, 0)
-    if attempts >= _ATTEMPTS:  # something lets us establish contexts, and has no use for them
+    if attempts >= _ATTEMPTS:  # contexts can be established, but not used
         return call.failure(NO_SERVICE, arguments)
     try:
         _attempts[ident] = attempts + 1
@@ -176,7 +176,7 @@ def outlast(
         while not context.released and here is process.current():
             hresult = list_readers(safe, [])[0]
             refusals = refusals + 1 if hresult == _RESET else 0
-            is_back = hresult not in GONE or refusals == _ATTEMPTS  # it is polkit who says so
+            is_back = hresult not in GONE or refusals == _ATTEMPTS  # then polkit forbids it, not a missing pcscd
             if context.cancels != cancels:
                 return call.failure(CANCELLED, (timeout, states))
             if is_back:
@@ -189,7 +189,7 @@ def outlast(
             elif not left():
                 return call.failure(TIMED_OUT if timeout else hresult, (timeout, states))
             time.sleep(_POLL)
-        return wait(safe, left() or 1, states)  # released meanwhile, or this is a child
+        return wait(safe, left() or 1, states)  # the context was released, or this is a child
     finally:
         if ident in context.outlasting:
             context.outlasting.remove(ident)
@@ -214,9 +214,9 @@ def cancel(context: Context, cancel_once: Callable[[], Any]) -> Any:
     waits = [thread for thread in context.outlasting if thread != get_ident()]
     answer = cancel_once()
     if answer == _INVALID_HANDLE and not context.released and recovers(context):
-        answer = SUCCESS  # another pcscd than the context's has said so; its waits look at the count
-    # One that is about to enter PC/SC again isn't there to be cancelled. Not for ever: if this is a signal handler, it
-    # may need what this very thread is doing below.
+        answer = SUCCESS  # the code of another pcscd than the context's; the waits check the count of cancels
+    # Again, because a wait that is about to enter PC/SC can't be cancelled yet.  With a time limit, because if this is
+    # a signal handler, the wait may need the code that this handler has interrupted.
     deadline = time.monotonic() + _CANCEL_WITHIN
     while any(thread in context.outlasting for thread in waits) and time.monotonic() < deadline:
         time.sleep(_POLL / 10)

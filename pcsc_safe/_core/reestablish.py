@@ -103,7 +103,7 @@ def own_context(function: str, context: Context) -> int:
     """
 
     def once() -> int:
-        # Again, if a signal handler has forked meanwhile, and this is the child.
+        # Again, if a signal handler has forked and this is the child.
         while context.owner is not process.current() and not context.released:
             hresult = _replace(function, context)
             if hresult != SUCCESS:
@@ -224,7 +224,7 @@ def _connect(card: Card, share_mode: Any, protocols: Any, only_in: Optional[Sess
 
 def _leads_to(wanted: Session, session: Session, before: _Look) -> bool:
     """Whether a new connection leads to the same card session as another process's."""
-    # In use: else nobody is connected, and pcscd was restarted since its owner has used it.
+    # In use: otherwise no application is connected, and pcscd was restarted after the owner has used the card.
     is_same = before.in_use and before.events == wanted.events and session.pcscd == wanted.pcscd
     return is_same and wanted.goes_on()
 
@@ -293,7 +293,7 @@ def _forget_released(context: Context) -> None:
 
 def settings_of(record: Record) -> Settings:
     effective, owner = record.context.settings(settings()), record.owner
-    # What is lost was not inherited: no fork is to be refused. And there is nothing to share when pcscd is gone.
+    # A lost context was not inherited, so RAISE and INVALID don't apply.  If pcscd has ended, nothing can be shared.
     lost = owner.noticed_by in (process.LOST, process.SERVICE_LOST) and owner.parent is process.current()
     lost = lost and effective.policy in (Policy.RAISE, Policy.INVALID)
     lost = lost or (owner.noticed_by is process.SERVICE_LOST and effective.policy is Policy.SHARE)
@@ -311,7 +311,7 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
     effective = settings() if context is None else settings_of(context)
     through = gateway(function, context)
     result = through.establish(scope, keep, OUTGROWN if effective.recover else None)
-    # Nothing is called when a context was got: a signal handler could raise there, and it would be nobody's.
+    # After success no function is called, because a signal handler could raise in it, and the context would be lost.
     if result[0] == recovery.NO_SERVICE:
         recovery.tell_of_no_service(function)
     if result[0] != OUTGROWN:

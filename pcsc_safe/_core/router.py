@@ -75,7 +75,7 @@ def _began(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
 
 def _ended(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     if isinstance(card, Card) and result not in _REFUSED:
-        # Any other failure says that the transaction went with the session, the card or pcscd.
+        # Any other failure means that the transaction has ended with the session, the card or pcscd.
         card.transactions = max(0, card.transactions - 1) if result == SUCCESS else 0
         if result == SUCCESS and not card.session.is_open:  # the card was reset
             card.session = reestablish.new_session(card.context, card.reader, card.share_mode)
@@ -146,7 +146,7 @@ def _establish(scope: Any) -> Any:
     call = CALLS["SCardEstablishContext"]
     try:
         return _persistently(call, lambda: reestablish.establish(call.name, scope, keep), ())
-    except BaseException:  # a signal handler's: nobody gets what was established
+    except BaseException:  # an exception of a signal handler: the application doesn't get the context
         for context in kept:
             context.forget()
         raise
@@ -340,7 +340,7 @@ def _routed_ending(call: Call) -> Callable[..., Any]:
         if isinstance(card, Card) and isinstance(wanted, int) and card.owner is process.current():
             wanted = sparing.disposition(call.name, card, wanted)
             if wanted != LEAVE_CARD:
-                card.session.end()  # before: no other process may go on in it from here on
+                card.session.end()  # before the call: from now on no other process may continue the session
         return once(handle, *most, wanted)
 
     return route
@@ -372,7 +372,7 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
         real, began = context.real, monotonic()
         answer = gateways.native.await_change(
             context,
-            # What it is known by, too: another thread may have lost the context since, and established it anew.
+            # Also compares real, because another thread may have re-established the context since.
             lambda: bool(process.sentinel[0]) and context.owner is process.here and context.real is real,
             timeout,
             states,
@@ -433,7 +433,7 @@ def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments
     if through is not gateways.native:
         return _through_broker(call, route, record, handle, arguments)
     if (handles.contexts if record.kind is Kind.CONTEXT else handles.cards).get(record.number) is not record:
-        # pcscd was restarted, and has given the number to somebody else since.
+        # pcscd was restarted, and has since used the number for another handle.
         if record.kind is Kind.CONTEXT:
             return _caller(call)(record, arguments)
         return through.enter(call.name, through.functions[call.name], record.real, *arguments)

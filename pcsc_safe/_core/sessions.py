@@ -1,4 +1,4 @@
-"""Which sessions with cards continue, as the other processes of a fork family can see it.
+"""Shows the other processes of a fork family which sessions with cards continue.
 
 A process that is connected to a card, shared, locks one byte of a file that it had before it forked, and the next byte
 while it is in a transaction.  These locks (fcntl(2)) belong to the process: a child doesn't inherit them, and they end

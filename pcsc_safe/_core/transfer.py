@@ -124,7 +124,7 @@ def begin() -> None:
         _has_begun = True
         process.before_fork(process.GIVE, _plan_before_fork)
         process.at_fork(in_child=_confirm_in_child, at_begin_last=_take_possession)
-        for _ in range(2):  # what a signal handler raises when one begins keeps that one from running
+        for _ in range(2):  # twice: an exception of a signal handler can prevent one of them from running
             process.after_fork_in_parent(_settle_in_parent)
 
 
@@ -134,7 +134,7 @@ def _plan_before_fork() -> None:
     if not of_thread and not settings.gives_at_forks():
         return
     if _received is not None:
-        process.current()  # a child that has done nothing with what it got but to fork again
+        process.current()  # a child that forks before it has used the sessions that it was given
     if not process.sentinel[0]:
         return
     plan = Plan(of_thread)
@@ -150,7 +150,7 @@ def _plan_before_fork() -> None:
         ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
         if not plan.is_complete:
             _failed(plan, str(error) if ours else "a signal handler raised an exception")
-        if not ours:  # the fork goes on
+        if not ours:  # the process forks anyway
             plan.raised.append(error)
             _plans[ident] = plan
 
@@ -292,7 +292,7 @@ def _settle_once(plan: Plan) -> None:
     for end in start_signal:
         end.close()
     if plan.has_child and plan.handed_over():
-        descriptors.kill(plan.connections)  # before another thread can establish anew what it finds handed over
+        descriptors.kill(plan.connections)  # before another thread can re-establish the contexts that were handed over
         gone = process.Epoch(process.here, process.HANDED_OVER)
         for context in plan.handed_over():
             _make_owner(context, gone)

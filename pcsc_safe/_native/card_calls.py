@@ -1,8 +1,9 @@
 """The path of a call on a card, in as few steps as possible.
 
-A card has a native context to itself.  One step of C takes the context, records the call, makes it, and gives the
-context back.  If another thread's call is there, the same step begins with the wait for it: a thread that waited in one
-step and took the context in the next would lose it again and again to a thread that makes one call after the other.
+A card has a native context to itself.  One step of C takes the context, records the call, makes it, and releases the
+context.  If another thread's call is using the context, the same step begins by waiting for it.  A thread that waited
+in one step, and took the context in the next, would lose the context again and again to a thread that makes call after
+call.
 At a fork nothing changes here: the child doesn't own its record of the card.
 """
 
@@ -107,16 +108,16 @@ _owner, _native, _state, _here = map(attrgetter, ("owner", "native", "state", "h
 
 
 def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool) -> list[Any]:
-    """Make a call after those that other threads have there, or wait for.
+    """Make a call after the calls of other threads on the same native context.
 
     :param entry: of the call.
-    :param may_pass: it is made although the gate is closed.
-    :return: what it returned, or nothing: what was looked at before is so no more.
+    :param may_pass: whether to make it even if the gate is closed.
+    :return: its result in a list, which is empty if a condition for the call is no longer true.
     """
     answers: list[Any] = []
     times: list[float] = []
     key = object()
-    # C asks these when the context is free.
+    # C code evaluates these conditions when the context is free.
     conditions = all_of(
         (may_pass,) if may_pass else map(not_, (in_flight.closers,)),
         map(not_, map(_state, (place,))),
@@ -127,7 +128,7 @@ def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry
     native, *operands = operation
     now = (times.extend, starmap(monotonic, ((),)))
     answer = (answers.extend, starmap(native, compress((operands,), map(all, (conditions,)))))
-    # Not place.acquire and place.release: at interpreter exit, others are put there.
+    # Not place.acquire and place.release, which are replaced at interpreter exit.
     lock = place.lock
     free = (lock.acquire, True, LOOK_AGAIN)
     operations = (free, (place.enter, entry), now, answer, (lock.release,), (place.leave,))

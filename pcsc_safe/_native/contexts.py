@@ -46,7 +46,7 @@ _ATTEMPTS_TO_FIND = 10  # the connection of a new native context
 _CANCEL_WITHIN = 1.0  # s
 _RELEASE_WITHIN = 1.0  # s
 _CANCEL_AGAIN = 0.002  # s
-doomed: list[NativeContext] = []  # to be released, as soon as nobody is in them
+doomed: list[NativeContext] = []  # to be released when no thread is in them
 
 
 class NativeContexts:
@@ -106,7 +106,7 @@ class NativeContexts:
 
         def call(context: NativeContext) -> tuple[Operation, ...]:
             lives[:] = [context]
-            # It counts as a card at once: who looks for a context without one must not find this one.
+            # Counts as a card from now on, so that a thread that needs a context without a card doesn't use this one.
             count = (context.cards.append, connected)
             return (connected.extend, map(native, (context.handle,), *operands)), count
 
@@ -172,8 +172,8 @@ class NativeContexts:
         for context in list(self.natives):
             for wait in waits:
                 context.wake(wait)
-                # SCardCancel, where a connection can't be shut down, is lost on a wait that hasn't begun; and pcscd may
-                # not answer.
+                # If a connection can't be shut down, SCardCancel is used.  It has no effect on a wait that hasn't
+                # begun, and pcscd may not answer.
                 while is_at(wait, context) and monotonic() < deadline:
                     sleep(_CANCEL_AGAIN)
                     context.wake(wait)
@@ -199,7 +199,7 @@ class NativeContexts:
         while self.is_behind(owned) and not (wait is not None and wait.cancelled):
             insists = bare and refused == SUCCESS
             for context in self.settled():
-                # Who ends a wait by SCardCancel must not end the next one there.
+                # Not one where a thread is ending a wait by SCardCancel, which could end the next wait.
                 if context in avoided or context.wakers or (insists and context.cards):
                     continue
                 context.give_way()
@@ -246,7 +246,7 @@ class NativeContexts:
             return _ASK_ANOTHER
         if not self.is_behind(owned):
             return STALE
-        # pcscd is gone, or takes no more: then that answer is all there is.
+        # pcscd has ended, or accepts no more connections, so no other native context can be asked.
         return [refused, *result[1:]] if refused == NO_SERVICE else result
 
     def is_behind(self, owned: Any) -> bool:
@@ -268,7 +268,7 @@ class NativeContexts:
         hresult = self._spare(owned, context, may_pass)
         if hresult != SUCCESS:
             return hresult
-        # In one step, for another thread may be connecting there; what lives there goes on there, as on raw pyscard.
+        # In one step, because another thread may be connecting there.  Its cards stay there, as on raw pyscard.
         if attempt(context, owned, _WAIT, (setattr, context, "state", WOKEN), bare=True, may_pass=may_pass):
             self.tidy()
         return SUCCESS
@@ -322,7 +322,7 @@ class NativeContexts:
         if any(context.is_dead() for context in list(self.natives)):
             return NO_SERVICE  # a new one would be one of another pcscd's
         for attempts_left in reversed(range(_ATTEMPTS_TO_FIND)):
-            # The quick look fails where files are opened meanwhile, the thorough one where contexts are.
+            # The quick look fails if other threads open files, the thorough one if they open contexts.
             context = self._establish_one(owned, may_pass, thoroughly=attempts_left % 2 == 0)
             if context is None:
                 return NO_SERVICE
@@ -333,7 +333,7 @@ class NativeContexts:
             is_told = context.descriptor is not None or not connections.ARE_INHERITED
             if is_told or not context.is_ours() or not attempts_left:
                 break
-            # Its connection can't be told: other threads have opened or closed files.
+            # Its connection is unknown, because other threads have opened or closed files.
             self._release(context, may_pass=may_pass)
         if self._are_left(owned):
             self.abandon()
@@ -357,7 +357,7 @@ class NativeContexts:
             except OSError as error:
                 if not is_ours(error):
                     raise
-                # A look at the descriptors failed: there is none left, or the one that was looked for.
+                # Looking at the descriptors failed: no descriptor is free, or the one that was looked at is closed.
                 if not context.established:
                     attempt(establishing, self, "SCardEstablishContext", *made, may_pass=may_pass)
             if context.established:
@@ -394,7 +394,7 @@ class NativeContexts:
         forget()
         if waits:
             self._wake(waits)
-        # What was ended with its wait has lost its connection, and says so.
+        # The others have lost their connections when their waits were ended.
         sound = [context for context in natives if context.state == OPEN]
         results = [made(steps) for context in sound if (steps := self._release(context, bare=False))]
         sweep()
@@ -411,7 +411,7 @@ class NativeContexts:
         ours = [context for context in list(self.natives) if context.is_ours()]
         for context in ours:
             context.settle()
-        # One whose connection isn't there any more was lost, and is for release_dead().
+        # release_dead() releases those that have lost their connections.
         left = [one for one in ours if one.handle and (one.descriptor is None or one.descriptor.is_intact())]
         if left:
             doomed.extend(left)
@@ -478,7 +478,7 @@ class NativeContexts:
         natives = [context for context in self.natives if context.handle and context.state != RELEASED]
         for context in natives:
             if context.descriptor is not None and descriptors.is_dead(context.descriptor.number):
-                if context.is_ours():  # else its lock is the parent's
+                if context.is_ours():  # otherwise its lock belongs to the parent
                     context.wait_until_free(_RELEASE_WITHIN)
                 in_flight.places.pop(context, None)
                 with failures.suppress(KeyError):  # another thread has done it

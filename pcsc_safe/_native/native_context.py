@@ -95,11 +95,11 @@ class NativeContext(Place):
             self.woken = monotonic()
         key = object()
         try:
-            self.wakers[key] = None  # while there is any, the connection isn't closed, nor its number reused
+            self.wakers[key] = None  # while there is a key, the connection isn't closed, so its number isn't reused
             if not self.calls or self.calls[-1][3] is not wait:
                 return
             wait.was_ended = True
-            # Nothing comes between that look and the next line: whoever is here next has seen it, and hasn't entered.
+            # No other code runs between that check and the next line.  A thread that comes next sees the state.
             if is_known:
                 self.state = WOKEN
                 connections.shut_down(self.descriptor, at_once=monotonic() - self.woken > _PATIENCE)
@@ -110,7 +110,7 @@ class NativeContext(Place):
 
     def is_dead(self) -> bool:
         """Whether pcscd has closed the connection."""
-        # Looked at before and after: while it is released, its connection is closed as well.
+        # Checked before and after, because a release closes the connection, too.
         return self._is_idle() and connections.is_hung_up(self.descriptor) and self._is_idle()
 
     def _is_idle(self) -> bool:

@@ -30,7 +30,7 @@ def is_loaded() -> bool:
 
 def load() -> None:
     """Import pyscard, and describe it in :mod:`library`."""
-    import smartcard.scard as scard  # while pyscard is being imported, a retrofit may ask: it has no attribute yet
+    import smartcard.scard as scard  # a retrofit may call this while smartcard is being imported
     from smartcard.scard import _scard
 
     errors.join_pyscard()
@@ -39,10 +39,12 @@ def load() -> None:
             library.public[name] = value
             if isinstance(value, types.FunctionType):
                 library.signatures[name] = library.Signature.of(value)
-    # Not pyscard's wrappers of them: a wrapper looks its own up anew, and would find a retrofit there.
+    # Not pyscard's wrappers: a wrapper looks up its function at each call, and would find the retrofit's.
     for name in CALLS.keys() & library.public.keys():
         function = getattr(_scard, name)
-        raw[name] = getattr(function, "__wrapped__", function)  # a retrofit's knows what it has replaced
+        raw[name] = getattr(
+            function, "__wrapped__", function
+        )  # a function of the retrofit has the original as __wrapped__
     _loaded.append(_scard)
 
 

@@ -23,7 +23,10 @@ _CLASSES = (
     ("smartcard.pcsc.PCSCCardConnection", "PCSCCardConnection"),
     ("smartcard.pcsc.PCSCCardRequest", "PCSCCardRequest"),
 )
-_SINGLETON = "smartcard.pcsc.PCSCContext", "PCSCContext"  # before pyscard 2.3 everything has the context of this one
+_SINGLETON = (
+    "smartcard.pcsc.PCSCContext",
+    "PCSCContext",
+)  # before pyscard 2.3 all objects use the context of this singleton
 
 _watched: tuple[type, ...] = ()
 _last_signs = 0  # when there was nothing to tell

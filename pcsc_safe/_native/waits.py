@@ -1,8 +1,8 @@
-"""SCardGetStatusChange: a wait for events, as its caller sees it.
+"""SCardGetStatusChange: a wait for events, which can consist of several native calls.
 
 A wait has a native context to itself.  A fork ends the native call.  The wait continues in the parent, on another
-native context and with the rest of its timeout, and its caller sees no difference: an event between the two native
-calls is reported as if the wait had seen it.  SCardCancel ends the whole wait, once.
+native context and with the rest of its timeout.  The caller gets the same result as from one native call: an event
+between two native calls is reported, too.  SCardCancel ends the whole wait, once.
 
 A child has none of its parent's waits.
 """
@@ -56,7 +56,7 @@ class Wait:
     def has_spare(self, native: Any, may_pass: bool) -> bool:
         """Whether there is another native context on which the wait can continue."""
         if not self._contexts.is_behind(self._context):
-            return True  # it goes on elsewhere, if at all
+            return True  # if it continues, then on other native contexts
         return self._contexts.has_spare(self._context, native, may_pass)
 
     def begin(self) -> None:
@@ -68,7 +68,7 @@ class Wait:
 
         :return: the result; None to continue; :data:`STALE` if this process no longer owns the context.
         """
-        # Also where it would take another thread: none is needed for what has happened already.
+        # Also before a wait in another thread, which is not needed for an event that has already happened.
         if self._seen is not None or interruptible.is_wanted(self._left()):
             missed = self._missed()
             if missed is not None:
@@ -102,7 +102,7 @@ class Wait:
         now = self._contexts.call(self._context, "SCardGetStatusChange", 0, self._states)
         if now is STALE or now[0] == SUCCESS:
             return now
-        return None if now[0] == TIMED_OUT else result  # else there is no such reader indeed
+        return None if now[0] == TIMED_OUT else result  # otherwise there is really no such reader
 
     def _left(self) -> int:
         """The rest of the timeout, in ms."""
@@ -137,7 +137,7 @@ class Wait:
         except (AttributeError, TypeError, ValueError) as error:
             if not is_ours(error):
                 raise
-            return None  # not what SCardGetStatusChange takes; pyscard has its own words for it
+            return None  # invalid arguments, for which pyscard raises an error
         result = self._contexts.call(self._context, "SCardListReaders", [])
         return None if result is STALE else result[1]
 
@@ -161,7 +161,7 @@ def await_change(context: Any, alive: Callable[[], bool], timeout: int, states: 
     wait = Wait(context, contexts, timeout, states)
     try:
         contexts.waits[wait] = None
-        if nobody_hears.get()():  # its end was asked for before it was there to be ended
+        if nobody_hears.get()():  # cancelled before it could begin
             return cancelled
         wait.begin()
         while True:

@@ -70,7 +70,7 @@ def life_in_words(lane: Lane) -> str:
 
 
 def notes(history: History, not_drawn: int) -> Iterator[str]:
-    """What isn't in the drawing."""
+    """Sentences about processes that aren't in the drawing, or whose record is incomplete."""
     if not_drawn:
         yield f"{not_drawn} more processes are not drawn."
     if history.left_out:

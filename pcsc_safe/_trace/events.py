@@ -267,5 +267,5 @@ _nowhere: Any = None
 if is_on():
     try:
         _switch_on()
-    except Exception:  # a Python without ctypes, or no such libc: the program goes on, and is missing in the record
+    except Exception:  # a Python without ctypes, or another libc: the program continues without a record
         _directory = None

@@ -140,7 +140,7 @@ def _exchanged(after: Optional[_After]) -> _After:
                 file[at] = end  # not struct.pack_into: after a system call, all that is bigger is slow
                 file[at + 1] = next(count)
             else:
-                # When it began its native context has noted; of a call through a broker nobody has.
+                # The native context knows when its call began; for a call through a broker this is unknown.
                 exchanges.happened(card.key, card.native.began if card.native is not None else end, end)
         return result
 

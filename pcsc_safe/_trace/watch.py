@@ -26,7 +26,7 @@ _PASSED_ON = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 _FROM_TERMINAL = ("SIGINT", "SIGQUIT")
 _LOOKS_EVERY = 0.005  # s
 _UNBORN = 0.25  # s; a child may begin its record when its parent has ended already
-_PATIENCE = 2.0  # s, before it is said who is waited for
+_PATIENCE = 2.0  # s, after which a message names the processes that are still running
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[Ends] = None) -> int:
@@ -35,7 +35,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[E
     :param ends: watches, and waits for processes that outlive the program; a signal ends that wait.
     :return: its exit status, or the negative number of the signal that ended it.
     """
-    # What it was to inherit, it inherits, as if nobody stood between.
+    # The program inherits the same descriptors as without this process.
     process = subprocess.Popen(command, env=environment, close_fds=False)  # noqa: S603  # it is the user's
 
     def pass_on(number: int, frame: Any) -> None:
@@ -47,7 +47,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[E
 
     at_terminal = {getattr(signal, name, None) for name in _FROM_TERMINAL}
     passed_on = [getattr(signal, name) for name in _PASSED_ON if hasattr(signal, name)]
-    # As by nohup, or in the background of a script. The program ignores them, too, unless it wants to know.
+    # Ignored because of nohup, or in the background of a script.  The program inherits this.
     ignored = [number for number in passed_on if signal.getsignal(number) is signal.SIG_IGN]
     for number in passed_on:
         signal.signal(number, pass_on)

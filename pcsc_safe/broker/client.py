@@ -286,7 +286,7 @@ class Broker:
             for end in mine:
                 end.user = get_ident()
                 self._connections[end.descriptor.number] = end
-            # A signal handler may have forked meanwhile, and this is the child: the far end is the parent's to pass.
+            # If a signal handler has forked and this is the child, the parent passes the far end.
             if self.epoch is not process.current():
                 raise LostError(self, under_way=False)
             ours.send(hello)  # before, so that the broker doesn't have to wait for it

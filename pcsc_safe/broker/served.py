@@ -68,15 +68,15 @@ class Client:
         self.is_gone = True
         contexts = [handle for handle in list(self.handles.values()) if isinstance(handle.record, handles.Context)]
         ended = [handle for handle in contexts if sharing.drop(self, handle)]
-        # pcscd sees that at once, as it would see the death of a process: calls that last hold up no other context.
+        # pcscd detects this immediately, as it detects the death of a process, so a long call delays no other context.
         for handle in ended:
             handle.record.context.real.cut_off()
         for connection in list(self.connections):
             connection.shut_down()
-        # First what nobody waits on, for on macOS a wait may go on although it is cancelled.
+        # Contexts without waits first, because on macOS a wait may continue although it is cancelled.
         for handle in sorted(ended, key=lambda handle: bool(handle.record.context.real.waits)):
             router.public["SCardReleaseContext"](handle)
-        for connection in list(self.connections):  # that wait on what others have as well
+        for connection in list(self.connections):  # waits on contexts that other clients also have
             connection.hang_up()
 
 
@@ -108,7 +108,7 @@ class Connection:
             with contextlib.suppress(OSError):
                 self.socket.sendall(wire.encode(wire.Refused(str(error))))
         finally:
-            self.hang_up()  # which the server, who watches it, sees
+            self.hang_up()  # the server, which watches the connection, detects this
             self.unwatched.wait()
             self.socket.close()
 
@@ -122,7 +122,7 @@ class Connection:
         """End it, and its wait for events."""
         self.shut_down()
         if self._thread != threading.get_ident():
-            self.cancel_wait()  # one that begins from here on sees that nobody hears it
+            self.cancel_wait()  # a wait that begins later checks whether the client has hung up
 
     def _serve(self) -> None:
         receiver = wire.Receiver()
@@ -218,13 +218,13 @@ class Connection:
         handle, *rest = arguments
         if type(handle) is int:
             known = client.handles.get(handle)
-            # Also what would be another's after C code has made it 32 bits long, as handles are on macOS.
+            # Also a number that would be another client's handle after C code has cut it to 32 bits, as on macOS.
             if known is None and any(other in found for other in (handle, handle & _32_BITS) for found in _REGISTRIES):
                 return call.failure(library.constant("SCARD_E_INVALID_HANDLE"), rest)  # another client's
             handle = known if known is not None else handle
         if type(handle) is Handle and name == "SCardGetStatusChange":
             return self._waited(function, handle, rest)
-        # What begins or ends a transaction may take long, and the card be shared meanwhile.
+        # A call that begins or ends a transaction may take long, and the card may become shared in this time.
         if type(handle) is Handle and (handle.holders or name in _BRACKETS):
             result = self._shared(client, call, function, handle, rest)
         else:
@@ -244,7 +244,7 @@ class Connection:
             return library.SUCCESS
         if name in ("SCardDisconnect", "SCardReleaseContext"):
             if not sharing.drop(client, handle):
-                return library.SUCCESS  # the others go on
+                return library.SUCCESS  # the other clients continue
             return function(handle, *arguments)
         if handle.record.kind is calls.Kind.CONTEXT:
             return function(handle, *arguments)

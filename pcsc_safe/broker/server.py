@@ -69,7 +69,9 @@ class Server:
         """Accept a connection from the door; False if no process has the other end of the door any more."""
         spare, self._spare = self._spare, -1
         if spare >= 0:
-            os.close(spare)  # so that there is room for what comes: who sends it is not told where there is none
+            os.close(
+                spare
+            )  # so that a descriptor is free for the new connection; otherwise the kernel would drop it silently
         try:
             data, control, _, _ = self._door.recvmsg(1, _socket.CMSG_SPACE(_ONE_DESCRIPTOR))
         except OSError as error:
@@ -80,7 +82,7 @@ class Server:
         number = next((struct.unpack("i", rights[:_ONE_DESCRIPTOR])[0] for _, _, rights in control), -1)
         try:
             self._spare = os.dup(self._door.fileno())
-        except OSError:  # no room for another: this one is not served
+        except OSError:  # no descriptor is free: this connection is not served
             self._spare, number = number, -1
             _hang_up(self._spare)
         if number >= 0:
@@ -90,7 +92,7 @@ class Server:
     def _serve(self, number: int) -> None:
         try:
             ours = _socket.socket(fileno=number)
-        except OSError:  # no socket
+        except OSError:  # it is not a socket
             os.close(number)
             return
         ours.settimeout(None)

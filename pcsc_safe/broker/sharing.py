@@ -111,7 +111,7 @@ def call_on_card(client: Client, name: str, handle: Handle, function: Callable[.
             return None
         result = function(handle, *arguments)
         _settle(client, handle)
-        if int(handle) not in client.handles:  # dropped meanwhile
+        if int(handle) not in client.handles:  # another thread has dropped it
             _end_transaction(client, handle)
         return result
 
@@ -150,13 +150,13 @@ def drop(client: Client, handle: Handle) -> bool:
         client.handles.pop(int(handle), None)
         handle.holders.discard(client)
         is_last = not handle.holders
-    if is_last:  # then its cards and its transaction go with it
+    if is_last:  # then the cards and the transaction end with the session
         return True
     for other in ended:
         router.public["SCardDisconnect"](other, _disposition(other.record))
     if handle.transaction is client:
-        # Else not, for who has the lock may wait for a transaction that this client has elsewhere. What it begins at
-        # this moment, the thread that begins it ends.
+        # Only then, because the thread that has the lock may wait for a transaction that this client has elsewhere.  If
+        # the client begins a transaction at this moment, the thread that begins it also ends it.
         with handle.free:
             _end_transaction(client, handle)
     return False

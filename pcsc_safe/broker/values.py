@@ -93,7 +93,7 @@ def tell(values: Iterable[Any], depth: int = 0) -> bytes:
     :raises WireError: they are more than MAX_BODY.
     """
     told = []
-    left = MAX_BODY  # looked at here, for a list that holds one list many times, and so on, is small and yet endless
+    left = MAX_BODY  # checked here, because a small list that contains another one many times can have a huge encoding
     for value in values:
         part = _TELLERS.get(id(type(value)), _tell_other)(value, depth)
         left -= len(part)
@@ -127,13 +127,13 @@ def _tell_text(value: str, _depth: int) -> bytes:
 
 def octets_of(value: list[Any]) -> Optional[bytes]:
     """The bytes of a list; None if it contains anything but plain ints from 0 to 255, or is too long."""
-    # bytes() would also take what can be made an int of, True for one, so the types come first.
+    # The types are checked first, because bytes() also accepts other objects than ints, such as True.
     octets = tuple(value)  # a copy: another thread may change the list
     if len(octets) > MAX_OCTETS or {*map(id, map(type, octets))} - _INT:
         return None
     try:
         return bytes(octets)
-    except ValueError as error:  # no byte
+    except ValueError as error:  # an int that is not a byte
         if not is_ours(error):
             raise
         return None
@@ -161,7 +161,7 @@ def _tell_container(tag: int, container: Any, values: tuple[Any, ...], depth: in
 
 def _tell_other(value: Any, depth: int) -> bytes:
     for base, plain in _PLAIN.items():
-        if issubclass(type(value), base):  # isinstance would believe a proxy
+        if issubclass(type(value), base):  # not isinstance, which is also true for a proxy
             return _BY_TYPE[base](plain(value), depth)
     return _tell_opaque(value)
 
@@ -170,7 +170,9 @@ def _tell_opaque(value: Any) -> bytes:
     return _sized(_OPAQUE, _name_of(type(value))[:_MAX_NAME].encode())
 
 
-_name_of: Callable[[type], str] = type.__dict__["__name__"].__get__  # not what a metaclass makes of it
+_name_of: Callable[[type], str] = type.__dict__[
+    "__name__"
+].__get__  # the type's real name, even if a metaclass overrides __name__
 
 _BY_TYPE: dict[type, Callable[[Any, int], bytes]] = {
     type(None): lambda value, depth: b"N",
@@ -184,11 +186,11 @@ _BY_TYPE: dict[type, Callable[[Any, int], bytes]] = {
     dict: _tell_dict,
 }
 
-# By the identity of the type, since a metaclass may keep it from being hashed, or compared.
+# By the identity of the type, because a metaclass may prevent hashing or comparing it.
 _TELLERS = {id(kind): teller for kind, teller in _BY_TYPE.items()}
 _INT = {id(int)}
 
-# What C code sees of an object of a subclass, whatever the subclass makes of it.
+# The plain value of an object of a subclass, as C code sees it, even if the subclass overrides methods.
 _PLAIN: dict[type, Callable[[Any], Any]] = {
     int: int.__int__,
     float: float.__float__,
@@ -200,8 +202,8 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {
 }
 
 
-# --- bytes to values; at is where the value starts, behind its tag.  A body that is too short shows in struct.error
-# where numbers are read, in IndexError where a tag is, and slices are looked at.
+# --- bytes to values; at is where the value starts, behind its tag.  If a body is too short, reading a number raises
+# struct.error, reading a tag raises IndexError, and the length of a slice is checked.
 
 _Read = tuple[Any, int]  # the value, and where it ended
 

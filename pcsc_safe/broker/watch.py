@@ -45,7 +45,7 @@ if sys.platform == "linux":
 
         def on_end(self, number: int) -> None:
             """Report when a connection has ended."""
-            self._epoll.register(number, 0)  # a hang-up is always told
+            self._epoll.register(number, 0)  # a hang-up is always reported
 
         def on_exit(self, pid: int) -> bool:
             """Report when a process has ended, if the kernel can.
@@ -106,7 +106,7 @@ elif sys.platform != "win32":
 
         def on_end(self, number: int) -> None:
             """Report when a connection has ended."""
-            # The end is told whatever else is asked for; that so much must have come keeps requests from waking us.
+            # The end is always reported.  The low-water mark of a full buffer prevents reports of requests.
             flags = select.KQ_EV_ADD | select.KQ_EV_CLEAR
             self._ask(select.kevent(number, select.KQ_FILTER_READ, flags, select.KQ_NOTE_LOWAT, _A_FULL_BUFFER))
 

@@ -193,9 +193,9 @@ def _is_key(key: Any) -> bool:
 _SIZE = struct.Struct("<I")
 _pack_size, _unpack_size = _SIZE.pack, _SIZE.unpack_from
 
-# The exchange of an APDU is told and read by one call a message, at half the price.  The bytes are those of the general
-# way: of a request with two ints and a list of bytes, and of a result that is a list of an int and a list of bytes.
-# They fit into a frame, for octets_of gives no more than MAX_OCTETS.
+# The two messages of an APDU exchange are each encoded and decoded by one call, which takes half the time.  The bytes
+# are the same as in the general encoding: a request with two ints and a list of bytes, and a result that is a list of
+# an int and a list of bytes.  They fit into a frame, because octets_of returns MAX_OCTETS at most.
 _COMMAND_KIND, _ANSWER_KIND = b"QR"
 _COMMAND = struct.Struct("<BBqBIBqBqBI")
 _ANSWER = struct.Struct("<BBIBqBI")
@@ -318,7 +318,7 @@ class Receiver:
         :param data: the received bytes; none may belong to a next frame, because a peer waits for the reply first.
         :raises WireError: the frame is malformed.
         """
-        # As nearly all come: at once, and alone.
+        # Nearly all frames arrive in one piece, and alone.
         if not self._held and len(data) > 4 and _unpack_size(data)[0] == len(data) - 4 <= MAX_BODY:
             return data[4:]
         self._held += data

@@ -31,8 +31,8 @@ _Pair = tuple[tuple[Run, Verdict], tuple[Run, Verdict]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--only", nargs="+", default=[], metavar="N", help="the numbers of the hazards to show")
-    parser.add_argument("--json", action="store_true", help="print all observations as JSON")
+    parser.add_argument("--only", nargs="+", default=[], metavar="N", help="show only hazards N (default: all hazards)")
+    parser.add_argument("--json", action="store_true", help="print all observations as JSON (default: a table)")
     # For our own tests: what would the demo say if pcsc_safe let a hazard through?
     parser.add_argument("--safe-module", default="pcsc_safe.scard", help=argparse.SUPPRESS)
 
@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
         hazards = load(options.only)
         signal.signal(signal.SIGTERM, _terminated)
         with VirtualPcsc(activate=False):
-            pass  # so that a machine without one is told so before anything else
+            pass  # so that a missing stack is reported first
         return _show(hazards, options.safe_module, options.json)
     except (ValueError, PcscStackError) as error:
         print(f"the demo can't run: {error}", file=sys.stderr)
@@ -116,7 +116,7 @@ def _summary(rows: Sequence[Row], safe: str, let_through: Sequence[str]) -> str:
 
 
 def _as_json(results: Sequence[tuple[Hazard, _Pair]], safe: str, let_through: Sequence[str]) -> dict[str, Any]:
-    from ..testing._versions import versions  # only --json and the page tell them
+    from ..testing._versions import versions  # only --json needs them
 
     return {
         "versions": versions(),

@@ -20,16 +20,16 @@ EPILOG = """The doctor uses PC/SC only in separate processes, so a hang or a cra
 cards only with --touch-cards, in shared mode, and leaves them as they are. It sends an APDU only with both --self-test
 and --touch-cards: GET RESPONSE, which changes nothing.
 
---self-test tests what pcsc_safe relies on: forks, brokers, clients that die, waits. It works with and without a reader,
-takes half a minute, and prints a report that you can paste into an issue. Its main purpose is macOS, which the authors
-of pcsc_safe can't test.
+--self-test tests what pcsc_safe relies on: forks, brokers (helper processes), clients that die, waits for events. It
+works with and without a reader, takes half a minute, and prints a report that you can paste into an issue. It is mainly
+for macOS, because the authors of pcsc_safe have no Mac.
 
 exit status: 0 if there is no problem, 1 if there is one, 2 if the doctor could not run or could not examine the program
 
 --json prints {"version", "findings": [{"key", "status", "what", "detail", "remedy", "data"}, ...], "left_out"}. A key
-stays the same from version to version. It occurs several times if there are several readers, hazards or processes. A
-status is ok, warning, problem, unknown or skipped. "data" has the facts of "detail". "left_out" maps the key of a
-problem to the keys of the findings that were omitted because of it."""
+stays the same from version to version. If there are several readers, hazards or processes, a key occurs several times.
+A status is ok, warning, problem, unknown or skipped. "data" has the facts of "detail". "left_out" maps the key of a
+problem to the keys of the findings that were omitted because of this problem."""
 
 _Section = tuple[str, Iterator[Finding]]
 _LONGEST = 600.0
@@ -37,17 +37,29 @@ _LONGEST = 600.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("--no-probe", action="store_true", help="skip the tests of forks, which take 25 s")
-    parser.add_argument("--touch-cards", action="store_true", help="also connect to the cards in the readers")
-    parser.add_argument("--self-test", action="store_true", help="test what pcsc_safe relies on, and print a report")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON (default: as text)")
+    parser.add_argument(
+        "--no-probe", action="store_true", help="skip the tests of forks, which take 25 s (default: run them)"
+    )
+    parser.add_argument(
+        "--touch-cards",
+        action="store_true",
+        help="also connect to the cards in the readers (default: leave the cards alone)",
+    )
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="also test what pcsc_safe relies on, and print a report (default: no self-test)",
+    )
     parser.add_argument(
         "--pid",
         type=_pid,
         metavar="N",
-        help="examine a running program and its children instead of this machine (Linux)",
+        help="examine the running program with process ID N, and its children (Linux; default: examine this machine)",
     )
-    parser.add_argument("--timeout", type=_seconds, default=10.0, metavar="S", help="seconds to wait for pcscd (10)")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=10.0, metavar="S", help="seconds to wait for pcscd (default: 10)"
+    )
     parser.set_defaults(refuse=parser.error)
 
 
@@ -120,7 +132,7 @@ def _as_json(ledger: Ledger) -> dict[str, Any]:
 def _sections(options: argparse.Namespace, ledger: Ledger) -> Iterator[_Section]:
     """The sections of the page; each begins after the findings of the earlier ones have been entered."""
     yield "This installation", _installation()
-    # What the generator of one section learns of PC/SC is what those of later ones go by.
+    # The generator of a section puts here what it finds out about PC/SC; those of later sections use it.
     seen = [_pcscd.Service(False, [])]
     yield "PC/SC", _service(options.timeout, seen)
     yield "Forks", _forks(options.timeout, seen[-1].works, ledger)

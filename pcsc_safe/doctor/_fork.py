@@ -93,7 +93,7 @@ def _auto() -> Finding:
     data["broker"] = given.broker.value
     data["after_unquiet_fork"] = _CALLED[policy.choose_way(auto, forked=True, native_works=False)]
     if given.broker is policy.Broker.ALWAYS:
-        detail = "a broker, since broker is 'always'"
+        detail = "a broker, because the setting broker is 'always'"
     elif works:
         detail = "a forked child gets a new native context; if it was forked while another thread was inside a PC/SC "
         detail += "call, a broker makes its PC/SC calls"

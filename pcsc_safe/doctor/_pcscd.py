@@ -122,7 +122,7 @@ def _socket(path: str, program: _Program, seconds: float) -> tuple[list[Finding]
     found.append(_answer(answer, told, program))
     if told.get("clients"):
         found.append(_clients(told["clients"]))
-    # Who is hung up on can learn why from PC/SC itself; whom nobody answers would only wait there too.
+    # If pcscd closes the connection, PC/SC calls return a code that says why.  If it doesn't answer, they would hang.
     return found, answer != "timeout"
 
 
@@ -260,7 +260,7 @@ def _access(look: Answer) -> Finding:
 
 
 _NO_SERVICE = {
-    "darwin": "plug a reader in: macOS starts PC/SC with the first one; a forked process needs a new program to use it",
+    "darwin": "plug a reader in: macOS starts PC/SC with the first one; a forked process can't use PC/SC before exec",
     "win32": "plug a reader in, and check that the service SCardSvr can start",
 }
 
@@ -299,10 +299,8 @@ def _reader(name: str, flags: list[str], atr: str) -> Finding:
         )
     elif "exclusive" in flags:
         detail = f"a card, held exclusively by an application; ATR {atr}"
-        remedy = (
-            "other applications get SCARD_E_SHARING_VIOLATION until it disconnects, or until it has ended and so have "
-        )
-        remedy += "the children that hold its connection: doctor --pid N lists them"
+        remedy = "other applications get SCARD_E_SHARING_VIOLATION until it disconnects, or until it and all children "
+        remedy += "that hold its connection end: doctor --pid N lists these children"
     elif "unavailable" in flags:
         detail, remedy = "the reader is unavailable", "unplug it and plug it in again"
     else:

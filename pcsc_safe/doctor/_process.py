@@ -248,7 +248,9 @@ def _verdict(
     """The finding for a process that holds connections which other processes made."""
     gone = [each for each in inherited if each.owner not in each.holders]
     owners = _named(sorted({each.owner for each in inherited}))
-    told = "" if all(each.known for each in inherited) else " (probably: that is the oldest process that holds it)"
+    told = (
+        "" if all(each.known for each in inherited) else " (probably, because that is the oldest process that holds it)"
+    )
     guarded = _is_guarded(process, family)
     if guarded and len(gone) == len(inherited):
         detail = f"holds a session that {owners} established and has handed over"

@@ -146,7 +146,7 @@ def pcsc_context(module: Any) -> list[Patch]:
 
     def in_child() -> None:
         if singleton.instance is not None and type(singleton.instance.hcontext) is int:
-            singleton.instance = None  # established before install(): nobody's here
+            singleton.instance = None  # established before install(), so this process doesn't own it
 
     def renew_context() -> Any:
         instance = singleton.instance

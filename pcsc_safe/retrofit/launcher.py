@@ -1,8 +1,8 @@
-"""``python -m pcsc_safe run``: retrofits a program that we can't edit, and the Python processes that it starts.
+"""``python -m pcsc_safe run``: runs a program that the user can't edit on pcsc_safe.
 
-This process becomes the program, by exec, so Python runs it like any program.  Only the environment differs, and
-therefore also that of further processes: the settings, and a directory on PYTHONPATH whose sitecustomize calls
-``pcsc_safe.install()``.
+This process becomes the program, by exec.  Only the environment of the program differs: it has the settings, and on
+PYTHONPATH a directory whose sitecustomize calls ``pcsc_safe.install()``.  The Python processes that the program starts
+inherit this environment.
 
 Nothing here forks: the program replaces this process.
 """
@@ -22,15 +22,19 @@ from ..errors import SettingsError
 
 __all__ = ["EPILOG", "add_arguments", "main", "split"]
 
-EPILOG = """The program runs as with "python program". Options of Python itself go before the first -m:
+EPILOG = """An option with [=0] turns its setting on (1). With =0 it turns the setting off (0):
+  python -m pcsc_safe run --recover --spare-cards=0 program.py
+
+The program runs as with "python program". Options of Python itself go before the first -m:
   python -X dev -m pcsc_safe run -m my.server --port 80
 
-Python programs that it starts run on pcsc_safe too, unless they are started with -E, -I or -S, without PYTHONPATH in
-their environment, or by a Python that has no pcsc_safe."""
+Python programs that the program starts also run on pcsc_safe, unless they are started with -E, -I or -S, without
+PYTHONPATH in their environment, or by a Python that has no pcsc_safe."""
 _SETTINGS = {policy.option(name): name for name in policy.SETTINGS}
 _SWITCHES = {option for option, name in _SETTINGS.items() if isinstance(policy.SETTINGS[name].default, bool)}
 _TIMELINE = "--timeline"
 _MEANING_PROGRAM = ("-m", "-c")
+_VALUES = {float: "SECONDS", str: "PATH"}
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -54,16 +58,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, setting in _SETTINGS.items():
         row = policy.SETTINGS[setting]
         told = ": ".join(filter(None, [row.summary, ", ".join(row.choices())]))
+        told = f"{told} (default: {row.default_as_text()})"
         if option in _SWITCHES:
             parser.add_argument(option, nargs="?", const="1", metavar="=0", help=told)
         else:
-            added = parser.add_argument(option, metavar=setting.upper(), help=told)
-            vars(added)["values"] = row.choices()  # for the completion; what else is given is refused in our own words
+            metavar = _VALUES.get(type(row.default), setting.upper())
+            added = parser.add_argument(option, metavar=metavar, help=told)
+            vars(added)["values"] = (
+                row.choices()
+            )  # for the completion; main() refuses other values with our own message
     parser.add_argument(
-        "--report", action="store_true", help="at the end, print to stderr what each process did with PC/SC"
+        "--report",
+        action="store_true",
+        help="at the end, print to stderr what each process did with PC/SC (default: no report)",
     )
     parser.add_argument(
-        _TIMELINE, metavar="FILE", help="draw the sessions of each process over time, in FILE.svg or FILE.html"
+        _TIMELINE,
+        metavar="FILE",
+        help="draw the sessions of each process over time, in FILE.svg or FILE.html (default: no drawing)",
     )
     parser.set_defaults(refuse=parser.error)
 

@@ -45,7 +45,7 @@ def _install() -> None:
         from .installation import install  # takes longer to import than Python takes to start
 
         install()
-    except Exception as error:  # the program goes on as it would without us, and its user is told
+    except Exception as error:  # the program continues without pcsc_safe, and a message says so
         pid = process.current().pid
         print(f"pcsc_safe: process {pid} runs without pcsc_safe: {error}", file=sys.stderr)
     else:

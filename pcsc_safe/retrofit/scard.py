@@ -53,8 +53,8 @@ _NAMES = [name for name, call in CALLS.items() if call.takes is not None] + [_ES
 """What is replaced.  The last is restored first, so that no new handles are returned after that."""
 
 
-# What takes a function's place. The router is looked up at the first call: it imports pyscard, and may be the one who
-# is importing it now.
+# The functions that replace pyscard's.  They look up the router at the first call, because the router imports pyscard,
+# and may be importing it now.
 
 _in_force = False
 _given: set[object] = set()
@@ -140,7 +140,9 @@ def _establishing(native: Any, original: Optional[_Function]) -> _Function:
     def function(scope: Any) -> Any:
         route = (_public or _load())[_ESTABLISH]
         under_way = object()
-        _given.add(under_way)  # before the look: who puts functions back sees this, or we see that
+        _given.add(
+            under_way
+        )  # before the check below: either a thread that restores functions sees this, or the check fails
         try:
             if original is not None and vars(native).get(_ESTABLISH) is not function:
                 return original(scope)
@@ -233,7 +235,7 @@ class _StandIn:
 stand_in = _StandIn()
 
 
-# What there is already when we come, and what there is still when we go.
+# Connections that were opened before install(), and calls that are still in progress.
 
 _strangers: list[Any] = []
 

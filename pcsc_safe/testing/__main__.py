@@ -1,7 +1,7 @@
 """``python -m pcsc_safe.testing [options] -- command``: run a command on a virtual PC/SC stack.
 
-Use it to test an application, or one of our examples, without a reader.  The stack exists while the command runs.  A
-process that the command leaves running then has no pcscd.
+Use it to test an application, or one of our examples, without a reader.  The stack ends with the command, even if the
+command leaves processes running.
 
 Invariant: the exit status is the command's own, or 128 plus the number of the signal that ended it, as in a shell.
 
@@ -36,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         choices=_CARDS,
         metavar="CARD",
-        help="the card in the next reader; repeat it for more readers: echo (default), which returns the data that it "
-        "gets; piv, with a key, a certificate and the PIN 123456; none",
+        help="the card in a reader; each further --card adds a reader with a card: echo, which returns the data that "
+        "it gets; piv, which has a key, a certificate and the PIN 123456; none, for an empty reader (default: echo)",
     )
     parser.add_argument("command", nargs="+", metavar="-- command", help="the command to run, with its arguments")
     return parser
@@ -61,10 +61,10 @@ def _run(command: Sequence[str], stack: VirtualPcsc) -> int:
 
     # Handlers, not SIG_IGN: what is ignored stays ignored in the command.
     for number in (signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, lambda number, frame: None)  # a terminal sends it to the command as well
+        signal.signal(number, lambda number, frame: None)  # a terminal also sends the signal to the command
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, pass_on)
-    started.append(subprocess.Popen(command, env=stack.env))  # noqa: S603  # that is what we are for
+    started.append(subprocess.Popen(command, env=stack.env))  # noqa: S603  # the user's command
     status = started[0].wait()
     return status if status >= 0 else 128 - status
 

@@ -1,4 +1,4 @@
-"""The path in each process by which libpcsclite finds the active stack.
+"""Sets the path by which libpcsclite, in this process, finds the active stack.
 
 libpcsclite reads PCSCLITE_CSOCK_NAME once and keeps it for the life of the process.  So that several stacks can follow
 each other in one process, the variable names a symbolic link.  The link's path stays the same for the life of the

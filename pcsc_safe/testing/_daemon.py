@@ -137,7 +137,7 @@ class Daemon:
 
     def _command(self) -> list[str]:
         command = [self._installed.pcscd, "--foreground", "--info", "--config", str(self._config)]
-        # whoever runs the tests may use the readers of the tests
+        # the user who runs the tests may use their readers
         return [*command, "--disable-polkit"] if self._installed.polkit else command
 
     def _driver(self, number: int) -> str:
@@ -150,7 +150,7 @@ class Daemon:
         return copy
 
     def _request(self, request: bytes) -> str:
-        with contextlib.suppress(ConnectionError):  # of one that is dead, as the answer tells
+        with contextlib.suppress(ConnectionError):  # the keeper is dead, as the answer shows
             self._control.sendall(request)
         return self._reply()
 

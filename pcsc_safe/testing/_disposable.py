@@ -25,7 +25,7 @@ _LAST_WORDS = 0.5  # seconds that a process gets to dump its stacks after it was
 _LOG_TAIL = 3000
 
 
-class Stopped(Exception):  # noqa: N818  # not an error: who started it was interrupted
+class Stopped(Exception):  # noqa: N818  # not an error: the process that started it was interrupted
     """The starter is ending; there is no result."""
 
 
@@ -58,7 +58,7 @@ def run_disposable(
     :param stop: set it to end the program immediately.
     :raises Stopped: ``stop`` was set.
     """
-    # Files, not pipes: nobody has to read them meanwhile, and a forgotten child can't keep them from ending.
+    # Files, not pipes: they need no reader, and a remaining child can't prevent their end.
     with tempfile.TemporaryFile() as reports, tempfile.TemporaryFile() as log:
         started = time.monotonic()
         process = subprocess.Popen(  # noqa: S603  # every word of it is ours
@@ -98,7 +98,7 @@ def _ended_within(process: subprocess.Popen[bytes], seconds: float, stop: thread
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
     if sys.platform != "linux":  # macOS has no waitid before Python 3.13
         return process.poll() is not None
-    # It is not reaped here: as long as it is a zombie its number is nobody else's, and the group can be killed by it.
+    # It is not reaped here: as long as it is a zombie its PID isn't reused, so its group can be killed by this number.
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
 

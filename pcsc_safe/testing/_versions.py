@@ -38,7 +38,7 @@ def _installed(distribution: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--json", action="store_true", help="print the versions as JSON")
+    parser.add_argument("--json", action="store_true", help="print the versions as JSON (default: as text)")
 
 
 def main(options: argparse.Namespace) -> int:

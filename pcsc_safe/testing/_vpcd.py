@@ -111,20 +111,20 @@ class Slot:
                 self._abort(connection)
 
     def _abort(self, connection: socket.socket) -> None:
-        # vpcd takes any end before an answer for an empty answer, and reports success; only where the answer has begun,
-        # and the connection is reset, does it report the failure that a card pulled out in the middle of a command is
-        if self._sending.acquire(timeout=_AN_ANSWER_TAKES):  # or this would be taken for the beginning of that answer
+        # If a connection ends before an answer, vpcd takes this for an empty answer and reports success.  If it is
+        # reset after the beginning of an answer, vpcd reports a failure, as when a card is pulled out during a command.
+        if self._sending.acquire(timeout=_AN_ANSWER_TAKES):  # so that this is not mixed with a real answer
             with contextlib.suppress(OSError):
                 connection.send(_LENGTH.pack(2), socket.MSG_DONTWAIT)
             self._sending.release()
         if not abort_connection(connection):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-        # the thread that reads from it closes it: nobody else may, or it could read from another file of that number
+        # Only the thread that reads from the connection may close it, because the number could be reused.
 
     def _reconnect(self, lost: socket.socket) -> bool:
         """After vpcd closed the connection: connect again, unless vpcd has ended, or the card was removed."""
-        with self._lock:  # who pulls it out is not in the middle of it
+        with self._lock:  # no thread is removing the card now
             lost.close()
             if self._socket is not lost:
                 return False
@@ -151,7 +151,7 @@ class Slot:
                 if answer is not None:
                     with self._sending:
                         if self._socket is not connection:
-                            return  # it was pulled out meanwhile
+                            return  # the card was removed
                         connection.sendall(_LENGTH.pack(len(answer)) + answer)
 
 
@@ -159,8 +159,8 @@ def _read(connection: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
         if _QUICK_ACK is not None:
-            # vpcd 3.3 writes length and message apart, and its kernel holds the second back until the first is
-            # acknowledged; Linux forgets this option, so it is set again for each read
+            # vpcd 3.3 writes the length and the message separately, and the kernel delays the second until the first is
+            # acknowledged.  Linux resets this option, so it is set again for each read.
             connection.setsockopt(socket.IPPROTO_TCP, _QUICK_ACK, 1)
         more = connection.recv(count - len(data))
         if not more:

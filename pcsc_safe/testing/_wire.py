@@ -22,7 +22,7 @@ from ._errors import PcscStackError
 PRESENT = 0x0004
 MAX_READERS = 16
 
-# seconds; a fraction of the 400 ms that pcscd takes when nobody hurries it
+# seconds; a fraction of the 400 ms that pcscd takes without a nudge
 _HURRY_INTERVAL = 0.01
 _NAME_LENGTH = 128
 _STATE = struct.Struct(f"={_NAME_LENGTH}sIIi33s3xII")
@@ -56,8 +56,8 @@ class Probe:
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.connect(path)
-            # the answer tells which version pcscd speaks; ours has not changed since pcsc-lite 1.8.24.  A newer pcscd
-            # logs a mismatch, and goes on in ours: in its own, waiting for changes is another thing (seen on 2.5.3)
+            # The answer has pcscd's version of the protocol; ours has not changed since pcsc-lite 1.8.24.  A newer
+            # pcscd logs a mismatch and uses our version.  Its own version waits for changes differently (2.5.3).
             self._ask(_VERSION, struct.pack("=iiI", 4, 4, 0), 12)
         except BaseException:
             self._socket.close()

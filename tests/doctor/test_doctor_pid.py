@@ -395,7 +395,7 @@ def test_where_the_kernel_does_not_pair_sockets(shared_stack: VirtualPcsc) -> No
     (child_,) = [each for each in told["older"] if each["data"].get("pid") == told["child"]]
     (connection,) = child_["data"]["connections"]
     assert (connection["owner"], connection["owner_known"]) == (told["head"], False)
-    assert "(probably: " in child_["detail"]
+    assert "(probably, " in child_["detail"]
 
 
 @needs_root

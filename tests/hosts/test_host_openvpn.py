@@ -550,5 +550,5 @@ def test_what_is_signed(monkeypatch: pytest.MonkeyPatch, algorithm: HashAlgorith
     key.public_key().verify(signature, b"a message", ec.ECDSA(algorithm))
     name = algorithm.name.upper()
     assert digest(base64.b64encode(b"a message"), "ECDSA", f"hashalg={name}", "data=message") == for_the_card
-    with pytest.raises(ValueError, match="OpenVPN wants RSA_PKCS1_PADDING, and the key does ECDSA"):
+    with pytest.raises(ValueError, match="OpenVPN wants RSA_PKCS1_PADDING, but the key can only sign with ECDSA"):
         digest(base64.b64encode(whole), "RSA_PKCS1_PADDING")

@@ -68,7 +68,7 @@ def test_a_setting_is_a_row(copy: Copy) -> None:
     assert copy.run("-c", SAYS.format("pass")) == "2.5\n"
     assert copy.run("-c", SAYS.format("pcsc_safe.configure(patience='7')")) == "7.0\n"
     assert copy.run("-c", SAYS.format("pass"), PCSC_SAFE_PATIENCE="8") == "8.0\n"
-    assert "--patience PATIENCE" in copy.run("-m", "pcsc_safe", "run", "--help")
+    assert "--patience SECONDS" in copy.run("-m", "pcsc_safe", "run", "--help")
     assert copy.run("-m", "pcsc_safe", "run", "--patience", "9", "-c", SAYS.format("pass")) == "9.0\n"
     table = copy.run(str(SCRIPTS / "settings_table.py"))
     names = "`patience`<br>`PCSC_SAFE_PATIENCE`<br>`--patience`"

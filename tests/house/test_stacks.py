@@ -17,7 +17,7 @@ import stack_results as results
 import stack_system as system
 
 GREEN = """\
-optional, and not here: pip-uwsgi apt-chromium (.cache/setup has the logs)
+optional, not installed: pip-uwsgi apt-chromium (.cache/setup has the logs)
 == pytest
 some output: 99 passed in 1.00s
 =========================== short test summary info ============================
@@ -91,7 +91,11 @@ def test_only_whole_green_runs_are_recorded(tmp_path: Path) -> None:
     part, red = result(arguments=["tests/core/test_scard.py"]), result(stack="bookworm", status=1)
     absent = {"stack": "sid", "impossible": "there is no network"}
     refused = results.record([part, red, absent, result(stack="sid", debian="sid")], order, file)
-    assert refused == ["trixie: only a part was run", "bookworm: not green", "sid: not green"]
+    assert refused == [
+        "trixie: only some of the tests were run",
+        "bookworm: the demo or a test failed",
+        "sid: not possible here",
+    ]
     assert [(each["stack"], each["debian"]) for each in results.recorded(file)] == [("trixie", "13.2"), ("sid", "sid")]
 
 

@@ -69,4 +69,4 @@ def judge(run: Run) -> Finding:
         harm.append(f"the parent's SCardListReaders returned {afterwards} afterwards")
     whole = ended == 0 and afterwards and readers and readers == expected and shares is False
     own = f"the child listed {readers} readers over its own connection (pcscd had {clients} clients)"
-    return Finding(harm, [own, "so did the parent afterwards, over its own"] if whole else [])
+    return Finding(harm, [own, "afterwards the parent listed them over its own connection"] if whole else [])

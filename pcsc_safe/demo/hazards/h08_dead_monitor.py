@@ -25,7 +25,7 @@ def program(stage: Stage) -> None:
         return observer.told.wait(PATIENCE)
 
     cards, readers = CardMonitor(), ReaderMonitor()
-    # At its making the card monitor has a list of no cards, which grows; at first the observer is told of that.
+    # A new card monitor has an empty list of cards, which then grows; the observer is first notified of the empty list.
     stage.report("parent", cards=heard(cards), readers=heard(readers))
 
     def child() -> None:

@@ -1,7 +1,7 @@
 """Hazard 11: a session is ended from outside, SCardTransmit fails, and returns memory of the process.
 
-First a child releases its copy of the handles; then pcscd ends.  The second is no fault of the program, and the call
-has to fail under pcsc_safe, too.  What counts is the data beside the error code.
+First a child releases its copy of the handles; then pcscd ends.  In the second case the call also fails under
+pcsc_safe.  Only the data that it returns beside the error code count.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def program(stage: Stage) -> None:
 def _ask(stage: Stage, ended_by: str, card: Any) -> None:
     codes, failed, filled, told = set(), 0, 0, 0
     for _ in range(ROUNDS):
-        # Freed at once: its memory is what malloc hands to pyscard next.
+        # Freed immediately, so that malloc gives its memory to pyscard next.
         bytearray(SECRET * (BUFFER // len(SECRET)))
         hresult, answer = stage.transmit(card, 0x01, b"anything")
         codes.add(stage.name(hresult))

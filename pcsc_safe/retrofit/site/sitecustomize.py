@@ -32,7 +32,7 @@ def _step_aside():  # type: () -> None
     __import__("sitecustomize")
 
 
-_self = sys.modules.get(__name__)  # Python 2 empties a module that nobody holds
+_self = sys.modules.get(__name__)  # Python 2 empties a module that nothing refers to
 _install()
 if __name__ == "sitecustomize":
     _step_aside()
