@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
-__all__ = ["AGAINST", "HERE", "RAW", "SAFE", "WRAPT", "CardOf5Ms", "Process", "by_turns", "environment", "stack"]
+__all__ = ["AGAINST", "HERE", "RAW", "SAFE", "WRAPT", "Process", "SlowCard", "by_turns", "environment", "stack"]
 
 HERE = Path(__file__).parent
 RAW, WRAPT, SAFE = "raw", "raw, wrapt imported", "safe"
@@ -31,16 +31,23 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, **more}
 
 
-class CardOf5Ms(EchoCard):
-    """A card that takes 5 ms for a command, like a fast real card."""
+class SlowCard(EchoCard):
+    """A card that takes as long for a command as a real card.
+
+    :param ms: how long it takes.
+    """
+
+    def __init__(self, ms: int) -> None:
+        super().__init__()
+        self._seconds = ms / 1000
 
     def apdu(self, command: bytes) -> bytes:
-        """Answer one command, later."""
-        time.sleep(0.005)
+        """Reply to one command, later."""
+        time.sleep(self._seconds)
         return super().apdu(command)
 
 
-def stack(undo: contextlib.ExitStack, readers: int = 1, card: type[EchoCard] = EchoCard) -> dict[str, str]:
+def stack(undo: contextlib.ExitStack, readers: int = 1, card: Callable[[], EchoCard] = EchoCard) -> dict[str, str]:
     """Start a PC/SC stack; return the environment for processes that use it."""
     running = undo.enter_context(VirtualPcsc(readers, [card() for _ in range(readers)], activate=False))
     return environment(PCSCLITE_CSOCK_NAME=running.env["PCSCLITE_CSOCK_NAME"])

@@ -65,6 +65,7 @@ broker           SCardTransmit of a process whose PC/SC calls a broker makes (br
                  before the fork (prestarted).
 recorded         pcsc_safe with run --report or --timeline, compared with pcsc_safe without it, in one process on one
                  session.
+slow cards       SCardTransmit with a card that takes 5 ms or 50 ms for an APDU, as real cards do.
 first use        In a forked child on pcsc_safe: SCardListReaders on the inherited context, which is re-established
                  first. On raw pyscard: SCardEstablishContext and SCardListReaders.
 many             Cost by number: of forked workers that run at the same time, each with a card, on 16 readers (the time
