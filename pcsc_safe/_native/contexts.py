@@ -367,7 +367,8 @@ class NativeContexts:
         return None
 
     def _refused(self, hresult: int) -> None:
-        if self.natives and hresult != NO_SERVICE:
+        # libpcsclite has several codes for that, and one of them also says that pcscd has ended.
+        if self.natives and not any(context.is_dead() for context in list(self.natives)):
             log.warning(
                 "pcscd-full",
                 "pcscd refuses more connections from process %(pid)d (%(code)s): PC/SC calls of its threads wait for "

@@ -63,6 +63,7 @@ def test_the_contract_holds_over(gateway: str) -> None:
 CALLS = 1000
 
 
+@pytest.mark.long
 @pytest.mark.native
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="how big a process is, is read from /proc")
 def test_calls_through_a_broker_leave_nothing(shared_stack: VirtualPcsc) -> None:

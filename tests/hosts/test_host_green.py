@@ -14,7 +14,18 @@ from typing import Any
 
 import pytest
 from forking import in_program
-from green import CANCELLED, LIBRARIES, OK, TIMED_OUT, classes, forks, greenlets, pool, releases_beside_a_wait
+from green import (
+    CANCELLED,
+    LIBRARIES,
+    OK,
+    TIMED_OUT,
+    classes,
+    forks,
+    greenlets,
+    pool,
+    releases_beside_a_wait,
+    reports_again,
+)
 
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
@@ -73,6 +84,5 @@ def test_a_fork(how: tuple[str, ...]) -> None:
 
 def test_the_classes_of_pyscard(how: tuple[str, ...]) -> None:
     """After install() a monitor of readers, requests and connections work in parent and child, beside each other."""
-    # Under eventlet pyscard's monitor tells of no reader once it was stopped: on raw pyscard, too.
-    again = [20, 20, 20, 2 if how[0] == "gevent" else 0]
+    again = [20, 20, 20, 2 if reports_again(how[0]) else 0]
     assert told(classes, how) == [[20, 20, 20, 2], [again, 0], again]
