@@ -136,7 +136,8 @@ def _owned(handle: Any) -> Context:
     if not isinstance(record, Context) or record.released or record.owner is not process.current():
         raise HandoverError(
             f"process {os.getpid()} doesn't own this context: it is released, inherited, or not a context",
-            remedy="pass contexts that SCardEstablishContext returned in this process, or nothing to hand over all",
+            remedy="pass contexts that SCardEstablishContext returned in this process, or no argument, which hands "
+            "over all contexts",
             pid=os.getpid(),
         )
     return record

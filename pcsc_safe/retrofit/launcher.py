@@ -22,7 +22,7 @@ from ..errors import SettingsError
 
 __all__ = ["EPILOG", "add_arguments", "main", "split"]
 
-EPILOG = """An option with [=0] turns its setting on (1). With =0 it turns the setting off (0):
+EPILOG = """The options that are listed with [=0] turn a setting on (1). To turn it off (0), add =0:
   python -m pcsc_safe run --recover --spare-cards=0 program.py
 
 The program runs as with "python program". Options of Python itself go before the first -m:

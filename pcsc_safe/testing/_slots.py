@@ -46,14 +46,14 @@ class Maximum:
         """
         if slots and slots < self.slots:
             raise PcscStackError(
-                f"this process has used a stack of {self.slots} readers, so with pcsc-lite 2.5 and later it can't use "
-                f"one with room for {slots}",
+                f"this stack has room for {slots} readers only, and this process has used one with room for "
+                f"{self.slots}: with pcsc-lite 2.5 and later it can't use the smaller one after that",
                 remedy="restart() this stack before it is activated",
             )
         if outer and outer < slots:
             raise PcscStackError(
-                f"a stack with room for {outer} readers is active, and with pcsc-lite 2.5 and later it can't be used "
-                f"again after one of {slots}",
+                f"the active stack has room for {outer} readers only, and this one for {slots}: with pcsc-lite 2.5 and "
+                "later the smaller one can't be used again after that",
                 remedy=f"start the outer one with {slots} readers, or this one with {outer} at most, or with "
                 "activate=False for subprocesses that get its env",
             )

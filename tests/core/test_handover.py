@@ -272,7 +272,7 @@ def test_which_contexts(stack: VirtualPcsc, through: str) -> None:
     gone = [INVALID, INVALID]
     why = (
         "this context: it is released, inherited, or not a context; pass contexts that "
-        "SCardEstablishContext returned in this process, or nothing to hand over all"
+        "SCardEstablishContext returned in this process, or no argument, which hands over all contexts"
     )
     expected = [(True, False), (False, True), (True, gone), (False, gone), False]
     answers, said = in_child(parent)

@@ -375,9 +375,9 @@ def test_what_libpcsclite_could_not_follow_is_refused() -> None:
     assert done.stderr == ""
     if slots_matter():
         larger, outside, smaller, restarted, end = done.stdout.split("\n")
-        assert "a stack with room for 4 readers is active, and with pcsc-lite 2.5 and later it can't be used" in larger
+        assert "the active stack has room for 4 readers only, and this one for 6: with pcsc-lite 2.5" in larger
         assert "start the outer one with 6 readers, or this one with 4 at most" in larger
-        assert "this process has used a stack of 6 readers" in smaller
+        assert "this stack has room for 4 readers only, and this process has used one with room for 6" in smaller
         assert "restart() this stack before it is activated" in smaller
         assert (outside, restarted, end) == ("outside 2", "restarted 2", "")
     else:
