@@ -25,7 +25,7 @@ COLOURS = {  # Okabe and Ito's palette, which colour-blind people can distinguis
 }
 DARK = (
     "@media (prefers-color-scheme: dark) { svg { fill: #ddd } .paper { fill: #14171c } "
-    '[stroke="#333"] { stroke: #ddd } [stroke="#ddd"] { stroke: #353c44 } }'
+    '[stroke="#333"] { stroke: #ddd } [stroke="#ddd"] { stroke: #353c44 } [fill="#c00"] { fill: #ff8080 } }'
 )
 OURS = "pcsc_safe"
 THREADS = (1, 2, 4, 8)
