@@ -1,8 +1,8 @@
-"""Writes the figures of a run to docs/speed.md: ``python benchmarks/page.py DIRECTORY``.
+"""Writes the figures of a run to the documentation: ``python benchmarks/page.py DIRECTORY``.
 
 The directory is the one to which ``run.py --output`` has written.  docs/speed.json keeps the figures of that run, and
-the tables on the page are made from them.  So a figure on the page is never typed by hand, and
-tests/house/test_docs.py notices a page that has other figures.
+the tables on docs/speed.md and other pages are made from them.  So nobody types a figure, and tests/house/test_docs.py
+notices a page that has other figures.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-__all__ = ["RECORD", "in_page", "tables"]
+__all__ = ["RECORD", "in_page", "pages", "tables"]
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-RECORD, PAGE, PICTURE = DOCS / "speed.json", DOCS / "speed.md", DOCS / "images" / "speed.svg"
+RECORD, PICTURE = DOCS / "speed.json", DOCS / "images" / "speed.svg"
+BEGIN, END = "<!-- made by benchmarks/page.py: ", "<!-- end -->"
 RAW, WRAPT, BY_HAND, SPAWN = "raw pyscard", "raw, wrapt imported", "check by hand", "spawn"
 
 Figures = dict[tuple[str, str], dict[str, Any]]
@@ -54,6 +55,12 @@ COSTS = {
 }
 """The rows of the first table; those that a run hasn't measured are left out."""
 
+IN_SHORT = (
+    *("SCardTransmit", "SCardTransmit through a broker", "`os.fork()`, one context"),
+    *("the first context of a process", "the first reply in a forked child"),
+)
+"""The rows of that table that docs/why.md has."""
+
 ALTERNATIVES = {
     "SCardTransmit": "SCardTransmit, 8 bytes",
     "the first reply of a pool": "first answer of a pool",
@@ -80,26 +87,41 @@ BY_NUMBER = {
 
 
 def tables(record: dict[str, Any]) -> dict[str, str]:
-    """The parts of the page that are made from a run, by the name in their marker."""
+    """The parts of pages that are made from a run, by the name in their marker."""
     figures: Figures = {(figure["name"], figure["against"]): figure for figure in record["figures"]}
+    pool = {label: name for label, name in ALTERNATIVES.items() if "broker" not in name}
     return {
         "machine": _machine(record["machine"]),
         "costs": _table(("", RAW, "pcsc_safe", "difference", "ratio"), _costs(figures)),
-        "alternatives": _table(("", BY_HAND, SPAWN, "pcsc_safe"), _alternatives(figures)),
+        "costs in short": _table(("", RAW, "pcsc_safe"), (row[:3] for row in _costs(figures) if row[0] in IN_SHORT)),
+        "alternatives": _table(("", BY_HAND, SPAWN, "pcsc_safe"), _alternatives(figures, ALTERNATIVES)),
+        "by hand": _table(
+            ("", BY_HAND, "pcsc_safe"), ((row[0], row[1], row[3]) for row in _alternatives(figures, pool))
+        ),
+        "spawn": _table(
+            ("", SPAWN, "pcsc_safe"), (row[:1] + row[2:] for row in _alternatives(figures, ALTERNATIVES) if row[2])
+        ),
         "targets": _table(("", "compared with", "target", "measured", "met"), _targets(record["figures"])),
         "numbers": _table(("", "numbers", RAW, "pcsc_safe"), _numbers(figures)),
     }
 
 
 def in_page(text: str, record: dict[str, Any]) -> str:
-    """The text of the page, with the tables of a run."""
-    for name, table in tables(record).items():
-        before, begin, rest = text.partition(f"<!-- made by benchmarks/page.py: {name} -->")
-        _, end, after = rest.partition("<!-- end -->")
-        if not end:
-            raise SystemExit(f"{PAGE.name} has no part for {name}: {begin or 'the comment before it is missing'}")
-        text = f"{before}{begin}\n\n{table}\n\n{end}{after}"
-    return text
+    """The text of a page, with the tables of a run in the parts that are marked for them."""
+    made = tables(record)
+    first, *parts = text.split(BEGIN)
+    for part in parts:
+        name, _, rest = part.partition(" -->")
+        _, end, after = rest.partition(END)
+        if not end or name not in made:
+            raise SystemExit(f"this part of a page has no end, or no such name: {BEGIN}{name}")
+        first += f"{BEGIN}{name} -->\n\n{made[name]}\n\n{END}{after}"
+    return first
+
+
+def pages() -> list[Path]:
+    """The pages that have such parts."""
+    return [page for page in sorted(DOCS.rglob("*.md")) if BEGIN in page.read_text()]
 
 
 def _machine(machine: dict[str, Any]) -> str:
@@ -115,12 +137,12 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
-def _table(headings: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def _costs(figures: Figures) -> Iterator[Sequence[str]]:
+def _costs(figures: Figures) -> Iterator[tuple[str, ...]]:
     for label, name in COSTS.items():
         figure = figures.get((name, RAW))
         if figure is None:
@@ -133,15 +155,15 @@ def _costs(figures: Figures) -> Iterator[Sequence[str]]:
             yield label, _value(figure, figure["raw"]), ours, more, f"{figure['ratio']:.2f}"
 
 
-def _alternatives(figures: Figures) -> Iterator[Sequence[str]]:
-    for label, name in ALTERNATIVES.items():
+def _alternatives(figures: Figures, rows: dict[str, str]) -> Iterator[tuple[str, ...]]:
+    for label, name in rows.items():
         by_hand, spawned = figures.get((name, BY_HAND)), figures.get((name, SPAWN))
         if by_hand is not None:
             others = [_value(each, each["raw"]) if each else "" for each in (by_hand, spawned)]
             yield label, *others, _value(by_hand, by_hand["safe"])
 
 
-def _targets(figures: Sequence[dict[str, Any]]) -> Iterator[Sequence[str]]:
+def _targets(figures: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     for figure in figures:
         if figure["most"] is not None and figure["raw"] is not None:
             is_ratio = figure["target_is_ratio"]
@@ -151,7 +173,7 @@ def _targets(figures: Sequence[dict[str, Any]]) -> Iterator[Sequence[str]]:
             yield figure["name"], figure["against"], f"at most {target}", measured, met
 
 
-def _numbers(figures: Figures) -> Iterator[Sequence[str]]:
+def _numbers(figures: Figures) -> Iterator[tuple[str, ...]]:
     for label, (name, counts) in BY_NUMBER.items():
         found = [figures.get((name.format(count, s="s" if count > 1 else ""), RAW)) for count in counts]
         whole = [each for each in found if each is not None]
@@ -182,13 +204,14 @@ def _record(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the figures of a run to docs/speed.md and docs/speed.json.")
+    parser = argparse.ArgumentParser(description="Write the figures of a run to docs/speed.json and to the pages.")
     parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="where run.py --output has written")
     directory = parser.parse_args().directory
     record = _record(json.loads((directory / "results.json").read_text()))
     lines = ",\n  ".join(json.dumps(figure) for figure in record["figures"])
     RECORD.write_text(f'{{\n "machine": {json.dumps(record["machine"])},\n "figures": [\n  {lines}\n ]\n}}\n')
-    PAGE.write_text(in_page(PAGE.read_text(), record))
+    for page in pages():
+        page.write_text(in_page(page.read_text(), record))
     shutil.copyfile(directory / "results.svg", PICTURE)
     return 0
 
