@@ -65,7 +65,7 @@ CALLS = 1000
 
 @pytest.mark.long
 @pytest.mark.native
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="how big a process is, is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read from /proc")
 def test_calls_through_a_broker_leave_nothing(shared_stack: VirtualPcsc) -> None:
     """1,000 calls of each kind leave no memory allocated, neither in this process nor in the broker."""
     done = in_program(called_often, env={**shared_stack.env, "PCSC_SAFE_BROKER": "always"})

@@ -130,7 +130,7 @@ def test_threads_go_on(stack: VirtualPcsc, through: str) -> None:
 
 
 unsettled = pytest.mark.xfail(
-    strict=False, reason="Broker.prepare_child, interrupted, ends the session that it was to move"
+    strict=False, reason="an interrupted Broker.prepare_child ends the session that it should transfer"
 )
 
 
@@ -211,7 +211,7 @@ def swept(through: str, moments: str) -> None:
 def test_nothing_can_be_given(stack: VirtualPcsc, through: str, fault: str) -> None:
     """Without a free descriptor or a living broker, parent and child both learn that nothing was handed over."""
     if (through, fault) == ("native", "no broker"):
-        pytest.skip("it needs none")
+        pytest.skip("a native handover needs no broker")
 
     def parent() -> Any:
         session, errors = opened(through, policy="raise"), list[str]()

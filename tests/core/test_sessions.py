@@ -143,7 +143,7 @@ def test_an_exclusive_hold(shared_stack: VirtualPcsc) -> None:
     session.close()
 
 
-@pytest.mark.not_on_macos("no counter says there how often a card has come and gone")
+@pytest.mark.not_on_macos("macOS has no counter of a card's insertions")
 def test_the_card_was_changed(pcsc_stack: VirtualPcsc) -> None:
     """If the card was removed and inserted while the owner was idle, the child doesn't continue the session."""
     session = Session()
