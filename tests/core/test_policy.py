@@ -67,7 +67,7 @@ def test_the_table(policies, cards, role, card, in_transaction, expected) -> Non
 
 
 def test_only_macos_forbids_the_native_library_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The platform is asked in one place."""
+    """One function checks the platform."""
     for platform, works in (("darwin", False), ("linux", True), ("freebsd14", True)):
         monkeypatch.setattr(pcsc_safe.policy, "PLATFORM", platform)
         assert native_works_after_fork() is works

@@ -434,8 +434,8 @@ def stopped() -> None:
     context = establish()
     reader = safe.SCardListReaders(context, [])[1][0]
     card, stuck = connect(context, reader), 0
-    # The first call beside another thread starts a thread, for imports.  CPython confuses a thread that is being started
-    # with the thread that starts it, and sends the exception to that one.
+    # The first call beside another thread starts a thread, for imports.  CPython confuses a thread that starts with the
+    # one that starts it, and sends the exception to that one.
     Calling(transmit, card).answer()
 
     class StopError(Exception):
