@@ -1,6 +1,6 @@
-"""A broker's end: nothing of it is left when its client is gone, however that went, and whatever it forked before.
+"""A broker's end: it leaves nothing, however its client ends and whatever the client forked before.
 
-The forked children here do PC/SC through a broker, as on macOS; the programs do, too, or with ``broker="always"``.
+The forked children here use PC/SC through a broker, as on macOS; so do the programs, or with ``broker="always"``.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from pcsc_safe.testing import VirtualPcsc
 
 __all__ = ["module_stack", "stack"]
 
-pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
+pytestmark = pytest.mark.native  # each client here chooses its own way to PC/SC
 
 OK = safe.SCARD_S_SUCCESS
 ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
-C_FORKS = [c_fork, pytest.param(raw_clone, marks=pytest.mark.skipif(SYS_CLONE is None, reason="no clone number"))]
+C_FORKS = [c_fork, pytest.param(raw_clone, marks=pytest.mark.skipif(SYS_CLONE is None, reason="clone(2) is unknown"))]
 
 
 def establish() -> Any:
@@ -61,7 +61,7 @@ def establish() -> Any:
 
 
 def begins(doing: str) -> Session:
-    """Have a session, and be in the middle of something."""
+    """Open a session, and begin what the test asks for."""
     session = Session()
     if doing == "wait":
         (name, state, _), *_ = safe.SCardGetStatusChange(session.context, 0, [(session.reader, 0)])[1]
@@ -75,7 +75,7 @@ def begins(doing: str) -> Session:
 
 
 def in_the_middle(link: Link, doing: str) -> None:
-    """A client that tells of its broker, and ends when it is told to."""
+    """A client that reports its broker's PID, and ends on request."""
     session = begins(doing)
     link.say(broker())
     link.hear()
@@ -83,7 +83,7 @@ def in_the_middle(link: Link, doing: str) -> None:
 
 
 def exits_in_the_middle(doing: str) -> None:
-    """The same, that ends as a Python program does."""
+    """Like :func:`in_the_middle`, but it exits as a Python program does."""
     session = begins(doing)
     print(broker(), flush=True)
     sys.stdin.read()
@@ -94,9 +94,9 @@ DOING = ["nothing", "wait", "apdu", "transaction"]
 
 
 def see_it_end(stack: VirtualPcsc, watch: Watch) -> None:
-    """It ends in a second, and with it what it held: the card can be had exclusively."""
+    """Assert that the broker ends in a second, and its sessions too: the card can be connected exclusively."""
     assert watch.ends(SOON)
-    held_card(stack).go.set()  # pcscd itself waits for the card's answer
+    held_card(stack).go.set()  # pcscd itself waits for the card's response
     stack.wait_for_clients(0)
     context = establish()
     connect = [context, stack.readers[0].name, safe.SCARD_SHARE_EXCLUSIVE, safe.SCARD_PROTOCOL_ANY]
@@ -109,7 +109,7 @@ def see_it_end(stack: VirtualPcsc, watch: Watch) -> None:
 @pytest.mark.parametrize("doing", DOING)
 @pytest.mark.parametrize("how", ["os._exit", "SIGKILL"])
 def test_it_ends_with_its_client(stack: VirtualPcsc, how: str, doing: str) -> None:
-    """However its client dies and in the middle of what, a broker is gone in a second, and every session ended."""
+    """A broker and its sessions end within a second after its client dies, whatever the client was doing."""
     with Client(by_broker(in_the_middle), doing) as client, watched(client.hear()) as watch:
         if doing == "apdu":
             assert held_card(stack).reached.wait(ENOUGH)
@@ -125,7 +125,7 @@ def test_it_ends_with_its_client(stack: VirtualPcsc, how: str, doing: str) -> No
 
 @pytest.mark.parametrize("doing", DOING)
 def test_it_ends_when_its_client_exits(stack: VirtualPcsc, doing: str) -> None:
-    """The same for a program that returns from its main function, with a thread in a call; which is no error."""
+    """A broker ends without an error message when its client returns from its main function, beside a call too."""
     env = {**stack.env, "PCSC_SAFE_BROKER": "always"}
     with Program(exits_in_the_middle, doing, env=env) as program, watched(int(program.hear())) as watch:
         if doing == "apdu":
@@ -136,7 +136,7 @@ def test_it_ends_when_its_client_exits(stack: VirtualPcsc, doing: str) -> None:
 
 
 def left_alone(link: Link, fork: Callable[[], int], family: bool) -> None:
-    """A client that leaves an idle child behind, made by C code."""
+    """A client with an idle child of a fork in C."""
     if family:
         pcsc_safe.prestart_broker()
     session = begins("transaction")
@@ -152,9 +152,9 @@ def left_alone(link: Link, fork: Callable[[], int], family: bool) -> None:
 @pytest.mark.parametrize("fork", C_FORKS)
 @pytest.mark.parametrize("family", [False, True], ids=["one", "family"])
 def test_it_ends_though_an_idle_child_lives(stack: VirtualPcsc, fork: Callable[[], int], family: bool) -> None:
-    """A child that no hook has seen has copies of the client's sockets; the client's sessions end with it all the same.
+    """A client's sessions end with it although an idle child, of a fork that ran no hook, has copies of its sockets.
 
-    So does its broker; one for a family of processes when the last of them is gone.
+    The client's broker ends too.  A broker for a family of processes ends with the last of them.
     """
     with Client(by_broker(left_alone), fork, family) as client:
         pid, idle = client.hear()
@@ -168,7 +168,7 @@ def test_it_ends_though_an_idle_child_lives(stack: VirtualPcsc, fork: Callable[[
 
 
 def one_of_a_family(link: Link, third_reader: str) -> None:
-    """A client of a broker that serves others, with a context in an APDU and one that holds a card exclusively."""
+    """A client of a shared broker, with one context in an APDU and another that has a card exclusively."""
     begins("apdu")
     card = safe.SCardConnect(establish(), third_reader, safe.SCARD_SHARE_EXCLUSIVE, safe.SCARD_PROTOCOL_T1)[1]
     link.say(safe.SCardTransmit(card, safe.SCARD_PCI_T1, ECHO))
@@ -176,7 +176,7 @@ def one_of_a_family(link: Link, third_reader: str) -> None:
 
 
 def test_the_sessions_of_one_end_without_the_others(stack: VirtualPcsc) -> None:
-    """In a broker for a family, a dead client's contexts don't wait for each other; the other clients go on."""
+    """In a broker for a family a dead client's sessions end independently. The other clients' sessions continue."""
 
     def survivor(link: Link) -> Any:
         pcsc_safe.prestart_broker()
@@ -195,7 +195,7 @@ def test_the_sessions_of_one_end_without_the_others(stack: VirtualPcsc) -> None:
         assert held_card(stack).reached.wait(ENOUGH)
         client.say("it is in an APDU")
         client.hear()
-        # pcscd itself waits for the card's answer, and serves that context until then.
+        # pcscd itself waits for the card's response, and serves that context until then.
         stack.wait_for_clients(2, timeout=SOON)
         held_card(stack).go.set()
         stack.wait_for_clients(1, timeout=SOON)
@@ -205,7 +205,7 @@ def test_the_sessions_of_one_end_without_the_others(stack: VirtualPcsc) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can change the root")
 def test_a_family_reaches_it_from_anywhere(stack: VirtualPcsc, tmp_path: Path) -> None:
-    """A child that has changed its root and its user since, and could start none, uses the one started ahead."""
+    """A child uses the broker started ahead, even after it changed its root and its user and could start none."""
 
     def child(link: Link) -> Any:
         pcsc_safe.prestart_broker()
@@ -225,8 +225,8 @@ def test_a_family_reaches_it_from_anywhere(stack: VirtualPcsc, tmp_path: Path) -
 
 
 def at_the_terminal(when: str) -> None:
-    """A program whose way to end at Ctrl-C is to use the card once more."""
-    os.open(os.ttyname(0), os.O_RDWR)  # the terminal that controls it from now on
+    """A program that uses the card once more when Ctrl-C ends it."""
+    os.open(os.ttyname(0), os.O_RDWR)  # this makes it the controlling terminal
     signal.signal(signal.SIGQUIT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     pcsc_safe.configure(broker="always")
@@ -234,7 +234,7 @@ def at_the_terminal(when: str) -> None:
         pcsc_safe.prestart_broker()
         if when == "start":
             print(broker(), flush=True)
-            until(lambda: False, "Ctrl-C")  # not one long sleep: a signal that comes just before it would not end it
+            until(lambda: False, "Ctrl-C")  # not one long sleep: a signal just before it would not interrupt it
         session = Session()
         print(broker(), flush=True)
         (name, state, _), *_ = safe.SCardGetStatusChange(session.context, 0, [(session.reader, 0)])[1]
@@ -248,7 +248,7 @@ def at_the_terminal(when: str) -> None:
 @pytest.mark.parametrize("when", ["start", "call"])
 @pytest.mark.parametrize("what", ["\x03", "\x1c", "hangup"], ids=["Ctrl-C", "Ctrl-backslash", "hangup"])
 def test_ctrl_c_ends_the_client_in_its_own_way(stack: VirtualPcsc, when: str, what: str) -> None:
-    """What the terminal sends to all of its processes a broker ignores, in a call and as it starts; then it ends."""
+    """A broker ignores signals of the terminal, during a call and as it starts. It ends with its client."""
     master, slave = pty.openpty()
     with (
         Program(at_the_terminal, when, env=stack.env, terminal=slave) as program,
@@ -267,7 +267,7 @@ def test_ctrl_c_ends_the_client_in_its_own_way(stack: VirtualPcsc, when: str, wh
 
 
 def grandparent(link: Link, fork: Callable[[], int]) -> Any:
-    """A child with a broker, whose child gets one of its own."""
+    """A child with a broker, whose own child gets another one."""
     session = Session()
     mine = broker()
 
@@ -281,7 +281,7 @@ def grandparent(link: Link, fork: Callable[[], int]) -> Any:
 
     with Client(grandchild, fork=fork) as client:
         link.say((client.pid, mine))
-        for _ in range(2):  # what the test says to the grandchild, and what that answers
+        for _ in range(2):  # the test's requests to the grandchild, and its replies
             client.say(link.hear())
             link.say(client.hear())
             session.assert_untouched()
@@ -291,7 +291,7 @@ def grandparent(link: Link, fork: Callable[[], int]) -> Any:
 
 @pytest.mark.parametrize("fork", [forking.fork, *C_FORKS])
 def test_a_grandchild_gets_a_broker_of_its_own(stack: VirtualPcsc, fork: Callable[[], int]) -> None:
-    """At its first need, and never uses its parent's, whose session goes on, and whose broker ends with it."""
+    """A grandchild starts its own broker on first use. Its parent's session continues, and ends with the parent."""
     with Client(by_broker(grandparent), fork) as client:
         pid, parents = client.hear()
         client.say("what do you have")
@@ -311,7 +311,7 @@ def test_a_grandchild_gets_a_broker_of_its_own(stack: VirtualPcsc, fork: Callabl
 
 
 def test_a_broker_does_not_outlive_its_client_for_a_hooked_child(stack: VirtualPcsc) -> None:
-    """An idle child of os.fork() keeps nothing of its parent's alive either, though it never calls anything."""
+    """An idle child of os.fork() that never uses PC/SC keeps no broker and no session of its parent alive."""
 
     def child(link: Link) -> None:
         begins("wait")

@@ -1,4 +1,4 @@
-"""A broker is killed, or pcscd is: PC/SC's codes, nothing hangs, nothing is leaked, and the next use works."""
+"""The broker or pcscd is killed: calls return PC/SC's codes, nothing hangs or leaks, and the next use works."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from pcsc_safe._core.calls import CALLS
 from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import VirtualPcsc
 
-pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
+pytestmark = pytest.mark.native  # each client here chooses its own way to PC/SC
 
 OK = safe.SCARD_S_SUCCESS
 LOST = safe.SCARD_F_COMM_ERROR
@@ -48,13 +48,13 @@ READER = "Virtual PCD 0 00 00"
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[VirtualPcsc]:
-    """For the tests that leave pcscd as they found it."""
+    """The stack for tests that leave pcscd unchanged."""
     with stack_to_hold() as stack:
         yield stack
 
 
 def kill(pid: int) -> None:
-    """SIGKILL, and wait until it is dead."""
+    """Send SIGKILL, and wait for the end of the process."""
     with watched(pid) as watch:
         os.kill(pid, signal.SIGKILL)
         assert watch.ends(ENOUGH)
@@ -65,7 +65,7 @@ def kill(pid: int) -> None:
 
 @pytest.mark.parametrize("cards", ["reset", "reconnect"])
 def test_after_its_death_the_next_use_starts_another(stack: VirtualPcsc, cards: str) -> None:
-    """Contexts are established anew there; a card is SCARD_W_RESET_CARD until SCardReconnect, or goes on."""
+    """Another broker re-establishes contexts. A card needs SCardReconnect, or is reconnected if ``cards`` says so."""
 
     def child() -> Any:
         pcsc_safe.configure(cards=cards)
@@ -96,7 +96,7 @@ def test_after_its_death_the_next_use_starts_another(stack: VirtualPcsc, cards: 
 
 
 def test_in_a_transaction_a_card_does_not_go_on(stack: VirtualPcsc) -> None:
-    """With cards='reconnect' either: what was to be one transaction would be torn in two."""
+    """A card in a transaction returns SCARD_W_RESET_CARD even with cards='reconnect', which would split it in two."""
 
     def child() -> Any:
         pcsc_safe.configure(cards="reconnect")
@@ -111,7 +111,7 @@ def test_in_a_transaction_a_card_does_not_go_on(stack: VirtualPcsc) -> None:
 
 
 def under_way(call: Callable[..., Any], *arguments: Any) -> Any:
-    """The answer to a call that the broker has got, and not answered, when it is killed."""
+    """Return the result of a call that the broker has received, but not answered, when it is killed."""
     with stopped(broker()):
         calling = Calling(call, *arguments)
         until(lambda: calling.waits, "it waits for the answer")
@@ -120,7 +120,7 @@ def under_way(call: Callable[..., Any], *arguments: Any) -> Any:
 
 @pytest.mark.parametrize("row", [row for row in TABLE if hasattr(safe, row.name)], ids=lambda row: row.name)
 def test_a_call_under_way_is_a_communication_error(stack: VirtualPcsc, row: Row) -> None:
-    """Every function answers SCARD_F_COMM_ERROR in its shape, and is not made again: it may have been carried out."""
+    """Every function returns SCARD_F_COMM_ERROR in its form, and is not repeated: it may have been carried out."""
 
     def child() -> Any:
         session = Session()
@@ -136,7 +136,7 @@ def test_a_call_under_way_is_a_communication_error(stack: VirtualPcsc, row: Row)
 
 
 def test_an_apdu_under_way_is_sent_once(stack: VirtualPcsc) -> None:
-    """The card has got it, and does not get it again."""
+    """The card has received the APDU, and doesn't receive it again."""
     card = held_card(stack)
 
     def child(link: Link) -> Any:
@@ -169,7 +169,7 @@ def establish() -> Any:
 
 
 def test_establishing_under_way(stack: VirtualPcsc) -> None:
-    """SCardEstablishContext, too; and the next one is right."""
+    """SCardEstablishContext in flight returns SCARD_F_COMM_ERROR too. The next one succeeds."""
 
     def child() -> Any:
         establish()
@@ -179,7 +179,7 @@ def test_establishing_under_way(stack: VirtualPcsc) -> None:
 
 
 def test_killed_again_and_again_under_load(stack: VirtualPcsc) -> None:
-    """Four threads call, each in its own way, while brokers are killed at any moment: codes of PC/SC, and no leak."""
+    """Four threads make calls while brokers are killed at any moment: they get PC/SC's codes, and nothing leaks."""
 
     def uses(number: int, over: threading.Event) -> set[Any]:
         seen = set()
@@ -209,7 +209,7 @@ def test_killed_again_and_again_under_load(stack: VirtualPcsc) -> None:
         killed = 0
         while killed < 12:
             until(brokers, "there is a broker")
-            time.sleep(0.02 * killed)  # as it starts, and later and later
+            time.sleep(0.02 * killed)  # as it starts, and then each time later
             for pid in brokers():
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
@@ -222,10 +222,10 @@ def test_killed_again_and_again_under_load(stack: VirtualPcsc) -> None:
     at_its_start = ("signal 9 ended it", "ended as soon as they had started")
     assert [text for text in seen - {OK, LOST, RESET} if not any(part in str(text) for part in at_its_start)] == []
     assert (no_zombies, alive) == (True, 1)
-    assert leaked <= 8  # connections that are kept for the next calls
+    assert leaked <= 8  # connections kept for the next calls
 
 
-# pcscd goes away.
+# pcscd ends.
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_killed_again_and_again_under_load(stack: VirtualPcsc) -> None:
 def test_pcscd_dies_behind_it(
     pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, changes: list[str], steps: list[str]
 ) -> None:
-    """Killed or restarted, it is what it is to raw pyscard, code by code; the broker goes on."""
+    """If pcscd is killed or restarted, the codes are those of raw pyscard, and the broker continues."""
     make = [getattr(pcsc_stack, change) for change in changes]
     monkeypatch.setenv("PCSC_SAFE_BROKER", "on-fork")
     native = outcome(pcsc_stack, "smartcard.scard", make, steps)
@@ -252,7 +252,7 @@ def test_pcscd_dies_behind_it(
 
 
 def test_a_wait_ends_when_pcscd_dies_behind_it(pcsc_stack: VirtualPcsc) -> None:
-    """A thread that waits for events gets the code that it gets natively; the next context works, by that broker."""
+    """A wait for events returns the same code as natively. The same broker establishes the next context."""
     name = pcsc_stack.readers[0].name
 
     def waits(link: Link) -> Any:

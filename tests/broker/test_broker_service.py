@@ -1,4 +1,4 @@
-"""What a broker does for its client: no thread waits for another, no native library is needed, no secret is told."""
+"""What a broker guarantees: threads don't block each other, no native library is needed, no secret is disclosed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from pcsc_safe.testing import DEFAULT_ATR, VirtualPcsc
 
 __all__ = ["module_stack", "stack"]
 
-pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
+pytestmark = pytest.mark.native  # each client here chooses its own way to PC/SC
 
 OK = safe.SCARD_S_SUCCESS
 ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
@@ -61,7 +61,7 @@ def establish() -> Any:
 
 
 def test_no_thread_waits_for_another(stack: VirtualPcsc) -> None:
-    """While threads are in an APDU and in a wait for events, others get answers, on the waiting context as well."""
+    """Beside an APDU and a wait for events other threads' calls return, also on the context that waits."""
 
     def child(link: Link) -> Any:
         busy, other, waiting = establish(), establish(), establish()
@@ -96,7 +96,7 @@ def test_no_thread_waits_for_another(stack: VirtualPcsc) -> None:
 
 
 def test_many_threads_get_their_own_answers(stack: VirtualPcsc) -> None:
-    """More threads than connections are kept, each with a context of its own: no answer is that of another thread."""
+    """Each of many threads, more than connections are kept, has its own context and gets only its own results."""
 
     def thread(number: int, reader: str) -> bool:
         context = establish()
@@ -117,7 +117,7 @@ def test_many_threads_get_their_own_answers(stack: VirtualPcsc) -> None:
 
 
 def test_a_transaction_and_exchanges_beside_it(stack: VirtualPcsc) -> None:
-    """Two threads use two connections to one card through one context, one of them in transactions: both go on."""
+    """Two threads use two connections to one card on one context, one of them in transactions, and both continue."""
 
     def child() -> Any:
         pcsc_safe.configure(broker="always")
@@ -140,11 +140,11 @@ def test_a_transaction_and_exchanges_beside_it(stack: VirtualPcsc) -> None:
 
 
 class ComesInBetweenError(Exception):
-    """What a signal handler raises."""
+    """The exception that a signal handler raises."""
 
 
 def test_what_a_signal_handler_raises_ends_a_call(stack: VirtualPcsc) -> None:
-    """At once, as Ctrl-C does, not when the card has answered; and no later call gets that answer as its own."""
+    """A signal handler's exception ends a call immediately. No later call gets the result of that call."""
 
     def child(link: Link) -> Any:
         in_call = threading.Event()
@@ -155,7 +155,7 @@ def test_what_a_signal_handler_raises_ends_a_call(stack: VirtualPcsc) -> None:
                 raise ComesInBetweenError
 
         def signals() -> None:
-            while in_call.is_set():  # more than one, for a signal that comes just before a system call does not end it
+            while in_call.is_set():  # more than one signal: one just before a system call would not interrupt it
                 os.kill(os.getpid(), signal.SIGUSR1)
                 time.sleep(0.01)
 
@@ -188,7 +188,7 @@ def test_what_a_signal_handler_raises_ends_a_call(stack: VirtualPcsc) -> None:
 
 @pytest.mark.parametrize("how", ["environment", "configure"])
 def test_always_keeps_the_native_library_out(stack: VirtualPcsc, how: str) -> None:
-    """It is never in the process or its children, everything works, and a fork does not wait for a call under way."""
+    """Neither the process nor its children load the native library. Everything works, and a fork waits for no call."""
     env = {**stack.env, **({"PCSC_SAFE_BROKER": "always"} if how == "environment" else {})}
     with Program(without_native, how, env=env) as program:
         assert json.loads(program.hear()) == [stack.readers[0].name, 2, list(DEFAULT_ATR)]
@@ -206,7 +206,7 @@ _NEEDS = start._NEEDED | {"PYTHONNOUSERSITE", "PYTHONSAFEPATH"}
 
 
 def test_it_gets_no_secret_of_the_environment(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has the variables that it needs, and no other; none of pcsc_safe's settings, for they are its client's."""
+    """A broker gets only the variables that it needs, and none of pcsc_safe's settings, which are for its client."""
     for name in ("SECRET", "AWS_SECRET_ACCESS_KEY", "PYTHONSTARTUP", "PCSC_SAFE_POLICY"):
         monkeypatch.setenv(name, "auto")
     monkeypatch.setenv("LC_TIME", "C")
@@ -222,7 +222,7 @@ def test_it_gets_no_secret_of_the_environment(stack: VirtualPcsc, monkeypatch: p
 
 
 def test_it_gets_no_descriptor(stack: VirtualPcsc) -> None:
-    """What C code of the client has open for every program that it execs, it closes; its standard ones lead nowhere."""
+    """A broker closes the descriptors that its client's C code leaves inheritable. Its standard ones are /dev/null."""
 
     def child() -> Any:
         read_end, write_end = os.pipe()
@@ -243,12 +243,12 @@ def test_it_gets_no_descriptor(stack: VirtualPcsc) -> None:
 
 
 def _is_opened_by_the_broker(link: str) -> bool:
-    # libffi 3.5, of Debian sid, keeps its own library open to map the code of callbacks from it
+    # libffi 3.5, of Debian sid, keeps its own library open, from which it maps the code of callbacks
     return link in ("anon_inode:[eventpoll]", "anon_inode:[pidfd]") or os.path.basename(link).startswith("libffi.so.")
 
 
 def test_it_leaves_no_core_dump(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Not where its client would; nor may another process of the same user look into it."""
+    """A broker leaves no core dump, even if its client does. Other processes of the user can't read its memory."""
     monkeypatch.chdir(tmp_path)
 
     def child() -> Any:
@@ -273,7 +273,7 @@ PIN = [0x31, 0x37, 0x31, 0x37, 0x39, 0x39, 0x35, 0x33]
 
 
 def tells_its_pin() -> None:
-    """A program that logs all that it can, and whose brokers are killed in the middle."""
+    """A program that logs as much as possible, and whose brokers are killed during calls."""
     logging.basicConfig(level=logging.DEBUG)
     pcsc_safe.configure(broker="always")
     session = Session()
@@ -289,7 +289,7 @@ def tells_its_pin() -> None:
 
 
 def test_nothing_says_what_is_in_an_apdu(stack: VirtualPcsc) -> None:
-    """Neither its client's log, at any level, nor what a broker could write, if it said anything."""
+    """No byte of an APDU is in the client's log, at any level, or in anything that a broker writes."""
     done = in_program(tells_its_pin, env=stack.env)
     assert done.returncode == 0, done.stderr
     assert "has ended, and its sessions with it" in done.stderr
@@ -303,7 +303,7 @@ def test_nothing_says_what_is_in_an_apdu(stack: VirtualPcsc) -> None:
 def test_it_imports_nothing_from_the_current_directory(
     stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, configured: bool, safe_path: bool
 ) -> None:
-    """Modules that somebody has put there are not imported, whatever Python it is (an older one is simulated)."""
+    """A broker imports no module from the current directory, with any Python version (an older one is simulated)."""
     planted = tmp_path / "planted"
     for name in ("pcsc_safe", "smartcard", "socket", "runpy", "select", "sitecustomize"):
         (planted / name).mkdir(parents=True)
@@ -328,7 +328,7 @@ def test_it_imports_nothing_from_the_current_directory(
 
 @pytest.mark.parametrize("options", [[], ["-I"]], ids=["the current directory", "PYTHONPATH and python -I"])
 def test_it_imports_no_planted_pyscard(stack: VirtualPcsc, tmp_path: Path, options: list[str]) -> None:
-    """With broker="always" the client imports none; the broker does, but not from where its client trusts nothing."""
+    """With broker="always" only the broker imports pyscard, and only from places that its client trusts."""
     (tmp_path / "smartcard").mkdir()
     (tmp_path / "smartcard" / "__init__.py").write_text("raise SystemExit('planted')")
     program = "import pcsc_safe.scard; print(pcsc_safe.scard.SCardEstablishContext(0)[0])"

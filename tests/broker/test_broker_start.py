@@ -1,4 +1,4 @@
-"""How a broker begins: who starts it and when, by which interpreter, and what is told where it can't be."""
+"""How a broker starts: who starts it and when, with which interpreter, and what the error says if it can't start."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from pcsc_safe.testing import VirtualPcsc
 
 __all__ = ["stack"]
 
-pytestmark = pytest.mark.native  # each client here says itself how it reaches PC/SC
+pytestmark = pytest.mark.native  # each client here chooses its own way to PC/SC
 
 OK = safe.SCARD_S_SUCCESS
 ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
@@ -50,7 +50,7 @@ ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
 
 @pytest.fixture(scope="module")
 def module_stack() -> Iterator[VirtualPcsc]:
-    """Only this module has contexts there; this process had one, so that its children have nothing left to import."""
+    """A stack for this module only. This process has used it, so its children have nothing left to import."""
     with stack_to_hold() as stack:
         assert safe.SCardReleaseContext(establish()) == OK
         yield stack
@@ -63,7 +63,7 @@ def establish() -> Any:
 
 
 def told(function: Callable[..., None], *arguments: str, env: dict[str, str]) -> Any:
-    """What a program printed as JSON; it must end well, and say nothing else."""
+    """Return what a program printed as JSON; it must succeed, and print nothing else."""
     done = in_program(function, *arguments, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
@@ -73,7 +73,7 @@ def told(function: Callable[..., None], *arguments: str, env: dict[str, str]) ->
 
 
 def first_need() -> None:
-    """Fork after the first call; the child needs a broker, its parent doesn't."""
+    """Fork after the first call; only the child needs a broker."""
     hooks: list[str] = []
     os.register_at_fork(
         before=lambda: hooks.append("before"),
@@ -94,7 +94,7 @@ def first_need() -> None:
 
 
 def test_it_is_execd_by_the_process_that_needs_it_when_it_does(stack: VirtualPcsc) -> None:
-    """Not at the fork but at the child's first call, one for all threads; no at-fork hook runs; the parent has none."""
+    """A child starts its broker at its first call, one for all threads. No at-fork hook runs; the parent gets none."""
     (before, answers, no_hook_ran, interpreter, of_parent), after = told(first_need, env=stack.env)
     assert (before, answers, no_hook_ran) == ([], [OK], True)
     assert interpreter == sys.executable
@@ -102,7 +102,7 @@ def test_it_is_execd_by_the_process_that_needs_it_when_it_does(stack: VirtualPcs
 
 
 def ahead() -> None:
-    """Start a broker ahead; the parent does PC/SC itself, its children through it."""
+    """Start a broker ahead; the parent uses PC/SC natively, its children through the broker."""
     hooks: list[str] = []
     os.register_at_fork(before=lambda: hooks.append("before"))
     pcsc_safe.configure(policy="broker")
@@ -130,7 +130,7 @@ def ahead() -> None:
 
 
 def test_it_can_be_started_ahead_for_a_family(stack: VirtualPcsc) -> None:
-    """One broker for all children, each a client of its own: no process reaches what another has there."""
+    """Each child is a separate client of the broker started ahead: no process reaches the handles of another."""
     hooks_run, native, first, second, parent = told(ahead, env=stack.env)
     assert (hooks_run, native) == (0, True)
     assert first == [OK, OK, []]
@@ -139,7 +139,7 @@ def test_it_can_be_started_ahead_for_a_family(stack: VirtualPcsc) -> None:
 
 
 def test_it_can_be_reached_by_nobody_else(stack: VirtualPcsc) -> None:
-    """It has sockets without a name, none of which listens, and no other."""
+    """A broker has only unnamed sockets, and none of them listens."""
 
     def child() -> Any:
         establish()
@@ -157,7 +157,7 @@ def test_it_can_be_reached_by_nobody_else(stack: VirtualPcsc) -> None:
 
 @pytest.mark.not_on_macos("the simulation of macOS is a sitecustomize")
 def test_no_sitecustomize_runs_in_it(stack: VirtualPcsc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless the settings name its interpreter, which may need one."""
+    """A broker runs no sitecustomize, unless the settings name its interpreter, which may need one."""
     ran = tmp_path / "ran"
     (tmp_path / "sitecustomize.py").write_text(f"open({str(ran)!r}, 'a')")
     places = filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])
@@ -173,7 +173,7 @@ def test_no_sitecustomize_runs_in_it(stack: VirtualPcsc, tmp_path: Path, monkeyp
 
 
 def test_it_leaves_out_what_it_does_not_use(stack: VirtualPcsc) -> None:
-    """Its start is what its first client waits for."""
+    """A broker imports nothing that it doesn't use, because its first client waits for its start."""
     asks = "import sys; from pcsc_safe.broker import __main__ as it; it._leave_out_classes(); import smartcard.scard; "
     done = subprocess.run(
         [sys.executable, "-S", "-c", f"{asks}print(*sys.modules)"],
@@ -189,7 +189,7 @@ def test_it_leaves_out_what_it_does_not_use(stack: VirtualPcsc) -> None:
 
 
 def test_its_interpreter_can_be_named(stack: VirtualPcsc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PCSC_SAFE_BROKER_PYTHON, or else what multiprocessing was told by set_executable()."""
+    """PCSC_SAFE_BROKER_PYTHON sets the interpreter, otherwise multiprocessing's set_executable()."""
     python = script(tmp_path / "snake", f'echo "$0" >> {tmp_path}/used\nexec {sys.executable} "$@"')
 
     def configured() -> Any:
@@ -225,7 +225,7 @@ def test_its_interpreter_can_be_named(stack: VirtualPcsc, tmp_path: Path, monkey
 def test_where_there_is_no_python_the_error_says_so(
     stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, executable: Any, frozen: bool, why: str, remedy: str
 ) -> None:
-    """UWSGI and other programs that embed Python, and frozen ones that don't call freeze_support(): what to do."""
+    """The error of a program without an interpreter, embedded or frozen, has the remedy."""
 
     def child() -> str:
         monkeypatch.setattr(sys, "executable", executable)
@@ -242,7 +242,7 @@ def test_where_there_is_no_python_the_error_says_so(
 
 
 def frozen(executable: str) -> None:
-    """The main module of a program that thinks it is frozen."""
+    """The main module of a program that seems to be frozen."""
     sys.frozen = True  # type: ignore[attr-defined]
     sys.executable = executable
     pcsc_safe.freeze_support()
@@ -256,7 +256,7 @@ def frozen(executable: str) -> None:
 
 
 def test_a_frozen_program_is_its_own_broker(stack: VirtualPcsc, tmp_path: Path) -> None:
-    """With freeze_support() first thing in its main module; there is no other interpreter (simulated by a script)."""
+    """A program that calls freeze_support() needs no interpreter: it is its own broker (simulated by a script)."""
     program = tmp_path / "program"
     main = tmp_path / "main.py"
     main.write_text(
@@ -269,16 +269,16 @@ def test_a_frozen_program_is_its_own_broker(stack: VirtualPcsc, tmp_path: Path) 
     assert json.loads(done.stdout) == [[ECHOED, "--pcsc-safe-broker"], []]
 
 
-# The broker can't start.
+# A broker can't start.
 
 PYTHON = f'exec {sys.executable} "$@"'
 NO_INTERPRETER = "set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe"
 
 
 def fails(python: str, within: float = 30.0) -> tuple[list[str], int, list[int], bool]:
-    """What a child is told that has this interpreter, what is left of it, and whether a right one can be had then.
+    """Return a child's errors with this interpreter, what is left of the broker, and whether a right one then works.
 
-    :param within: seconds that a broker may take to begin.
+    :param within: seconds in which a broker must be ready.
     """
 
     def told() -> str:
@@ -323,13 +323,13 @@ def fails(python: str, within: float = 30.0) -> tuple[list[str], int, list[int],
     ],
 )
 def test_no_broker_and_why(stack: VirtualPcsc, tmp_path: Path, text: Any, mode: int, expected: list[str]) -> None:
-    """BrokerError with the cause and the remedy, each time; nothing is left of it, and a right one can be had then."""
+    """Each BrokerError has the cause and the remedy. Nothing is left of the broker, and a right one then works."""
     python = tmp_path / "python"
     if text is not None:
         python.write_text(text + "\n")
         python.chmod(mode)
     messages, *left_and_then = fails(str(python), within=0.3 if "sleep" in str(text) else 30.0)
-    if NO_INTERPRETER not in expected:  # the interpreter's own path, to be copied into a shell
+    if NO_INTERPRETER not in expected:  # the error has the interpreter's own path, to copy into a shell
         expected = [*expected, f"run {python} -m pcsc_safe.broker --help to see why"]
     for message in messages:
         assert [part for part in (*expected, "PCSC_SAFE_BROKER_PYTHON") if part not in message] == [], message
@@ -337,7 +337,7 @@ def test_no_broker_and_why(stack: VirtualPcsc, tmp_path: Path, text: Any, mode: 
 
 
 def test_a_broker_of_another_version(stack: VirtualPcsc, tmp_path: Path) -> None:
-    """Says so, and is not left alive."""
+    """The error says that the versions differ. The broker is not left alive."""
     code = "from pcsc_safe.broker import wire, __main__; wire.VERSION = 999; __main__.main([])"
     messages, *left_and_then = fails(script(tmp_path / "python", f'exec {sys.executable} -c "{code}"'))
     assert all("both have to run the same version of pcsc_safe" in message for message in messages)
@@ -345,7 +345,7 @@ def test_a_broker_of_another_version(stack: VirtualPcsc, tmp_path: Path) -> None
 
 
 def test_brokers_that_die_again_and_again(stack: VirtualPcsc, tmp_path: Path) -> None:
-    """Not for ever: BrokerError, from ``import pcsc_safe.scard`` too."""
+    """After several attempts BrokerError is raised, also by ``import pcsc_safe.scard``."""
     dies = "from pcsc_safe._core import library; library.catalogue = lambda: __import__('os')._exit(1); "
     code = f"{dies}from pcsc_safe.broker import __main__; __main__.main([])"
     python = script(tmp_path / "python", f'exec {sys.executable} -c "{code}"')
@@ -357,7 +357,7 @@ def test_brokers_that_die_again_and_again(stack: VirtualPcsc, tmp_path: Path) ->
 
 
 def attempt(limit: int, value: int) -> Any:
-    """Establish a context under a limit of this process; the outcome, and what is left of it if it failed."""
+    """Establish a context under a limit of this process; return the outcome, and what is left of it if it failed."""
     soft, hard = resource.getrlimit(limit)
     before = len(descriptors(os.getpid()))
     resource.setrlimit(limit, (value, hard))
@@ -373,7 +373,7 @@ def attempt(limit: int, value: int) -> Any:
 
 
 def test_no_descriptor_to_be_had(stack: VirtualPcsc) -> None:
-    """However many are left: BrokerError that says so, or a broker; and none is leaked."""
+    """With any number of free descriptors there is a BrokerError that says so, or a broker, and none is leaked."""
 
     def child() -> Any:
         family.prepare()
@@ -391,11 +391,11 @@ def test_no_descriptor_to_be_had(stack: VirtualPcsc) -> None:
 
 
 def test_no_process_to_be_had(stack: VirtualPcsc) -> None:
-    """BrokerError that says so; and nothing is leaked."""
+    """BrokerError says that no process can be started, and nothing is leaked."""
 
     def child() -> Any:
         if not os.getuid():
-            os.setresuid(65534, 65534, 65534)  # no limit for root
+            os.setresuid(65534, 65534, 65534)  # root has no limit
         return attempt(resource.RLIMIT_NPROC, 0)
 
     text, leaked, no_zombies = in_child(by_broker(child))
@@ -404,7 +404,7 @@ def test_no_process_to_be_had(stack: VirtualPcsc) -> None:
 
 
 def test_no_memory_to_be_had(stack: VirtualPcsc) -> None:
-    """BrokerError that says so; and nothing is leaked."""
+    """BrokerError says that there is no memory, and nothing is leaked."""
 
     def child() -> Any:
         pages = int(Path("/proc/self/statm").read_text().split()[0])

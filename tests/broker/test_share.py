@@ -1,4 +1,4 @@
-"""Policy ``share``: what one process of a fork family had, all of them go on with, and nobody else comes between."""
+"""Policy ``share``: all processes of a fork family continue one session, and no other application interrupts it."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ from pcsc_safe.testing import VirtualPcsc
 
 __all__ = ["module_stack", "stack"]
 
-pytestmark = pytest.mark.native  # each family says itself how it reaches PC/SC
+pytestmark = pytest.mark.native  # each family chooses its own way to PC/SC
 
 
 # One session.
 
 
 def test_all_go_on_in_one_session(stack: VirtualPcsc) -> None:
-    """Parent and eight children, 1,000 exchanges each: every answer is right, and the hold exclusive throughout."""
+    """Parent and eight children make 1,000 exchanges each: all are right, and the connection stays exclusive."""
 
     def head(link: Link) -> Any:
         session = Session(EXCLUSIVE)
@@ -81,7 +81,7 @@ def test_all_go_on_in_one_session(stack: VirtualPcsc) -> None:
 
 @pytest.mark.parametrize("how", ["exit", "SIGKILL"])
 def test_a_child_goes_on_without_its_parent(stack: VirtualPcsc, how: str) -> None:
-    """Also one that has used nothing when its parent ends; hold and broker end with the last process, no earlier."""
+    """A child continues the session when its parent ends. Session and broker end with the last process."""
 
     def child(link: Link, session: Session, parent: int) -> None:
         until(lambda: os.getppid() != parent, "its parent is gone")
@@ -121,7 +121,7 @@ HOW_TO_LEAVE = [
 def test_the_last_holder_ends_the_session(
     stack: VirtualPcsc, share_mode: int, how: Any, resets: int, power_offs: int, last: str
 ) -> None:
-    """The card is left as that one asks, whatever others have asked before; as it would leave it alone."""
+    """The last process decides what happens to the card, as if it had been alone, whatever the others asked for."""
     disposed = "SCardDisconnect", UNPOWER
 
     def ends(session: Session) -> Any:
@@ -137,7 +137,7 @@ def test_the_last_holder_ends_the_session(
                 called(session, *disposed)
                 return first, (heir.calls(*IS_PIN_THERE), heir.calls(*how) if how else OK)
 
-    # While another uses it pcscd doesn't power the card off, as it does with one that nobody uses.
+    # Beside another connection pcscd doesn't power the card off, as it does with an unused card.
     with another(stack, SHARED) if share_mode == SHARED else contextlib.nullcontext():
         card = card_of(stack)
         before = card.resets, card.power_offs
@@ -154,7 +154,7 @@ def test_the_last_holder_ends_the_session(
 
 
 def test_what_comes_after_the_fork_is_of_one_alone(stack: VirtualPcsc) -> None:
-    """Contexts and cards of a process's own can't be reached by the others, whatever they do, and go with it."""
+    """Contexts and cards that a process gets after the fork are its own, and end with it."""
 
     def connects(session: Session, reader: int, share_mode: int) -> Any:
         own = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1]
@@ -187,7 +187,7 @@ def test_what_comes_after_the_fork_is_of_one_alone(stack: VirtualPcsc) -> None:
 
 
 def test_a_cancel_is_for_the_waits_of_one_process(stack: VirtualPcsc) -> None:
-    """Not for those of the others on the same context, which go on, as exchanges do."""
+    """SCardCancel ends only waits of its own process. Other processes' waits on the context continue."""
 
     def head() -> Any:
         session = Session()
@@ -210,7 +210,7 @@ REFUSED = [("SCardControl", 1, []), END]
 
 @pytest.mark.parametrize("how", ["shared", "apart"])
 def test_transactions_exclude_each_other(stack: VirtualPcsc, how: str) -> None:
-    """Between the processes of a session as PC/SC does it between applications, each with a session of its own."""
+    """Transactions of the processes in a session exclude each other, as those of separate applications do."""
 
     def head() -> Any:
         session = Session()
@@ -234,7 +234,7 @@ def test_transactions_exclude_each_other(stack: VirtualPcsc, how: str) -> None:
     assert refused == [([VIOLATION, []], OK), (VIOLATION, OK)]
 
 
-session: Any = None  # of the pool's program
+session: Any = None  # the pool's program sets it
 
 
 def in_a_pool(number: int) -> Any:
@@ -242,8 +242,8 @@ def in_a_pool(number: int) -> Any:
 
 
 def with_a_pool() -> None:
-    """A program that opens its session before it has a pool of workers, twice, and ends as programs do."""
-    import test_share  # what pickle finds
+    """A program that opens its session before it starts a pool of workers, twice, and exits normally."""
+    import test_share  # pickle finds this module
 
     test_share.session = Session(EXCLUSIVE)
     for _ in range(2):
@@ -257,14 +257,14 @@ def environment(stack: VirtualPcsc) -> dict[str, str]:
 
 
 def test_a_pool_of_workers(stack: VirtualPcsc) -> None:
-    """Settings of the environment, and concurrent.futures' own forks: the end of the workers ends nothing."""
+    """The settings come from the environment, and concurrent.futures forks: the session outlives the workers."""
     done = in_program(with_a_pool, env=environment(stack))
     assert (done.returncode, done.stderr) == (0, "")
     assert [json.loads(line) for line in done.stdout.splitlines()] == [[[0, VERIFIED]] * many for many in (20, 20, 1)]
 
 
 def a_family() -> None:
-    """A program with children of both kinds of fork, and grandchildren."""
+    """A program with children of both kinds of fork, and a grandchild."""
     session = Session(EXCLUSIVE)
 
     def child() -> Any:
@@ -275,7 +275,7 @@ def a_family() -> None:
 
 
 def test_on_macos(stack: VirtualPcsc, on_macos: OnMacos) -> None:
-    """It works there as well, with a PC/SC that dies in forked processes (simulated): none of these loads it."""
+    """Sharing works on macOS (simulated), where PC/SC dies in forked processes: none of them loads it."""
     done = in_program(a_family, env={**environment(stack), **on_macos(stack)})
     assert (done.returncode, done.stderr) == (0, "")
     right = [0, VERIFIED]
@@ -287,7 +287,7 @@ def test_on_macos(stack: VirtualPcsc, on_macos: OnMacos) -> None:
 
 @pytest.mark.parametrize("joins", [True, False])
 def test_a_fork_that_ran_no_hooks(stack: VirtualPcsc, joins: bool) -> None:
-    """Its child joins its owner's session as long as that lives, and goes on in it then; else a ForkedHandleError."""
+    """The child of a fork without hooks can join its owner's session while the owner lives, and then continue it."""
 
     def child(link: Link, session: Session) -> None:
         link.say(called(session, *TRANSMIT) if joins else None)
@@ -308,7 +308,7 @@ def test_a_fork_that_ran_no_hooks(stack: VirtualPcsc, joins: bool) -> None:
 
 
 def test_a_fork_that_ran_no_hooks_gets_what_it_knows(stack: VirtualPcsc) -> None:
-    """Not what its owner has connected since: that ends when the owner says so."""
+    """The child doesn't share what its owner connected after the fork: the owner's disconnect ends that."""
 
     def head() -> Any:
         session = Session()
@@ -323,7 +323,7 @@ def test_a_fork_that_ran_no_hooks_gets_what_it_knows(stack: VirtualPcsc) -> None
 
 @pytest.mark.parametrize("shares", ["one", "the other"])
 def test_a_context_can_have_a_policy_of_its_own(stack: VirtualPcsc, shares: str) -> None:
-    """It is shared beside others that aren't, and the other way round; also by a grandchild, and a C fork's child."""
+    """A context's own policy can share it, or not share it, unlike the others; also after a fork in C."""
 
     def child(shared: Session, unshared: Session, generations: int) -> list[Any]:
         below = in_child(child, shared, unshared, generations - 1) if generations > 1 else []
@@ -343,7 +343,7 @@ def test_a_context_can_have_a_policy_of_its_own(stack: VirtualPcsc, shares: str)
 
 @pytest.mark.not_on_macos("a forked process has a broker there whatever was configured")
 def test_it_needs_a_broker_always(stack: VirtualPcsc) -> None:
-    """Or else a SettingsError, for the process and for a context; what was established without one isn't shared."""
+    """Policy ``share`` without broker='always' is a SettingsError. A context outside of a broker isn't shared."""
 
     def head() -> Any:
         session = Session()
@@ -365,10 +365,10 @@ def test_it_needs_a_broker_always(stack: VirtualPcsc) -> None:
 # What a new process needs.
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may call chroot and setuid")
 @pytest.mark.parametrize("where", ["empty root", "nobody"])
 def test_a_new_process_needs_no_path_and_no_right(stack: VirtualPcsc, tmp_path: Path, where: str) -> None:
-    """After chroot to an empty directory and after setuid to nobody its children go on, and have contexts as well."""
+    """After chroot to an empty directory, or setuid to nobody, children continue the session and get new contexts."""
 
     def child(session: Session, generations: int) -> list[Any]:
         if generations > 1:
@@ -389,12 +389,12 @@ def test_a_new_process_needs_no_path_and_no_right(stack: VirtualPcsc, tmp_path: 
 
 
 def close_all(but: list[int]) -> list[int]:
-    """Close the descriptors of this process, as a daemon does, and open files under their numbers."""
+    """Close this process's descriptors, as a daemon does, and open files with their numbers."""
     logging.disable()  # pytest's handler writes to one of them
     closed = 0
     for number in range(3, 100):
         with contextlib.suppress(OSError):
-            if number not in but and not stat.S_ISFIFO(os.fstat(number).st_mode):  # over which the result goes
+            if number not in but and not stat.S_ISFIFO(os.fstat(number).st_mode):  # the result's pipe
                 os.close(number)
                 closed += 1
     return [os.memfd_create("the application's") for _ in range(closed)]
@@ -402,7 +402,7 @@ def close_all(but: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("when", ["at once", "later", "in the parent", "in the parent, unnoticed", "preserved"])
 def test_where_all_descriptors_are_closed(stack: VirtualPcsc, when: str) -> None:
-    """A BrokerError says so, no file that has their numbers is touched, a new context works; if preserved, all do."""
+    """A BrokerError says that descriptors are closed. No reused number is touched, and preserved descriptors work."""
     by_parent, is_preserved = "parent" in when, when == "preserved"
 
     def untouched(files: list[int]) -> bool:

@@ -1,4 +1,4 @@
-"""Policy ``share`` when it gets rough: transactions in the way, processes and brokers that die, no descriptors."""
+"""Policy ``share`` with faults: transactions that block, processes and brokers that die, a lack of descriptors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from pcsc_safe.testing import VirtualPcsc
 
 __all__ = ["module_stack", "stack"]
 
-pytestmark = pytest.mark.native  # each family says itself how it reaches PC/SC
+pytestmark = pytest.mark.native  # each family chooses its own way to PC/SC
 
 DONE = [OK, [0x90, 0x00]]
 COMM_ERROR = safe.SCARD_F_COMM_ERROR
@@ -62,7 +62,7 @@ SEED = 7
 
 
 def test_one_begun_before_the_fork_is_the_parents(stack: VirtualPcsc) -> None:
-    """The child waits for its end, as everybody does, and can't end it; but it can leave."""
+    """A transaction begun before the fork is the parent's. The child can leave, but must wait for its end."""
 
     def head() -> Any:
         session = Session()
@@ -79,7 +79,7 @@ def test_one_begun_before_the_fork_is_the_parents(stack: VirtualPcsc) -> None:
 
 @pytest.mark.parametrize("how", ["exit", "SIGKILL", "disconnect", "release"])
 def test_one_ends_with_its_process(stack: VirtualPcsc, how: str) -> None:
-    """However that ends or leaves, and however deep in; the card is not reset, for the session goes on."""
+    """A transaction ends with its process, however that ends and however deeply nested. The card is not reset."""
 
     def head() -> Any:
         session = Session()
@@ -97,7 +97,7 @@ def test_one_ends_with_its_process(stack: VirtualPcsc, how: str) -> None:
 
 
 def test_one_on_a_connection_of_ones_own(stack: VirtualPcsc) -> None:
-    """It excludes the session's others as well, and ends with its process; that resets the card, as PC/SC says."""
+    """A transaction on a separate connection excludes the session. Its process's end ends it, and resets the card."""
 
     def child(link: Link, session: Session) -> None:
         card = safe.SCardConnect(session.context, session.reader, SHARED, T1)[1]
@@ -118,7 +118,7 @@ def test_one_on_a_connection_of_ones_own(stack: VirtualPcsc) -> None:
 
 
 def test_a_fork_waits_for_nobodys_exchange(stack: VirtualPcsc) -> None:
-    """While one process is in an exchange, and another waits for that, a third forks at once."""
+    """While one process is in an exchange and another waits for it, a third can fork immediately."""
 
     def head(link: Link) -> Any:
         session = Session()
@@ -146,7 +146,7 @@ def test_a_fork_waits_for_nobodys_exchange(stack: VirtualPcsc) -> None:
 
 @pytest.mark.parametrize("asked", [BEGIN, ("SCardTransmit", safe.SCARD_PCI_T1, [0x80, 0x50, 99, 0])])
 def test_what_the_dead_waited_for_is_not_done(stack: VirtualPcsc, asked: Any) -> None:
-    """A process that was killed as it waited for a transaction neither gets one nor its exchange."""
+    """The requests of a process that was killed while it waited for a transaction are not carried out."""
 
     def head() -> Any:
         session = Session()
@@ -166,9 +166,9 @@ def test_what_the_dead_waited_for_is_not_done(stack: VirtualPcsc, asked: Any) ->
 
 
 def behind_another(stack: VirtualPcsc, head: Callable[[Link, Session], Any]) -> Any:
-    """What the head of a family gets that wants the card while another application has a transaction.
+    """Return what a family's head gets that needs the card while another application has a transaction.
 
-    That ends when the head says so over its link.
+    The transaction ends when the head says so over its link.
     """
 
     def begins(link: Link) -> Any:
@@ -191,7 +191,7 @@ def behind_another(stack: VirtualPcsc, head: Callable[[Link, Session], Any]) -> 
 
 @pytest.mark.parametrize("asked", [BEGIN, ("SCardConnect", None, SHARED, T1)], ids=["transaction", "connection"])
 def test_what_the_dead_got_is_taken_back(stack: VirtualPcsc, asked: Any) -> None:
-    """A process that was killed as PC/SC had it wait for another application has nothing when that lets go."""
+    """A process killed while PC/SC made it wait for another application keeps nothing when the wait ends."""
 
     def head(link: Link, session: Session) -> Any:
         with Member(session) as child:
@@ -207,7 +207,7 @@ def test_what_the_dead_got_is_taken_back(stack: VirtualPcsc, asked: Any) -> None
 
 @pytest.mark.parametrize("asked", ["before it comes", "then"])
 def test_what_is_begun_during_a_fork_is_the_parents(stack: VirtualPcsc, asked: str) -> None:
-    """A transaction that another thread waits for as this one forks: when it comes, the child waits for its end."""
+    """A transaction that another thread waits for during a fork is the parent's: the child waits for its end."""
 
     def head(link: Link, session: Session) -> Any:
         begins = Calling(called, session, *BEGIN)
@@ -226,13 +226,13 @@ def test_what_is_begun_during_a_fork_is_the_parents(stack: VirtualPcsc, asked: s
 
 
 def test_what_is_begun_for_the_dead_ends(stack: VirtualPcsc) -> None:
-    """A transaction that a process waited for when it forked, and was killed, stands in nobody's way when it comes."""
+    """If a process is killed after a fork, the transaction that it waited for blocks nobody."""
 
     def child(link: Link, session: Session, parent: int) -> None:
         os.kill(parent, signal.SIGKILL)
         until(lambda: os.getppid() != parent, "its parent is gone")
         link.say("it is dead")
-        time.sleep(5 * A_WHILE)  # it comes meanwhile
+        time.sleep(5 * A_WHILE)  # the transaction begins now
         link.say(Calling(called, session, *TRANSMIT).answer())
 
     def head(link: Link, session: Session) -> Any:
@@ -245,7 +245,7 @@ def test_what_is_begun_for_the_dead_ends(stack: VirtualPcsc) -> None:
 
 
 def test_who_has_left_begins_nothing(stack: VirtualPcsc) -> None:
-    """A process that disconnects while another of its threads waits for a transaction does not have one afterwards."""
+    """A process that disconnects while its other thread waits for a transaction doesn't get the transaction."""
 
     def leaves(link: Link, session: Session) -> None:
         begins = Calling(called, session, *BEGIN)
@@ -264,7 +264,7 @@ def test_who_has_left_begins_nothing(stack: VirtualPcsc) -> None:
 
 
 def dies_asking(session: Session, *asked: Any) -> None:
-    """Die as soon as the request is sent."""
+    """Die directly after sending the request."""
 
     def send(self: Any, frame: bytes) -> None:
         self._send(frame, 0)
@@ -276,16 +276,16 @@ def dies_asking(session: Session, *asked: Any) -> None:
 
 
 def test_children_leave_nothing_in_the_broker(stack: VirtualPcsc) -> None:
-    """After a hundred that died in all ways it has the descriptors and threads that it had; so does their parent."""
+    """A hundred children that end in all ways leave no descriptor and no thread, in the broker and in the parent."""
 
     def head() -> Any:
         session = Session()
         name = safe.SCardListReaders(session.context, [])[1][1]
         state = safe.SCardGetStatusChange(session.context, 0, [(name, 0)])[1][0][1]
-        safe.SCardGetStatusChange(session.context, 1, [(name, state)])  # a native context for waits
+        safe.SCardGetStatusChange(session.context, 1, [(name, state)])  # creates a native context for waits
         lives: list[Callable[[], Any]] = [
-            lambda: None,  # never uses anything
-            lambda: os.kill(os.getpid(), signal.SIGKILL),  # nor does this one
+            lambda: None,  # uses nothing
+            lambda: os.kill(os.getpid(), signal.SIGKILL),  # uses nothing either
             lambda: exchanges(session, 1, 2),
             lambda: [called(session, *BEGIN), os.kill(os.getpid(), signal.SIGKILL)],
             lambda: [Session(), safe.SCardConnect(session.context, name, EXCLUSIVE, T1)].clear(),
@@ -315,7 +315,7 @@ def test_children_leave_nothing_in_the_broker(stack: VirtualPcsc) -> None:
 
 
 def in_turmoil(session: Session, report: int, number: int, levels: int, end: float) -> None:
-    """Use the session in every way until it is time, with children that do the same; report how often it went wrong."""
+    """Use the session in every way until the end, in children too; report how many results were wrong."""
     for child in (2 * number, 2 * number + 1) if levels else ():
         if not forking.fork():
             signal.alarm(forking.TIMEOUT)
@@ -338,7 +338,7 @@ def in_turmoil(session: Session, report: int, number: int, levels: int, end: flo
 
 
 def test_processes_that_are_killed_disturb_nobody(stack: VirtualPcsc) -> None:
-    """Fifteen processes in four generations use one session, seven are killed at some moment: nobody else notices."""
+    """Fifteen processes in four generations use one session. Seven are killed, and the others are not affected."""
 
     def head() -> Any:
         session, dice = Session(EXCLUSIVE), random.Random(SEED)
@@ -361,7 +361,7 @@ def test_processes_that_are_killed_disturb_nobody(stack: VirtualPcsc) -> None:
 
 
 def test_a_broker_that_is_killed_fails_everybody_at_once(stack: VirtualPcsc) -> None:
-    """What is under way gets SCARD_F_COMM_ERROR, the rest a BrokerError; new contexts work, and so does cleanup."""
+    """Calls in flight return SCARD_F_COMM_ERROR, others raise BrokerError. New contexts work, and so does cleanup."""
     cleanup = [("SCardIsValidContext",), ("SCardCancel",), ("SCardDisconnect", UNPOWER), ("SCardReleaseContext",)]
 
     def late_child(link: Link, session: Session) -> None:
@@ -374,7 +374,7 @@ def test_a_broker_that_is_killed_fails_everybody_at_once(stack: VirtualPcsc) -> 
         busy = [BEGIN, RECONNECT, ("SCardStatus",), ("SCardGetStatusChange", safe.INFINITE, [(session.reader, state)])]
         assert called(session, *BEGIN) == OK
         with contextlib.ExitStack() as undo:
-            members = [undo.enter_context(Member(session)) for _ in range(6)]  # the last has not used anything
+            members = [undo.enter_context(Member(session)) for _ in range(6)]  # the last one has used nothing
             members[4].calls("SCardListReaders", [])
             for member, asked in zip(members, busy):
                 member.say(asked)
@@ -402,7 +402,7 @@ def test_a_broker_that_is_killed_fails_everybody_at_once(stack: VirtualPcsc) -> 
 
 
 def test_a_broker_that_is_killed_at_any_moment_gives_no_wrong_answer(stack: VirtualPcsc) -> None:
-    """Nor does anybody hang: each has right answers until then, and knows from then on."""
+    """Every process gets right results until the broker dies, then errors. None hangs."""
 
     def until_it_fails(session: Session, number: int) -> Any:
         for i in range(1 << 16):
@@ -420,18 +420,18 @@ def test_a_broker_that_is_killed_at_any_moment_gives_no_wrong_answer(stack: Virt
             time.sleep(dice.random() / 5)
             os.kill(broker(), signal.SIGKILL)
             answers += [forking.wait_for(child) for child in children]
-            at_once = called(session, *TRANSMIT)  # may have been under way when it was killed
+            at_once = called(session, *TRANSMIT)  # may have been in flight when the broker was killed
             answers.append((at_once in ([COMM_ERROR, []], "BrokerError"), called(session, *TRANSMIT)))
         return answers
 
     assert in_child(sharing(head)) == [(True, "BrokerError")] * 21
 
 
-# Forks that are many, and forks that fail.
+# Many forks, and forks that fail.
 
 
 def test_threads_fork_at_once(stack: VirtualPcsc) -> None:
-    """Each child has the session, while other threads use it and fork; the parent's descriptors stay what they were."""
+    """Every child has the session while other threads use it and fork. The parent's descriptors don't change."""
 
     def forks(session: Session, number: int) -> Any:
         return [in_child(exchanges, session, 8 * number + i, 20) for i in range(5)]
@@ -447,12 +447,12 @@ def test_threads_fork_at_once(stack: VirtualPcsc) -> None:
     answers, busy, more = in_child(sharing(head))
     assert answers == [(0, VERIFIED)] * 20
     assert busy == (0, VERIFIED)
-    assert more <= 5  # connections that as many calls at once took
+    assert more <= 5  # connections for simultaneous calls
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="root becomes somebody who may have no process")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may start no process")
 def test_a_fork_that_fails_leaves_everything_as_it_was(stack: VirtualPcsc) -> None:
-    """No descriptor is lost, nobody who was not born has the session, and the next fork works."""
+    """No descriptor is lost, no process that was never started has the session, and the next fork works."""
 
     def head() -> Any:
         session = Session()
@@ -463,7 +463,7 @@ def test_a_fork_that_fails_leaves_everything_as_it_was(stack: VirtualPcsc) -> No
         for _ in range(5):
             try:
                 forking.fork() or os._exit(0)
-            except OSError:  # before Python 3.10 with whatever number the hooks have left
+            except OSError:  # before Python 3.10 with any errno that the hooks have left
                 failed += 1
         resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
         same = before == descriptors(os.getpid())
@@ -478,7 +478,7 @@ def test_a_fork_that_fails_leaves_everything_as_it_was(stack: VirtualPcsc) -> No
 
 @pytest.mark.parametrize("left", range(5))
 def test_a_fork_for_which_there_are_no_descriptors(stack: VirtualPcsc, left: int) -> None:
-    """It is made all the same, nothing is lost, and the child joins the session as soon as it has one."""
+    """The fork succeeds, nothing is lost, and the child joins the session as soon as it has a descriptor."""
 
     def child(session: Session, limits: tuple[int, int]) -> Any:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -492,7 +492,7 @@ def test_a_fork_for_which_there_are_no_descriptors(stack: VirtualPcsc, left: int
         with contextlib.suppress(OSError):
             while True:
                 fillers.append(os.dup(0))
-        for _ in range(left + 2):  # two are for the result
+        for _ in range(left + 2):  # two for the result
             os.close(fillers.pop())
         before = len(descriptors(os.getpid()))
         answer = in_child(child, session, (soft, hard))

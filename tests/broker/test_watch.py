@@ -1,4 +1,4 @@
-"""How a broker sees ends: the same contract on Linux' epoll and, with ``--darwin`` or on a Mac, on kqueue."""
+"""How a broker detects ends: one contract for epoll on Linux and, with ``--darwin`` or on a Mac, for kqueue."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from forking import in_child, start
 from pcsc_safe.broker import watch as watching
 from pcsc_safe.broker.watch import Watch, process_behind
 
-A_WHILE = 0.1  # s; in which it would have been told
+A_WHILE = 0.1  # s; enough for a report
 
 
 class Told:
-    """What a Watch tells, from a thread that waits all the time."""
+    """What a Watch reports to a thread that always waits."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
@@ -37,14 +37,14 @@ class Told:
                 self._changed.notify_all()
 
     def comes(self, expected: int) -> bool:
-        """Whether this is told next, and alone."""
+        """Return whether this is the next report, alone."""
         with self._changed:
             self._changed.wait_for(lambda: self._told, ENOUGH)
             told, self._told = self._told, []
             return told == [expected]
 
     def is_silent(self) -> bool:
-        """Whether nothing is told for a while."""
+        """Return whether there is no report for a while."""
         with self._changed:
             return not self._changed.wait_for(lambda: self._told, A_WHILE)
 
@@ -61,8 +61,8 @@ def told(watch: Watch) -> Told:
 
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A connection: the watched end, and the other one."""
-    near, far = watching._socket.socketpair()  # as pcsc_safe has them there
+    """Yield a connection: the watched end and the other one."""
+    near, far = watching._socket.socketpair()  # with the module that pcsc_safe uses
     yield near, far
     near.close()
     far.close()
@@ -92,7 +92,7 @@ HOW = [close, close_with_something_unread, shut_down, shut_down_here]
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("when", ["before", "while it waits"])
 def test_the_end_of_a_connection_is_told_once(watch: Watch, told: Told, pair: Any, when: str, how: Any) -> None:
-    """However it ends, and whether that was before it was asked for or while another thread waits."""
+    """The end of a connection is reported once, of whatever kind, before the watch begins or during a wait."""
     near, _ = pair
     if when == "before":
         how(*pair)
@@ -106,7 +106,7 @@ def test_the_end_of_a_connection_is_told_once(watch: Watch, told: Told, pair: An
 
 @pytest.mark.parametrize("size", [1, 100_000])
 def test_what_is_sent_is_no_end(watch: Watch, told: Told, pair: Any, size: int) -> None:
-    """Requests, read or not and however long, are not told; and the end is told after them."""
+    """Data, read or unread and of any length, is not reported. The end after it is."""
     near, far = pair
     watch.on_end(near.fileno())
     for _ in range(10):
@@ -123,7 +123,7 @@ def test_what_is_sent_is_no_end(watch: Watch, told: Told, pair: Any, size: int) 
 
 
 def test_a_copy_keeps_a_connection_alive(watch: Watch, told: Told, pair: Any) -> None:
-    """The end is that of the last copy of the other end."""
+    """A connection ends with the last copy of its other end."""
     near, far = pair
     copy = os.dup(far.fileno())
     watch.on_end(near.fileno())
@@ -134,7 +134,7 @@ def test_a_copy_keeps_a_connection_alive(watch: Watch, told: Told, pair: Any) ->
 
 
 def test_a_number_can_be_used_again(watch: Watch, told: Told, pair: Any) -> None:
-    """When an end was told, the descriptor is not watched any more: it can be closed, and its number watched anew."""
+    """After the report the descriptor is no longer watched: it can be closed, and its number watched again."""
     near, far = pair
     watch.on_end(near.fileno())
     far.close()
@@ -143,7 +143,7 @@ def test_a_number_can_be_used_again(watch: Watch, told: Told, pair: Any) -> None
     os.close(number)
     ends = socket.socketpair()
     near, far = ends if ends[0].fileno() == number else ends[::-1]
-    with near, far:  # the lowest number is free again, so one end has it
+    with near, far:  # one end has this number, because it was the lowest free one
         assert near.fileno() == number
         watch.on_end(number)
         far.send(b"a request")
@@ -153,7 +153,7 @@ def test_a_number_can_be_used_again(watch: Watch, told: Told, pair: Any) -> None
 
 
 def test_input_is_told_as_long_as_it_is_there(watch: Watch, pair: Any) -> None:
-    """Again and again until it is read; and the end of a door is input, too."""
+    """Input is reported until it is read. The end of a connection counts as input."""
     near, far = pair
     watch.on_input(near.fileno())
     far.send(b"ab")
@@ -166,7 +166,7 @@ def test_input_is_told_as_long_as_it_is_there(watch: Watch, pair: Any) -> None:
 
 
 def test_the_end_of_a_process_is_told_once(watch: Watch, told: Told) -> None:
-    """By its PID, though it is not waited for, and other processes live."""
+    """The end of a process is reported once, as its PID, before it is waited for. Other processes don't matter."""
     pid, read_end = start(signal.pause)
     other, other_end = start(signal.pause)
     try:
@@ -185,7 +185,7 @@ def test_the_end_of_a_process_is_told_once(watch: Watch, told: Told) -> None:
 
 
 def test_a_process_that_has_ended(watch: Watch, told: Told) -> None:
-    """Where there is no such process any more, who asks hears so."""
+    """on_exit() returns false for a process that no longer exists."""
     pid, read_end = start(os.getpid)
     os.close(read_end)
     os.waitpid(pid, 0)
@@ -194,7 +194,7 @@ def test_a_process_that_has_ended(watch: Watch, told: Told) -> None:
 
 
 def of_pairs(connection: socket.socket) -> Any:
-    """What a child is told of the process behind a socket pair of its parent's, and of one of its own."""
+    """Return, in a child, the process behind its parent's socket pair, and whether its own pair is its own."""
     mine, _ = pair = watching._socket.socketpair()
     try:
         return process_behind(connection), process_behind(mine) == os.getpid()
@@ -203,8 +203,8 @@ def of_pairs(connection: socket.socket) -> Any:
             end.close()
 
 
-@pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="the kernel is not asked there")
+@pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="the kernel doesn't report it")
 def test_the_process_behind(pair: Any) -> None:
-    """Who has made the other end of a socket pair is told by its PID."""
+    """process_behind() returns the PID of the process that made the other end of a socket pair."""
     assert process_behind(pair[0]) == os.getpid()
     assert in_child(of_pairs, pair[0]) == (os.getpid(), True)

@@ -1,4 +1,4 @@
-"""The protocol between a process and its broker, as rows of data in both directions, and against hostile peers."""
+"""The protocol between a process and its broker: rows of data in both directions, and hostile peers."""
 
 from __future__ import annotations
 
@@ -122,18 +122,18 @@ for _ in range(MAX_DEPTH - 2):
 
 @pytest.fixture(autouse=True)
 def no_opaques_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test begins as a new process does."""
+    """Each test starts like a new process."""
     monkeypatch.setattr(values, "_opaques", {})
 
 
 def body_of(frame: bytes) -> bytes:
-    """What is behind the length, which must be right."""
+    """Return what follows the length; the length must be right."""
     assert struct.unpack("<I", frame[:4]) == (len(frame) - 4,)
     return frame[4:]
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal, and of the same types throughout; floats bit by bit."""
+    """Return whether both are equal, with the same types in all parts; floats are compared bit by bit."""
     if type(one) is not type(other):
         return False
     if isinstance(one, float):
@@ -146,14 +146,14 @@ def same(one: Any, other: Any) -> bool:
 
 
 def there_and_back(value: Any) -> Any:
-    """What the other process gets for a value."""
+    """Return what the other process gets for a value."""
     result = decode(body_of(encode_result(value)))
     assert isinstance(result, Result)
     return result.value
 
 
 def nested(depth: int, inner: Any = ()) -> Any:
-    """``inner`` in so many lists."""
+    """Return ``inner`` in so many lists."""
     for _ in range(depth):
         inner = [inner]
     return inner
@@ -163,7 +163,7 @@ def nested(depth: int, inner: Any = ()) -> Any:
 
 
 def test_the_functions_have_their_numbers() -> None:
-    """The table of version 1: any change to it is a new VERSION, or a broker would call another function."""
+    """The table is that of version 1. A change needs a new VERSION, or a broker would call another function."""
     assert VERSION == 1
     assert list(CALLS) == list(FUNCTIONS)
     assert dict(enumerate(FUNCTIONS)) == {number: name for name, number in NUMBERS.items()}
@@ -198,7 +198,7 @@ def test_the_functions_have_their_numbers() -> None:
 
 @pytest.mark.parametrize(("message", "body"), MESSAGES)
 def test_a_message_is_these_bytes(message: Message, body: bytes) -> None:
-    """Version 1 is pinned, in both directions: processes of one version, but not one release, understand each other."""
+    """The bytes of version 1 are fixed, in both directions: releases with the same version understand each other."""
     assert encode(message) == struct.pack("<I", len(body)) + body
     assert same(decode(body), message)
     assert same(decode(memoryview(body)), message)
@@ -206,13 +206,13 @@ def test_a_message_is_these_bytes(message: Message, body: bytes) -> None:
 
 @pytest.mark.parametrize(("value", "told"), VALUES)
 def test_a_value_is_these_bytes(value: Any, told: bytes) -> None:
-    """Likewise every kind of value."""
+    """The bytes of every kind of value are fixed too."""
     assert body_of(encode_result(value)) == b"R" + told
     assert same(decode(b"R" + told), Result(value))
 
 
 def test_every_exception_that_can_be_told_comes_back() -> None:
-    """The PC/SC module's errors reach the caller by name."""
+    """The PC/SC module's exceptions reach the caller by name."""
     assert set(RAISABLE) >= {"TypeError", "ValueError", "OverflowError", "SystemError", "MemoryError", "RuntimeError"}
     for name, kind in RAISABLE.items():
         raised = Raised(name, "why \udcff")
@@ -223,7 +223,7 @@ def test_every_exception_that_can_be_told_comes_back() -> None:
 
 @pytest.mark.parametrize("number", range(len(FUNCTIONS)))
 def test_a_request_for_each_function(number: int) -> None:
-    """Each function of the table can be asked for."""
+    """There is a request for each function of the table."""
     assert same(decode(body_of(encode_request(number, (1, "a")))), Request(number, (1, "a")))
 
 
@@ -240,7 +240,7 @@ def test_a_request_for_each_function(number: int) -> None:
 @example((0, [1, 2]))
 @example([0, []])
 def test_a_result_comes_back_as_it_was(value: Any) -> None:
-    """Values and the types of all their parts survive; the short way makes the very bytes of the general one."""
+    """Values and the types of all their parts survive. The fast path makes the same bytes as the general one."""
     assert encode_result(value) == encode(Result(value))
     assert same(there_and_back(value), value)
 
@@ -258,7 +258,7 @@ def test_a_result_comes_back_as_it_was(value: Any) -> None:
 @example(TRANSMIT, (1, 2, b"1"))
 @example(TRANSMIT, (1, 2, [1], 4))
 def test_a_request_comes_back_as_it_was(number: int, arguments: tuple[Any, ...]) -> None:
-    """The same for the arguments of a call."""
+    """The arguments of a call survive too."""
     frame = encode_request(number, arguments)
     assert frame == encode(Request(number, arguments))
     assert same(decode(body_of(frame)), Request(number, arguments))
@@ -266,7 +266,7 @@ def test_a_request_comes_back_as_it_was(number: int, arguments: tuple[Any, ...])
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 65544])
 def test_a_command_of_any_length(size: int) -> None:
-    """Short and extended APDUs, both ways."""
+    """Short and extended APDUs survive, in both directions."""
     apdu = [index & 255 for index in range(size)]
     assert same(decode(body_of(encode_request(TRANSMIT, (1, 2, apdu)))), Request(TRANSMIT, (1, 2, apdu)))
     assert same(there_and_back([0, apdu]), [0, apdu])
@@ -274,13 +274,13 @@ def test_a_command_of_any_length(size: int) -> None:
 
 @pytest.mark.parametrize("number", [1 << 64, -1 << 64, 1 << 1000, (1 << 8000) - 1, -(1 << 8000)])
 def test_an_int_of_any_size(number: int) -> None:
-    """The PC/SC module, not the wire, says that a number is too large."""
+    """An int of any size survives: the PC/SC module, not the wire, refuses one that is too large."""
     assert there_and_back(number) == number
     assert there_and_back([number, 1]) == [number, 1]
 
 
 class Number(int):
-    """An int, as our handles are, that does not want to be known as one."""
+    """An int, like pcsc_safe's handles, that hides it."""
 
     def __index__(self) -> int:
         return 99
@@ -289,7 +289,7 @@ class Number(int):
 
 
 class Text(str):
-    """A str that does not want to be known as one."""
+    """A str that hides it."""
 
     __slots__ = ()
 
@@ -298,7 +298,7 @@ class Text(str):
 
 
 class Items(list):  # type: ignore[type-arg]
-    """A list that looks empty to Python, though not to C."""
+    """A list that looks empty to Python, but not to C."""
 
     def __iter__(self) -> Any:
         return iter(())
@@ -318,7 +318,7 @@ class Unhashable(type):
 
 
 class Incomparable(type):
-    """A metaclass whose classes can be compared with nothing else."""
+    """A metaclass whose classes can be compared with no other class."""
 
     def __eq__(cls, other: object) -> bool:
         raise AttributeError(other)
@@ -347,7 +347,7 @@ class Incomparable(type):
     ],
 )
 def test_a_subclass_goes_as_its_base(value: Any, plain: Any) -> None:
-    """What C code sees of the object is told, and nothing that a subclass defines is asked."""
+    """The value is what C code sees of the object. No method of a subclass is called."""
     assert same(there_and_back(value), plain)
     request = decode(body_of(encode_request(TRANSMIT, (value, 2, value))))
     assert same(request, Request(TRANSMIT, (plain, 2, plain)))
@@ -357,7 +357,7 @@ def test_a_subclass_goes_as_its_base(value: Any, plain: Any) -> None:
 
 
 class Proxy:
-    """Says that it is an int, as a wrapt proxy does."""
+    """Claims to be an int, like a wrapt proxy."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -368,7 +368,7 @@ class Proxy:
 
 
 class Nameless(type):
-    """A metaclass that makes the name something else."""
+    """A metaclass that hides the class's name."""
 
     __name__ = None  # type: ignore[assignment]
 
@@ -393,7 +393,7 @@ class Nameless(type):
     ],
 )
 def test_any_other_object_is_an_opaque_of_that_name(value: Any, name: str) -> None:
-    """A TypeError of the PC/SC module names the type that the application passed, wherever it stood."""
+    """In a TypeError the PC/SC module names the type of the application's argument, in any position."""
     for got in (
         there_and_back(value),
         there_and_back([0, [value]])[1][0],
@@ -406,7 +406,7 @@ def test_any_other_object_is_an_opaque_of_that_name(value: Any, name: str) -> No
 
 
 def test_an_opaque_can_do_nothing() -> None:
-    """It is not taken for an int, a sequence or a buffer."""
+    """An opaque object is no int, no sequence and no buffer."""
     thing: Any = opaque("Thing")
     for use in (int, float, iter, len, bytes, "".join):
         with pytest.raises(TypeError):
@@ -414,7 +414,7 @@ def test_an_opaque_can_do_nothing() -> None:
 
 
 def test_the_names_of_opaques_are_bounded() -> None:
-    """A peer that makes up names fills 256 places; those that are there stay."""
+    """A peer that invents names fills 256 places. Names already there stay."""
     first = there_and_back(object())
     crowd = [type(f"T{index}", (), {})() for index in range(1000)]
     got = there_and_back(crowd)
@@ -427,7 +427,7 @@ def test_the_names_of_opaques_are_bounded() -> None:
 
 @pytest.mark.parametrize("wrap", [lambda x: [x], lambda x: (x,), lambda x: {"a": x}])
 def test_what_is_nested_too_deep_is_opaque(wrap: Any) -> None:
-    """MAX_DEPTH containers are told; the next one is an opaque of its type's name."""
+    """MAX_DEPTH nested containers survive. The next one is an opaque object with its type's name."""
     value = wrap(1)
     for _ in range(MAX_DEPTH - 1):
         value = wrap(value)
@@ -440,7 +440,7 @@ def test_what_is_nested_too_deep_is_opaque(wrap: Any) -> None:
 
 
 def test_a_list_that_contains_itself_ends() -> None:
-    """It is told as deep as any other."""
+    """Such a list is sent to the same depth as any other."""
     endless: list[Any] = [1]
     endless.append(endless)
     got = there_and_back(endless)
@@ -451,7 +451,7 @@ def test_a_list_that_contains_itself_ends() -> None:
     assert isinstance(got[1], Opaque)
 
 
-# --- what can't be told
+# --- what can't be sent
 
 
 @pytest.mark.parametrize(
@@ -484,21 +484,21 @@ def test_a_list_that_contains_itself_ends() -> None:
     ],
 )
 def test_a_field_that_cannot_be_is_not_told(message: Any) -> None:
-    """What decode would refuse, encode does not make."""
+    """encode() refuses what decode() would refuse."""
     with pytest.raises(WireError, match="unknown kind, or has a field that is not allowed"):
         encode(message)
 
 
 @pytest.mark.parametrize("number", [-1, len(FUNCTIONS), 1 << 64])
 def test_an_unknown_function_is_not_told(number: int) -> None:
-    """Neither on the short way."""
+    """encode_request() refuses an unknown function, on the fast path too."""
     for arguments in ((), (1, 2, [3])):
         with pytest.raises(WireError):
             encode_request(number, arguments)
 
 
 def a_list_of_lists() -> Any:
-    """Small here, 10 to the 15 values on the wire."""
+    """Return a list that is small here, but has 10**15 values on the wire."""
     value: Any = ["x"] * 1000
     for _ in range(MAX_DEPTH - 1):
         value = [value] * 1000
@@ -522,7 +522,7 @@ def a_list_of_lists() -> Any:
     ids=["bytes", "ascii", "text", "octets", "list", "parts", "framing", "int", "dict", "lists"],
 )
 def test_what_is_too_large_is_not_told(value: Any) -> None:
-    """A body has MAX_BODY bytes at most, and not much more than that is ever made."""
+    """A body has at most MAX_BODY bytes, and encoding stops soon after that."""
     for result in (value, [0, value]):
         with pytest.raises(WireError, match="oversized"):
             encode_result(result)
@@ -531,7 +531,7 @@ def test_what_is_too_large_is_not_told(value: Any) -> None:
 
 
 def test_the_largest_body() -> None:
-    """Exactly MAX_BODY bytes go, and are taken; one more is neither."""
+    """Exactly MAX_BODY bytes are sent and received. One more byte is refused on both sides."""
     room = MAX_BODY - 1 - 5  # the kind; a tag and a size
     frame = encode_result(bytes(room))
     assert len(frame) == 4 + MAX_BODY
@@ -544,7 +544,7 @@ def test_the_largest_body() -> None:
 
 
 def test_the_largest_command() -> None:
-    """The short way fills a frame to the last byte, and refuses one byte more, as the general way does."""
+    """The fast path fills a frame to the last byte, and refuses one byte more, like the general path."""
     command = [1] * values.MAX_OCTETS
     frame = encode_request(TRANSMIT, (1, 2, command))
     assert len(frame) == 4 + MAX_BODY
@@ -559,7 +559,7 @@ def test_the_largest_command() -> None:
 
 @pytest.mark.parametrize("body", BODIES)
 def test_a_truncated_message_is_refused(body: bytes) -> None:
-    """At each byte, and not as a shorter message."""
+    """A message that is cut at any byte is refused, and not taken for a shorter one."""
     for size in range(len(body)):
         with pytest.raises(WireError, match="truncated"):
             decode(body[:size])
@@ -567,7 +567,7 @@ def test_a_truncated_message_is_refused(body: bytes) -> None:
 
 @pytest.mark.parametrize("body", BODIES)
 def test_trailing_bytes_are_refused(body: bytes) -> None:
-    """A message is all of its body."""
+    """Bytes after the end of a message are refused."""
     for more in (b"\0", b"N", body):
         with pytest.raises(WireError, match="data after its end"):
             decode(body + more)
@@ -575,7 +575,7 @@ def test_trailing_bytes_are_refused(body: bytes) -> None:
 
 @pytest.mark.parametrize("kind", sorted(set(range(256)) - set(b"HWQDIREX")))
 def test_unknown_kinds_are_refused(kind: int) -> None:
-    """Every byte that is no kind."""
+    """Every byte that is no kind is refused."""
     for rest in (b"", ONE, MESSAGES[6][1][1:]):
         with pytest.raises(WireError, match="unknown kind"):
             decode(bytes([kind]) + rest)
@@ -583,7 +583,7 @@ def test_unknown_kinds_are_refused(kind: int) -> None:
 
 @pytest.mark.parametrize("tag", sorted(set(range(256)) - set(b"NTFiIfsbBltdo")))
 def test_unknown_tags_are_refused(tag: int) -> None:
-    """Every byte that is no tag, at the top and in a list."""
+    """Every byte that is no tag is refused, at the top and in a list."""
     for before in (b"R", b"Rl\1\0\0\0", b"Rl\2\0\0\0N"):
         with pytest.raises(WireError, match="unknown tag"):
             decode(before + bytes([tag]) + ONE)
@@ -621,7 +621,7 @@ def test_unknown_tags_are_refused(tag: int) -> None:
     ],
 )
 def test_fields_of_the_wrong_type_or_range_are_refused(body: bytes) -> None:
-    """A message that decodes has fields as its class says."""
+    """A decoded message has the fields of its class."""
     with pytest.raises(
         WireError, match=r"malformed: its fields are not those of (Hello|Welcome|Request|Raised|Refused)"
     ):
@@ -652,14 +652,14 @@ def test_fields_of_the_wrong_type_or_range_are_refused(body: bytes) -> None:
     ],
 )
 def test_values_that_cannot_be_are_refused(told: bytes, state: str) -> None:
-    """With a text that says what is wrong."""
+    """The error says what is wrong with the value."""
     with pytest.raises(WireError, match=state):
         decode(b"R" + told)
 
 
 def peak_of(body: bytes) -> int:
-    """The bytes that are allocated at most while it is decoded."""
-    decode(BODIES[0])  # whatever is made once, is made
+    """Return how many bytes are allocated at most while it is decoded."""
+    decode(BODIES[0])  # allocates everything that is allocated only once
     tracemalloc.start()
     try:
         try:
@@ -676,7 +676,7 @@ def peak_of(body: bytes) -> int:
 @pytest.mark.parametrize("rest", [b"", bytes(1000), b"N" * 1000, ONE * 100], ids=["empty", "zeros", "nones", "ints"])
 @pytest.mark.parametrize("before", [b"R", b"Rl\2\0\0\0" + ONE, b"Q" + ONE, b"Q" + ONE + b"t\3\0\0\0" + ONE * 2])
 def test_a_claim_of_any_size_costs_nothing(tag: bytes, rest: bytes, before: bytes) -> None:
-    """Who announces 2**31 items, or bytes, and sends a few, is refused at the cost of the few."""
+    """A peer that announces 2**31 items or bytes, and sends a few, is refused at the cost of the few."""
     body = before + tag + TOO_MANY + rest
     with pytest.raises(WireError, match="truncated"):
         decode(body)
@@ -688,7 +688,7 @@ def test_a_claim_of_any_size_costs_nothing(tag: bytes, rest: bytes, before: byte
     [b"N", ONE, b"B\0\0\0\0", b"t\0\0\0\0", b"d\0\0\0\0", b"f\0\0\0\0\0\0\0\0", b"s\2\0\0\0ab", b"l\1\0\0\0N"],
 )
 def test_the_cost_is_in_proportion(item: bytes) -> None:
-    """The worst that fits into a body costs less than 64 times its size: there is no bomb."""
+    """The worst body costs less than 64 times its size."""
     count = (1 << 16) // len(item)
     body = b"Rl" + struct.pack("<I", count) + item * count
     assert isinstance(decode(body), Result)
@@ -696,7 +696,7 @@ def test_the_cost_is_in_proportion(item: bytes) -> None:
 
 
 def test_made_up_names_cost_no_more() -> None:
-    """Nor is a type for each name."""
+    """Invented names cost no more: there isn't a type for each of them."""
     names = b"".join(b"o\4\0\0\0%04d" % index for index in range(7000))
     body = b"Rl" + struct.pack("<I", 7000) + names
     assert isinstance(decode(body), Result)
@@ -705,7 +705,7 @@ def test_made_up_names_cost_no_more() -> None:
 
 
 def decoded_or_refused(body: bytes) -> None:
-    """Decode; whatever is a message is one that can be told, and then is the same."""
+    """Decode; a message that is accepted can be encoded again, to the same bytes."""
     try:
         message = decode(body)
     except WireError:
@@ -718,7 +718,7 @@ def decoded_or_refused(body: bytes) -> None:
 @settings(deadline=None, max_examples=500)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_a_message_or_refused(body: bytes) -> None:
-    """Nothing but a message or WireError comes out."""
+    """The result is a message or WireError."""
     decoded_or_refused(body)
 
 
@@ -733,13 +733,13 @@ pieces = st.sampled_from(
 @settings(deadline=None, max_examples=500)
 @given(st.sampled_from([b"R", b"Q" + ONE, b"E", b"H", b""]), st.lists(pieces, max_size=12))
 def test_pieces_of_messages_are_a_message_or_refused(start: bytes, rest: list[bytes]) -> None:
-    """The same for bytes that look more like it."""
+    """The result is a message or WireError, for bytes that are similar to a message too."""
     decoded_or_refused(start + b"".join(rest))
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_altered_bytes_are_a_message_or_refused(body: bytes) -> None:
-    """The same for every message with any byte of it altered."""
+    """The result is a message or WireError, for every message with any byte altered."""
     for at in range(len(body)):
         for byte in (*b"HQRNiIsbBltdo", 0, 1, 2, 5, 127, 128, 255):
             decoded_or_refused(body[:at] + bytes([byte]) + body[at + 1 :])
@@ -760,7 +760,7 @@ SECRET = [201, 202, 203, 204, 205, 206, 207, 208, 209, 210]
     ],
 )
 def test_no_byte_of_an_apdu_is_in_an_error(body: bytes) -> None:
-    """However a message is broken, the error's numbers are limits and places, never what stood there."""
+    """However a message is damaged, the error has limits and positions, but never its content."""
     assert len(body) < min(SECRET)
     broken = [body[:size] for size in range(len(body))]
     broken += [body + bytes(SECRET)]
@@ -779,7 +779,7 @@ def test_no_byte_of_an_apdu_is_in_an_error(body: bytes) -> None:
 
 
 def test_no_repr_shows_what_a_message_carries() -> None:
-    """A message in a log or a traceback shows no argument, no result, no key."""
+    """The repr of a message shows no argument, no result and no key, as in a log or a traceback."""
     secret = "PIN 1234"
     for message in (Request(TRANSMIT, (secret, SECRET)), Result([0, secret, SECRET]), Hello(1, secret.encode() * 2)):
         for text in (repr(message), str(message), f"{message}", repr([message])):
@@ -791,7 +791,7 @@ def test_no_repr_shows_what_a_message_carries() -> None:
 
 
 def test_nothing_too_large_is_in_its_error() -> None:
-    """Nor on the way out."""
+    """The error for a value that is too large to send doesn't show it."""
     for value in ("1234" * MAX_BODY, [0, b"1234" * MAX_BODY]):
         with pytest.raises(WireError) as caught:
             encode_result(value)
@@ -802,7 +802,7 @@ def test_nothing_too_large_is_in_its_error() -> None:
 
 
 def test_a_frame_at_once() -> None:
-    """One chunk, one body; and the receiver is ready for the next."""
+    """A whole frame gives a body, and the receiver is ready for the next one."""
     receiver = Receiver()
     for message, body in MESSAGES * 2:
         assert receiver.needed() == 4
@@ -812,7 +812,7 @@ def test_a_frame_at_once() -> None:
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(MESSAGES), min_size=1, max_size=4), st.lists(st.integers(1, 50), min_size=1))
 def test_a_frame_in_chunks(messages: list[tuple[Message, bytes]], sizes: list[int]) -> None:
-    """However the frames are cut, the bodies are the same, each with its last byte and not before."""
+    """Frames in chunks of any size give the same bodies, each with its last byte and not before."""
     receiver = Receiver()
     turn = 0
     for message, body in messages:
@@ -830,7 +830,7 @@ def test_a_frame_in_chunks(messages: list[tuple[Message, bytes]], sizes: list[in
 
 @pytest.mark.parametrize(("message", "body"), MESSAGES)
 def test_what_is_needed_is_enough(message: Message, body: bytes) -> None:
-    """Who reads what is needed, and no more, gets the body in two steps; an empty read changes nothing."""
+    """Reading exactly what is needed gives the body in two steps. An empty read changes nothing."""
     frame, receiver = encode(message), Receiver()
     assert receiver.feed(b"") is None
     assert receiver.feed(frame[: receiver.needed()]) is None
@@ -842,7 +842,7 @@ def test_what_is_needed_is_enough(message: Message, body: bytes) -> None:
 @pytest.mark.parametrize("length", [0, MAX_BODY + 1, 1 << 31, (1 << 32) - 1])
 @pytest.mark.parametrize("more", [b"", b"D", bytes(100)])
 def test_a_frame_of_a_bad_length_is_refused_at_once(length: int, more: bytes) -> None:
-    """With the fourth byte, however it comes, and for good."""
+    """The fourth byte of a bad length is refused, in any chunk, and so is everything after it."""
     start = struct.pack("<I", length)
     with pytest.raises(WireError, match=r"empty|oversized"):
         Receiver().feed(start + more)
@@ -859,7 +859,7 @@ def test_a_frame_of_a_bad_length_is_refused_at_once(length: int, more: bytes) ->
 
 @pytest.mark.parametrize(("message", "body"), MESSAGES)
 def test_nothing_may_follow_a_frame(message: Message, body: bytes) -> None:
-    """One request, one reply: who sends more than a frame speaks something else."""
+    """One request, one reply: data after a frame is refused."""
     frame = encode(message)
     for more in (b"\0", frame):
         with pytest.raises(WireError, match="followed by more data"):
@@ -875,7 +875,7 @@ def test_nothing_may_follow_a_frame(message: Message, body: bytes) -> None:
 @settings(deadline=None)
 @given(st.lists(st.binary(max_size=20), max_size=20))
 def test_a_receiver_takes_anything(chunks: list[bytes]) -> None:
-    """A body, None or WireError: nothing else comes out."""
+    """The result is a body, None or WireError."""
     receiver = Receiver()
     for chunk in chunks:
         try:

@@ -1,4 +1,4 @@
-"""Cleanup in the other process never reaches the owner's session: by whatever way, in any order, under any policy."""
+"""Cleanup in a child never reaches the owner's session, however it is made, in any order and under any policy."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ CLEANUPS: dict[str, Callable[[Session], Any]] = {
     "release": lambda session: safe.SCardReleaseContext(session.context),
 }
 
-POLICIES = [policy for policy in Policy if policy is not Policy.SHARE]  # which wants a broker, and has tests of its own
+POLICIES = [policy for policy in Policy if policy is not Policy.SHARE]  # needs a broker, and has its own tests
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("order", list(itertools.permutations(CLEANUPS)), ids="-".join)
 def test_explicit_calls(session: Session, policy: Policy, order: tuple[str, ...]) -> None:
-    """Every order of explicit cleanup succeeds in the child, and the owner's session and transaction go on."""
+    """Every order of explicit cleanup succeeds in the child. The owner's session and transaction continue."""
     pcsc_safe.configure(policy=policy)
     assert safe.SCardBeginTransaction(session.card) == OK
     answers = in_child(lambda: [CLEANUPS[name](session) for name in order])
@@ -52,7 +52,7 @@ def test_explicit_calls(session: Session, policy: Policy, order: tuple[str, ...]
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_was_forgotten_is_invalid(session: Session, policy: Policy) -> None:
-    """After its cleanup a child has the handles no more: SCARD_E_INVALID_HANDLE, as after any release."""
+    """After its cleanup a child's handles are invalid: SCARD_E_INVALID_HANDLE, as after every release."""
     pcsc_safe.configure(policy=policy)
 
     def child() -> Any:
@@ -65,13 +65,13 @@ def test_what_was_forgotten_is_invalid(session: Session, policy: Policy) -> None
             (int(session.context) in handles.contexts, int(session.card) in handles.cards),
         )
 
-    # Where the child has no library that could forget them, too, the numbers stay known.
+    # Where the child has no native library that could forget the numbers too, they stay known.
     stay = native_works_after_fork() is False and pcsc_safe.settings().broker is Broker.ON_FORK
     assert in_child(child) == (INVALID, INVALID, [INVALID, []], INVALID, (stay, stay))
 
 
 def test_a_child_that_released_goes_on_with_a_context_of_its_own(session: Session) -> None:
-    """Release first, establish then: the order that well-behaved forking programs have."""
+    """A child that releases what it inherited and then establishes a context works: well-behaved programs do so."""
 
     def child() -> Any:
         safe.SCardDisconnect(session.card, safe.SCARD_UNPOWER_CARD)
@@ -84,7 +84,7 @@ def test_a_child_that_released_goes_on_with_a_context_of_its_own(session: Sessio
 
 
 class Connection:
-    """What every driver has: a finalizer that disconnects, powers the card off and releases the context."""
+    """A typical driver: its finalizer disconnects, powers the card off and releases the context."""
 
     def __init__(self, session: Session) -> None:
         self.context, self.card = session.context, session.card
@@ -101,7 +101,7 @@ class Connection:
 
 
 def test_garbage_collection(session: Session) -> None:
-    """A finalizer that runs in the child, at once or in a collection, does nothing to the owner."""
+    """A finalizer that runs in the child, directly or in a garbage collection, does not affect the owner."""
     connections = [Connection(session)]
     watch = weakref.ref(connections[0])
 
@@ -117,7 +117,7 @@ def test_garbage_collection(session: Session) -> None:
 @pytest.mark.parametrize("policy", [policy.value for policy in POLICIES])
 @pytest.mark.parametrize("how", ["falls off", "sys.exit", "raises", "os._exit", "multiprocessing", "killed"])
 def test_the_end_of_a_child(shared_stack: VirtualPcsc, how: str, policy: str) -> None:
-    """However a child ends, its finalizers and atexit functions included, the parent's session goes on."""
+    """The parent's session continues however a child ends, its finalizers and atexit functions included."""
     done = in_program(ends, how, env={**shared_stack.env, "PCSC_SAFE_POLICY": policy})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [
@@ -128,7 +128,7 @@ def test_the_end_of_a_child(shared_stack: VirtualPcsc, how: str, policy: str) ->
 
 
 def ends(how: str) -> None:
-    """A program whose child ends in one way or another, with a finalizer and an atexit function that clean up."""
+    """A program whose child ends in the given way, with a finalizer and an atexit function that clean up."""
     session = Session()
     connection = Connection(session)
     atexit.register(lambda: connection.close())
@@ -157,7 +157,7 @@ def ends(how: str) -> None:
 
 
 def ends_as_a_worker(connection: Connection) -> None:
-    """A multiprocessing child that cleans up explicitly and by its finalizers."""
+    """A multiprocessing child that cleans up explicitly and in finalizers."""
     connection.close()
     del connection
     gc.collect()
@@ -165,7 +165,7 @@ def ends_as_a_worker(connection: Connection) -> None:
 
 
 def test_the_parents_own_exit_is_clean(shared_stack: VirtualPcsc) -> None:
-    """The owner's finalizers at interpreter exit work, and leave no connection with pcscd."""
+    """The owner's finalizers at interpreter exit succeed, and leave no connection to pcscd."""
     before = shared_stack.clients()
     done = in_program(ends, "os._exit", env=shared_stack.env)
     assert (done.returncode, done.stderr) == (0, "")
@@ -173,14 +173,14 @@ def test_the_parents_own_exit_is_clean(shared_stack: VirtualPcsc) -> None:
 
 
 def test_finalizers_at_interpreter_exit_find_everything_they_need(shared_stack: VirtualPcsc) -> None:
-    """A handle kept in a module until the very end can still be disconnected and released, in a child too."""
+    """A handle that a module keeps until the very end can still be disconnected and released, in a child too."""
     done = in_program(keeps_until_the_end, env=shared_stack.env)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(done.stdout.splitlines()) == ["child 0 0", "parent 0 0"]
 
 
 def keeps_until_the_end() -> None:
-    """Keep a handle in the least favourable place: a module that is torn down last."""
+    """Keep a handle in the worst place: a module that is torn down last."""
     session = Session()
 
     class Last:
@@ -202,12 +202,12 @@ def keeps_until_the_end() -> None:
 
 
 def test_fork_and_exec_pays_nothing(session: Session) -> None:
-    """A child that only execs establishes nothing, logs nothing, and leaves no descriptor to the program."""
+    """A child that only execs establishes nothing, logs nothing and passes no descriptor to the program."""
     import subprocess
 
     with forks_with_threads():
         done = subprocess.run(
             ["ls", "-l", "/proc/self/fd"], preexec_fn=lambda: None, close_fds=False, capture_output=True, text=True
         )
-    assert done.stdout.count("socket:") <= 2  # pytest's own at most: ours is closed on exec
+    assert done.stdout.count("socket:") <= 2  # at most pytest's own: ours are closed on exec
     assert not any(str(connection.inode) in done.stdout for connection in list(descriptors.guarded))

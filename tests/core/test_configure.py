@@ -1,4 +1,4 @@
-"""``configure()``: how settings are changed, put back and refused."""
+"""``configure()``: how it changes, restores and refuses settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pcsc_safe import scard as safe
 
 
 def test_a_block_puts_back_what_it_changed() -> None:
-    """Also if it raises; what else was changed meanwhile stays."""
+    """The end of a ``with`` block restores what it changed, even after an exception, and nothing else."""
     configure(cards="reset")
     with contextlib.suppress(ZeroDivisionError), configure(policy="raise", cards=Cards.RECONNECT) as inside:
         assert (inside.policy, inside.cards) == (Policy.RAISE, Cards.RECONNECT)
@@ -30,13 +30,13 @@ def test_a_block_puts_back_what_it_changed() -> None:
 
 
 def test_a_call_without_a_block_stays() -> None:
-    """It returns the settings, as ever."""
+    """A call without a ``with`` block has a lasting effect, and returns the settings."""
     assert configure(policy="raise") == settings()
     assert settings().policy is Policy.RAISE
 
 
 def test_a_block_for_one_context(session: Session) -> None:
-    """Its own settings are put back: those that it had, or none."""
+    """The end of a block restores the context's own settings, or that it has none."""
     configure(cards="reset", context=session.context)
 
     def answers() -> Any:
@@ -51,7 +51,7 @@ def test_a_block_for_one_context(session: Session) -> None:
 
 @pytest.mark.native
 def test_share_comes_too_late(session: Session) -> None:
-    """A context that is in this process can't be shared: configure() says so, and where it was established."""
+    """A context in this process can't be shared: configure() says so, and where the context was established."""
     where = re.escape(session.context.established_at)
     before = settings()
     with pytest.raises(
@@ -63,13 +63,13 @@ def test_share_comes_too_late(session: Session) -> None:
     with pytest.raises(SettingsError, match="before you establish it"):
         configure(policy=Policy.SHARE, context=session.context)
     assert session.transmit(ECHO)[0] == safe.SCARD_S_SUCCESS
-    configure(policy="raise", context=session.context)  # not meant to be shared
+    configure(policy="raise", context=session.context)  # never shared
     assert configure(policy="share").policy is Policy.SHARE
 
 
 @pytest.mark.native
 def test_share_in_a_child(session: Session) -> None:
-    """What a child inherited is its parent's: it may share what it establishes itself."""
+    """A child may set policy ``share``: what it inherited is its parent's, and it shares what it establishes itself."""
 
     def child() -> Any:
         return configure(broker="always", policy="share").policy
@@ -78,7 +78,7 @@ def test_share_in_a_child(session: Session) -> None:
 
 
 def test_what_is_refused(session: Session) -> None:
-    """A value, a setting for one context, a thing that is no context; the texts say what to do."""
+    """The error for each wrong value says what to do, also for a setting that no single context can have."""
     with pytest.raises(SettingsError, match="policy cannot be 'bogus'; use one of 'auto', 'reestablish'"):
         configure(policy="bogus")  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="owner cannot be set for one context; leave context out to configure the"):
@@ -92,7 +92,7 @@ def test_what_is_refused(session: Session) -> None:
 
 
 def test_install_takes_settings() -> None:
-    """They are configured first; a wrong one changes nothing in pyscard."""
+    """install() configures its settings first. A wrong setting changes nothing in pyscard."""
     import smartcard.scard._scard as native
 
     before = native.SCardTransmit

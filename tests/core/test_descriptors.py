@@ -1,4 +1,4 @@
-"""Inherited connections to pcscd: replaced by dead sockets, and nobody else's descriptor is ever touched."""
+"""A child replaces its inherited connections to pcscd by dead sockets, and touches no other descriptor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OK = safe.SCARD_S_SUCCESS
 
 
 def connection_of(context: Any) -> Descriptor:
-    """The recorded connection of a context that has one native context."""
+    """Return the recorded connection of a context that has one native context."""
     (descriptor,) = context._self_record.real.descriptors()
     assert isinstance(descriptor, Descriptor)
     return descriptor
@@ -44,7 +44,7 @@ def establish() -> Any:
 
 
 def test_a_look_closes_nothing(session: Session) -> None:
-    """A signal handler that raises while a connection is looked at doesn't close it: another would get its number."""
+    """A signal handler that raises during a check of a connection doesn't close it, or its number would be reused."""
     number = connection_of(session.context).number
     with pytest.raises(Alarm):
         connections._ask(number, raise_alarm)
@@ -53,7 +53,7 @@ def test_a_look_closes_nothing(session: Session) -> None:
 
 
 def test_the_connection_is_found(session: Session) -> None:
-    """What is recorded for a context is its connection to pcscd, among all that the process has open."""
+    """The connection recorded for a context is its connection to pcscd, among all that the process has open."""
     crowd = [socket.socketpair() for _ in range(20)]
     context = establish()
     found = connection_of(context)
@@ -70,7 +70,7 @@ def test_the_connection_is_found(session: Session) -> None:
 
 
 def test_one_that_was_opened_later_is_not_taken_for_it(session: Session, tmp_path: Path) -> None:
-    """A thorough look is over when its thread comes to what it has listed; then another connection can be there."""
+    """A connection opened later is not taken for the context's, even if it has the number that a search has listed."""
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(str(tmp_path / "pcscd.comm"))
         door.listen()
@@ -99,7 +99,7 @@ def run(operations: Sequence[Operation]) -> None:
 
 
 def test_the_right_one_is_found_among_busy_threads(shared_stack: VirtualPcsc) -> None:
-    """Threads that establish, cancel and open other Unix sockets meanwhile don't mislead the search."""
+    """Threads that establish, cancel and open other Unix sockets don't mislead the search."""
     stop = threading.Event()
 
     def noise() -> None:
@@ -127,7 +127,7 @@ def test_the_right_one_is_found_among_busy_threads(shared_stack: VirtualPcsc) ->
 
 
 def test_a_hundred_contexts(shared_stack: VirtualPcsc) -> None:
-    """At the fork each inherited connection is a dead socket under the same number; the parent's stay as they are."""
+    """A fork turns each inherited connection into a dead socket with the same number. The parent's don't change."""
     contexts = [establish() for _ in range(100)]
     numbers = [connection_of(context).number for context in contexts]
     before = descriptors()
@@ -140,7 +140,7 @@ def test_a_hundred_contexts(shared_stack: VirtualPcsc) -> None:
         intact = sum(connection_of(context).is_intact() for context in contexts)
         return dead, len(extra), set(used), intact, len(set(descriptors()) - set(before))
 
-    # Beyond what the parent had open: the pipe of this result, and where the listing was read from.
+    # Beyond what the parent had open: the pipe for this result, and the directory that was listed.
     dead, extra, used, intact, extra_after = in_child(child)
     assert (dead, used, intact) == (100, {OK}, 100)
     assert extra_after == extra <= 2
@@ -152,14 +152,14 @@ def test_a_hundred_contexts(shared_stack: VirtualPcsc) -> None:
 
 
 def test_the_application_closed_everything(shared_stack: VirtualPcsc) -> None:
-    """Hazard 9: a child that closes all descriptors and opens its own gets no PIN into them, and they stay open."""
+    """Hazard 9: a child closes all descriptors and opens its own. They stay open, and no PIN is written to them."""
     done = in_program(closes_everything, env=shared_stack.env)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[safe.SCARD_W_RESET_CARD, OK, [OK, [1, 2, 3, 0x90, 0x00]], OK], "", 120]
 
 
 def closes_everything() -> None:
-    """What a daemon does: fork, close all, open its own; then use, reconnect and release what it inherited."""
+    """Do what a daemon does: fork, close everything, open files; then use, reconnect and release what it inherited."""
     session = Session()
     if os.fork():
         os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
@@ -182,7 +182,7 @@ def closes_everything() -> None:
 
 
 def test_the_owner_closed_it_before_the_fork(shared_stack: VirtualPcsc) -> None:
-    """A number that was reused before the fork is somebody else's: the child leaves it alone."""
+    """A number that was reused before the fork belongs to somebody else. The child leaves it alone."""
     context = establish()
     number = connection_of(context).number
     ours, theirs = socket.socketpair()
@@ -204,7 +204,7 @@ def test_the_owner_closed_it_before_the_fork(shared_stack: VirtualPcsc) -> None:
 
 @pytest.mark.parametrize("free", [0, 1])
 def test_no_descriptor_is_free(session: Session, free: int) -> None:
-    """A process at its limit of open files still disarms what its child inherits."""
+    """A process at its limit of open files still replaces the connections that its child inherits."""
     number = connection_of(session.context).number
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(descriptors())
@@ -237,7 +237,7 @@ def test_no_descriptor_is_free(session: Session, free: int) -> None:
 
 
 def is_dead_by_send(number: int) -> bool:
-    """:func:`is_dead`, without another descriptor."""
+    """Like :func:`is_dead`, but without another descriptor."""
     connection = socket.socket(fileno=number)
     try:
         connection.send(b"")
@@ -250,14 +250,14 @@ def is_dead_by_send(number: int) -> bool:
 
 
 def test_without_a_hook_it_is_done_at_first_use(shared_stack: VirtualPcsc) -> None:
-    """After a fork from C the child's first call of ours disarms every connection, whichever context it is on."""
+    """After a fork by C code the child's first pcsc_safe call replaces every connection, whatever context it uses."""
     done = in_program(unhooked, env=shared_stack.env)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[False, False], [True, True], OK]
 
 
 def unhooked() -> None:
-    """Fork from C; look at the connections before and after a call on a third context."""
+    """Fork in C. Check the connections before and after a call on a third context."""
     contexts = [establish() for _ in range(3)]
     numbers = [connection_of(context).number for context in contexts[:2]]
 
@@ -272,7 +272,7 @@ def unhooked() -> None:
 
 
 def test_the_owners_death_frees_the_card(pcsc_stack: VirtualPcsc) -> None:
-    """Hazard 5: the owner is killed while an idle child lives; the card can be had exclusively at once."""
+    """Hazard 5: after the owner is killed, the card can be connected exclusively although an idle child lives."""
     ready_end, ready = os.pipe()
     stay, stay_end = os.pipe()
     owner = fork()
@@ -303,7 +303,7 @@ def test_the_owners_death_frees_the_card(pcsc_stack: VirtualPcsc) -> None:
 
 @pytest.mark.long
 def test_a_thousand_forks_leave_nothing(shared_stack: VirtualPcsc) -> None:
-    """1,000 children that re-establish leave no descriptor in the parent and no client with pcscd."""
+    """1,000 children that re-establish leave no descriptor in the parent and no client at pcscd."""
     session = Session()
     before, clients = descriptors(), shared_stack.clients()
     for _ in range(1000):
@@ -320,7 +320,7 @@ def test_a_thousand_forks_leave_nothing(shared_stack: VirtualPcsc) -> None:
 
 @pytest.mark.parametrize("how", ["re-establish", "release and establish"])
 def test_a_chain_of_forks_gathers_nothing(shared_stack: VirtualPcsc, how: str) -> None:
-    """Each of 60 generations has as many descriptors as the first; none keeps its ancestors' dead ones."""
+    """Each of 60 generations has as many descriptors as the first. None keeps its ancestors' dead sockets."""
     done = in_program(chain, how, env=shared_stack.env)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
@@ -329,7 +329,7 @@ def test_a_chain_of_forks_gathers_nothing(shared_stack: VirtualPcsc, how: str) -
 
 
 def chain(how: str) -> None:
-    """A daemon that replaces itself by its child, again and again."""
+    """A daemon that its child replaces, again and again."""
     context = establish()
     counts = []
     signal.alarm(20)
@@ -351,7 +351,7 @@ def chain(how: str) -> None:
 
 
 def test_many_threads_come_first(session: Session, shared_stack: VirtualPcsc) -> None:
-    """However many threads of a child use an inherited context first, it is re-established exactly once."""
+    """An inherited context is re-established exactly once, however many threads of a child use it first."""
 
     def child() -> Any:
         before = shared_stack.clients()
@@ -367,7 +367,7 @@ def test_many_threads_come_first(session: Session, shared_stack: VirtualPcsc) ->
             thread.start()
         for thread in threads:
             thread.join()
-        shared_stack.wait_for_clients(before + 1)  # what was surplus is released
+        shared_stack.wait_for_clients(before + 1)  # surplus contexts are released
         return set(answers)
 
     assert in_child(child) == {OK}

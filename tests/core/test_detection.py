@@ -1,4 +1,4 @@
-"""How a fork is noticed: three layers, each on its own, and the log line that says which one it was."""
+"""Detection of forks: each of the three layers alone, and the log line that names the layer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAGE = pytest.mark.not_on_macos("no page is wiped there")
 
 
 def uses_its_own(session: Session) -> tuple[Any, ...]:
-    """What a child sees that uses an inherited session: reset, reconnect, exchange."""
+    """Use an inherited session in a child: reset, reconnect, exchange."""
     pcsc_safe.configure(cards="reset")
     answers = (
         session.transmit(ECHO)[0],
@@ -47,7 +47,7 @@ OWN = (safe.SCARD_W_RESET_CARD, 0, [0, [1, 2, 3, 0x90, 0x00]], True)
 
 
 class Lines(logging.Handler):
-    """The messages of pcsc_safe's logger."""
+    """Collects the messages of pcsc_safe's logger."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,12 +60,12 @@ class Lines(logging.Handler):
 
 
 def test_os_fork(session: Session) -> None:
-    """A child of os.fork() works with a context of its own, and the parent's session goes on."""
+    """A child of os.fork() works with its own context. The parent's session continues."""
     assert in_child(uses_its_own, session) == OWN
 
 
 def test_a_fork_in_a_thread(session: Session) -> None:
-    """It does not matter which thread forks."""
+    """Any thread may fork."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(in_child(uses_its_own, session)))
     thread.start()
@@ -74,7 +74,7 @@ def test_a_fork_in_a_thread(session: Session) -> None:
 
 
 def test_grandchildren(session: Session) -> None:
-    """Each of five generations, forked before or after its parent used PC/SC, gets its own."""
+    """Each of five generations gets its own context, whether its parent used PC/SC before or after the fork."""
 
     def generation(depth: int, uses_first: bool) -> list[Any]:
         own = []
@@ -91,7 +91,7 @@ def test_grandchildren(session: Session) -> None:
 
 
 def test_the_hook_says_so(session: Session) -> None:
-    """The debug log names the layer that noticed; nothing is logged before the child uses PC/SC."""
+    """The debug log names the layer that detected the fork. Nothing is logged before the child uses PC/SC."""
 
     def child() -> tuple[list[str], list[str]]:
         lines = Lines()
@@ -106,7 +106,7 @@ def test_the_hook_says_so(session: Session) -> None:
 
 
 def unhooked(fork_name: str, layer: str) -> None:
-    """A program whose fork runs no Python hook: parent and child both go on, and the child says who noticed."""
+    """A program whose fork runs no Python hook. Parent and child both work, and the child logs the layer."""
     if layer == "pid":
         process._page = None
         process.sentinel = process._PidSentinel()
@@ -134,20 +134,20 @@ def run_unhooked(stack: VirtualPcsc, *arguments: str) -> None:
 
 @PAGE
 def test_a_fork_from_c(shared_stack: VirtualPcsc) -> None:
-    """fork() called by C code is noticed by the wiped page."""
+    """The wiped page detects a fork by C code."""
     run_unhooked(shared_stack, "c_fork", "page")
 
 
 @PAGE
 @pytest.mark.skipif(SYS_CLONE is None, reason=f"the number of clone(2) on {platform.machine()} is not in this test")
 def test_a_raw_clone(shared_stack: VirtualPcsc) -> None:
-    """A process made with no hook at all, of libc's or Python's, as by a server that embeds Python, is noticed."""
+    """A process is detected as new if no hook of libc or Python ran, as in a server that embeds Python."""
     run_unhooked(shared_stack, "raw_clone", "page")
 
 
 @pytest.mark.parametrize("fork_name", ["c_fork", "raw_clone"])
 def test_the_pid_where_no_page_is_wiped(shared_stack: VirtualPcsc, fork_name: str) -> None:
-    """Where the kernel has no MADV_WIPEONFORK (simulated: the sentinel is replaced), the PID tells."""
+    """The PID detects a fork if the kernel has no MADV_WIPEONFORK (simulated: the sentinel is replaced)."""
     done = in_program(unhooked_by_pid, fork_name, env=shared_stack.env)
     assert done.returncode == 0, done.stderr
     answers, _, layer, _ = json.loads(done.stdout)
@@ -155,7 +155,7 @@ def test_the_pid_where_no_page_is_wiped(shared_stack: VirtualPcsc, fork_name: st
 
 
 def unhooked_by_pid(fork_name: str) -> None:
-    """:func:`unhooked`, in an interpreter that never had a page."""
+    """Like :func:`unhooked`, in an interpreter that never had a page."""
     ours = ("calling", "conftest", "test_detection")
     for name in [name for name in sys.modules if name.startswith("pcsc_safe") or name in ours]:
         del sys.modules[name]
@@ -181,7 +181,7 @@ def same_pid() -> None:
 
 
 def may_unshare() -> bool:
-    """Whether this machine lets us make a PID namespace."""
+    """Return whether this machine permits a PID namespace."""
     if not shutil.which("unshare"):
         return False
     return subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode == 0
@@ -190,7 +190,7 @@ def may_unshare() -> bool:
 @PAGE
 @pytest.mark.skipif(not may_unshare(), reason="this machine does not permit PID namespaces (unshare --pid)")
 def test_a_child_with_the_same_pid(shared_stack: VirtualPcsc) -> None:
-    """In a new PID namespace parent and child can both be process 1; the page tells them apart."""
+    """The page tells a child from its parent when both are process 1, in different PID namespaces."""
     done = in_program(same_pid, env=shared_stack.env, prefix=("unshare", "--pid", "--fork"))
     assert done.returncode == 0, done.stderr
     pid, answers = json.loads(done.stdout)
@@ -198,21 +198,21 @@ def test_a_child_with_the_same_pid(shared_stack: VirtualPcsc) -> None:
 
 
 def test_a_reused_pid(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A descendant that got the PID of the dead owner (simulated) is not taken for it: epochs count, not PIDs."""
+    """A descendant that got the dead owner's PID (simulated) is not taken for it: epochs count, not PIDs."""
     owner = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: owner)
     assert in_child(uses_its_own, session) == OWN
 
 
 def test_an_epoch_begins_once_however_many_threads_come_first(shared_stack: VirtualPcsc) -> None:
-    """After a fork that ran no hook, threads that come first together agree on one epoch."""
+    """After a fork that ran no hook, threads that use PC/SC first at the same time get the same epoch."""
     done = in_program(threads_come_first, env=shared_stack.env)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [1, 1]
 
 
 def threads_come_first() -> None:
-    """Fork from C; ten threads of the child ask at once which epoch it is, and use one context."""
+    """Fork in C; ten threads of the child ask for the epoch simultaneously, and use one context."""
     session = Session()
 
     def child() -> tuple[int, int]:
@@ -236,7 +236,7 @@ def threads_come_first() -> None:
 
 
 def test_the_helper_sees_a_child_that_dies() -> None:
-    """The fork helper can fail: a child's exception, exit and death by a signal are all reported."""
+    """The fork helper reports a child's exception, its exit and its death by a signal."""
     with pytest.raises(ChildFailedError, match="ZeroDivisionError"):
         in_child(lambda: 1 / 0)
     with pytest.raises(ChildFailedError, match="status 7"):

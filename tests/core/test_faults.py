@@ -1,4 +1,4 @@
-"""pcscd or the card goes away: what raw pyscard returns, never a hang, and the next context works."""
+"""pcscd ends or the card is removed: the codes are raw pyscard's, nothing hangs, and the next context works."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from pcsc_safe.testing import EchoCard, VirtualPcsc
     ids=lambda value: "-".join(value) if "wait" not in value else "",
 )
 def test_a_fault_is_what_it_is_on_raw_pyscard(pcsc_stack: VirtualPcsc, changes: list[str], steps: list[str]) -> None:
-    """The same faults at the same moments give the same codes, to the last one."""
+    """The same faults at the same moments give the same codes as on raw pyscard."""
     reader = pcsc_stack.readers[0]
     make = {
         "kill": pcsc_stack.kill,
@@ -61,7 +61,7 @@ def test_a_fault_is_what_it_is_on_raw_pyscard(pcsc_stack: VirtualPcsc, changes: 
 
 
 def test_a_child_meets_a_dead_pcscd(pcsc_stack: VirtualPcsc) -> None:
-    """A re-establishment that fails gives PC/SC's code; the next use tries again and succeeds."""
+    """A failed re-establishment returns PC/SC's code. The next use tries again, and succeeds."""
     session = Session()
     tried_end, tried = os.pipe()
     go, go_end = os.pipe()
@@ -103,7 +103,7 @@ def test_a_child_meets_a_dead_pcscd(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_a_wait_ends_when_pcscd_dies(pcsc_stack: VirtualPcsc) -> None:
-    """A thread that waits for events is not left waiting, and the process can go on."""
+    """A wait for events ends when pcscd dies, and the process can continue."""
     _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
     name = pcsc_stack.readers[0].name
     _, states = safe.SCardGetStatusChange(context, 0, [(name, safe.SCARD_STATE_UNAWARE)])
@@ -125,7 +125,7 @@ def test_a_wait_ends_when_pcscd_dies(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_the_reader_of_an_inherited_card_is_gone(pcsc_stack: VirtualPcsc) -> None:
-    """The card was pulled out meanwhile: the child's reconnection gets PC/SC's code for that."""
+    """If the card was removed after the fork, the child's reconnection returns PC/SC's code."""
     session = Session()
     go, go_end = os.pipe()
 
@@ -143,7 +143,7 @@ def test_the_reader_of_an_inherited_card_is_gone(pcsc_stack: VirtualPcsc) -> Non
 
 
 def test_settings_that_make_no_sense_are_refused_at_the_first_context(shared_stack: VirtualPcsc) -> None:
-    """Early, in the owner, and by name; not in some child, later."""
+    """The first context in the owner, not a later child, raises an error that names the wrong setting."""
     done = in_program(establishes, env={**shared_stack.env, "PCSC_SAFE_CARDS": "keep"})
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith(
@@ -157,7 +157,7 @@ def establishes() -> None:
 
 
 def test_on_macos_a_child_is_refused_clearly(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a broker is not wanted: ForkUnsafeError with the remedy, and cleanup that succeeds (simulated)."""
+    """Without a broker a child gets a ForkUnsafeError with the remedy, and cleanup succeeds (simulated)."""
     monkeypatch.setattr(pcsc_safe.policy, "PLATFORM", "darwin")
     pcsc_safe.configure(policy="reestablish")
 

@@ -1,7 +1,7 @@
-"""The contract suite, over each way to PC/SC.
+"""The contract suite, run over each gateway to PC/SC.
 
-The modules below say what ``pcsc_safe.scard`` guarantees, and run natively as any other.  Here they run again,
-unchanged, over a broker, and once more without the native library in the process.
+The modules below say what ``pcsc_safe.scard`` guarantees.  Like all tests, they run natively.  Here they run
+unchanged over a broker, and once more without the native library in the process.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ CONTRACT = (
     "core/test_proxies.py",
     "native/test_threads.py",
 )
-AT_LEAST = 350  # tests; so that an empty run is no success
+AT_LEAST = 350  # tests; an empty run is no success
 
 
 @pytest.mark.native
 @pytest.mark.long
 @pytest.mark.parametrize("gateway", ["broker", "always"])
 def test_the_contract_holds_over(gateway: str) -> None:
-    """Every guarantee of the native gateway holds over a broker, also where the native library is never loaded."""
+    """Every guarantee of the native gateway holds over a broker, and where the native library is never loaded."""
     if isinstance(look(), Missing):
         pytest.skip("there is no pcscd, or no vpcd")
     env = {name: value for name, value in os.environ.items() if not name.startswith("PCSC_SAFE_")}
@@ -65,18 +65,18 @@ CALLS = 1000
 
 @pytest.mark.long
 @pytest.mark.native
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="how big a process is, is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read from /proc")
 def test_calls_through_a_broker_leave_nothing(shared_stack: VirtualPcsc) -> None:
-    """1,000 calls of each kind allocate nothing that stays, neither here nor in the broker."""
+    """1,000 calls of each kind leave no memory allocated, neither in this process nor in the broker."""
     done = in_program(called_often, env={**shared_stack.env, "PCSC_SAFE_BROKER": "always"})
     assert done.returncode == 0, done.stderr
     here, broker = json.loads(done.stdout)
-    assert here < CALLS  # bytes: less than one a call, that is none
-    assert broker < 20  # pages: the allocator's own coming and going
+    assert here < CALLS  # bytes: less than one for each call, so no call leaves any
+    assert broker < 20  # pages: the allocator's own variation
 
 
 def called_often() -> None:
-    """Make the calls; say what stayed of them."""
+    """Make the calls. Print how much memory they leave allocated."""
     from pcsc_safe.broker import family
 
     _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
@@ -101,6 +101,6 @@ def called_often() -> None:
         calls()
         gc.collect()
         sizes.append((tracemalloc.get_traced_memory()[0], pages()))
-    # What stays of calls stays each time.
+    # Memory that calls leave grows in each round.
     columns = list(zip(*sizes))
     print(json.dumps([min(more - less for less, more in zip(column, column[1:])) for column in columns]))

@@ -1,4 +1,4 @@
-"""``guard_native``: a forked child has none of its parent's connections to pcscd, and all else that its parent has."""
+"""``guard_native``: a forked child has none of its parent's connections to pcscd, and everything else."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ fork_from_c = ctypes.PyDLL(None).fork
 
 @contextlib.contextmanager
 def native_context() -> Iterator[int]:
-    """A context that pcsc_safe knows nothing of; the number of its connection."""
+    """Establish a context that pcsc_safe doesn't know; yield the number of its connection."""
     before = set(open_descriptors())
     hresult, context = raw.SCardEstablishContext(raw.SCARD_SCOPE_SYSTEM)
     assert hresult == raw.SCARD_S_SUCCESS
@@ -54,13 +54,13 @@ def native_context() -> Iterator[int]:
 
 @pytest.fixture
 def number(shared_stack: VirtualPcsc) -> Iterator[int]:
-    """That of the connection of a native context; the context must survive the test."""
+    """Yield the number of a native context's connection; the context must survive the test."""
     with native_context() as number:
         yield number
 
 
 def test_it_is_off_by_default(number: int) -> None:
-    """Nobody's connection is touched unless that was asked for; nor any more, when it was called off."""
+    """No connection is touched by default, nor after the guard was switched off."""
     assert in_child(is_dead, number) is False
     pcsc_safe.configure(guard_native=True)
     assert in_child(is_dead, number) is True
@@ -69,7 +69,7 @@ def test_it_is_off_by_default(number: int) -> None:
 
 
 def test_every_connection_is_dead_in_every_descendant(number: int, session: Session) -> None:
-    """Those of native code, of which there may be many, and of pcsc_safe, which goes on as its policy says."""
+    """All native connections are dead in every descendant. pcsc_safe's contexts work as the policy says."""
     pcsc_safe.configure(guard_native=True)
 
     def child() -> Any:
@@ -83,7 +83,7 @@ def test_every_connection_is_dead_in_every_descendant(number: int, session: Sess
 
 
 def test_a_child_has_connections_of_its_own(shared_stack: VirtualPcsc) -> None:
-    """What a child opens stays alive there, and is dead in its children."""
+    """A connection that a child opens stays alive there, and is dead in the child's children."""
     pcsc_safe.configure(guard_native=True)
 
     def child() -> Any:
@@ -95,7 +95,7 @@ def test_a_child_has_connections_of_its_own(shared_stack: VirtualPcsc) -> None:
 
 
 def test_other_threads_connections(number: int) -> None:
-    """It makes no difference which thread opened it, nor which forks."""
+    """Any thread may open the connection, and any thread may fork."""
     pcsc_safe.configure(guard_native=True)
     told = []
     thread = threading.Thread(target=lambda: told.append(in_child(is_dead, number)))
@@ -105,7 +105,7 @@ def test_other_threads_connections(number: int) -> None:
 
 
 def others() -> list[socket.socket]:
-    """Sockets of every kind that an application has."""
+    """Return sockets of every kind that an application has."""
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(f"\0pcsc_safe {os.getpid()}")
     listening.listen()
@@ -127,7 +127,7 @@ def others() -> list[socket.socket]:
 
 
 def test_nothing_else_is_touched(number: int, tmp_path: Path) -> None:
-    """Sockets, pipes and files stay what they are, in the child and in the parent; blocking ones stay that too."""
+    """Sockets, pipes and files don't change, in the child and in the parent. Blocking ones stay blocking."""
     pcsc_safe.configure(guard_native=True)
     named = socket.socket(socket.AF_UNIX)
     named.bind(str(tmp_path / "pcscd.comm.of.mine"))
@@ -142,7 +142,7 @@ def test_nothing_else_is_touched(number: int, tmp_path: Path) -> None:
         return [(os.fstat(one).st_ino, fcntl.fcntl(one, fcntl.F_GETFL)) for one in numbers]
 
     before = state()
-    socket.setdefaulttimeout(20)  # a look at a socket makes it a non-blocking one then, if done without care
+    socket.setdefaulttimeout(20)  # with a default timeout, a careless check makes a socket non-blocking
     try:
         assert in_child(lambda: (is_dead(number), state())) == (True, before)
     finally:
@@ -155,7 +155,7 @@ def test_nothing_else_is_touched(number: int, tmp_path: Path) -> None:
 
 
 def test_the_path_of_pcscd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A socket of any name that PCSCLITE_CSOCK_NAME has given counts, by a symbolic link too, also when it changes."""
+    """A socket at any path that PCSCLITE_CSOCK_NAME has had counts, also through a symbolic link."""
     real = tmp_path / "real"
     real.mkdir()
     (tmp_path / "link").symlink_to(real)
@@ -175,7 +175,7 @@ def test_the_path_of_pcscd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_handover_and_the_guard(session: Session, number: int) -> None:
-    """What is handed over is alive in the child, and only that; in the child's own children it is dead."""
+    """A connection that is handed over is alive in the child, and no other is. It is dead in the child's children."""
     pcsc_safe.configure(guard_native=True)
     context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1]
     given, stays = (one._self_record.real.descriptors()[0].number for one in (context, session.context))
@@ -197,7 +197,7 @@ def test_handover_and_the_guard(session: Session, number: int) -> None:
 
 
 def test_a_fork_from_c_is_guarded_at_first_use(number: int) -> None:
-    """No hook runs there. When the child first uses pcsc_safe, what its parent has too is dead; its own is not."""
+    """After a fork by C code, the child's first pcsc_safe call makes the parent's connections dead, not its own."""
     pcsc_safe.configure(guard_native=True)
 
     def child() -> Any:
@@ -210,7 +210,7 @@ def test_a_fork_from_c_is_guarded_at_first_use(number: int) -> None:
 
 
 def test_the_dead_socket_was_closed(number: int) -> None:
-    """An application that closes what it doesn't know has a guard all the same."""
+    """The guard works even if the application has closed the dead socket."""
     pcsc_safe.configure(guard_native=True)
     assert descriptors._dead is not None
     os.close(descriptors._dead.number)
@@ -219,7 +219,7 @@ def test_the_dead_socket_was_closed(number: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_handler_raises_in_the_middle(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it raises is lost, as in every hook; the guard is not."""
+    """An exception of a signal handler is lost, as in every hook, but the guard still works."""
     pcsc_safe.configure(guard_native=True)
     look, interrupted = descriptors.others, list[int]()
 
@@ -257,7 +257,7 @@ def test_no_descriptor_is_free(number: int, free: int) -> None:
 
 
 def test_without_proc(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the descriptors can't be listed, in a chroot for instance, every number is tried."""
+    """The guard tries every number if it can't list the descriptors, as in a chroot."""
     pcsc_safe.configure(guard_native=True)
 
     def no_proc(path: Any, *arguments: Any, **keywords: Any) -> int:
@@ -265,7 +265,7 @@ def test_without_proc(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError(path)
 
     class Os:
-        """The module, without a /proc."""
+        """The module, on a system without /proc."""
 
         open = staticmethod(as_of_c(no_proc))
 
@@ -277,7 +277,7 @@ def test_without_proc(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_subprocesses_are_none_of_its_business(number: int) -> None:
-    """A process that forks and then execs gets what it is given; with a preexec_fn hooks run in between."""
+    """A program that is exec'd gets the descriptors passed to it, even with a preexec_fn, for which hooks run."""
     pcsc_safe.configure(guard_native=True)
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -301,7 +301,7 @@ def test_how_to_say_no(text: Any) -> None:
 
 
 def test_what_is_neither_is_refused() -> None:
-    """With a list of what would do; and so is a context that wants it for itself."""
+    """The error lists the valid values. A single context can't have the setting."""
     choices = "use one of '1', 'true', 'yes', 'on', '0', 'false', 'no', 'off'"
     with pytest.raises(SettingsError, match=f"^guard_native cannot be 'maybe'; {choices}$"):
         pcsc_safe.configure(guard_native="maybe")
@@ -312,7 +312,7 @@ def test_what_is_neither_is_refused() -> None:
 
 
 def test_import_alone(shared_stack: VirtualPcsc) -> None:
-    """With PCSC_SAFE_GUARD_NATIVE ``import pcsc_safe`` is enough; a value that is none it refuses."""
+    """With PCSC_SAFE_GUARD_NATIVE ``import pcsc_safe`` is enough. It refuses an invalid value."""
     done = in_program(only_imports, env={**shared_stack.env, "PCSC_SAFE_GUARD_NATIVE": "on"})
     assert (done.stdout, done.stderr) == ("[true, false]\n", "")
     done = in_program(only_imports, env={**shared_stack.env, "PCSC_SAFE_GUARD_NATIVE": "perhaps"})
@@ -321,7 +321,7 @@ def test_import_alone(shared_stack: VirtualPcsc) -> None:
 
 
 def only_imports() -> None:
-    """Whether a connection to pcscd is dead in a child, and then whether it is here."""
+    """Print whether a connection to pcscd is dead in a child, and then whether it is dead here."""
     import pcsc_safe
 
     assert pcsc_safe.__version__
@@ -334,14 +334,14 @@ def only_imports() -> None:
 
 
 def test_the_guard_loads_no_pyscard() -> None:
-    """Nor wrapt: a program that uses PKCS#11 alone pays for nothing else."""
+    """The guard imports neither pyscard nor wrapt: a program that uses only PKCS#11 needs neither."""
     code = "import sys, pcsc_safe; sys.exit(bool({'smartcard', 'wrapt'} & set(sys.modules)))"
     env = {**os.environ, "PCSC_SAFE_GUARD_NATIVE": "1"}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=20)
 
 
 def test_configure_alone_is_enough() -> None:
-    """A program that uses PKCS#11 only, and never imports pcsc_safe.scard, has its children guarded."""
+    """configure() alone guards a program that uses only PKCS#11 and never imports pcsc_safe.scard."""
     code = (
         "import sys, pcsc_safe; pcsc_safe.configure(guard_native=True); assert 'smartcard' not in sys.modules\n"
         "from pcsc_safe._core import descriptors; assert descriptors.others is not tuple"

@@ -1,8 +1,8 @@
-"""Handover: the child goes on in the very session, natively and through a broker, whatever its parent does.
+"""Handover: the child continues the parent's session, natively and through a broker, whatever the parent does.
 
-The session here has all that can't be had twice: a verified PIN, an open transaction, an exclusive hold.  Most tests
-fork a first process, ``parent``, which opens it and hands it over to a child of its own.  What gets in the way of a
-handover is in :mod:`test_handover_faults`.
+The session here has everything that only one process can have: a verified PIN, an open transaction, an exclusive
+connection.  Most tests fork a first process, ``parent``, which opens the session and hands it over to a child.
+:mod:`test_handover_faults` tests what can prevent a handover.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ from pcsc_safe.testing import VirtualPcsc
 __all__ = ["module_stack", "stack"]
 
 
-# 1. Whatever the parent does next.
+# 1. What the parent does next.
 
 
 @pytest.mark.parametrize("how", ["exit", "SIGKILL", "SIGSEGV"])
 @through_both
 def test_the_parent_ends(stack: VirtualPcsc, through: str, how: str) -> None:
-    """The child has it all when its parent has run atexit functions and finalizers that clean up, or has crashed."""
+    """The child has the whole session after its parent has cleaned up at its exit, or has crashed."""
     done = in_program(hands_over_and_ends, through, how, env=stack.env)
     status = 3 if how == "exit" else -getattr(signal, how)
     assert (done.returncode, json.loads(done.stdout)) == (status, ALL)
@@ -88,7 +88,7 @@ POLICIES = {
 @pytest.mark.parametrize("policy", POLICIES)
 @through_both
 def test_the_parent_lives_on(stack: VirtualPcsc, through: str, policy: str) -> None:
-    """The parent has inherited objects, by its policy; no use, fork or finalizer of its reaches the child's session."""
+    """The parent's objects count as inherited. None of its calls, forks and finalizers reaches the child's session."""
 
     def child(link: Link, session: Session) -> None:
         while link.hear():
@@ -125,7 +125,7 @@ def test_the_parent_lives_on(stack: VirtualPcsc, through: str, policy: str) -> N
 @pytest.mark.parametrize("how", ["dies", "execs", "leaves a child of its own"])
 @through_both
 def test_the_childs_end_frees_the_card(stack: VirtualPcsc, through: str, how: str) -> None:
-    """When the new owner has died, or exec'd, nothing is held any more, although its parent and its child live."""
+    """When the new owner has died or exec'd, the card is free, although its parent and its child live."""
 
     def parent(link: Link) -> None:
         opened(through)
@@ -154,7 +154,7 @@ def test_the_childs_end_frees_the_card(stack: VirtualPcsc, through: str, how: st
 @pytest.mark.parametrize("how", ["by hand", "PCSC_SAFE_OWNER", "python-daemon"])
 @through_both
 def test_a_daemon(stack: VirtualPcsc, through: str, how: str) -> None:
-    """A daemon has the session that its grandparent opened, when both are gone and other descriptors are closed."""
+    """A daemon has the session of its grandparent, after both ancestors ended and other descriptors were closed."""
     if how == "python-daemon":
         pytest.importorskip("daemon", reason="python-daemon is not installed")
     env = {**stack.env, "PCSC_SAFE_OWNER": "child"} if how == "PCSC_SAFE_OWNER" else stack.env
@@ -186,14 +186,14 @@ def has_ended(pid: int) -> bool:
     return True
 
 
-# 3. Which fork, which contexts: one process has a session, whatever happens.
+# 3. Which fork, which contexts: in every case exactly one process has the session.
 
 
 def fork_as(steps: str) -> int:
-    """Fork somehow.
+    """Fork in the way that the steps describe.
 
-    :param steps: ``(`` and ``)`` enter and leave a block, ``[`` and ``]`` the same one always; ``!`` leaves one by an
-        exception; ``x`` is a fork that fails, ``.`` one that doesn't, ``c`` one from C; ``t``: in a thread.
+    :param steps: ``(`` and ``)`` enter and leave a new block, ``[`` and ``]`` always the same one; ``!`` leaves a block
+            by an exception; ``x`` is a fork that fails, ``.`` one that succeeds, ``c`` one in C; ``t``: in a thread.
     """
     same, blocks, pid = pcsc_safe.handover(), [], -1
     for step in steps.lstrip("t"):
@@ -218,7 +218,7 @@ KEPT = [".", "().", "(!.", "(xxx).", "[].", "(c)", "t.", "t(c)"]
 @pytest.mark.parametrize("steps", [*HANDED_OVER, *KEPT])
 @through_both
 def test_who_has_it(stack: VirtualPcsc, through: str, steps: str) -> None:
-    """After such a fork the child has all of the session, or the parent has; one from C is an error, in the child."""
+    """Either the child or the parent has the whole session. A fork in C raises an error, in the child."""
 
     def parent() -> Any:
         session, errors = opened(through, policy="raise"), list[str]()
@@ -228,7 +228,7 @@ def test_who_has_it(stack: VirtualPcsc, through: str, steps: str) -> None:
                 return fork_as(steps)
             except HandoverError as error:
                 errors.append(str(error))
-                return 0  # only a child has got here, or two have it
+                return 0  # only a child gets here, or two processes have the session
 
         def begin() -> Any:
             return start(lambda: (has(session), errors), fork=forking)
@@ -243,7 +243,7 @@ def test_who_has_it(stack: VirtualPcsc, through: str, steps: str) -> None:
 
 @through_both
 def test_which_contexts(stack: VirtualPcsc, through: str) -> None:
-    """Named ones only, or all: those that are established in the block too, none that is released there; or none."""
+    """A handover includes the named contexts, or all, also those established in the block; not those released there."""
 
     def parent() -> Any:
         first, second = opened(through, policy="raise"), Session.__new__(Session)
@@ -282,7 +282,7 @@ def test_which_contexts(stack: VirtualPcsc, through: str) -> None:
 
 @through_both
 def test_calls_of_other_threads(stack: VirtualPcsc, through: str) -> None:
-    """One that blocks until the fork has the answer that the parent's policy gives, as any that comes later."""
+    """A call that blocks until the fork returns what the parent's policy says, like every later call."""
 
     def parent() -> Any:
         session = opened(through, policy="reestablish")
@@ -312,7 +312,7 @@ ON_MACOS = {
 @pytest.mark.native
 @pytest.mark.parametrize("how", ON_MACOS)
 def test_on_macos(stack: VirtualPcsc, on_macos: OnMacos, how: str) -> None:
-    """There a session in a broker is handed over; one that isn't is refused, before the fork if it can be."""
+    """On macOS a session in a broker is handed over. Any other is refused, before the fork if possible."""
     done = in_program(hands_over_on_macos, how, env=on_macos(stack))
     assert (done.returncode, json.loads(done.stdout)) == (0, ON_MACOS[how])
 
@@ -333,7 +333,7 @@ def hands_over_on_macos(how: str) -> None:
 
 @through_both
 def test_generations(stack: VirtualPcsc, through: str) -> None:
-    """A session goes through 20 generations, some of which never use it, and no descriptor is left over on the way."""
+    """A session passes through 20 generations, some of which never use it, and leaves no descriptor on the way."""
 
     def generation(session: Session, left: int) -> list[Any]:
         used = state(session) == ALL if left % 2 == 0 else None
@@ -350,7 +350,7 @@ def test_generations(stack: VirtualPcsc, through: str) -> None:
 
 @through_both
 def test_again_and_again(stack: VirtualPcsc, through: str) -> None:
-    """100 handovers of a context that the parent then goes on with: no descriptor, no client of pcscd is left over."""
+    """100 handovers of a context that the parent continues to use leave no descriptor and no client of pcscd."""
 
     def parent() -> Any:
         pcsc_safe.configure(broker=BROKER[through])

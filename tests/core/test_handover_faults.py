@@ -1,6 +1,6 @@
-"""What gets in the way of a handover: calls and forks of other threads, signals, a want of descriptors, a dead broker.
+"""What can prevent a handover: other threads' calls and forks, signals, a lack of descriptors, a dead broker.
 
-Who has the session afterwards is one process, and if anything went wrong before the fork that is the parent.
+Afterwards exactly one process has the session.  If anything failed before the fork, the parent has it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["module_stack", "stack"]
 
 @through_both
 def test_a_call_in_flight(stack: VirtualPcsc, through: str) -> None:
-    """What another thread is in the middle of is answered, before the fork if it is in this process; then it forks."""
+    """A native call of another thread returns before the fork, and the handover succeeds."""
 
     def parent(link: Link) -> Any:
         session = opened(through, policy="raise", quiesce_timeout=ENOUGH)
@@ -56,7 +56,7 @@ def test_a_call_in_flight(stack: VirtualPcsc, through: str) -> None:
 @pytest.mark.native
 @pytest.mark.not_on_macos("a forked process has no native contexts")
 def test_a_call_that_lasts(stack: VirtualPcsc) -> None:
-    """A call in flight for too long is an error on entering the block; a fork with it hands nothing over; later do."""
+    """A call that lasts too long makes the block raise. A fork beside it hands nothing over. Later ones do."""
 
     def parent(link: Link) -> Any:
         session, other = opened(policy="raise", quiesce_timeout=0.1), establish()
@@ -82,7 +82,7 @@ def test_a_call_that_lasts(stack: VirtualPcsc) -> None:
 
 @through_both
 def test_a_fork_by_another_thread(stack: VirtualPcsc, through: str) -> None:
-    """What another thread forks meanwhile waits for nothing, and gets nothing; the block's child does."""
+    """Another thread's fork doesn't wait for the block, and gets nothing. The block's own child gets the session."""
 
     def parent() -> Any:
         session = opened(through, policy="raise", quiesce_timeout=ENOUGH)
@@ -98,7 +98,7 @@ def test_a_fork_by_another_thread(stack: VirtualPcsc, through: str) -> None:
 
 @through_both
 def test_threads_go_on(stack: VirtualPcsc, through: str) -> None:
-    """A thread that waits for events and one that calls, on the very context, notice nothing of 20 handovers of it."""
+    """20 handovers of a context affect neither a thread that waits for events on it nor one that makes calls."""
     reader = stack.readers[2].name
 
     def child(context: Any) -> Any:
@@ -130,14 +130,14 @@ def test_threads_go_on(stack: VirtualPcsc, through: str) -> None:
 
 
 unsettled = pytest.mark.xfail(
-    strict=False, reason="Broker.prepare_child, interrupted, ends the session that it was to move"
+    strict=False, reason="an interrupted Broker.prepare_child ends the session that it should transfer"
 )
 
 
 @before_3_10
 @pytest.mark.parametrize("through", [NATIVE, pytest.param("broker", marks=unsettled)])
 def test_a_signal_at_any_moment(stack: VirtualPcsc, through: str) -> None:
-    """Handlers that raise at 150 moments of a handover: one process has the session then, and nobody is locked out."""
+    """Handlers raise at 150 moments of a handover: one process has the session, and no thread is locked out."""
     done = in_program(swept, through, "150", env=stack.env)
     assert done.returncode == 0, done.stderr
     wrong, given, alarms = json.loads(done.stdout)
@@ -145,14 +145,14 @@ def test_a_signal_at_any_moment(stack: VirtualPcsc, through: str) -> None:
 
 
 def how_many_threads() -> int:
-    """Those that have just been started too, which _thread._count() doesn't know yet."""
+    """Return the number of threads, including those just started, which _thread._count() doesn't count yet."""
     return len(os.listdir("/proc/self/task"))
 
 
 def swept(through: str, moments: str) -> None:
-    """Fork in a block with an alarm set, a little later each time."""
+    """Fork in a block with an alarm set, each time a little later."""
     sys.unraisablehook = lambda unraisable: None
-    heap = bytearray(b"x") * (32 << 20)  # a fork that copies more tables takes longer, and is hit more often
+    heap = bytearray(b"x") * (32 << 20)  # a fork that copies more page tables takes longer, so alarms hit it more often
     session, other, here = opened(through, policy="raise"), establish(), os.getpid()
     ready, go = threading.Semaphore(0), threading.Semaphore(0)
 
@@ -178,7 +178,7 @@ def swept(through: str, moments: str) -> None:
                     undisturbed.append(time.monotonic() - began)
                     longest = 1.2 * sorted(undisturbed)[len(undisturbed) // 2]
                 time.sleep(2 * longest)
-                until(lambda: how_many_threads() == threads, "what was raised in a hook has come")  # from a thread
+                until(lambda: how_many_threads() == threads, "what was raised in a hook has come")  # by a thread
                 time.sleep(0.001)
         except Alarm:
             alarms += 1
@@ -196,7 +196,7 @@ def swept(through: str, moments: str) -> None:
             break
         if parent == "False":
             given += 1
-            until(lambda: is_free(session.reader), "the child is gone")  # noqa: B023  # it is called at once
+            until(lambda: is_free(session.reader), "the child is gone")  # noqa: B023  # called immediately
             session = opened(through)
     del heap
     print(json.dumps([wrong, given, alarms]), flush=True)
@@ -209,9 +209,9 @@ def swept(through: str, moments: str) -> None:
 @pytest.mark.parametrize("fault", ["no descriptor", "no broker"])
 @through_both
 def test_nothing_can_be_given(stack: VirtualPcsc, through: str, fault: str) -> None:
-    """Without a free descriptor, or a living broker, parent and child are told that nothing was handed over."""
+    """Without a free descriptor or a living broker, parent and child both learn that nothing was handed over."""
     if (through, fault) == ("native", "no broker"):
-        pytest.skip("it needs none")
+        pytest.skip("a native handover needs no broker")
 
     def parent() -> Any:
         session, errors = opened(through, policy="raise"), list[str]()

@@ -1,4 +1,4 @@
-"""What a child gets on what it inherited: every function under every policy, and the owner's session goes on."""
+"""What each function does with an inherited handle, under every policy; the owner's session continues."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES = [
 
 
 def attempt(row: Row, session: Session) -> Any:
-    """The call's outcome, comparable: a handle is called one, and an error by its class."""
+    """Return the call's outcome in a comparable form: "handle" for a handle, the class's name for an error."""
     try:
         result = getattr(safe, row.name)(getattr(session, row.handle), *row.arguments)
     except PcscSafeError as error:
@@ -50,14 +50,14 @@ def attempt(row: Row, session: Session) -> Any:
 
 
 def test_every_function_on_a_handle_has_a_row() -> None:
-    """The table below leaves none out."""
+    """The table has a row for every function that takes a handle."""
     assert sorted(row.name for row in TABLE) == sorted(call.name for call in CALLS.values() if call.takes)
 
 
 @pytest.mark.parametrize("row", [row for row in TABLE if hasattr(safe, row.name)], ids=lambda row: row.name)
 @pytest.mark.parametrize(("policy", "cards", "column"), CASES, ids=lambda value: getattr(value, "value", value))
 def test_the_table(session: Session, row: Row, policy: str, cards: Cards, column: str) -> None:
-    """Each cell gives its result; the owner's session, PIN included, is untouched (asserted by the fixture)."""
+    """Each cell is the function's result. The owner's session and its PIN are untouched (the fixture asserts it)."""
 
     def child() -> Any:
         pcsc_safe.configure(policy=policy, cards=cards)
@@ -75,7 +75,7 @@ def test_the_table(session: Session, row: Row, policy: str, cards: Cards, column
     ],
 )
 def test_a_child_may_always_begin_afresh(session: Session, policy: Policy) -> None:
-    """Whatever the policy, a context that the child establishes itself is its own."""
+    """A context that the child establishes is its own, whatever the policy."""
 
     def child() -> Any:
         pcsc_safe.configure(policy=policy)
@@ -88,7 +88,7 @@ def test_a_child_may_always_begin_afresh(session: Session, policy: Policy) -> No
 
 
 def test_settings_are_inherited_and_the_childs_own(session: Session) -> None:
-    """What the parent configured counts in the child; what the child configures does not reach the parent."""
+    """The parent's settings hold in the child. The child's settings don't affect the parent."""
     pcsc_safe.configure(policy="invalid")
 
     def child() -> Any:
@@ -101,14 +101,14 @@ def test_settings_are_inherited_and_the_childs_own(session: Session) -> None:
 
 
 def test_the_environment_counts_until_configure(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PCSC_SAFE_POLICY needs no call."""
+    """PCSC_SAFE_POLICY sets the policy without a call of configure()."""
     monkeypatch.setenv("PCSC_SAFE_POLICY", "invalid")
     pcsc_safe._core.settings._settings = None  # type: ignore[attr-defined]
     assert in_child(safe.SCardListReaders, session.context, []) == [INVALID, []]
 
 
 def test_one_context_can_have_settings_of_its_own(session: Session) -> None:
-    """They count for it and its cards, in the child too, and leave the other contexts alone."""
+    """A context's own settings hold for it and its cards, in the child too. Other contexts don't change."""
     other = Session()
     assert pcsc_safe.configure(context=session.context, policy="invalid")[:2] == (Policy.INVALID, Cards.AUTO)
     assert pcsc_safe.settings()[:2] == (Policy.AUTO, Cards.AUTO)
@@ -129,7 +129,7 @@ def test_one_context_can_have_settings_of_its_own(session: Session) -> None:
 
 @pytest.mark.parametrize("cards", Cards)
 def test_a_childs_connection_is_a_session_of_its_own(session: Session, cards: Cards) -> None:
-    """It goes on after SCardReconnect, or at once; the reset the child asks for resets the card, as it always did."""
+    """A child's connection works, after SCardReconnect if ``cards`` is ``reset``."""
 
     def child() -> list[Any]:
         pcsc_safe.configure(cards=cards)
@@ -146,7 +146,7 @@ def test_a_childs_connection_is_a_session_of_its_own(session: Session, cards: Ca
 
 
 def test_reconnect_honours_initialization(pcsc_stack: VirtualPcsc) -> None:
-    """With ``spare_cards=False`` SCARD_RESET_CARD on an inherited handle resets the card; LEAVE does not."""
+    """With ``spare_cards=False`` SCARD_RESET_CARD on an inherited handle resets the card; SCARD_LEAVE_CARD doesn't."""
     pcsc_safe.configure(spare_cards=False)
     session = Session()
     virtual = pcsc_stack.readers[0].card
@@ -161,7 +161,7 @@ def test_reconnect_honours_initialization(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_reconnect_honours_share_mode(pcsc_stack: VirtualPcsc) -> None:
-    """An exclusive connection is refused while the parent is connected, and had when it is gone."""
+    """SCardReconnect refuses an exclusive connection while the parent is connected. Then the handle is invalid."""
     session = Session()
 
     def child() -> Any:
@@ -174,7 +174,7 @@ def test_reconnect_honours_share_mode(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_an_exclusive_card_is_not_to_be_had_twice(pcsc_stack: VirtualPcsc) -> None:
-    """``cards='reconnect'`` asks for the same share mode, and gives the code that PC/SC gives; it works later."""
+    """``cards='reconnect'`` keeps the share mode, so it returns PC/SC's code until the owner has disconnected."""
     pcsc_safe.configure(cards="reconnect")
     session = Session(safe.SCARD_SHARE_EXCLUSIVE)
     tried_end, tried = os.pipe()
@@ -197,7 +197,7 @@ def test_an_exclusive_card_is_not_to_be_had_twice(pcsc_stack: VirtualPcsc) -> No
 
 
 def test_a_transaction_is_not_reconnected(session: Session) -> None:
-    """If the owner was inside one, ``cards='reconnect'`` answers reset, and the owner's transaction goes on."""
+    """In the owner's transaction ``cards='reconnect'`` returns SCARD_W_RESET_CARD, and the transaction continues."""
     pcsc_safe.configure(cards="reconnect")
     assert safe.SCardBeginTransaction(session.card) == OK
 
@@ -212,7 +212,7 @@ def test_a_transaction_is_not_reconnected(session: Session) -> None:
 
 
 def test_the_child_can_verify_its_own_pin(pcsc_stack: VirtualPcsc) -> None:
-    """Parent and child exchange at the same time over connections of their own: every answer is the asker's."""
+    """Parent and children exchange at the same time over their own connections, and each gets its own responses."""
     pcsc_safe.configure(cards="reconnect")
     session = Session()
 
@@ -233,7 +233,7 @@ def test_the_child_can_verify_its_own_pin(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_the_error_names_state_and_remedy(session: Session) -> None:
-    """Function, owner, place and this process are in the text and in the fields."""
+    """Text and fields of the error have the function, the owner, the place and this process."""
 
     def child() -> Any:
         pcsc_safe.configure(policy="raise")
@@ -258,7 +258,7 @@ def test_the_error_names_state_and_remedy(session: Session) -> None:
 
 @pytest.mark.native  # the exceptions of pyscard load the native library
 def test_the_error_is_pyscards_too_and_survives_pickling(session: Session) -> None:
-    """Code written for pyscard catches it, and it comes whole out of a worker."""
+    """Code written for pyscard catches the error. A pickled error keeps all its fields."""
     import smartcard.Exceptions
 
     def child() -> Any:

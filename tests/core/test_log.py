@@ -1,4 +1,4 @@
-"""The log: whose a line is, what it tells beside its text, and what is said once."""
+"""The log: the prefix of a line, the fields of a record, and lines that appear only once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pcsc_safe.testing import VirtualPcsc
 
 
 def facts(record: logging.LogRecord) -> dict[str, Any]:
-    """What a record tells beside its text."""
+    """Return a record's fields."""
     return {name: getattr(record, f"pcsc_{name}") for name in log.FIELDS}
 
 
 def test_a_record_has_its_facts_as_fields(session: Session, caplog: pytest.LogCaptureFixture) -> None:
-    """Every record has every field, so that a format may name it; those that don't apply are None."""
+    """Every record has every field, so a format may name it. A field that doesn't apply is None."""
     pcsc_safe.configure(cards="reset")
 
     def child() -> tuple[Any, str]:
@@ -48,7 +48,7 @@ def test_a_record_has_its_facts_as_fields(session: Session, caplog: pytest.LogCa
 
 
 def unconfigured(configured: str = "") -> None:
-    """Fork, and have a warning logged; perhaps with logging configured."""
+    """Fork and cause a warning, with or without logging configured."""
     if configured:
         logging.basicConfig(format="%(name)s|%(message)s")
     pcsc_safe.configure(cards="reset")
@@ -59,7 +59,7 @@ def unconfigured(configured: str = "") -> None:
 @pytest.mark.native
 @pytest.mark.parametrize(("configured", "begins"), [("", "pcsc_safe: SCardTransmit"), ("yes", "pcsc_safe|SCardTran")])
 def test_a_line_says_whose_it_is(shared_stack: VirtualPcsc, configured: str, begins: str) -> None:
-    """Where logging isn't configured, it prints the text alone: it begins with pcsc_safe then, and only then."""
+    """A line begins with "pcsc_safe" if logging isn't configured, because logging then prints the text alone."""
     done = in_program(unconfigured, configured, env=shared_stack.env)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "SCARD_W_RESET_CARD" in line]
@@ -83,7 +83,7 @@ os.wait()
 @pytest.mark.native
 @pytest.mark.not_on_macos("a child's broker finds no pcscd either, and says so")
 def test_no_pcscd_is_told_once(tmp_path: Any) -> None:
-    """One line for each process points at the doctor."""
+    """One line in each process says that no pcscd runs, and points to the doctor."""
     env = {**os.environ, "PCSCLITE_CSOCK_NAME": str(tmp_path / "none")}
     done = subprocess.run([sys.executable, "-c", WITHOUT_PCSCD], env=env, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
@@ -94,7 +94,7 @@ def test_no_pcscd_is_told_once(tmp_path: Any) -> None:
 
 
 def test_a_pcscd_that_stops_is_told_once(pcsc_stack: VirtualPcsc, caplog: pytest.LogCaptureFixture) -> None:
-    """So it is where it stops under a context that is open."""
+    """One line says that pcscd has ended while a context is open."""
     session = Session()
     pcsc_stack.kill()
     for _ in range(3):
@@ -107,7 +107,7 @@ def test_a_pcscd_that_stops_is_told_once(pcsc_stack: VirtualPcsc, caplog: pytest
 
 
 def no_handovers(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What is said of blocks that do nothing."""
+    """Return the log lines about blocks that do nothing."""
     lines = [record.getMessage() for record in caplog.records if getattr(record, "pcsc_event", "") == "no-handover"]
     caplog.clear()
     return [line.rpartition(": ")[2] for line in lines]
@@ -115,7 +115,7 @@ def no_handovers(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.not_on_macos("there handover() needs broker='always'")
 def test_a_handover_that_does_nothing(session: Session, caplog: pytest.LogCaptureFixture) -> None:
-    """A block inside another one, one without a fork, and one without a context are told; a good one is not."""
+    """A line says that a block is inside another, has no fork or has no context. A correct block logs nothing."""
     with pcsc_safe.handover():
         pass
     assert no_handovers(caplog) == ["this thread has not forked in its handover() block"]
@@ -152,7 +152,7 @@ def test_a_handover_that_does_nothing(session: Session, caplog: pytest.LogCaptur
 @pytest.mark.native
 @pytest.mark.not_on_macos("there handover() needs broker='always'")
 def test_who_has_handed_over(session: Session, caplog: pytest.LogCaptureFixture) -> None:
-    """In the parent and in its other children, a line or an error names the process that has handed over, once."""
+    """A line or an error in the parent and in its other children names the process that handed over, once."""
 
     def parent() -> tuple[Any, ...]:
         pid, own = str(os.getpid()), Session()
@@ -191,7 +191,7 @@ def test_who_has_handed_over(session: Session, caplog: pytest.LogCaptureFixture)
 
 
 def misspelt(variable: str) -> str:
-    """What is said on stderr where a variable is set."""
+    """Return what is written to stderr if the variable is set."""
     code = "import pcsc_safe; pcsc_safe.settings(); pcsc_safe.settings(); from pcsc_safe import scard"
     env = {**os.environ, variable: "raise"}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30).stderr
@@ -206,12 +206,12 @@ def misspelt(variable: str) -> str:
     ],
 )
 def test_a_misspelt_variable(variable: str, hint: str) -> None:
-    """It is told, once, with the setting that may be meant."""
+    """One line names the misspelt variable, and the setting that may be meant."""
     expected = f"pcsc_safe: the environment variable {variable} is ignored, because no setting has this name: {hint}\n"
     assert misspelt(variable) == expected
 
 
 @pytest.mark.parametrize("variable", ["PCSC_SAFE_PYTHON", "PCSC_SAFE_CARDS_", "OTHER_PCSC_SAFE_POLCY"])
 def test_a_variable_that_is_somebody_elses(variable: str) -> None:
-    """What other parts of the project read, and what doesn't begin so, is no mistake."""
+    """Variables of other parts of the project, and those with another prefix, cause no line."""
     assert bool(misspelt(variable)) is (variable == "PCSC_SAFE_CARDS_")

@@ -1,4 +1,4 @@
-"""What a process gets that uses what it inherited: the table of DESIGN section 3, as rows."""
+"""The verdict on a call with an inherited handle: the table of DESIGN section 3, as rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OWN = (Policy.AUTO, Policy.REESTABLISH, Policy.BROKER)
 def test_cleanup_and_cancel_never_depend_on_the_policy(
     policy: Policy, cards: Cards, card: bool, in_transaction: bool
 ) -> None:
-    """Cleanup forgets and a cancel succeeds, whatever is configured."""
+    """Cleanup forgets the handle and SCardCancel succeeds, whatever is configured."""
     settings = Settings(policy, cards)
     assert decide(settings, Role.CLEANUP, card=card, in_transaction=in_transaction) is Verdict.FORGET
     assert decide(settings, Role.CANCEL, card=card, in_transaction=in_transaction) is Verdict.SUCCEED
@@ -67,7 +67,7 @@ def test_the_table(policies, cards, role, card, in_transaction, expected) -> Non
 
 
 def test_only_macos_forbids_the_native_library_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The platform is asked in one place."""
+    """One function checks the platform."""
     for platform, works in (("darwin", False), ("linux", True), ("freebsd14", True)):
         monkeypatch.setattr(pcsc_safe.policy, "PLATFORM", platform)
         assert native_works_after_fork() is works
@@ -78,7 +78,7 @@ def test_only_macos_forbids_the_native_library_after_a_fork(monkeypatch: pytest.
 @pytest.mark.parametrize("when", Broker)
 @pytest.mark.parametrize("what", Policy)
 def test_the_way_to_pcsc(what: Policy, when: Broker, forked: bool, native_works: bool) -> None:
-    """Through a broker always, or where it has to be; natively elsewhere; not at all if only native is wanted."""
+    """A broker is used always, or where it is necessary; otherwise the library is called natively, or not at all."""
     way = choose_way(Settings(policy=what, broker=when), forked=forked, native_works=native_works)
     if when is Broker.ALWAYS or (forked and what is Policy.BROKER):
         assert way is Way.BROKER
@@ -89,7 +89,7 @@ def test_the_way_to_pcsc(what: Policy, when: Broker, forked: bool, native_works:
 
 
 def test_the_environment_sets_the_defaults() -> None:
-    """PCSC_SAFE_* give the settings; an empty variable is as good as none."""
+    """PCSC_SAFE_* give the settings. An empty variable counts as unset."""
     assert from_environment({}) == Settings(Policy.AUTO, Cards.AUTO)
     assert from_environment({"PCSC_SAFE_POLICY": "", "PCSC_SAFE_CARDS": "reconnect"}).cards is Cards.RECONNECT
     assert from_environment({"PCSC_SAFE_POLICY": "raise"}).policy is Policy.RAISE
@@ -101,7 +101,7 @@ def test_the_environment_sets_the_defaults() -> None:
 
 
 def test_a_variable_that_makes_no_sense_is_refused_by_name() -> None:
-    """The error names the variable, its value and the values that would do."""
+    """The error names the variable, its value and the valid values."""
     with pytest.raises(SettingsError) as caught:
         from_environment({"PCSC_SAFE_POLICY": "rase"})
     assert str(caught.value) == (
@@ -124,7 +124,7 @@ WRONG = [
 
 @pytest.mark.parametrize("wrong", WRONG, ids=repr)
 def test_configure_refuses_by_name_and_changes_nothing(wrong) -> None:  # type: ignore[no-untyped-def]
-    """A value that a setting cannot have is refused, and leaves every setting as it was."""
+    """The error names the setting with an invalid value. All settings stay as they were."""
     pcsc_safe.configure(policy="raise", cards="reconnect")
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))} cannot be .*; use (one of|a number of sec|the path)"):
         pcsc_safe.configure(**wrong)
@@ -132,7 +132,7 @@ def test_configure_refuses_by_name_and_changes_nothing(wrong) -> None:  # type: 
 
 
 def test_configure_leaves_what_is_not_given() -> None:
-    """Settings are changed one by one, by name or by member."""
+    """configure() changes only the settings that are given, by value or by enum member."""
     assert pcsc_safe.configure(cards=Cards.RECONNECT) == Settings(Policy.AUTO, Cards.RECONNECT)
     assert pcsc_safe.configure(policy="invalid") == Settings(Policy.INVALID, Cards.RECONNECT)
     assert pcsc_safe.settings() == Settings(Policy.INVALID, Cards.RECONNECT)
@@ -141,6 +141,6 @@ def test_configure_leaves_what_is_not_given() -> None:
 
 
 def test_configure_wants_a_context_of_ours() -> None:
-    """Settings for one context need one."""
+    """Settings for one context need a context of pcsc_safe."""
     with pytest.raises(SettingsError, match="context is not an open context of this process"):
         pcsc_safe.configure(policy="raise", context=4711)

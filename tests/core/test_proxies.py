@@ -1,4 +1,4 @@
-"""The proxies: they behave as the integers did, know their owner, and are refused where they don't belong."""
+"""The proxies: they behave like integers, know their owner, and are refused in processes that don't share them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from pcsc_safe.errors import PcscSafeError
 
 @pytest.fixture(params=["context", "card"])
 def handle(request: pytest.FixtureRequest, session: Session) -> Any:
-    """A context's and a card's proxy in turn."""
+    """Return a context's proxy and a card's, one after the other."""
     return getattr(session, request.param)
 
 
 def test_it_counts_as_its_integer(handle: Any) -> None:
-    """Comparison, hash, conversion, format, arithmetic and isinstance are the integer's."""
+    """Comparison, hash, conversion, format, arithmetic and isinstance are those of the integer."""
     number = int(handle)
     assert type(number) is int
     assert handle == number
@@ -69,7 +69,7 @@ BINARY = ["add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "lshift", "r
 
 @pytest.mark.parametrize("name", [f"i{name}" for name in BINARY])
 def test_an_in_place_operation_leaves_the_handle_alone(handle: Any, name: str) -> None:
-    """``handle += 1`` gives a new integer, as it does with one."""
+    """``handle += 1`` returns a new integer, as for an integer."""
     number = int(handle)
     result = getattr(operator, name)(handle, 2)
     assert type(result) in (int, float)
@@ -78,7 +78,7 @@ def test_an_in_place_operation_leaves_the_handle_alone(handle: Any, name: str) -
 
 
 def test_it_knows_its_owner(handle: Any) -> None:
-    """The PID and the place where the context was established can be asked for, in a child too."""
+    """A proxy has the owner's PID and the place where its context was established, in a child too."""
     assert handle.owner_pid == os.getpid()
     file, line = handle.established_at.rsplit(":", 1)
     assert Path(file).name == "conftest.py"
@@ -87,7 +87,7 @@ def test_it_knows_its_owner(handle: Any) -> None:
 
 
 def test_repr_tells_what_it_is(session: Session) -> None:
-    """Kind and number, for a card its context and reader, then the owner and the state in this process."""
+    """repr() has the kind and the number, a card's context and reader, the owner, and the state in this process."""
     context, card, pid = int(session.context), int(session.card), os.getpid()
     of_card = f"<SCARDHANDLE {card} context={context} reader={session.reader!r} owner_pid={pid} state="
     assert repr(session.context) == f"<SCARDCONTEXT {context} owner_pid={pid} state='open'>"
@@ -107,7 +107,7 @@ def test_repr_tells_what_it_is(session: Session) -> None:
 
 
 def test_json_and_pyscard_name_the_page(handle: Any) -> None:
-    """docs/errors.md has the words in which json refuses a handle; ``int(handle)`` is what both want."""
+    """docs/errors.md has json's error message for a handle. ``int(handle)`` is the remedy."""
     with pytest.raises(TypeError) as caught:
         json.dumps({"handle": handle})
     page = " ".join((ROOT / "docs" / "errors.md").read_text().split())
@@ -116,19 +116,19 @@ def test_json_and_pyscard_name_the_page(handle: Any) -> None:
 
 
 def test_a_copy_is_the_handle_itself(handle: Any) -> None:
-    """Copying an integer gives the integer."""
+    """A copy of a proxy is the proxy itself."""
     assert copy.copy(handle) is handle
     assert copy.deepcopy([handle])[0] is handle
 
 
 def test_it_comes_back_from_a_pickle(handle: Any) -> None:
-    """Pickled and loaded in one process, it is the same object, by every protocol."""
+    """Pickled and loaded in one process, a proxy is the same object, with every protocol."""
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         assert pickle.loads(pickle.dumps(handle, protocol)) is handle
 
 
 def test_a_pickle_gives_a_child_its_own_proxy(session: Session) -> None:
-    """Loaded in a forked child, it is the proxy that the child inherited, whether used before or after."""
+    """A pickle loaded in a forked child is the proxy that the child inherited, whether used before or after."""
     data = pickle.dumps((session.context, session.card))
 
     def child() -> tuple[bool, bool, int]:
@@ -139,7 +139,7 @@ def test_a_pickle_gives_a_child_its_own_proxy(session: Session) -> None:
 
 
 def test_a_childs_handle_is_refused_in_its_parent(session: Session) -> None:
-    """A process that did not inherit a context cannot load it, and is told so."""
+    """A process that did not inherit a context cannot load its pickle, and the error says so."""
 
     def child() -> bytes:
         _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
@@ -163,7 +163,7 @@ def _load(data: bytes) -> str:
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_another_family_refuses_a_pickle(session: Session, method: str) -> None:
-    """A process that is spawned, or forked by a fork server, shares nothing with us, and says so."""
+    """A process that was spawned, or forked by a fork server, can't load a pickle, and the error says so."""
     with multiprocessing.get_context(method).Pool(1) as pool:
         text = pool.apply(_load, (pickle.dumps(session.card),))
     name = f"SCARDHANDLE {int(session.card)} of process {os.getpid()}"
@@ -171,7 +171,7 @@ def test_another_family_refuses_a_pickle(session: Session, method: str) -> None:
 
 
 def test_a_released_handle_is_not_loaded(session: Session) -> None:
-    """What was released is gone."""
+    """The pickle of a released handle can't be loaded."""
     _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
     data = pickle.dumps(context)
     safe.SCardReleaseContext(context)
@@ -192,7 +192,7 @@ def test_a_released_handle_is_not_loaded(session: Session) -> None:
     ],
 )
 def test_the_raw_module_refuses_it(session: Session, name: str, which: str, arguments: list[Any]) -> None:
-    """A proxy that slips past us raises TypeError there, in words of our page; the session is not touched."""
+    """The raw module raises TypeError for a proxy, with the words of the page. The session is untouched."""
     with pytest.raises(TypeError, match=r"Expected a python long as SCARD(CONTEXT|HANDLE)") as caught:
         getattr(raw, name)(getattr(session, which), *arguments)
     page = (ROOT / "docs" / "errors.md").read_text()
@@ -200,7 +200,7 @@ def test_the_raw_module_refuses_it(session: Session, name: str, which: str, argu
 
 
 def test_it_keeps_its_identity_over_a_re_establishment(session: Session) -> None:
-    """In the child it is the same object with the same number and hash, though the native context is a new one."""
+    """In the child a proxy is the same object with the same number and hash, though its native context is new."""
     before = (int(session.context), hash(session.context), id(session.context))
 
     def child() -> tuple[Any, ...]:
@@ -215,13 +215,13 @@ def test_it_keeps_its_identity_over_a_re_establishment(session: Session) -> None
 
 
 def test_a_plain_integer_leads_a_child_to_its_own_context(session: Session) -> None:
-    """An application that kept int(handle) is as safe as one that kept the handle."""
+    """An application that kept ``int(handle)`` is as safe as one that kept the handle."""
     plain = int(session.context)
     assert in_child(lambda: safe.SCardListReaders(plain, []))[0] == safe.SCARD_S_SUCCESS
 
 
 def test_a_handle_of_the_other_kind_is_invalid(session: Session) -> None:
-    """A card is no context and a context no card, in the owner as in a child."""
+    """A card is no valid context and a context no valid card, in the owner and in a child."""
     assert safe.SCardListReaders(session.card, []) == [safe.SCARD_E_INVALID_HANDLE, []]
     assert safe.SCardStatus(session.context) == [safe.SCARD_E_INVALID_HANDLE, "", 0, 0, []]
     assert safe.SCardDisconnect(session.context, 0) == safe.SCARD_E_INVALID_HANDLE

@@ -1,7 +1,7 @@
-"""Forks in a process with threads: quiet ones, unquiet ones, failed and interrupted ones, and forks inside calls.
+"""Forks in a process with threads: quiet, unquiet, failed and interrupted ones, and forks inside calls.
 
-What is inside the native library is not taken from pcsc_safe's own books: the programs below put a :class:`Watch` in
-the place of pyscard's functions, and a child reads the copy that it got at the fork.
+The tests don't ask pcsc_safe which threads are inside the native library.  The programs below replace pyscard's
+functions by those of a :class:`Watch`, and a child reads the copy that it has since the fork.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ RIGHT = [OK, [1, 2, 3, 0x90, 0x00]]
 
 
 def works(context: Any, card: Any, reader: str, scard: Any = safe) -> list[Any]:
-    """What a child does of everything: list, reset, reconnect, exchange, and the same with a context of its own."""
+    """Do all that a child can do: list, reset, reconnect, exchange, and the same with its own context."""
     answers = [
         scard.SCardListReaders(context, [])[0],
         scard.SCardReconnect(card, SHARED, T1, scard.SCARD_LEAVE_CARD),
@@ -87,7 +87,7 @@ WORKS = [OK, [OK, T1], RIGHT, OK, OK, RIGHT, OK, OK]
 
 @pytest.mark.parametrize("waiting", [1, 3])
 def test_an_endless_wait_notices_nothing_of_forks(pcsc_stack: VirtualPcsc, waiting: int) -> None:
-    """Threads that wait INFINITE go on after each of 20 forks, whose children can do all; then the event comes."""
+    """Threads that wait INFINITE still wait after 20 forks, and then get the event. Every child can do everything."""
     session, slot = Session(), pcsc_stack.readers[1]
     contexts = [establish() for _ in range(waiting)]
     waiters = [wait(context, slot.name) for context in contexts]
@@ -104,7 +104,7 @@ def test_an_endless_wait_notices_nothing_of_forks(pcsc_stack: VirtualPcsc, waiti
 
 
 def test_a_finite_wait_has_the_time_that_was_left(session: Session) -> None:
-    """A wait of 1 s with forks all the while ends with SCARD_E_TIMEOUT at its time, and the states of one without."""
+    """A wait of 1 s beside forks returns on time what an undisturbed wait returns: SCARD_E_TIMEOUT and the states."""
     context = establish()
     undisturbed = wait(context, session.reader, 10).answer()
     waiter = wait(context, session.reader, 1000)
@@ -120,7 +120,7 @@ def test_a_finite_wait_has_the_time_that_was_left(session: Session) -> None:
 
 
 class Hold:
-    """A fork that is held up by a call in flight, with a thread that waits for events and had to give way."""
+    """A fork that waits for a call in flight, and a thread whose wait for events the fork has interrupted."""
 
     def __init__(self, stack: VirtualPcsc, state: Any = None) -> None:
         pcsc_safe.configure(quiesce_timeout=ENOUGH)
@@ -138,14 +138,14 @@ class Hold:
         assert self.forking.is_alive()
 
     def end(self) -> Any:
-        """Let the call, and so the fork, go on; what the child could do."""
+        """Let the call return, and so the fork happen; return what the child could do."""
         self._card.go.set()
         assert self._long_call.answer() == [OK, [7, 8, 9, 0x90, 0x00]]
         return wait_for(self.forking.answer())
 
 
 def test_a_call_in_flight_is_waited_for(held: VirtualPcsc) -> None:
-    """A fork happens after the call that another thread is in; that has its answer, and the child can do everything."""
+    """A fork waits for another thread's call. The call returns its result, and the child can do everything."""
     hold = Hold(held)
     assert stays(lambda: hold.forking.is_alive())
     assert hold.end() == WORKS
@@ -155,7 +155,7 @@ def test_a_call_in_flight_is_waited_for(held: VirtualPcsc) -> None:
 
 
 def test_newcomers_wait_for_the_fork(held: VirtualPcsc) -> None:
-    """A call that begins while a fork is waiting begins after it; every kind of call, and all are answered."""
+    """A call of any kind that begins while a fork waits starts after the fork, and returns its result."""
     hold = Hold(held)
     calls = [
         Calling(safe.SCardListReaders, hold.context, []),
@@ -172,7 +172,7 @@ def test_newcomers_wait_for_the_fork(held: VirtualPcsc) -> None:
 
 
 def test_a_cancel_during_the_fork_arrives_once(held: VirtualPcsc) -> None:
-    """An SCardCancel while the wait has given way to a fork ends that wait, after the fork, and no later one."""
+    """An SCardCancel during a fork ends the interrupted wait, after the fork, and no later one."""
     hold = Hold(held)
     cancelling = Calling(safe.SCardCancel, hold.context)
     assert stays(lambda: hold.waiter.is_alive())
@@ -185,7 +185,7 @@ def test_a_cancel_during_the_fork_arrives_once(held: VirtualPcsc) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_cancel_around_a_fork_arrives_once(session: Session, when: str) -> None:
-    """An SCardCancel just before or just after a fork ends the wait, and no later one."""
+    """An SCardCancel just before or after a fork ends the wait, and no later one."""
     context = establish()
     for _ in range(10):
         waiter = wait(context, session.reader)
@@ -201,7 +201,7 @@ def test_a_cancel_around_a_fork_arrives_once(session: Session, when: str) -> Non
 
 
 def test_cancels_and_forks_at_once(session: Session) -> None:
-    """200 waits, cancelled while another thread forks again and again: each is cancelled by its own SCardCancel."""
+    """SCardCancel ends each of 200 waits, and no later one, while another thread forks again and again."""
     context, stop = establish(), threading.Event()
 
     def forks() -> set[int]:
@@ -215,7 +215,7 @@ def test_cancels_and_forks_at_once(session: Session) -> None:
         waiter = wait_briefly(context, session.reader)
         assert safe.SCardCancel(context) == OK
         answer = waiter.answer()[0]
-        if answer == TIMED_OUT:  # it had not begun to wait
+        if answer == TIMED_OUT:  # it came before the wait began
             continue
         assert answer == CANCELLED
         assert safe.SCardGetStatusChange(context, 1, [(session.reader, PRESENT)])[0] == TIMED_OUT
@@ -225,7 +225,7 @@ def test_cancels_and_forks_at_once(session: Session) -> None:
 
 
 def wait_briefly(context: Any, reader: str) -> Calling:
-    """A thread that waits for events; it may have given way when this returns."""
+    """Start a thread that waits for events; a fork may have interrupted it when this returns."""
     waiter = Calling(safe.SCardGetStatusChange, context, 1000, [(reader, PRESENT)])
     until(lambda: waiter.waits or not waiter.is_alive(), "it waits")
     return waiter
@@ -234,7 +234,7 @@ def wait_briefly(context: Any, reader: str) -> Calling:
 @pytest.mark.parametrize("known", ["with its counter", "without"])
 @pytest.mark.parametrize("event", ["removed", "inserted", "removed and inserted"])
 def test_an_event_during_the_fork_is_not_lost(held: VirtualPcsc, event: str, known: str) -> None:
-    """A card that came or went, or was out for a moment, while the wait had given way to a fork, is reported."""
+    """A wait that a fork interrupts reports a card that is inserted, removed, or removed and inserted then."""
     slot = held.readers[2]
     card = slot.remove() if event == "inserted" else slot.card
     assert card is not None
@@ -253,15 +253,15 @@ def test_an_event_during_the_fork_is_not_lost(held: VirtualPcsc, event: str, kno
     assert own[1:] == (WORKS[4:] if event != "removed" else [safe.SCARD_E_NO_SMARTCARD, [], OK, OK])
 
 
-# Watching from outside of pcsc_safe.
+# A view from outside of pcsc_safe.
 
 
 class Watch:
-    """Pyscard's functions, with books of who is inside and a place to do something as a call returns.
+    """Pyscard's functions, with a record of who is inside and a hook for the moment when a call returns.
 
-    :ivar inside: which function a thread is in.
-    :ivar entered: the names of the functions, each time that one is entered.
-    :ivar at_return: called with a name as soon as Python runs again after that function.
+    :ivar inside: the function that a thread is in.
+    :ivar entered: the names of the functions, once for each call.
+    :ivar at_return: is called with a function's name as soon as Python runs again after it.
     """
 
     def __init__(self) -> None:
@@ -296,7 +296,7 @@ class Watch:
         return watched
 
     def session(self) -> tuple[Any, Any]:
-        """A context and a card."""
+        """Return a context and a card."""
         _, context = self.scard.SCardEstablishContext(self.scard.SCARD_SCOPE_SYSTEM)
         hresult, card, _ = self.scard.SCardConnect(context, READER, SHARED, T1)
         assert hresult == OK
@@ -304,14 +304,14 @@ class Watch:
 
 
 def run(stack: VirtualPcsc, program: Callable[..., Any], *arguments: str) -> Any:
-    """What a program of this module printed as JSON."""
+    """Return what a program of this module printed as JSON."""
     done = in_program(program, *arguments, env=stack.env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_nobody_is_inside_at_a_quiet_fork(shared_stack: VirtualPcsc) -> None:
-    """At 100 forks of a process with six busy threads, two of which wait, no other thread is in the native library."""
+    """At 100 forks beside six busy threads, two of which wait, no other thread is in the native library."""
     inside, answers, wrong, calls = run(shared_stack, busy)
     assert inside == [[]]
     assert answers == [WORKS]
@@ -320,7 +320,7 @@ def test_nobody_is_inside_at_a_quiet_fork(shared_stack: VirtualPcsc) -> None:
 
 
 def busy() -> None:
-    """Six threads call all the time; the main thread forks, and its children look who was inside."""
+    """Six threads make calls; the main thread forks, and its children check which thread was inside."""
     watch = Watch()
     scard, stop, wrong = watch.scard, threading.Event(), []
     context, card = watch.session()
@@ -368,7 +368,7 @@ def busy() -> None:
 
 
 def attempts(scard: Any, context: Any, card: Any) -> dict[str, Any]:
-    """Everything that a child could try; an error by its class, and the fields that a program acts on."""
+    """Try every call, as a child; return an error as its class and the fields that a program uses."""
     calls: dict[str, Callable[[], Any]] = {
         "SCardListReaders": lambda: scard.SCardListReaders(context, []),
         "SCardGetStatusChange": lambda: scard.SCardGetStatusChange(context, 1000, [(READER, 0)]),
@@ -394,7 +394,7 @@ def attempts(scard: Any, context: Any, card: Any) -> dict[str, Any]:
 
 
 def refused(outcome: dict[str, Any], who: str) -> Any:
-    """The parts of what :func:`attempts` gave that are errors, checked for what they say; the rest as it is."""
+    """Check the errors in what :func:`attempts` returned; return the other results."""
     rest = {}
     for name, value in outcome.items():
         if not (isinstance(value, list) and value[0] == "ForkUnsafeError"):
@@ -419,10 +419,10 @@ REST = {
 @pytest.mark.parametrize("where", ["its only thread", "a thread"])
 @pytest.mark.parametrize(("how", "who"), [("os.fork", "thread signing"), ("C", "thread ")])
 def test_an_unquiet_fork(shared_stack: VirtualPcsc, how: str, who: str, where: str) -> None:
-    """After a fork in the middle of another thread's SCardTransmit the child, and its child, never enter the library.
+    """A child forked during another thread's SCardTransmit never enters the library, nor does its own child.
 
-    What can't be done says so, with the function and the thread that was inside; cleanup succeeds.  The parent's call
-    has its right answer, and its next fork, a quiet one, has a child that can do everything.
+    Calls that are impossible raise an error that names the function and the thread that was inside.  Cleanup succeeds.
+    The parent's call returns its result.  The child of the next fork, a quiet one, can do everything.
     """
     child, grandchild, entered, long_call, inside, after, seconds = run(shared_stack, unquiet, how, where)
     assert refused(child, who) == REST
@@ -434,10 +434,10 @@ def test_an_unquiet_fork(shared_stack: VirtualPcsc, how: str, who: str, where: s
 
 
 def unquiet(how: str, where: str) -> None:
-    """Fork while another thread is inside a Transmit of a second and a half.
+    """Fork while another thread is in an SCardTransmit of 1.5 s.
 
-    That thread is the only other one and needs no GIL meanwhile: the child of an unhooked fork whose GIL another thread
-    was waiting for would hang in CPython itself.
+    It is the only other thread, and needs no GIL then: if a thread waits for the GIL during a fork that runs no hooks,
+    CPython itself hangs in the child.
     """
     watch = Watch()
     scard = watch.scard
@@ -455,7 +455,7 @@ def unquiet(how: str, where: str) -> None:
 
     def child() -> Any:
         below = in_child(tries, fork=how_to_fork)
-        # In a thread, which may get the number that the one that was inside had.
+        # In a thread, which may have the same identifier as the parent's thread that was inside.
         return Calling(tries).answer() if where == "a thread" else tries(), below
 
     started = start(child, fork=how_to_fork)
@@ -471,7 +471,7 @@ def unquiet(how: str, where: str) -> None:
     [("os.fork", "20", "works"), ("os.fork", "0.05", "refused"), ("C", "20", "refused")],
 )
 def test_a_fork_while_another_thread_imports(shared_stack: VirtualPcsc, how: str, patience: str, expected: str) -> None:
-    """A fork waits for the imports of the first SCardEstablishContext; a child that has half of them doesn't hang."""
+    """A fork waits for the imports of the first SCardEstablishContext. A child with half of them doesn't hang."""
     child, parent = run(shared_stack, importing, how, patience)
     why = "was forked while thread first was inside an import" if how != "C" else "was inside an import"
     assert child == OK if expected == "works" else why in child
@@ -479,7 +479,7 @@ def test_a_fork_while_another_thread_imports(shared_stack: VirtualPcsc, how: str
 
 
 def importing(how: str, patience: str) -> None:
-    """Fork while the first context is being established, and wrapt imported, which takes long."""
+    """Fork while the first context is being established, and the import of wrapt takes long."""
     in_the_middle, go_on = threading.Event(), threading.Event()
 
     class Slow:
@@ -507,7 +507,7 @@ def importing(how: str, patience: str) -> None:
 
 
 def test_how_long_a_fork_waits(held: VirtualPcsc) -> None:
-    """A fork waits for a call in flight as long as quiesce_timeout says, with 0 not at all; and the waits go on."""
+    """A fork waits for a call for at most quiesce_timeout, or not at all if that is 0. Waits for events continue."""
     card = held.readers[0].card
     assert isinstance(card, HeldCard)
     context, reader = establish(), held.readers[2].name
@@ -542,7 +542,7 @@ BLOCKED = {"auto": "a broker makes its PC/SC calls", "reestablish": "use policy 
 
 @pytest.mark.parametrize("policy", BLOCKED)
 def test_a_fork_beside_a_connect_that_a_transaction_blocks(session: Session, policy: str) -> None:
-    """A child of a fork while another process's transaction blocks SCardConnect works, and its log says by what."""
+    """A child forked while a transaction blocks SCardConnect works. Its log line names the function."""
     pcsc_safe.configure(quiesce_timeout=0.1, policy=policy)
     begun, end = os.pipe(), os.pipe()
     holder = start(in_a_transaction, session.reader, begun[1], end[0])
@@ -563,7 +563,7 @@ def test_a_fork_beside_a_connect_that_a_transaction_blocks(session: Session, pol
 
 
 def in_a_transaction(reader: str, begun: int, end: int) -> int:
-    """Have a transaction until told otherwise."""
+    """Hold a transaction until the pipe says so."""
     card = connect(establish(), reader)
     hresult = int(safe.SCardBeginTransaction(card))
     os.write(begun, b"\n")
@@ -572,7 +572,7 @@ def in_a_transaction(reader: str, begun: int, end: int) -> int:
 
 
 def lists_and_logs(context: Any) -> Any:
-    """Use PC/SC, and keep the warnings."""
+    """Use PC/SC; return the result and the warnings."""
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -583,11 +583,11 @@ def lists_and_logs(context: Any) -> Any:
         return type(error).__name__, lines
 
 
-# 3. Forks that fail, are interrupted, or happen in the middle of a call.
+# 3. Forks that fail, are interrupted, or happen during a call.
 
 
 def test_a_fork_that_fails_leaves_nothing_behind(shared_stack: VirtualPcsc) -> None:
-    """After 20 os.fork() that raise (no process may be added) threads call and wait as before; the next fork works."""
+    """After 20 os.fork() that fail (process limit) threads make calls and wait as before. The next fork works."""
     failed, waits, calls, answer, cancelled = run(shared_stack, failing)
     assert (failed, waits, calls) == (20, True, [OK] * 20)
     assert (answer, cancelled) == (WORKS, CANCELLED)
@@ -625,9 +625,9 @@ def failing() -> None:
 
 @pytest.mark.parametrize("what", ["KeyboardInterrupt", "SystemExit", "Alarm"])
 def test_an_interrupt_while_a_fork_waits(shared_stack: VirtualPcsc, what: str) -> None:
-    """What a signal handler raises while a fork waits for a call in flight arrives in the parent, after the fork.
+    """An exception that a signal handler raises while a fork waits for a call is raised in the parent, after the fork.
 
-    The fork does not go on waiting, its child is told that it was unquiet, and everything works afterwards.
+    The fork stops waiting, its child knows that it was unquiet, and everything works afterwards.
     """
     arrived, seconds, child, answer, after = run(shared_stack, interrupted, what)
     assert (arrived, child) == (what, "ForkUnsafeError")
@@ -637,7 +637,7 @@ def test_an_interrupt_while_a_fork_waits(shared_stack: VirtualPcsc, what: str) -
 
 
 def interrupted(what: str) -> None:
-    """Fork, with 20 s to wait, and have a signal after 0.2 s."""
+    """Fork with a timeout of 20 s, and send a signal after 0.2 s."""
     sys.unraisablehook = lambda unraisable: None
     pcsc_safe.configure(quiesce_timeout=ENOUGH, policy="reestablish")
     context, idle = establish(), establish()
@@ -672,7 +672,7 @@ def interrupted(what: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("threads", ["idle", "waiting"])
 def test_a_signal_at_any_moment_of_a_fork(shared_stack: VirtualPcsc, threads: str) -> None:
-    """Handlers that raise, at 400 moments before, in and after a fork, never leave other threads locked out."""
+    """Handlers that raise at 400 moments before, during and after a fork never lock other threads out."""
     calls, alarms, after = run(shared_stack, swept, threads)
     assert calls == 400
     assert alarms > 20
@@ -680,7 +680,7 @@ def test_a_signal_at_any_moment_of_a_fork(shared_stack: VirtualPcsc, threads: st
 
 
 def swept(threads: str) -> None:
-    """Fork with an alarm set, a little later each time."""
+    """Fork with an alarm set, each time a little later."""
     sys.unraisablehook = lambda unraisable: None
     context = establish()
     card = connect(context, READER)
@@ -694,10 +694,10 @@ def swept(threads: str) -> None:
             ready.release()
 
     threading.Thread(target=call, daemon=True).start()
-    heap = bytearray(b"x") * (64 << 20)  # a fork that copies more tables takes longer, and is hit more often
+    heap = bytearray(b"x") * (64 << 20)  # a fork that copies more page tables takes longer, so alarms hit it more often
     signal.signal(signal.SIGALRM, raise_alarm)
     alarms = calls = 0
-    others = len(os.listdir("/proc/self/task"))  # _thread._count() knows those that run already
+    others = len(os.listdir("/proc/self/task"))  # _thread._count() counts only those that already run
     began = time.monotonic()
     if os.fork() == 0:
         os._exit(0)
@@ -708,7 +708,7 @@ def swept(threads: str) -> None:
             if os.fork() == 0:
                 os._exit(0)
             time.sleep(2 * longest)
-            # What was raised in a hook comes from a thread, a moment after the fork.
+            # A thread raises an exception of a hook, a moment after the fork.
             while len(os.listdir("/proc/self/task")) > others:
                 time.sleep(0.0005)
             time.sleep(0.0005)
@@ -722,7 +722,7 @@ def swept(threads: str) -> None:
             break
         calls += 1
     del heap
-    # Not by in_child alone: where the way in is closed, it is for the main thread too.
+    # in_child alone would not show it: a gate that is closed is closed for the main thread too.
     after = in_child(works, context, card, READER) if calls == 400 else []
     print(json.dumps([calls, alarms, after]), flush=True)
     os._exit(0)
@@ -731,7 +731,7 @@ def swept(threads: str) -> None:
 @before_3_10
 @pytest.mark.parametrize("where", ["idle", "in a transaction"])
 def test_an_exception_in_the_middle_of_calls(shared_stack: VirtualPcsc, where: str) -> None:
-    """Handlers that raise at any moment of the main thread's calls leave the context usable for other threads."""
+    """After exceptions of handlers at any moment of the main thread's calls, other threads can use the context."""
     calls, alarms, after = run(shared_stack, interrupted_calls, where)
     assert calls == 1000
     assert alarms > 500
@@ -739,7 +739,7 @@ def test_an_exception_in_the_middle_of_calls(shared_stack: VirtualPcsc, where: s
 
 
 def interrupted_calls(where: str) -> None:
-    """Call in the main thread with an alarm set; then see whether another thread can."""
+    """Make calls in the main thread with an alarm set; then check that another thread can."""
     context = establish()
     card = connect(context, READER)
     if where == "in a transaction":
@@ -779,10 +779,10 @@ def interrupted_calls(where: str) -> None:
 @before_3_10
 @pytest.mark.parametrize("threads", ["alone", "with threads"])
 def test_signal_handlers_that_fork(shared_stack: VirtualPcsc, threads: str) -> None:
-    """300 forks by a signal handler, between any two steps of the calls of the main thread: all calls stay right.
+    """300 forks by a signal handler, at any moment of the main thread's calls, make no result wrong.
 
-    A child that works in the handler, and one that returns from it into the call it was forked in, both have what the
-    policy says.
+    A child may work in the handler, or return from it into the call in which it was forked.  In both cases it gets
+    what the policy says.
     """
     done = in_program(forking_handler, threads, env=shared_stack.env)
     assert done.returncode == 0, done.stderr
@@ -840,8 +840,8 @@ def forking_handler(threads: str) -> None:
                 status = os.waitstatus_to_exitcode(ended[1])
                 statuses[status] = statuses.get(status, 0) + 1
                 forks += 1
-    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # not only the timer, which the handler may set once more
-    if os.getpid() != me:  # the last fork came after the last calls
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # the timer alone is not enough, because the handler may set it again
+    if os.getpid() != me:  # a child of the last fork, after the last calls
         os._exit(0)
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -876,13 +876,13 @@ CALLS_TO_FORK_IN = [
 
 @pytest.mark.parametrize(("generation", "call", "native"), CALLS_TO_FORK_IN)
 def test_a_fork_as_a_call_returns(shared_stack: VirtualPcsc, generation: str, call: str, native: str) -> None:
-    """A signal handler that forks as soon as a call is out of the library: both processes go on in that call.
+    """A signal handler forks as soon as a call is out of the library: both processes continue that call.
 
-    The child then has nothing of the parent's connections, can do everything with what it has, and the parent is
-    unharmed.  So it is where the process that forks is itself a child, which gets its own context or card just then.
+    The child then has none of the parent's connections and can do everything, and the parent is unaffected.  The same
+    holds if the process that forks is itself a child that is just getting its own context or card.
     """
     parent, child = run(shared_stack, forks_as_it_returns, generation, call, native)
-    # A card that was connected in the parent is, in the child, an inherited one.
+    # A card that the parent connected is an inherited one in the child.
     assert child.pop("answer") == OK
     assert child == {"works": WORKS, "shared": []}
     assert parent == {"answer": OK, "works": WORKS}
@@ -901,7 +901,7 @@ def forks_as_it_returns(generation: str, call: str, native: str) -> None:
 
 
 def forks_in(watch: Watch, call: str, native: str, context: Any, card: Any, before: set[str]) -> Any:
-    """Make a call, fork when a native part of it is over, and see what both can do, and what they share."""
+    """Make a call; fork as a native part of it returns; return what both can do, and what they share."""
     scard, pids = watch.scard, []
     read_end, write_end = os.pipe()
 
@@ -941,7 +941,7 @@ def forks_in(watch: Watch, call: str, native: str, context: Any, card: Any, befo
         scard.SCardEndTransaction(card, scard.SCARD_LEAVE_CARD)
     outcome: dict[str, Any] = {"answer": answer, "works": works_with(watch, call, context, card)}
     if is_child:
-        # What it still has of its parent's, also after it has got its own.
+        # What it still shares with its parent, also after it has its own context.
         outcome["shared"] = sorted((sockets("self") & sockets(str(os.getppid()))) - before)
         os.write(write_end, json.dumps(outcome).encode())
         os._exit(0)
@@ -954,7 +954,7 @@ def forks_in(watch: Watch, call: str, native: str, context: Any, card: Any, befo
 
 
 def works_with(watch: Watch, call: str, context: Any, card: Any) -> Any:
-    """:func:`works`, on what the call left."""
+    """Call :func:`works` on the handles that the call leaves."""
     scard = watch.scard
     if call == "SCardReleaseContext":
         context, card = watch.session()
@@ -965,7 +965,7 @@ def works_with(watch: Watch, call: str, context: Any, card: Any) -> Any:
 
 
 def sockets(process: str) -> set[str]:
-    """The sockets of a process, by their names; of this process only those that lead somewhere."""
+    """Return the names of a process's sockets; of this process only those that are connected."""
     found = set()
     for number in os.listdir(f"/proc/{process}/fd"):
         with contextlib.suppress(OSError):
@@ -982,7 +982,7 @@ def leads_somewhere(number: int) -> bool:
 
 
 def test_a_fork_in_a_forks_own_wait(shared_stack: VirtualPcsc) -> None:
-    """A signal handler that forks while the main thread's fork waits for a call in flight: both forks are quiet."""
+    """A signal handler forks while the main thread's fork waits for a call in flight: both forks are quiet."""
     inner, outer, wrong = run(shared_stack, nested)
     assert inner == [WORKS] * 10
     assert outer == [WORKS] * 10
@@ -1013,7 +1013,7 @@ def nested() -> None:
 
 
 def test_many_threads_fork_at_once(session: Session) -> None:
-    """Eight threads fork ten times each, at once, while others call and wait: every child can do everything."""
+    """Eight threads fork ten times each, beside others that make calls and wait. Every child can do everything."""
     stop, barrier = threading.Event(), threading.Barrier(8)
     waiter, other = wait(waiting := establish(), session.reader), establish()
 
@@ -1039,7 +1039,7 @@ def test_many_threads_fork_at_once(session: Session) -> None:
 
 
 def test_a_preexec_fn(session: Session) -> None:
-    """Subprocess with a preexec_fn is a fork like any other: while threads wait and call, also from several at once."""
+    """Subprocess with a preexec_fn is a fork like any other, also beside waits, calls and other such forks."""
     waiter = wait(waiting := establish(), session.reader)
 
     def runs() -> set[int]:
@@ -1067,7 +1067,7 @@ def test_a_preexec_fn(session: Session) -> None:
 
 
 def test_a_program_without_threads_gets_none(shared_stack: VirtualPcsc) -> None:
-    """Nothing of ours makes a thread in a program that has none: no DeprecationWarning at its forks (Python 3.12)."""
+    """pcsc_safe starts no thread in a program that has none: no DeprecationWarning at its forks (Python 3.12)."""
     done = in_program(single_threaded, env={**shared_stack.env, "PYTHONWARNINGS": "error::DeprecationWarning"})
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == [[WORKS] * 3, [1, 1], OK]
@@ -1090,7 +1090,7 @@ def single_threaded() -> None:
 
 
 def fork_while_a_thread_establishes() -> None:
-    """Print who was inside, as a child and a grandchild see it; the function stands still in the native library."""
+    """Print which call was inside, in a child and a grandchild; the function blocks in the native library."""
     inside, may_leave = threading.Event(), threading.Event()
 
     def establish(scope: int) -> Any:
@@ -1129,6 +1129,6 @@ def fork_while_a_thread_establishes() -> None:
 
 
 def test_establishing_is_waited_for_in_every_generation(shared_stack: VirtualPcsc) -> None:
-    """A fork beside SCardEstablishContext is unquiet, whether the first process makes it or its child."""
+    """A fork during SCardEstablishContext is unquiet, whether the first process or its child forks."""
     done = in_program(fork_while_a_thread_establishes, env={**os.environ, **shared_stack.env})
     assert (done.stdout.split(), done.returncode) == (["SCardEstablishContext"] * 2, 0), done.stderr

@@ -1,4 +1,4 @@
-"""What is imported when: nothing that isn't needed, and nothing for the first time where that could hang or fail."""
+"""When modules are imported: none that isn't needed, and none for the first time where that could hang or fail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ECHO = [0x00, 0x01, 0x00, 0x00, 0x03, 1, 2, 3]
 
 
 def told(program: Callable[..., None], *arguments: str, stack: VirtualPcsc, **env: str) -> Any:
-    """What a program says as JSON, and it says nothing else."""
+    """Return what a program printed as JSON; it prints nothing else."""
     done = in_program(program, *arguments, env={**os.environ, **stack.env, **env})
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
@@ -32,7 +32,7 @@ def say(*words: Any) -> None:
 
 
 def session() -> tuple[Any, Any]:
-    """``pcsc_safe.scard``, and a card."""
+    """Return ``pcsc_safe.scard`` and a card."""
     import pcsc_safe.scard as scard
 
     _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
@@ -50,7 +50,7 @@ def is_there() -> bool:
 
 
 def other_thread() -> Callable[[], None]:
-    """Begin one that does nothing; returns what ends it."""
+    """Start a thread that does nothing; return a function that ends it."""
     over = threading.Event()
     thread = threading.Thread(target=over.wait)
     thread.start()
@@ -64,7 +64,7 @@ def other_thread() -> Callable[[], None]:
 
 @pytest.mark.parametrize("env", [{"PCSC_SAFE_POLICY": "broker"}, {"PCSC_SAFE_RECOVER": "1"}])
 def test_settings_that_need_a_broker(shared_stack: VirtualPcsc, env: dict[str, str]) -> None:
-    """Then it is imported with pcsc_safe.scard; so it is when a program sets them later."""
+    """A setting that needs a broker imports it, with pcsc_safe.scard or when a program changes the setting later."""
     assert told(imports_only, stack=shared_stack, **env) == [True]
     assert told(imports_only, *env, *env.values(), stack=shared_stack) == [False, True]
 
@@ -81,7 +81,7 @@ def imports_only(variable: str = "", value: str = "") -> None:
 
 @pytest.mark.parametrize(("how", "expected"), [("os.fork", [True, True, 0, True]), ("C", [True, True, 0, True])])
 def test_a_fork_beside_another_thread(shared_stack: VirtualPcsc, how: str, expected: list[Any]) -> None:
-    """The parent has imported everything before the fork, whatever kind of fork it is."""
+    """A parent with another thread has imported everything before the fork, with or without hooks."""
     assert told(forks_beside_a_thread, how, stack=shared_stack) == expected
 
 
@@ -101,7 +101,7 @@ def forks_beside_a_thread(how: str) -> None:
 
 
 def test_a_child_of_one_thread_gets_a_broker(shared_stack: VirtualPcsc) -> None:
-    """A child has what it needs when it asks for it."""
+    """A child has imported what a broker needs before it asks for one."""
     assert told(child_asks, stack=shared_stack) == [True, 0, True]
 
 
@@ -119,7 +119,7 @@ def child_asks() -> None:
 
 
 def test_a_warning_where_nobody_imports_logging(shared_stack: VirtualPcsc) -> None:
-    """It goes to standard error, as logging itself would write it; nothing else does, and logging isn't imported."""
+    """A warning goes to stderr as logging would write it. Nothing else does, and logging isn't imported."""
     done = in_program(warns, env={**os.environ, **shared_stack.env})
     assert (done.returncode, done.stdout, done.stderr) == (0, "[false]\n", "pcsc_safe: it costs 7\n")
 

@@ -1,4 +1,4 @@
-"""``pcsc_safe.reconnecting()``: work on a card is done in a session that lasts, whoever resets the card."""
+"""``pcsc_safe.reconnecting()``: work on a card is done within one session, whoever resets the card."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ NO_CARD = {safe.SCARD_W_REMOVED_CARD, safe.SCARD_E_NO_SMARTCARD}
 
 @pytest.fixture
 def stack(pcsc_stack: VirtualPcsc) -> VirtualPcsc:
-    """One whose cards may be reset and pulled out."""
+    """A stack whose cards may be reset and removed."""
     return pcsc_stack
 
 
 @pytest.fixture
 def own(stack: VirtualPcsc) -> Iterator[Session]:
-    """A session of this test's own."""
+    """The test's own session."""
     session = Session()
     yield session
     session.close()
 
 
 def send(command: list[int]) -> Any:
-    """Work that sends a command."""
+    """Return work that sends a command."""
     return lambda card: safe.SCardTransmit(card, safe.SCARD_PCI_T1, command)
 
 
 def verify(card: Any) -> None:
-    """What the application restores."""
+    """Restore the application's session."""
     assert send(VERIFY)(card) == [OK, [0x90, 0x00]]
 
 
 def test_nothing_is_done_twice_without_a_reset(own: Session) -> None:
-    """Work is called once, its result and its error are the caller's, and on_reset is not called."""
+    """Without a reset work is called once. Its result and its error are the caller's; on_reset is not called."""
     calls = []
     assert pcsc_safe.reconnecting(own.card, lambda card: calls.append(card) or "done", pytest.fail) == "done"
     assert calls == [own.card]
@@ -60,7 +60,7 @@ def test_nothing_is_done_twice_without_a_reset(own: Session) -> None:
 
 @pytest.mark.parametrize("how", ["returned", "hidden", "raised"])
 def test_after_a_reset(own: Session, stack: VirtualPcsc, how: str) -> None:
-    """Work is called again in a new session, with the PIN verified, whatever it makes of the return code."""
+    """After a reset work is called again in a new session with a verified PIN, whatever work did with the code."""
     stack.readers[0].reset()
 
     def work(card: Any) -> Any:
@@ -74,7 +74,7 @@ def test_after_a_reset(own: Session, stack: VirtualPcsc, how: str) -> None:
 
 
 def test_a_reset_while_the_session_is_restored(own: Session, stack: VirtualPcsc) -> None:
-    """A reset that comes in on_reset leads to another attempt."""
+    """A reset during on_reset leads to another attempt."""
     resets = [stack.readers[0].reset] * 2
     resets.pop()()
 
@@ -88,7 +88,7 @@ def test_a_reset_while_the_session_is_restored(own: Session, stack: VirtualPcsc)
 
 
 def test_a_card_that_is_always_reset(own: Session, stack: VirtualPcsc) -> None:
-    """The number of attempts is limited, and the error says what happened; its cause is what work raised."""
+    """The number of attempts is limited. The error says what happened, and its cause is what work raised."""
     calls: list[Any] = []
 
     def work(card: Any) -> None:
@@ -106,7 +106,7 @@ def test_a_card_that_is_always_reset(own: Session, stack: VirtualPcsc) -> None:
 
 
 def test_a_wrong_pin_is_sent_once(own: Session, stack: VirtualPcsc) -> None:
-    """What on_reset raises is raised, and not tried again."""
+    """An exception of on_reset reaches the caller, and on_reset is not called again."""
     stack.readers[0].reset()
     tries = []
 
@@ -120,7 +120,7 @@ def test_a_wrong_pin_is_sent_once(own: Session, stack: VirtualPcsc) -> None:
 
 
 def test_a_card_that_is_gone(own: Session, stack: VirtualPcsc) -> None:
-    """The error says that it can't be connected, with the code."""
+    """The error says that the card can't be connected, and has the code."""
     card = stack.readers[0].remove()
     with pytest.raises(ReconnectError, match="can't be connected again: ") as caught:
         pcsc_safe.reconnecting(own.card, send(ECHO))
@@ -132,7 +132,7 @@ def test_a_card_that_is_gone(own: Session, stack: VirtualPcsc) -> None:
 
 @pytest.mark.parametrize("cards", ["auto", "reset", "reconnect"])
 def test_in_a_child(own: Session, cards: Any) -> None:
-    """A child that continues its parent's session has nothing restored; one that can't has, in its own connection."""
+    """A child that continues its parent's session restores nothing. Any other child restores on its connection."""
 
     def child() -> Any:
         pcsc_safe.configure(cards=cards)
@@ -145,7 +145,7 @@ def test_in_a_child(own: Session, cards: Any) -> None:
 
 
 def test_in_a_child_that_outlives_the_session(own: Session) -> None:
-    """So it is where the owner has disconnected since."""
+    """A child restores the session if the owner has disconnected since the fork."""
 
     def child() -> Any:
         restored: list[Any] = []
@@ -167,7 +167,7 @@ def test_in_a_child_that_outlives_the_session(own: Session) -> None:
 
 @pytest.mark.parametrize("policy", ["raise", "invalid"])
 def test_where_the_policy_forbids_it(own: Session, policy: Any) -> None:
-    """What the policy answers is the result: no card is connected by the back door."""
+    """The result is the policy's. No card is connected behind its back."""
 
     def child() -> Any:
         pcsc_safe.configure(policy=policy)
@@ -181,7 +181,7 @@ def test_where_the_policy_forbids_it(own: Session, policy: Any) -> None:
 
 @pytest.mark.parametrize("wrong", [None, 12345, "context", "released"])
 def test_what_is_no_card(own: Session, wrong: Any) -> None:
-    """It is refused before work is called, and the error says what to pass."""
+    """Anything but a card is refused before work is called. The error says what to pass."""
     if wrong == "context":
         wrong = own.context
     elif wrong == "released":
@@ -192,13 +192,13 @@ def test_what_is_no_card(own: Session, wrong: Any) -> None:
 
 
 def test_a_number_of_attempts_that_makes_no_sense(own: Session) -> None:
-    """Work has to be called at least once."""
+    """The number of attempts must be at least 1."""
     with pytest.raises(ValueError, match="attempts must be 1 or more, not 0"):
         pcsc_safe.reconnecting(own.card, pytest.fail, attempts=0)
 
 
 def test_it_leaves_the_card_as_it_is(own: Session) -> None:
-    """In a child, SCardReconnect resets nothing: the parent's PIN stays verified; the share mode stays the same."""
+    """In a child, SCardReconnect resets nothing: the parent's PIN stays verified, and the share mode is kept."""
 
     def child() -> Any:
         pcsc_safe.configure(cards="reset")
@@ -209,7 +209,7 @@ def test_it_leaves_the_card_as_it_is(own: Session) -> None:
 
 
 def test_where_there_is_no_fork(own: Session, stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Windows cards have no records: there the return code says it, or the ``hresult`` of what was raised."""
+    """Without records of cards, as on Windows, the return code or the exception's ``hresult`` shows the reset."""
     monkeypatch.setattr(process, "FORKS", False)
     number = int(own.card)
     stack.readers[0].reset()
@@ -228,6 +228,6 @@ def test_where_there_is_no_fork(own: Session, stack: VirtualPcsc, monkeypatch: p
 
 
 def test_it_is_there_before_pyscard() -> None:
-    """``from pcsc_safe import reconnecting`` may come first, and loads no native library."""
+    """``from pcsc_safe import reconnecting`` needs no earlier import, and loads no native library."""
     code = "import sys; from pcsc_safe import reconnecting; sys.exit('smartcard' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)

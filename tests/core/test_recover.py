@@ -1,7 +1,7 @@
-"""``recover``: to a context, the end of pcscd is what a fork is.
+"""``recover``: for a context, the end of pcscd is like a fork.
 
-Each story is told by a client, a forked child that does PC/SC itself or through a broker.  pcscd is the test's, which
-does to it what the client asks for.  "restart" is SIGKILL and a start.
+Each story runs in a client, a forked child that uses PC/SC natively or through a broker.  The client asks the test to
+kill, stop or start the test's pcscd.  "restart" is SIGKILL and a start.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def module_stack() -> Iterator[VirtualPcsc]:
 
 @pytest.fixture
 def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
-    """The one of this module; pcscd is up and the card in its reader, before and after."""
+    """The module's stack. pcscd runs and the card is in its reader, before and after."""
     yield module_stack
     if not module_stack.pid:
         module_stack.start()
@@ -69,20 +69,20 @@ def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
 def kill_in_an_exchange(stack: VirtualPcsc) -> None:
     card: Any = stack.readers[0].card
     assert card.reached.wait(ENOUGH)
-    threading.Timer(0.05, card.go.set).start()  # for kill() waits for the card
+    threading.Timer(0.05, card.go.set).start()  # because kill() waits for the card
     stack.kill()
     card.reached.clear()
     card.go.clear()
 
 
 def stop(stack: VirtualPcsc) -> None:
-    """An orderly end, as systemd asks for it."""
+    """End pcscd in an orderly way, as systemd does."""
     os.kill(stack.pid, signal.SIGTERM)
     until(lambda: has_ended(stack.pid), "pcscd has ended")
 
 
 def has_ended(pid: int) -> bool:
-    """Whether nothing is left but what its parent has to read: no thread, and so no listening socket."""
+    """Return whether only the exit status is left: no thread, and so no listening socket."""
     state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     return state == "Z" and len(os.listdir(f"/proc/{pid}/task")) == 1
 
@@ -99,7 +99,7 @@ ASKED_FOR: dict[str, Callable[[VirtualPcsc], Any]] = {
 
 
 class Pcscd:
-    """pcscd, as a client has it: it asks for what is to happen, and goes on when it has."""
+    """pcscd as seen by a client: a call asks the test for changes, and returns when they are done."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -111,7 +111,7 @@ class Pcscd:
 
 
 def told(stack: VirtualPcsc, way: str, story: Callable[[Pcscd], Any], **settings: Any) -> Any:
-    """What a client tells, for whom is done what it asks for.
+    """Return the story's result; the test makes the changes of pcscd that the client asks for.
 
     :param way: ``native`` or ``broker``.
     """
@@ -119,7 +119,7 @@ def told(stack: VirtualPcsc, way: str, story: Callable[[Pcscd], Any], **settings
     def client(link: Link) -> Any:
         always = {"broker": "always"} if way == "broker" else {}
         pcsc_safe.configure(**{"recover": True, **always, **settings})
-        # Not to stderr: a thread that is writing there when another forks leaves its lock to the child.
+        # Not on stderr: if a thread writes there while another forks, the child inherits a locked lock.
         logging.getLogger("pcsc_safe").addHandler(logging.NullHandler())
         logging.getLogger("pcsc_safe").propagate = False
         try:
@@ -156,13 +156,13 @@ def reader() -> str:
     return "Virtual PCD 0 00 00"
 
 
-# 1. What a context and a card get.
+# 1. What becomes of a context and a card.
 
 
 @by_either_way
 @pytest.mark.parametrize("end", ["kill", "stop"])
 def test_nothing_is_there_and_then_it_is(stack: VirtualPcsc, way: str, end: str) -> None:
-    """Without pcscd calls say so, as ever; with a new one the context is one again, and the card waits to be told."""
+    """Without pcscd calls return SCARD_E_NO_SERVICE. With a new one they work; the card needs SCardReconnect."""
 
     def story(pcscd: Pcscd) -> Any:
         session = Session()
@@ -199,7 +199,7 @@ def test_nothing_is_there_and_then_it_is(stack: VirtualPcsc, way: str, end: str)
 @pytest.mark.not_on_macos("raw pyscard, for comparison, can't be used in a forked process")
 @by_either_way
 def test_off_by_default(stack: VirtualPcsc, way: str) -> None:
-    """Without ``recover`` a context is lost for ever, and answers as on raw pyscard; once asked for, it is back."""
+    """Without ``recover`` a lost context returns raw pyscard's codes for ever. With it, the context works again."""
 
     def answers(scard: Any, pcscd: Pcscd) -> Any:
         _, context = scard.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
@@ -233,7 +233,7 @@ def test_off_by_default(stack: VirtualPcsc, way: str) -> None:
 
 @by_either_way
 def test_cards_reconnect(stack: VirtualPcsc, way: str) -> None:
-    """With ``cards="reconnect"`` the first call goes on in a new connection; not in the middle of a transaction."""
+    """With ``cards="reconnect"`` the first call uses a new connection, except inside a transaction."""
 
     def story(pcscd: Pcscd) -> Any:
         session = Session()
@@ -250,7 +250,7 @@ def test_cards_reconnect(stack: VirtualPcsc, way: str) -> None:
 
 @by_either_way
 def test_cleanup_of_what_is_lost(stack: VirtualPcsc, way: str) -> None:
-    """To end what pcscd has ended succeeds, and what has been ended is a handle no more; with and without a pcscd."""
+    """Cleanup of what ended with pcscd succeeds, and the handles are then invalid, with and without a new pcscd."""
 
     def story(pcscd: Pcscd) -> Any:
         answers = []
@@ -275,7 +275,7 @@ def test_cleanup_of_what_is_lost(stack: VirtualPcsc, way: str) -> None:
 
 @by_either_way
 def test_the_card_is_gone_when_pcscd_is_back(stack: VirtualPcsc, way: str) -> None:
-    """SCardReconnect says why it fails, and succeeds when it can."""
+    """SCardReconnect returns why it fails, and succeeds as soon as it can."""
 
     def story(pcscd: Pcscd) -> Any:
         session = Session()
@@ -297,7 +297,7 @@ def test_the_card_is_gone_when_pcscd_is_back(stack: VirtualPcsc, way: str) -> No
 
 @by_either_way
 def test_a_call_that_was_under_way(stack: VirtualPcsc, way: str) -> None:
-    """It may have been carried out: it says so, and is not made again."""
+    """A call in flight may have been carried out: it returns SCARD_F_COMM_ERROR, and is not made again."""
 
     def story(pcscd: Pcscd) -> Any:
         session = Session()
@@ -315,7 +315,7 @@ def test_a_call_that_was_under_way(stack: VirtualPcsc, way: str) -> None:
 @by_either_way
 @pytest.mark.parametrize("policy", ["raise", "invalid", "broker", "share"])
 def test_every_policy(stack: VirtualPcsc, way: str, policy: str) -> None:
-    """What is lost with pcscd was not inherited: no policy for forks refuses it."""
+    """What ends with pcscd is not inherited: no policy for forks refuses it."""
 
     def story(pcscd: Pcscd) -> Any:
         session = Session()
@@ -331,14 +331,14 @@ def test_every_policy(stack: VirtualPcsc, way: str, policy: str) -> None:
 
 @by_either_way
 def test_nothing_is_left_of_old_contexts(stack: VirtualPcsc, way: str) -> None:
-    """However often pcscd is restarted: no descriptor, and no record, more than before."""
+    """Restarts of pcscd leave no descriptor and no record, however many there are."""
 
     def story(pcscd: Pcscd) -> Any:
         from pcsc_safe._core import handles
         from pcsc_safe.broker import family
 
         def used() -> Any:
-            broker = family.existing()  # it may be that of this process's family
+            broker = family.existing()  # may be the broker of this process's family
             processes = [os.getpid(), *([broker.helper_pid] if broker is not None else [])]
             return [len(descriptors(pid)) for pid in processes], len(handles.contexts), len(handles.cards)
 
@@ -361,7 +361,7 @@ def test_nothing_is_left_of_old_contexts(stack: VirtualPcsc, way: str) -> None:
 @pytest.mark.not_on_macos("a forked process has a broker there, and says so")
 @pytest.mark.native
 def test_what_is_logged(stack: VirtualPcsc) -> None:
-    """A line for each context that was established anew, and a warning for each card that has to be told."""
+    """The log has a line for each re-established context, and a warning for each card that needs SCardReconnect."""
 
     def story(pcscd: Pcscd) -> Any:
         lines: list[str] = []
@@ -386,16 +386,16 @@ def test_what_is_logged(stack: VirtualPcsc) -> None:
     ]
 
 
-# 2. pcscd by socket activation, which is how today's distributions start it.
+# 2. pcscd by socket activation, as in current distributions.
 
 
 class Activator(threading.Thread):
-    """Listens where pcscd would, and starts it when somebody calls; as systemd does."""
+    """Listens at pcscd's socket, and starts pcscd when a client connects, as systemd does."""
 
     def __init__(self, stack: VirtualPcsc) -> None:
         super().__init__(daemon=True)
         daemon = stack._running()
-        stack._configure()  # what pcscd reads when it starts; the stack takes it away when its own has read it
+        stack._configure()  # read by pcscd as it starts; the stack removes it after its own pcscd's start
         self._command = daemon._command()
         self._home = daemon.home
         self.pcscd: Any = None
@@ -429,7 +429,7 @@ class Activator(threading.Thread):
         )
 
     def stop_pcscd(self) -> None:
-        """As pcscd stops by itself when nobody has used it for a minute."""
+        """End pcscd as it ends by itself when it had no client for a minute."""
         self.pcscd.terminate()
         self.pcscd.wait()
 
@@ -443,7 +443,7 @@ class Activator(threading.Thread):
 
 @by_either_way
 def test_socket_activation(stack: VirtualPcsc, way: str) -> None:
-    """The next use starts pcscd, and finds itself with a context; nobody sees SCARD_E_NO_SERVICE."""
+    """The next call starts pcscd and re-establishes the context. No call returns SCARD_E_NO_SERVICE."""
     stack.kill()
     activator = Activator(stack)
 
@@ -478,7 +478,7 @@ def test_socket_activation(stack: VirtualPcsc, way: str) -> None:
         stack.start()
 
 
-# 3. Waits for events go on, and so do monitors.
+# 3. Waits for events and monitors continue.
 
 
 def state(context: Any) -> int:
@@ -489,7 +489,7 @@ def state(context: Any) -> int:
 
 @by_either_way
 def test_a_wait_goes_on(stack: VirtualPcsc, way: str) -> None:
-    """It sees what came of the card while there was no pcscd, and what comes of it then."""
+    """A wait reports what happened to the card while no pcscd ran, and what happens later."""
 
     def story(pcscd: Pcscd) -> Any:
         context = establish()
@@ -507,7 +507,7 @@ def test_a_wait_goes_on(stack: VirtualPcsc, way: str) -> None:
 
 @by_either_way
 def test_a_wait_takes_no_longer(stack: VirtualPcsc, way: str) -> None:
-    """Its time includes that without pcscd; the wait is over on time, whether pcscd is back or not."""
+    """The timeout includes the time without pcscd. The wait ends on time, whether pcscd is back or not."""
 
     def story(pcscd: Pcscd) -> Any:
         context = establish()
@@ -534,7 +534,7 @@ def test_a_wait_takes_no_longer(stack: VirtualPcsc, way: str) -> None:
 @by_either_way
 @pytest.mark.parametrize("when", ["down", "restarted"])
 def test_cancel(stack: VirtualPcsc, way: str, when: str) -> None:
-    """SCardCancel ends it, whether there is a pcscd or not, and however it came there; and no other wait."""
+    """SCardCancel ends the context's waits, with and without a pcscd, and no other wait."""
 
     def story(pcscd: Pcscd) -> Any:
         context, other = establish(), establish()
@@ -557,7 +557,7 @@ def test_cancel(stack: VirtualPcsc, way: str, when: str) -> None:
 
 @pytest.mark.parametrize(("recover", "expected"), [(True, OK), (False, INVALID)])
 def test_a_cancel_before_the_loss_is_noticed(stack: VirtualPcsc, recover: bool, expected: int) -> None:
-    """Another pcscd knows nothing of the context, which is well all the same."""
+    """If a new pcscd doesn't know the context, SCardCancel succeeds nevertheless."""
     pcsc_safe.configure(recover=recover)
     context = establish()
     assert recovery.cancel(context._self_record, lambda: INVALID) == expected
@@ -566,7 +566,7 @@ def test_a_cancel_before_the_loss_is_noticed(stack: VirtualPcsc, recover: bool, 
 
 @by_either_way
 def test_new_readers(stack: VirtualPcsc, way: str) -> None:
-    """A wait for new readers ends when pcscd is back: they may be others."""
+    """A wait for new readers ends when pcscd is back: its readers may be others."""
 
     def story(pcscd: Pcscd) -> Any:
         context = establish()
@@ -582,16 +582,16 @@ def test_new_readers(stack: VirtualPcsc, way: str) -> None:
 @by_either_way
 @pytest.mark.parametrize("kind", ["cards", "readers"])
 def test_monitors(stack: VirtualPcsc, way: str, kind: str) -> None:
-    """The monitors of pyscard go on, and tell what has changed; nothing is on stderr."""
+    """The monitors of pyscard continue, and report what has changed. Nothing is written to stderr."""
 
     def story(pcscd: Pcscd) -> Any:
         from programs import Recorder, eventually, monitors
 
-        warnings.simplefilter("ignore", DeprecationWarning)  # pyscard 2.0 has some
+        warnings.simplefilter("ignore", DeprecationWarning)  # pyscard 2.0 issues some
         pcsc_safe.install()
         caught: list[Any] = []
         threading.excepthook = lambda arguments: caught.append(arguments.exc_type.__name__)
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # told by what it is when it is no more
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # its position shows whether anything was written
         monitor, observer = monitors(kind)(), Recorder()
         monitor.addObserver(observer)
         there = 1 if kind == "cards" else 2
@@ -614,7 +614,7 @@ def test_monitors(stack: VirtualPcsc, way: str, kind: str) -> None:
 
 @by_either_way
 def test_threads_notice_at_once(stack: VirtualPcsc, way: str) -> None:
-    """One of them establishes the context anew, for all."""
+    """One of several threads re-establishes the context, for all."""
 
     def story(pcscd: Pcscd) -> Any:
         session = Session()
@@ -635,7 +635,7 @@ def test_threads_notice_at_once(stack: VirtualPcsc, way: str) -> None:
         session.close()
         return True
 
-    # What is surplus, because several threads established at once, is released.
+    # Surplus contexts, if several threads established one, are released.
     ASKED_FOR["count clients"] = lambda stack: stack.wait_for_clients(1)
     assert told(stack, way, story)
 
@@ -643,7 +643,7 @@ def test_threads_notice_at_once(stack: VirtualPcsc, way: str) -> None:
 @by_either_way
 @pytest.mark.parametrize("when", ["before it is noticed", "when it is lost", "when it is had again"])
 def test_forks(stack: VirtualPcsc, way: str, when: str) -> None:
-    """A child goes on in the parent's new session, not in the old one, whatever its parent knew."""
+    """A child continues the parent's new session, never the old one, whether or not the parent had noticed."""
 
     def story(pcscd: Pcscd) -> Any:
         session = Session()
@@ -673,7 +673,7 @@ def test_forks(stack: VirtualPcsc, way: str, when: str) -> None:
 
 @pytest.mark.native
 def test_a_child_obeys_its_policy(stack: VirtualPcsc) -> None:
-    """What its parent had lost it has inherited: policy ``raise`` counts there."""
+    """A child has inherited what its parent lost: policy ``raise`` applies to it."""
 
     def story(pcscd: Pcscd) -> Any:
         session = Session()
@@ -695,7 +695,7 @@ def test_a_child_obeys_its_policy(stack: VirtualPcsc) -> None:
 
 @by_either_way
 def test_a_fork_while_others_recover(stack: VirtualPcsc, way: str) -> None:
-    """Its child has a context of its own, and so have the threads of its parent."""
+    """A fork beside threads that recover has a working child, and the parent's threads continue."""
 
     def story(pcscd: Pcscd) -> Any:
         session = Session()
@@ -711,7 +711,7 @@ def test_a_fork_while_others_recover(stack: VirtualPcsc, way: str) -> None:
         def child() -> Any:
             return status(session.card), reconnect(session.card), session.transmit(ECHO)
 
-        # What a connection is answered that is made when pcscd dies, or before the card is in its reader, too.
+        # Also the codes for a connection made as pcscd dies, or before the card is in its reader.
         known = {OK, RESET, NO_SERVICE, COMM_ERROR, safe.SCARD_W_SECURITY_VIOLATION, safe.SCARD_E_NO_SMARTCARD}
         users = [Calling(use) for _ in range(3)]
         children = []
@@ -721,7 +721,7 @@ def test_a_fork_while_others_recover(stack: VirtualPcsc, way: str) -> None:
             pcscd("start")
             started += [start(child) for _ in range(3)]
             children += [wait_for(each) for each in started[1:]]
-            wait_for(started[0])  # pcscd may not have been there yet
+            wait_for(started[0])  # pcscd may not have run yet
             until(lambda: answers[-20:].count(OK) >= 10, "they go on")
         over.set()
         for user in users:
@@ -735,7 +735,7 @@ def test_a_fork_while_others_recover(stack: VirtualPcsc, way: str) -> None:
 @by_either_way
 @pytest.mark.parametrize("when", ["before", "in the block", "after"])
 def test_handover(stack: VirtualPcsc, way: str, when: str) -> None:
-    """A session that is dead when it is handed over, or dies then, is the child's to recover."""
+    """The child recovers a session that ends before, during or after the handover."""
 
     def story(pcscd: Pcscd) -> Any:
         session = Session()
@@ -769,7 +769,7 @@ def test_handover(stack: VirtualPcsc, way: str, when: str) -> None:
 
 
 def test_share(stack: VirtualPcsc) -> None:
-    """What they shared is lost for all of them; each has its own then, and what is forked later shares that."""
+    """A shared session ends for all its processes. Each then has its own, which its later children share."""
 
     def story(pcscd: Pcscd) -> Any:
         session = Session(EXCLUSIVE)
@@ -798,11 +798,11 @@ def test_share(stack: VirtualPcsc) -> None:
     assert younger == VERIFIED
 
 
-# 6. What a real pcscd doesn't do.
+# 6. What no real pcscd does.
 
 
 def test_contexts_but_nothing_else() -> None:
-    """Where contexts can be established and nothing comes of it, a call is made thrice more, and says no service."""
+    """If contexts can be established but calls fail, a call is made three more times and returns SCARD_E_NO_SERVICE."""
     made = []
 
     def fails() -> Any:

@@ -1,10 +1,10 @@
-"""``recover`` where the new pcscd has fewer readers than the one before, which pcsc-lite 2.5 can't bear.
+"""``recover`` if the new pcscd has fewer readers than the old one, which pcsc-lite 2.5 does not support.
 
-Its client library keeps one array of readers for the whole process (``readerStates`` in winscard_clnt.c), as large as
-pcscd has slots for readers.  It makes it larger, never smaller, and refuses a pcscd with fewer slots:
-SCARD_E_UNSUPPORTED_FEATURE from SCardListReaders, SCardStatus and SCardGetStatusChange, in every context of it.
+Its client library has one array of readers for the whole process (``readerStates`` in winscard_clnt.c), with as many
+elements as pcscd has slots.  The array grows but never shrinks.  With a pcscd that has fewer slots, SCardListReaders,
+SCardStatus and SCardGetStatusChange return SCARD_E_UNSUPPORTED_FEATURE in every context of the process.
 
-Each story is told by a program: in a forked child the library would have the test's own array.
+Each story is a program: a forked child would inherit the test's array.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ by_either_way = pytest.mark.parametrize("way", [NATIVE, "broker"])
 
 
 class Shrinking:
-    """A stack whose pcscd comes back with as many readers as a test wants.
+    """A stack whose pcscd is restarted with a given number of readers.
 
-    :ivar stack: it; a program gets its ``env``.
+    :ivar stack: the stack; a program gets its ``env``.
     """
 
     def __init__(self, stack: VirtualPcsc) -> None:
         self.stack, self._readers = stack, stack.readers
 
     def restart(self, readers: int) -> None:
-        """A new pcscd, with so many of the readers."""
+        """Start a new pcscd with so many of the readers."""
         self.stack.kill()
         self.stack._count, self.stack.readers = readers, self._readers[:readers]
         self.stack.start()
 
     def told(self, story: Callable[..., None], *sizes: int, **options: str) -> list[Any]:
-        """What a program says, for whom pcscd is restarted with each of the sizes, when it has said a line."""
+        """Return the lines of a program; after each line pcscd is restarted with the next of the sizes."""
         env = {**self.stack.env, "PYTHONPATH": str(ROOT)}
         with Program(story, json.dumps({**DEFAULTS, **options}), env=env) as program:
             assert program.process.stdin is not None
@@ -72,7 +72,7 @@ class Shrinking:
 
 @pytest.fixture
 def shrinking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shrinking]:
-    """Six readers, and a pcscd that has no slots but for its readers."""
+    """Six readers, and a pcscd that has slots for its readers only."""
     if isinstance(found := _install.look(), _install.Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
     monkeypatch.setattr(_slots, "wanted", lambda devices: 2 * devices)
@@ -81,14 +81,14 @@ def shrinking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shrinking]:
 
 
 def version() -> str:
-    """Of pcsc-lite, where its array of readers never shrinks; empty elsewhere."""
+    """Return pcsc-lite's version if its array of readers never shrinks, otherwise an empty string."""
     found = _install.look()
     assert isinstance(found, _install.Installed)
     return found.version if _slots.matter(found) else ""
 
 
 def say(value: Any) -> bool:
-    """Say a line, and wait for the answer; False if there are no more."""
+    """Print a line and wait for the reply; return False if there are no more."""
     print(json.dumps(value), flush=True)
     return bool(sys.stdin.readline())
 
@@ -98,7 +98,7 @@ def code(hresult: int) -> str:
 
 
 def seen(scard: Any, context: Any) -> list[Any]:
-    """What works on a context, call by call."""
+    """Return what each call on a context returns."""
     listed, names = scard.SCardListReaders(context, [])
     changed, _ = scard.SCardGetStatusChange(context, 0, [(READER, scard.SCARD_STATE_UNAWARE)])
     connected, card, _ = scard.SCardConnect(context, READER, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1)
@@ -112,7 +112,7 @@ def all_well(readers: int) -> list[Any]:
     return [OK, readers, OK, OK, OK, OK]
 
 
-# 1. pcsc-lite's own.
+# 1. pcsc-lite's defect.
 
 
 def on_raw_pyscard(options: str) -> None:
@@ -129,9 +129,10 @@ def on_raw_pyscard(options: str) -> None:
 
 @pytest.mark.native
 def test_pcsc_lites_own_fault(shrinking: Shrinking) -> None:
-    """Raw pyscard, no fork: after a restart with fewer readers nothing that lists them works, until there are as many.
+    """Raw pyscard, no fork: after a restart with fewer readers the calls fail until there are as many again.
 
-    Seen on pcsc-lite 2.5.3, read in 2.5.0 and 2.5.1, where the array came.  1.9.9 and 2.3.3 have one of fixed size.
+    Observed in pcsc-lite 2.5.3, and read in the source of 2.5.0, where the array came, and 2.5.1.  The array of 1.9.9
+    and 2.3.3 has a fixed size.
     """
     if not version():
         pytest.skip("before pcsc-lite 2.5 the client library's array of readers has a fixed size")
@@ -143,7 +144,7 @@ def test_pcsc_lites_own_fault(shrinking: Shrinking) -> None:
 
 
 def configure(options: str) -> dict[str, str]:
-    """Set what the story wants."""
+    """Make the story's settings."""
     given: dict[str, str] = json.loads(options)
     broker = "always" if given["way"] == "broker" else "on-fork"
     pcsc_safe.configure(recover=True, broker=broker, policy=given["policy"])
@@ -151,7 +152,7 @@ def configure(options: str) -> dict[str, str]:
 
 
 def goes_on(options: str) -> None:
-    """Program: one context and card for ever, and a new context each time."""
+    """Program: one context and card for all rounds, and a new context in each."""
     configure(options)
     from pcsc_safe import scard
 
@@ -170,11 +171,11 @@ def goes_on(options: str) -> None:
 
 @by_either_way
 def test_a_process_goes_on(shrinking: Shrinking, way: str) -> None:
-    """The context and card that it has, and new ones; with fewer readers, with more, and with fewer again."""
+    """Old and new contexts and cards work with fewer readers, with more, and with fewer again."""
     heard = shrinking.told(goes_on, 2, 6, 2, 4, way=way)
     card = [OK, OK, READER, [1, 2, 3, 0x90, 0x00]]
     assert [answers[:3] for answers in heard] == [[all_well(n), all_well(n), card] for n in (6, 2, 6, 2, 4)]
-    # A process that does PC/SC itself takes a broker when it has to; one that a broker does it for, another one.
+    # A process that uses PC/SC natively switches to a broker if necessary; one with a broker switches to another.
     expected = [1] * 5 if way == "broker" else [0, 1, 1, 1, 1] if version() else [0] * 5
     assert [answers[3] for answers in heard] == expected
 
@@ -199,7 +200,7 @@ def waits(options: str) -> None:
 
 @by_either_way
 def test_a_wait_goes_on(shrinking: Shrinking, way: str) -> None:
-    """One that asks for new readers ends when pcscd is back; and so does the next one, of a context that has moved."""
+    """A wait for new readers ends when pcscd is back, and so does the next one, on the re-established context."""
     heard = shrinking.told(waits, 2, 6, 4, way=way)
     assert heard == [[], *([OK, True, *all_well(readers)] for readers in (2, 6, 4))]
 
@@ -220,7 +221,7 @@ def threads(options: str) -> None:
             changed, _ = scard.SCardGetStatusChange(context, 1, [(READER, scard.SCARD_STATE_PRESENT)])
             connected, own, _ = scard.SCardConnect(context, READER, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1)
             scard.SCardDisconnect(own, scard.SCARD_LEAVE_CARD)
-            is_right = changed in (scard.SCARD_S_SUCCESS, scard.SCARD_E_TIMEOUT)  # others use the card, or they don't
+            is_right = changed in (scard.SCARD_S_SUCCESS, scard.SCARD_E_TIMEOUT)  # others may use the card now
             answers.append(("used", is_right, code(connected)))
         return answers
 
@@ -234,13 +235,13 @@ def threads(options: str) -> None:
 
 @by_either_way
 def test_threads_go_on(shrinking: Shrinking, way: str) -> None:
-    """One of them has the context re-established elsewhere, for all; the card waits for SCardReconnect."""
+    """One thread re-establishes the context, for all. The card needs SCardReconnect."""
     heard = shrinking.told(threads, 2, 6, 2, way=way)
     assert heard == [[["listed", OK, readers], ["used", True, OK]] for readers in (6, 2, 6, 2)]
 
 
 def forks(options: str) -> None:
-    """Program: a child inherits a context before pcscd is restarted, another one after that."""
+    """Program: one child inherits a context before pcscd is restarted, another one afterwards."""
     configure(options)
     from pcsc_safe import scard
 
@@ -263,13 +264,13 @@ WAYS = [pytest.param("native", "auto", marks=pytest.mark.native), ("broker", "au
 
 @pytest.mark.parametrize(("way", "policy"), WAYS)
 def test_forked_children_go_on(shrinking: Shrinking, way: str, policy: str) -> None:
-    """They inherit the array as well, and the way to the broker that has one."""
+    """Children inherit the array, and the connection to the broker that has one."""
     heard = shrinking.told(forks, 2, way=way, policy=policy)
     assert heard == [all_well(6), [all_well(2)] * 3]
 
 
 def says_so(options: str) -> None:
-    """Program: what is logged."""
+    """Program: report what is logged."""
     configure(options)
     from pcsc_safe import scard
 
@@ -285,7 +286,7 @@ def says_so(options: str) -> None:
 
 @pytest.mark.native
 def test_what_is_logged(shrinking: Shrinking) -> None:
-    """That a broker is taken, and that another one is; and a warning where policy 'reestablish' forbids that."""
+    """The log says that a broker is used, or replaced by another. It warns if policy 'reestablish' forbids that."""
     if not version():
         pytest.skip("before pcsc-lite 2.5 nothing has to be done")
     (_, (answers, lines, pid)) = shrinking.told(says_so, 2)

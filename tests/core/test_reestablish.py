@@ -1,4 +1,4 @@
-"""A handler may run while an inherited context or card is replaced: it may raise, or wait for another thread."""
+"""A signal handler runs while an inherited context or card is replaced: it raises, or waits for another thread."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ ANSWER = [safe.SCARD_S_SUCCESS, [1, 2, 3, 0x90, 0x00]]
 def interrupt_once(
     monkeypatch: pytest.MonkeyPatch, gateway: Any, method: str, handler: Callable[[], None], *, late: bool = False
 ) -> None:
-    """Have a signal handler run between what a gateway's method gets and what becomes of it; the first time.
+    """Run a signal handler in the gateway's method, before its result is recorded; only in the first call.
 
-    :param late: when it is recorded.
+    :param late: run it just after the result is recorded.
     """
     original, handled = getattr(gateway, method), list[None]()
 
@@ -51,7 +51,7 @@ def interrupt_once(
 
 
 def joined(function: Callable[[], Any], results: list[Any]) -> Callable[[], None]:
-    """What a handler does that waits for a thread."""
+    """Return a handler that waits for a thread."""
 
     def handle() -> None:
         thread = threading.Thread(target=lambda: results.append(function()))
@@ -66,7 +66,7 @@ def joined(function: Callable[[], Any], results: list[Any]) -> Callable[[], None
 def test_a_handler_waits_for_a_thread_that_wants_the_same(
     session: Session, shared_stack: VirtualPcsc, policy: str, method: str
 ) -> None:
-    """Both threads get an answer, the process one context and one connection, and nothing else stays at pcscd."""
+    """Both threads get results, the process gets one context and one connection, and pcscd keeps no other client."""
 
     def child() -> Any:
         pcsc_safe.configure(policy=policy, cards="reconnect")
@@ -86,7 +86,7 @@ def test_a_handler_waits_for_a_thread_that_wants_the_same(
 
 @pytest.mark.parametrize("policy", ["reestablish", "broker"])
 def test_a_handler_releases_what_is_being_established(session: Session, shared_stack: VirtualPcsc, policy: str) -> None:
-    """The handle is invalid then, and pcscd keeps no client more."""
+    """The handle is then invalid, and pcscd keeps no additional client."""
 
     def child() -> Any:
         pcsc_safe.configure(policy=policy)
@@ -107,7 +107,7 @@ def test_a_handler_releases_what_is_being_established(session: Session, shared_s
 @pytest.mark.parametrize("method", ["establish", "connect"])
 @pytest.mark.parametrize("late", [False, True], ids=["before it is recorded", "when it is"])
 def test_a_handler_raises(session: Session, shared_stack: VirtualPcsc, policy: str, method: str, late: bool) -> None:
-    """The next call gets what it needs, and nothing else stays at pcscd."""
+    """The next call gets what it needs, and pcscd keeps no other client."""
 
     def child() -> Any:
         pcsc_safe.configure(policy=policy, cards="reconnect")

@@ -1,4 +1,4 @@
-"""The drop-in: for one process that never forks, pcsc_safe.scard is smartcard.scard."""
+"""The drop-in: in a single process that never forks, pcsc_safe.scard behaves like smartcard.scard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_public_name_is_exported() -> None:
 
 
 def test_constants_are_the_same_objects() -> None:
-    """A constant, and ``error``, is the very object that pyscard has; an equal one, where that is elsewhere."""
+    """A constant, and ``error``, is the same object as pyscard's, or an equal one if that is elsewhere."""
     for name in set(NAMES) - set(FUNCTIONS):
         ours, theirs = getattr(safe, name), getattr(raw, name)
         if raw.__name__ == "smartcard.scard":
@@ -40,13 +40,13 @@ def test_constants_are_the_same_objects() -> None:
 
 
 def test_every_function_that_pyscard_has_is_in_the_table() -> None:
-    """Where a handle stands is known for each; a new one in pyscard shows here."""
+    """The position of the handle is known for each function. A new function of pyscard fails this test."""
     assert sorted(FUNCTIONS) == sorted(name for name in CALLS if hasattr(raw, name))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_have_pyscards_signature(name: str) -> None:
-    """Same parameters by the same names, same docstring, and Python words a wrong call the same way."""
+    """Parameter names and docstrings are pyscard's, and a wrong call raises Python's error with the same text."""
     ours, theirs = getattr(safe, name), getattr(raw, name)
     assert inspect.signature(ours) == inspect.signature(theirs)
     assert (ours.__name__, ours.__qualname__, ours.__doc__) == (theirs.__name__, theirs.__qualname__, theirs.__doc__)
@@ -61,10 +61,10 @@ def test_functions_have_pyscards_signature(name: str) -> None:
 
 @pytest.mark.parametrize("name", [call.name for call in CALLS.values() if call.takes and hasattr(raw, call.name)])
 def test_a_failed_answer_has_pyscards_shape(name: str, shared_stack: VirtualPcsc) -> None:
-    """What we answer for an inherited handle without asking pyscard looks as if pyscard had answered.
+    """A result that pcsc_safe makes up for an inherited handle has the same form as pyscard's.
 
-    In a process that has not had a context libpcsclite 2 has not loaded its other half, and fails without filling in
-    what it returns: pyscard's answers are then what happened to be in memory.
+    In a process that never had a context libpcsclite 2 has not loaded its other half, and fails without setting the
+    output parameters: pyscard then returns whatever was in memory.
     """
     hresult, context = raw.SCardEstablishContext(raw.SCARD_SCOPE_SYSTEM)
     assert hresult == raw.SCARD_S_SUCCESS
@@ -86,7 +86,7 @@ def test_a_failed_answer_has_pyscards_shape(name: str, shared_stack: VirtualPcsc
     theirs = getattr(raw, name)(12345, *rest)
     hresult = theirs[0] if isinstance(theirs, list) else theirs
     ours = CALLS[name].failure(hresult, rest)
-    if name in ("SCardConnect", "SCardReconnect"):  # what stands there is what stood on the stack (hazard 11)
+    if name in ("SCardConnect", "SCardReconnect"):  # pyscard returns what was on the stack there (hazard 11)
         assert ours[:-1] == theirs[:-1]
         assert ours[-1] == 0
     else:
@@ -95,10 +95,10 @@ def test_a_failed_answer_has_pyscards_shape(name: str, shared_stack: VirtualPcsc
 
 
 def test_a_failed_answer_holds_no_memory(shared_stack: VirtualPcsc) -> None:
-    """Hazard 11: calls that fail before PC/SC wrote anything answer ``[]``; raw pyscard answers 64 KiB of the heap."""
+    """Hazard 11: a call that fails before PC/SC writes anything returns ``[]``, raw pyscard 64 KiB of the heap."""
     _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
     _, card, _ = safe.SCardConnect(context, shared_stack.readers[0].name, safe.SCARD_SHARE_SHARED, 3)
-    # pyscard's own answer, so one of its build: also on a simulated macOS, where others have 32 bits
+    # pyscard's own code, so the one of its build: also on a simulated macOS, where others have 32 bits
     refused = [[safe.SCARD_E_INVALID_PARAMETER, []], [safe.SCARD_E_INVALID_PARAMETER & 0xFFFFFFFF, []]]
     for _ in range(20):
         secret = bytearray(b"KEY=topsecret;" * 4600)
@@ -110,7 +110,7 @@ def test_a_failed_answer_holds_no_memory(shared_stack: VirtualPcsc) -> None:
     safe.SCardReleaseContext(context)
 
 
-# The differential test: the same random calls on both.
+# The differential test: the same random calls on both modules.
 
 HANDLES = st.one_of(
     st.tuples(st.just("context"), st.integers(0, 3)),
@@ -119,13 +119,13 @@ HANDLES = st.one_of(
 WRONG = st.sampled_from([0, 12345, -1, True, 5.0, None, "handle", b"handle", [], (), 1j])
 CONTEXT = st.one_of(st.tuples(st.just("context"), st.integers(0, 3)), HANDLES, WRONG)
 CARD = st.one_of(st.tuples(st.just("card"), st.integers(0, 3)), HANDLES, WRONG)
-# pyscard 2.3.1 frees an uninitialised pointer when it refuses an argument of these three and may die of
+# pyscard 2.3.1 frees an uninitialised pointer when it refuses an argument of these three functions, and may die of
 # SIGSEGV, so there is nothing to compare: they get integers only.
 INTEGERS = st.one_of(HANDLES, st.sampled_from([12345, -1, True]))
 READER_NAME = "Virtual PCD 0 00 00"
 READER = st.sampled_from([READER_NAME, "Virtual PCD 0 00 01", "No Such Reader", "", "\0", 7, None])
 SMALL = st.sampled_from([0, 1, 2, 3, 4, 99, -1, "1", None, 2**40])
-# Not one byte alone: to vpcd that is no command, but what happens to the card's power.
+# At least two bytes: vpcd takes a single byte for a change of the card's power, not for a command.
 BYTES = st.one_of(
     st.sampled_from(
         [[0x80, 1, 0, 0, 2, 9, 8], [0x80, 0x20, 0, 0, 0], [0x80, 0x30, 0, 0, 0], [], [0, 0], ["a"], "", None]
@@ -159,7 +159,7 @@ CALL = st.one_of(
 
 
 class Run:
-    """One sequence of calls on one module, with every handle told by when it was given."""
+    """A sequence of calls on one module. A handle is identified by the order in which it was returned."""
 
     def __init__(self, scard: Any) -> None:
         self.scard = scard
@@ -167,7 +167,7 @@ class Run:
         self.transaction: Any = None
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """The call's outcome, comparable between the modules."""
+        """Return the call's outcome in a form that is comparable between the modules."""
         if not hasattr(self.scard, name):
             return "not in this pyscard"
         values = [self.value(argument) for argument in arguments]
@@ -178,7 +178,7 @@ class Run:
         try:
             result = getattr(self.scard, name)(*values)
         except (TypeError, ValueError, OverflowError, SystemError, MemoryError) as error:
-            # pyscard returns NULL without an exception for the handle 0; Python words that as it happens to notice.
+            # pyscard returns NULL without an exception for the handle 0; the text of Python's error for that varies.
             return type(error), "" if isinstance(error, SystemError) else str(error)
         return self.comparable(name, values, result)
 
@@ -218,7 +218,7 @@ class Run:
 
 
 def outcome(scard: Any, stack: VirtualPcsc, calls: list[tuple[Any, ...]]) -> list[Any]:
-    for reader in stack.readers:  # pcscd keeps the protocol that was agreed on, until the card is gone
+    for reader in stack.readers:  # pcscd keeps the negotiated protocol until the card is removed
         reader.remove()
         reader.insert(EchoCard())
     run = Run(scard)
@@ -237,7 +237,7 @@ def test_random_calls_give_the_same_on_both(pcsc_stack: VirtualPcsc, calls: list
 
 
 def test_handles_mix_with_plain_integers(shared_stack: VirtualPcsc) -> None:
-    """A handle that an application kept as a plain integer is as good as the proxy."""
+    """A handle that an application kept as a plain integer works like the proxy."""
     _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
     plain = int(context)
     assert type(plain) is int
@@ -249,7 +249,7 @@ def test_handles_mix_with_plain_integers(shared_stack: VirtualPcsc) -> None:
 
 
 def test_nothing_is_kept_of_what_was_released(shared_stack: VirtualPcsc) -> None:
-    """The registry holds what libpcsclite holds, and no more."""
+    """The registry has the handles that libpcsclite has, and no others."""
     from pcsc_safe._core import handles
 
     before, clients = (len(handles.contexts), len(handles.cards)), shared_stack.clients()
@@ -264,7 +264,7 @@ def test_nothing_is_kept_of_what_was_released(shared_stack: VirtualPcsc) -> None
 
 @pytest.mark.pcsc(readers=1)
 def test_an_extended_apdu_passes_whole(pcsc_stack: VirtualPcsc) -> None:
-    """An answer of 64 KiB comes back to the last byte."""
+    """A response of 64 KiB is returned to the last byte."""
     assert isinstance(pcsc_stack.readers[0].card, EchoCard)
     _, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
     _, card, _ = safe.SCardConnect(context, pcsc_stack.readers[0].name, safe.SCARD_SHARE_SHARED, 3)

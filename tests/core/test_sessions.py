@@ -1,4 +1,4 @@
-"""``cards="auto"``: a child goes on where the session that it inherited goes on, and nowhere else."""
+"""``cards="auto"``: a child continues an inherited session only if that session still exists."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VERIFIED = [OK, [1, 0x90, 0x00]]
 @pytest.mark.parametrize("fork", [os.fork, c_fork], ids=["fork", "fork-in-c"])
 @pytest.mark.parametrize("policy", ["auto", pytest.param("reestablish", marks=REESTABLISH), "broker"])
 def test_the_owner_idles(session: Session, policy: str, fork: Callable[[], int]) -> None:
-    """The first call is made in the owner's session, the verified PIN included, and by all generations."""
+    """Every generation's first call is made in the owner's session, whose PIN is verified."""
 
     def child(depth: int) -> list[Any]:
         pcsc_safe.configure(policy=policy)
@@ -83,7 +83,7 @@ def closes_all_descriptors(session: Session) -> None:
     ids=lambda end: end.__name__,
 )
 def test_it_has_ended_since_the_fork(pcsc_stack: VirtualPcsc, end: Callable[[Session], None]) -> None:
-    """The child gets SCARD_W_RESET_CARD."""
+    """The child's call returns SCARD_W_RESET_CARD."""
     go_end, go = os.pipe()
 
     def child(session: Session) -> Any:
@@ -103,7 +103,7 @@ def test_it_has_ended_since_the_fork(pcsc_stack: VirtualPcsc, end: Callable[[Ses
 
 
 def test_the_owner_is_killed(pcsc_stack: VirtualPcsc) -> None:
-    """Its end is noticed although its child has inherited all its descriptors."""
+    """A killed owner is noticed although its child has inherited all its descriptors."""
     ready_end, ready = os.pipe()
     go_end, go = os.pipe()
     answer_end, answer = os.pipe()
@@ -128,7 +128,7 @@ def test_the_owner_is_killed(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_a_transaction_that_ends(session: Session) -> None:
-    """While it lasts a child gets SCARD_W_RESET_CARD; afterwards it goes on."""
+    """During the owner's transaction a child gets SCARD_W_RESET_CARD. After its end the child continues the session."""
     assert safe.SCardBeginTransaction(session.card) == OK
     assert in_child(session.transmit, ECHO) == [RESET, []]
     assert safe.SCardEndTransaction(session.card, LEAVE) == OK
@@ -136,16 +136,16 @@ def test_a_transaction_that_ends(session: Session) -> None:
 
 
 def test_an_exclusive_hold(shared_stack: VirtualPcsc) -> None:
-    """It is never gone on with."""
+    """A child never continues a session with an exclusive connection."""
     session = Session(EXCLUSIVE)
     assert in_child(session.transmit, ECHO) == [RESET, []]
     session.assert_untouched()
     session.close()
 
 
-@pytest.mark.not_on_macos("no counter says there how often a card has come and gone")
+@pytest.mark.not_on_macos("macOS has no counter of a card's insertions")
 def test_the_card_was_changed(pcsc_stack: VirtualPcsc) -> None:
-    """A card that was pulled out and put in while the owner idled is not the one of the session."""
+    """If the card was removed and inserted while the owner was idle, the child doesn't continue the session."""
     session = Session()
     reader = pcsc_stack.readers[0]
     card = reader.remove()
@@ -156,7 +156,7 @@ def test_the_card_was_changed(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_pcscd_was_restarted(pcsc_stack: VirtualPcsc) -> None:
-    """The card has lost its power, although its owner doesn't know."""
+    """The card has lost its power, although its owner doesn't know it."""
     session = Session()
     pcsc_stack.kill()
     pcsc_stack.start()
@@ -164,7 +164,7 @@ def test_pcscd_was_restarted(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_the_owner_was_told_of_a_reset(pcsc_stack: VirtualPcsc) -> None:
-    """Somebody else has reset the card; what the owner begins with SCardReconnect is a session again."""
+    """After another process's reset, the owner's SCardReconnect begins a session that children can continue."""
     session, other = Session(), Session()
     assert safe.SCardDisconnect(other.card, safe.SCARD_RESET_CARD) == OK
     assert session.transmit(ECHO)[0] == RESET
@@ -175,7 +175,7 @@ def test_the_owner_was_told_of_a_reset(pcsc_stack: VirtualPcsc) -> None:
 
 @pytest.mark.not_on_macos("the native library's contexts can't be handed over there")
 def test_after_a_handover(pcsc_stack: VirtualPcsc) -> None:
-    """The child is the owner, and its children go on; the parent doesn't."""
+    """The child is the owner, and its children continue its session. The parent doesn't."""
     session = Session()
 
     def fork() -> int:
@@ -190,7 +190,7 @@ def test_after_a_handover(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_a_child_without_the_descriptor(session: Session) -> None:
-    """A child that closes all descriptors can't ask, and gets SCARD_W_RESET_CARD."""
+    """A child that has closed all descriptors can't check the session, and gets SCARD_W_RESET_CARD."""
 
     def child() -> Any:
         closes_all_descriptors(session)
@@ -200,7 +200,7 @@ def test_a_child_without_the_descriptor(session: Session) -> None:
 
 
 def test_the_log_says_it_once(session: Session, caplog: pytest.LogCaptureFixture) -> None:
-    """A line for each card and process."""
+    """The log has one line for each card and process."""
 
     def child() -> list[str]:
         with caplog.at_level(logging.INFO, "pcsc_safe"):
@@ -221,7 +221,7 @@ def powered(card: Any) -> int:
 def test_a_child_that_reconnects_resets_no_card_of_its_owner(
     session: Session, shared_stack: VirtualPcsc, cards: str
 ) -> None:
-    """The reset that the inherited handle has seen was made up: SCardReconnect gives a connection, and no more."""
+    """A child's SCardReconnect gives it a connection, and doesn't reset a card with which its owner has a session."""
     pcsc_safe.configure(cards=cards)
     before = powered(shared_stack.readers[0].card)
     answer = in_child(safe.SCardReconnect, session.card, SHARED, 3, safe.SCARD_RESET_CARD)
@@ -230,7 +230,7 @@ def test_a_child_that_reconnects_resets_no_card_of_its_owner(
 
 
 def test_it_does_where_the_owner_has_none(pcsc_stack: VirtualPcsc) -> None:
-    """The reset is carried out if there is no session to be spared."""
+    """SCardReconnect resets the card if its owner has no session."""
     session = Session()
     go_end, go = os.pipe()
 

@@ -1,4 +1,4 @@
-"""A third gateway, which the core has never heard of: it is composed as the other two are, and nothing else changes."""
+"""A third gateway, unknown to the core: it is composed like the other two, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pcsc_safe.testing import VirtualPcsc
 
 
 class Recording:
-    """The native gateway, with a list of what goes through it; and with a fault, if one is asked for."""
+    """The native gateway, with a record of the calls, and with a fault if the test sets one."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -24,17 +24,17 @@ class Recording:
         return getattr(self.inner, name)
 
     def establish(self, scope: Any, keep: Callable[..., Any], outgrown: Optional[int] = None) -> Any:
-        """As the native one; the context is one of this gateway's."""
+        """Establish as the native gateway does; the context belongs to this gateway."""
         self.seen.append("SCardEstablishContext")
         return self.inner.establish(scope, lambda real, number, owner, _: keep(real, number, owner, self), outgrown)
 
     def connect(self, context: Any, arguments: Any, keep: Callable[..., Any]) -> Any:
-        """As the native one."""
+        """Connect as the native gateway does."""
         self.seen.append("SCardConnect")
         return self.inner.connect(context, arguments, keep)
 
     def caller(self, call: Any) -> Callable[..., Any]:
-        """As the native one's, or the fault."""
+        """Return the native gateway's caller, or one that returns the fault."""
         make = self.inner.caller(call)
 
         def called(record: Any, arguments: tuple[Any, ...]) -> Any:
@@ -45,7 +45,7 @@ class Recording:
 
 
 def compose() -> tuple[Recording, dict[str, Any]]:
-    """What pcsc_safe._gateways does, with another gateway; returns it, and the functions of the drop-in."""
+    """Do what pcsc_safe._gateways does, with another gateway; return it and the drop-in's functions."""
     from pcsc_safe._core import gateways
     from pcsc_safe._native import pyscard
     from pcsc_safe.broker import family
@@ -61,7 +61,7 @@ def compose() -> tuple[Recording, dict[str, Any]]:
 
 
 def use_it() -> None:
-    """Parent and child; in the child the core asks the same gateway for a context of its own."""
+    """Use PC/SC in parent and child; for the child the core asks the same gateway for a new context."""
     assert "pcsc_safe.scard" not in sys.modules
     recording, scard = compose()
     _, context = scard["SCardEstablishContext"](0)
@@ -83,11 +83,11 @@ def use_it() -> None:
 
 
 def test_a_gateway_that_the_core_does_not_know(shared_stack: VirtualPcsc) -> None:
-    """It sees every call of the owner, and gives a child its context and card; its faults are answers too."""
+    """The gateway gets every call of the owner, and gives a child its context and card. Its faults are returned too."""
     done = in_program(use_it, env={**os.environ, **shared_stack.env})
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    connecting = ["SCardGetStatusChange", "SCardConnect"]  # how often a card has come or gone is asked before
+    connecting = ["SCardGetStatusChange", "SCardConnect"]  # first asks how often a card was inserted
     assert told["owner"] == ["SCardEstablishContext", "SCardListReaders", *connecting]
     assert told["child"] == [0, True, 0, ["SCardEstablishContext", "SCardListReaders", *connecting, "SCardStatus"]]
     assert (told["connected"], told["faults"], told["ends"]) == (0, [True, []], [0, 0])

@@ -1,8 +1,8 @@
-"""Hazards on a simulated macOS (see :mod:`macos`): raw pyscard shows them, pcsc_safe keeps them off.
+"""Hazards on a simulated macOS (see :mod:`macos`): raw pyscard has them, pcsc_safe prevents them.
 
-The simulation itself comes first: it must do to raw pyscard what the reports say that macOS does, and nothing else.
-Then programs, the demo's and some of our own; each runs on raw pyscard too, for a hazard that nobody has seen proves
-nothing.
+The first tests check the simulation: with raw pyscard it behaves as macOS does according to the reports, and in no
+other way.  Then come programs, the demo's and new ones.  Each also runs on raw pyscard, because a test of a hazard
+that doesn't occur proves nothing.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from pcsc_safe.testing import VirtualPcsc
 
 RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
 DEATH = f"the child said nothing and ended with status {-signal.SIGSEGV}"
-ENOUGH = 20  # s; nothing takes that long
+ENOUGH = 20  # s; longer than anything takes
 REMOVED = [0, SCARD_STATE_EMPTY | SCARD_STATE_CHANGED]
 
 
 def told(function: Callable[..., None], *arguments: str, env: Mapping[str, str]) -> Any:
-    """What a program printed as JSON; it must end well."""
+    """Return what a program printed as JSON; its exit status must be 0."""
     done = in_program(function, *arguments, env=dict(env))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-# What the programs do.  They import the module under test by name, for there are two.
+# What the programs do.  They import the module under test by name, because there are two.
 
 
 def establish(scard: Any) -> Any:
@@ -60,7 +60,7 @@ def establish(scard: Any) -> Any:
 
 
 def connect(scard: Any, context: Any, share_mode: str = "SHARED") -> Any:
-    """A connection to the first reader's card, with the PIN verified."""
+    """Return a connection to the first reader's card, with a verified PIN."""
     reader = scard.SCardListReaders(context, [])[1][0]
     mode = getattr(scard, f"SCARD_SHARE_{share_mode}")
     hresult, card, _ = scard.SCardConnect(context, reader, mode, scard.SCARD_PROTOCOL_T1)
@@ -74,7 +74,7 @@ def transmit(scard: Any, card: Any, command: list[int]) -> Any:
 
 
 def outcome(wait: Callable[..., Any], child: Any) -> Any:
-    """What a forked child returned, or how it failed.
+    """Return what a forked child returned, or how it failed.
 
     :param wait: ``in_child``, or ``wait_for`` if it was started already.
     """
@@ -107,7 +107,7 @@ CALLS_WITH_A_HANDLE: dict[str, Callable[[Any, Any, Any], Any]] = {
 
 
 def every_call_in_a_child() -> None:
-    """Each function in a child of its own, all with handles that their parent goes on using; then in the parent."""
+    """Call each function in its own child, with handles that the parent still uses; then use them in the parent."""
     scard = importlib.import_module(RAW)
     context = establish(scard)
     card = connect(scard, context)
@@ -122,7 +122,7 @@ def every_call_in_a_child() -> None:
 
 
 def test_a_forked_child_dies_of_sigsegv(shared_stack: VirtualPcsc, on_macos: OnMacos) -> None:
-    """Raw: every call on what was inherited is the child's death, a fresh context is refused, the parent goes on."""
+    """Raw: every call on an inherited handle kills the child, a new context is refused, and the parent continues."""
     ends, refused, message, session = told(every_call_in_a_child, env=on_macos(shared_stack))
     assert ends == dict.fromkeys(CALLS_WITH_A_HANDLE, DEATH)
     assert refused
@@ -131,7 +131,7 @@ def test_a_forked_child_dies_of_sigsegv(shared_stack: VirtualPcsc, on_macos: OnM
 
 
 def test_no_call_is_left_out() -> None:
-    """The test above has every function of pyscard that takes a handle and asks libpcsclite."""
+    """The test above has every function of pyscard that takes a handle and calls libpcsclite."""
     without_pcsc = {
         name for name in raw if name.endswith("Group") or name in ("SCardIntroduceReader", "SCardForgetReader")
     }
@@ -139,7 +139,7 @@ def test_no_call_is_left_out() -> None:
 
 
 def exec_in_a_child() -> None:
-    """A forked child execs a program that uses PC/SC; the parent has a context all the while."""
+    """A forked child execs a program that uses PC/SC, while the parent has a context."""
     scard = importlib.import_module(RAW)
     context = establish(scard)
     pid = os.fork()
@@ -155,15 +155,15 @@ def list_readers() -> None:
 
 
 def test_an_execed_child_works(shared_stack: VirtualPcsc, on_macos: OnMacos) -> None:
-    """Raw: Apple's answer to the reports, exec, works on the simulation as well."""
+    """Raw: exec, Apple's advice in the reports, works on the simulation too."""
     assert told(exec_in_a_child, env=on_macos(shared_stack)) == [0, [reader.name for reader in shared_stack.readers]]
 
 
 def test_a_child_that_loads_pcsc_itself_is_refused(
     shared_stack: VirtualPcsc, on_macos: OnMacos, tmp_path: Path
 ) -> None:
-    """Raw: that its parent never touched PC/SC does not help a forked child."""
-    # A script of its own, for this module imports pyscard at once.
+    """Raw: a forked child is refused even if its parent never used PC/SC."""
+    # A separate script, because this module imports pyscard.
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\n"
@@ -178,7 +178,7 @@ def test_a_child_that_loads_pcsc_itself_is_refused(
 
 
 def test_python_is_told_and_sys_platform_is_not(shared_stack: VirtualPcsc, on_macos: OnMacos) -> None:
-    """pcsc_safe takes the machine for a Mac; the standard library goes on as on Linux."""
+    """pcsc_safe takes the machine for a Mac. The standard library works as on Linux."""
     code = "import sys, pcsc_safe.policy; print(sys.platform, pcsc_safe.policy.PLATFORM)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=on_macos(shared_stack), capture_output=True, text=True, timeout=ENOUGH)
@@ -190,9 +190,9 @@ def test_python_is_told_and_sys_platform_is_not(shared_stack: VirtualPcsc, on_ma
 SHOWN_RAW = {
     "1": "the child died of SIGSEGV",
     "6": "a new context was refused: SCARD_E_NO_SERVICE",
-    "7": "still frozen",  # no fork, so nothing of macOS in it; and pcsc_safe must not need a fork to cure it
+    "7": "still frozen",  # no fork, so macOS doesn't matter; and pcsc_safe must not need a fork to prevent it
     "9": "the daemon died of SIGSEGV",
-    "11": "returned memory of the process",  # after pcscd died; the child that drops its copy has died of SIGSEGV
+    "11": "returned memory of the process",  # after pcscd died; the child that drops its copy was killed by SIGSEGV
 }
 """What the demo says of raw pyscard on the simulated macOS.
 
@@ -202,7 +202,7 @@ with.  Not 10: the demo doesn't judge a child that died before it could report. 
 
 
 def demonstrate(number: str, module: str, stack: VirtualPcsc, env: Mapping[str, str]) -> Verdict:
-    """What the demo says of a hazard's program."""
+    """Return the demo's verdict on a hazard's program."""
     (hazard,) = load([number])
     run = _run._run_disposable(hazard, module, {**env, PCSCD: str(stack.pid)}, threading.Event())
     return conclude(hazard.judge(run), run)
@@ -210,7 +210,7 @@ def demonstrate(number: str, module: str, stack: VirtualPcsc, env: Mapping[str, 
 
 @pytest.mark.parametrize("number", SHOWN_RAW)
 def test_the_demo_shows_hazards_raw(pcsc_stack: VirtualPcsc, on_macos: OnMacos, number: str) -> None:
-    """Raw: hazards that Linux has as a wrong answer or a hang are deaths and refusals on macOS."""
+    """Raw: hazards that are a wrong result or a hang on Linux are crashes and refusals on macOS."""
     verdict = demonstrate(number, RAW, pcsc_stack, on_macos(pcsc_stack))
     assert verdict.outcome is Outcome.HAZARD
     assert SHOWN_RAW[number] in verdict.says
@@ -223,13 +223,13 @@ def test_the_demo_shows_none_on_pcsc_safe(pcsc_stack: VirtualPcsc, on_macos: OnM
     assert verdict.outcome is Outcome.SAFE, verdict.says
 
 
-# Programs of our own: each prints what it saw, for the tests that say what that has to be.
+# The test's own programs: each prints what it saw, and the tests below say what that must be.
 
 EXCHANGES, CHILDREN = 25, 4
 
 
 def cross_talk(module: str) -> None:
-    """Hazard 2: a parent and its children use one connection at once; how many answers were right, for each."""
+    """Hazard 2: a parent and its children use one connection at once; print how many responses were right for each."""
     scard = importlib.import_module(module)
     card = connect(scard, establish(scard))
     children = [start(lambda: exchange(scard, card)) for _ in range(CHILDREN)]
@@ -238,7 +238,7 @@ def cross_talk(module: str) -> None:
 
 
 def exchange(scard: Any, card: Any) -> int:
-    """Exchange bytes that nobody else sends; a process that is told of a reset connects again."""
+    """Exchange bytes that no other process sends. After a reset, reconnect."""
     right = 0
     for number in range(EXCHANGES):
         data = [*os.getpid().to_bytes(4, "big"), number]
@@ -252,7 +252,7 @@ def exchange(scard: Any, card: Any) -> int:
 
 
 def child_cleans_up(module: str) -> None:
-    """Hazard 3: a child ends everything that it inherited; what that gave, and whether the PIN is known yet."""
+    """Hazard 3: a child cleans up everything that it inherited. Print the codes, and whether the PIN is verified."""
     scard = importlib.import_module(module)
     context = establish(scard)
     card = connect(scard, context)
@@ -264,9 +264,9 @@ def child_cleans_up(module: str) -> None:
 
 
 def owner_dies(module: str) -> None:
-    """Hazard 5: an owner is killed that holds a card exclusively, its child has used PC/SC and idles on.
+    """Hazard 5: an owner with an exclusive connection is killed, while its child has used PC/SC and is idle.
 
-    What the child's use of it gave, and whether the card is free for others.
+    Print what the child's call returned, and whether the card is free for others.
     """
     command = [sys.executable, forking.__file__, __file__, "hold_exclusively", module]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as owner:
@@ -281,7 +281,7 @@ def owner_dies(module: str) -> None:
 
 
 def hold_exclusively(module: str) -> None:
-    """The owner: says what its child got from the inherited context, and which process that is; then waits."""
+    """The owner: print what its child got on the inherited context, and the child's PID; then wait."""
     scard = importlib.import_module(module)
     context = establish(scard)
     connect(scard, context, "EXCLUSIVE")
@@ -300,7 +300,7 @@ def hold_exclusively(module: str) -> None:
 
 
 def is_free_soon(scard: Any) -> bool:
-    """Whether the first reader's card can be had, now or in a while."""
+    """Return whether the first reader's card can be connected, now or soon."""
     context = establish(scard)
     reader = scard.SCardListReaders(context, [])[1][0]
     deadline = time.monotonic() + ENOUGH / 2
@@ -312,11 +312,11 @@ def is_free_soon(scard: Any) -> bool:
 
 
 def wait_for_events(module: str, ready: str) -> None:
-    """Hazard 8: a thread waits for an event while its process forks; the child waits for one as well.
+    """Hazard 8: a thread waits for an event while its process forks; the child waits for one too.
 
-    Both their answers, as code and state of the reader.
+    Print both results, as code and state of the reader.
 
-    :param ready: a file that is made when the event may come.
+    :param ready: the file to create as soon as the event may come.
     """
     scard = importlib.import_module(module)
     context = establish(scard)
@@ -336,7 +336,7 @@ def wait_for_events(module: str, ready: str) -> None:
 
 
 def known(scard: Any, context: Any) -> Any:
-    """The first reader with its state of now, for a wait."""
+    """Return the first reader with its current state, for a wait."""
     reader = scard.SCardListReaders(context, [])[1][0]
     hresult, states = scard.SCardGetStatusChange(context, 0, [(reader, scard.SCARD_STATE_UNAWARE)])
     assert hresult == 0
@@ -349,7 +349,7 @@ def await_change(scard: Any, context: Any, states: Any) -> Any:
 
 
 def fork_from_c(module: str) -> None:
-    """Hazard 10: a child made by C code uses the context, a fresh one, and the card; then so does its parent."""
+    """Hazard 10: a child of a fork in C uses the context, a new one and the card; then the parent does."""
     scard = importlib.import_module(module)
     context = establish(scard)
     card = connect(scard, context)
@@ -362,7 +362,7 @@ def fork_from_c(module: str) -> None:
 
 
 def use(scard: Any, card: Any) -> Any:
-    """Connect an inherited card again, and ask it something."""
+    """Reconnect an inherited card and exchange an APDU."""
     scard.SCardReconnect(card, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1, scard.SCARD_LEAVE_CARD)
     return transmit(scard, card, ECHO)
 
@@ -382,7 +382,7 @@ programs = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: prog
 def test_the_program_shows_its_hazard_raw(
     pcsc_stack: VirtualPcsc, on_macos: OnMacos, program: Callable[[str], None]
 ) -> None:
-    """Raw: the children die, and nothing but that happens to their parents."""
+    """Raw: the children die, and their parents are not affected otherwise."""
     assert told(program, RAW, env=on_macos(pcsc_stack)) == PROGRAMS[program][0]
 
 
@@ -390,12 +390,12 @@ def test_the_program_shows_its_hazard_raw(
 def test_the_program_is_safe_on_pcsc_safe(
     pcsc_stack: VirtualPcsc, on_macos: OnMacos, program: Callable[[str], None]
 ) -> None:
-    """Policy auto: the children have PC/SC of their own, through a broker, and the parents' sessions go on."""
+    """Policy auto: the children use PC/SC through a broker, and the parents' sessions continue."""
     assert told(program, SAFE, env=on_macos(pcsc_stack)) == PROGRAMS[program][1]
 
 
 def events(module: str, stack: VirtualPcsc, env: Mapping[str, str], ready: Path) -> Any:
-    """What :func:`wait_for_events` prints when the card is taken out while parent and child wait."""
+    """Return what :func:`wait_for_events` prints if the card is removed while parent and child wait."""
     program = Calling(lambda: told(wait_for_events, module, str(ready), env=env), name="program")
     until(lambda: ready.exists() or not program.is_alive(), "the program waits for the event")
     stack.readers[0].remove()
@@ -403,12 +403,12 @@ def events(module: str, stack: VirtualPcsc, env: Mapping[str, str], ready: Path)
 
 
 def test_waits_for_events_raw(pcsc_stack: VirtualPcsc, on_macos: OnMacos, tmp_path: Path) -> None:
-    """Raw: the child has nothing to wait with; the parent's wait goes on."""
+    """Raw: the child gets no context for a wait. The parent's wait continues."""
     parent, child = events(RAW, pcsc_stack, on_macos(pcsc_stack), tmp_path / "ready")
     assert parent == REMOVED
     assert "Service not available" in child
 
 
 def test_waits_for_events_on_pcsc_safe(pcsc_stack: VirtualPcsc, on_macos: OnMacos, tmp_path: Path) -> None:
-    """Policy auto: the child gets the event on a context of its own, and the parent's wait gets it too."""
+    """Policy auto: the child gets the event on its own context, and the parent's wait gets it too."""
     assert events(SAFE, pcsc_stack, on_macos(pcsc_stack), tmp_path / "ready") == [REMOVED, REMOVED]

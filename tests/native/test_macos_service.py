@@ -1,6 +1,6 @@
-"""PC/SC of a simulated macOS beside forks: its calls last, its cancels fail, its service ends.
+"""PC/SC of a simulated macOS: calls that last, cancels that fail and a service that ends.
 
-Each program runs natively and with ``broker="always"``, for there the broker has that PC/SC.
+Each program runs natively and with ``broker="always"``, where the broker uses this PC/SC.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from pcsc_safe.testing import VirtualPcsc
 
 __all__ = ["module_stack", "stack"]
 
-pytestmark = pytest.mark.native  # each program says itself how it reaches PC/SC
+pytestmark = pytest.mark.native  # each program chooses its own way to PC/SC
 
 RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
 NEW_READERS = "\\\\?PnP?\\Notification"
-SOON = 0.5  # s; what waits for nothing takes much less, what waits for a call or a cancel 1 s
-BOUNDED = 3.0  # s; more than any wait for what may not come
+SOON = 0.5  # s; a call that waits for nothing is much faster, one that waits for a call or a cancel takes 1 s
+BOUNDED = 3.0  # s; longer than any wait for something that may not come
 OK, GONE, RESET = "SCARD_S_SUCCESS", "SCARD_E_NO_SERVICE", "SCARD_W_RESET_CARD"
 ways = pytest.mark.parametrize("way", ["native", "broker"])
 
 
 def environment(stack: VirtualPcsc, on_macos: OnMacos, way: str, **more: str) -> dict[str, str]:
-    """That of a program."""
+    """Return a program's environment."""
     return {**on_macos(stack), **({"PCSC_SAFE_BROKER": "always"} if way == "broker" else {}), **more}
 
 
 class Card:
-    """A context, and a connection to the card in a reader."""
+    """A context, and a connection to a reader's card."""
 
     def __init__(self, module: str, number: int = 0, share_mode: str = "SHARED") -> None:
         self.scard: Any = importlib.import_module(module)
@@ -61,7 +61,7 @@ class Card:
         return int(states[0][1]) & ~int(self.scard.SCARD_STATE_CHANGED)
 
     def wait(self) -> Any:
-        """Wait for the reader's next event: the code, and whether the card is there."""
+        """Wait for the reader's next event; return the code, and whether the card is present."""
         hresult, states = self.scard.SCardGetStatusChange(
             self.context, self.scard.INFINITE, [(self.reader, self.state())]
         )
@@ -84,7 +84,7 @@ def hear(program: Program) -> Any:
 
 
 def forks_beside_an_exchange(handle: str) -> None:
-    """A program that forks while a thread is in an exchange; how long that took, and what its child got."""
+    """A program that forks while a thread is in an exchange. It prints how long that took, and what its child got."""
     card = Card(SAFE)
     exchange = Calling(card.transmit, HELD, Card(RAW).card if handle == "raw" else None)
     say("it begins")
@@ -98,7 +98,7 @@ def forks_beside_an_exchange(handle: str) -> None:
 
 @pytest.mark.parametrize(("way", "handle"), [("native", "own"), ("native", "raw"), ("broker", "own")])
 def test_a_fork_waits_for_no_exchange(stack: VirtualPcsc, on_macos: OnMacos, way: str, handle: str) -> None:
-    """The child can't use the library anyway; nor for one on a connection that raw pyscard has made."""
+    """A fork waits for no exchange, not even raw pyscard's: the child can't use the native library anyway."""
     with Program(forks_beside_an_exchange, handle, env=environment(stack, on_macos, way)) as program:
         hear(program)
         assert held_card(stack).reached.wait(ENOUGH)
@@ -124,7 +124,7 @@ os.wait()
 def test_a_process_that_was_forked_before_the_import(
     stack: VirtualPcsc, on_macos: OnMacos, way: str, told: str
 ) -> None:
-    """It can't know that it was, as docs/limits.md says; a broker helps."""
+    """A process forked before the import can't be detected as forked, as docs/limits.md says. A broker helps."""
     command = [sys.executable, "-c", FORKED_FIRST]
     done = subprocess.run(
         command, env=environment(stack, on_macos, way), capture_output=True, text=True, timeout=ENOUGH, check=True
@@ -137,7 +137,7 @@ def test_a_process_that_was_forked_before_the_import(
 
 
 def cancels(module: str) -> None:
-    """A program that cancels a wait; whether that came back in time, and what the wait got at last."""
+    """A program that cancels a wait. It prints whether the cancel returned in time, and what the wait returned."""
     card = Card(module)
     waiting = Calling(card.wait)
     time.sleep(0.3)
@@ -149,7 +149,7 @@ def cancels(module: str) -> None:
 
 @ways
 def test_a_cancel_that_does_nothing(stack: VirtualPcsc, on_macos: OnMacos, tmp_path: Path, way: str) -> None:
-    """SCardCancel comes back all the same; and the wait, which goes on, doesn't miss its event, as on raw pyscard."""
+    """An SCardCancel without effect returns nevertheless. The wait continues, and gets its event, as on raw pyscard."""
     (tmp_path / macos.CANCELS_FAIL).touch()
     env = environment(stack, on_macos, way, **{macos.SWITCHES: str(tmp_path)})
     for module in (RAW, SAFE):
@@ -167,7 +167,7 @@ def test_a_cancel_that_does_nothing(stack: VirtualPcsc, on_macos: OnMacos, tmp_p
 
 @ways
 def test_a_cancel_that_works(stack: VirtualPcsc, on_macos: OnMacos, way: str) -> None:
-    """Where SCardCancel does what it is for, it ends the wait."""
+    """A working SCardCancel ends the wait."""
     with Program(cancels, SAFE, env=environment(stack, on_macos, way)) as program:
         assert hear(program) == [0, True]
         assert hear(program) == ["SCARD_E_CANCELLED", True]
@@ -175,7 +175,7 @@ def test_a_cancel_that_works(stack: VirtualPcsc, on_macos: OnMacos, way: str) ->
 
 
 def dies_in_a_wait() -> None:
-    """A program with a child that is killed while it waits for an event, and holds another card exclusively."""
+    """A program with a child that is killed while it waits for an event and has another card exclusively."""
     pcsc_safe.prestart_broker()
     read_end, write_end = os.pipe()
 
@@ -203,7 +203,7 @@ def dies_in_a_wait() -> None:
 def test_a_client_that_dies_in_a_wait_that_cannot_be_cancelled(
     stack: VirtualPcsc, on_macos: OnMacos, tmp_path: Path
 ) -> None:
-    """What else it had is free in a moment, and the broker goes on serving."""
+    """The dead client's other card is free soon, and the broker continues."""
     (tmp_path / macos.CANCELS_FAIL).touch()
     env = environment(stack, on_macos, "broker", **{macos.SWITCHES: str(tmp_path)})
     with Program(dies_in_a_wait, env=env) as program:
@@ -213,7 +213,7 @@ def test_a_client_that_dies_in_a_wait_that_cannot_be_cancelled(
 
 
 def asks_for_new_readers(module: str) -> None:
-    """A program that waits for new readers, with and without a timeout, and once more when it has had the answer."""
+    """A program that waits for new readers, with and without a timeout, and once more after the result."""
     card = Card(module)
     scard, known = card.scard, (card.reader, card.state())
     began = time.monotonic()
@@ -226,7 +226,7 @@ def asks_for_new_readers(module: str) -> None:
 
 @ways
 def test_there_is_no_reader_for_new_readers(stack: VirtualPcsc, on_macos: OnMacos, way: str) -> None:
-    """Who asks for it is told at once, and once, that it is unknown, as on raw pyscard."""
+    """A wait for new readers returns "unknown" immediately, and only once, as on raw pyscard."""
     for module in (RAW, SAFE):
         with Program(asks_for_new_readers, module, env=environment(stack, on_macos, way)) as program:
             assert hear(program) == [[[OK, True], [OK, True], ["SCARD_E_TIMEOUT", True]], True]
@@ -245,7 +245,7 @@ def waits_while_others_fork(module: str) -> None:
 
 @ways
 def test_forks_cost_a_wait_no_event(stack: VirtualPcsc, on_macos: OnMacos, way: str) -> None:
-    """A card is taken out and put back; states that count no events could not tell it afterwards."""
+    """A wait beside forks gets both events of a card that is removed and inserted. States have no counter here."""
     with Program(waits_while_others_fork, SAFE, env=environment(stack, on_macos, way)) as program:
         hear(program)
         card = stack.readers[0].card
@@ -257,13 +257,13 @@ def test_forks_cost_a_wait_no_event(stack: VirtualPcsc, on_macos: OnMacos, way: 
         assert (program.ends(), program.errors()) == (0, "")
 
 
-# The service that ends when it is idle.
+# The service that ends when idle.
 
 
 def is_idle(module: str, service: str, recover: str) -> None:
-    """A program whose service has ended, and what it gets afterwards, in itself and in a child.
+    """A program whose service ends. It prints what it gets afterwards, in itself and in a child.
 
-    :param service: the file by which the service ends.
+    :param service: the file that ends the service.
     """
     if recover:
         pcsc_safe.configure(recover=True)
@@ -282,7 +282,7 @@ def is_idle(module: str, service: str, recover: str) -> None:
 
 @pytest.fixture
 def service(tmp_path: Path) -> str:
-    """The file by which a test ends the service."""
+    """Return the path of the file that ends the service."""
     return str(tmp_path / macos.SERVICE_ENDS)
 
 
@@ -299,9 +299,9 @@ def service(tmp_path: Path) -> str:
 def test_the_service_ends_when_it_is_idle(
     stack: VirtualPcsc, on_macos: OnMacos, service: str, way: str, module: str, recover: str, codes: list[str]
 ) -> None:
-    """As on raw pyscard what is older is gone for good; with ``recover`` it is had again.
+    """As on raw pyscard older contexts are lost for ever. With ``recover`` they are re-established.
 
-    The card is reset to its application, whose session is gone.  A child has a context of its own anyway.
+    For its application the card is reset, because the session has ended.  A child has its own context anyway.
     """
     env = environment(stack, on_macos, way, **{macos.SWITCHES: str(Path(service).parent)})
     with Program(is_idle, module, service, recover, env=env) as program:

@@ -1,7 +1,7 @@
-"""The native contexts behind a PC/SC context: how many there are, and that nothing is ever left held or lost.
+"""The native contexts behind a PC/SC context: how many there are, and that none stays locked or is lost.
 
-The programs run apart from pytest, with a stack of their own, so that their signal handlers, timers and collectors
-disturb nothing else.  None of them needs a fork for what can go wrong.
+The programs run outside of pytest, each with its own stack, so that their signal handlers, timers and collections
+disturb nothing else.  Their faults need no fork.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RIGHT = [OK, [1, 2, 3, 0x90, 0x00]]
 
 
 def told(program: Callable[..., Any], *arguments: str, readers: int = 2, timeout: float = 60) -> Any:
-    """What a program of this module printed as JSON, on a stack of its own."""
+    """Return what a program of this module printed as JSON, on its own stack."""
     with VirtualPcsc(readers, [EchoCard() for _ in range(readers)], activate=False) as stack:
         done = in_program(program, *arguments, env={**os.environ, **stack.env}, timeout=timeout)
         assert done.returncode == 0, done.stderr
@@ -50,13 +50,13 @@ def transmit(card: Any) -> Any:
 
 
 def waiting(context: Any, reader: str) -> Calling:
-    """A thread that waits for events, and does by now."""
+    """Start a thread that waits for events; return when it waits."""
     waiter = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(reader, PRESENT)])
     until(lambda: waits_on(waiter), "it waits")
     return waiter
 
 
-# 1. Never more than raw pyscard: one for one thread and one card, a card more is one more, and so is a wait.
+# 1. Never more than raw pyscard: one for a thread and a card, one more for each other card, one more for each wait.
 
 
 def nothing(context: Any, readers: list[str]) -> Callable[[], Any]:
@@ -135,7 +135,7 @@ TYPICAL = {
 @pytest.mark.native
 @pytest.mark.parametrize("program", TYPICAL, ids=lambda program: program.__name__)
 def test_clients_of_typical_programs(pcsc_stack: VirtualPcsc, program: Callable[..., Any]) -> None:
-    """So many connections to pcscd as things go on, in the parent as in a child; none is left after release."""
+    """Each thing in progress has one connection to pcscd, in the parent and in a child. A release closes all."""
     readers = [reader.name for reader in pcsc_stack.readers]
     context = establish()
     end = program(context, readers)
@@ -155,7 +155,7 @@ def test_clients_of_typical_programs(pcsc_stack: VirtualPcsc, program: Callable[
 
 @pytest.mark.native
 def test_clients_after_a_handover(pcsc_stack: VirtualPcsc) -> None:
-    """All native contexts go over, and end with the child."""
+    """A handover transfers all native contexts. They end with the child."""
     readers = [reader.name for reader in pcsc_stack.readers]
     context = establish()
     cards = [connect(context, reader) for reader in readers]
@@ -174,7 +174,7 @@ def test_clients_after_a_handover(pcsc_stack: VirtualPcsc) -> None:
 
 @pytest.mark.native
 def test_connections_in_the_order_of_their_numbers(pcsc_stack: VirtualPcsc) -> None:
-    """Each native context knows its own connection, also while other threads open and close files."""
+    """Each native context knows its own connection, even if other threads open and close files at the same time."""
     stop = threading.Event()
 
     def opens() -> None:
@@ -202,7 +202,7 @@ class AlarmError(Exception):
 
 BUILTIN = [IndexError, OSError, RuntimeError, TimeoutError, TypeError, ValueError]
 ALARMS = [AlarmError, *(type(f"Alarm{kind.__name__}", (AlarmError, kind), {}) for kind in BUILTIN)]
-"""What handlers raise may be of a kind that is caught where something else is to fail.
+"""What the handlers raise; also exceptions of types that code in between may catch for another reason.
 
 A KeyError isn't here: os.environ.get() catches it.
 """
@@ -213,7 +213,7 @@ def raise_alarm(*_: object) -> None:
 
 
 def held() -> dict[str, Any]:
-    """What is held in this process now: nothing, when no call goes on."""
+    """Return what is held in this process now: nothing, if no call is in progress."""
     from pcsc_safe._core import in_flight
     from pcsc_safe._native import contexts
 
@@ -229,7 +229,7 @@ def held() -> dict[str, Any]:
 
 
 def interrupted(how_many: str, where: str) -> None:
-    """Program: alarms at random moments in every function of the table; then what is held, and whether all works."""
+    """Program: alarms at random moments in every function of the table; then print what is held and what works."""
     wanted = int(how_many)
     if where == "broker":
         pcsc_safe.configure(broker="always")
@@ -242,7 +242,7 @@ def interrupted(how_many: str, where: str) -> None:
 
     def establish_and_release() -> None:
         hresult, context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
-        if hresult == OK:  # pyscard's functions raise SystemError for a handle that is 0
+        if hresult == OK:  # pyscard's functions raise SystemError for the handle 0
             safe.SCardReleaseContext(context)
 
     def connect_and_disconnect() -> None:
@@ -260,7 +260,7 @@ def interrupted(how_many: str, where: str) -> None:
         lambda: safe.SCardListReaderGroups(context),
         lambda: safe.SCardGetStatusChange(context, 0, [(readers[0], 0)]),
         lambda: safe.SCardGetStatusChange(context, 2, [(readers[0], PRESENT)]),
-        lambda: safe.SCardGetStatusChange(context, 101, [(readers[0], PRESENT)]),  # by another thread
+        lambda: safe.SCardGetStatusChange(context, 101, [(readers[0], PRESENT)]),  # run by another thread
         lambda: safe.SCardStatus(card),
         lambda: transmit(card),
         lambda: safe.SCardControl(card, 1, []),
@@ -305,14 +305,14 @@ NOTHING = {"in flight": 0, "locked": 0, "doomed": 0, "natives": 0}
 @pytest.mark.parametrize("alarms", [100, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("where", ["idle", "in a transaction", "beside a wait", "broker"])
 def test_handlers_that_raise(where: str, alarms: int) -> None:
-    """Whatever a handler raises, and wherever: the program gets it, all works, and no lock or context is left."""
+    """The program gets what a handler raises, at any moment. Everything works afterwards, and nothing stays locked."""
     works, answers, lost, held, contexts, cards = told(interrupted, str(alarms), where, timeout=60 + alarms / 10)
     assert works == [OK, OK, OK]
     assert answers == ([True, OK, CANCELLED] if where == "beside a wait" else None)
     assert (lost, held, contexts, cards) == (0, NOTHING, 0, 0)
 
 
-# 3. Handlers, finalizers and other threads' exceptions that use PC/SC, or wait for who does.
+# 3. Handlers, finalizers and other threads' exceptions that use PC/SC, or wait for a thread that does.
 
 
 def worker_of(card: Any, stop: threading.Event) -> Calling:
@@ -345,7 +345,7 @@ def handler_releases() -> None:
 
 
 def handler_joins(how: str) -> None:
-    """Program: again and again, a handler tells a worker to end and joins it, which may want the card just then."""
+    """Program: a handler stops a worker and joins it, again and again; the worker may be about to use the card."""
     context = establish()
     reader = safe.SCardListReaders(context, [])[1][0]
     card = connect(context, reader)
@@ -370,18 +370,18 @@ def handler_joins(how: str) -> None:
 
 
 def test_a_handler_that_disconnects_and_releases() -> None:
-    """It waits for nobody's Python; the worker's next call is refused."""
+    """A handler that cleans up does not wait for another thread's Python code. The worker's next call fails."""
     assert told(handler_releases) == [[OK, OK], False]
 
 
 @pytest.mark.parametrize("how", ["a wait", "the same card"])
 def test_a_handler_that_joins(how: str) -> None:
-    """Nothing is held while it runs."""
+    """The main thread holds nothing that a worker needs while the handler joins it."""
     assert told(handler_joins, how) == 30
 
 
 def finalizers(what: str) -> None:
-    """Program: the collector runs finalizers, as often as it can, that use PC/SC, or wait for a thread that does."""
+    """Program: very frequent collections run finalizers that use PC/SC, or wait for a thread that does."""
     context = establish()
     reader = safe.SCardListReaders(context, [])[1][0]
     card, stop, finalized = connect(context, reader), threading.Event(), []
@@ -401,7 +401,7 @@ def finalizers(what: str) -> None:
             asked.put(True)
             finalized.append(answered.get(timeout=20))
 
-    # Not a thread for each: threading's own lock may be held where the collector runs.
+    # One thread for all: threading's own lock may be held when the collector runs.
     asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
     answered: queue.SimpleQueue[int] = queue.SimpleQueue()
 
@@ -420,22 +420,22 @@ def finalizers(what: str) -> None:
     stop.set()
     gc.set_threshold(700, 10, 10)
     print(json.dumps([sorted(set(finalized)), len(finalized) > 20, sorted(other.answer())]), flush=True)
-    os._exit(0)  # finalizers that run at the end of the interpreter would wait for threads that are no more
+    os._exit(0)  # finalizers at interpreter exit would wait for threads that have ended
 
 
 @pytest.mark.parametrize("what", ["disconnects", "joins"])
 def test_finalizers(what: str) -> None:
-    """Whenever the collector runs, they return, and the other thread goes on."""
+    """Finalizers return at any moment of a collection, and the other thread continues."""
     assert told(finalizers, what) == [[OK], True, [OK]]
 
 
 def stopped() -> None:
-    """Program: threads are stopped by exceptions that another thread sends, in the middle of their calls."""
+    """Program: another thread sends exceptions that stop threads in the middle of their calls."""
     context = establish()
     reader = safe.SCardListReaders(context, [])[1][0]
     card, stuck = connect(context, reader), 0
-    # The first call beside another thread starts one, to import; CPython takes a thread that is being started for the
-    # one that starts it, and sends it the exception.
+    # The first call beside another thread starts a thread, for imports.  CPython confuses a thread that starts with the
+    # one that starts it, and sends the exception to that one.
     Calling(transmit, card).answer()
 
     class StopError(Exception):
@@ -462,7 +462,7 @@ def stopped() -> None:
 
 
 def test_threads_that_are_stopped() -> None:
-    """What they were in is free, and nothing is left."""
+    """Threads stopped in the middle of a call leave nothing locked, and no native context."""
     assert told(stopped) == [0, [OK, OK], NOTHING]
 
 
@@ -470,7 +470,7 @@ def test_threads_that_are_stopped() -> None:
 
 
 def test_calls_end_no_wait(pcsc_stack: VirtualPcsc) -> None:
-    """A wait goes on beside 2,000 calls of another thread on its context; a hundred of them connect a card."""
+    """A wait continues beside 2,000 calls of another thread on its context, a hundred of which connect a card."""
     readers = [reader.name for reader in pcsc_stack.readers]
     context = establish()
     waiter = waiting(context, readers[0])
@@ -485,7 +485,7 @@ def test_calls_end_no_wait(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_release_ends_waits(pcsc_stack: VirtualPcsc) -> None:
-    """SCardReleaseContext waits for no wait; it ends as if it had been cancelled."""
+    """SCardReleaseContext doesn't wait for a wait for events. It ends it like SCardCancel."""
     context = establish()
     waiter = waiting(context, pcsc_stack.readers[0].name)
     assert Calling(safe.SCardReleaseContext, context).answer() == OK
@@ -497,7 +497,7 @@ def test_release_ends_waits(pcsc_stack: VirtualPcsc) -> None:
 def test_where_pcscd_refuses_another_connection(
     pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Calls use the native contexts there are, and a log line says why; a wait doesn't hold up a card for long."""
+    """Calls share the existing native contexts, and a log line says why. A wait delays a card's calls only briefly."""
     from pcsc_safe._native import contexts
 
     readers = [reader.name for reader in pcsc_stack.readers]
@@ -540,12 +540,12 @@ AT_THE_LIMIT = (
     safe.SCARD_F_COMM_ERROR,
     safe.SCARD_W_SECURITY_VIOLATION,
 )
-"""How SCardEstablishContext ends there, on raw pyscard too: as libpcsclite sees pcscd hang up. Or it succeeds, where a
-connection that is surplus has just been released."""
+"""What SCardEstablishContext returns there, on raw pyscard too, depending on when pcscd closes the connection.  It also
+succeeds, if a surplus connection has just been released."""
 
 
 def at_the_limit(free: str) -> None:
-    """Program: other processes have all but so many of pcscd's connections; then threads use two cards and wait."""
+    """Program: other processes leave so many of pcscd's connections free; then threads use two cards and wait."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -555,7 +555,7 @@ def at_the_limit(free: str) -> None:
     )
     assert other.stdout is not None
     most, refusal = map(int, other.stdout.readline().split())
-    time.sleep(0.5)  # pcscd notices a little later that contexts were released
+    time.sleep(0.5)  # pcscd notices a release a little later
     context = establish()
     readers = safe.SCardListReaders(context, [])[1]
     cards = [Calling(connect, context, reader).answer() for reader in readers[:2]]
@@ -597,7 +597,7 @@ def at_the_limit(free: str) -> None:
 @pytest.mark.native
 @pytest.mark.parametrize("free", [1, 2])
 def test_at_the_limit_of_pcscd(free: int) -> None:
-    """Its 200 connections are in use but one or two: nothing hangs or fails for that, and a log line says why."""
+    """With only one or two of pcscd's 200 connections free nothing hangs or fails, and a log line says why."""
     most, right, codes, same, goes_on, ended, released, last_ended, said = told(at_the_limit, str(free))
     assert most >= 100
     assert right == [True] * 4

@@ -1,6 +1,6 @@
-"""Transactions of several processes: pcsc_safe blocks nowhere where raw pyscard doesn't.
+"""Transactions of several processes: pcsc_safe blocks only where raw pyscard blocks.
 
-That is raw pyscard with a context for each thread; on pcsc_safe the threads of a process share one.
+Raw pyscard has a context for each thread; with pcsc_safe the threads of a process share one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.native
 
 
 def differences(stack: VirtualPcsc, every: Iterable[list[Step]]) -> list[str]:
-    """What :func:`schedules.difference` says of these, several at a time."""
+    """Return what :func:`schedules.difference` finds in the schedules; several run at a time."""
     left, found, forking = iter(every), list[str](), threading.Lock()
     names = [reader.name for reader in stack.readers]
 
@@ -60,7 +60,7 @@ def differences(stack: VirtualPcsc, every: Iterable[list[Step]]) -> list[str]:
 
 
 def walks(seed: int, how_many: int) -> Iterator[list[Step]]:
-    """Random ones: half of what is done are transactions."""
+    """Yield random schedules; half of their steps are transactions."""
     chosen = random.Random(seed)
     weights = [3 if step.operation in ("Begin", "End") else 1 for step in EVERY_STEP]
     for _ in range(how_many):
@@ -68,27 +68,27 @@ def walks(seed: int, how_many: int) -> Iterator[list[Step]]:
 
 
 def sampled(every: Iterable[list[Step]], step: int) -> Iterator[list[Step]]:
-    """One of ``step``, beginning anywhere: many runs have them all."""
+    """Yield one of every ``step`` schedules, from a random start: many runs cover them all."""
     return itertools.islice(every, random.randrange(step), None, step)
 
 
 def some(seed: int) -> list[list[Step]]:
-    """Transactions of two processes that cross, of two threads of one process, and whatever comes."""
+    """Return crossing transactions of two processes, those of two threads of one process, and random schedules."""
     return [*sampled(crossed(), 9), *sampled(in_one_process(), 6), *walks(seed, 4)]
 
 
 def crossing(seed: int) -> list[list[Step]]:
-    """Each process has a card in a transaction that the other wants, by every call, and in every way it ends."""
+    """Each process has a card in a transaction that the other needs, for every call and every way to end one."""
     return [*crossed(), *in_one_process()]
 
 
 def at_random(seed: int) -> list[list[Step]]:
-    """Schedules of twenty steps each."""
+    """Return schedules of twenty steps each."""
     return list(walks(seed, 300))
 
 
 def try_all(what: str, seed: str) -> None:
-    """Say in what they differ, and how many of their steps were blocked."""
+    """Run the schedules; print the differences, and how many steps were blocked."""
     random.seed(int(seed))
     chosen = {"some": some, "crossing": crossing, "at_random": at_random}[what](int(seed))
     with VirtualPcsc(4 * LANES, [EchoCard() for _ in range(4 * LANES)]) as stack:
@@ -97,7 +97,7 @@ def try_all(what: str, seed: str) -> None:
 
 
 def tried(what: str, timeout: float) -> dict[str, Any]:
-    """The same, in a program: since pcsc-lite 2.5 a process can't go back to fewer readers."""
+    """Call :func:`try_all` in a program: since pcsc-lite 2.5 a process can't return to fewer readers."""
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
@@ -110,22 +110,22 @@ def tried(what: str, timeout: float) -> dict[str, Any]:
 
 
 def test_some_transactions() -> None:
-    """A sample of all that follow."""
-    assert tried("some", 120)["blocked"], "nothing was ever blocked: that was no test"
+    """A sample of the schedules below has no differences."""
+    assert tried("some", 120)["blocked"], "no step was blocked, so this run tested nothing"
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("what", ["crossing", "at_random"])
 def test_all_transactions(what: str) -> None:
-    """Every one that crosses another, and three hundred at random."""
+    """All crossing transactions, and three hundred random schedules, have no differences."""
     tried(what, 1800)
 
 
-# Nobody waits for a call that waits for another process's transaction, but its caller.
+# A call that waits for another process's transaction delays nobody but its caller.
 
 
 def held_by_another_process(reader: str, release: int) -> Any:
-    """A child that has a card in a transaction, until it is told."""
+    """Start a child that has a card in a transaction until it is released."""
     began, begins = os.pipe()
 
     def child() -> Any:
@@ -143,7 +143,7 @@ def held_by_another_process(reader: str, release: int) -> Any:
 
 
 def call_on(context: Any, card: Any, operation: str, reader: str) -> int:
-    """A call that has to wait while another process has a transaction."""
+    """Make a call that waits for the end of another process's transaction."""
     if operation == "Connect":
         return int(safe.SCardConnect(context, reader, SHARED, safe.SCARD_PROTOCOL_T1)[0])
     arguments: dict[str, tuple[Any, ...]] = {
@@ -161,7 +161,7 @@ def call_on(context: Any, card: Any, operation: str, reader: str) -> int:
 @pytest.mark.pcsc(readers=4)
 @pytest.mark.parametrize("operation", BEHIND_A_TRANSACTION)
 def test_who_waits_for_another_process_holds_up_nobody(pcsc_stack: VirtualPcsc, operation: str) -> None:
-    """Waits for events end on time, other cards answer, a wait is cancelled, and the context is released at once."""
+    """Beside a blocked call, waits for events end on time, other cards respond, and the context can be released."""
     theirs, ours = pcsc_stack.readers[0].name, pcsc_stack.readers[2].name
     may_end, end = os.pipe()
     context = establish()

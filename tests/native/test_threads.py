@@ -1,6 +1,6 @@
-"""Threads on one context: a native context for each thing that goes on, and first use by many.
+"""Threads on one context: a native context for each call in progress, and first use by many threads.
 
-Nothing here forks but the last part.
+Only the last part forks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from pcsc_safe.testing._install import Missing, look
 
 @pytest.fixture
 def context(shared_stack: VirtualPcsc) -> Iterator[Any]:
-    """A context, which must be in order afterwards."""
+    """Yield a context, which must work afterwards."""
     context = establish()
     yield context
     assert safe.SCardListReaders(context, [])[0] == OK
@@ -62,7 +62,7 @@ def reader(shared_stack: VirtualPcsc) -> str:
 
 
 def test_a_wait_freezes_nobody(context: Any, pcsc_stack: VirtualPcsc) -> None:
-    """While a thread waits INFINITE, calls on its context, on another, and SCardCancel finish; it goes on waiting."""
+    """Beside an INFINITE wait, calls on its context and on another one, and SCardCancel, return. The wait continues."""
     name = pcsc_stack.readers[0].name
     other = establish()
     waiting = establish()
@@ -83,7 +83,7 @@ def test_a_wait_freezes_nobody(context: Any, pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_300_calls_through_a_waiting_context(context: Any, reader: str) -> None:
-    """Calls of every kind get through a context on which another thread waits, with right answers; the wait goes on."""
+    """300 calls on a context return right results while another thread waits on it. The wait continues."""
     card = connect(context, reader)
     waiter = wait(context, reader)
     for number in range(100):
@@ -99,7 +99,7 @@ def test_300_calls_through_a_waiting_context(context: Any, reader: str) -> None:
 
 @pytest.mark.parametrize("known", ["with its counter", "without"])
 def test_two_waits_on_one_context_both_get_the_event(pcsc_stack: VirtualPcsc, known: str) -> None:
-    """Each of two threads that wait on one context is told of an event, whoever was in the library when it came."""
+    """Each of two waits on one context gets the event, whichever was in the library when it happened."""
     context, slot = establish(), pcsc_stack.readers[0]
     state = None if known == "with its counter" else PRESENT
     for _ in range(5):
@@ -113,7 +113,7 @@ def test_two_waits_on_one_context_both_get_the_event(pcsc_stack: VirtualPcsc, kn
 @pytest.mark.parametrize("known", ["with its counter", "without"])
 @pytest.mark.parametrize("waiting", [1, 2])
 def test_an_event_during_a_long_call_is_lost_to_nobody(held: VirtualPcsc, known: str, waiting: int) -> None:
-    """Each of the waits sees a card that is taken out while another thread's call lasts."""
+    """Each wait sees a card that is removed while another thread's call lasts."""
     context, slot, card = establish(), held.readers[2], held.readers[0].card
     assert isinstance(card, HeldCard)
     connection = connect(context, held.readers[0].name)
@@ -134,7 +134,7 @@ def test_an_event_during_a_long_call_is_lost_to_nobody(held: VirtualPcsc, known:
 
 
 def test_one_cancel_ends_every_wait_on_the_context(context: Any, reader: str) -> None:
-    """SCardCancel ends all waits on its context once; waits that begin later, and on other contexts, are not ended."""
+    """SCardCancel ends all waits on its context, once. It doesn't affect later waits, nor those on other contexts."""
     other = establish()
     for _ in range(10):
         unconcerned = wait(other, reader)
@@ -149,14 +149,14 @@ def test_one_cancel_ends_every_wait_on_the_context(context: Any, reader: str) ->
 
 
 def test_a_cancel_when_nobody_waits_is_lost(context: Any, reader: str) -> None:
-    """As in PC/SC: SCardCancel ends the waits there are, not those to come."""
+    """As in PC/SC, SCardCancel ends current waits, not later ones."""
     for _ in range(5):
         assert safe.SCardCancel(context) == OK
         assert wait(context, reader, 20).answer()[0] == TIMED_OUT
 
 
 def test_a_finite_wait_ends_on_time(context: Any, reader: str) -> None:
-    """A wait that 50 calls interrupt ends with SCARD_E_TIMEOUT, not before its time, and with the reader's state."""
+    """A wait beside 50 calls returns SCARD_E_TIMEOUT and the reader's state, and not too early."""
     undisturbed = wait(context, reader, 10).answer()
     waiter = wait(context, reader, 1000)
     for _ in range(50):
@@ -168,7 +168,7 @@ def test_a_finite_wait_ends_on_time(context: Any, reader: str) -> None:
 
 
 def test_several_finite_waits_end_each_on_its_time(context: Any, reader: str) -> None:
-    """Waits of different lengths on one context: each ends when its own time is up."""
+    """Waits with different timeouts on one context each end on time."""
     waiters = [(timeout, wait(context, reader, timeout)) for timeout in (900, 600, 300)]
     for timeout, waiter in waiters:
         assert waiter.answer()[0] == TIMED_OUT
@@ -176,7 +176,7 @@ def test_several_finite_waits_end_each_on_its_time(context: Any, reader: str) ->
 
 
 def test_a_wait_for_new_readers_is_not_ended_by_calls(context: Any) -> None:
-    """A wait for changes in the list of readers goes on through calls on its context as any other."""
+    """A wait for new readers continues beside calls on its context, like any other wait."""
     waiter = wait(context, "\\\\?PnP?\\Notification", state=0)
     for _ in range(30):
         assert safe.SCardListReaders(context, [])[0] == OK
@@ -186,7 +186,7 @@ def test_a_wait_for_new_readers_is_not_ended_by_calls(context: Any) -> None:
 
 
 def test_a_release_ends_the_wait(pcsc_stack: VirtualPcsc) -> None:
-    """SCardReleaseContext by another thread ends every wait with an error code, and its connection is closed."""
+    """SCardReleaseContext in another thread ends every wait with an error code, and closes its connection."""
     reader = pcsc_stack.readers[0].name
     for waiting in (1, 3):
         context = establish()
@@ -199,7 +199,7 @@ def test_a_release_ends_the_wait(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_many_threads_on_one_context(context: Any, reader: str) -> None:
-    """Eight threads and a waiting one share a context: every exchange has its own bytes."""
+    """Eight threads and a waiting one share a context, and every exchange returns its own bytes."""
     cards = [connect(context, reader) for _ in range(4)]
     waiter = wait(context, reader)
 
@@ -220,7 +220,7 @@ def test_many_threads_on_one_context(context: Any, reader: str) -> None:
 
 
 def test_threads_take_turns_on_a_card(context: Any, reader: str) -> None:
-    """One that makes one call after the other doesn't get ahead of another one that does."""
+    """Two threads that use a card all the time take turns."""
     card, done, stop = connect(context, reader), [0], threading.Event()
 
     def exchange_all_the_time() -> None:
@@ -243,7 +243,7 @@ def test_threads_take_turns_on_a_card(context: Any, reader: str) -> None:
 
 
 def on_the_card(call: str, context: Any, card: Any, reader: str) -> Any:
-    """One of the calls that wait for the end of another handle's transaction."""
+    """Make one of the calls that wait for the end of another handle's transaction."""
     if call == "SCardTransmit":
         return transmit(card, ECHO)
     if call == "SCardConnect":
@@ -263,9 +263,9 @@ WAITS_FOR_A_TRANSACTION = {
 
 @pytest.mark.parametrize(("call", "expected"), WAITS_FOR_A_TRANSACTION.items(), ids=list(WAITS_FOR_A_TRANSACTION))
 def test_a_transaction_of_another_handle(context: Any, reader: str, call: str, expected: Any) -> None:
-    """A call through the same context on a card that another handle has in a transaction waits for its end.
+    """A call on a card waits for the end of another handle's transaction on the same context.
 
-    And the transaction's own calls, its end above all, get through meanwhile.
+    The calls of the transaction itself, above all its end, don't wait.
     """
     first, second = connect(context, reader), connect(context, reader)
     for _ in range(3):
@@ -282,7 +282,7 @@ def test_a_transaction_of_another_handle(context: Any, reader: str, call: str, e
 
 
 def test_the_end_of_a_transaction_by_disconnect(context: Any, reader: str) -> None:
-    """Disconnecting the handle that has the transaction ends it for those who wait, too."""
+    """Waiting calls continue if SCardDisconnect, rather than SCardEndTransaction, ends the transaction."""
     first, second = connect(context, reader), connect(context, reader)
     assert safe.SCardBeginTransaction(first) == OK
     waiting = Calling(transmit, second, ECHO)
@@ -294,7 +294,7 @@ def test_the_end_of_a_transaction_by_disconnect(context: Any, reader: str) -> No
 
 
 def test_leaving_a_card_that_another_handle_has_in_a_transaction(context: Any, reader: str) -> None:
-    """SCardDisconnect waits for nobody if it leaves the card as it is: not even for this very thread's transaction."""
+    """SCardDisconnect with SCARD_LEAVE_CARD waits for no transaction, not even for one of its own thread."""
     first, second = connect(context, reader), connect(context, reader)
     assert safe.SCardBeginTransaction(first) == OK
     assert Calling(safe.SCardDisconnect, second, safe.SCARD_LEAVE_CARD).answer() == OK
@@ -303,7 +303,7 @@ def test_leaving_a_card_that_another_handle_has_in_a_transaction(context: Any, r
 
 
 def test_pcscd_dies_in_a_transaction(pcsc_stack: VirtualPcsc) -> None:
-    """Who waits for another handle's transaction gets a code, and is not left waiting, when pcscd dies."""
+    """If pcscd dies, a call that waits for another handle's transaction returns a code."""
     session = Session()
     second = connect(session.context, session.reader)
     assert safe.SCardBeginTransaction(session.card) == OK
@@ -326,7 +326,7 @@ def test_pcscd_dies_in_a_transaction(pcsc_stack: VirtualPcsc) -> None:
 
 
 class Pair:
-    """A context with a connection to each of two cards, whose own pcscd may be stuck in the end."""
+    """A context with a connection to each of two cards; its own pcscd, because a failure may block it."""
 
     def __init__(self, undo: contextlib.ExitStack) -> None:
         self.stack = undo.enter_context(VirtualPcsc(2, [EchoCard(), EchoCard()]))
@@ -340,7 +340,7 @@ RETRIED = ("SCardBeginTransaction", "SCardReconnect", "SCardStatus", "SCardTrans
 
 
 def retried(call: str, card: Any) -> int:
-    """One of the calls that libpcsclite makes again and again while another process has a transaction there."""
+    """Make one of the calls that libpcsclite repeats while another process has a transaction."""
     if call == "SCardReconnect":
         return int(safe.SCardReconnect(card, SHARED, safe.SCARD_PROTOCOL_T1, safe.SCARD_LEAVE_CARD)[0])
     if call == "SCardTransmit":
@@ -351,11 +351,11 @@ def retried(call: str, card: Any) -> int:
 
 
 def ended_by_each_other(stack: VirtualPcsc, call: str, end: Callable[[Any], Any]) -> list[Any]:
-    """In two children, a thread waits for the end of the other's transaction while another ends its own.
+    """In two children, one thread waits for the end of the other child's transaction while another ends its own.
 
-    Both threads on one context: the one that waits has the turn that the other needs.
+    Both threads use one context, so the waiting thread may block the one for which the other child waits.
 
-    :param end: ends it, given the card; in the thread that has begun it.
+    :param end: ends the transaction on the given card, in the thread that began it.
     """
     pipes = [os.pipe(), os.pipe()]
     readers = [reader.name for reader in stack.readers]
@@ -392,20 +392,20 @@ def ended_by_each_other(stack: VirtualPcsc, call: str, end: Callable[[Any], Any]
 
 
 def end(card: Any) -> int:
-    """SCardEndTransaction."""
+    """Call SCardEndTransaction."""
     return int(safe.SCardEndTransaction(card, safe.SCARD_LEAVE_CARD))
 
 
 @pytest.mark.parametrize("policy", ["reestablish", "broker"])
 @pytest.mark.parametrize("call", RETRIED)
 def test_processes_end_each_others_waits(pcsc_stack: VirtualPcsc, call: str, policy: str) -> None:
-    """Nobody waits for ever, as on raw pyscard."""
+    """No process waits for ever, as on raw pyscard."""
     pcsc_safe.configure(policy=policy)
     assert ended_by_each_other(pcsc_stack, call, end) == [((OK, OK, OK, OK), OK)] * 2
 
 
 def test_a_disconnection_ends_a_wait(pcsc_stack: VirtualPcsc) -> None:
-    """As the end of the transaction does."""
+    """SCardDisconnect ends a wait like the end of the transaction."""
 
     def disconnect(card: Any) -> int:
         return int(safe.SCardDisconnect(card, safe.SCARD_LEAVE_CARD))
@@ -414,7 +414,7 @@ def test_a_disconnection_ends_a_wait(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_an_exchange_in_a_broker_is_passed(pcsc_stack: VirtualPcsc) -> None:
-    """Also one that began to wait when no transaction of this process was open."""
+    """In a broker, calls don't wait for a blocked exchange, even if it began before this process's transaction."""
     theirs, mine = (reader.name for reader in pcsc_stack.readers)
     pipes = (hears, tell), (answered, answer) = os.pipe(), os.pipe()
 
@@ -438,7 +438,7 @@ def test_an_exchange_in_a_broker_is_passed(pcsc_stack: VirtualPcsc) -> None:
         os.write(tell, b"x")
         return answers, end(held), waiting.answer()[0]
 
-    holder = start(other)  # which has no part in the broker
+    holder = start(other)  # this one doesn't use the broker
     assert in_child(child) == ((OK, OK, True), OK, OK)
     assert wait_for(holder) == (OK, OK)
     for each in (*pipes[0], *pipes[1]):
@@ -447,7 +447,7 @@ def test_an_exchange_in_a_broker_is_passed(pcsc_stack: VirtualPcsc) -> None:
 
 @pytest.mark.pcsc(readers=4)
 def test_in_a_transaction_other_cards_can_be_used(pcsc_stack: VirtualPcsc) -> None:
-    """And connected, although another thread waits for another process's transaction on the same context."""
+    """A thread in a transaction can use other cards although another thread waits on the same context."""
     free = pcsc_stack.readers[2].name
 
     def end_later(mine: Any) -> int:
@@ -458,7 +458,7 @@ def test_in_a_transaction_other_cards_can_be_used(pcsc_stack: VirtualPcsc) -> No
 
 
 def test_a_transaction_does_not_wait_for_another_cards_exchange(held: VirtualPcsc) -> None:
-    """Its end is not held up by the exchange of another thread with another card."""
+    """The end of a transaction doesn't wait for another thread's exchange with another card."""
     context, another = establish(), establish()
     slow, mine, other = (
         connect(of, held.readers[number].name) for of, number in ((context, 0), (context, 2), (another, 3))
@@ -478,7 +478,7 @@ def test_a_transaction_does_not_wait_for_another_cards_exchange(held: VirtualPcs
 
 
 def got(card: Any) -> int:
-    """An inherited card's own connection, in the way of the settings."""
+    """Get the child's connection for an inherited card, in the way that the settings say."""
     if pcsc_safe.settings().cards is Cards.RECONNECT:
         return int(safe.SCardStatus(card)[0])
     return int(safe.SCardReconnect(card, SHARED, safe.SCARD_PROTOCOL_T1, safe.SCARD_LEAVE_CARD)[0])
@@ -486,7 +486,7 @@ def got(card: Any) -> int:
 
 @pytest.fixture(params=["reset", "reconnect"])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """Cards that a child has to get, and gets, its own connections to."""
+    """Two cards to which a child has to get its own connections."""
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
@@ -497,10 +497,10 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 @pytest.mark.parametrize("policy", ["reestablish", "broker"])
 def test_children_in_transactions_do_not_wait_for_each_other(pair: Pair, policy: str) -> None:
-    """In each of two, one thread has a transaction, and another gets a connection to the card that the other has.
+    """In each of two children, one thread has a transaction, and another connects the card that the other child has.
 
-    pcscd lets SCardConnect wait for the end of a transaction; who waits so in the turn of the context whose transaction
-    is waited for by the other process, waits for ever, and so does pcscd.
+    SCardConnect waits in pcscd for the end of a transaction.  If it blocked its context, and the other process waited
+    for that context's transaction, both processes and pcscd would wait for ever.
     """
     pcsc_safe.configure(policy=policy)
     have_begun = [os.pipe(), os.pipe()]
@@ -521,7 +521,7 @@ def test_children_in_transactions_do_not_wait_for_each_other(pair: Pair, policy:
 
 
 def test_the_thread_of_a_transaction_gets_the_next_card(pair: Pair) -> None:
-    """It doesn't wait for its own transaction, nor for one of a thread that waits for it."""
+    """A connection waits neither for its own thread's transaction, nor for one of a thread that waits for it."""
     first, second = pair.cards
 
     def child(connect: Callable[[], int]) -> Any:
@@ -536,13 +536,13 @@ def test_the_thread_of_a_transaction_gets_the_next_card(pair: Pair) -> None:
     assert in_child(child, in_a_thread) == ((OK, OK), OK, OK)
 
 
-# First use in the child by many threads at once.
+# First use in a child by many threads at once.
 
 
 def test_many_threads_of_a_child_use_all_functions_first(pcsc_stack: VirtualPcsc) -> None:
-    """Whatever 16 threads of a child call first, the inherited context is re-established once, the card connected once.
+    """Whatever 16 threads of a child call first, the context is re-established once and the card connected once.
 
-    Under cards='reconnect' every one of them gets its right answer.
+    With cards='reconnect' every call returns its right result.
     """
     session = Session()
     state = state_of(session.context, session.reader)
@@ -577,7 +577,7 @@ def test_many_threads_of_a_child_use_all_functions_first(pcsc_stack: VirtualPcsc
             answers[6:8],
         )
 
-    # One native context for the card, and one that is idle.
+    # One native context for the card, and an idle one.
     expected = (True, [OK, OK, [OK, [1, 2, 3, 0x90, 0x00]], [OK, session.reader]], True, [OK, OK])
     for _ in range(10):
         assert in_child(child) == expected
@@ -586,7 +586,7 @@ def test_many_threads_of_a_child_use_all_functions_first(pcsc_stack: VirtualPcsc
 
 @pytest.mark.parametrize("cards", ["reset", "reconnect"])
 def test_eight_threads_of_a_child_reconnect_one_card(pcsc_stack: VirtualPcsc, cards: str) -> None:
-    """Eight SCardReconnect at once on one inherited card all succeed, with one context and one working connection."""
+    """Eight simultaneous SCardReconnect of an inherited card succeed, with one context and one working connection."""
     session = Session()
     clients = pcsc_stack.clients()
 
@@ -601,7 +601,7 @@ def test_eight_threads_of_a_child_reconnect_one_card(pcsc_stack: VirtualPcsc, ca
 
         threads = [Calling(reconnect) for _ in range(8)]
         answers = [thread.answer() for thread in threads]
-        pcsc_stack.wait_for_clients(clients + 1)  # what was surplus is released
+        pcsc_stack.wait_for_clients(clients + 1)  # surplus contexts are released
         ended = safe.SCardDisconnect(session.card, safe.SCARD_LEAVE_CARD)
         safe.SCardReleaseContext(session.context)
         return answers, ended
@@ -613,7 +613,7 @@ def test_eight_threads_of_a_child_reconnect_one_card(pcsc_stack: VirtualPcsc, ca
 
 
 def test_contexts_of_a_child_are_established_side_by_side(pcsc_stack: VirtualPcsc) -> None:
-    """Threads of a child that use different inherited contexts first get a context each, none waits for another."""
+    """Threads of a child that first use different inherited contexts don't wait for each other."""
     contexts = [establish() for _ in range(6)]
     clients = pcsc_stack.clients()
 

@@ -1,4 +1,4 @@
-"""A program that uses pcsc_safe.scard, and pyscard's classes without install(), is told at its first fork."""
+"""A program that mixes pcsc_safe.scard with pyscard's classes, without install(), gets a warning at its first fork."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ REMEDY = (
     "with 'python -m pcsc_safe run'"
 )
 
-pytestmark = pytest.mark.native  # the programs leave the settings as they are
+pytestmark = pytest.mark.native  # the programs don't change the settings
 
 
 def told(program: Callable[..., Any], *arguments: str, stack: VirtualPcsc) -> Any:
-    """What the program's parent logged, fork by fork; its children log nothing."""
+    """Return what the parent logged at each fork; its children log nothing."""
     done = in_program(program, *arguments, env={**os.environ, **stack.env})
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
 
 
 class Log(logging.Handler):
-    """What is said of what is unprotected."""
+    """Collects the warnings about unprotected objects."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Log(logging.Handler):
             self.said.append(record.getMessage().replace(str(os.getpid()), "PID"))
 
     def at_forks(self, number: int) -> list[list[str]]:
-        """What the parent says at each of so many forks."""
+        """Return what the parent logs at each of so many forks."""
         before, said = len(self.said), []
         for _ in range(number):
             assert in_child(lambda: len(self.said)) == len(self.said)
@@ -91,7 +91,7 @@ OPENED: dict[str, tuple[Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize("what", OPENED)
 def test_the_first_fork_tells(shared_stack: VirtualPcsc, what: str) -> None:
-    """One warning, in the parent, at the first fork with something open: what it is, and the remedy."""
+    """The first fork with something open logs one warning, in the parent: what is open, and the remedy."""
     expected = f"process PID forks while {OPENED[what][1]}{REMEDY}"
     assert told(mixed, what, stack=shared_stack) == [[[], []], [[expected], []], [[]]]
 
@@ -136,7 +136,7 @@ def released() -> None:
 
 
 def functions_of_somebody_else() -> Any:
-    """As a PKCS#11 module, whose connections to pcscd are its own business."""
+    """Like a PKCS#11 module, whose connections to pcscd don't concern pcsc_safe."""
     import smartcard.scard as raw
 
     return raw.SCardEstablishContext(raw.SCARD_SCOPE_SYSTEM)
@@ -150,7 +150,7 @@ NOT_MIXED: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("what", NOT_MIXED)
 def test_others_are_told_nothing(shared_stack: VirtualPcsc, what: str) -> None:
-    """Not who uses one of the two, has called install(), has closed what it had, or has connections of other code."""
+    """Nothing is logged after install(), for closed objects, for one library alone, or for other code's connections."""
     if what == "released" and importlib.util.find_spec("smartcard.pcsc.PCSCContext"):
         pytest.skip("before pyscard 2.3 its one context is never released")
     assert told(not_mixed, what, stack=shared_stack) == [[], []]

@@ -1,6 +1,6 @@
-"""Signal handlers run while the main thread waits for events, and may do there what they may do anywhere.
+"""Signal handlers run during a wait of the main thread, and may do there what they may do anywhere.
 
-Each program is a process of its own, for its signals, its threads and what it is charged for are what is looked at.
+Each program is a separate process, because the tests examine its signals, its threads and its CPU time.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 RIGHT = [OK, [1, 2, 3, 0x90, 0x00]]
 FOR_EVER = safe.INFINITE
-A_WHILE = 600  # ms; longer than it takes until the signal comes, and what its handler does
+A_WHILE = 600  # ms; longer than the signal and its handler take
 SOON = 0.2  # s
 
-pytestmark = pytest.mark.native  # each program says itself what it uses
+pytestmark = pytest.mark.native  # each program chooses its own way to PC/SC
 
 
 def told(program: Callable[..., Any], *arguments: str, stack: VirtualPcsc, **env: str) -> Any:
-    """What a program of this module printed as JSON; it says nothing else."""
+    """Return what a program of this module printed as JSON; it prints nothing else."""
     done = in_program(program, *arguments, env={**os.environ, **stack.env, **env})
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return json.loads(done.stdout)
 
 
 class Session:
-    """A context, two readers and a card in the first, and a signal whose handler does something once."""
+    """A context, its readers, and a connection to the card in the first one."""
 
     def __init__(self, gateway: str = "native") -> None:
         if gateway == "broker":
@@ -63,7 +63,7 @@ class Session:
 
 
 def at_alarm(function: Callable[[], Any], seconds: float = SOON) -> list[Any]:
-    """Have a handler call it; gives the place for what that returns."""
+    """Have a signal handler call the function; return the list for its result."""
     returned: list[Any] = []
     signal.signal(signal.SIGALRM, lambda *_: returned.append(function()))
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -71,13 +71,13 @@ def at_alarm(function: Callable[[], Any], seconds: float = SOON) -> list[Any]:
 
 
 def left_behind() -> list[Any]:
-    """Native contexts and calls, but no threads, that are still there when every context has been released."""
+    """Release all contexts; return how many native contexts and calls are left. No threads may be."""
     from pcsc_safe._core import handles, in_flight
     from pcsc_safe._native import contexts
 
     for handle in list(handles.contexts):
         safe.SCardReleaseContext(handle)
-    # After an exception there may be a thread that has just ended the wait.
+    # After an exception a thread may still exist that has just ended the wait.
     until(lambda: len(os.listdir("/proc/self/task")) == 1, "there are no threads")
     natives = [place for place in in_flight.places if isinstance(place, contexts.NativeContext)]
     return [len(natives), len(in_flight.calls()), len(contexts.doomed)]
@@ -86,13 +86,13 @@ def left_behind() -> list[Any]:
 NOTHING = [0, 0, 0]
 
 
-# 1. The handler runs at once, and the wait ends as it says.
+# 1. The handler runs immediately, and the wait ends as it says.
 
 
 @pytest.mark.parametrize("gateway", ["native", "broker"])
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_an_endless_wait(shared_stack: VirtualPcsc, number: str, gateway: str) -> None:
-    """Ctrl-C, and the sys.exit() of SIGTERM's handler, arrive; everything works afterwards, and nothing is left."""
+    """A wait ends with what a signal handler raises. Everything works afterwards, and nothing is left."""
     raised, works, left = told(ended, number, gateway, stack=shared_stack)
     assert raised == {"SIGINT": "KeyboardInterrupt", "SIGTERM": "SystemExit"}[number]
     assert works
@@ -136,7 +136,7 @@ def waits(session: Session) -> Any:
 
 
 def joins(session: Session) -> Any:
-    """Of threads that use the card, the context, and wait for the same reader."""
+    """Join threads that use the card and the context, and that wait for the same reader."""
     calls: list[Callable[[], Any]] = [
         lambda: exchanges(session),
         lambda: safe.SCardListReaders(session.context, [])[0],
@@ -153,7 +153,7 @@ HANDLERS: dict[str, Callable[[Session], Any]] = {
 @pytest.mark.parametrize("gateway", ["native", "broker"])
 @pytest.mark.parametrize("what", HANDLERS)
 def test_a_handler_may_do_everything(shared_stack: VirtualPcsc, what: str, gateway: str) -> None:
-    """It runs while the wait lasts, and the wait ends as if another thread had done the same."""
+    """A handler runs during the wait, which ends as if another thread had done the same."""
     in_handler, ended, seconds, left = told(handled, what, gateway, stack=shared_stack)
     assert in_handler == [OK]
     assert ended == (CANCELLED if what in ("cancels", "releases") else TIMED_OUT)
@@ -178,12 +178,12 @@ def handled(what: str, gateway: str) -> None:
         ("exits", "os.fork"),
         ("exits", "C"),
         ("returns", "os.fork"),
-        # No hook tells such a child that it is another process; it looks every five seconds.
+        # No hook tells such a child that it is another process; it checks every five seconds.
         pytest.param("returns", "C", marks=pytest.mark.long),
     ],
 )
 def test_a_handler_that_forks(shared_stack: VirtualPcsc, then: str, how: str) -> None:
-    """The wait goes on in the parent; a child that returns from the handler waits on a context of its own."""
+    """The wait continues in the parent. A child that returns from the handler waits on its own context."""
     expected = [0, TIMED_OUT if then == "returns" else None, OK]
     assert told(forks, then, how, stack=shared_stack) == [[expected] * 3, [TIMED_OUT] * 3, True, NOTHING]
 
@@ -217,7 +217,7 @@ class SlowCard(EchoCard):
 
 @pytest.mark.parametrize("how", ["os.fork", "C"])
 def test_a_handler_that_forks_while_its_thread_waits_for_its_turn(how: str) -> None:
-    """The child has no thread that would give the card back; it doesn't wait for it, and goes on through a broker."""
+    """The child doesn't wait for a card that a thread of its parent uses, and continues through a broker."""
     with VirtualPcsc(2, [SlowCard(), EchoCard()]) as stack:
         done = in_program(forks_in_its_turn, how, env={**os.environ, **stack.env})
     assert (done.returncode, json.loads(done.stdout)) == (0, [RIGHT, RIGHT, 0]), done.stderr
@@ -247,20 +247,20 @@ def forked_in_handler(session: Session, then: str, how: str, writes: int) -> int
 
 
 def report(session: Session, outcome: Any, writes: int) -> None:
-    """In a child: say how its wait has ended, and whether it works, and end."""
+    """In a child: report the result of its wait, and whether PC/SC works; then exit."""
     signal.alarm(20)
     os.write(writes, json.dumps([outcome, safe.SCardListReaders(session.context, [])[0]]).encode())
     os._exit(0)
 
 
-# 3. Nothing is lost, left or spent.
+# 3. No lost events, nothing left behind, no wasted time.
 
 CHANGES = 60
 
 
 @contextlib.contextmanager
 def lines_of(program: Callable[..., Any], *arguments: str, stack: VirtualPcsc) -> Iterator[Iterator[str]]:
-    """What a program of this module prints, line by line; it is killed if that takes too long."""
+    """Yield what a program of this module prints, line by line; kill it after a timeout."""
     command = [sys.executable, forking.__file__, __file__, program.__name__, *arguments]
     with subprocess.Popen(command, env={**os.environ, **stack.env}, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -276,7 +276,7 @@ def lines_of(program: Callable[..., Any], *arguments: str, stack: VirtualPcsc) -
 @before_3_10
 @pytest.mark.parametrize("then", ["return", "raise"])
 def test_no_event_is_lost(then: str) -> None:
-    """A card comes and goes while handlers return, or raise, at any moment: the loop sees each change, and works."""
+    """Handlers return or raise at any moment of a wait, and the loop still sees each change of the card."""
     with VirtualPcsc(1, [EchoCard()]) as stack, lines_of(sees, then, stack=stack) as lines:
         slot = stack.readers[0]
         card, seen = slot.card, [next(lines)]
@@ -324,7 +324,7 @@ def sees(then: str) -> None:
 
 
 def test_two_signals_at_once(shared_stack: VirtualPcsc) -> None:
-    """No signal goes to a thread of ours, which would not run its handler: of two, both handlers run."""
+    """A signal never goes to a thread of pcsc_safe, where its handler would not run: both handlers run."""
     assert told(two_signals, stack=shared_stack) == [CANCELLED] * 20
 
 
@@ -346,7 +346,7 @@ def two_signals() -> None:
 
 
 def test_a_wait_has_its_price_once(shared_stack: VirtualPcsc) -> None:
-    """While nothing happens a wait of the main thread takes no time of the processor, and wakes up hardly ever."""
+    """An idle wait of the main thread uses almost no CPU time and hardly ever wakes up."""
     seconds, switches = told(idle, stack=shared_stack)
     assert seconds < 0.1
     assert switches < 30
@@ -361,9 +361,9 @@ def idle() -> None:
     print(json.dumps([seconds, after.ru_nvcsw - before.ru_nvcsw]))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="its threads are seen in /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the test counts threads in /proc")
 def test_its_thread_ends_with_the_wait(shared_stack: VirtualPcsc) -> None:
-    """A fork right after a wait is one of a process with one thread: no DeprecationWarning (Python 3.12)."""
+    """The process has one thread directly after a wait: no DeprecationWarning at a fork (Python 3.12)."""
     assert told(forks_after_waits, stack=shared_stack, PYTHONWARNINGS="error::DeprecationWarning") == [1] * 20
 
 
@@ -380,14 +380,14 @@ def forks_after_waits() -> None:
 
 
 def test_where_no_thread_can_be_had(shared_stack: VirtualPcsc) -> None:
-    """Where the system has none to give, or the interpreter ends, a wait lasts as long as it should."""
+    """A wait lasts as long as it should even if no thread can be started."""
     ended, seconds = told(without_a_thread, stack=shared_stack)
     assert ended == TIMED_OUT
     assert A_WHILE / 1000 <= seconds < 5
 
 
 def without_a_thread() -> None:
-    """A limit of the system's would be root's to have, and another user can't use this pcscd."""
+    """Simulate it: only root can set such a limit, and another user can't use this pcscd."""
     from pcsc_safe._native import interruptible
 
     def no_thread(*_: object) -> None:
