@@ -42,7 +42,7 @@ COMMANDS = {
         "retrofit.launcher",
     ),
     "version": Command("print the versions that a bug report needs", "testing._versions"),
-    "completion": Command("print the completion of this command line for a shell", "testing._completion"),
+    "completion": Command("print a script with which a shell completes this command line", "testing._completion"),
 }
 
 

@@ -308,8 +308,8 @@ class Broker:
             reason = (is_ours and getattr(error, "strerror", None)) or "the broker accepts no more connections"
             return BrokerError(
                 f"process {os.getpid()} can't make another connection to its broker: {reason}",
-                remedy="each PC/SC call in progress needs one, and a file descriptor in both processes: raise the "
-                "limit (ulimit -n), or use fewer threads",
+                remedy="each PC/SC call in progress needs a connection, and a file descriptor in both processes: raise "
+                "the limit (ulimit -n), or use fewer threads",
                 pid=os.getpid(),
             )
         never_began = self._helper.errors is not None and self._helper.parent == os.getpid()

@@ -47,7 +47,7 @@ class _Command(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("shell", choices=sorted(_SCRIPTS), help="print the completion for this shell")
+    parser.add_argument("shell", choices=sorted(_SCRIPTS), help="print the script for this shell")
 
 
 def main(options: argparse.Namespace) -> int:
