@@ -193,7 +193,7 @@ def test_a_death_is_seen(stack: VirtualPcsc) -> None:
 @pytest.mark.parametrize("way", ["run", *(pytest.param(way, marks=pytest.mark.long) for way in WAYS if way != "run")])
 @pytest.mark.parametrize("where", KEPT)
 def test_the_end_is_silent(stack: VirtualPcsc, where: str, way: str) -> None:
-    """Every object, wherever it is kept, is finalized at the end of the program without output, and its session is ended."""
+    """Every object, wherever it is kept, is finalized at the end without output, and its session is ended."""
     status, said, resets = ends(stack, way, program(way, where))
     assert (status, said) == (0, "")
     assert resets == 0 or where in NEVER_COLLECTED

@@ -85,9 +85,9 @@ def styles(when: str) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_every_import_style(shared_stack: VirtualPcsc, when: str) -> None:
-    """Whatever a program imported, before or after install(), reports the reset in a child; the parent's session continues.
+    """Under every name, imported before or after install(), a child gets the reset; the parent's session continues.
 
-    With ``cards="reset"``, because a child that continues in the session and asks to power off the card does power it off.
+    With ``cards="reset"``, because a child that continues in the session and asks to power off the card powers it off.
     """
     told = [RESET_CARD, 0, 0, [0, [1, 0x90, 0]]]
     expected = dict.fromkeys(("star", "by name", "module", "inner"), told)
@@ -180,7 +180,7 @@ def live_handles() -> None:
 
 
 def test_live_handles_outlive_uninstall(shared_stack: VirtualPcsc) -> None:
-    """What was opened after install() works after uninstall(), also across forks; when it is closed, all is restored."""
+    """What was opened after install() works after uninstall(), also across forks; closing it restores the last name."""
     expected = [True, False, "CardConnectionException", [True, True, True], True, []]
     assert outcome(live_handles, shared_stack, PCSC_SAFE_CARDS="reset") == expected
 
@@ -303,7 +303,7 @@ def many_threads() -> None:
 
 
 def test_threads(shared_stack: VirtualPcsc) -> None:
-    """Threads can install, uninstall, import and use pyscard at the same time: no error, no hang, and all is restored."""
+    """Threads can install, uninstall, import and use pyscard at the same time without error; all is restored."""
     assert outcome(many_threads, shared_stack) == [[], 0, True, []]
 
 

@@ -307,7 +307,7 @@ def test_another_sitecustomize_is_still_imported(programs: Path, tmp_path: Path,
     [None, "this is a syntax error", "raise RuntimeError", "", "dict[int, int, 1/0]"],
 )
 def test_a_python_without_pcsc_safe_notices_nothing(tmp_path: Path, theirs: Optional[str]) -> None:
-    """If pcsc_safe is missing, or too new for this Python, a program runs as without it, and no output is added."""
+    """If pcsc_safe is missing or this Python can't import it, a program runs as without it, and no output is added."""
     if theirs is not None:
         wrote(tmp_path / "pcsc_safe" / "__init__.py", theirs)
     env = {"PYTHONPATH": os.pathsep.join([python_path.DIRECTORY, str(tmp_path)])}
@@ -341,7 +341,7 @@ print(os.getpid())
 
 
 def test_a_guard_that_makes_no_sense_is_told(tmp_path: Path) -> None:
-    """An invalid PCSC_SAFE_GUARD_NATIVE, which applies as soon as pcsc_safe is imported, is reported in the same way."""
+    """An invalid PCSC_SAFE_GUARD_NATIVE, which applies from the import of pcsc_safe on, is reported in the same way."""
     code = "import os; os.environ['PCSC_SAFE_GUARD_NATIVE'] = 'perhaps'; os.execl({0!r}, {0!r}, '-c', 'print(1)')"
     done = run(*RUN, "-c", code.format(sys.executable), cwd=tmp_path)
     assert (done.status, done.out) == (0, "1\n")
@@ -361,7 +361,7 @@ def test_it_works_from_a_checkout(tmp_path: Path) -> None:
 
 
 def test_the_path_is_put_on_once_and_taken_off() -> None:
-    """The directory is added to PYTHONPATH once and removed; PYTHONPATH keeps its empty entries, which have a meaning."""
+    """The directory is added to PYTHONPATH once and removed; the other entries stay, also empty ones, which have a meaning."""
     here = python_path.DIRECTORY
     assert python_path.put_on("") == here
     assert python_path.put_on("a::b") == f"{here}:a::b"
@@ -396,7 +396,7 @@ def test_without_a_report_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_report_is_by_process() -> None:
-    """The report has a line of sums, then each process; unknown events are shown as they are, timeline events are not."""
+    """The report has a line of sums, then the events of each process; it shows unknown events, but none of the timeline."""
     told = [
         Event(1, "2-1", "process", 2, {"ppid": 1}),
         Event(2, "2-1", "retrofit", 2, {}),

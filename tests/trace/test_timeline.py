@@ -249,7 +249,7 @@ def test_the_program_ends_as_ever(family: Ran) -> None:
 
 
 def test_lanes_are_processes(family: Ran) -> None:
-    """Each process has a lane, a parent above its children, in the order of their start, with an arrow from the parent."""
+    """Each process has a lane, a parent above its children, in the order of their start; arrows join them."""
     parent, *children = members(family)
     assert list(family.drawing.lanes) == family.said
     assert {lane.program for lane in (parent, *children)} == {"python program.py", "python program.py (C fork)"}
@@ -442,7 +442,7 @@ print(json.dumps(os.getpid()), flush=True)
 
 
 def test_a_process_that_lives_on(shared_stack: VirtualPcsc, tmp_path: Path) -> None:
-    """``run`` waits for a process that lives on, and says so; a signal ends the wait, and the end is drawn as unknown."""
+    """``run`` waits for a process that lives on, and says so; a signal ends the wait, and the drawing lacks the end."""
     script, file = tmp_path / "program.py", tmp_path / "drawing.svg"
     script.write_text(PRELUDE + LIVES_ON)
     with subprocess.Popen(
