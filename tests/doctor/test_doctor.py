@@ -1,6 +1,6 @@
 """What the doctor finds on machines of every kind, what it never does, and how it reports.
 
-Each state of pcscd is a real one on a virtual stack.  Where a real pcscd can't be brought into the state here, something
+Each state of pcscd is a real one on a virtual stack.  If a real pcscd can't be brought into the state here, something
 else listens on the socket.  Nothing depends on the machine's pcscd: PCSCLITE_CSOCK_NAME names another one.
 """
 
@@ -178,7 +178,7 @@ def test_a_card_held_exclusively(shared_stack: VirtualPcsc) -> None:
 
 @on_linux
 def test_no_socket(path: str) -> None:
-    """Without pcscd: a problem with its remedy, and status 1; the library and everything about forks are still reported."""
+    """Without pcscd: a problem with its remedy, and status 1; the findings on the library and on forks are complete."""
     told = doctor(env=at(path))
     assert told.status == 1
     assert (told.of["pcscd.socket"]["data"]["connect"], told.of["pcscd.socket"]["status"]) == ("ENOENT", "problem")

@@ -226,7 +226,7 @@ def outcome(program: Callable[[], None], stack: Optional[VirtualPcsc] = None) ->
 
 
 def test_raw_pyscard(shared_stack: VirtualPcsc) -> None:
-    """If children and grandchildren hold their ancestor's connection, it is a problem; an exec'd process doesn't hold it."""
+    """Children and grandchildren that hold their ancestor's connection are a problem; an exec'd process doesn't hold it."""
     told = outcome(raw_family, shared_stack)
     head = told["who"]["head"]
     assert told["status"] == 1
@@ -261,7 +261,7 @@ def test_pcsc_safe(shared_stack: VirtualPcsc) -> None:
 
 
 def test_a_page_is_no_proof(shared_stack: VirtualPcsc) -> None:
-    """Raw pyscard is not taken for pcsc_safe because of a page that other libraries, such as glibc 2.41, have as well."""
+    """A page that other libraries have as well, such as glibc 2.41, does not make raw pyscard look like pcsc_safe."""
     told = outcome(with_a_page, shared_stack)
     assert (told["child"]["data"]["pcsc_safe"], told["child"]["data"]["hazards"]) == ("", ["2", "3", "5"])
 
@@ -409,7 +409,7 @@ def test_a_process_of_another_user() -> None:
 
 
 def test_a_process_that_is_gone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """If there is no such process, the status is 2; a child that ends during the examination, or is a zombie, is a finding."""
+    """If there is no such process, the status is 2; a child that has ended meanwhile, or is a zombie, is reported so."""
     with subprocess.Popen(["true"]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert [each.status.value for each in _process.examine(process.pid)[0]] == ["ok", "ok"]

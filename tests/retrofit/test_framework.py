@@ -288,7 +288,7 @@ def monitored(kind: str, use: str) -> None:
 def test_monitors(shared_stack: VirtualPcsc, kind: str, use: str) -> None:
     """In a child and a grandchild, a monitor notifies its own observers, as in a new process; the parent's continues.
 
-    Before that it has no thread.  Deleting an observer of the parent starts no thread and raises nothing.  Nothing hangs.
+    Before that it has no thread.  Deleting an observer of the parent starts no thread and is no error.  Nothing hangs.
     """
     told = outcome(monitored, shared_stack, kind, use)
     assert told == [[1, True, 1, [0, True], 0, 0], 0, [2, 0, 1]]

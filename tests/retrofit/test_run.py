@@ -361,7 +361,7 @@ def test_it_works_from_a_checkout(tmp_path: Path) -> None:
 
 
 def test_the_path_is_put_on_once_and_taken_off() -> None:
-    """The directory is added to PYTHONPATH once and removed; the other entries stay, also empty ones, which have a meaning."""
+    """The directory is added to PYTHONPATH once and removed; the other entries stay.  An empty entry has a meaning."""
     here = python_path.DIRECTORY
     assert python_path.put_on("") == here
     assert python_path.put_on("a::b") == f"{here}:a::b"
@@ -396,7 +396,7 @@ def test_without_a_report_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_report_is_by_process() -> None:
-    """The report has a line of sums, then the events of each process; it shows unknown events, but none of the timeline."""
+    """The report has a line of sums, then the events of each process, unknown ones included, without the timeline's."""
     told = [
         Event(1, "2-1", "process", 2, {"ppid": 1}),
         Event(2, "2-1", "retrofit", 2, {}),
