@@ -97,7 +97,7 @@ def test_an_unknown_hazard_is_refused() -> None:
     assert f"the hazards are {', '.join(NUMBERS)}" in done.stderr
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="on other systems, Linux is missing and not pcscd")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="on other systems the message names Linux, not pcscd")
 def test_status_2_where_there_is_no_stack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without pcscd or vpcd the demo ends with 2 and names the packages."""
     import shutil

@@ -226,7 +226,7 @@ def outcome(program: Callable[[], None], stack: Optional[VirtualPcsc] = None) ->
 
 
 def test_raw_pyscard(shared_stack: VirtualPcsc) -> None:
-    """Children and grandchildren that hold their ancestor's connection are a problem; an exec'd process doesn't hold it."""
+    """A child or grandchild that holds its ancestor's connection is a problem; an exec'd process doesn't hold it."""
     told = outcome(raw_family, shared_stack)
     head = told["who"]["head"]
     assert told["status"] == 1
@@ -409,7 +409,7 @@ def test_a_process_of_another_user() -> None:
 
 
 def test_a_process_that_is_gone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """If there is no such process, the status is 2; a child that has ended meanwhile, or is a zombie, is reported so."""
+    """If there is no such process, the status is 2; a child that has ended, or is a zombie, is reported as such."""
     with subprocess.Popen(["true"]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert [each.status.value for each in _process.examine(process.pid)[0]] == ["ok", "ok"]

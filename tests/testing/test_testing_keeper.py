@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 
 
 def fake_pcscd(tmp_path: Path, body: str) -> tuple[str, ...]:
-    """A program that writes its process ID as pcscd does, over the file's content, and then runs ``more``."""
+    """A shell script with this body, to be run as pcscd."""
     path = tmp_path / "fake-pcscd"
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
@@ -149,7 +149,7 @@ SYSTEMS = b"1234567\n\0"
 
 
 def program_with_stacks() -> None:
-    """Print whether the PID file of the system's pcscd is unchanged, during and after each way in which a stack can end."""
+    """Print whether the PID file of the system's pcscd is unchanged, during and after each possible end of a stack."""
     file = installed_pid_file()
     file.write_bytes(SYSTEMS)
     seen = {}

@@ -370,7 +370,7 @@ def nest_a_larger_one() -> None:
 
 
 def test_what_libpcsclite_could_not_follow_is_refused() -> None:
-    """With pcsc-lite 2.5 a larger stack within an active one is refused, because the active one would be unusable then."""
+    """With pcsc-lite 2.5 a larger stack within an active one is refused: the active one would become unusable."""
     done = forking.in_program(nest_a_larger_one, env=CLEAN)
     assert done.stderr == ""
     if slots_matter():
