@@ -205,7 +205,7 @@ def test_nobody_else_can_use_the_pin(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize("loss", ["logout", "pulled out", "pcscd"])
 def test_a_session_that_is_lost_is_the_end(daemon: Daemon, loss: str) -> None:
-    """If the session is lost, the daemon tells the client, verifies nothing (it has no PIN), and ends without a trace."""
+    """If the session is lost, the daemon tells the client, verifies nothing (it has no PIN), and leaves nothing."""
     assert daemon.signs(b"before")
     if loss == "logout":
         daemon.card.power_on()  # no connection is notified of it

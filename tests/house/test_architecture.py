@@ -199,7 +199,7 @@ def test_the_hooks_are_registered_once() -> None:
 
 
 def test_public_modules_say_what_is_public() -> None:
-    """Each public module has a docstring and ``__all__``, and every name in it exists."""
+    """Each module has a docstring, and every name in the public ``__all__`` exists."""
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path
@@ -208,7 +208,7 @@ def test_public_modules_say_what_is_public() -> None:
 
 
 def test_what_begins_with_an_epoch_is_registered() -> None:
-    """Each module's ``_begin(epoch)`` is registered, so it is called in every child; no other test would notice if not."""
+    """Each module's ``_begin(epoch)`` is registered, so every child calls it; nothing else would reveal the omission."""
     for name, file in modules().items():
         text = file.read_text()
         if "\ndef _begin(epoch" in text and name != "_core.process":

@@ -192,7 +192,7 @@ def test_links_work_on_pypi() -> None:
 
 
 def test_the_site_is_built(tmp_path: Path) -> None:
-    """The site is built without a warning, also about links and anchors, and its pages request nothing from other hosts."""
+    """The site is built without a warning, also about links and anchors, and its pages request nothing else."""
     pytest.importorskip("material", reason="mkdocs-material is not installed: pip install 'pcsc-safe[docs]'")
     # Not --quiet: it would keep the warnings from being counted.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
@@ -211,7 +211,7 @@ def docstrings(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def test_the_api_page_can_show_its_docstrings() -> None:
-    """The docstrings on the API page have no tables or literal blocks of reStructuredText, which Markdown doesn't know."""
+    """The docstrings on the API page have no tables or literal blocks of reStructuredText: Markdown has neither."""
     pytest.importorskip("jcecard", reason="jcecard is not installed (extra piv)")  # the page has the virtual PIV card
     names = re.findall(r"(?m)^::: ([\w.]+)", (ROOT / "docs" / "api.md").read_text())
     homes = {getattr(resolve_name(name), "__module__", name) for name in names if name[-1].islower()}

@@ -1,4 +1,4 @@
-"""The layout of the tests: a directory for each room of the package, helpers for shared code, and a complete README.md."""
+"""The layout of the tests: a directory for each room of the package, helpers for shared code, a complete README.md."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def child(levels: int, context: Any, card: Any, own_context: Any, own_card: Any)
             below.append(start(child, levels - 1, context, card, own_context, own_card))
         for inherited, its_card in ((context, card), (own_context, own_card)):
             first = safe.SCardTransmit(its_card, 2, [0x80, 1, 0, 0, 0])[0]
-            tally.expect("SCardTransmit", first, OK, safe.SCARD_W_RESET_CARD)  # SCARD_W_RESET_CARD if its owner has ended
+            tally.expect("SCardTransmit", first, OK, safe.SCARD_W_RESET_CARD)  # reset if the owner has ended
             tally.expect("SCardListReaders", safe.SCardListReaders(inherited, []), [OK, READERS])
             answer = safe.SCardReconnect(its_card, SHARED, T1, safe.SCARD_LEAVE_CARD)
             tally.expect("SCardReconnect", answer, [OK, T1])
@@ -218,7 +218,7 @@ def check(stack: VirtualPcsc, forks: int, levels: int, timeout: float = 60) -> d
 
 @pytest.mark.parametrize(("forks", "levels"), [(60, 1), (8, 3)])
 def test_a_storm_of_forks(pcsc_stack: VirtualPcsc, forks: int, levels: int) -> None:
-    """With forks among eight threads and an endless wait, every process gets its own bytes, and nothing is left behind."""
+    """With forks among eight threads and an endless wait, every process gets its own bytes, and nothing is left."""
     check(pcsc_stack, forks, levels)
 
 
