@@ -74,7 +74,7 @@ def _piv_smartcard_reads(session: Any) -> str:
 def _fido2(reader: int) -> Any:
     from fido2.pcsc import CtapPcscDevice
 
-    return next(CtapPcscDevice.list_devices(f"Virtual PCD 0 00 0{reader}"))  # exactly this reader: the card in any other would be powered off
+    return next(CtapPcscDevice.list_devices(f"Virtual PCD 0 00 0{reader}"))  # others would be powered off
 
 
 def _fido2_gets_info(device: Any) -> str:

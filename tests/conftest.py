@@ -40,7 +40,7 @@ GATEWAYS = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--gateway``: run the tests of the contract with this gateway.  ``--darwin``: run the tests on a simulated macOS."""
+    """``--gateway``: how the tests of the contract reach PC/SC.  ``--darwin``: run the tests on a simulated macOS."""
     told = "; ".join(f"{name}: {text}" for name, text in GATEWAYS.items())
     parser.addoption("--gateway", choices=GATEWAYS, default="native", help=f"how tests reach PC/SC ({told})")
     parser.addoption("--darwin", action="store_true", help="run the tests on a simulated macOS (tests/macos.py)")
@@ -74,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONG_TIMEOUT = 2000
-"""Seconds for one of the long tests, more than any watchdog of theirs; pyproject.toml has that of the others."""
+"""The time limit of a long test in seconds, longer than its watchdogs'; pyproject.toml has the limit of the others."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

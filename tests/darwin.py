@@ -113,9 +113,9 @@ def _close(number: int) -> None:
 
 _Identity = tuple[int, int]
 _in_flight: dict[_Identity, int] = {}
-"""The doors that sockets were sent through, by the sockets' identity."""
+"""The file descriptors over which sockets were sent, by the sent sockets' identity."""
 _other_ends: dict[_Identity, _Identity] = {}
-"""Those of the sockets of pairs."""
+"""The other socket of each pair, by identity."""
 _have_sent: set[_Identity] = set()
 """The sockets over which something was sent."""
 

@@ -72,16 +72,16 @@ def serve():
 """,
     "pytest": "",
 }
-"""What a Python block builds upon, by the name in its comment."""
+"""The code that runs before a Python block, by the name in its comment."""
 
 AFTER = {"verified": "assert answer == [1, 0x90, 0x00], answer\n"}
-"""What holds when a Python block has been run, in whatever process got to its end; by the same name."""
+"""A condition at the end of a Python block, in each process that reaches it; by the same name."""
 
 FILES = {
     "program": {"program.py": "import smartcard.System\nprint(smartcard.System.readers())\n"},
     "repository": {},
 }
-"""What is in the directory of a sh block besides the examples."""
+"""The files in the directory of a sh block besides the examples."""
 
 _PIP = """#!{python}
 import importlib.metadata, re, sys

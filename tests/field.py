@@ -1,7 +1,7 @@
 """Programs of other frameworks, like those in their documentation: the parent opens a card, and forked workers use it.
 
-Run as ``python -m pcsc_safe run tests/field.py HOST WORKERS PARENT DIRECTORY``; it prints how many responses were right,
-and what the others were.  The programs contain no code for forks, resets or pcsc_safe.
+Run as ``python -m pcsc_safe run tests/field.py HOST WORKERS PARENT DIRECTORY``; it prints how many responses were
+right, and what the others were.  The programs contain no code for forks, resets or pcsc_safe.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Gevent:
         return self._gevent.spawn(function, *arguments).get  # type: ignore[no-any-return]
 
     def in_pool(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        """Run the function in a native thread; return a function that returns its result, while other greenlets run."""
+        """Run the function in a native thread; return a function that returns its result; other greenlets run."""
         return self._gevent.get_hub().threadpool.spawn(function, *arguments).get  # type: ignore[no-any-return]
 
 
@@ -64,7 +64,7 @@ class Eventlet:
         return self._eventlet.spawn(function, *arguments).wait  # type: ignore[no-any-return]
 
     def in_pool(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        """Run the function in a native thread; return a function that returns its result, while other green threads run."""
+        """Run the function in a native thread; return a function that returns its result; other green threads run."""
         return self.spawn(self._tpool.execute, function, *arguments)
 
 

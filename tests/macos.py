@@ -1,10 +1,10 @@
 """A simulated macOS: Python programs find PC/SC as a forked process finds it there.
 
-``macos_libpcsclite.c`` is built as a ``libpcsclite.so.1`` that pyscard loads instead of the real one.  It forwards every
-call.  In a process that was forked and has not called exec, it behaves like macOS: a fresh SCardEstablishContext returns
-SCARD_E_NO_SERVICE, and a call on anything inherited dies of SIGSEGV.  It also simulates the other known differences from
-pcsc-lite.  A ``sitecustomize`` beside it shows pcsc_safe what Python has on macOS (:mod:`darwin`); all other code sees
-Linux.
+``macos_libpcsclite.c`` is built as a ``libpcsclite.so.1`` that pyscard loads instead of the real one.  It forwards
+every call.  In a process that was forked and has not called exec, it behaves like macOS: a fresh SCardEstablishContext
+returns SCARD_E_NO_SERVICE, and a call on anything inherited dies of SIGSEGV.  It also simulates the other known
+differences from pcsc-lite.  A ``sitecustomize`` beside it shows pcsc_safe what Python has on macOS (:mod:`darwin`); all
+other code sees Linux.
 
 The environment names both, so a program that is executed, such as a broker, also runs on the simulated macOS.
 ``pytest --darwin`` runs the tests themselves there.  By hand::
@@ -47,19 +47,19 @@ __all__ = [
 
 SOURCE = Path(__file__).with_name("macos_libpcsclite.c")
 LIBRARY = "libpcsclite.so.1"
-"""What pyscard gives to dlopen."""
+"""The name that pyscard passes to dlopen."""
 
 OnMacos = Callable[["VirtualPcsc"], "dict[str, str]"]
 """The environment of a program that uses a stack on the simulated macOS."""
 
 VARIABLE = "PCSCLITE_MACOS"
-"""Names the directory of the simulation that this process lives on; brokers get it, too."""
+"""The variable that names the directory of this process's simulation; brokers inherit it."""
 
 SWITCHES = "PCSCLITE_MACOS_SWITCHES"
-"""Names a directory with files by which a test asks the library for more."""
+"""The variable that names a directory with files, by which a test controls the library."""
 
 CANCELS_FAIL, SERVICE_ENDS = "cancels-fail", "service-ends"
-"""These files; see ``macos_libpcsclite.c``."""
+"""The files; see ``macos_libpcsclite.c``."""
 
 _SITECUSTOMIZE = f'''\
 """Makes what pcsc_safe sees of Python macOS'; see tests/darwin.py."""

@@ -72,7 +72,7 @@ class Connection(SmartCardConnection):
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """A transaction for the block: a response in several pieces needs that no other process sends a command in between."""
+        """A transaction for the block: no other process may interfere with a response in several pieces."""
         self._done("SCardBeginTransaction", self._card)
         try:
             yield

@@ -170,7 +170,7 @@ def has_sessions_of_both(handed_over: str) -> None:
 
 
 def is_forked_from_c(when: str) -> None:
-    """A fork without hooks: pcsc_safe detects it when it is used, ``first``, or after the child's C_Initialize (``anew``)."""
+    """A fork without hooks: pcsc_safe detects it at its first use, before (``first``) or after C_Initialize."""
     import ctypes
 
     import pcsc_safe

@@ -27,7 +27,7 @@ BEHIND_A_TRANSACTION = ("Begin", "Connect", "Transmit", "Status", "Reconnect", "
 
 
 blocked_steps: list[int] = []
-"""After each step, how many threads were blocked on raw pyscard."""
+"""How many threads were blocked on raw pyscard, after each step."""
 
 
 class Step(NamedTuple):
@@ -79,7 +79,7 @@ class Worker:
         os.write(self._commands, f"{step.thread}{step.reader}{step.operation}\n".encode())
 
     def listen(self, deadline: float, thread: Optional[int] = None) -> None:
-        """Read results until a thread returns, all have returned, or the time is over; results so far are always read."""
+        """Read results until a thread or all have returned, or the time is over; read what is there in any case."""
         while thread in self.pending if thread is not None else self.pending:
             if not select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 return
@@ -285,9 +285,9 @@ def connected() -> list[Step]:
 
 
 def crossed() -> Iterator[list[Step]]:
-    """Each process has a transaction with one reader, and another of its threads requests the other reader; in every way.
+    """Each process has a transaction with one reader, and another of its threads requests the other one, in every way.
 
-    Then both transactions end, in either order, in every way; afterwards all threads use both readers.
+    Then both transactions end, in either order, in every way.  Afterwards all threads use both readers.
     """
     begun = [Step(0, 0, "Begin", 0), Step(1, 0, "Begin", 1)]
     ends = [Step(0, 0, "End", 0), Step(1, 0, "End", 1)]
@@ -300,7 +300,7 @@ def crossed() -> Iterator[list[Step]]:
 
 
 def in_one_process() -> Iterator[list[Step]]:
-    """Two threads of one process are in transactions; the other process, and one of the two, request the same readers."""
+    """Two threads of one process are in transactions; the other process and one of the two request the same readers."""
     begun = [Step(0, 0, "Begin", 0), Step(0, 1, "Begin", 1)]
     for wanted in BEHIND_A_TRANSACTION:
         for end in ("End", "Disconnect", "Reconnect"):

@@ -122,7 +122,7 @@ class Server:
         self.directory = directory
         self.path = os.path.join(directory, "http")
         self.kills = 0
-        self.keeps_alive = "--http-socket" not in command  # uWSGI closes these connections without a header that says so
+        self.keeps_alive = "--http-socket" not in command  # uWSGI closes these connections without announcing it
         self._choice = random.Random(0)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (`close` does)
         programs = str(Path(sys.executable).parent)

@@ -94,8 +94,8 @@ class Member:
         """Whether it has time left."""
         return time.monotonic() < self.until
 
-    # libpcsclite 1.9.9 crashes if one thread connects while another makes a call on another context's card, on raw pyscard
-    # too.  So a process has one context at a time, and no thread uses the old one while it is replaced.
+    # libpcsclite 1.9.9 crashes if one thread connects while another makes a call on another context's card, also on raw
+    # pyscard.  So a process has one context at a time, and no thread uses the old one while it is replaced.
 
     @contextlib.contextmanager
     def using(self) -> Iterator[Optional[Session]]:
@@ -167,7 +167,7 @@ class Member:
         data: Optional[list[int]] = None,
         came_between: Optional[list[dict[str, str]]] = None,
     ) -> int:
-        """Make one exchange and check it; interference in a transaction is checked by the caller, at the transaction's end."""
+        """Make one exchange and check it; the caller checks interference at the end of its transaction."""
         sent = self.data() if data is None else data
         hresult, answer = scard.SCardTransmit(card, scard.SCARD_PCI_T1, [0x80, ins, p1, 0, len(sent), *sent])
         if self.judge("SCardTransmit", hresult):
@@ -213,10 +213,10 @@ class Member:
             if self.exchange(card, 0x50, data=sent) == OK:
                 self.exchange(card, 0x51, data=sent, came_between=came_between)
             hresult = scard.SCardEndTransaction(card, scard.SCARD_LEAVE_CARD)
-            # The transaction may have left with a handed-over session, and another thread have given this handle a new session.
+            # If a handover has taken the transaction away, another thread may have given this handle a new session.
             if hresult == OK and came_between:
                 self.report.breach("somebody came between", **came_between[0])
-            if hresult != scard.SCARD_E_SHARING_VIOLATION:  # it left with its session; another thread has one in the new session
+            if hresult != scard.SCARD_E_SHARING_VIOLATION:  # another has one in the new session
                 self.judge("SCardEndTransaction", hresult)
             self.report.figures["transactions"] += 1
             return OK

@@ -3,8 +3,8 @@
     python tests/upstream_suites.py PATH_TO_PYSCARD PATH_TO_PCSC [--json]
 
 The two paths are checkouts of LudovicRousseau/pyscard and LudovicRousseau/PCSC.  The tests run from copies, unchanged,
-each on its own virtual stack with two T=0 cards; they are not part of this repository.  The exit status is 1 if a result
-differs from raw pyscard's, except for SCard_fork.py, which passes here.
+each on its own virtual stack with two T=0 cards; they are not part of this repository.  The exit status is 1 if a
+result differs from raw pyscard's, except for SCard_fork.py, which passes here.
 
 Two runs are the same if every test has the same outcome or, for a program, if exit status and output are the same,
 except for what always differs: times, and the order in which threads print.  A program that does not end is killed, and
@@ -54,12 +54,12 @@ class SimCard(VirtualCard):
 
 
 ATRS = (bytes.fromhex("3B021450"), bytes.fromhex("3B03145051"))
-"""Of two cards that can be told apart."""
+"""The ATRs of two different cards."""
 FORK_TEST = "SCard_fork.py"
 LIMIT = 120
-"""Seconds that a suite may take."""
+"""The time limit of a suite, in seconds."""
 ENDLESS = 20
-"""Seconds after which a program counts as one that does not end.  The slowest that does takes 10."""
+"""Seconds after which a program counts as one that does not end.  The slowest one that ends takes 10."""
 
 
 class Way(NamedTuple):
@@ -107,7 +107,7 @@ assert check(SCardListReaders(context, [])) == readers
 assert SCardReleaseContext(context) == SCARD_S_SUCCESS
 sys.exit(status)
 """
-"""Has a context, forks, and lets the child run a program; finds its context as it was."""
+"""Establishes a context, forks, and lets the child run a program; then checks that its context is valid."""
 
 UNITTEST = """
 import json, sys, unittest
@@ -276,7 +276,7 @@ _TIME = re.compile(r"\d+\.\d+(e-\d+)?")
 
 
 def _comparable(ended: Ended) -> Ended:
-    errors = "\n".join(line for line in ended.errors.splitlines() if line and not line.startswith(" "))  # without frames
+    errors = "\n".join(line for line in ended.errors.splitlines() if line and not line.startswith(" "))  # no frames
     return Ended(ended.status, _TIME.sub("<time>", ended.output), _TIME.sub("<time>", errors))
 
 
@@ -321,7 +321,7 @@ def _summary(outcomes: Mapping[str, Union[str, Ended]]) -> str:
 
 
 Results = dict[str, dict[str, dict[str, Union[str, Ended]]]]
-"""By suite, way and test."""
+"""Results, by suite, way and test."""
 
 
 def _everything(options: argparse.Namespace, ways: Sequence[str]) -> Results:

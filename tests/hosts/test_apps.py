@@ -39,7 +39,7 @@ SAYS = {
     "fido2": ("FIDO_2_0", "FIDO_2_0"),
     "OpenPGPpy": ("signed, 256 bytes", "signed, 256 bytes"),
 }
-"""What an application says of the card in the first reader, and of the other."""
+"""What an application prints about the card in the first reader, and about the other."""
 
 
 class PivCard(piv.PivCard):  # type: ignore[misc]  # the fetched package has no types

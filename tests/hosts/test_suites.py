@@ -25,7 +25,7 @@ QUICK = {
     ],
     "scard": [],
 }
-"""What of a suite takes no more than some seconds; all of it if nothing is named."""
+"""The quick modules of a suite, which take some seconds; all if none is named."""
 PROGRAMS = (
     "SCardBeginTransaction_Disconnect.py",
     "SCardBeginTransaction_ExclusiceMode.py",

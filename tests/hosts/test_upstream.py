@@ -20,7 +20,7 @@ from pcsc_safe import scard
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 ATRS = (bytes.fromhex("3B021450"), bytes.fromhex("3B03145051"))
-"""What pyscard's test cases want: two cards that can do T=0 only, and can be told apart."""
+"""What pyscard's test cases need: two cards with T=0 only and with different ATRs."""
 
 EXAMPLES = (
     "sample_control.py",

@@ -30,10 +30,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_core", "policy"},  # the rest by name, on first access
     "__main__": set(),
 }
-"""A room, and the rooms that it may import; DESIGN, section 6.  A call goes down, and nothing leads back up."""
+"""A room, and the rooms that it may import; DESIGN, section 6.  Calls and imports only go down."""
 
 WITH_A_REASON = {("broker.__main__", COMPOSITION)}
-"""A program of its own that puts the rooms together, after it has become what a broker has to be."""
+"""The broker's program, which imports the rooms after it has set up its process."""
 
 
 class Import(NamedTuple):
@@ -208,7 +208,7 @@ def test_public_modules_say_what_is_public() -> None:
 
 
 def test_what_begins_with_an_epoch_is_registered() -> None:
-    """Each module's ``_begin(epoch)`` is registered, so every child calls it; nothing else would reveal the omission."""
+    """Each module's ``_begin(epoch)`` is registered, so every child calls it; no other test would notice otherwise."""
     for name, file in modules().items():
         text = file.read_text()
         if "\ndef _begin(epoch" in text and name != "_core.process":

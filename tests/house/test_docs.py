@@ -64,7 +64,7 @@ NOT_RUN = {
     "docs/speed.md": ["installs packages", "installs packages"],
     "docs/start.md": ["installs packages", "it is tests/demo/test_demo.py's, and takes half a minute"],
 }
-"""By page, why blocks of it are not run; a new one has to be entered here."""
+"""Why blocks are not run, by page; a new one has to be added here."""
 
 
 def is_run_here(block: Block) -> bool:

@@ -14,7 +14,7 @@ import pcsc_safe
 
 PACKAGE = Path(pcsc_safe.__file__).parent
 ON_TOP = {"hosts", "whole", "house"}
-"""The rooms of tests that are of no single room of the package."""
+"""The directories of tests that belong to no single room of the package."""
 
 FILES = sorted(TESTS.rglob("*.py"))
 MODULES = [file for file in FILES if file.name.startswith("test_")]

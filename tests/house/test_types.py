@@ -19,7 +19,7 @@ from pcsc_safe.policy import SETTINGS
 STUB = ast.parse(Path(pcsc_safe.__path__[0], "scard.pyi").read_text())
 VERSION = [int(part) for part in importlib.metadata.version("pyscard").split(".") if part.isdigit()]
 OLDER = VERSION < [2, 3, 1] or not sys.platform.startswith("linux")
-"""Than the pyscard that the stub describes, or another one's."""
+"""The stub describes a newer pyscard, or that of another system."""
 FUNCTIONS = {name: value for name, value in vars(raw).items() if inspect.isfunction(value) and name[0] != "_"}
 CONSTANTS = {name: value for name, value in vars(raw).items() if isinstance(value, (int, str)) and name[0] != "_"}
 

@@ -124,7 +124,7 @@ threading.Thread(target=keep, args=(made(), ready), daemon=True).start()
 ready.wait()
 """,
 }
-"""Where objects are at the end."""
+"""Where objects are referenced at the end."""
 
 NEVER_COLLECTED = {"sys", "a daemon thread"}  # on raw pyscard, these are not collected either
 
@@ -147,7 +147,7 @@ def stack() -> Iterator[VirtualPcsc]:
 
 
 PYTHONS_OWN = "ignore:This process:DeprecationWarning,ignore:remaining subinterpreters:RuntimeWarning"
-"""What Python 3.12 says of a fork beside threads, and 3.14 of subinterpreters."""
+"""The warnings of Python 3.12 about a fork with threads, and of 3.14 about subinterpreters."""
 
 
 def ends(stack: VirtualPcsc, way: str, program: str) -> tuple[int, str, int]:

@@ -324,7 +324,7 @@ OTHERS = sorted(
         and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
     }
 )
-"""Pythons of this machine; some may have pcsc_safe, most don't."""
+"""The Pythons of this machine; some may have pcsc_safe, most don't."""
 
 
 def test_a_retrofit_that_fails_is_told(tmp_path: Path) -> None:
