@@ -72,7 +72,7 @@ LIBRARIES: dict[str, Callable[[], Any]] = {"gevent": Gevent, "eventlet": Eventle
 
 
 def _set_up(library: str, gateway: str, order: str) -> tuple[Any, Any, Any, str, Any]:
-    """gevent or eventlet, pcsc_safe's scard, and a context, a reader and its card."""
+    """The library, pcsc_safe's scard, and a context, a reader and its card."""
     signal.alarm(50)
     green = LIBRARIES[library]() if order == "patched first" else None
     import pcsc_safe

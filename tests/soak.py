@@ -44,7 +44,7 @@ from pcsc_safe.testing import EchoCard, VirtualPcsc
 PR_SET_CHILD_SUBREAPER = 36
 READERS = 4
 FAMILIES = 5
-GRACE = 40  # s; within which every process ends that is told to
+GRACE = 40  # s; every process that is asked to end does so within this time
 SETTINGS: list[dict[str, str]] = [
     {"policy": "auto"},
     {"policy": "auto", "cards": "reconnect"},

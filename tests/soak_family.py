@@ -31,8 +31,8 @@ try:
 except BrokerError:  # it was killed before it could report its descriptors
     os._exit(0)
 
-PATIENCE = 60  # s; a process that is not told to end has hung after this time
-GRACE = 30  # s; within which every thread ends that is told to
+PATIENCE = 60  # s; a process that runs longer has hung
+GRACE = 30  # s; every thread that is asked to end does so within this time
 MEMORY = 8 << 20  # bytes; the allocator may keep this much after the busiest moments
 DELAY = 2  # times 10 ms; of a slow card
 LOST_AFTER = 10  # consecutive failures, after which a process establishes a new context

@@ -34,7 +34,7 @@ ORDERS = ["patched first", pytest.param("patched later", marks=pytest.mark.long)
 
 @pytest.fixture(params=LIBRARIES)
 def library(request: pytest.FixtureRequest) -> str:
-    """gevent or eventlet; not imported here, because they change the process that imports them."""
+    """The library's name; not imported here, because it changes the process that imports it."""
     name = str(request.param)
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed; it is in the extra 'hosts'")

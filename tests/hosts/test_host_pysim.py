@@ -77,7 +77,7 @@ class Sim(VirtualCard):
 @pytest.fixture(scope="module")
 def stack() -> Iterator[VirtualPcsc]:
     if not HERE.exists():
-        pytest.skip(f"{HERE} is missing; scripts/fetch-apps fetches it")
+        pytest.skip(f"there is no {HERE}; scripts/fetch-apps gets it")
     with VirtualPcsc(1, [Sim()], activate=False) as running:
         yield running
 

@@ -82,7 +82,7 @@ WAYS = {
 def test_a_qt_program(shared_stack: VirtualPcsc, tmp_path: Path, way: str) -> None:
     """Every exchange is right, every process that it starts or forks works, the wait continues; there is no output."""
     if not HERE.exists():
-        pytest.skip(f"{HERE} is missing; scripts/fetch-apps fetches it")
+        pytest.skip(f"there is no {HERE}; scripts/fetch-apps gets it")
     launcher, imports = WAYS[way]
     script = tmp_path / "program.py"
     script.write_text(PROGRAM.format(imports=imports, asked=ASKED))

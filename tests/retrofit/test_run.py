@@ -341,7 +341,7 @@ print(os.getpid())
 
 
 def test_a_guard_that_makes_no_sense_is_told(tmp_path: Path) -> None:
-    """An invalid PCSC_SAFE_GUARD_NATIVE, which applies from the import of pcsc_safe on, is reported in the same way."""
+    """If PCSC_SAFE_GUARD_NATIVE is invalid, the program prints a message with the valid values, and continues."""
     code = "import os; os.environ['PCSC_SAFE_GUARD_NATIVE'] = 'perhaps'; os.execl({0!r}, {0!r}, '-c', 'print(1)')"
     done = run(*RUN, "-c", code.format(sys.executable), cwd=tmp_path)
     assert (done.status, done.out) == (0, "1\n")

@@ -251,7 +251,7 @@ def test_why_the_keeper_died(
 
 
 def test_a_keeper_that_dies_later() -> None:
-    """So does the error if the keeper is killed while the stack runs."""
+    """If the keeper is killed while the stack runs, the error says so."""
     with VirtualPcsc(activate=False) as stack:
         assert stack._daemon is not None
         os.kill(stack._daemon._process.pid, signal.SIGKILL)

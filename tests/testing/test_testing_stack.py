@@ -487,7 +487,7 @@ def test_nothing_is_left_behind() -> None:
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, SystemExit])
 def test_nothing_is_left_behind_after_an_error(error: type[BaseException]) -> None:
-    """The same is true if the block ends with an exception."""
+    """The same is cleaned up if the block ends with an exception."""
     before = descriptors(), threading.active_count(), of_mine(os.getpid())
     stack = VirtualPcsc(1, [EchoCard()])
     pids = []
@@ -606,7 +606,7 @@ def test_pcscd_that_can_not_be_hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_interrupt_from_the_terminal() -> None:
-    """pcscd is not in the process group of the test, so Ctrl-C doesn't reach it."""
+    """The process group of the test doesn't contain pcscd, so Ctrl-C doesn't reach it."""
     with VirtualPcsc(1, activate=False) as stack:
         assert os.getsid(stack.pid) != os.getsid(0)
         assert os.getpgid(stack.pid) != os.getpgid(0)

@@ -310,7 +310,7 @@ def test_a_killed_child_keeps_what_it_told(family: Ran) -> None:
 
 
 def test_a_fork_that_ran_no_hook(family: Ran) -> None:
-    """A child of a fork that ran no hook appears with its first use of PC/SC, and is labelled as such a child."""
+    """A child of a fork that ran no hook appears with its first use of PC/SC, and is labelled "C fork"."""
     child = members(family)[3]
     assert child.program == "python program.py (C fork)"
     assert "forked by C code" in child.of("life")[0].title
@@ -442,7 +442,7 @@ print(json.dumps(os.getpid()), flush=True)
 
 
 def test_a_process_that_lives_on(shared_stack: VirtualPcsc, tmp_path: Path) -> None:
-    """``run`` waits for a process that lives on, and says so; a signal ends the wait, and the drawing lacks the end."""
+    """``run`` waits for a process that lives on, and says so; after Ctrl-C the drawing says that its end is not known."""
     script, file = tmp_path / "program.py", tmp_path / "drawing.svg"
     script.write_text(PRELUDE + LIVES_ON)
     with subprocess.Popen(
