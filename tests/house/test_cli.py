@@ -81,7 +81,7 @@ _pcsc_safe; printf '%s\\n' "${{COMPREPLY[@]}}"
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash_completes() -> None:
-    """Completion in bash offers commands, options, and the values of settings, and file names where a command takes a program."""
+    """Completion in bash offers commands, options, values of settings, and files where a command takes a program."""
     assert completed("pcsc-safe", "") == {*cli.COMMANDS, "--help"}
     assert completed("pcsc-safe", "do") == {"doctor"}
     assert completed("pcsc-safe", "doctor", "--t") == {"--touch-cards", "--timeout"}

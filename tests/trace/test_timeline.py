@@ -442,7 +442,7 @@ print(json.dumps(os.getpid()), flush=True)
 
 
 def test_a_process_that_lives_on(shared_stack: VirtualPcsc, tmp_path: Path) -> None:
-    """``run`` waits for a process that lives on, and says so; after Ctrl-C the drawing says that its end is not known."""
+    """``run`` waits for a process that lives on, and says so; after Ctrl-C the drawing calls its end unknown."""
     script, file = tmp_path / "program.py", tmp_path / "drawing.svg"
     script.write_text(PRELUDE + LIVES_ON)
     with subprocess.Popen(
