@@ -1,11 +1,11 @@
-"""Applications from PyPI, driven through what they offer: this is what a program that uses their libraries looks like.
+"""A program that uses applications from PyPI through their Python interfaces, and forks.
 
     python tests/apps.py NAME
     python tests/apps.py personalise-piv | personalise-openpgp
 
-Run as a program of its own, which knows nothing of pcsc_safe: it opens the application's session with the card in the
-first reader, forks, uses the session in the child, opens one with the card in the second reader there, and ends as
-programs end.  Then the parent goes on in its session.  It prints what came of each as JSON.
+The program doesn't import pcsc_safe.  It opens the application's session with the card in the first reader, and forks.
+The child uses this session, opens one with the card in the second reader, and exits as programs usually do.  Then the
+parent continues in its session.  The program prints the result of each step as JSON.
 
 ``scripts/fetch-apps`` fetches the applications.
 """
@@ -23,9 +23,9 @@ PIN, ADMIN_PIN = "123456", "12345678"
 class App(NamedTuple):
     """An application.
 
-    :ivar open: a session with the card in the reader of that index, with all that the card has to know (applet, PIN).
-    :ivar use: what can only be had in such a session.
-    :ivar close: the session.
+    :ivar open: opens a session with the card in the reader with this index, selects the applet and verifies the PIN.
+    :ivar use: does something that needs this session.
+    :ivar close: closes the session.
     """
 
     open: Callable[[int], Any]
@@ -45,7 +45,7 @@ def _ykman(reader: int) -> Any:
 
 
 def _ykman_signs(opened: Any) -> str:
-    """A signature that the certificate's key finds right; the card makes none without a PIN."""
+    """Make a signature and verify it with the certificate's key; the card doesn't sign without a PIN."""
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
     from yubikit.piv import KEY_TYPE, SLOT
@@ -74,7 +74,7 @@ def _piv_smartcard_reads(session: Any) -> str:
 def _fido2(reader: int) -> Any:
     from fido2.pcsc import CtapPcscDevice
 
-    return next(CtapPcscDevice.list_devices(f"Virtual PCD 0 00 0{reader}"))  # no other: it would be powered off
+    return next(CtapPcscDevice.list_devices(f"Virtual PCD 0 00 0{reader}"))  # others would be powered off
 
 
 def _fido2_gets_info(device: Any) -> str:
@@ -92,7 +92,7 @@ def _openpgppy(reader: int) -> Any:
 
 
 def _openpgppy_signs(card: Any) -> str:
-    """A signature; the card makes none without a PIN."""
+    """Make a signature; the card doesn't sign without a PIN."""
     sha256 = bytes.fromhex("3031300d060960864801650304020105000420")
     return f"signed, {len(card.sign(sha256 + bytes(32)))} bytes"
 
@@ -106,7 +106,7 @@ APPS = {
 
 
 def attempt(function: Callable[[], str]) -> str:
-    """What it says, or the error that it fails with."""
+    """What the function returns, or the error that it raises."""
     try:
         return function()
     except Exception as error:
@@ -131,14 +131,14 @@ def main(name: str) -> None:
 
 
 def personalise_openpgp() -> None:
-    """Give the OpenPGP card in every reader a key to sign with."""
+    """Give the OpenPGP card in every reader a key for signatures."""
     from OpenPGPpy import OpenPGPcard
     from smartcard.System import readers
 
     for number in range(len(readers())):
         card = OpenPGPcard(number)
         card.verify_pin(3, ADMIN_PIN)
-        card.put_data("C4", "01")  # one PIN is good for many signatures
+        card.put_data("C4", "01")  # one PIN verification is valid for many signatures
         card.gen_key("B600")
 
 

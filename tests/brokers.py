@@ -1,7 +1,7 @@
-"""Brokers as the kernel sees them, and their clients as a test sees them.
+"""Brokers as the kernel shows them, and their clients as a test sees them.
 
-A client is a forked child (:class:`Client`) or a program (:class:`Program`) that talks with the test while it lives, so
-that the test knows what it is in the middle of, and can end it there.
+A client is a forked child (:class:`Client`) or a program (:class:`Program`).  It exchanges messages with the test while
+it runs, so that the test knows what it is doing, and can kill it there.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
 
 ENOUGH = 20  # s; nothing takes that long
-SOON = 1.0  # s; within which a broker ends that has lost its client
+SOON = 1.0  # s; a broker that has lost its client ends within this time
 _COMMANDS = (b"pcsc_safe.broker", b"--pcsc-safe-broker")
 
 
 class Process(NamedTuple):
-    """A process that was started by another."""
+    """A process that another process has started."""
 
     pid: int
     state: str
@@ -52,33 +52,33 @@ def _processes(parent: int) -> list[Process]:
 
 
 def brokers(parent: Optional[int] = None) -> list[int]:
-    """The PIDs of the living brokers that a process has started.
+    """The PIDs of the running brokers that a process has started.
 
-    :param parent: this process if None.
+    :param parent: None for this process.
     """
     started = _processes(os.getpid() if parent is None else parent)
     return [each.pid for each in started if each.state not in "ZX" and any(text in each.command for text in _COMMANDS)]
 
 
 def broker(parent: Optional[int] = None) -> int:
-    """The PID of the one broker that a process has started."""
+    """The PID of the only broker that a process has started."""
     (pid,) = brokers(parent)
     return pid
 
 
 def children() -> list[int]:
-    """Every process that this one has started, and not waited for."""
+    """The children of this process for which it hasn't waited."""
     return [each.pid for each in _processes(os.getpid())]
 
 
 class Watch:
-    """Sees the end of a process, and never takes another with the same PID for it."""
+    """Detects the end of a process, even if another process gets the same PID."""
 
     def __init__(self, pid: int) -> None:
         self._process = os.pidfd_open(pid)
 
     def ends(self, within: float = SOON) -> bool:
-        """Whether it has ended, or does so in so many seconds."""
+        """Whether the process ends within so many seconds, or has ended."""
         poll = select.poll()
         poll.register(self._process, select.POLLIN)
         return bool(poll.poll(within * 1000))
@@ -89,7 +89,7 @@ class Watch:
 
 @contextlib.contextmanager
 def watched(pid: int) -> Iterator[Watch]:
-    """A :class:`Watch`, for the time of a block."""
+    """A :class:`Watch` for the duration of a block."""
     watch = Watch(pid)
     try:
         yield watch
@@ -99,7 +99,7 @@ def watched(pid: int) -> Iterator[Watch]:
 
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """Stop a process for the time of a block, and kill it then."""
+    """Stop a process for the duration of a block, then kill it."""
     os.kill(pid, signal.SIGSTOP)
     try:
         until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "it has stopped")
@@ -109,7 +109,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 class Link:
-    """The client's end of what it and the test say to each other."""
+    """The client's end of the connection to the test."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
@@ -146,7 +146,7 @@ class Client(Link):
         self._connection.close()
 
     def result(self) -> Any:
-        """What the function returned; waits for the child."""
+        """Wait for the child; return what the function returned."""
         child, self._child = self._child, None
         assert child
         return wait_for(child)
@@ -157,7 +157,7 @@ class Client(Link):
         return self._child[0]
 
     def kill(self) -> None:
-        """SIGKILL; a child that it has forked itself may live on."""
+        """Send SIGKILL to the child; its own children may live on."""
         assert self._child
         (pid, read_end), self._child = self._child, None
         os.kill(pid, signal.SIGKILL)
@@ -166,9 +166,9 @@ class Client(Link):
 
 
 class Program:
-    """A function of a test module as a program of its own, that says and is told lines.
+    """A function of a test module as a separate program, which writes and reads lines.
 
-    :param terminal: the slave end of a terminal, for standard input and output in the place of pipes.
+    :param terminal: the slave end of a terminal, for standard input and output instead of pipes.
     """
 
     def __init__(
@@ -201,24 +201,24 @@ class Program:
                 stream.close()
 
     def hear(self) -> str:
-        """The next line that it says."""
+        """The next line that the program writes."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, f"it said nothing more: {self.errors()}"
+        assert line, f"the program wrote no more lines: {self.errors()}"
         return line.rstrip("\n")
 
     def let_go(self) -> None:
-        """Close its standard input, which it waits for."""
+        """Close the program's standard input; the program waits for this."""
         assert self.process.stdin is not None
         self.process.stdin.close()
 
     def errors(self) -> str:
-        """All that it has written to standard error; waits for its end."""
+        """Wait for the program's end; return all that it has written to standard error."""
         assert self.process.stderr is not None
         return self.process.stderr.read()
 
     def ends(self) -> int:
-        """Its exit status."""
+        """The program's exit status."""
         status = self.process.wait(ENOUGH)
         self._watchdog.cancel()
         return status
@@ -233,7 +233,7 @@ def until(condition: Callable[[], Any], what: str) -> None:
 
 
 def descriptors(pid: int) -> dict[int, str]:
-    """What a process has open."""
+    """The open descriptors of a process."""
     found = {}
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -242,7 +242,7 @@ def descriptors(pid: int) -> dict[int, str]:
 
 
 def by_broker(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` for a forked child that does PC/SC through a broker of its own."""
+    """``function`` for a forked child that uses PC/SC through its own broker."""
 
     def in_it(*arguments: Any) -> Any:
         import pcsc_safe
@@ -255,7 +255,7 @@ def by_broker(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def stack_to_hold() -> Iterator[VirtualPcsc]:
-    """A stack whose first card can be held; the third reader is another device, and never waits for it."""
+    """A stack whose first card can be held; the third reader is another device, and never waits for that card."""
     from calling import HeldCard
 
     found = look()
@@ -271,11 +271,11 @@ def held_card(stack: VirtualPcsc) -> Any:
 
 
 def let_go(stack: VirtualPcsc) -> None:
-    """Wait until nobody has a context on such a stack any more, nor holds a card."""
+    """Wait until no process has a context on such a stack, or holds a card."""
     card = held_card(stack)
     card.go.set()
     stack.wait_for_clients(0)
-    # pcscd closes the connection of a client that is gone first, and gives up its cards then.
+    # pcscd first closes the connection of a client that has ended, and then releases its cards.
     until(lambda: _is_free(stack), "pcscd has given up the cards of who is gone")
     card.go.clear()
     card.reached.clear()
@@ -299,27 +299,27 @@ def _is_free(stack: VirtualPcsc) -> bool:
 
 @pytest.fixture(scope="module")
 def module_stack() -> Iterator[VirtualPcsc]:
-    """A stack whose first card can be held; only one module has contexts there."""
+    """A stack whose first card can be held; only the tests of one module have contexts there."""
     with stack_to_hold() as stack:
         yield stack
 
 
 @pytest.fixture
 def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
-    """That stack; when the test is over nobody has a context there."""
+    """The same stack; at the end of the test no process has a context there."""
     yield module_stack
     let_go(module_stack)
 
 
 def script(path: Path, text: str) -> str:
-    """A shell script at this path, to be an interpreter."""
+    """A shell script at this path, to be used as an interpreter."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return str(path)
 
 
 def imports() -> None:
-    """A program that says why it can't import what takes a broker."""
+    """A program that prints why it can't import pcsc_safe.scard if no broker can start."""
     from pcsc_safe.errors import BrokerError
 
     try:
@@ -329,9 +329,9 @@ def imports() -> None:
 
 
 def without_native(how: str) -> None:
-    """A program that has ``broker="always"``, from ``"environment"`` or by ``"configure"``, and uses a card and forks.
+    """A program that sets ``broker="always"``, by the ``"environment"`` or by ``"configure"``, uses a card and forks.
 
-    Here, for what is imported where it stands imports :mod:`pcsc_safe.scard` first.
+    The function contains imports because the modules that it imports import :mod:`pcsc_safe.scard`.
     """
     import pcsc_safe
 

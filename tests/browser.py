@@ -1,4 +1,4 @@
-"""A browser that shows a page, for the tests that look at one."""
+"""A browser for the tests that look at a page."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Any:
-    """A headless Chromium that shows a page: what the page has become, and what was said on its console."""
+    """Show a page in a headless Chromium; return the resulting DOM and the lines on the console."""
     if CHROMIUM is None:
-        pytest.skip("there is no Chromium here to see the page in: apt-get install chromium")
+        pytest.skip("Chromium is not installed: apt-get install chromium")
 
     def show(page: Path) -> tuple[str, list[str]]:
         process = subprocess.Popen(

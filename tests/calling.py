@@ -1,6 +1,6 @@
-"""Threads that call, and wait, and a card that is held; with the calls that nearly every test makes.
+"""Threads that call and wait, a card that can be held, and the calls that nearly every test makes.
 
-"Waiting" is what the kernel says of a thread: it is in poll(2) or recvfrom(2).
+A thread "waits" if the kernel shows it in poll(2) or recvfrom(2).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def until(condition: Callable[[], Any], what: str) -> None:
 
 
 def stays(condition: Callable[[], Any]) -> bool:
-    """Whether the condition holds, and goes on to for a while."""
-    # A wait that a broker has been asked for can't be seen to have begun there.
+    """Whether the condition holds, also for a short time afterwards."""
+    # If a broker makes the wait, this process can't see when the wait has begun.
     until = time.monotonic() + (0.2 if pcsc_safe.settings().broker is Broker.ALWAYS else 0.01)
     while time.monotonic() < until:
         if not condition():
@@ -45,7 +45,7 @@ def stays(condition: Callable[[], Any]) -> bool:
 
 
 class Calling(threading.Thread):
-    """A function that is called in a thread of its own."""
+    """A thread that calls a function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any, name: str = "calling") -> None:
         super().__init__(name=name, daemon=True)
@@ -63,7 +63,7 @@ class Calling(threading.Thread):
         self.seconds = time.monotonic() - began
 
     def answer(self) -> Any:
-        """What it returned, or raises what it raised."""
+        """Return what the function returned, or raise what it raised."""
         self.join(ENOUGH)
         assert not self.is_alive(), f"thread {self.name} is still busy after {ENOUGH} s"
         returned, value = self._outcome
@@ -73,7 +73,7 @@ class Calling(threading.Thread):
 
     @property
     def waits(self) -> bool:
-        """Whether it is blocked in libpcsclite, waiting for pcscd to say something."""
+        """Whether the thread is blocked in libpcsclite, waiting for data from pcscd."""
         try:
             with open(f"/proc/self/task/{self.native_id}/syscall") as call:
                 return call.read().split()[0] in _IN_A_SYSTEM_CALL_ON_A_SOCKET
@@ -82,7 +82,7 @@ class Calling(threading.Thread):
 
 
 class HeldCard(EchoCard):
-    """An EchoCard that answers INS 02 when the test says so."""
+    """An EchoCard that responds to INS 02 when the test permits it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,14 +115,14 @@ def transmit(card: Any, command: list[int]) -> Any:
 
 
 def state_of(context: Any, reader: str) -> int:
-    """A reader's state, with its event counter, as an application keeps it for its next wait."""
+    """A reader's state, with its event counter, as an application stores it for its next wait."""
     hresult, states = safe.SCardGetStatusChange(context, 0, [(reader, safe.SCARD_STATE_UNAWARE)])
     assert hresult == OK
     return int(states[0][1]) & ~CHANGED
 
 
 def wait(context: Any, reader: str, timeout: int = safe.INFINITE, state: Any = None) -> Calling:
-    """A thread that waits for a reader's next event; returns when it does."""
+    """Start a thread that waits for a reader's next event; return when it waits."""
     known = [(reader, state_of(context, reader) if state is None else state)]
     waiter = Calling(safe.SCardGetStatusChange, context, timeout, known, name="waiter")
     until(lambda: waits_on(waiter) or not waiter.is_alive(), "it waits")
@@ -130,11 +130,11 @@ def wait(context: Any, reader: str, timeout: int = safe.INFINITE, state: Any = N
 
 
 def waits_on(waiter: Calling) -> bool:
-    """Whether it is in its wait for events, and not in an SCardCancel on its way there, which takes no time."""
+    """Whether the thread waits for events, and is not in a call of SCardCancel before the wait, which takes no time."""
     return stays(lambda: waiter.waits)
 
 
 def flags(answer: Any) -> Any:
-    """The answer of SCardGetStatusChange without the event counters."""
+    """The result of SCardGetStatusChange without the event counters."""
     hresult, states = answer
     return hresult, [(name, state & 0xFFFF & ~safe.SCARD_STATE_INUSE, atr) for name, state, atr in states]

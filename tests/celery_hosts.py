@@ -1,7 +1,7 @@
-"""A Redis, and worker hosts of the Celery example: each has a pcscd of its own, and a card with a key of its own.
+"""A Redis server, and worker hosts of the Celery example: each has its own pcscd, and a card with its own key.
 
-What a host is here: the processes of one worker, in a session of their own, and one virtual stack.  `Host.vanish` takes
-both away at once, as a power cut would.
+A simulated host consists of the processes of one worker, in their own session, and of one virtual stack.
+`Host.vanish` ends both at the same time, as a power cut would.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from pcsc_safe.testing.piv import PivCard
 __all__ = ["EXAMPLES", "PIN", "Host", "a_host", "a_redis", "eventually"]
 
 PIN = "123456"
-OPTIONS = ("--concurrency", "2", "--without-mingle", "--without-gossip")  # without: starts sooner
+OPTIONS = ("--concurrency", "2", "--without-mingle", "--without-gossip")  # they make the start faster
 
 
 def eventually(what: Callable[[], Any], timeout: float = 30, every: float = 0.02) -> Any:
-    """What it returns, once that is true; what is asked is another process's, and has no event."""
+    """Wait until the condition is true, and return its value; it is about another process, so there is no event."""
     deadline = time.monotonic() + timeout
     while not (value := what()):
         assert time.monotonic() < deadline, f"not so after {timeout} s: {what}"
@@ -41,7 +41,7 @@ def eventually(what: Callable[[], Any], timeout: float = 30, every: float = 0.02
 
 @contextlib.contextmanager
 def a_redis(*config: Path) -> Iterator[tuple[redis.Redis, Path]]:
-    """A redis-server on a Unix socket, in a directory of its own; a client of it, and the directory."""
+    """A redis-server on a Unix socket, in its own directory; yields a client and the directory."""
     # Not tmp_path: the path of a socket has to be short.
     with tempfile.TemporaryDirectory(prefix="redis-") as directory:
         path = Path(directory)
@@ -60,10 +60,10 @@ def a_redis(*config: Path) -> Iterator[tuple[redis.Redis, Path]]:
 
 
 def answers(client: redis.Redis) -> bool:
-    """Whether the server is there."""
+    """Whether the server responds."""
     try:
         return bool(client.ping())
-    except redis.AuthenticationError:  # not for us
+    except redis.AuthenticationError:  # this client has no password
         return True
     except redis.ConnectionError:
         return False
@@ -82,9 +82,9 @@ class SlowCard(PivCard):
 class Host:
     """A machine with a card and a worker.
 
-    :param name: the worker's, and the card holder's.
-    :param stack: with the card.
-    :param log: what the worker says.
+    :param name: the name of the worker, and of the card holder.
+    :param stack: has the card.
+    :param log: the worker's output.
     """
 
     def __init__(self, name: str, stack: VirtualPcsc, log: Path) -> None:
@@ -94,7 +94,7 @@ class Host:
         self._worker: subprocess.Popen[bytes]
 
     def start(self, *options: str, env: Optional[Mapping[str, str]] = None) -> None:
-        """Start the worker; `serves` is for whoever sees it answer."""
+        """Start the worker; the test sets `serves` once the worker responds."""
         self.serves = False
         command = [sys.executable, "-X", "faulthandler", "-m", "celery", "--workdir", str(EXAMPLES)]
         command += ["-A", "celery_sign", "worker", "--hostname", self.name, *OPTIONS, *options]
@@ -109,12 +109,12 @@ class Host:
             )
 
     def processes(self) -> list[int]:
-        """Those of the worker that live, without its main process."""
+        """The running processes of the worker, without its main process."""
         return [pid for pid in alive_in_session(self._worker.pid) if pid != self._worker.pid]
 
     def ended(self) -> int:
-        """The worker's exit status, once it has ended; nothing of it is left then."""
-        status = self._worker.wait(60)  # a process that is just being recycled takes billiard 30
+        """Wait for the worker's end; return its exit status; no process of it is left."""
+        status = self._worker.wait(60)  # if a process is being recycled, billiard takes 30 s
         eventually(lambda: not self.processes())
         return status
 
@@ -124,7 +124,7 @@ class Host:
         self._worker.terminate()
 
     def vanish(self) -> None:
-        """Everything at once: worker, pool and pcscd."""
+        """Kill worker, pool and pcscd at the same time."""
         self.serves = False
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._worker.pid, signal.SIGKILL)
@@ -132,17 +132,17 @@ class Host:
         self.ended()
 
     def come_back(self, *options: str) -> None:
-        """The same card, a new pcscd, a new worker."""
+        """Restart with the same card, a new pcscd and a new worker."""
         self.stack.start()
         self.start(*options)
 
     def under_way(self, broker: redis.Redis) -> list[bytes]:
-        """The deliveries, not acknowledged yet, from this card's queue, which no other host serves."""
+        """The deliveries from this card's queue that are not acknowledged yet; no other host takes from it."""
         return [tag for tag, raw in broker.hgetall("unacked").items() if json.loads(raw)[2] == self.queue]
 
 
 def alive_in_session(session: int) -> list[int]:
-    """The processes of a session, without those that have ended and are not waited for."""
+    """The processes of a session, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -154,7 +154,7 @@ def alive_in_session(session: int) -> list[int]:
 
 @contextlib.contextmanager
 def a_host(name: str, logs: Path) -> Iterator[Host]:
-    """A host whose worker is not started yet; nothing of it is left, and its log is shown if a test fails."""
+    """A host whose worker is not started yet; nothing of it is left at the end, and a failed test shows its log."""
     with VirtualPcsc(1, [SlowCard.personalised(name)], activate=False) as stack:
         host = Host(name, stack, logs / f"{name}.log")
         try:

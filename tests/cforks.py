@@ -1,4 +1,4 @@
-"""Forks of which no hook of Python's is told: by C code, and past libc."""
+"""Forks that run none of Python's at-fork hooks: fork(2) from C code, and clone(2) without libc."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SYS_CLONE = {"x86_64": 56, "aarch64": 220}.get(platform.machine())
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """No other thread asks for the interpreter lock: a child in which no hook ran would wait for that thread."""
+    """Let no other thread wait for the GIL: a child in which no hook ran would wait for that thread."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000)
     try:
-        time.sleep(0.005)  # those that have asked get it
+        time.sleep(0.005)  # the threads that wait get it
         yield
     finally:
         sys.setswitchinterval(interval)
@@ -32,6 +32,6 @@ def c_fork() -> int:
 
 
 def raw_clone() -> int:
-    """clone(2) itself, as a program does that goes past libc: not even pthread_atfork handlers run."""
+    """clone(2) itself, for a program that bypasses libc: not even pthread_atfork handlers run."""
     with undisturbed():
         return int(ctypes.PyDLL(None).syscall(SYS_CLONE, SIGCHLD, 0, 0, 0, 0))

@@ -1,6 +1,6 @@
-"""What every test may use: a fork helper, a program helper, and sessions on the virtual stack.
+"""What every test can use: a fork helper, a program helper, and sessions on the virtual stack.
 
-Every fork of the suite goes through :mod:`forking`: a session of its own, a watchdog that dumps stacks, ``os._exit``.
+Every fork of the tests uses :mod:`forking`: its own session, a watchdog that dumps stacks, ``os._exit``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GATEWAYS = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--gateway``: the contract suite runs unchanged over each.  ``--darwin``: the tests run on a simulated macOS."""
+    """``--gateway``: how the tests of the contract reach PC/SC.  ``--darwin``: run the tests on a simulated macOS."""
     told = "; ".join(f"{name}: {text}" for name, text in GATEWAYS.items())
     parser.addoption("--gateway", choices=GATEWAYS, default="native", help=f"how tests reach PC/SC ({told})")
     parser.addoption("--darwin", action="store_true", help="run the tests on a simulated macOS (tests/macos.py)")
@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """With ``--darwin``: begin anew, where the loader and Python find the simulation."""
+    """With ``--darwin``, start again in an environment in which the loader and Python find the simulation."""
     if config.getoption("darwin") and macos.directory() is None:
         config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
         try:
@@ -65,8 +65,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """See that what was asked for is so, and that the programs that tests start heed SIGINT."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell has it ignored in the background
+    """Check that the options have taken effect, and that SIGINT is not ignored in the programs that tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell makes background processes ignore it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     asked = config.getoption("gateway") == "always"
     if asked != (os.environ.get("PCSC_SAFE_BROKER") == "always"):
@@ -74,11 +74,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONG_TIMEOUT = 2000
-"""Seconds for one of the long tests, more than any watchdog of theirs; pyproject.toml has that of the others."""
+"""The time limit of a long test in seconds, longer than its watchdogs'; pyproject.toml has the limit of the others."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give long tests their time limit; leave out what is not for the gateway, or for the simulated macOS."""
+    """Give long tests their time limit; skip what doesn't apply to the gateway or to the simulated macOS."""
     is_macos = macos.directory() is not None or sys.platform == "darwin"
     for item in items:
         without = item.get_closest_marker("not_on_macos")
@@ -101,7 +101,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.fixture(scope="session")
 def shared_stack() -> Iterator[VirtualPcsc]:
-    """One stack for the tests that leave pcscd, the readers and the cards as they found them."""
+    """One stack for the tests that don't change pcscd, the readers and the cards."""
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
@@ -111,7 +111,7 @@ def shared_stack() -> Iterator[VirtualPcsc]:
 
 @pytest.fixture(autouse=True)
 def default_settings(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Iterator[None]:
-    """Every test begins and ends with the default settings, whatever the environment says; but for ``--gateway``."""
+    """Every test begins and ends with the default settings, except ``--gateway``; the environment has no effect."""
     for name in Settings._fields:
         monkeypatch.delenv(f"PCSC_SAFE_{name.upper()}", raising=False)
     native = pytestconfig.getoption("gateway") == "native"
@@ -126,7 +126,7 @@ def default_settings(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Confi
 
 
 class Session:
-    """A context and a card connection of this process, with the PIN verified: what a fork must not spoil."""
+    """A context and a card connection of this process, with the PIN verified; a fork must not damage it."""
 
     def __init__(self, share_mode: int = safe.SCARD_SHARE_SHARED) -> None:
         hresult, self.context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
@@ -145,20 +145,20 @@ class Session:
         return safe.SCardTransmit(self.card, safe.SCARD_PCI_T1, command)
 
     def assert_untouched(self) -> None:
-        """The session goes on: same context, same connection, PIN still verified."""
+        """Check that the session continues: same context, same connection, PIN still verified."""
         assert safe.SCardIsValidContext(self.context) == safe.SCARD_S_SUCCESS
         assert self.transmit(IS_VERIFIED) == [safe.SCARD_S_SUCCESS, [1, 0x90, 0x00]]
         assert self.transmit(ECHO) == [safe.SCARD_S_SUCCESS, [1, 2, 3, 0x90, 0x00]]
 
     def close(self) -> None:
-        """Power the card off, so that the next test finds it without a PIN."""
+        """Power the card off, so that its PIN is not verified in the next test."""
         safe.SCardDisconnect(self.card, safe.SCARD_UNPOWER_CARD)
         safe.SCardReleaseContext(self.context)
 
 
 @pytest.fixture
 def session(shared_stack: VirtualPcsc) -> Iterator[Session]:
-    """A session on the shared stack; it must survive the test."""
+    """A session on the shared stack; it must be intact after the test."""
     session = Session()
     yield session
     gc.collect()
@@ -170,7 +170,7 @@ def session(shared_stack: VirtualPcsc) -> Iterator[Session]:
 def on_macos(tmp_path_factory: pytest.TempPathFactory) -> OnMacos:
     """The environment of a program that uses a stack on the simulated macOS."""
     if not sys.platform.startswith("linux"):
-        pytest.skip(f"macOS is simulated on Linux only, this is {sys.platform}")
+        pytest.skip(f"macOS can be simulated on Linux only, this is {sys.platform}")
     already = macos.directory()
     if already is not None:
         return lambda stack: macos.environment(stack.env, already)
@@ -184,7 +184,7 @@ def on_macos(tmp_path_factory: pytest.TempPathFactory) -> OnMacos:
 
 @pytest.fixture
 def held() -> Iterator[VirtualPcsc]:
-    """A stack whose first card is a HeldCard; the third reader does not wait for it, being of another device."""
+    """A stack whose first card is a HeldCard; the third reader is another device, and doesn't wait for that card."""
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
@@ -202,7 +202,7 @@ def in_child() -> Any:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """Name what is under test."""
+    """Add what is tested to the header."""
     import importlib.metadata as metadata
 
     return (

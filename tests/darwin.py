@@ -1,20 +1,20 @@
-"""What Python has on macOS, for pcsc_safe, on a Linux machine; :mod:`macos` has it loaded when an interpreter starts.
+"""Python on macOS, simulated for pcsc_safe on Linux; :mod:`macos` loads this module when an interpreter starts.
 
-The modules of pcsc_safe, and no others, are given a ``__builtins__`` of their own.  Its ``import`` gives them versions
-of ``os``, ``socket``, ``select`` and others that lack what macOS lacks and do what XNU does:
+Only the modules of pcsc_safe get their own ``__builtins__``.  Their ``import`` returns versions of ``os``, ``socket``,
+``select`` and others that lack what macOS lacks and behave like XNU:
 
 - no pidfd, no SO_PEERCRED, no epoll, no /proc, no MADV_WIPEONFORK; ``sys.platform`` is "darwin";
-- XNU's ``poll``: who asks for nothing is told nothing, not even a hang-up; who asks for the hang-up alone is told
-  nothing more in that call once data has arrived;
+- XNU's ``poll``: with an empty event mask it reports nothing, not even POLLHUP; with POLLHUP alone it reports nothing
+  more in this call once data has arrived;
 - ``kqueue`` with EVFILT_READ and EVFILT_PROC, and LOCAL_PEERPID;
-- a socket that was passed by SCM_RIGHTS and is closed by its sender before its receiver has it is flushed: whoever gets
-  it finds the end of the stream.  XNU may do so, this always does;
+- a socket that was passed by SCM_RIGHTS is flushed if its sender closes it before its receiver has it: the receiver
+  reads the end of the stream.  XNU may do so, the simulation always does;
 - socket buffers of 8 KiB.
 
-pcsc_safe.testing and pcsc_safe.demo see Linux: they run the virtual stack, which is not on macOS.  So do the standard
-library and the tests.  What stands for macOS here is read in XNU's sources; nobody has compared it with a Mac.
+pcsc_safe.testing and pcsc_safe.demo see Linux, because they run the virtual stack, which doesn't exist on macOS.  So do
+the standard library and the tests.  The behaviour of macOS is taken from XNU's source, and was not compared with a Mac.
 
-At a fork nothing changes here, but that a kqueue is not for a child.
+A fork changes nothing here, except that a child can't use a kqueue.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _LINUX = ("pcsc_safe.testing", "pcsc_safe.demo")
 _BUFFER = 4096  # bytes; Linux doubles it
 _WHOLE_BUFFER = 8192
 _SOL_LOCAL, _LOCAL_PEERPID = 0, 2  # sys/un.h
-_SIOCOUTQ = 0x5411  # what of a socket's output has not been received
+_SIOCOUTQ = 0x5411  # bytes that were sent and not received yet
 _PT_DENY_ATTACH = 31  # sys/ptrace.h
 _PR_SET_DUMPABLE = 4
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -71,7 +71,7 @@ _HIDDEN["_socket"] = _HIDDEN["socket"]
 
 
 class Facade(types.ModuleType):
-    """A module as macOS has it."""
+    """A module as on macOS."""
 
     def __init__(self, real: types.ModuleType, given: dict[str, Any]) -> None:
         hidden = frozenset(_HIDDEN.get(real.__name__, "").split())
@@ -94,7 +94,7 @@ class Facade(types.ModuleType):
 
 
 def _without_proc(real: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that takes a path, where there is no /proc."""
+    """A function that takes a path, without /proc."""
 
     def function(path: Any = ".", *arguments: Any, **named: Any) -> Any:
         if isinstance(path, (str, bytes, os.PathLike)) and os.fsdecode(path).startswith("/proc"):
@@ -113,9 +113,9 @@ def _close(number: int) -> None:
 
 _Identity = tuple[int, int]
 _in_flight: dict[_Identity, int] = {}
-"""The doors that sockets were sent through, by the sockets' identity."""
+"""The file descriptors over which sockets were sent, by the sent sockets' identity."""
 _other_ends: dict[_Identity, _Identity] = {}
-"""Those of the sockets of pairs."""
+"""The other socket of each pair, by identity."""
 _have_sent: set[_Identity] = set()
 """The sockets over which something was sent."""
 
@@ -126,11 +126,11 @@ def _identity(number: int) -> _Identity:
 
 
 def _flush_if_in_flight(number: int) -> None:
-    """Before a descriptor is closed: if it is a socket that was sent and not received yet, that is its end."""
+    """If a socket that was sent and not received yet is about to be closed, shut it down."""
     with contextlib.suppress(OSError):
         door = _in_flight.pop(_identity(number), None) if _in_flight and number >= 0 else None
         if door is None or not _asked(door, _SIOCOUTQ):
-            return  # all that was sent has been received
+            return  # everything that was sent has been received
         is_read = _other_ends.get(_identity(number)) in _have_sent and not _asked(number, termios.FIONREAD)
         if not is_read:
             flushed = socket.socket(fileno=os.dup(number))
@@ -143,13 +143,13 @@ def _asked(number: int, what: int) -> int:
 
 
 def _darwins(base: Any) -> Any:
-    """A class of sockets, as XNU has them."""
+    """A class of sockets that behaves like XNU's."""
 
     class Socket(base):  # type: ignore[misc]
         def sendmsg(self, buffers: Any, ancdata: Any = (), *more: Any) -> int:
             for level, kind, rights in ancdata:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    (number,) = struct.unpack("i", rights)  # one descriptor a message
+                    (number,) = struct.unpack("i", rights)  # one descriptor per message
                     _in_flight[_identity(number)] = self.fileno()
             return int(base.sendmsg(self, buffers, ancdata, *more))
 
@@ -185,7 +185,7 @@ def _pair_of(kind: Any) -> Callable[..., Any]:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
         one, other = (_identity(end.fileno()) for end in ends)
         _other_ends.update({one: other, other: one})
-        _have_sent.difference_update((one, other))  # their numbers may have been another's
+        _have_sent.difference_update((one, other))  # other sockets may have had these inodes
         return ends  # type: ignore[return-value]
 
     return socketpair
@@ -199,7 +199,7 @@ def _number(one: Any) -> int:
 
 
 class Poll:
-    """``select.poll`` of XNU, which is made of its kqueue."""
+    """``select.poll`` of XNU, which is based on its kqueue."""
 
     def __init__(self) -> None:
         self._asked: dict[int, int] = {}
@@ -227,7 +227,7 @@ class Poll:
             found = [(number, event & (self._asked[number] | ~select.POLLIN)) for number, event in told]
             if any(event for _, event in found) or not told:
                 return [(number, event) for number, event in found if event]
-            for number, _ in told:  # data, where only the hang-up was asked for
+            for number, _ in told:  # data, where only POLLHUP was requested
                 del registered[number]
 
 
@@ -242,7 +242,7 @@ class kevent:  # noqa: N801
     def __init__(
         self,
         ident: Any,
-        filter: int = KQ_FILTER_READ,  # noqa: A002  # as Python's own
+        filter: int = KQ_FILTER_READ,  # noqa: A002  # as in Python
         flags: int = KQ_EV_ADD,
         fflags: int = 0,
         data: int = 0,
@@ -253,12 +253,12 @@ class kevent:  # noqa: N801
 
 
 class kqueue:  # noqa: N801
-    """``select.kqueue``, for EVFILT_READ, with EV_CLEAR or not, and EVFILT_PROC with NOTE_EXIT."""
+    """``select.kqueue`` for EVFILT_READ, with and without EV_CLEAR, and EVFILT_PROC with NOTE_EXIT."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._reads: dict[int, kevent] = {}
-        self._exits: dict[int, kevent] = {}  # by the descriptor of the process
+        self._exits: dict[int, kevent] = {}  # by the pidfd of the process
         self._changing = threading.Lock()
 
     def fileno(self) -> int:
@@ -301,7 +301,7 @@ class kqueue:  # noqa: N801
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             self._epoll.unregister(change.ident)
             return
-        # Without EV_CLEAR epoll would tell at once, again and again, of what is below the mark.
+        # Without EV_CLEAR epoll would report data below the low-water mark, immediately and repeatedly.
         assert change.flags & KQ_EV_CLEAR or not change.fflags
         self._reads[change.ident] = change
         edge = select.EPOLLET if change.flags & KQ_EV_CLEAR else 0
@@ -325,7 +325,7 @@ class kqueue:  # noqa: N801
 
 
 class _Library:
-    """``ctypes.CDLL(None)``: no prctl, another ptrace."""
+    """``ctypes.CDLL(None)`` without prctl, and with another ptrace."""
 
     def __getattr__(self, name: str) -> Any:
         if name in ("prctl", "syscall", "clone", "unshare"):
@@ -344,11 +344,11 @@ def _library(name: Optional[str], *arguments: Any, **named: Any) -> Any:
 
 
 def _spawn(program: str, arguments: Sequence[str], *more: Any, **named: Any) -> int:
-    # Without -S, which keeps the simulation from brokers.
+    # Without -S, which would keep brokers from loading the simulation.
     return os.posix_spawn(program, [argument for argument in arguments if argument != "-S"], *more, **named)
 
 
-# Put in the place.
+# The replacements.
 
 
 def _facades() -> dict[str, Facade]:
@@ -376,12 +376,12 @@ def _is_in_scope(name: str) -> bool:
 
 
 def _with_32_bits() -> None:
-    """Pyscard's codes are of 32 bits on macOS, so those of failures are negative; and UNSET is ANY there."""
+    """On macOS pyscard's codes have 32 bits, so error codes are negative, and SCARD_PROTOCOL_UNSET is ANY."""
     module = importlib.import_module("smartcard.scard._scard")
     for name, value in list(vars(module).items()):
         if isinstance(value, int) and name.startswith(("SCARD_", "INVALID_")) and value >> 16 == 0x8010:
             setattr(module, name, value - (1 << 32))
-        elif callable(value) and name.startswith("SCard") and name.endswith(("Group", "Reader")):  # there is none
+        elif callable(value) and name.startswith("SCard") and name.endswith(("Group", "Reader")):  # not on macOS
             setattr(module, name, _narrowed(value))
     module.SCARD_PROTOCOL_UNSET = module.SCARD_PROTOCOL_ANY  # type: ignore[attr-defined]
 
@@ -391,7 +391,7 @@ def _narrowed(function: Callable[..., int]) -> Callable[..., int]:
 
 
 def install() -> None:
-    """Give the modules of pcsc_safe that are imported from here on what macOS has."""
+    """From now on, give the modules of pcsc_safe that are imported what macOS has."""
     facades = _facades()
 
     def import_(name: str, namespace: Any = None, local: Any = None, wanted: Any = (), level: int = 0) -> Any:
@@ -401,7 +401,7 @@ def install() -> None:
     darwins = {**vars(builtins), "__import__": import_, "open": _without_proc(open)}
     begin, run = bootstrap._init_module_attrs, runpy._run_code  # type: ignore[attr-defined]
 
-    # Whatever loads a module, pytest's hook for instance, has its attributes initialized here.
+    # Every loader of modules, such as pytest's hook, initializes the module's attributes with this function.
     def begin_module(spec: Any, module: Any, **named: Any) -> Any:
         begin(spec, module, **named)
         if _is_in_scope(spec.name):
@@ -420,4 +420,4 @@ def install() -> None:
     runpy._run_code = run_code  # type: ignore[attr-defined]
 
 
-__name__ = "pcsc_safe.darwin"  # what these functions stand for is of C; see pcsc_safe._core.failures
+__name__ = "pcsc_safe.darwin"  # these functions simulate C functions; see pcsc_safe._core.failures

@@ -1,15 +1,15 @@
-"""The blocks of code of the documentation, and how each is run; tests/house/test_docs.py runs them.
+"""The code blocks of the documentation, and how each is run; tests/house/test_docs.py runs them.
 
-A comment above a block says what is special about it::
+A comment above a block says how it is run::
 
-    <!-- setup: NAME -->            what must be there before, from SETUPS or FILES
-    <!-- run by tests/NAME.py -->   that test reads it from the page, and runs it
+    <!-- setup: NAME -->            what the block needs, from SETUPS or FILES
+    <!-- run by tests/NAME.py -->   this test reads the block from the page, and runs it
     <!-- not run: REASON -->        it can't be run here
     <!-- sample: REASON -->         output, which is never the same
 
-A Python block is run in a process of its own, as a program whose forked children end with it; warnings are errors.  A
-sh block is run by ``sh -eu``, with the virtual environment first on PATH, in a directory with the examples and nothing
-else; ``pip install`` sees that what it is to install is there.
+A Python block runs in a new process, as a program whose forked children end with it; warnings are errors.  ``sh -eu``
+runs a sh block, with the virtual environment first on PATH, in a directory with nothing but the examples;
+``pip install`` checks that the packages are already installed.
 """
 
 from __future__ import annotations
@@ -72,16 +72,16 @@ def serve():
 """,
     "pytest": "",
 }
-"""What a Python block builds upon, by the name in its comment."""
+"""The code that runs before a Python block, by the name in its comment."""
 
 AFTER = {"verified": "assert answer == [1, 0x90, 0x00], answer\n"}
-"""What holds when a Python block has been run, in whatever process got to its end; by the same name."""
+"""A condition at the end of a Python block, in each process that reaches it; by the same name."""
 
 FILES = {
     "program": {"program.py": "import smartcard.System\nprint(smartcard.System.readers())\n"},
     "repository": {},
 }
-"""What is in the directory of a sh block besides the examples."""
+"""The files in the directory of a sh block besides the examples."""
 
 _PIP = """#!{python}
 import importlib.metadata, re, sys
@@ -121,9 +121,9 @@ _run(sys.argv[1:])
 class Block(NamedTuple):
     """A fenced block of code.
 
-    :ivar page: relative to the repository.
-    :ivar line: where it begins.
-    :ivar says: the comment above it, without what makes it one.
+    :ivar page: its path relative to the repository.
+    :ivar line: its first line.
+    :ivar says: the text of the comment above it.
     """
 
     page: str
@@ -134,21 +134,21 @@ class Block(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For a test's."""
+        """The block's name in a test ID."""
         return f"{self.page}:{self.line}"
 
     def told(self, word: str) -> str:
-        """What the comment says behind a word; "" if it doesn't begin with it."""
+        """The text after a word with which the comment begins; "" if it doesn't begin with it."""
         return self.says[len(word) :].strip(" :") if self.says.startswith(word) else ""
 
 
 def pages() -> list[Path]:
-    """All of them."""
+    """All pages."""
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks() -> list[Block]:
-    """All of them, in the order of the pages."""
+    """All blocks, in the order of the pages."""
     found = []
     for page in pages():
         above = ""
@@ -169,7 +169,7 @@ class Ended(NamedTuple):
 
 
 def run(block: Block, env: dict[str, str], directory: Path) -> Ended:
-    """Run a Python or sh block; what it started is dead afterwards."""
+    """Run a Python or sh block; all processes that it started are dead afterwards."""
     script = directory / "block"
     if block.language == "python":
         setup = block.told("setup")

@@ -1,7 +1,7 @@
 """Families of processes that share a session, for tests of policy ``share``.
 
-A family is the test's own: a forked child, the head, with a broker for all that it forks.  Its members are told what to
-call, one call after the other, so that the test knows what each is in the middle of.
+Each test has its own family: a forked child (the head) with a broker for all its descendants.  The members make the
+calls that the test requests, one after the other, so that the test knows what each is doing.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ TRANSMIT = ("SCardTransmit", safe.SCARD_PCI_T1, ECHO)
 IS_PIN_THERE = ("SCardTransmit", safe.SCARD_PCI_T1, IS_VERIFIED)
 BEGIN, END = ("SCardBeginTransaction",), ("SCardEndTransaction", LEAVE)
 RECONNECT = ("SCardReconnect", SHARED, T1, LEAVE)
-A_WHILE = 0.1  # s; in which a call would have been answered that doesn't wait
+A_WHILE = 0.1  # s; a call that doesn't wait would have returned
 
 
 class PairsCard(HeldCard):
-    """A HeldCard that knows when somebody came between: after INS 50 of one P1, INS 51 of another is answered 6985."""
+    """A HeldCard that detects interference: after INS 50 with one P1, INS 51 with another P1 returns 6985."""
 
     opened_by = 0
 
@@ -49,7 +49,7 @@ class PairsCard(HeldCard):
 
 @pytest.fixture(scope="module")
 def module_stack() -> Iterator[VirtualPcsc]:
-    """A PairsCard is in its first reader, and only one module has contexts there."""
+    """A stack with a PairsCard in its first reader; only the tests of one module have contexts there."""
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
@@ -59,7 +59,7 @@ def module_stack() -> Iterator[VirtualPcsc]:
 
 @pytest.fixture
 def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
-    """That stack; when the test is over nobody has a context there, so no session has outlived its holders."""
+    """The same stack; at the end of the test no process has a context there, so no session has outlived its holders."""
     yield module_stack
     card = card_of(module_stack)
     card.go.set()
@@ -71,7 +71,7 @@ def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
 
 @contextlib.contextmanager
 def another(stack: VirtualPcsc, share_mode: int) -> Iterator[int]:
-    """Another application that connects; and what it gets."""
+    """Another application that connects; yields the return code."""
     context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1]
     hresult, card, _ = safe.SCardConnect(context, stack.readers[0].name, share_mode, T1)
     try:
@@ -83,7 +83,7 @@ def another(stack: VirtualPcsc, share_mode: int) -> Iterator[int]:
 
 
 def is_free(stack: VirtualPcsc, share_mode: int = EXCLUSIVE) -> bool:
-    """Whether another application can have the card; else it is held, which is the only other answer."""
+    """Whether another application can connect; if not, the card is held, and no other code is permitted."""
     with another(stack, share_mode) as hresult:
         assert hresult in (OK, VIOLATION)
         return hresult == OK
@@ -105,7 +105,7 @@ def sharing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def called(session: Session, name: str, *arguments: Any) -> Any:
-    """The answer to a call on the session's context or card, or the name of the error."""
+    """The result of a call on the session's context or card, or the name of the error."""
     handle = session.context if CALLS[name].takes is Kind.CONTEXT else session.card
     try:
         return getattr(safe, name)(handle, *arguments)
@@ -114,7 +114,7 @@ def called(session: Session, name: str, *arguments: Any) -> Any:
 
 
 def exchanges(session: Session, number: int, count: int) -> Any:
-    """How many of so many answers were not those to what this process had sent; and whether the PIN is there."""
+    """How many of so many responses were not to this process's commands; and whether the PIN is verified."""
     data = [[number, i >> 8, i & 0xFF] for i in range(count)]
     wrong = sum(session.transmit([0x80, 1, 0, 0, 3, *each]) != [OK, [*each, 0x90, 0x00]] for each in data)
     return wrong, session.transmit(IS_VERIFIED)
@@ -127,24 +127,24 @@ def _obeys(link: Link, session: Optional[Session]) -> None:
 
 
 class Member(Client):
-    """A forked child that makes the calls that it is told; it dies by SIGKILL if it isn't told to end.
+    """A forked child that makes the requested calls; it dies by SIGKILL unless it is asked to end.
 
-    :param session: that it has inherited; None: it has one of its own.
+    :param session: the inherited session; None: the member opens its own.
     """
 
     def __init__(self, session: Optional[Session], fork: Callable[[], int] = forking.fork) -> None:
         super().__init__(_obeys, session, fork=fork)
 
     def calls(self, *asked: Any) -> Any:
-        """The answer to a call."""
+        """The result of a call."""
         self.say(asked)
         return self.hear()
 
     def is_silent(self) -> bool:
-        """Whether it says nothing for a while."""
+        """Whether the member sends nothing for a while."""
         return not self._connection.poll(A_WHILE)
 
     def ends(self) -> None:
-        """Have it end."""
+        """Make the member end."""
         self.say(None)
         self.result()

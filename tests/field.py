@@ -1,7 +1,7 @@
-"""Programs of the field, each as its documentation has it: the parent opens a card, and forked workers use it.
+"""Programs of other frameworks, like those in their documentation: the parent opens a card, and forked workers use it.
 
-Run as ``python -m pcsc_safe run tests/field.py HOST WORKERS PARENT DIRECTORY``; it prints how many answers were right,
-and what the others were.  Nothing here knows of forks, resets or pcsc_safe.
+Run as ``python -m pcsc_safe run tests/field.py HOST WORKERS PARENT DIRECTORY``; it prints how many responses were
+right, and what the others were.  The programs contain no code for forks, resets or pcsc_safe.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ connection: Any = None
 
 
 def open_card() -> None:
-    """What the parent does first, with the defaults of pyscard."""
+    """What the parent does first, with pyscard's defaults."""
     global connection
     from smartcard.System import readers
 
@@ -151,7 +151,7 @@ HOSTS: dict[str, Callable[[int, Path], Iterable[str]]] = {
 
 
 def main(host: str, workers: str, parent: str, directory: str) -> None:
-    """Open the card, have the tasks done, and say how."""
+    """Open the card, have the tasks done, and print the result."""
     open_card()
     over = threading.Event()
 

@@ -1,4 +1,4 @@
-"""An ASGI application of the field for ``gunicorn --preload``: the master opens the card, and its workers use it."""
+"""An ASGI application for ``gunicorn --preload``: the master opens the card, and its workers use it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if os.environ.get("FIELD_PARENT") == "busy":
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """``GET /7``: the seventh task."""
+    """``GET /7`` runs the seventh task."""
     if scope["type"] == "http":
         told = field.exchange(int(scope["path"][1:])).encode()
         headers = [(b"content-length", str(len(told)).encode())]

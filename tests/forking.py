@@ -1,7 +1,7 @@
-"""The one way in which the tests fork, and the one way in which they run a program.
+"""The only way in which the tests fork, and the only way in which they run a program.
 
-A child gets a session of its own and a watchdog that dumps its stacks, and ends with ``os._exit``; a program is killed
-with everything it started.  Both give back a whole result: what the function returned, or how it failed.
+A child gets its own session and a watchdog that dumps its stacks, and ends with ``os._exit``.  A program is killed
+together with every process that it started.  Both return a whole result: what the function returned, or how it failed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ TIMEOUT = 30
 
 
 class ChildFailedError(AssertionError):
-    """A forked child did not return: it raised, hung, or died."""
+    """A forked child raised, hung, or died, and did not return."""
 
 
 @contextlib.contextmanager
 def forks_with_threads() -> Iterator[None]:
-    """Python 3.12 warns of a fork with threads; the virtual cards of the suite are such threads."""
+    """Python 3.12 warns about a fork with threads; the virtual cards of the tests are such threads."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
         yield
@@ -42,17 +42,17 @@ def fork() -> int:
 
 
 def in_child(function: Callable[..., Any], *arguments: Any, fork: Callable[[], int] = fork) -> Any:
-    """``function(*arguments)`` in a forked child.
+    """Call ``function(*arguments)`` in a forked child.
 
     :param fork: how to fork.
-    :return: what it returned.
+    :return: what the function returned.
     :raises ChildFailedError: it raised, died, or took longer than 30 s; its traceback is in the text or on stderr.
     """
     return wait_for(start(function, *arguments, fork=fork))
 
 
 def start(function: Callable[..., Any], *arguments: Any, fork: Callable[[], int] = fork) -> tuple[int, int]:
-    """Begin ``function(*arguments)`` in a forked child, for :func:`wait_for`."""
+    """Start ``function(*arguments)`` in a forked child, for :func:`wait_for`."""
     read_end, write_end = os.pipe()
     pid = fork()
     if pid == 0:
@@ -66,7 +66,7 @@ def _be_a_child(write_end: int, function: Callable[..., Any], arguments: tuple[A
     try:
         with contextlib.suppress(OSError):
             os.setsid()
-        # Not dump_traceback_later: its thread's lock would be held for ever in a grandchild.
+        # Not dump_traceback_later: its thread holds a lock, which would stay locked in a grandchild.
         faulthandler.register(signal.SIGALRM, file=sys.__stderr__, all_threads=True, chain=True)
         signal.alarm(TIMEOUT)
         try:
@@ -81,7 +81,7 @@ def _be_a_child(write_end: int, function: Callable[..., Any], arguments: tuple[A
 
 
 def wait_for(child: tuple[int, int]) -> Any:
-    """The result of what :func:`start` began."""
+    """The result of what :func:`start` started."""
     pid, read_end = child
     with open(read_end, "rb") as pipe:
         data = pipe.read()
@@ -102,10 +102,10 @@ def in_program(
     timeout: float = 2 * TIMEOUT,
     prefix: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """``function(*arguments)`` as the main function of a Python program of its own: no pytest, no other thread.
+    """Call ``function(*arguments)`` as the main function of a new Python program, without pytest or other threads.
 
-    :param function: of a test module; it is imported there anew.
-    :param prefix: a command to run the program under.
+    :param function: of a test module; the program imports it.
+    :param prefix: a command that runs the program.
     """
     file = Path(sys.modules[function.__module__].__file__ or "").resolve()
     command = [*prefix, sys.executable, "-X", "faulthandler", __file__, str(file), function.__name__, *arguments]

@@ -1,7 +1,7 @@
-"""Programs under gevent and eventlet, for test_host_green.py; each is run by a process of its own.
+"""Programs under gevent and eventlet, for test_host_green.py; each runs in a new process.
 
-Nothing here imports pcsc_safe but the programs themselves: whether it is imported before the interpreter's modules
-are patched, or after, is what the tests are about.
+Only the programs themselves import pcsc_safe, because the tests also vary whether it is imported before or after the
+standard library is patched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OK, CANCELLED, TIMED_OUT = 0, 0x80100002, 0x8010000A
 
 
 class Gevent:
-    """gevent: greenlets, and the native threads of its hub's pool."""
+    """gevent: greenlets, and the native threads of the hub's pool."""
 
     child_has_pool = True
 
@@ -34,23 +34,23 @@ class Gevent:
         self._gevent = gevent
 
     def spawn(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        """Run it in a greenlet; returns what gives its result."""
+        """Run the function in a greenlet; return a function that returns its result."""
         return self._gevent.spawn(function, *arguments).get  # type: ignore[no-any-return]
 
     def in_pool(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        """Run it in a native thread; returns what gives its result, while other greenlets run."""
+        """Run the function in a native thread; return a function that returns its result; other greenlets run."""
         return self._gevent.get_hub().threadpool.spawn(function, *arguments).get  # type: ignore[no-any-return]
 
 
 class Eventlet:
     """eventlet: green threads, and the native threads of tpool."""
 
-    child_has_pool = False  # tpool doesn't see a fork, and waits for the threads of the parent
+    child_has_pool = False  # tpool doesn't detect a fork, and waits for the threads of the parent
 
     def __init__(self) -> None:
         import warnings
 
-        warnings.simplefilter("ignore")  # it is deprecated
+        warnings.simplefilter("ignore")  # eventlet is deprecated
         import eventlet
 
         eventlet.monkey_patch()
@@ -60,11 +60,11 @@ class Eventlet:
         self._eventlet, self._tpool = eventlet, tpool
 
     def spawn(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        """Run it in a green thread; returns what gives its result."""
+        """Run the function in a green thread; return a function that returns its result."""
         return self._eventlet.spawn(function, *arguments).wait  # type: ignore[no-any-return]
 
     def in_pool(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        """Run it in a native thread; returns what gives its result, while other green threads run."""
+        """Run the function in a native thread; return a function that returns its result; other green threads run."""
         return self.spawn(self._tpool.execute, function, *arguments)
 
 
@@ -89,7 +89,7 @@ def _set_up(library: str, gateway: str, order: str) -> tuple[Any, Any, Any, str,
 
 
 def _exchange(safe: Any, card: Any, number: int, times: int, pause: Callable[[], Any]) -> int:
-    """How many exchanges had their own bytes."""
+    """How many exchanges got their own bytes."""
     right = 0
     for _ in range(times):
         right += safe.SCardTransmit(card, safe.SCARD_PCI_T1, [*ECHO, number]) == [OK, [number, *RIGHT]]
@@ -106,7 +106,7 @@ def _say(value: Any) -> None:
 
 
 def _forked(function: Callable[[], Any]) -> list[Any]:
-    """What it returns in a forked child, and the child's status."""
+    """What the function returns in a forked child, and the child's exit status."""
     reads, writes = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -118,14 +118,14 @@ def _forked(function: Callable[[], Any]) -> list[Any]:
         finally:
             os._exit(status)
     os.close(writes)
-    # First: a read would block the hub, and gevent's child, whose pool shares it at first, may need that.
+    # First: a read would block the hub, which the pool of gevent's child shares at first and may need.
     status = os.waitpid(pid, 0)[1]
     with open(reads, "rb") as pipe:
         return [json.loads(pipe.read() or b"null"), status]
 
 
 def pool(*how: str) -> None:
-    """A wait in the pool beside exchanges and other calls in the pool and in greenlets; then it is cancelled."""
+    """A wait in the pool, with exchanges and other calls in the pool and in greenlets; then the wait is cancelled."""
     green, safe, context, reader, card = _set_up(*how)
     wait = green.in_pool(safe.SCardGetStatusChange, context, INFINITE, [(reader, PRESENT)])
     green.sleep(0.3)
@@ -141,18 +141,18 @@ def pool(*how: str) -> None:
 
 
 def releases_beside_a_wait(*how: str) -> None:
-    """A greenlet disconnects and releases while the pool waits and exchanges."""
+    """A greenlet disconnects and releases while threads of the pool wait and exchange."""
     green, safe, context, reader, card = _set_up(*how)
     wait = green.in_pool(safe.SCardGetStatusChange, context, INFINITE, [(reader, PRESENT)])
     exchanges = green.in_pool(_exchange, safe, card, 5, 300, lambda: None)
     green.sleep(0.3)
     ended = green.spawn(lambda: [safe.SCardDisconnect(card, LEAVE), safe.SCardReleaseContext(context)])()
-    exchanges()  # those that came too late were refused
+    exchanges()  # calls after the release were refused
     _say([ended, _code(wait()) != OK, safe.SCardIsValidContext(context) != OK])
 
 
 def greenlets(*how: str) -> None:
-    """Greenlets, and what threading.Thread is by now, use one context and one card in turn."""
+    """Greenlets, and the patched threading.Thread, use one context and one card in turn."""
     green, safe, context, reader, card = _set_up(*how)
     import threading
 
@@ -167,7 +167,7 @@ def greenlets(*how: str) -> None:
         done = 0
         for _ in range(20):
             done += safe.SCardBeginTransaction(card) == OK
-            done += safe.SCardEndTransaction(card, LEAVE) == OK  # in one go: a greenlet is no thread of its own
+            done += safe.SCardEndTransaction(card, LEAVE) == OK  # without a switch: greenlets are not threads
             green.sleep(0)
         return done
 
@@ -187,7 +187,7 @@ def greenlets(*how: str) -> None:
 
 
 def forks(*how: str) -> None:
-    """A greenlet forks while the pool waits and exchanges; parent and child go on, and so does the wait."""
+    """A greenlet forks while threads of the pool wait and exchange; parent, child and wait continue."""
     green, safe, context, reader, card = _set_up(*how)
     stop: list[bool] = []
 
@@ -218,7 +218,7 @@ def forks(*how: str) -> None:
 
 
 def classes(*how: str) -> None:
-    """After install() pyscard's classes in greenlets, a monitor of readers, a request and connections; and a fork."""
+    """After install(), pyscard's classes in greenlets: a monitor of readers, a request and connections; and a fork."""
     library, gateway, order = how
     signal.alarm(50)
     green = LIBRARIES[library]() if order == "patched first" else None
@@ -235,10 +235,10 @@ def classes(*how: str) -> None:
 
 
 def reports_again(library: str) -> bool:
-    """Whether pyscard's monitor reports readers if it is started again after it was stopped.
+    """Whether pyscard's monitor reports readers if it is restarted.
 
-    Before Python 3.13 it doesn't under eventlet, on raw pyscard either: eventlet releases a lock of the thread that has
-    ended (Thread._tstate_lock) a second time.
+    Before Python 3.13 it doesn't under eventlet, not even on raw pyscard: eventlet releases a lock of the ended thread
+    (Thread._tstate_lock) a second time.
     """
     return library == "gevent" or sys.version_info >= (3, 13)
 
@@ -246,7 +246,7 @@ def reports_again(library: str) -> bool:
 def _uses_classes(green: Any, *, waits: bool = True) -> list[int]:
     """How many exchanges of each connection were right, and how many readers the monitor reported.
 
-    :param waits: whether to wait for its report.
+    :param waits: whether to wait for the monitor's report.
     """
     from smartcard.CardRequest import CardRequest
     from smartcard.CardType import AnyCardType

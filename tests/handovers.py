@@ -1,4 +1,4 @@
-"""A session that can't be had twice, how it is handed over, and whose it is then."""
+"""A session that can't be opened a second time, its handover, and which process has it afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ through_both = pytest.mark.parametrize("through", [NATIVE, "broker"])
 
 
 def opened(through: str = "native", **settings: Any) -> Session:
-    """A session of this process."""
+    """A new session of this process, in a transaction and with exclusive access."""
     pcsc_safe.configure(broker=BROKER[through], **settings)
     session = Session(safe.SCARD_SHARE_EXCLUSIVE)
     assert safe.SCardBeginTransaction(session.card) == OK
@@ -34,7 +34,7 @@ def opened(through: str = "native", **settings: Any) -> Session:
 
 
 def state(session: Session) -> list[Any]:
-    """What the session is to this process."""
+    """What this process can do with the session."""
     return [
         safe.SCardIsValidContext(session.context),
         safe.SCardListReaders(session.context, [])[0],
@@ -56,7 +56,7 @@ def attempt(use: Callable[[], Any]) -> Any:
 
 
 def has(session: Session) -> Any:
-    """Whether the session is this process's, all of it; under policy ``raise``."""
+    """Whether this process has the whole session; under policy ``raise``."""
     answers = attempt(lambda: state(session))
     return answers == ALL or (answers != "raised" and answers)
 
@@ -67,7 +67,7 @@ def handing_over(*contexts: Any) -> int:
 
 
 def is_free(reader: str) -> bool:
-    """Whether a stranger gets the card."""
+    """Whether another application can connect to the card."""
     context = establish()
     hresult, card, _ = safe.SCardConnect(context, reader, safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_T1)
     if hresult == OK:

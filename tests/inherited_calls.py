@@ -1,4 +1,4 @@
-"""Each function that takes a handle, and what it answers in a child, under each policy."""
+"""Each function that takes a handle, and what it returns in a child, for each policy."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ATR = [0x3B, 0x80, 0x80, 0x01, 0x01]
 
 
 class Row(NamedTuple):
-    """One function and what it answers in a child.
+    """A function and what it returns in a child.
 
-    :ivar own: under ``auto`` and ``reestablish``; for a card function that is with ``cards='reset'``.
-    :ivar again: the same with ``cards='reconnect'``.
+    :ivar own: with ``auto`` and ``reestablish``; for a card function also with ``cards='reset'``.
+    :ivar again: the same, but with ``cards='reconnect'``.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What gets in the way of a fork or a call: a handler that raises, and a user who may have no further process."""
+"""What can disturb a fork or a call: a signal handler that raises, and a user that can't start another process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 @contextlib.contextmanager
 def no_new_process() -> Iterator[None]:
-    """A user who has as many processes as he may have; root may have any number, so be somebody else."""
+    """A user that has reached RLIMIT_NPROC; root has no limit, so root becomes another user."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
     privileged = os.geteuid() == 0
     if privileged:
@@ -36,9 +36,9 @@ before_3_10 = pytest.mark.skipif(
 
 
 def as_of_c(function: Any) -> Any:
-    """A function for pcsc_safe to call in the place of one of C, which has no frame in a traceback.
+    """A function that replaces a C function of pcsc_safe, and like it has no frame of its own in a traceback.
 
-    A frame of a test's would be a signal handler's.
+    pcsc_safe would take a frame of a test for a signal handler's.
     """
     return FunctionType(function.__code__, {**function.__globals__, "__name__": "pcsc_safe"})
 

@@ -21,7 +21,7 @@ READER = "Virtual PCD 0 00 00"
 
 
 class Life:
-    """A program that uses one context and one card of a module, step by step, and keeps the answers."""
+    """A program that uses one context and one card of a module, step by step, and records the results."""
 
     def __init__(self, module: str) -> None:
         self.scard = importlib.import_module(module)
@@ -29,7 +29,7 @@ class Life:
         self.card: Any = 54321
 
     def step(self, name: str) -> Any:
-        """One call; its answer without handles, states and memory."""
+        """Make one call; return its result without handles, states and memory."""
         return getattr(self, name)()
 
     def establish(self) -> Any:
@@ -87,7 +87,7 @@ def live(module: str, *steps: str) -> None:
 
 
 def outcome(stack: VirtualPcsc, module: str, changes: list[Any], steps: list[str]) -> Any:
-    """Run :func:`live` and make one change to the stack at each ``wait``."""
+    """Run :func:`live` and make one change to the stack at each ``wait``; return the results."""
     command = [sys.executable, forking.__file__, __file__, "live", module, *steps]
     process = subprocess.Popen(command, env=stack.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None

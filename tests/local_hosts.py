@@ -1,7 +1,7 @@
-"""What the tests of the examples share that need no server: a program in a session of its own, and a card that kills.
+"""What the tests of examples without a server share: a program in its own session, and a card that kills processes.
 
-The card answers a command only when its `before` has returned.  While it waits, the process that sent the command is
-inside PC/SC, in its transaction; so a test can kill it there, and needs no luck.
+The card responds to a command only when its `before` has returned.  Until then, the process that sent the command is
+inside PC/SC, in its transaction, so a test can reliably kill it there.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from cryptography.hazmat.primitives.hashes import SHA256
 
 T = TypeVar("T")
 PIN = "123456"
-FORKS_WITH_THREADS = "ignore:This process:DeprecationWarning"  # Python 3.12 warns of them
+FORKS_WITH_THREADS = "ignore:This process:DeprecationWarning"  # Python 3.12 warns about them
 
 
 class WatchedCard(PivCard):
-    """Tells, before it answers, of every command to sign; and counts them, and the PINs that it is given."""
+    """A card that reports each command to sign before it responds, and counts these commands and the PINs."""
 
     before: Optional[Callable[[int], None]] = None
     signing = verifications = 0
@@ -51,14 +51,14 @@ class WatchedCard(PivCard):
         return super().apdu(command)
 
     def certificate(self, number: int = 0x05) -> bytes:
-        """That of its data object 5FC1xx, in DER; that of slot 9A by default."""
+        """The certificate in data object 5FC1xx, in DER; by default that of slot 9A."""
         data = self._applet.data_objects.get_data_object(bytes([0x5F, 0xC1, number]))
         length = int.from_bytes(data[2:4], "big")
         assert data[:2] == b"\x70\x82"
         return data[4 : 4 + length]
 
     def has_signed(self, message: bytes, signature: bytes) -> bool:
-        """Whether a signature is that of just this message."""
+        """Whether a signature is right for exactly this message."""
         key = x509.load_der_x509_certificate(self.certificate()).public_key()
         assert isinstance(key, EllipticCurvePublicKey)
         try:
@@ -76,7 +76,7 @@ def stack_with(*cards: PivCard) -> Iterator[VirtualPcsc]:
 
 
 def raw(directory: Path) -> dict[str, str]:
-    """Environment in which pcsc_safe is nothing but pyscard: the control."""
+    """The environment in which pcsc_safe is plain pyscard: the control."""
     package = directory / "pcsc_safe"
     package.mkdir()
     (package / "__init__.py").write_text(
@@ -87,10 +87,10 @@ def raw(directory: Path) -> dict[str, str]:
 
 
 class Program:
-    """An example that runs, with all that it starts in one session.
+    """A running example, with all processes that it starts in one session.
 
-    :param name: of the example.
-    :param env: beside that of the stack.
+    :param name: the example's file.
+    :param env: variables in addition to the stack's.
     """
 
     def __init__(self, stack: VirtualPcsc, directory: Path, name: str, *arguments: str, **env: str) -> None:
@@ -106,11 +106,11 @@ class Program:
             )
 
     def others(self) -> list[int]:
-        """The processes of its session that run, but the first."""
+        """The running processes of the session, except the first."""
         return [pid for pid in processes_of(self.process.pid) if pid != self.process.pid]
 
     def kill_one_inside_pcsc(self) -> int:
-        """SIGKILL the process that waits for the card's answer; to be called while the card holds it back."""
+        """SIGKILL the process that waits for the card's response; to be called while the card holds it back."""
         pid = until(lambda: next(filter(waits_for_pcscd, self.others()), 0))
         os.kill(pid, signal.SIGKILL)
         return pid
@@ -121,7 +121,7 @@ class Program:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         for pid in [self.process.pid, *self.others()]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGABRT if error else signal.SIGKILL)  # faulthandler shows where it is
+                os.kill(pid, signal.SIGABRT if error else signal.SIGKILL)  # faulthandler shows the stacks
         with contextlib.suppress(ProcessLookupError):
             until(lambda: not self.others())
         self.process.kill()
@@ -145,7 +145,7 @@ def processes_of(session: int) -> list[int]:
 
 
 def waits_for_pcscd(pid: int) -> bool:
-    """Whether a process without threads is in poll(), as libpcsclite is when it waits for an answer."""
+    """Whether a process without threads is in poll(), as libpcsclite is when it waits for pcscd."""
     try:
         where = Path(f"/proc/{pid}/wchan").read_text()
     except OSError:
@@ -154,7 +154,7 @@ def waits_for_pcscd(pid: int) -> bool:
 
 
 def until(condition: Callable[[], T], timeout: float = 20.0) -> T:
-    """Wait for what the kernel has no event for; what it is when it is true."""
+    """Wait for a condition for which the kernel has no event; return its value."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:

@@ -1,12 +1,12 @@
-"""macOS for a machine that has none: Python programs find PC/SC as a forked process finds it there.
+"""A simulated macOS: Python programs find PC/SC as a forked process finds it there.
 
-It is a simulation.  ``macos_libpcsclite.c``, built as a ``libpcsclite.so.1`` that pyscard loads in the place of the
-real one, forwards every call; but in a process that was forked and not exec'd it does as macOS: a fresh
-SCardEstablishContext answers SCARD_E_NO_SERVICE, and a call on anything inherited dies of SIGSEGV.  It differs from
-pcsc-lite in what else is known of macOS, too.  Beside it lies a ``sitecustomize`` by which pcsc_safe sees what Python
-has on macOS (:mod:`darwin`); everybody else sees Linux.
+``macos_libpcsclite.c`` is built as a ``libpcsclite.so.1`` that pyscard loads instead of the real one.  It forwards
+every call.  In a process that was forked and has not called exec, it behaves like macOS: a fresh SCardEstablishContext
+returns SCARD_E_NO_SERVICE, and a call on anything inherited dies of SIGSEGV.  It also simulates the other known
+differences from pcsc-lite.  A ``sitecustomize`` beside it shows pcsc_safe what Python has on macOS (:mod:`darwin`); all
+other code sees Linux.
 
-Both are found by the environment, so whatever a program execs lives on the simulated macOS too, brokers among them.
+The environment names both, so a program that is executed, such as a broker, also runs on the simulated macOS.
 ``pytest --darwin`` runs the tests themselves there.  By hand::
 
     python tests/macos.py script.py argument...
@@ -47,19 +47,19 @@ __all__ = [
 
 SOURCE = Path(__file__).with_name("macos_libpcsclite.c")
 LIBRARY = "libpcsclite.so.1"
-"""What pyscard gives to dlopen."""
+"""The name that pyscard passes to dlopen."""
 
 OnMacos = Callable[["VirtualPcsc"], "dict[str, str]"]
 """The environment of a program that uses a stack on the simulated macOS."""
 
 VARIABLE = "PCSCLITE_MACOS"
-"""Names the directory of the simulation that this process lives on; brokers get it, too."""
+"""The variable that names the directory of this process's simulation; brokers inherit it."""
 
 SWITCHES = "PCSCLITE_MACOS_SWITCHES"
-"""Names a directory with files by which a test asks the library for more."""
+"""The variable that names a directory with files, by which a test controls the library."""
 
 CANCELS_FAIL, SERVICE_ENDS = "cancels-fail", "service-ends"
-"""These files; see ``macos_libpcsclite.c``."""
+"""The files; see ``macos_libpcsclite.c``."""
 
 _SITECUSTOMIZE = f'''\
 """Makes what pcsc_safe sees of Python macOS'; see tests/darwin.py."""
@@ -75,21 +75,21 @@ darwin.install()
 
 
 def directory() -> Optional[Path]:
-    """That of the simulation that this process lives on; None on the machine's own system."""
+    """The directory of the simulation that this process uses; None without a simulation."""
     named = os.environ.get(VARIABLE)
     return Path(named) if named else None
 
 
 class NoCompilerError(Exception):
-    """There is no C compiler here, so there is no simulation."""
+    """The simulation can't be built, because there is no C compiler."""
 
 
 def build(directory: Path) -> Path:
-    """Build what the simulation consists of.
+    """Build the simulation.
 
-    :param directory: where to.
+    :param directory: the target.
     :return: the library.
-    :raises NoCompilerError: there is neither ``cc`` nor what CC names.
+    :raises NoCompilerError: neither ``cc`` nor the program that CC names exists.
     :raises OSError: there is no libpcsclite to forward to.
     """
     compiler = shutil.which(os.environ.get("CC") or "cc")
@@ -109,10 +109,10 @@ def build(directory: Path) -> Path:
 
 
 def environment(stack_env: Mapping[str, str], directory: Path) -> dict[str, str]:
-    """The environment of a program that is to live on the simulated macOS.
+    """The environment of a program that runs on the simulated macOS.
 
-    :param stack_env: where it finds its PC/SC stack, as ``VirtualPcsc.env``.
-    :param directory: as given to :func:`build`.
+    :param stack_env: names its PC/SC stack, like ``VirtualPcsc.env``.
+    :param directory: the directory that :func:`build` got.
     """
     env = {**stack_env, VARIABLE: str(directory)}
     for variable in ("LD_LIBRARY_PATH", "PYTHONPATH"):
@@ -121,16 +121,16 @@ def environment(stack_env: Mapping[str, str], directory: Path) -> dict[str, str]
 
 
 def _real_library() -> str:
-    """The path of the libpcsclite that is used here."""
+    """The path of the libpcsclite that this process uses."""
     ctypes.CDLL(LIBRARY)
-    # Asked of the kernel: the loader tells only where it looks, not what it found.
+    # From /proc: the loader reports only where it searches, not what it found.
     with open("/proc/self/maps") as maps:
         paths = [line.rstrip("\n").split(maxsplit=5)[-1] for line in maps]
     return next(path for path in paths if os.path.basename(path).startswith("libpcsclite.so."))
 
 
 def run_pytest(arguments: Sequence[str]) -> NoReturn:
-    """Become pytest on the simulated macOS, with these arguments; it removes the simulation."""
+    """Execute pytest on the simulated macOS, with these arguments; it removes the simulation."""
     directory = Path(tempfile.mkdtemp(prefix="macos-"))
     try:
         build(directory)
@@ -143,7 +143,7 @@ def run_pytest(arguments: Sequence[str]) -> NoReturn:
 def main(arguments: Sequence[str]) -> int:
     """Run Python with these arguments on the simulated macOS.
 
-    :return: its exit status; 128 and the signal's number if it died of one.
+    :return: its exit status, or 128 plus the number of the signal that ended it.
     """
     from pcsc_safe.testing import EchoCard, VirtualPcsc
 

@@ -1,30 +1,31 @@
-/* PC/SC as a forked process finds it on macOS: a libpcsclite.so.1 that stands in front of the real one.  See macos.py.
+/* PC/SC as a forked process finds it on macOS: a libpcsclite.so.1 that forwards to the real one.  See macos.py.
 
 In a process that was exec'd every call is forwarded, unchanged.  In one that was forked and has not exec'd since
 
-- SCardEstablishContext answers SCARD_E_NO_SERVICE, as since El Capitan (LudovicRousseau/pyscard#73);
+- SCardEstablishContext returns SCARD_E_NO_SERVICE, as since El Capitan (LudovicRousseau/pyscard#73);
 - every call that takes a context or a card raises SIGSEGV, as libdispatch does since Yosemite;
-- the connections to pcscd that its parent had are closed: macOS' are Mach ports, which a fork does not inherit;
+- its parent's connections to pcscd are closed: on macOS they are Mach ports, which a child does not inherit;
 - SCardFreeMemory, pcsc_stringify_error and the g_rgSCard*Pci work, for they need no connection.
 
 In every process
 
-- codes have 32 bits, so those of failures are negative;
+- codes have 32 bits, so error codes are negative;
 - the state of a reader has no event counter;
 - there is no reader \\\\?PnP?\\Notification;
-- it has no other symbols than Apple's framework.
+- the library has no other symbols than Apple's framework.
 
 On request, by files in the directory that PCSCLITE_MACOS_SWITCHES names (see macos.py)
 
-- "cancels-fail": SCardCancel says that it has succeeded, and does nothing;
-- "service-ends": whenever it grows, the service of each client ends as it does when it was idle: what is on older
-  contexts answers SCARD_E_NO_SERVICE, and their sessions are gone.
+- "cancels-fail": SCardCancel returns SCARD_S_SUCCESS, and does nothing;
+- "service-ends": whenever this file grows, the service of each client ends, as macOS' does when it is idle: calls on
+  older contexts and their cards return SCARD_E_NO_SERVICE, and their sessions are closed.
 
-Not simulated: anything else that macOS' PC/SC does differently.  Two forks are not seen as such: one made by clone(2)
-itself runs no handler, so its connections stay open; and of a process that loads this library only after it was forked,
-it is the kernel (PF_FORKNOEXEC in /proc/self/stat) that knows it, so without /proc it is taken for an exec'd one.
+Not simulated: anything else that macOS' PC/SC does differently.  Two kinds of fork are not fully simulated.  clone(2)
+itself runs no handler, so the connections stay open.  If a process loads this library after it was forked, only the
+kernel (PF_FORKNOEXEC in /proc/self/stat) shows the fork, so without /proc the process is taken for an exec'd one.
 
-At a fork: the handler closes; all else is judged anew at each call, by the PID of the process that loaded the library.
+At a fork the handler closes the connections.  Everything else is decided at each call, by the PID of the process that
+loaded the library.
 */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -49,7 +50,7 @@ At a fork: the handler closes; all else is judged anew at each call, by the PID 
 #define NO_SERVICE ((long)(int32_t)0x8010001D)
 #define MOST_READERS 64
 
-typedef uintptr_t word; /* every argument of PC/SC is a long, a DWORD or a pointer: on Linux all of one size */
+typedef uintptr_t word; /* every argument of PC/SC is a long, a DWORD or a pointer; on Linux all have the same size */
 
 typedef struct {
     unsigned long protocol, length;
@@ -57,7 +58,7 @@ typedef struct {
 
 pci g_rgSCardT0Pci, g_rgSCardT1Pci, g_rgSCardRawPci;
 
-/* Which process this is. */
+/* Whether this process was forked. */
 
 static pid_t loaded_by;
 static int loaded_after_fork;
@@ -103,12 +104,12 @@ static void close_connections(void)
     }
 }
 
-/* Die of SIGSEGV, whatever the program does about that signal.  A handler that dumps the stack may do so. */
+/* Die of SIGSEGV, even if the program handles, ignores or blocks it.  Its handler runs, and may dump the stack. */
 static void die(void)
 {
     sigset_t only;
 
-    prctl(PR_SET_DUMPABLE, 0); /* no core file: it is meant to die */
+    prctl(PR_SET_DUMPABLE, 0); /* no core file: this death is intended */
     raise(SIGSEGV);
     signal(SIGSEGV, SIG_DFL);
     sigemptyset(&only);
@@ -118,7 +119,7 @@ static void die(void)
     _exit(128 + SIGSEGV);
 }
 
-/* What a test has asked for. */
+/* What a test has requested. */
 
 static int path_of(const char *name, char *path, size_t size)
 {
@@ -228,7 +229,7 @@ static long narrow(long code)
     return (int32_t)code;
 }
 
-/* What every call does: the sessions of a service that has ended are ended when that is noticed. */
+/* What every call does.  If it detects that the service has ended, it closes the service's sessions. */
 #define CHECKED(name, count)                            \
     static long (*real_##name)(PARAMETERS_##count);     \
     static long checked_##name(PARAMETERS_##count)      \
@@ -309,7 +310,7 @@ typedef struct {
 #define UNKNOWN 0x4UL
 #define TIMED_OUT ((long)(int32_t)0x8010000A)
 
-/* "\\?PnP?\Notification" is a reader that is unknown: that is told at once, and no more to who says that he knows it. */
+/* "\\?PnP?\Notification" is an unknown reader: a wait returns immediately, unless the caller knows that state. */
 long SCardGetStatusChange(PARAMETERS_4)
 {
     reader_state *states = (reader_state *)c, known[MOST_READERS];
@@ -359,7 +360,7 @@ const char *pcsc_stringify_error(long code)
     return real_pcsc_stringify_error((uint32_t)code);
 }
 
-/* An absolute path, so that the loader does not take the SONAME that both have for a reason to give us ourselves. */
+/* An absolute path: both libraries have the same SONAME, and by name the loader would return this one. */
 static void *real(const char *symbol)
 {
     static void *library;

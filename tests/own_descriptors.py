@@ -8,7 +8,7 @@ import socket
 
 
 def descriptors() -> dict[int, str]:
-    """What each descriptor of this process stands for."""
+    """What each descriptor of this process refers to."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):

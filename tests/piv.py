@@ -1,9 +1,9 @@
-"""A PIV card on the virtual stack, and the programs that use one; nobody here wrote any of them.
+"""A PIV card on the virtual stack, and independent programs that use it.
 
-The card is jcecard's PIV applet, by `pcsc_safe.testing.piv`.  yubico-piv-tool personalises it, over the same PC/SC
-stack, and yubikit (of yubikey-manager) holds the sessions that sign.  ``scripts/fetch-piv`` fetches all three into
-``.cache/piv``; without them importing this module raises ModuleNotFoundError, which says so.  What is ours is
-`Connection`, an adapter of yubikit to the functions of smartcard.scard or of pcsc_safe.scard.
+The card is jcecard's PIV applet, through `pcsc_safe.testing.piv`.  yubico-piv-tool personalises it over the same PC/SC
+stack, and yubikit (of yubikey-manager) has the sessions that sign.  ``scripts/fetch-piv`` fetches all three into
+``.cache/piv``; without them, importing this module raises a ModuleNotFoundError that says so.  Only `Connection` is our
+code: it adapts yubikit to the functions of smartcard.scard or pcsc_safe.scard.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PIN = "123456"
 SUBJECT = "CN=A card holder,O=pcsc_safe"
 
 if str(PACKAGES) not in sys.path:
-    sys.path.append(str(PACKAGES))  # last: what is installed comes first
+    sys.path.append(str(PACKAGES))  # last: installed packages take precedence
 
 try:
     from cryptography import x509
@@ -50,10 +50,10 @@ except (ModuleNotFoundError, PcscStackError) as error:
 
 
 class Connection(SmartCardConnection):
-    """yubikit's way to a card, over the functions of a module like smartcard.scard.
+    """yubikit's connection to a card, through the functions of a module like smartcard.scard.
 
     :param scard: the module.
-    :param share_mode: SCARD_SHARE_SHARED or SCARD_SHARE_EXCLUSIVE, by name.
+    :param share_mode: the name of SCARD_SHARE_SHARED or SCARD_SHARE_EXCLUSIVE.
     """
 
     transport = TRANSPORT.USB
@@ -66,13 +66,13 @@ class Connection(SmartCardConnection):
         self._card, _ = self._done("SCardConnect", self._context, readers[0], mode, scard.SCARD_PROTOCOL_T1)
 
     def send_and_receive(self, apdu: bytes) -> tuple[bytes, int]:
-        """One exchange: data and status word."""
+        """One exchange; return data and status word."""
         (answer,) = self._done("SCardTransmit", self._card, self._scard.SCARD_PCI_T1, list(apdu))
         return bytes(answer[:-2]), int.from_bytes(bytes(answer[-2:]), "big")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """No other process comes between the exchanges of the block, which an answer in pieces wants."""
+        """A transaction for the block: no other process may interfere with a response in several pieces."""
         self._done("SCardBeginTransaction", self._card)
         try:
             yield
@@ -82,13 +82,13 @@ class Connection(SmartCardConnection):
     def reset(self, how: str) -> None:
         """Reset the card.
 
-        :param how: SCARD_RESET_CARD or SCARD_UNPOWER_CARD, by name.
+        :param how: the name of SCARD_RESET_CARD or SCARD_UNPOWER_CARD.
         """
         mode, protocol = self._scard.SCARD_SHARE_SHARED, self._scard.SCARD_PROTOCOL_T1
         self._done("SCardReconnect", self._card, mode, protocol, getattr(self._scard, how))
 
     def close(self) -> None:
-        """Disconnect as pyscard does by default: the card loses its power."""
+        """Disconnect as pyscard does by default: power off the card."""
         self._done("SCardDisconnect", self._card, self._scard.SCARD_UNPOWER_CARD)
         self._done("SCardReleaseContext", self._context)
 
@@ -100,9 +100,9 @@ class Connection(SmartCardConnection):
 
 
 class Signer:
-    """A session of yubikit's on the personalised card.
+    """A session of yubikit on the personalised card.
 
-    :param pin: to verify first; empty: don't.
+    :param pin: the PIN to verify first; empty for none.
     """
 
     def __init__(self, connection: Connection, pin: str = PIN) -> None:
@@ -119,12 +119,12 @@ class Signer:
         return bytes(self._session.sign(SLOT.AUTHENTICATION, KEY_TYPE.ECCP256, message, hashes.SHA256()))
 
     def certificate(self) -> str:
-        """The card's certificate in PEM.  It comes in two pieces."""
+        """The card's certificate in PEM.  The card sends it in two pieces."""
         with self.connection.transaction():
             return _pem(self._session.get_certificate(SLOT.AUTHENTICATION))
 
     def self_sign(self, public_key: str) -> str:
-        """A certificate of the card's key, signed by that; both in PEM."""
+        """A certificate for the card's key, signed with this key; both in PEM."""
         key = serialization.load_pem_public_key(public_key.encode())
         today = datetime.now(timezone.utc)
         tomorrow = today + timedelta(days=1)
@@ -136,7 +136,7 @@ def _pem(certificate: x509.Certificate) -> str:
 
 
 def is_signature(certificate: str, message: bytes, signature: bytes) -> bool:
-    """Whether it is that of the certificate's key."""
+    """Whether the signature is by the certificate's key."""
     key = x509.load_pem_x509_certificate(certificate.encode()).public_key()
     assert isinstance(key, ec.EllipticCurvePublicKey)
     try:
@@ -147,11 +147,11 @@ def is_signature(certificate: str, message: bytes, signature: bytes) -> bool:
 
 
 def tool(*arguments: str, env: Mapping[str, str], given: str = "") -> subprocess.CompletedProcess[str]:
-    """Run yubico-piv-tool on the stack of an environment.
+    """Run yubico-piv-tool on the stack of an environment; it must succeed.
 
     :param arguments: its options.
     :param given: its standard input.
-    :return: how it ended, which was well.
+    :return: the result.
     """
     libraries = [*map(str, FETCHED.glob("tool/usr/lib/*")), *filter(None, [env.get("LD_LIBRARY_PATH")])]
     result = subprocess.run(
@@ -167,10 +167,10 @@ def tool(*arguments: str, env: Mapping[str, str], given: str = "") -> subprocess
 
 
 def personalise(env: Mapping[str, str], self_sign: Callable[[str], str]) -> str:
-    """Give the card of a stack a card holder's identifier, a P-256 key made on it, and a certificate.
+    """Give the card of a stack a card holder's identifier, a P-256 key made on the card, and a certificate.
 
-    :param self_sign: given the public key, makes the certificate; both in PEM.  yubico-piv-tool can do it too, but that
-        of Debian 12 can't: it and OpenSSL 3 don't go together (its issue 388).
+    :param self_sign: makes the certificate from the public key; both in PEM.  yubico-piv-tool can do it too, but Debian
+        12's can't: it doesn't work with OpenSSL 3 (its issue 388).
     :return: the certificate.
     """
     tool("--action=set-chuid", env=env)

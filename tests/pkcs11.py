@@ -1,7 +1,7 @@
-"""The programs of test_pkcs11.py: PKCS#11 by PyKCS11 and OpenSC's module, in processes that fork.
+"""The programs of test_pkcs11.py: PKCS#11 through PyKCS11 and OpenSC's module, in processes that fork.
 
-pcsc_safe is imported only where a program is about more than the guard, so that the guard is tested as those need it
-who use nothing else.
+A program imports pcsc_safe only if it uses more than the guard, so that the guard is tested as in programs that use
+nothing else.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ class Token:
             return str(error)
 
     def sign_all(self, name: str) -> dict[str, str]:
-        """Sign 30 messages: each with what came of it."""
+        """Sign 30 messages; return the result of each."""
         return {f"{name} {number}": self.sign(f"{name} {number}") for number in range(ROUNDS)}
 
     def begin_anew(self) -> None:
-        """What PKCS#11 wants of a forked process: C_Initialize, before anything else."""
+        """What PKCS#11 requires of a forked process: C_Initialize, before any other call."""
         assert self._library.lib.C_Initialize() == PyKCS11.CKR_OK
         self._open()
 
     def finalize(self) -> None:
-        """What becomes of it at the end of a program: C_Finalize."""
+        """Call C_Finalize, as PyKCS11 does at the end of a program."""
         self._library.lib.C_Finalize()
 
 
-# The children; each gets its parent's session, and says what is true.
+# The children; each gets its parent's session, and returns its report.
 
 
 def uses(token: Token) -> Any:
-    """It signs as if it were the parent, and may not."""
+    """Sign as if it were the parent, which it may not."""
     signed = token.sign("the parent's session in the child")
     token.finalize()
     return signed
@@ -73,7 +73,7 @@ def has_a_child(token: Token) -> Any:
 
 
 def closes_everything(token: Token) -> None:
-    """As daemons do, before anything else."""
+    """Close all descriptors, as daemons do first."""
     os.closerange(3, 300)
     token.finalize()
 
@@ -93,7 +93,7 @@ def is_killed(token: Token) -> Any:
 
 
 def ends_in_an_orderly_way() -> None:
-    """The child is a program that ends: all its finalizers run."""
+    """The child is a program that exits: all its finalizers run."""
     token = Token()
     pid = os.fork()
     if pid == 0:
@@ -104,8 +104,8 @@ def ends_in_an_orderly_way() -> None:
 
 
 def forks(child: str) -> None:
-    """Fork such a child, and sign."""
-    import pcsc_safe  # it reads the environment, and does nothing else
+    """Fork such a child, then sign."""
+    import pcsc_safe  # reads the environment, and does nothing else
 
     assert pcsc_safe.__version__
     token = Token()
@@ -119,7 +119,7 @@ def forks(child: str) -> None:
 
 
 def forks_in_a_thread() -> None:
-    """In one of several; no other is in PKCS#11 then."""
+    """Fork in one of several threads, while no other is in PKCS#11."""
     import pcsc_safe
 
     pcsc_safe.configure(guard_native=True)
@@ -131,7 +131,7 @@ def forks_in_a_thread() -> None:
 
 
 def both_sign() -> None:
-    """Child and parent at the same time, each in a session of its own."""
+    """Child and parent sign at the same time, each in its own session."""
     import pcsc_safe
 
     pcsc_safe.configure(guard_native=True)
@@ -142,7 +142,7 @@ def both_sign() -> None:
 
 
 def has_sessions_of_both(handed_over: str) -> None:
-    """A session of PKCS#11 and one of pcsc_safe on another card; the child finalizes the one and uses the other."""
+    """A session of PKCS#11, and one of pcsc_safe on another card; the child finalizes the first and uses the second."""
     import pcsc_safe
     from pcsc_safe import scard as safe
 
@@ -170,7 +170,7 @@ def has_sessions_of_both(handed_over: str) -> None:
 
 
 def is_forked_from_c(when: str) -> None:
-    """Without hooks: pcsc_safe notices the fork when it is used, ``first``, or after PKCS#11 has begun ``anew``."""
+    """A fork without hooks: pcsc_safe detects it at its first use, before (``first``) or after C_Initialize."""
     import ctypes
 
     import pcsc_safe
@@ -192,5 +192,5 @@ def is_forked_from_c(when: str) -> None:
 
 
 def tell(token: Token, told: Any = None) -> None:
-    """Print what the child said, and what the parent signs afterwards."""
+    """Print the child's report, and what the parent signs afterwards."""
     print(json.dumps([told, token.sign_all("parent")]), flush=True)

@@ -1,4 +1,4 @@
-"""Where the tests and what they run are found."""
+"""The paths of the tests and of what they run."""
 
 from __future__ import annotations
 

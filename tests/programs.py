@@ -1,6 +1,6 @@
-"""What the programs of test_retrofit.py and test_framework.py have in common; each of their tests runs one.
+"""What the programs of test_retrofit.py and test_framework.py share; each of their tests runs one of these programs.
 
-Nothing here imports pyscard, or pcsc_safe's core: when that is done is what the tests are about.
+Nothing here imports pyscard or pcsc_safe's core, because the tests vary when these are imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RESET_CARD, INVALID_HANDLE = 0x80100068, 0x80100003
 
 
 def outcome(program: Callable[..., None], stack: VirtualPcsc, *arguments: str, **env: str) -> Any:
-    """What a program says (:func:`say`); it must end well, with nothing on stderr but warnings of pcsc_safe."""
+    """The result that a program prints (:func:`say`); it must succeed, and stderr has only warnings of pcsc_safe."""
     done = in_program(program, *arguments, env={**stack.env, **env})
     known = ("SCARD_W_RESET_CARD", "the application passes this disposition", "pcsc_safe doesn't protect")
     complaints = [line for line in done.stderr.splitlines() if not any(part in line for part in known)]
@@ -32,22 +32,22 @@ def outcome(program: Callable[..., None], stack: VirtualPcsc, *arguments: str, *
 
 
 def say(value: Any) -> None:
-    """A program's result."""
+    """Print a program's result."""
     print(json.dumps(value), flush=True)
 
 
 def child(function: Callable[[], Any]) -> Any:
-    """``function()`` in a forked child."""
+    """Call ``function()`` in a forked child."""
     return wait_for(start_child(function))
 
 
 def code(hresult: int) -> int:
-    """A return code as PC/SC writes it; pyscard gives it signed or not, by version."""
+    """A return code as PC/SC writes it; in pyscard it is signed or unsigned, depending on the version."""
     return hresult & 0xFFFFFFFF
 
 
 def refusal(call: Callable[[], Any]) -> str:
-    """How a call of the framework fails: the kind of error; 'no error' if it doesn't."""
+    """The kind of error that a call of the framework raises; 'no error' if it raises none."""
     try:
         call()
     except Exception as error:
@@ -56,7 +56,7 @@ def refusal(call: Callable[[], Any]) -> str:
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 15.0) -> bool:
-    """Whether a condition comes true."""
+    """Whether a condition becomes true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -66,7 +66,7 @@ def eventually(condition: Callable[[], Any], seconds: float = 15.0) -> bool:
 
 
 def verified(connection: Any) -> bool:
-    """Whether the PIN is verified in a connection of the framework's."""
+    """Whether the PIN is verified in a connection of the framework."""
     return bool(connection.transmit(IS_VERIFIED) == ([1], 0x90, 0))
 
 
@@ -74,9 +74,9 @@ LEAVE_CARD, UNPOWER_CARD = 0, 2
 
 
 def open_session(disposition: int = LEAVE_CARD) -> Any:
-    """A connection of the framework's, with the PIN verified.
+    """A connection of the framework, with the PIN verified.
 
-    :param disposition: what becomes of the card in the end; pyscard's own choice is to power it off, for everybody.
+    :param disposition: for the card in the end; pyscard's default powers it off, for every application.
     """
     from smartcard.System import readers
 
@@ -88,7 +88,7 @@ def open_session(disposition: int = LEAVE_CARD) -> Any:
 
 
 def orderly_child(function: Callable[[], Any]) -> int:
-    """``function()`` in a child that ends as programs do, finalizers and all; its exit status."""
+    """Call ``function()`` in a child that exits as programs do, with finalizers; return its exit status."""
     pid = fork()
     if pid == 0:
         import signal
@@ -101,7 +101,7 @@ def orderly_child(function: Callable[[], Any]) -> int:
 
 
 class Recorder:
-    """An observer of either kind; it counts what came and went, in which process."""
+    """An observer of a monitor, of either kind; it counts what was added and removed, and calls in another process."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()

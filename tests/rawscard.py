@@ -1,7 +1,7 @@
 """Raw ``smartcard.scard``, for tests that compare.
 
-With ``--gateway always`` the suite proves that the native library is not loaded, so there the C functions of pyscard
-run in a process of their own, behind pyscard's own Python wrappers of them.
+With ``--gateway always`` the tests check that the native library is not loaded.  Then pyscard's C functions run in a
+separate process, behind pyscard's own Python wrappers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class _Worker:
-    """The process that has pyscard."""
+    """The process that loads pyscard."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

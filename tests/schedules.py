@@ -1,7 +1,7 @@
-"""Two processes with two threads each that use two readers, step by step: on raw pyscard, and on pcsc_safe.
+"""Two processes with two threads each use two readers, step by step, on raw pyscard and on pcsc_safe.
 
-On raw pyscard each thread has a context, as pcsc-lite wants it; on pcsc_safe the threads of a process share one.  A
-step that doesn't return soon is blocked.
+On raw pyscard each thread has a context, as pcsc-lite requires; on pcsc_safe the threads of a process share one.  A
+step is blocked if it doesn't return soon.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Optional
 
 from forking import forks_with_threads
 
-SOON = 0.3  # s; pcscd looks every 0.1 s whether a transaction has ended
+SOON = 0.3  # s; pcscd checks every 0.1 s whether a transaction has ended
 PATIENCE = 5
 ENDS = ("End", "Disconnect", "Reconnect")
 OPERATIONS = ("Begin", "Connect", "Transmit", "Status", "Reconnect", "Disconnect", "End")
@@ -27,11 +27,11 @@ BEHIND_A_TRANSACTION = ("Begin", "Connect", "Transmit", "Status", "Reconnect", "
 
 
 blocked_steps: list[int] = []
-"""After each step, how many threads were blocked on raw pyscard."""
+"""How many threads were blocked on raw pyscard, after each step."""
 
 
 class Step(NamedTuple):
-    """What a thread does; each has a handle of its own for each reader."""
+    """What a thread does; each thread has its own handle for each reader."""
 
     process: int
     thread: int
@@ -51,7 +51,7 @@ EVERY_STEP = [Step(*who, operation, reader) for who in THREADS for operation in 
 
 
 class Worker:
-    """A process that does what it is told, each thread for itself.
+    """A process that makes the requested calls, each of its threads for itself.
 
     :ivar pending: the threads that haven't returned from their step.
     """
@@ -74,12 +74,12 @@ class Worker:
         self._codes: dict[int, int] = {}
 
     def tell(self, step: Step) -> None:
-        """Begin a step."""
+        """Start a step."""
         self.pending.add(step.thread)
         os.write(self._commands, f"{step.thread}{step.reader}{step.operation}\n".encode())
 
     def listen(self, deadline: float, thread: Optional[int] = None) -> None:
-        """Until a thread returns, or all have, or time is up; what has been said by then is heard in any case."""
+        """Read results until a thread or all have returned, or the time is over; read what is there in any case."""
         while thread in self.pending if thread is not None else self.pending:
             if not select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 return
@@ -91,7 +91,7 @@ class Worker:
                 self._codes[ident] = code
 
     def code(self, thread: int) -> int:
-        """What a thread's last step returned."""
+        """The return code of a thread's last step."""
         return self._codes[thread]
 
     def kill(self) -> None:
@@ -102,7 +102,7 @@ class Worker:
 
 
 class _Obeying:
-    """The inside of a :class:`Worker`."""
+    """The code that runs in a :class:`Worker`."""
 
     def __init__(self, scard: Any, readers: tuple[str, ...], is_shared: bool, answers: int) -> None:
         self._scard, self._readers, self._answers = scard, readers, answers
@@ -172,25 +172,25 @@ class Side:
         self._last: dict[tuple[int, int], Step] = {}
 
     def tell(self, step: Step) -> None:
-        """Begin a step."""
+        """Start a step."""
         self.held()
         self._last[step.who] = step
         self.workers[step.process].tell(step)
 
     def held(self) -> set[tuple[tuple[int, int], int]]:
-        """Who may have which reader in a transaction."""
+        """Which thread is in a transaction with which reader."""
         for who, step in list(self._last.items()):
             if who not in self.blocked():
                 succeeded = self.workers[step.process].code(step.thread) == 0
                 if succeeded and step.operation == "Begin":
                     self._begun.add((who, step.reader))
-                elif step.operation == ("Disconnect" if succeeded else "End"):  # End may be that of an inner one
+                elif step.operation == ("Disconnect" if succeeded else "End"):  # End may end a nested one
                     self._begun.discard((who, step.reader))
                 del self._last[who]
         return self._begun
 
     def listen(self, deadline: float, step: Optional[Step] = None) -> None:
-        """Until the step returns; or, without one, all that are blocked."""
+        """Wait until the step returns; without a step, until all blocked ones return."""
         for number, worker in enumerate(self.workers):
             if step is None or step.process == number:
                 worker.listen(deadline, step.thread if step else None)
@@ -220,10 +220,10 @@ def _listen(both: list[Side], step: Optional[Step] = None) -> None:
 
 
 def difference(both: list[Side], schedule: Iterable[Step]) -> str:
-    """Where pcsc_safe blocks and raw pyscard doesn't, or returns something else; '' if nowhere.
+    """How pcsc_safe blocks where raw pyscard doesn't, or returns something else; '' if it doesn't.
 
-    Where two threads wait for one transaction, pcscd decides who is the next, not always alike.  What is compared from
-    there on is whether everybody gets through in the end.
+    If two threads wait for one transaction, pcscd chooses the next one, not always the same.  From there on, only
+    whether every thread finishes is compared.
     """
     raw, safe = both
     done: list[Step] = []
@@ -237,7 +237,7 @@ def difference(both: list[Side], schedule: Iterable[Step]) -> str:
         _listen(both, step)
         if step.operation in ENDS:
             _listen(both)
-        for _ in range(PATIENCE):  # pcscd may have seen the end of a transaction later for the one than for the other
+        for _ in range(PATIENCE):  # pcscd may notice the end of a transaction later for one side
             if safe.blocked() - raw.blocked():
                 _listen([safe, raw])
         blocked_steps.append(len(raw.blocked()))
@@ -254,7 +254,7 @@ def difference(both: list[Side], schedule: Iterable[Step]) -> str:
 
 
 def _deadlocks(side: Side, step: Step, blocked: set[tuple[int, int]]) -> bool:
-    """Whether threads would wait for each other's transactions, or for their own: pcscd is stuck then, whoever dies."""
+    """Whether threads would wait for each other's transactions, or for their own, which blocks pcscd for good."""
     held = side.held()
     if step.operation == "Connect" and (step.who, step.reader) in held:
         return True
@@ -264,7 +264,7 @@ def _deadlocks(side: Side, step: Step, blocked: set[tuple[int, int]]) -> bool:
 
 
 def _unwound(side: Side) -> set[tuple[int, int]]:
-    """Who is still blocked when everybody else has ended all transactions, again and again."""
+    """The threads that are still blocked after all others have repeatedly ended all transactions."""
     for _ in range(PATIENCE):
         for who, reader in itertools.product(THREADS, (0, 1)):
             while who not in side.blocked():
@@ -280,14 +280,14 @@ def _unwound(side: Side) -> set[tuple[int, int]]:
 
 
 def connected() -> list[Step]:
-    """Every thread has a handle for each reader."""
+    """Each thread has a handle for each reader."""
     return [Step(*who, "Connect", reader) for who in THREADS for reader in (0, 1)]
 
 
 def crossed() -> Iterator[list[Step]]:
-    """Each process has a reader in a transaction, and another thread of it wants the other's; in every way.
+    """Each process has a transaction with one reader, and another of its threads requests the other one, in every way.
 
-    Then both transactions end, in either order, in every way; and everybody uses both.
+    Then both transactions end, in either order, in every way.  Afterwards all threads use both readers.
     """
     begun = [Step(0, 0, "Begin", 0), Step(1, 0, "Begin", 1)]
     ends = [Step(0, 0, "End", 0), Step(1, 0, "End", 1)]
@@ -300,7 +300,7 @@ def crossed() -> Iterator[list[Step]]:
 
 
 def in_one_process() -> Iterator[list[Step]]:
-    """Two threads of one process are in transactions; the other process, and one of the two, want what they have."""
+    """Two threads of one process are in transactions; the other process and one of the two request the same readers."""
     begun = [Step(0, 0, "Begin", 0), Step(0, 1, "Begin", 1)]
     for wanted in BEHIND_A_TRANSACTION:
         for end in ("End", "Disconnect", "Reconnect"):

@@ -1,8 +1,8 @@
-"""Web servers that sign with a card, their clients, and a card that kills whoever uses it.
+"""Web servers that sign with a card, their clients, and a card that kills the process that uses it.
 
-The oracle is the clients' own: each request carries a message that nobody else has, and its answer is right if it is a
-signature of that very message by the key of the card's certificate.  A connection that broke is asked again, as a
-client would; a wrong answer never is.
+The clients check each response: every request has a unique message, and the response is right if it is a signature of
+exactly this message by the key of the card's certificate.  If a connection breaks, the client sends the request again,
+as any client would; after a wrong response it doesn't.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 from cryptography.hazmat.primitives.hashes import SHA256
 
 PIN = "123456"
-TIMEOUT = 20  # s; for what takes milliseconds
+TIMEOUT = 20  # s; for operations that take milliseconds
 CLIENTS = 4
 KILL_EVERY = 50
 BROKER_PYTHON = "PCSC_SAFE_BROKER_PYTHON"
@@ -52,10 +52,10 @@ _ENOUGH_IS_WRONG = 5
 
 
 class DeadlyCard(PivCard):
-    """A PIV card; something happens in the middle of some of its signatures, inside the transaction of a worker.
+    """A PIV card; during some of its signatures, inside a worker's transaction, something happens.
 
-    :ivar signatures: how many it was asked for.
-    :ivar verifications: how often it was given a PIN.
+    :ivar signatures: how many were requested.
+    :ivar verifications: how many times a PIN was verified.
     :ivar on_signature: called with the number of each signature, before it is made.
     """
 
@@ -74,7 +74,7 @@ class DeadlyCard(PivCard):
 
 @pytest.fixture
 def card() -> DeadlyCard:
-    """The one that is in the reader of `stack`."""
+    """The card in the reader of `stack`."""
     card = DeadlyCard.personalised()
     assert isinstance(card, DeadlyCard)
     return card
@@ -82,17 +82,17 @@ def card() -> DeadlyCard:
 
 @pytest.fixture
 def stack(card: DeadlyCard) -> Iterator[VirtualPcsc]:
-    """A stack with one card; after the test nobody has a context there."""
+    """A stack with one card; after the test no process has a context there."""
     with VirtualPcsc(cards=[card]) as stack:
         yield stack
         stack.wait_for_clients(0)
 
 
 def documented(page: str, program: str, address: str, setting: str = "") -> list[str]:
-    """The first command of a page of the documentation that runs a program, for a `Server`.
+    """The first command on a page of the documentation that runs a program, for a `Server`.
 
-    :param address: what takes the place of the one it listens to there; ``{path}`` is that of the server's socket.
-    :param setting: what has to be in the command as well.
+    :param address: replaces the address on the page; ``{path}`` is the path of the server's socket.
+    :param setting: text that the command also has to contain.
     """
     if shutil.which(program, path=str(Path(sys.executable).parent)) is None:
         pytest.skip(f"{program} is not installed: pip install 'pcsc-safe[hosts]'")
@@ -104,25 +104,25 @@ def documented(page: str, program: str, address: str, setting: str = "") -> list
 
 
 def code_of(page: str, piece: str, language: str = "python") -> str:
-    """The first block of code of a page of the documentation that has this in it."""
+    """The first code block of a page of the documentation that contains this text."""
     blocks = re.findall(rf"```{language}(\n.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     return str(next(block for block in blocks if piece in block))
 
 
 class Server:
-    """A server of the example on a Unix socket, with all that it forks in a session of its own.
+    """A server of the example on a Unix socket, with all its processes in a new session.
 
-    :param command: with ``{path}`` where that of its socket has to be, and ``$PWD`` where a shell would know it.
-    :param cwd: where it is run.
-    :ivar keeps_alive: whether a client may ask twice over one connection.
-    :ivar kills: how often workers were sent SIGKILL.
+    :param command: has ``{path}`` for the path of the socket, and ``$PWD`` as in a shell.
+    :param cwd: its working directory.
+    :ivar keeps_alive: whether a client may send a second request over a connection.
+    :ivar kills: how many times workers were sent SIGKILL.
     """
 
     def __init__(self, command: list[str], stack: VirtualPcsc, directory: str, cwd: Path, **env: str) -> None:
         self.directory = directory
         self.path = os.path.join(directory, "http")
         self.kills = 0
-        self.keeps_alive = "--http-socket" not in command  # uWSGI closes these without announcing it
+        self.keeps_alive = "--http-socket" not in command  # uWSGI closes these connections without announcing it
         self._choice = random.Random(0)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (`close` does)
         programs = str(Path(sys.executable).parent)
@@ -146,16 +146,16 @@ class Server:
 
     @property
     def log(self) -> str:
-        """What it has said."""
+        """The server's output so far."""
         return os.pread(self._log.fileno(), 1 << 24, 0).decode(errors="replace")
 
     def workers(self) -> list[int]:
-        """Those that it forked and that live; a broker is none, it was exec'd."""
+        """The running workers that it forked; a broker is not one, because it has called exec."""
         mine = _command_of(self.pid)
         return [pid for pid, parent in self._family().items() if parent == self.pid and _command_of(pid) == mine]
 
     def kill_some(self) -> None:
-        """SIGKILL to a worker; every third time, and the first time, to all of them."""
+        """SIGKILL a worker; the first time and every third time, all workers."""
         workers = self.workers()
         if self.kills % 3:
             workers = self._choice.sample(workers, min(1, len(workers)))
@@ -169,12 +169,12 @@ class Server:
         self._process.send_signal(number)
 
     def request(self, method: str, url: str, body: Optional[bytes] = None) -> tuple[int, bytes]:
-        """Status and body of the answer to one request."""
+        """Status and body of the response to one request."""
         with contextlib.closing(Connection(self.path)) as connection:
             return connection.ask(method, url, body)
 
     def wait_until(self, condition: Callable[[], Any], what: str) -> None:
-        """Wait for something that there is no event for."""
+        """Wait for a condition for which there is no event."""
         deadline = time.monotonic() + TIMEOUT
         while not condition():
             assert self._process.poll() is None, f"the server has ended:\n{self.log}"
@@ -186,7 +186,7 @@ class Server:
             return probe.connect_ex(self.path) == 0
 
     def status(self) -> int:
-        """What it ends with, by itself or told to; nothing of it may be left then."""
+        """Wait for the server's end; return its exit status; no process of it may be left."""
         status = self._process.wait(TIMEOUT)
         deadline = time.monotonic() + TIMEOUT
         while left := self._family():
@@ -195,7 +195,7 @@ class Server:
         return status
 
     def close(self) -> None:
-        """Kill what there is of it."""
+        """Kill all its processes."""
         for pid in [self.pid, *self._family()]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -203,7 +203,7 @@ class Server:
         self._log.close()
 
     def _family(self) -> dict[int, int]:
-        """The processes of its session that are not dead, and their parents."""
+        """The running processes of its session, and their parents."""
         found = {}
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -221,7 +221,7 @@ def _command_of(pid: int) -> bytes:
 
 @contextlib.contextmanager
 def serving(command: list[str], stack: VirtualPcsc, cwd: Path = ROOT, **env: str) -> Iterator[Server]:
-    """A server that answers; killed in the end, if the block has not seen to its end."""
+    """A server that responds; it is killed at the end if it still runs."""
     # Not tmp_path: the path of a socket has to be short.
     with tempfile.TemporaryDirectory() as directory:
         server = Server(command, stack, directory, cwd, **env)
@@ -238,7 +238,7 @@ def serving(command: list[str], stack: VirtualPcsc, cwd: Path = ROOT, **env: str
 class Connection(http.client.HTTPConnection):
     """HTTP over a Unix socket.
 
-    :param keep_alive: ask again over the same connection, if the server keeps it.
+    :param keep_alive: send further requests over the same connection, if the server keeps it open.
     """
 
     def __init__(self, path: str, timeout: float = TIMEOUT, *, keep_alive: bool = True) -> None:
@@ -252,7 +252,7 @@ class Connection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
     def ask(self, method: str, url: str, body: Optional[bytes] = None) -> tuple[int, bytes]:
-        """Status and body of the answer."""
+        """Status and body of the response."""
         self.request(method, url, body, self._headers)
         with self.getresponse() as response:
             answer = response.status, response.read()
@@ -264,11 +264,11 @@ class Connection(http.client.HTTPConnection):
 class Clients:
     """Clients that have messages signed, at the same time.
 
-    :param count: of the messages, of all clients together.
-    :param timeout: seconds that a client waits for an answer.
-    :ivar right: how many signatures were those of their messages.
-    :ivar wrong: what else was answered; after a few of these nobody asks any more.
-    :ivar broken: how many connections the server closed without an answer.
+    :param count: the number of messages, of all clients together.
+    :param timeout: how long a client waits for a response, in seconds.
+    :ivar right: how many signatures were right for their messages.
+    :ivar wrong: other responses; after a few of these no client sends a request.
+    :ivar broken: how many connections the server closed without a response.
     """
 
     def __init__(self, server: Server, certificate: bytes, count: int, timeout: float = TIMEOUT) -> None:
@@ -282,12 +282,12 @@ class Clients:
             thread.start()
 
     def wait_for(self, right: int) -> None:
-        """Until so many signatures were right, or it is clear that they won't be."""
+        """Wait until so many signatures were right, or it is clear that this won't happen."""
         with self._news:
             assert self._news.wait_for(lambda: self.right >= right or len(self.wrong) >= _ENOUGH_IS_WRONG, 15 * TIMEOUT)
 
     def finish(self) -> None:
-        """Until all messages have had their answers."""
+        """Wait until all messages have responses."""
         for thread in self._threads:
             thread.join(15 * TIMEOUT)
             assert not thread.is_alive()
@@ -306,7 +306,7 @@ class Clients:
                     self._news.notify_all()
 
     def _have_signed(self, connection: Connection, message: bytes) -> str:
-        """What was wrong with the answer."""
+        """What was wrong with the response."""
         try:
             status, body = self._answer(connection, message)
         except Exception as error:
@@ -335,14 +335,14 @@ class Clients:
 
 
 def certificate_of(server: Server) -> bytes:
-    """The certificate that it gives, in DER."""
+    """The certificate that the server sends, in DER."""
     status, pem = server.request("GET", "/certificate")
     assert status == 200, pem
     return ssl.PEM_cert_to_DER_cert(pem.decode())
 
 
 def sign_while_workers_die(server: Server, card: DeadlyCard, count: int, halfway: Callable[[], object]) -> Clients:
-    """Have so many messages signed, and workers killed in the middle of some of them; each is signed in the end.
+    """Have so many messages signed while workers are killed, some while they sign; in the end each message is signed.
 
     :param halfway: called when half of the messages are signed.
     """

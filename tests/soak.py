@@ -1,23 +1,23 @@
-"""Soak: everything at once, for as long as it is told, judged by an oracle.
+"""A soak test: everything at the same time, for a given time, with every result checked.
 
 ::
 
     python tests/soak.py --seconds 600 --seed 7
 
-A director keeps families of processes alive on one virtual stack.  Their threads exchange APDUs, hold transactions,
-wait for events and fork, under every policy, natively and through brokers; children and grandchildren use what they
-inherited, and what they have of their own.  Meanwhile the director kills at random, by SIGKILL: parents, children,
-brokers, pcscd; and it pulls cards out and puts them back.
+A director runs families of processes on one virtual stack.  Their threads exchange APDUs, hold transactions, wait for
+events and fork, with every policy, natively and through brokers; children and grandchildren use inherited and new
+handles.  The director kills random processes by SIGKILL (parents, children, brokers, pcscd), and removes and inserts
+cards.
 
-Whatever happens, these hold, and each breach is reported:
+These guarantees must hold, and each breach is reported:
 
-- an answer is that to what this very process sent, or there is none, and a code that says why;
-- in a transaction nobody comes between;
-- no call hangs, nobody dies but by the director's hand;
-- at the end nothing is left: no process, no connection to pcscd, no descriptor, no memory.
+- a response is to the command that the same process sent, or there is none, and a code that gives the reason;
+- no other process uses the card during a transaction;
+- no call hangs, and no process dies unless the director kills it;
+- at the end no process, connection to pcscd, descriptor or memory is left.
 
-The same seed gives the same director and the same families; what happens between them is up to the kernel.  Figures
-and breaches are printed as JSON; exit status 1 if there is a breach.
+The same seed gives the same director and the same families; the scheduling is up to the kernel.  Figures and breaches
+are printed as JSON; the exit status is 1 if there is a breach.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from pcsc_safe.testing import EchoCard, VirtualPcsc
 PR_SET_CHILD_SUBREAPER = 36
 READERS = 4
 FAMILIES = 5
-GRACE = 40  # s; in which everybody ends that is told to
+GRACE = 40  # s; every process that is asked to end does so within this time
 SETTINGS: list[dict[str, str]] = [
     {"policy": "auto"},
     {"policy": "auto", "cards": "reconnect"},
@@ -68,7 +68,7 @@ SETTINGS: list[dict[str, str]] = [
 
 
 class SoakCard(EchoCard):
-    """An EchoCard that knows when somebody came between: after INS 50, INS 51 with other data is answered 6985."""
+    """An EchoCard that detects interference: after INS 50, INS 51 with other data returns 6985."""
 
     opened_by = b""
 
@@ -85,7 +85,7 @@ class SoakCard(EchoCard):
 
 
 class Process(NamedTuple):
-    """A process below the director."""
+    """A descendant of the director."""
 
     pid: int
     parent: int
@@ -93,7 +93,7 @@ class Process(NamedTuple):
 
 
 def descendants() -> list[Process]:
-    """All that descend from this process, zombies too."""
+    """All descendants of this process, including zombies."""
     found: dict[int, Process] = {}
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):
@@ -109,8 +109,8 @@ def descendants() -> list[Process]:
 class Director:
     """Starts families, and disturbs them.
 
-    :param seconds: how long.
-    :param seed: of what is done, and when.
+    :param seconds: the duration.
+    :param seed: for what is done, and when.
     :param directory: for the reports.
     :param stack: the virtual stack.
     """
@@ -129,7 +129,7 @@ class Director:
         self._pulled: list[Any] = []
 
     def run(self) -> None:
-        """All of it; returns when everybody has ended."""
+        """Run the whole test; return when all processes have ended."""
         elder = self._start(self._until - time.monotonic())
         self._spared.add(elder.pid)
         while time.monotonic() < self._until:
@@ -219,7 +219,7 @@ class Director:
             time.sleep(0.02)
 
     def _left(self) -> list[int]:
-        """Who is still there; orphans come to the director, who reaps them."""
+        """The processes that are left; orphans become children of the director, which reaps them."""
         kept = {self._stack.pid, *self._spared}
         left = []
         for each in descendants():
@@ -242,9 +242,9 @@ class Director:
 
 
 def direct(seconds: float, seed: int, directory: str) -> dict[str, Any]:
-    """Run a soak.
+    """Run a soak test.
 
-    :return: what was counted, and what must not be.
+    :return: the figures and the breaches.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with VirtualPcsc(READERS, [SoakCard() for _ in range(READERS)], activate=False) as stack:

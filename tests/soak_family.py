@@ -1,6 +1,6 @@
-"""One family of a soak: its head, and all that it forks.  `soak` says what it is, and starts it.
+"""A family of a soak test: its head, and all its descendants.  `soak` describes it, and starts it.
 
-The settings are those of its environment.  Its processes judge themselves: every answer that they get, every error.
+The settings are in its environment.  Its processes check every response and every error that they get.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from pcsc_safe.policy import Owner, Policy
 
 try:
     from pcsc_safe import scard
-except BrokerError:  # killed before it could say what there is
+except BrokerError:  # it was killed before it could report its descriptors
     os._exit(0)
 
-PATIENCE = 60  # s; after which a process that is not told to end has hung
-GRACE = 30  # s; in which every thread ends that is told to
-MEMORY = 8 << 20  # bytes; what the allocator may keep of the busiest moments
-DELAY = 2  # times 10 ms; of a card that takes its time
-LOST_AFTER = 10  # failures on end, after which a process establishes a context anew
-NOTHING = -1  # in the place of a code: there is no session
+PATIENCE = 60  # s; a process that runs longer has hung
+GRACE = 30  # s; every thread that is asked to end does so within this time
+MEMORY = 8 << 20  # bytes; the allocator may keep this much after the busiest moments
+DELAY = 2  # times 10 ms; of a slow card
+LOST_AFTER = 10  # consecutive failures, after which a process establishes a new context
+NOTHING = -1  # instead of a code: there is no session
 
 OK, RESET, SHARED, T1 = (
     scard.SCARD_S_SUCCESS,
@@ -48,8 +48,8 @@ EXPECTED = {
     getattr(scard, f"SCARD_{name}")
     for name in (
         *("E_NO_SERVICE", "E_SERVICE_STOPPED", "F_COMM_ERROR", "E_INVALID_HANDLE"),
-        "E_PROTO_MISMATCH",  # the card is another now
-        "W_SECURITY_VIOLATION",  # libpcsclite's word for ECONNRESET
+        "E_PROTO_MISMATCH",  # the card was replaced by another
+        "W_SECURITY_VIOLATION",  # libpcsclite's code for ECONNRESET
         *(
             "E_NOT_TRANSACTED",
             "W_RESET_CARD",
@@ -65,7 +65,7 @@ NAMES = {getattr(scard, name): name for name in dir(scard) if name.startswith(("
 
 
 class Session(NamedTuple):
-    """What a process has of PC/SC."""
+    """The PC/SC handles of a process."""
 
     context: Any
     cards: list[Any]
@@ -75,9 +75,9 @@ class Session(NamedTuple):
 class Member:
     """One process of a family.
 
-    :param report: where breaches go.
+    :param report: for breaches.
     :param seed: of its random numbers.
-    :param until: when it is to end, on the monotonic clock.
+    :param until: when it ends, on the monotonic clock.
     """
 
     def __init__(self, report: Report, seed: int, until: float) -> None:
@@ -94,12 +94,12 @@ class Member:
         """Whether it has time left."""
         return time.monotonic() < self.until
 
-    # libpcsclite 1.9.9 crashes where one thread connects while another calls on another context's card, on raw pyscard
-    # too. So a process has one context at a time, and nobody uses the old one while it is replaced.
+    # libpcsclite 1.9.9 crashes if one thread connects while another makes a call on another context's card, also on raw
+    # pyscard.  So a process has one context at a time, and no thread uses the old one while it is replaced.
 
     @contextlib.contextmanager
     def using(self) -> Iterator[Optional[Session]]:
-        """The session; none where there is none to be had."""
+        """The session; None if none can be opened."""
         with self._changed:
             session = self.session
             self._users += 1
@@ -111,7 +111,7 @@ class Member:
                 self._changed.notify_all()
 
     def renew(self, generation: int) -> None:
-        """Establish everything anew, unless another thread has done so meanwhile."""
+        """Establish a new session, unless another thread has already done so."""
         with self._changed:
             while self._users:
                 self._changed.wait(1)
@@ -142,7 +142,7 @@ class Member:
         self.report.figures["sessions"] += 1
 
     def judge(self, function: str, hresult: int) -> bool:
-        """Whether a call succeeded; its failure has to be one that can be."""
+        """Whether a call succeeded; a failure has to be one of the expected ones."""
         self.report.figures["calls"] += 1
         if hresult != OK:
             self.report.figures[NAMES.get(hresult, hex(hresult))] += 1
@@ -151,7 +151,7 @@ class Member:
         return hresult == OK
 
     def data(self) -> list[int]:
-        """What nobody else sends."""
+        """Data that no other process sends."""
         self._count += 1
         return [
             *os.getpid().to_bytes(4, "big"),
@@ -167,7 +167,7 @@ class Member:
         data: Optional[list[int]] = None,
         came_between: Optional[list[dict[str, str]]] = None,
     ) -> int:
-        """One exchange, judged; but whether somebody came between, who has a transaction judges in the end."""
+        """Make one exchange and check it; the caller checks interference at the end of its transaction."""
         sent = self.data() if data is None else data
         hresult, answer = scard.SCardTransmit(card, scard.SCARD_PCI_T1, [0x80, ins, p1, 0, len(sent), *sent])
         if self.judge("SCardTransmit", hresult):
@@ -183,15 +183,15 @@ class Member:
         return int(hresult)
 
     def reconnect(self, card: Any) -> int:
-        """Take part again after a reset."""
+        """Reconnect after a reset."""
         hresult, _ = scard.SCardReconnect(card, SHARED, T1, scard.SCARD_LEAVE_CARD)
         self.judge("SCardReconnect", hresult)
         return int(hresult)
 
-    # What its threads do, again and again; each with the number of the card that is its own.
+    # What its threads do repeatedly; each gets the number of its own card.
 
     def exchanges(self, number: int) -> int:
-        """Exchange, sometimes with a card that takes its time."""
+        """Exchange, sometimes with a slow card."""
         with self.using() as session:
             if session is None:
                 return NOTHING
@@ -201,7 +201,7 @@ class Member:
             return self.reconnect(card) if hresult == RESET else hresult
 
     def transacts(self, number: int) -> int:
-        """Two commands that nobody may come between."""
+        """Send two commands in a transaction."""
         with self.using() as session:
             if session is None:
                 return NOTHING
@@ -213,16 +213,16 @@ class Member:
             if self.exchange(card, 0x50, data=sent) == OK:
                 self.exchange(card, 0x51, data=sent, came_between=came_between)
             hresult = scard.SCardEndTransaction(card, scard.SCARD_LEAVE_CARD)
-            # It may have gone with a session that was handed over, and another thread have got this handle a new one.
+            # If a handover has taken the transaction away, another thread may have given this handle a new session.
             if hresult == OK and came_between:
                 self.report.breach("somebody came between", **came_between[0])
-            if hresult != scard.SCARD_E_SHARING_VIOLATION:  # it went with its session, and another has one in the new
+            if hresult != scard.SCARD_E_SHARING_VIOLATION:  # another has one in the new session
                 self.judge("SCardEndTransaction", hresult)
             self.report.figures["transactions"] += 1
             return OK
 
     def waits(self, number: int) -> int:
-        """Wait for events, that come or don't."""
+        """Wait for events, which may happen or not."""
         with self.using() as session:
             if session is None:
                 return NOTHING
@@ -235,7 +235,7 @@ class Member:
             return OK if hresult == scard.SCARD_E_TIMEOUT else int(hresult)
 
     def run(self, step: Callable[[int], int], number: int) -> None:
-        """Do one thing until the end; with a context anew, if nothing works any more."""
+        """Do one thing until the end; establish a new context if nothing works any more."""
         failures = 0
         while self.goes_on:
             generation = self.session.generation if self.session is not None else 0
@@ -258,7 +258,7 @@ class Member:
                     self.renew(generation)
 
     def caught(self, error: PcscSafeError) -> None:
-        """An error; it has to be one that can be."""
+        """Record an error; it has to be one of the expected ones."""
         self.report.figures[type(error).__name__] += 1
         if not self._may_raise(error):
             self.report.breach("an unexpected error", error=str(error))
@@ -274,7 +274,7 @@ class Member:
     def live(self, depth: int) -> None:
         """Threads that use PC/SC, and threads that fork, until the end."""
         jobs = [(self.exchanges, 0), (self.exchanges, 1), (self.waits, 0), (self.transacts, 2)]
-        # A transaction that is handed over at a fork would stay open: its thread stays behind.
+        # A transaction that is handed over at a fork would stay open: the child doesn't have its thread.
         count = 2 if depth else 3 if pcsc_safe.settings().owner is Owner.CHILD else 4
         threads = [threading.Thread(target=self.run, args=job, daemon=True) for job in jobs[:count]]
         threads += [
@@ -290,7 +290,7 @@ class Member:
                 return
 
     def forks(self, depth: int) -> None:
-        """Fork, and wait for what was forked, until the end."""
+        """Fork, and wait for the child, repeatedly until the end."""
         if depth >= 2:
             return
         while self.goes_on:
@@ -324,9 +324,9 @@ class Member:
             os._exit(status)
 
     def use(self, inherited: Session) -> None:
-        """What the parent had, by the policy; then something of one's own."""
+        """Use what the parent had, as the policy permits; then sometimes keep it."""
         for card in inherited.cards:
-            # With the session may have come a transaction, which no thread here will end.
+            # The inherited session may have an open transaction, which no thread here would end.
             with contextlib.suppress(PcscSafeError):
                 scard.SCardEndTransaction(card, scard.SCARD_LEAVE_CARD)
         for _ in range(3):
@@ -340,7 +340,7 @@ class Member:
             self.session = inherited
 
     def ends(self, inherited: Optional[Session]) -> int:
-        """One of the ways in which a process ends; returns its exit status."""
+        """End in one of the ways in which a process ends; return the exit status."""
         way = self.random.choice(("exit", "release", "finalizers", "SIGKILL"))
         if way == "release":
             self.close()
@@ -355,7 +355,7 @@ class Member:
         return 0
 
     def close(self) -> None:
-        """Give up what it has."""
+        """Close the session."""
         session, self.session = self.session, None
         if session is not None:
             with contextlib.suppress(PcscSafeError):
@@ -365,10 +365,10 @@ class Member:
 
 
 def be_watched(path: Path) -> None:
-    """Have a process, and all that it forks, dump its stacks when it takes too long, or dies by a fault."""
+    """Make a process and all its descendants dump their stacks if they take too long or crash."""
     _stacks.append(path.open("a"))
     faulthandler.enable(_stacks[0])
-    # Not dump_traceback_later: its thread's lock would be held for ever in a grandchild.
+    # Not dump_traceback_later: its thread holds a lock, which would stay locked in a grandchild.
     faulthandler.register(signal.SIGALRM, file=_stacks[0], all_threads=True, chain=True)
 
 
@@ -384,13 +384,13 @@ def main(directory: str, seed: str, seconds: str) -> None:
     """The head of a family."""
     chosen = {name[10:].lower(): value for name, value in os.environ.items() if name.startswith("PCSC_SAFE_")}
     report = Report(directory, " ".join(f"{name}={value}" for name, value in chosen.items()))
-    # Not to stderr: a thread that is writing there when another one forks leaves the stream's lock to the child.
+    # Not to stderr: if another thread forks while one writes there, the child inherits the stream's lock, locked.
     logging.getLogger("pcsc_safe").addHandler(logging.NullHandler())
     logging.getLogger("pcsc_safe").propagate = False
     be_watched(Path(directory) / "stacks")
     member = Member(report, int(seed), time.monotonic() + float(seconds))
     with contextlib.suppress(PcscSafeError):
-        member.renew(0)  # so that nobody forks in the middle of the first one's imports
+        member.renew(0)  # so that no thread forks during the first call's imports
     measured: list[int] = []
     timer = threading.Timer(float(seconds) / 3, lambda: measured.append(memory()))
     timer.daemon = True

@@ -1,4 +1,4 @@
-"""What the director of a soak and its families have in common: where breaches and figures go."""
+"""What the director of a soak test and its families share: the files for breaches and figures."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Report", "judge_end", "lines"]
 
 
 class Report:
-    """Where breaches and figures go: files, a line each, which a process that is killed can't take with it.
+    """Files for breaches and figures, one line each; they are complete even if the process is killed.
 
     :param directory: of the files.
-    :param settings: of the family, to be named with each breach.
+    :param settings: of the family, which each breach names.
     """
 
     def __init__(self, directory: str, settings: str = "") -> None:
@@ -25,11 +25,11 @@ class Report:
         self.figures: Counter[str] = Counter()
 
     def breach(self, what: str, **facts: Any) -> None:
-        """Something that must not be."""
+        """Record a breach of a guarantee."""
         self._line("breaches", {"what": what, "pid": os.getpid(), "settings": self.settings, **facts})
 
     def close(self) -> None:
-        """Write down what has been counted in this process."""
+        """Write the figures of this process."""
         self._line("figures", self.figures)
         self.figures = Counter()
 
@@ -40,12 +40,12 @@ class Report:
 
 
 def judge_end(report: Report, status: int, pid: int) -> None:
-    """Of a process: it ended by itself, or was killed by the director."""
+    """Check that a process ended by itself, or was killed by the director."""
     if status not in (0, -signal.SIGKILL):
         report.breach("a process died", status=status, who=pid)
 
 
 def lines(directory: str, name: str) -> list[Any]:
-    """Those of a report."""
+    """The lines of a report."""
     path = Path(directory) / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,7 +1,7 @@
-"""Where pyscard's and pcsc-lite's own programs are found, and how they are run, with their import changed or not.
+"""Where pyscard's and pcsc-lite's own programs are, and how they are run, with or without a change of their import.
 
-They are not ours to ship: ``scripts/fetch-upstream`` fetches them into ``.cache/upstream``, and PYSCARD_CHECKOUT or
-PCSC_CHECKOUT says where there is another copy.  A program is always copied before it is run.
+They are not part of this repository: ``scripts/fetch-upstream`` fetches them into ``.cache/upstream``;
+PYSCARD_CHECKOUT or PCSC_CHECKOUT names another copy.  A program is always copied before it is run.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ TIMEOUT = 60
 
 
 def source(name: str) -> Path:
-    """The source tree of ``pyscard`` (the version that is installed) or ``pcsc-lite``; skips the test if there is none.
+    """The source tree of ``pyscard`` (the installed version) or ``pcsc-lite``; skips the test if there is none.
 
-    :param name: as ``scripts/fetch-upstream`` calls it.
+    :param name: the name in ``scripts/fetch-upstream``.
     """
     variable = {"pyscard": "PYSCARD_CHECKOUT", "pcsc-lite": "PCSC_CHECKOUT"}[name]
     if os.environ.get(variable):
@@ -43,17 +43,17 @@ def source(name: str) -> Path:
 
 
 def pyscard(part: str) -> Path:
-    """A folder of pyscard's package; skips the test if it can't be had.
+    """A folder of pyscard's package; skips the test if there is none.
 
     :param part: its path below ``smartcard``.
     """
     root = source("pyscard")
-    return next(iter(root.glob(f"src/smartcard/{part}")), root / "smartcard" / part)  # older ones have no src
+    return next(iter(root.glob(f"src/smartcard/{part}")), root / "smartcard" / part)  # older versions have no src
 
 
 @functools.cache
 def _fetch(name: str) -> str:
-    """Fetch it; returns why that was not possible, if so.  A second attempt would be no better."""
+    """Fetch it; return the reason if this failed.  A second attempt would fail, too."""
     script = ROOT / "scripts" / "fetch-upstream"
     if not script.exists():
         return f"there is no {script}"
@@ -78,7 +78,7 @@ def _fetch(name: str) -> str:
 def copy(program: Path, folder: Path, *, change: bool) -> Path:
     """Copy a program.
 
-    :param change: have it import pcsc_safe.scard where it imported smartcard.scard; nothing else is changed.
+    :param change: import pcsc_safe.scard instead of smartcard.scard; nothing else is changed.
     :return: the copy.
     """
     text = program.read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ def copy(program: Path, folder: Path, *, change: bool) -> Path:
 
 
 class Outcome(NamedTuple):
-    """How a program ended, and what it said; the folder that it ran in is called ``.`` there."""
+    """How a program ended, and its output, in which ``.`` replaces its folder."""
 
     status: int
     output: str
@@ -105,10 +105,10 @@ def run(
     when_it_says: str = "",
     do: Optional[Callable[[], object]] = None,
 ) -> Outcome:
-    """Run a program in its own folder, to its end; it and all that it started are dead afterwards.
+    """Run a program in its own folder, to its end; it and all processes that it started are dead afterwards.
 
     :param when_it_says: once this is in its output,
-    :param do: do this.
+    :param do: call this.
     """
     files = [program.parent / name for name in ("output", "errors")]
     with files[0].open("w") as output, files[1].open("w") as errors:
@@ -140,8 +140,8 @@ def _await(process: subprocess.Popen[bytes], file: Path, words: str) -> None:
     deadline = time.monotonic() + TIMEOUT
     while words not in file.read_text():
         if process.poll() is not None or time.monotonic() > deadline:
-            raise AssertionError(f"it never said {words!r}:\n{file.read_text()}")
-        select.select([], [], [], 0.01)  # a file has no event for more of it
+            raise AssertionError(f"it never printed {words!r}:\n{file.read_text()}")
+        select.select([], [], [], 0.01)  # there is no event for new data in a file
 
 
 def _kill(process: Union[subprocess.Popen[str], subprocess.Popen[bytes]]) -> None:

@@ -1,14 +1,14 @@
-"""pyscard's own test suites, and pcsc-lite's UnitaryTests: on raw pyscard, and retrofitted.
+"""pyscard's own test suites, and pcsc-lite's UnitaryTests, on raw pyscard and on pcsc_safe.
 
     python tests/upstream_suites.py PATH_TO_PYSCARD PATH_TO_PCSC [--json]
 
-They are run from copies of the checkouts of LudovicRousseau/pyscard and LudovicRousseau/PCSC whose paths are given,
-each on a virtual stack of its own with two T=0 cards; nothing in them is changed, and nothing of them is ours to ship.
-The exit status is 1 if anything came out otherwise than on raw pyscard, but for SCard_fork.py: that passes here.
+The two paths are checkouts of LudovicRousseau/pyscard and LudovicRousseau/PCSC.  The tests run from copies, unchanged,
+each on its own virtual stack with two T=0 cards; they are not part of this repository.  The exit status is 1 if a
+result differs from raw pyscard's, except for SCard_fork.py, which passes here.
 
-Two runs are the same if every test has the same outcome, or, for a program, if exit status and output are the same but
-for what is never twice the same: times, and the order in which threads speak.  A program that does not end is
-ended, and the set of what it said is compared.
+Two runs are the same if every test has the same outcome or, for a program, if exit status and output are the same,
+except for what always differs: times, and the order in which threads print.  A program that does not end is killed, and
+the set of its lines is compared.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["SUITES", "WAYS", "Ended", "Way", "differences", "program", "programs
 
 
 class SimCard(VirtualCard):
-    """What pyscard's test cases want: a card that can do T=0 only and has the file DF TELECOM of a SIM (GSM 11.11)."""
+    """The card that pyscard's test cases need: T=0 only, with the file DF TELECOM of a SIM (GSM 11.11)."""
 
     _FILE = bytes.fromhex("0000000000007F10020000000000")
 
@@ -54,19 +54,19 @@ class SimCard(VirtualCard):
 
 
 ATRS = (bytes.fromhex("3B021450"), bytes.fromhex("3B03145051"))
-"""Of two cards that can be told apart."""
+"""The ATRs of two different cards."""
 FORK_TEST = "SCard_fork.py"
 LIMIT = 120
-"""Seconds that a suite may take."""
+"""The time limit of a suite, in seconds."""
 ENDLESS = 20
-"""Seconds after which a program counts as one that does not end.  The slowest that does takes 10."""
+"""Seconds after which a program counts as one that does not end.  The slowest one that ends takes 10."""
 
 
 class Way(NamedTuple):
     """A way to run a program.
 
-    :ivar arguments: of Python, before the program's name.
-    :ivar forked: whether it is a forked child that runs the program.
+    :ivar arguments: Python's arguments before the program's name.
+    :ivar forked: whether a forked child runs the program.
     """
 
     arguments: tuple[str, ...]
@@ -107,7 +107,7 @@ assert check(SCardListReaders(context, [])) == readers
 assert SCardReleaseContext(context) == SCARD_S_SUCCESS
 sys.exit(status)
 """
-"""Has a context, forks, and lets the child run a program; finds its context as it was."""
+"""Establishes a context, forks, and lets the child run a program; then checks that its context is valid."""
 
 UNITTEST = """
 import json, sys, unittest
@@ -144,7 +144,7 @@ with open("outcomes.json", "w") as file:
 
 
 class Ended(NamedTuple):
-    """How a program ended and what it said, made comparable.
+    """How a program ended, and its output, in a form that can be compared.
 
     :ivar status: its exit status, or "runs on".
     """
@@ -156,7 +156,7 @@ class Ended(NamedTuple):
 
 @contextlib.contextmanager
 def _stack() -> Iterator[dict[str, str]]:
-    """The environment of a program on a stack of its own, with default settings."""
+    """The environment of a program on its own stack, with default settings."""
     with VirtualPcsc(2, [SimCard(atr) for atr in ATRS], activate=False) as stack:
         usual = {name: value for name, value in stack.env.items() if not name.startswith("PCSC_SAFE_")}
         path = os.pathsep.join(filter(None, [str(ROOT), usual.get("PYTHONPATH", "")]))
@@ -170,7 +170,7 @@ def _folder() -> Iterator[Path]:
 
 
 def _run(way: str, folder: Path, arguments: Sequence[str], env: Mapping[str, str], limit: float) -> Ended:
-    """Run a Python program in a folder; it and all that it started are dead afterwards."""
+    """Run a Python program in a folder; it and all processes that it started are dead afterwards."""
     how = WAYS[way]
     if how.forked:
         (folder / "forking.py").write_text(FORKING)
@@ -197,7 +197,7 @@ def _run(way: str, folder: Path, arguments: Sequence[str], env: Mapping[str, str
     return Ended(status, *texts)
 
 
-# Suites: what became of each test.
+# Suites: the outcome of each test.
 
 
 def _pytest(way: str, checkout: Path, _: Sequence[str]) -> dict[str, str]:
@@ -238,12 +238,12 @@ SUITES = ("test", "framework", "scard")
 
 
 def suite(name: str, way: str, checkout: Path, modules: Sequence[str] = ()) -> dict[str, str]:
-    """What became of each test of a suite of pyscard's, by its id: "passed", or in what words it did not.
+    """The outcome of each test of a pyscard suite, by its ID: "passed", or the words of its failure.
 
     :param name: one of SUITES.
     :param way: one of WAYS.
     :param checkout: of pyscard.
-    :param modules: those to run only; all if empty.  Not for "test".
+    :param modules: the only ones to run; all if empty.  Not for "test".
     """
     return _pytest(way, checkout, modules) if name == "test" else _unittest(name, way, checkout, modules)
 
@@ -257,9 +257,9 @@ def programs(checkout: Path) -> list[str]:
 
 
 def program(name: str, way: str, checkout: Path) -> Ended:
-    """How one of pcsc-lite's UnitaryTests ends, and what it says, made comparable.
+    """How one of pcsc-lite's UnitaryTests ends, and its output, in a form that can be compared.
 
-    SCard_fork.py is run under policy ``invalid``, which is what it tests.
+    SCard_fork.py runs with policy ``invalid``, which it tests.
 
     :param name: one of :func:`programs`.
     :param way: one of WAYS.
@@ -281,7 +281,7 @@ def _comparable(ended: Ended) -> Ended:
 
 
 def same(raw: Ended, other: Ended) -> bool:
-    """Whether a program did the same."""
+    """Whether a program did the same in both ways."""
     if raw.status != other.status or raw.errors != other.errors:
         return False
     if raw.status == "runs on":
@@ -290,18 +290,18 @@ def same(raw: Ended, other: Ended) -> bool:
 
 
 def _letters(output: str) -> Counter[str]:
-    """What is left when threads have printed into each other's lines."""
+    """The letters: threads may have printed into each other's lines."""
     return Counter("".join(output.split()))
 
 
 def _kinds(output: str) -> set[str]:
-    """The lines, whatever their numbers; the last one may not be whole."""
+    """The lines without their numbers; the last one may be incomplete."""
     lines = {re.sub(r"\d+", "<number>", line) for line in output.splitlines()[:-1]}
     return {re.sub(r"\.+", ".", line) for line in lines}
 
 
 def differences(raw: Mapping[str, object], other: Mapping[str, object]) -> dict[str, tuple[object, object]]:
-    """What came out otherwise, by name: on raw pyscard, and here."""
+    """The different results, by name: on raw pyscard, and here."""
     found = {}
     for name in {**raw, **other}:
         one, two = raw.get(name), other.get(name)
@@ -321,12 +321,12 @@ def _summary(outcomes: Mapping[str, Union[str, Ended]]) -> str:
 
 
 Results = dict[str, dict[str, dict[str, Union[str, Ended]]]]
-"""By suite, way and test."""
+"""Results, by suite, way and test."""
 
 
 def _everything(options: argparse.Namespace, ways: Sequence[str]) -> Results:
-    """Run what was asked for, some at a time."""
-    with ThreadPoolExecutor(4) as pool:  # they wait, most of the time
+    """Run all requested tests, several at a time."""
+    with ThreadPoolExecutor(4) as pool:  # they wait most of the time
         of_pyscard: dict[tuple[str, str], Future[dict[str, str]]] = {}
         of_pcsc: dict[tuple[str, str], Future[Ended]] = {}
         if options.pyscard != "-":
@@ -356,7 +356,7 @@ def _print(results: Results, different: Mapping[str, Mapping[str, Mapping[str, o
 
 
 def main() -> int:
-    """Run everything in every way, and print what came of it; the exit status."""
+    """Run everything in every way, and print the results; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("pyscard", help="a checkout of LudovicRousseau/pyscard; - for none")
     parser.add_argument("pcsc", help="a checkout of LudovicRousseau/PCSC; - for none")

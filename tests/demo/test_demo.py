@@ -1,4 +1,4 @@
-"""The demo: it shows the hazards, it says only what it observed, and it can fail."""
+"""The demo shows the hazards, reports only what it observed, and can fail."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def program(code: str, seconds: float = 5.0) -> Any:
 
 @needs_stack
 def test_every_hazard_shows_raw_and_none_on_pcsc_safe() -> None:
-    """The whole demo: every hazard is SAFE on pcsc_safe, every one is seen on raw pyscard, and the status is 0."""
+    """In the whole demo every hazard is SAFE on pcsc_safe and seen on raw pyscard, and the status is 0."""
     done = demo("--json")
     assert done.stderr == ""
     told = json.loads(done.stdout)
@@ -66,7 +66,7 @@ def test_every_hazard_shows_raw_and_none_on_pcsc_safe() -> None:
 
 @needs_stack
 def test_status_1_if_pcsc_safe_lets_one_through() -> None:
-    """With raw pyscard in the place of pcsc_safe the demo finds out, names the hazards, and ends with 1."""
+    """With raw pyscard in place of pcsc_safe, the demo detects the hazards, names them, and ends with 1."""
     done = demo("--only", "10", "9", "--safe-module", "smartcard.scard")
     assert done.returncode == 1
     assert "NOT SAFE in 2 of 2: 9, 10." in done.stdout
@@ -75,7 +75,7 @@ def test_status_1_if_pcsc_safe_lets_one_through() -> None:
 
 @needs_stack
 def test_json_keys() -> None:
-    """The keys of the JSON are a promise to programs."""
+    """The keys of the JSON are stable."""
     told = json.loads(demo("--only", "10", "--json").stdout)
     assert list(told) == ["versions", "modules", "hazards", "let_through"]
     (hazard,) = told["hazards"]
@@ -86,20 +86,20 @@ def test_json_keys() -> None:
 
 @needs_stack
 def test_settings_of_the_user_change_nothing() -> None:
-    """The demo shows the defaults, whatever PCSC_SAFE_POLICY says."""
+    """The demo uses the default settings, whatever PCSC_SAFE_POLICY is."""
     assert demo("--only", "10", PCSC_SAFE_POLICY="raise").returncode == 0
 
 
 def test_an_unknown_hazard_is_refused() -> None:
-    """``--only`` with a number that is not shown ends with 2 and lists those that are."""
+    """``--only`` with an unknown number ends with 2 and lists the known ones."""
     done = demo("--only", "99")
     assert (done.returncode, done.stdout) == (2, "")
     assert f"the hazards are {', '.join(NUMBERS)}" in done.stderr
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it is not pcscd that is missing")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="on other systems the message names Linux, not pcscd")
 def test_status_2_where_there_is_no_stack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without pcscd or vpcd it ends with 2 and names the packages."""
+    """Without pcscd or vpcd the demo ends with 2 and names the packages."""
     import shutil
 
     from pcsc_safe.__main__ import main
@@ -119,7 +119,7 @@ def test_status_2_where_there_is_no_stack(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_status_2_on_macos(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """On macOS it ends with 2 and says that the virtual stack needs Linux."""
+    """On macOS the demo ends with 2 and says that the virtual stack needs Linux."""
     from pcsc_safe.__main__ import main
     from pcsc_safe.testing import _install
 
@@ -134,7 +134,7 @@ def test_status_2_on_macos(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "Linux" in capsys.readouterr().err
 
 
-# One run, seen from outside.
+# A single run.
 
 
 @pytest.fixture
@@ -151,14 +151,14 @@ def run_disposable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_reports_of_a_program_that_dies_are_kept(run_disposable: Any) -> None:
-    """What a program reported before it died is known, and so is the signal it died of."""
+    """Everything that a program reported before it died is kept, and so is the signal that ended it."""
     seen = run_disposable("stage.report('child', wrong=1)\nstage.report('child', wrong=2)\nos.kill(os.getpid(), 11)")
     assert seen.reported == {"child": {"wrong": 2}}
     assert (seen.exit_status, seen.killed_by, seen.timed_out) == (None, signal.SIGSEGV, None)
 
 
 def test_a_program_that_hangs_is_given_up(run_disposable: Any) -> None:
-    """A program that does not end is killed when its time is over, and where it hung is in the log."""
+    """A program that does not end is killed after its time limit, and the log shows where it hung."""
     started = time.monotonic()
     seen = run_disposable("stage.report('parent', alive=True)\ntime.sleep(60)", seconds=0.7)
     assert (seen.exit_status, seen.killed_by, seen.timed_out) == (None, None, 0.7)
@@ -167,13 +167,13 @@ def test_a_program_that_hangs_is_given_up(run_disposable: Any) -> None:
 
 
 def test_nothing_of_a_program_is_left(run_disposable: Any) -> None:
-    """A child that the program forgot is killed with it."""
+    """A child that the program did not wait for is killed with it."""
     seen = run_disposable("stage.report('parent', child=stage.fork(lambda: time.sleep(60)))")
     child = seen.reported["parent"]["child"]
     deadline = time.monotonic() + 10
     while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
         with open(f"/proc/{child}/stat", encoding="ascii", errors="replace") as file:
-            if file.read().rpartition(")")[2].split()[0] in "ZX":  # killed; whoever reaps orphans here is slow
+            if file.read().rpartition(")")[2].split()[0] in "ZX":  # killed, but not yet reaped here
                 break
         time.sleep(0.01)
     else:
@@ -181,7 +181,7 @@ def test_nothing_of_a_program_is_left(run_disposable: Any) -> None:
 
 
 def test_a_program_that_fails_says_why(run_disposable: Any) -> None:
-    """An exception in the program is its failure, not a hazard: the status and the traceback are kept."""
+    """An exception in the program is a failure, not a hazard: the status and the traceback are kept."""
     seen = run_disposable("raise RuntimeError('no card')")
     assert seen.exit_status == 1
     assert "no card" in seen.log
@@ -189,14 +189,14 @@ def test_a_program_that_fails_says_why(run_disposable: Any) -> None:
 
 
 def test_an_interrupted_run_is_no_result(run_disposable: Any) -> None:
-    """When the demo is interrupted a run ends at once, and nothing is said of it."""
+    """If the demo is interrupted, a run ends immediately and gives no result."""
     stop = threading.Event()
     stop.set()
     with pytest.raises(_run.Stopped):
         run_disposable("time.sleep(60)", stop=stop)
 
 
-# What is said of what was seen.
+# Verdicts.
 
 
 @pytest.mark.parametrize(
@@ -214,13 +214,13 @@ def test_an_interrupted_run_is_no_result(run_disposable: Any) -> None:
     ],
 )
 def test_a_verdict_counts_how_the_program_ended(finding: Finding, ending: Any, verdict: Any) -> None:
-    """No program that hung, died or failed is SAFE, and of too few reports nothing is concluded."""
+    """A program that hung, died or failed is never SAFE, and too few reports give no verdict."""
     assert conclude(finding, Run("scard", {}, **ending)) == verdict
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_nothing_is_said_of_nothing(number: str) -> None:
-    """Without reports no hazard says anything, neither that it was seen nor that it was not."""
+    """Without reports, a hazard is neither seen nor excluded."""
     (hazard,) = load([number])
     assert hazard.judge(Run("scard", {})) == Finding([], [])
 
@@ -232,7 +232,7 @@ IN_TIME = {"code": OK, "seconds": 0.001}
 FOUR = {"wait": {"code": "SCARD_E_CANCELLED"}, **dict.fromkeys(("same context", "other context", "cancel"), IN_TIME)}
 WATCHED = {"program": {"watched": 1.5}}
 JUDGEMENTS: list[tuple[str, dict[str, dict[str, Any]], list[str], bool]] = [
-    # hazard, reports, words that its harm has to hold, whether it is proven safe
+    # hazard, reports, words that the description of its harm must have, whether it is proven safe
     ("1", {"parent": {"readers": 2, "clients": 1, "child_ended": -11}}, ["child died of SIGSEGV"], False),
     ("1", {"parent": {"readers": 2, "child_ended": 1}, "child": {"code": "SCARD_E_X"}}, ["returned SCARD_E_X"], False),
     (
@@ -251,7 +251,7 @@ JUDGEMENTS: list[tuple[str, dict[str, dict[str, Any]], list[str], bool]] = [
             "child": {"code": OK, "readers": 2, "parents_socket": None, "clients": 2},
         },
         [],
-        False,  # the parent's connection was not found, so nothing is known of it
+        False,  # the parent's connection was not found, so nothing is known about it
     ),
     (
         "2",
@@ -321,7 +321,7 @@ JUDGEMENTS: list[tuple[str, dict[str, dict[str, Any]], list[str], bool]] = [
 
 @pytest.mark.parametrize(("number", "reported", "harm", "proven"), JUDGEMENTS)
 def test_a_judgement_says_what_was_reported(number: str, reported: Any, harm: list[str], proven: bool) -> None:
-    """Harm is said with the reported figures; safety only when everything that it takes was reported."""
+    """Harm is described with the reported figures; safety is stated only if every needed report is there."""
     (hazard,) = load([number])
     finding = hazard.judge(Run("scard", reported))
     assert bool(finding.harm) == bool(harm)
@@ -330,15 +330,15 @@ def test_a_judgement_says_what_was_reported(number: str, reported: Any, harm: li
 
 
 def test_a_death_is_said_only_of_who_died() -> None:
-    """An orderly end, and one that nobody saw, give no sentence."""
+    """An orderly end, and one that was not observed, give no sentence about a death."""
     assert [death("it", status) for status in (None, 0, 1, -9)] == [[], [], [], ["it died of SIGKILL"]]
 
 
-# What it looks like.
+# The output.
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is one."""
+    """A stream that pretends to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -359,7 +359,7 @@ def row(raw: Outcome = HAZARD, safe: Outcome = SAFE) -> _view.Row:
     ],
 )
 def test_colour_only_where_it_is_wanted(stream: Any, environment: dict[str, str], wanted: bool) -> None:
-    """Colour on a terminal only, and not where NO_COLOR has a value."""
+    """Colour is used only on a terminal, and only if NO_COLOR is empty or unset."""
     assert _view.wants_colour(stream, environment) is wanted
 
 
@@ -382,7 +382,7 @@ def test_the_table_holds_every_word_and_fits() -> None:
     ],
 )
 def test_the_table_names_outcomes(rows: _view.Row, words: list[str]) -> None:
-    """A hazard that did not show raw is "not seen", not "safe"; what is not known is said to be so."""
+    """A hazard that raw pyscard did not show is "not seen", not "safe"; an unknown outcome is called unknown."""
     text = _view.table([rows], "raw", "safe", colour=False, width=100)
     assert all(text.count(word) >= words.count(word) for word in words)
 
@@ -400,7 +400,7 @@ def test_live_lines_without_a_terminal() -> None:
 
 
 def test_live_lines_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal the line of a hazard is there at once and is filled in from either side."""
+    """On a terminal, a hazard's line appears immediately; the results of both runs are added to it."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     stream = Terminal()

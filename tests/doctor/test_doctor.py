@@ -1,7 +1,7 @@
-"""The doctor: what it finds on machines of every kind, what it never does, and how it says it.
+"""What the doctor finds on machines of every kind, what it never does, and how it reports.
 
-Each state of pcscd is a real one on a virtual stack, but for those that a real pcscd can't be brought into here: there
-something else listens on a socket.  Nothing depends on a pcscd of this machine's: PCSCLITE_CSOCK_NAME names another.
+Each state of pcscd is a real one on a virtual stack.  If a real pcscd can't be brought into the state here, something
+else listens on the socket.  Nothing depends on the machine's pcscd: PCSCLITE_CSOCK_NAME names another one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pcsc_safe.testing._disposable import Ended
 
 OK, WARNING, PROBLEM, UNKNOWN, SKIPPED = Status
 ON_LINUX = sys.platform.startswith("linux")
-on_linux = pytest.mark.skipif(not ON_LINUX, reason="elsewhere PC/SC has no pcscd")
+on_linux = pytest.mark.skipif(not ON_LINUX, reason="only Linux has pcscd")
 ALWAYS = [
     *("python", "platform", "pyscard", "wrapt", "pcsc_safe", "settings", "pcscd.program", "pcscd.socket"),
     *("pcscd.answer", "pcscd.clients", "libpcsclite", "pcsc.access", "readers", "reader", "reader"),
@@ -47,13 +47,13 @@ ALWAYS = [
 
 
 class Told:
-    """What the doctor told."""
+    """What the doctor reported."""
 
     def __init__(self, status: int, whole: Any) -> None:
         self.status = status
         self.whole = whole
         self.findings = whole["findings"]
-        self.of = {each["key"]: each for each in self.findings}  # the last of several
+        self.of = {each["key"]: each for each in self.findings}  # the last one, if there are several
 
     def statuses(self, *keys: str) -> list[str]:
         return [self.of[key]["status"] for key in keys]
@@ -73,7 +73,7 @@ def doctor(*arguments: str, env: Optional[dict[str, str]] = None, **more: str) -
 
 
 def about_pcsc(path: str, seconds: float = 10.0) -> Told:
-    """What the doctor tells of PC/SC alone, without what it takes to examine the rest."""
+    """What the doctor reports on PC/SC alone, without the time that the rest takes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(_activation.VARIABLE, path)
         found = [finding for findings, _ in _pcscd.service(seconds) for finding in findings]
@@ -81,24 +81,24 @@ def about_pcsc(path: str, seconds: float = 10.0) -> Told:
 
 
 def at(path: str) -> dict[str, str]:
-    """The environment in which pcscd's socket is there."""
+    """An environment in which pcscd's socket has this path."""
     return {**os.environ, _activation.VARIABLE: path}
 
 
 @pytest.fixture
 def path() -> Iterator[str]:
-    """Where a socket may be made."""
+    """A path for a socket."""
     directory = short_temporary_path()
     os.mkdir(directory)
     yield os.path.join(directory, "pcscd.comm")
     shutil.rmtree(directory)
 
 
-# What is promised.
+# The interface.
 
 
 def test_keys() -> None:
-    """The keys of findings are a promise to programs: a new one may come, none may go."""
+    """The keys of findings are stable: keys may be added, but none is removed."""
     promised = (
         *("pcsc_safe", "python", "platform", "pyscard", "wrapt", "libpcsclite", "settings"),
         *("pcscd.program", "pcscd.socket", "pcscd.answer", "pcscd.clients", "pcsc.access", "readers", "reader"),
@@ -112,11 +112,11 @@ def test_keys() -> None:
 
 @on_linux
 def test_a_well_machine_and_an_untouched_card() -> None:
-    """All is well: status 0, the promised JSON; and the card has noticed nothing."""
+    """On a healthy machine the status is 0 and the JSON is as documented; the card isn't touched."""
     with VirtualPcsc(2, [EchoCard()], activate=False) as stack:
         card = stack.readers[0].card
         assert card is not None
-        card.wait_for(CardEvent.POWER_OFF)  # as pcscd does with a card that nobody uses
+        card.wait_for(CardEvent.POWER_OFF)  # pcscd powers off an unused card
         before = card.record
         told = doctor(env=stack.env)
         assert card.record == before
@@ -137,7 +137,7 @@ def test_a_well_machine_and_an_untouched_card() -> None:
 
 @on_linux
 def test_a_session_of_another_process_goes_on(session: Session) -> None:
-    """Whoever uses a card meanwhile keeps it, PIN and all, even with ``--touch-cards``."""
+    """The session of another process continues, PIN included, even with ``--touch-cards``."""
     told = doctor("--touch-cards")
     session.assert_untouched()
     assert (told.status, told.of["probe.card"]["status"]) == (0, "ok")
@@ -158,7 +158,7 @@ def test_touched_cards_are_left_as_they_are() -> None:
 
 @on_linux
 def test_a_card_held_exclusively(shared_stack: VirtualPcsc) -> None:
-    """A card that another application holds is said to be held; it is no problem of this machine's."""
+    """A card that another application holds exclusively is reported as held, not as a problem."""
     session = Session(safe.SCARD_SHARE_EXCLUSIVE)
     try:
         told = doctor("--touch-cards")
@@ -178,7 +178,7 @@ def test_a_card_held_exclusively(shared_stack: VirtualPcsc) -> None:
 
 @on_linux
 def test_no_socket(path: str) -> None:
-    """Without pcscd: a problem with its remedy, status 1; the library and what forks are is told all the same."""
+    """Without pcscd: a problem with its remedy, and status 1; the findings on the library and on forks are complete."""
     told = doctor(env=at(path))
     assert told.status == 1
     assert (told.of["pcscd.socket"]["data"]["connect"], told.of["pcscd.socket"]["status"]) == ("ENOENT", "problem")
@@ -189,7 +189,7 @@ def test_no_socket(path: str) -> None:
 
 @on_linux
 def test_a_socket_that_was_left_behind(path: str) -> None:
-    """A pcscd that died leaves a socket on which nobody listens."""
+    """A pcscd that died leaves a socket on which no process listens; the doctor reports it."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
     told = about_pcsc(path)
@@ -199,7 +199,7 @@ def test_a_socket_that_was_left_behind(path: str) -> None:
 
 @on_linux
 def test_a_stopped_pcscd() -> None:
-    """A pcscd that hangs is a finding in a time that one can wait, and nothing else waits for it."""
+    """A pcscd that hangs is found within seconds, and is the only thing that the doctor waits for."""
     with VirtualPcsc(activate=False) as stack:
         os.kill(stack.pid, signal.SIGSTOP)
         try:
@@ -213,7 +213,7 @@ def test_a_stopped_pcscd() -> None:
 
 @on_linux
 def test_a_pcscd_that_accepts_nobody(path: str) -> None:
-    """A queue of clients that nobody serves any more is a pcscd that hangs, too."""
+    """A pcscd that accepts no client, so that its queue fills, is also reported as one that hangs."""
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
         listener.bind(path)
         listener.listen(0)
@@ -225,7 +225,7 @@ def test_a_pcscd_that_accepts_nobody(path: str) -> None:
 
 @contextlib.contextmanager
 def server(path: str, serve: Callable[[socket.socket], None]) -> Iterator[None]:
-    """Something in pcscd's place."""
+    """A server in place of pcscd."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(8)
@@ -246,14 +246,14 @@ def server(path: str, serve: Callable[[socket.socket], None]) -> Iterator[None]:
 
 @on_linux
 def test_a_user_who_is_refused(path: str) -> None:
-    """Who is refused by polkit is hung up on with the request unread.
+    """If polkit refuses a user, pcscd closes the connection without reading the request.
 
-    A real refusal takes a pcscd that is built with polkit, and a bus.
+    A real refusal needs a pcscd that is built with polkit, and a D-Bus.
     """
 
     def hangs_up(client: socket.socket) -> None:
         while len(client.recv(100, socket.MSG_PEEK)) < _tasks._VERSION.size:
-            time.sleep(0.001)  # as polkit takes its time, so that the whole request is there
+            time.sleep(0.001)  # like polkit, which takes so long that the whole request has arrived
 
     with server(path, hangs_up):
         told = about_pcsc(path)
@@ -289,7 +289,7 @@ def test_why_pcscd_hangs_up(
     why: str,
     remedy: str,
 ) -> None:
-    """Root isn't told to become root: where nobody can ask polkit, that is said, and what to start or to leave out."""
+    """The reason for a refusal is reported, with what to start or to leave out; root isn't told to become root."""
     bus, names = seen
     monkeypatch.setattr(_pcscd, "_BUS", os.devnull if bus else "/no/such/bus")
     monkeypatch.setattr(os, "geteuid", lambda: user)
@@ -303,7 +303,7 @@ def test_why_pcscd_hangs_up(
 
 @on_linux
 def test_another_protocol(path: str) -> None:
-    """A pcscd of another version says so: containers meet that."""
+    """A pcscd with another protocol version is reported with it, as in containers."""
 
     def refuses(client: socket.socket) -> None:
         client.recv(100)
@@ -318,7 +318,7 @@ def test_another_protocol(path: str) -> None:
 @on_linux
 @pytest.mark.parametrize(("oldest", "newest"), [(4, 4), (5, 5), (4, 6), (6, 6), (7, 8), (4, 9)])
 def test_every_protocol_that_a_client_can_agree_on(path: str, oldest: int, newest: int) -> None:
-    """pcsc-lite 1.9.9 speaks 4.4, 2.3.3 speaks 4.5 alone, 2.5.3 speaks 4.4 to 4.6: all is well with each."""
+    """pcsc-lite 1.9.9 uses protocol 4.4, 2.3.3 only 4.5, and 2.5.3 4.4 to 4.6; each is OK."""
 
     def speaks(client: socket.socket) -> None:
         while request := client.recv(_tasks._VERSION.size):
@@ -336,7 +336,7 @@ def test_every_protocol_that_a_client_can_agree_on(path: str, oldest: int, newes
 
 @on_linux
 def test_no_readers() -> None:
-    """A machine without a reader is well but for that."""
+    """A machine without a reader has a warning about that, and no other."""
     found = _install.look()
     if isinstance(found, _install.Missing):
         pytest.skip(found.problem)
@@ -365,7 +365,7 @@ def test_no_readers() -> None:
     ],
 )
 def test_readers_as_far_as_they_were_told(reported: Any, keys: list[str], words: str) -> None:
-    """A process that hung on the way tells how far it came, and what it hung in is a problem."""
+    """If a process hangs while it lists the readers, what it reported so far is kept, and the hang is a problem."""
     task = {"establish": "SCARD_S_SUCCESS" if reported else "SCARD_E_NO_SERVICE", **reported}
     ended = {"exit_status": 0} if "states" in reported else {"timed_out": 9.0}
     found = list(_pcscd._readers(Answer(Ended({"task": task}, **ended))))
@@ -386,7 +386,7 @@ def test_readers_as_far_as_they_were_told(reported: Any, keys: list[str], words:
     ],
 )
 def test_states_of_a_reader(flags: list[str], status: Status, words: str) -> None:
-    """What PC/SC says of a reader, in words; with a remedy for what isn't well."""
+    """Each reader state is reported in words, with a remedy if something is wrong."""
     finding = _pcscd._reader("a reader", flags, "3b00")
     assert finding.status is status
     assert words in finding.detail
@@ -407,7 +407,7 @@ def test_states_of_a_reader(flags: list[str], status: Status, words: str) -> Non
 def test_why_pcscd_is_not_reached(
     monkeypatch: pytest.MonkeyPatch, why: str, container: bool, program: Any, words: str, remedy: str
 ) -> None:
-    """Each reason has a sentence and a remedy of its own."""
+    """Each reason why pcscd can't be reached has its own sentence and remedy."""
     monkeypatch.setattr(_pcscd, "in_container", lambda: container)
     said = _pcscd._not_connected(
         "/run/pcscd/pcscd.comm", why, _pcscd._Program(program, "2.0.0", "/run/pcscd", True), False
@@ -417,13 +417,13 @@ def test_why_pcscd_is_not_reached(
 
 
 def test_who_made_the_socket() -> None:
-    """Whether systemd, another process or pcscd itself listens is told by the process that does."""
+    """The process that listens determines what is reported: systemd, pcscd or another one."""
     assert "is not visible" in _pcscd._origin(None)
     assert f"process {os.getpid()}" in _pcscd._origin(os.getpid()) or not ON_LINUX
 
 
 def test_many_clients() -> None:
-    """Near pcscd's limit there is a warning: beyond it, clients are refused for no reason that they could see."""
+    """Near pcscd's limit of clients there is a warning, because a refused client isn't given the reason."""
     assert [_pcscd._clients(count).status for count in (2, 195)] == [OK, WARNING]
 
 
@@ -431,7 +431,7 @@ def test_many_clients() -> None:
 
 
 def test_settings() -> None:
-    """Each setting is told with where it comes from; what can't be is a problem with what can, all of it at once."""
+    """Each setting is reported with its source; all that can't work is one problem."""
     assert _machine.settings({}).status is OK
     told = _machine.settings({"PCSC_SAFE_POLICY": "raise", "PCSC_SAFE_CARDS": ""})
     assert (told.status, told.data["policy"]) == (OK, {"value": "raise", "from": "PCSC_SAFE_POLICY"})
@@ -447,7 +447,7 @@ def test_settings() -> None:
 
 @on_linux
 def test_settings_that_make_no_sense(path: str) -> None:
-    """They are a finding, not a traceback, and everything else is found all the same."""
+    """Invalid settings are a finding, without a traceback, and everything else is still examined."""
     told = doctor(env=at(path), PCSC_SAFE_POLICY="nonsense", PCSC_SAFE_BROKER_PYTHON="/no/such/python")
     assert told.statuses("settings", "broker", "fork.hooks", "policy.auto") == ["problem", "problem", "ok", "ok"]
     assert "PCSC_SAFE_BROKER_PYTHON" in told.of["broker"]["remedy"]
@@ -455,7 +455,7 @@ def test_settings_that_make_no_sense(path: str) -> None:
 
 @pytest.mark.parametrize(("version", "status"), [("2.0.5", OK), ("1.9", PROBLEM), ("not installed", PROBLEM)])
 def test_packages(monkeypatch: pytest.MonkeyPatch, version: str, status: Status) -> None:
-    """A package that is missing or too old is a problem, and the remedy is a command for this very Python."""
+    """A missing or outdated package is a problem; the remedy is a command for the same Python."""
     monkeypatch.setattr(_machine, "versions", lambda: {**_versions.versions(), "pyscard": version})
     imported = "ok" if version[0].isdecimal() else "ModuleNotFoundError: No module named 'smartcard'"
     monkeypatch.setattr(
@@ -475,7 +475,7 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, version: str, status: Status)
     ],
 )
 def test_a_broken_pyscard(tmp_path: Path, shared_stack: VirtualPcsc, pyscard: str, key: str, words: str) -> None:
-    """A pyscard that can't be imported, or dies, is found out from outside."""
+    """A pyscard that can't be imported, or crashes, is detected from another process."""
     (tmp_path / "smartcard").mkdir()
     (tmp_path / "smartcard" / "__init__.py").touch()
     (tmp_path / "smartcard" / "scard.py").write_text(f"import os\n{pyscard}")
@@ -486,7 +486,7 @@ def test_a_broken_pyscard(tmp_path: Path, shared_stack: VirtualPcsc, pyscard: st
 
 @on_linux
 def test_one_cause_is_one_finding(tmp_path: Path, shared_stack: VirtualPcsc) -> None:
-    """Without pyscard one thing is a problem; what needs pyscard isn't tried, and is named as left out."""
+    """Without pyscard there is one problem; what needs pyscard isn't examined, and is listed as left out."""
     (tmp_path / "smartcard").mkdir()
     (tmp_path / "smartcard" / "__init__.py").write_text("raise ModuleNotFoundError('no pyscard')")
     env = {**shared_stack.env, "PYTHONPATH": str(tmp_path)}
@@ -501,7 +501,7 @@ def test_one_cause_is_one_finding(tmp_path: Path, shared_stack: VirtualPcsc) -> 
 
 
 def test_what_needs_what() -> None:
-    """What is needed is looked at before what needs it, and whatever that needs is needed too."""
+    """Each finding is examined after those that it needs; if one of them is a problem, it is left out."""
     for key, needs in NEEDS.items():
         assert {key, *needs} <= set(KEYS)
     ledger = Ledger()
@@ -520,9 +520,9 @@ def test_what_needs_what() -> None:
 
 @on_linux
 def test_macos(tmp_path: Path, shared_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the simulated macOS no pcscd is looked for, policy auto chooses a broker, which reaches PC/SC.
+    """On the simulated macOS the doctor looks for no pcscd, and policy auto chooses a broker, which reaches PC/SC.
 
-    And each probe, the fresh context included, fails raw and not on pcsc_safe.
+    Each probe, the fresh context included, fails with raw pyscard and passes with pcsc_safe.
     """
     try:
         macos.build(tmp_path)
@@ -543,7 +543,7 @@ def test_macos(tmp_path: Path, shared_stack: VirtualPcsc, monkeypatch: pytest.Mo
 
 
 def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Windows there are no forks, so there is one sentence on them, and no probe."""
+    """On Windows there are no forks: one sentence says so, and there is no probe."""
     monkeypatch.setattr(policy, "PLATFORM", "win32")
     (finding,) = _fork.forks()
     assert "no fork" in finding.detail
@@ -551,7 +551,7 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_tasks_can_be_imported_on_windows() -> None:
-    """What runs in the disposable processes needs no name at its import that only Unix has."""
+    """The code for the disposable processes imports no name that only Unix has."""
     code = (
         "import os, signal, socket\n"
         "lacks = (os, 'fork killpg waitid'), (signal, 'SIGALRM setitimer'), (socket, 'AF_UNIX AF_NETLINK')\n"
@@ -575,7 +575,7 @@ def test_the_tasks_can_be_imported_on_windows() -> None:
     ],
 )
 def test_what_notices_a_fork(noticed: tuple[str, str], statuses: list[Status], layers: list[str]) -> None:
-    """Each layer is told by what it did notice; what nothing notices is a problem."""
+    """Each layer of fork detection reports what it detected; if none detects a fork, that is a problem."""
     seen = {fork: {"noticed_by": by} for fork, by in zip(("os.fork", "C fork"), noticed)}
     hooks, page, used = _fork._detection(Answer(Ended({"task": {"page": True}, **seen}, 0)))
     assert [hooks.status, page.status] == statuses
@@ -594,7 +594,7 @@ def test_what_notices_a_fork(noticed: tuple[str, str], statuses: list[Status], l
 def test_what_auto_chooses(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], platform: str, chooses: str, words: str
 ) -> None:
-    """What policy auto chooses here, and why, in words and as data."""
+    """What policy auto chooses here, and why, is reported in words and as data."""
     monkeypatch.setattr(policy, "PLATFORM", platform)
     monkeypatch.setattr(_machine.os, "environ", environment)
     monkeypatch.setattr(_fork, "in_force", lambda: _machine.in_force(environment))
@@ -603,14 +603,14 @@ def test_what_auto_chooses(
     assert words in finding.detail
 
 
-# What is tried.
+# The probes.
 
 
 @on_linux
 def test_the_probes(shared_stack: VirtualPcsc) -> None:
-    """The three that need no card: pcsc_safe passes each, raw pyscard is seen on its parent's connection.
+    """pcsc_safe passes the three probes that need no card; raw pyscard uses its parent's connection.
 
-    And no card is powered, reset or spoken to.
+    The probes power, reset or address no card.
     """
     cards = [reader.card for reader in shared_stack.readers if reader.card is not None]
     before = [(card.power_ons, card.resets, card.apdus) for card in cards]
@@ -640,7 +640,7 @@ CHILD, PARENT = {"code": "A", "shares": False, "ended": 0}, {"code": "A", "after
     ],
 )
 def test_a_probe_is_judged_by_what_was_reported(reported: Any, ended: Any, harm: str, known: bool) -> None:
-    """Harm is what was seen; of too little nothing is concluded, and the finding is unknown."""
+    """Harm is reported only if it was seen; from too few reports nothing is concluded, and the finding is unknown."""
     seen = _probe._judge(Answer(Ended(reported, **{"exit_status": 0, **ended})))
     assert (harm in seen.harm, bool(seen.harm), seen.known) == (True, bool(harm), known)
     finding = _probe._probe_finding(_probe._PROBES[0], seen, seen)
@@ -649,7 +649,7 @@ def test_a_probe_is_judged_by_what_was_reported(reported: Any, ended: Any, harm:
 
 @on_linux
 def test_hazards(monkeypatch: pytest.MonkeyPatch, shared_stack: VirtualPcsc) -> None:
-    """The demo's hazards are findings; one that pcsc_safe lets through is a problem, and ends the doctor with 1."""
+    """The demo's hazards are findings; if pcsc_safe doesn't prevent one, it is a problem, and the status is 1."""
     from pcsc_safe.demo import hazards
 
     (tenth,) = hazards.load(["10"])
@@ -662,7 +662,7 @@ def test_hazards(monkeypatch: pytest.MonkeyPatch, shared_stack: VirtualPcsc) -> 
 
 
 def test_hazards_where_there_is_no_virtual_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are skipped, and what to install is said."""
+    """Without a virtual stack the hazards are skipped, and the finding says what to install."""
     monkeypatch.setattr(shutil, "which", lambda *given, **named: None)
     _install.look.cache_clear()
     try:
@@ -673,11 +673,11 @@ def test_hazards_where_there_is_no_virtual_stack(monkeypatch: pytest.MonkeyPatch
     assert finding.remedy
 
 
-# How it is said.
+# The output.
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is one."""
+    """A stream that pretends to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -688,7 +688,7 @@ LONG = Finding("settings", PROBLEM, "a long name of something", "word " * 40, "r
 
 @pytest.mark.parametrize("width", [200, 100, 80, 60, 40, 25])
 def test_the_page_fits(width: int) -> None:
-    """No line is longer than the terminal, and no word is lost, in columns or, where it is narrow, without."""
+    """No line is longer than the terminal, and no word is lost, with columns or, on a narrow terminal, without."""
     stream = io.StringIO()
     page = _view.Page(stream, width)
     page.section("A part")
@@ -700,7 +700,7 @@ def test_the_page_fits(width: int) -> None:
 
 
 def test_columns_are_aligned() -> None:
-    """Details begin in one column."""
+    """Details begin in the same column."""
     stream = io.StringIO()
     for what in ("short", "somewhat longer than that"):
         _view.Page(stream, 100).show(Finding("python", OK, what, "here"))
@@ -712,7 +712,7 @@ def test_columns_are_aligned() -> None:
     [(Terminal(), {}, True), (Terminal(), {"NO_COLOR": "1"}, False), (io.StringIO(), {}, False)],
 )
 def test_colour(monkeypatch: pytest.MonkeyPatch, stream: Any, environment: dict[str, str], coloured: bool) -> None:
-    """Colour on a terminal only, and not where NO_COLOR has a value; it changes no column."""
+    """Colour is used only on a terminal, only if NO_COLOR is empty or unset, and changes no column."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in environment.items():
@@ -722,12 +722,12 @@ def test_colour(monkeypatch: pytest.MonkeyPatch, stream: Any, environment: dict[
 
 
 def test_the_page_is_printed(path: str) -> None:
-    """Without ``--json`` the same is printed for people, with a line of sums, and no escape in a file."""
+    """Without ``--json`` the output is for people: it has a line of sums, and no escape sequence in a file."""
     done = run("--no-probe", env=at(path), COLUMNS="90")
     assert done.stderr == ""
     assert done.stdout.startswith("pcsc_safe ")
     assert "\033" not in done.stdout
-    # A path isn't broken.
+    # a path isn't wrapped
     assert all(len(line) <= 90 or " " not in line.strip() for line in done.stdout.splitlines())
     if ON_LINUX:
         assert done.returncode == 1
@@ -736,7 +736,7 @@ def test_the_page_is_printed(path: str) -> None:
 
 
 def test_sums() -> None:
-    """The last line counts what isn't well, or says that everything is."""
+    """The last line counts what isn't OK, or says that everything is."""
     ok = Finding("python", OK, "", "")
     assert _view.summary([ok]) == "All is well."
     assert _view.summary([ok, LONG, LONG, Finding("hazards", SKIPPED, "", "")]) == "2 problems, 1 skipped."
@@ -747,7 +747,7 @@ def test_sums() -> None:
     [["--pid", "1", "--touch-cards"], ["--pid", "1", "--no-probe"], ["--pid", "x"], ["--pid", "0"], ["--timeout", "0"]],
 )
 def test_a_wrong_call_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """What makes no sense ends with 2 and says how the doctor is used."""
+    """Wrong arguments end with status 2, and the message says how to use the doctor."""
     with pytest.raises(SystemExit) as ended:
         main(["doctor", *arguments])
     assert ended.value.code == 2

@@ -1,7 +1,7 @@
-"""``doctor --pid``: what it says of running programs, each a real family of processes on a virtual stack.
+"""``doctor --pid`` reports on running programs, each a real family of processes on a virtual stack.
 
-The programs are functions here that run in a process of their own (:func:`forking.in_program`), have the doctor look at
-them, and say what it told.  Nothing here imports pcsc_safe's core: raw programs must not have it.
+The programs are functions that run in a new process (:func:`forking.in_program`).  They run the doctor on themselves
+and report its findings.  Nothing here imports pcsc_safe's core, because raw programs must not have it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pcsc_safe.testing import VirtualPcsc
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
 needs_root = pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() != 0, reason="it takes root to be another user")
-assert _command  # imported here, where its file can be read
+assert _command  # imported here, while its file is readable
 RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
 
 
@@ -36,7 +36,7 @@ RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
 
 
 def connected(module: str) -> Any:
-    """A context and a card of this process's."""
+    """A context and a card of this process."""
     scard = __import__(module, fromlist=["*"])
     hresult, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
     assert hresult == 0
@@ -50,9 +50,9 @@ def connected(module: str) -> Any:
 def child(
     body: Callable[[Callable[[], None]], None] = lambda idle: idle(), fork: Callable[[], int] = forking.fork
 ) -> Iterator[int]:
-    """A forked child that has done something and idles until the block is left; its PID.
+    """A forked child that has run ``body`` and idles until the end of the block; its PID.
 
-    :param body: what it does; it has to call its argument, which idles.
+    :param body: what it runs; it has to call its argument, which idles.
     """
     (ready, say_ready), (told, tell) = os.pipe(), os.pipe()
 
@@ -70,7 +70,7 @@ def child(
 
 
 def doctor(pid: int, *prefix: str, **options: Any) -> Any:
-    """What the doctor says of a process: the exit status, and the findings."""
+    """Run the doctor on a process; return the exit status and the findings."""
     command = [*prefix, sys.executable, "-m", "pcsc_safe", "doctor", "--json", "--pid", str(pid)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, **options)
     assert done.stderr == ""
@@ -78,7 +78,7 @@ def doctor(pid: int, *prefix: str, **options: Any) -> Any:
 
 
 def tell(pid: int, **who: int) -> None:
-    """Say what the doctor told of a process, by the roles that its family's members have."""
+    """Report what the doctor finds in a process, by the roles of its family's members."""
     status, findings = doctor(pid)
     roles = {number: role for role, number in who.items()}
     processes = {roles.get(each["data"]["pid"], "?"): each for each in findings if each["key"] == "process"}
@@ -127,7 +127,7 @@ def safe_family() -> None:
 
 
 def with_a_page() -> None:
-    """Raw pyscard, and a page of some other library's that is like pcsc_safe's."""
+    """Raw pyscard, and a page of another library that resembles pcsc_safe's."""
     import mmap
 
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -163,7 +163,7 @@ def handed_over() -> None:
 
 
 def orphaned() -> None:
-    """The owner is killed; its child idles on."""
+    """The owner is killed; its child idles."""
     down, up = os.pipe()
 
     def owner() -> None:
@@ -210,7 +210,7 @@ def sleeping(*command: str, **options: Any) -> Iterator[Any]:
 
 
 def as_nobody(pid: int) -> Any:
-    """What the doctor says to a user who may not look."""
+    """What the doctor reports to a user without permission."""
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
@@ -226,7 +226,7 @@ def outcome(program: Callable[[], None], stack: Optional[VirtualPcsc] = None) ->
 
 
 def test_raw_pyscard(shared_stack: VirtualPcsc) -> None:
-    """Children and grandchildren hold their ancestor's connection, which is a problem; an exec'd process doesn't."""
+    """A child or grandchild that holds its ancestor's connection is a problem; an exec'd process doesn't hold it."""
     told = outcome(raw_family, shared_stack)
     head = told["who"]["head"]
     assert told["status"] == 1
@@ -240,14 +240,14 @@ def test_raw_pyscard(shared_stack: VirtualPcsc) -> None:
         assert process["data"]["connections"] == [{**own, "inherited": True}]
         assert f"holds process {head}'s connection" in process["detail"]
     assert "python -m pcsc_safe run" in told["child"]["remedy"]
-    assert "pcsc_safe" not in told["leak"]["remedy"]  # which is no Python
+    assert "pcsc_safe" not in told["leak"]["remedy"]  # that process is not Python
     assert (told["exec"]["status"], told["exec"]["data"]["connections"]) == ("ok", [])
     assert told["head"]["data"]["pcsc_safe"] == ""
     assert told["family"]["data"]["shared"] == 1
 
 
 def test_pcsc_safe(shared_stack: VirtualPcsc) -> None:
-    """A child on pcsc_safe holds a dead socket, or its own connection; after a fork from C, the parent's for now."""
+    """A child on pcsc_safe holds a dead socket, or its own connection; after a fork from C, the parent's at first."""
     told = outcome(safe_family, shared_stack)
     head = told["who"]["head"]
     assert told["status"] == 0
@@ -261,7 +261,7 @@ def test_pcsc_safe(shared_stack: VirtualPcsc) -> None:
 
 
 def test_a_page_is_no_proof(shared_stack: VirtualPcsc) -> None:
-    """Raw pyscard is not taken for pcsc_safe because of a page that other libraries, glibc 2.41 too, have as well."""
+    """A page that other libraries have as well, such as glibc 2.41, does not make raw pyscard look like pcsc_safe."""
     told = outcome(with_a_page, shared_stack)
     assert (told["child"]["data"]["pcsc_safe"], told["child"]["data"]["hazards"]) == ("", ["2", "3", "5"])
 
@@ -295,12 +295,12 @@ MARKED = ((8, 1, "wf rr"), (9, 1, "sr"), (10, 1, "rr"), (11, 1, "sr"))
     ],
 )
 def test_what_a_mark_looks_like(lines: list[str], is_marked: bool) -> None:
-    """pcsc_safe is told by four pages that nobody else leaves, wherever they are; by nothing that resembles them."""
+    """pcsc_safe is recognized by four pages that no other library has, at any address, and by nothing similar."""
     assert _proc.is_marked(lines) is is_marked
 
 
 def test_a_mark_goes_with_the_program() -> None:
-    """A forked child is marked, whichever fork made it; another program in its process isn't, and none is before."""
+    """A child of any fork has the mark.  A program has none after an exec, and none before it imports pcsc_safe."""
     source = "import sys; {}; sys.stdout.write('!'); sys.stdout.flush(); sys.stdin.read()"
     twice = "import os, pcsc_safe.scard; os.fork() and (os.wait(), os._exit(0))"
     gone = "import os, pcsc_safe.scard; os.execv(sys.executable, [sys.executable, '-c', {!r}])".format(
@@ -329,12 +329,12 @@ def test_a_mark_goes_with_the_program() -> None:
     ],
 )
 def test_what_a_broker_is_called(arguments: list[str], is_broker: bool) -> None:
-    """Brokers of every kind are known by how pcsc_safe starts them, and an editor of theirs is none."""
+    """Brokers of every kind are recognized by their command line; an editor that shows their file is none."""
     assert _proc._is_brokers(arguments) == is_broker
 
 
 def test_how_brokers_are_started() -> None:
-    """The doctor knows them by these very words."""
+    """Brokers are started with the command line by which the doctor recognizes them."""
     from pcsc_safe.broker import start
 
     assert _proc._is_brokers(start._command("/configured", [])[1:])
@@ -344,7 +344,7 @@ def test_how_brokers_are_started() -> None:
 
 
 def test_a_broker(shared_stack: VirtualPcsc) -> None:
-    """A broker is known as one, and is no hazard."""
+    """A broker is reported as a broker, not as a hazard."""
     told = outcome(broker_family, shared_stack)
     assert told["status"] == 0
     assert (told["?"]["status"], told["?"]["data"]["pcsc_safe"]) == ("ok", "broker")
@@ -353,7 +353,7 @@ def test_a_broker(shared_stack: VirtualPcsc) -> None:
 
 
 def test_a_handover(shared_stack: VirtualPcsc) -> None:
-    """A session that pcsc_safe has handed over is the child's, whoever established it."""
+    """A session that pcsc_safe has handed over belongs to the child, whichever process established it."""
     told = outcome(handed_over, shared_stack)
     assert told["status"] == 0
     (connection,) = told["child"]["data"]["connections"]
@@ -363,7 +363,7 @@ def test_a_handover(shared_stack: VirtualPcsc) -> None:
 
 @needs_root
 def test_an_orphan(shared_stack: VirtualPcsc) -> None:
-    """Who made a connection is known when that process is dead: pcscd's end of it says so."""
+    """If the process that made a connection is dead, pcscd's end of the connection still names it."""
     told = outcome(orphaned, shared_stack)
     (connection,) = told["child"]["data"]["connections"]
     assert (connection["owner"], connection["owner_known"]) == (told["who"]["owner"], True)
@@ -372,7 +372,7 @@ def test_an_orphan(shared_stack: VirtualPcsc) -> None:
 
 
 def test_sockets_that_nobody_has_accepted(tmp_path: Path) -> None:
-    """A client that waits in the queue of a server is no other end of anything."""
+    """A client that waits in a server's queue is not mistaken for the other end of a connection."""
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
         listener.bind(str(tmp_path / "pcscd.comm"))
         listener.listen()
@@ -383,9 +383,9 @@ def test_sockets_that_nobody_has_accepted(tmp_path: Path) -> None:
 
 
 def test_where_the_kernel_does_not_pair_sockets(shared_stack: VirtualPcsc) -> None:
-    """Without sock_diag the same is found by borrowed descriptors; without these either, nothing is claimed.
+    """Without sock_diag, borrowed descriptors give the same findings; without both, the doctor makes no claim.
 
-    Without these alone the owner is the oldest holder, and it is said that this is a guess.
+    Without borrowed descriptors alone, the owner is the oldest holder, and the finding says that this is a guess.
     """
     told = outcome(untold, shared_stack)
     (child_,) = [each for each in told["borrowed"] if each["data"].get("pid") == told["child"]]
@@ -400,7 +400,7 @@ def test_where_the_kernel_does_not_pair_sockets(shared_stack: VirtualPcsc) -> No
 
 @needs_root
 def test_a_process_of_another_user() -> None:
-    """What may not be looked into is a finding with its remedy, and the status says that nothing was seen."""
+    """A process that can't be examined is a finding with its remedy, and the status says that nothing was seen."""
     with sleeping("sleep", "30") as process:
         status, (family, finding) = forking.in_child(as_nobody, process.pid)
     assert (status, finding["status"], finding["data"]["readable"]) == (2, "unknown", False)
@@ -409,7 +409,7 @@ def test_a_process_of_another_user() -> None:
 
 
 def test_a_process_that_is_gone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No such process: status 2, on stderr; a child that ends meanwhile is a finding; a zombie is called what it is."""
+    """If there is no such process, the status is 2; a child that has ended, or is a zombie, is reported as such."""
     with subprocess.Popen(["true"]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert [each.status.value for each in _process.examine(process.pid)[0]] == ["ok", "ok"]
@@ -423,9 +423,9 @@ def test_a_process_that_is_gone(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 @needs_root
 def test_another_network_namespace() -> None:
-    """Where sockets can't be told from here, that is said, with the command that can."""
+    """If the sockets can't be identified from here, the finding says so, with the command that can."""
     if subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine makes no network namespace")
+        pytest.skip("this machine permits no network namespace")
     with sleeping("unshare", "-n", "sh", "-c", "echo; exec sleep 30", stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         status, (finding,) = doctor(process.pid)
@@ -434,7 +434,7 @@ def test_another_network_namespace() -> None:
 
 
 def test_it_is_for_linux(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Elsewhere ``--pid`` ends with 2 and says why."""
+    """On other systems ``--pid`` ends with 2 and gives the reason."""
     monkeypatch.setattr("pcsc_safe.policy.PLATFORM", "darwin")
     assert main(["doctor", "--pid", str(os.getpid())]) == 2
     assert "Linux" in capsys.readouterr().err

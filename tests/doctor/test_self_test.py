@@ -1,4 +1,4 @@
-"""``doctor --self-test``: what pcsc_safe relies on, tried on this machine and on a simulated macOS."""
+"""``doctor --self-test`` tries what pcsc_safe relies on, here on this machine and on a simulated macOS."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WAITS = ["waits, raw", "waits", "waits, broker"]
 
 
 def self_test(env: dict[str, str], *options: str) -> tuple[int, str]:
-    """The exit status and the page."""
+    """Run it; return the exit status and the output."""
     command = [sys.executable, "-m", "pcsc_safe", "doctor", "--self-test", "--no-probe", *options]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.stderr == ""
@@ -31,9 +31,9 @@ def self_test(env: dict[str, str], *options: str) -> tuple[int, str]:
 
 
 def findings(page: str, may_fail: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The data of what was tried, by what it is; all of it was well.
+    """The data of what was tried, by key; everything succeeded.
 
-    :param may_fail: keys of what need not be.
+    :param may_fail: keys that need not succeed.
     """
     report = page.split("-" * 72)[1].splitlines()
     assert report[1] == "pcsc_safe doctor --self-test"
@@ -48,16 +48,16 @@ def findings(page: str, may_fail: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def test_on_this_machine() -> None:
-    """What needs no PC/SC is well, whatever this machine is; on a Mac, too."""
+    """Everything that needs no PC/SC succeeds on every machine, also on a Mac."""
     _, page = self_test({**os.environ, "PCSCLITE_CSOCK_NAME": "/nonexistent"})
     told = findings(page, ("self.cancel", "self.idle"))
     assert {test.what for test in _self_test._TESTS if not test.needs_pcsc} <= {*told}
 
 
-@pytest.mark.long  # it leaves a context alone for 20 s
+@pytest.mark.long  # it leaves a context idle for 20 s
 @on_linux
 def test_all_is_well() -> None:
-    """With a card: every test of the list has run, and parent and child have had answers of the card."""
+    """With a card, every test of the list runs, and parent and child exchange commands with the card."""
     with VirtualPcsc(1, [EchoCard()], activate=False) as stack:
         status, page = self_test(stack.env, "--touch-cards")
         reader = stack.readers[0].name
@@ -77,7 +77,7 @@ def test_all_is_well() -> None:
 @pytest.mark.long
 @on_linux
 def test_on_a_simulated_macos(on_macos: OnMacos) -> None:
-    """There it finds what the simulation is made of, and pcsc_safe is well all the same; without a card, too."""
+    """On the simulated macOS it reports the simulation's behaviour, and pcsc_safe works, also without a card."""
     with VirtualPcsc(1, activate=False) as stack:
         status, page = self_test(on_macos(stack))
     told = findings(page)
@@ -102,7 +102,7 @@ def test_on_a_simulated_macos(on_macos: OnMacos) -> None:
     ],
 )
 def test_what_is_wrong_is_said(task: str, reported: dict[str, Any], wrong: str) -> None:
-    """With what was seen; what raw pyscard does is no problem of pcsc_safe's."""
+    """A failure is reported with what was seen; what raw pyscard does is no problem of pcsc_safe."""
     for test in _self_test._TESTS:
         if test.key == task:
             finding = _self_test._finding(test, Answer(Ended({"task": reported}, 0)))
@@ -111,7 +111,7 @@ def test_what_is_wrong_is_said(task: str, reported: dict[str, Any], wrong: str) 
 
 
 def test_the_report_names_nothing_of_the_users() -> None:
-    """No path, no reader: it is to be pasted where everybody reads it."""
+    """The report contains no path and no reader name, because it will be published."""
     told = _self_test.report(
         [
             Finding("python", Status.OK, "Python", "/home/alice/python"),
@@ -126,7 +126,7 @@ def test_the_report_names_nothing_of_the_users() -> None:
 
 
 def test_it_does_not_go_with_pid(capsys: pytest.CaptureFixture[str]) -> None:
-    """``--pid`` examines a program, and not this machine."""
+    """``--self-test`` and ``--pid`` exclude each other: ``--pid`` examines a program, not the machine."""
     from pcsc_safe.__main__ import main
 
     with pytest.raises(SystemExit):

@@ -1,7 +1,7 @@
-"""Applications from PyPI, unmodified, under ``python -m pcsc_safe run``: their sessions survive a fork.
+"""Unmodified applications from PyPI, under ``python -m pcsc_safe run``: their sessions survive a fork.
 
-:mod:`apps` is the program that uses them; the cards are jcecard's (see :mod:`piv`) and one that is FIDO2's.  What can't
-be had is skipped: ``scripts/fetch-apps`` and ``scripts/fetch-piv`` fetch it.
+:mod:`apps` is the program that uses them.  The cards are jcecard's (see :mod:`piv`) and a FIDO2 card.  If a package is
+missing, its tests are skipped: ``scripts/fetch-apps`` and ``scripts/fetch-piv`` fetch the packages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pcsc_safe.testing._install import Missing, look
 
 piv = pytest.importorskip("piv")
 
-# That is how jcecard authenticates who personalises the card.
+# jcecard authenticates with these who personalises the card
 pytestmark = pytest.mark.filterwarnings("ignore:TripleDES has been moved")
 
 FETCHED = ROOT / ".cache" / "apps"
@@ -39,11 +39,11 @@ SAYS = {
     "fido2": ("FIDO_2_0", "FIDO_2_0"),
     "OpenPGPpy": ("signed, 256 bytes", "signed, 256 bytes"),
 }
-"""What an application says of the card in the first reader, and of the other."""
+"""What an application prints about the card in the first reader, and about the other."""
 
 
-class PivCard(piv.PivCard):  # type: ignore[misc]  # what is fetched has no types
-    """One that is also selected by its whole AID, as real ones are."""
+class PivCard(piv.PivCard):  # type: ignore[misc]  # the fetched package has no types
+    """A PIV card that can also be selected by its whole AID, like real cards."""
 
     _AID = bytes.fromhex("A000000308")
 
@@ -55,7 +55,7 @@ class PivCard(piv.PivCard):  # type: ignore[misc]  # what is fetched has no type
 
 
 class FidoCard(VirtualCard):
-    """An authenticator that tells what it is (CTAP 2, authenticatorGetInfo), if its applet is selected."""
+    """An authenticator whose applet, when selected, describes itself (CTAP 2, authenticatorGetInfo)."""
 
     _AID = bytes.fromhex("A0000006472F0001")
     _INFO = bytes.fromhex("00A2") + b"\x01\x81\x68FIDO_2_0" + b"\x03\x50" + bytes(16)
@@ -80,7 +80,7 @@ class FidoCard(VirtualCard):
 class OpenPgpCard(VirtualCard):
     """jcecard's OpenPGP card.
 
-    :param folder: where it keeps its keys.
+    :param folder: where it stores its keys.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,7 +91,7 @@ class OpenPgpCard(VirtualCard):
 
     def apdu(self, command: bytes) -> bytes:
         """Answer one command of the OpenPGP card's specification."""
-        if command.startswith(b"\x00\xca\x7f\x66"):  # which lengths it can do; jcecard's doesn't tell
+        if command.startswith(b"\x00\xca\x7f\x66"):  # the supported lengths; jcecard's card doesn't report them
             return bytes.fromhex("0202010002020100 9000")
         return bytes(self._card.process_apdu(command))
 
@@ -109,7 +109,7 @@ class OpenPgpCard(VirtualCard):
 
 
 class Ended(NamedTuple):
-    """How a program ended, and what it said."""
+    """How a program ended, and its output."""
 
     status: int
     output: str
@@ -117,16 +117,16 @@ class Ended(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A stack, and where an application is."""
+    """A stack, and the path of an application."""
 
     stack: VirtualPcsc
     packages: Path
 
     def run(self, *arguments: str) -> Ended:
-        """Run Python there, with default settings; it and all that it started are dead afterwards."""
+        """Run Python there, with default settings; every process of the run is dead afterwards."""
         usual = {name: value for name, value in self.stack.env.items() if not name.startswith("PCSC_SAFE_")}
         path = os.pathsep.join([str(self.packages), str(ROOT)])
-        # No PATH: when it gets no connection, ykman looks for pkill, to end others that use cards, all over the system.
+        # No PATH: if ykman gets no connection, it looks for pkill, to end all programs on the machine that use cards.
         env = {**usual, "PYTHONPATH": path, "PATH": os.devnull}
         process = subprocess.Popen(
             [sys.executable, *arguments],
@@ -145,12 +145,12 @@ class Place(NamedTuple):
         return Ended(process.returncode, output, errors)
 
     def personalise(self, how: str) -> None:
-        """Give the cards their keys."""
+        """Personalise the cards with keys."""
         ended = self.run(str(TESTS / "apps.py"), f"personalise-{how}")
         assert ended.status == 0, ended
 
     def told(self, *arguments: str) -> dict[str, str]:
-        """All that came of an application before, in and after a fork."""
+        """All output of an application before, in and after a fork."""
         ended = self.run(*arguments)
         lines = [json.loads(line) for line in ended.output.splitlines()]
         assert len(lines) == 2, ended
@@ -158,7 +158,7 @@ class Place(NamedTuple):
 
 
 def packages(name: str) -> Path:
-    """Where an application was put; skips the test if it was not."""
+    """The path of an application's packages; skips the test if they are missing."""
     found = FETCHED / name
     if not found.exists():
         pytest.skip(f"there is no {found}; scripts/fetch-apps gets it")
@@ -167,7 +167,7 @@ def packages(name: str) -> Path:
 
 @contextlib.contextmanager
 def place(name: str, *cards: VirtualCard) -> Iterator[Place]:
-    """A stack with these cards, for an application that was put there."""
+    """A stack with these cards, for an application with these packages."""
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
@@ -192,7 +192,7 @@ def fido_place() -> Iterator[Place]:
 
 @pytest.fixture(scope="module")
 def openpgp_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Two OpenPGP cards, and the pyscard that OpenPGPpy insists on."""
+    """Two OpenPGP cards, and the version of pyscard that OpenPGPpy requires."""
     folders = [tmp_path_factory.mktemp("openpgp") for _ in range(2)]
     with place(f"openpgppy-{TAG}", *map(OpenPgpCard, folders)) as found:
         found.personalise("openpgp")
@@ -209,7 +209,7 @@ def app(request: pytest.FixtureRequest) -> tuple[str, Place]:
 
 
 def test_the_fork_of_an_application(app: tuple[str, Place]) -> None:
-    """The parent's session goes on; so does the child, but in an exclusive one (ykman's); its end changes nothing."""
+    """The parent's session continues.  So does the child's, unless it is exclusive (ykman's)."""
     name, place = app
     told = place.told(*RUN, str(TESTS / "apps.py"), name)
     first, second = SAYS[name]
@@ -219,7 +219,7 @@ def test_the_fork_of_an_application(app: tuple[str, Place]) -> None:
 
 
 def test_the_shared_session_of_an_application(app: tuple[str, Place]) -> None:
-    """Under policy ``share`` the child uses the session of its parent, applet, PIN and exclusive hold included."""
+    """Under policy ``share`` the child uses the session of its parent, including applet, PIN and exclusive access."""
     name, place = app
     told = place.told(*SHARE, str(TESTS / "apps.py"), name)
     first, second = SAYS[name]
@@ -234,14 +234,14 @@ def test_the_shared_session_of_an_application(app: tuple[str, Place]) -> None:
 
 
 def test_an_application_on_raw_pyscard(app: tuple[str, Place]) -> None:
-    """The same on raw pyscard ends the parent's session."""
+    """On raw pyscard the same program ends the parent's session."""
     name, place = app
     told = place.told(str(TESTS / "apps.py"), name)
     assert told["before"] == SAYS[name][0] != told["after"]
 
 
 def test_ykman_piv_info(piv_place: Place) -> None:
-    """``ykman piv info`` says the same of a card, raw and retrofitted."""
+    """``ykman piv info`` prints the same about a card on raw pyscard and on pcsc_safe."""
     command = ["-m", "ykman._cli", "--reader", piv_place.stack.readers[0].name, "piv", "info"]
     raw = piv_place.run(*command)
     assert (raw.status, "CN=card holder 0" in raw.output) == (0, True), raw
@@ -250,7 +250,7 @@ def test_ykman_piv_info(piv_place: Place) -> None:
 
 
 def test_piv_smartcard_read(piv_place: Place) -> None:
-    """``piv-smartcard read`` says the same of a card, raw and retrofitted."""
+    """``piv-smartcard read`` prints the same about a card on raw pyscard and on pcsc_safe."""
     command = ["-m", "smartcard_demo.cli", "read", "--slot", "authentication", "--pem"]
     raw = piv_place.run(*command)
     assert (raw.status, "BEGIN CERTIFICATE" in raw.output) == (0, True), raw

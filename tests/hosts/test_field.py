@@ -1,4 +1,4 @@
-"""Programs of the field: what works on raw pyscard while the parent idles works by default, also while it doesn't."""
+"""Programs of other frameworks work with the default settings, whether the parent is idle or busy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BIN, FIELD = str(Path(sys.executable).parent), Path(field.__file__).parent
 @pytest.mark.parametrize(("workers", "parent"), SOME)
 @pytest.mark.parametrize("host", field.HOSTS)
 def test_every_answer_is_right(shared_stack: VirtualPcsc, tmp_path: Path, host: str, workers: int, parent: str) -> None:
-    """Each task's, and the parent's own; nothing is on stderr."""
+    """Every task's response and the parent's own are right; stderr is empty."""
     missing = [name for name in NEEDED.get(host, []) if importlib.util.find_spec(name) is None]
     if missing or (host == "rq" and shutil.which("redis-server") is None):
         pytest.skip(f"{', '.join(missing) or 'redis-server'} is not installed")
@@ -51,7 +51,7 @@ def test_every_answer_is_right(shared_stack: VirtualPcsc, tmp_path: Path, host: 
 
 @pytest.mark.parametrize(("workers", "parent"), SOME)
 def test_gunicorn_with_uvicorn_workers(shared_stack: VirtualPcsc, workers: int, parent: str) -> None:
-    """200 requests of four clients, and every answer is the asker's."""
+    """200 requests of four clients each get their own response."""
     if importlib.util.find_spec("uvicorn_worker") is None or shutil.which("gunicorn", path=BIN) is None:
         pytest.skip("gunicorn or uvicorn-worker is not installed")
     command = [sys.executable, "-m", "pcsc_safe", "run", "-m", "gunicorn", "--preload", "--workers", str(workers)]

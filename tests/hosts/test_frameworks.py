@@ -1,4 +1,4 @@
-"""The examples of docs/frameworks.md, each under the server that the page starts it with: every reply is the card's."""
+"""The examples of docs/frameworks.md, each under the page's server: every reply is the card's."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ COMMANDS = [
 
 
 def needs(name: str) -> None:
-    """Skip the test where a package is missing."""
+    """Skip the test if a package is missing."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed; it is in the extra 'hosts'")
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.partition("gunicorn ")[2])
 def test_every_reply_is_the_cards(command: str, tmp_path: Path) -> None:
-    """The server loads the application, opens the card, and forks its workers, which use it."""
+    """The server loads the application, opens the card, and forks its workers, which use the card."""
     if shutil.which("gunicorn", path=str(Path(sys.executable).parent)) is None:
         pytest.skip("gunicorn is not installed: pip install 'pcsc-safe[hosts]'")
     module = command.rpartition(" ")[2].partition(":")[0]

@@ -1,4 +1,4 @@
-"""The Celery example, with a real redis-server: every signature is right, whatever dies meanwhile."""
+"""The Celery example, with a real redis-server: every signature is right, even if processes, cards or machines die."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ REDELIVER_AFTER = 1  # seconds
 
 @pytest.fixture(scope="module")
 def broker() -> Iterator[redis.Redis]:
-    """A redis-server for the module, and where it is in the environment."""
+    """A redis-server for the module, and the environment that names it."""
     with a_redis() as (client, directory), pytest.MonkeyPatch.context() as patch:
         url = f"redis+socket://{directory}/sock"
         for name, value in environment(url).items():
@@ -57,7 +57,7 @@ def broker() -> Iterator[redis.Redis]:
 
 
 def environment(url: str) -> dict[str, str]:
-    """What clients and workers are told."""
+    """The environment of clients and workers."""
     return {
         "CELERY_BROKER_URL": url,
         "CELERY_RESULT_BACKEND": url,
@@ -74,7 +74,7 @@ def example(broker: redis.Redis) -> Iterator[ModuleType]:
 
 @contextlib.contextmanager
 def imported_example() -> Iterator[ModuleType]:
-    """The example, which finds its own piv, not that of the tests."""
+    """The example, which imports its own piv, not that of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
         others = sys.modules.pop("piv", None)
@@ -89,14 +89,14 @@ def imported_example() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def hosts(broker: redis.Redis, tmp_path: Path) -> Iterator[list[Host]]:
-    """Two, whose workers are not started."""
+    """Two hosts, whose workers are not started."""
     broker.flushall()
     with a_host("first@machines", tmp_path) as first, a_host("second@machines", tmp_path) as second:
         yield [first, second]
 
 
 def await_service(example: ModuleType, *hosts: Host) -> None:
-    """Return when the workers serve, and their hosts know the queues of their cards: a client finds out in this way."""
+    """Return when the workers take tasks, and their hosts know the queues of their cards; a client checks this."""
     for host in hosts:
         inspect = example.app.control.inspect([host.name], timeout=1, limit=1)
         queues = eventually(inspect.active_queues)[host.name]
@@ -105,7 +105,7 @@ def await_service(example: ModuleType, *hosts: Host) -> None:
 
 
 def who_signed(message: str, fingerprint: str, certificate: str, signature: str) -> str:
-    """The holder of the card; a signature that isn't right, or is another card's than it should be, raises."""
+    """The holder of the card; raises if the signature is wrong, or comes from another card than requested."""
     der = ssl.PEM_cert_to_DER_cert(certificate)
     assert fingerprint in ("", hashlib.sha256(der).hexdigest())
     parsed = x509.load_der_x509_certificate(der)
@@ -116,7 +116,7 @@ def who_signed(message: str, fingerprint: str, certificate: str, signature: str)
 
 
 class Clients:
-    """Clients, 24 at a time, each with a message of its own: a third each for either card, a third for any."""
+    """Clients, 24 at a time, each with a message of its own: a third of them for each card, a third for any card."""
 
     def __init__(self, example: ModuleType, hosts: list[Host], count: int, patience: float = 30) -> None:
         self.example, self.hosts, self.count, self.patience = example, hosts, count, patience
@@ -126,7 +126,7 @@ class Clients:
         self._lock = threading.Lock()
 
     def work(self) -> dict[str, int]:
-        """How many signatures each card made; all are right."""
+        """Return how many signatures each card made; all are right."""
         counts = {host.name: 0 for host in self.hosts}
         pool = ThreadPoolExecutor(24)
         with pytest.MonkeyPatch.context() as patch:
@@ -160,13 +160,13 @@ class Clients:
 
 @contextlib.contextmanager
 def killing(hosts: list[Host], every: float) -> Iterator[list[int]]:
-    """SIGKILL a process of a pool, any, again and again while the block runs; the list is of those that got it."""
+    """SIGKILL random processes of the pools, repeatedly, during the block; return the list of those."""
     killed: list[int] = []
     end = threading.Event()
 
     def kill() -> None:
         while not end.wait(every):
-            # Celery ends a worker whose pool dies while it starts.
+            # Celery ends a worker whose pool dies during the start.
             pool = [pid for host in hosts if host.serves for pid in host.processes()]
             if pool:
                 with contextlib.suppress(ProcessLookupError):
@@ -183,9 +183,9 @@ def killing(hosts: list[Host], every: float) -> Iterator[list[int]]:
 
 
 def lose(example: ModuleType, host: Host, broker: redis.Redis, *options: str) -> int:
-    """The host vanishes with tasks under way and queued; comes back when they have been delivered again.
+    """Take the host away while tasks are running and queued; restore it when they have been delivered again.
 
-    :return: how often it had to vanish until a task was under way.
+    :return: how many times it was taken away until a task was running.
     """
     for times in range(1, 20):
         eventually(lambda: host.under_way(broker) and broker.llen(host.queue))
@@ -217,7 +217,7 @@ RECYCLED = "--max-tasks-per-child", "10"
 
 
 def test_nothing_is_lost(example: ModuleType, hosts: list[Host], broker: redis.Redis) -> None:
-    """Processes are recycled and killed, a host vanishes and comes back: each of 100 tasks is signed by its card."""
+    """Processes are recycled and killed, a host disappears and returns: each of 100 tasks is signed by its card."""
     clients = Clients(example, hosts, 100, patience=8)
     clients.plan[10] = lambda: lose(example, hosts[1], broker, *RECYCLED)
     everything_right(clients, broker)
@@ -225,7 +225,7 @@ def test_nothing_is_lost(example: ModuleType, hosts: list[Host], broker: redis.R
 
 @pytest.mark.long
 def test_nothing_is_lost_of_a_thousand(example: ModuleType, hosts: list[Host], broker: redis.Redis) -> None:
-    """The same with 1,000; a worker is also told to end and started again, and two end without pcscd or card."""
+    """The same with 1,000 tasks; a worker is also restarted, and two end because pcscd or the card is missing."""
     first, second = hosts
     clients = Clients(example, hosts, 1000, patience=90)  # a host whose pool recycles a process needs 30 s to end
     vanished = []
@@ -252,7 +252,7 @@ def test_nothing_is_lost_of_a_thousand(example: ModuleType, hosts: list[Host], b
         second.start(*RECYCLED)
         await_service(example, second)
 
-    # While something happens the others work on, by some hundred: the last needs tasks that are left.
+    # The other clients continue during each step, with some hundred tasks: the last step needs tasks that are left.
     clients.plan[100] = end_first
     clients.plan[250] = lambda: vanished.append(lose(example, second, broker, *RECYCLED))
     clients.plan[400] = lambda: vanished.append(lose(example, first, broker, *RECYCLED))
@@ -263,7 +263,7 @@ def test_nothing_is_lost_of_a_thousand(example: ModuleType, hosts: list[Host], b
 
 
 def everything_right(clients: Clients, broker: redis.Redis, every: float = 0.4) -> None:
-    """Start the workers, let the clients work while processes are killed, and see that nothing is left."""
+    """Start the workers, run the clients while processes are killed, and check that nothing is left."""
     for host in clients.hosts:
         host.start(*RECYCLED)
     await_service(clients.example, *clients.hosts)
@@ -279,7 +279,7 @@ def everything_right(clients: Clients, broker: redis.Redis, every: float = 0.4) 
 @pytest.mark.long
 @pytest.mark.parametrize("pool", ["threads", "solo"])
 def test_other_pools(example: ModuleType, hosts: list[Host], broker: redis.Redis, pool: str) -> None:
-    """Threads share the connection of the worker's process and take turns; "solo" has one thread, and no pool."""
+    """Threads share the connection of the worker's process and take turns; "solo" has one thread and no pool."""
     for host in hosts:
         host.start("--pool", pool)
     await_service(example, *hosts)
@@ -291,7 +291,7 @@ def test_other_pools(example: ModuleType, hosts: list[Host], broker: redis.Redis
 
 @pytest.mark.long
 def test_without_a_card(hosts: list[Host]) -> None:
-    """The worker ends before it takes a task, and says why."""
+    """Without a card, the worker ends before it takes a task, and gives the reason."""
     host = hosts[0]
     host.stack.readers[0].remove()
     host.start()
@@ -301,7 +301,7 @@ def test_without_a_card(hosts: list[Host]) -> None:
 
 @pytest.mark.long
 def test_on_raw_pyscard_it_fails(example: ModuleType, hosts: list[Host], tmp_path: Path) -> None:
-    """Without pcsc_safe the same program signs few of 20 messages, if any; so the tests can fail."""
+    """On raw pyscard the same program signs few of 20 messages, if any, so the tests can fail."""
     seam = "import sys, pcsc_safe, smartcard.scard as raw; pcsc_safe.scard = sys.modules['pcsc_safe.scard'] = raw"
     tmp_path.joinpath("sitecustomize.py").write_text(seam)
     host = hosts[0]
@@ -313,7 +313,7 @@ def test_on_raw_pyscard_it_fails(example: ModuleType, hosts: list[Host], tmp_pat
     while time.monotonic() < end and not all(task.ready() for task in tasks):
         time.sleep(0.1)
     for message, task in zip(messages, tasks):
-        with contextlib.suppress(Exception):  # whatever is raised, it isn't a signature
+        with contextlib.suppress(Exception):  # whatever is raised, it is not a signature
             assert task.ready()
             who_signed(message, "", *task.get(timeout=1))
             right += 1
@@ -324,7 +324,7 @@ def test_on_raw_pyscard_it_fails(example: ModuleType, hosts: list[Host], tmp_pat
 
 @pytest.mark.long
 def test_over_tls(tmp_path: Path) -> None:
-    """With the redis.conf of docs/hosts/celery.md: Redis by TLS, for one user with a password, and for nobody else."""
+    """With the redis.conf of docs/hosts/celery.md, Redis uses TLS, and accepts only one user, with a password."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     certificate, key, config = (tmp_path / name for name in ("redis.crt", "redis.key", "redis.conf"))
@@ -348,7 +348,7 @@ def test_over_tls(tmp_path: Path) -> None:
         assert sum(Clients(example, [host], 6).work().values()) == 6
         for url in (f"rediss://127.0.0.1:{port}/0{tls}", f"rediss://sign:secret@127.0.0.1:{port}/0"):
             with redis.Redis.from_url(url) as stranger, pytest.raises(redis.RedisError):
-                stranger.ping()  # without the password; without the certificate of who signed the server's
+                stranger.ping()  # without the password; without the CA certificate of the server
         host.stop()
         assert host.ended() == 0
 

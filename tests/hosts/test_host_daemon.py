@@ -1,4 +1,4 @@
-"""The example of a daemon that asks for the PIN first: it signs without having it, whatever its handlers die of."""
+"""The example of a daemon that asks for the PIN first: it signs without having the PIN, even if its handlers die."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Daemon:
         self.pid = until(lambda: pid_in(path))
 
     def ask(self, message: bytes) -> bytes:
-        """What a client gets for a message: nothing, if its handler died."""
+        """The response to a client's message; empty if the handler died."""
         with self.client() as client, contextlib.suppress(ConnectionError):
             client.sendall(message)
             client.shutdown(socket.SHUT_WR)
@@ -53,7 +53,7 @@ class Daemon:
         return client
 
     def signs(self, message: bytes) -> bool:
-        """Whether the answer is a signature of this message; there is no wrong one."""
+        """Whether the response is a signature of this message; no response is wrong."""
         answer = self.ask(message)
         if not answer:
             return False
@@ -83,14 +83,14 @@ def alive(pid: int) -> bool:
 
 @pytest.fixture
 def path() -> Iterator[str]:
-    """Of a socket; not in tmp_path, it has to be short."""
+    """The path of a socket; not in tmp_path, because it has to be short."""
     with tempfile.TemporaryDirectory() as directory:
         yield os.path.join(directory, "sign.sock")
 
 
 @pytest.fixture
 def daemon(tmp_path: Path, path: str) -> Iterator[Daemon]:
-    """The example in the background; gone after the test, whatever happened."""
+    """The example in the background; ended after the test."""
     card = WatchedCard.personalised()
     with stack_with(card) as stack:
         assert run(stack, tmp_path, path) == (0, "")
@@ -106,14 +106,14 @@ def daemon(tmp_path: Path, path: str) -> Iterator[Daemon]:
 
 
 def run(stack: VirtualPcsc, directory: Path, path: str, **env: str) -> tuple[int, str]:
-    """Start it; exit status and stderr of what is in the foreground."""
+    """Start the example; return exit status and stderr of the process in the foreground."""
     with Program(stack, directory, NAME, path, **env) as program:
         program.process.communicate(timeout=30)
         return program.process.returncode, program.errors.read_text()
 
 
 def sign(daemon: Daemon, count: int, kill_every: int) -> int:
-    """Have so many messages signed, and handlers killed, some with a signature under way; how many requests it took."""
+    """Have this many messages signed while handlers are killed, some of them signing; return the number of requests."""
     requests = 0
     killed: list[int] = []
 
@@ -137,7 +137,7 @@ def sign(daemon: Daemon, count: int, kill_every: int) -> int:
 
 
 def test_it_signs(daemon: Daemon) -> None:
-    """100 messages, one connection to pcscd, and no verification but the first; at the end nothing is left."""
+    """100 messages need one connection to pcscd, and one verification of the PIN; at the end nothing is left."""
     assert stat.S_IMODE(os.stat(daemon.path).st_mode) == 0o600
     requests = sign(daemon, 100, 25)
     assert requests > 100
@@ -151,7 +151,7 @@ def test_it_signs(daemon: Daemon) -> None:
 
 @pytest.mark.long
 def test_it_signs_a_thousand(daemon: Daemon) -> None:
-    """1,000 messages by five clients at once, with handlers that are killed all the time."""
+    """Five clients have 1,000 messages signed at the same time, while handlers are killed."""
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -188,14 +188,14 @@ def test_it_signs_a_thousand(daemon: Daemon) -> None:
 
 
 def test_a_client_that_hangs_keeps_nobody_waiting(daemon: Daemon) -> None:
-    """It has a handler of its own."""
+    """Each client has its own handler, so a client that hangs blocks no other."""
     with daemon.client() as idle:
         idle.sendall(b"the beginning of")
         assert daemon.signs(b"another")
 
 
 def test_nobody_else_can_use_the_pin(daemon: Daemon) -> None:
-    """The card is the daemon's, exclusively, from the verification on."""
+    """The daemon has exclusive access to the card from the verification on."""
     _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
     name = daemon.stack.readers[0].name
     hresult, *_ = scard.SCardConnect(context, name, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1)
@@ -205,10 +205,10 @@ def test_nobody_else_can_use_the_pin(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize("loss", ["logout", "pulled out", "pcscd"])
 def test_a_session_that_is_lost_is_the_end(daemon: Daemon, loss: str) -> None:
-    """It tells the client, verifies nothing (it has no PIN), and ends with nothing left behind."""
+    """If the session is lost, the daemon tells the client, verifies nothing (it has no PIN), and leaves nothing."""
     assert daemon.signs(b"before")
     if loss == "logout":
-        daemon.card.power_on()  # what no connection notices
+        daemon.card.power_on()  # no connection is notified of it
     elif loss == "pulled out":
         daemon.stack.readers[0].remove()
         daemon.stack.readers[0].insert(daemon.card)
@@ -222,7 +222,7 @@ def test_a_session_that_is_lost_is_the_end(daemon: Daemon, loss: str) -> None:
 
 
 def test_a_wrong_pin_is_told_in_the_foreground(tmp_path: Path, path: str) -> None:
-    """Exit status 1, and no daemon, socket or file is left."""
+    """A wrong PIN ends the foreground with status 1, and leaves no daemon, socket or file."""
     with stack_with(WatchedCard.personalised()) as stack:
         assert run(stack, tmp_path, path, PIV_PIN="999999") == (1, "pin_daemon.py: the card refuses the PIN (63C2)\n")
         assert os.listdir(os.path.dirname(path)) == []
@@ -230,18 +230,18 @@ def test_a_wrong_pin_is_told_in_the_foreground(tmp_path: Path, path: str) -> Non
 
 
 def test_a_second_one_is_refused_in_the_foreground(daemon: Daemon, tmp_path: Path) -> None:
-    """The first goes on."""
+    """A second daemon is refused in the foreground; the first continues."""
     status, errors = run(daemon.stack, tmp_path, daemon.path)
     assert (status, errors.count("\n")) == (1, 1)
     assert daemon.signs(b"message")
 
 
 def test_the_pin_is_asked_for_on_the_terminal(tmp_path: Path, path: str) -> None:
-    """Where PIV_PIN isn't set; it isn't shown there."""
+    """If PIV_PIN isn't set, the PIN is asked for on the terminal, without echo."""
     card = WatchedCard.personalised()
     with stack_with(card) as stack:
         ours, its = pty.openpty()
-        # A session leader that opens a terminal has it for /dev/tty, where getpass asks.
+        # A terminal that a session leader opens becomes /dev/tty, where getpass asks.
         take = "import os, sys; os.open(sys.argv[1], os.O_RDWR); os.execv(sys.executable, sys.argv[2:])"
         command = [sys.executable, "-c", take, os.ttyname(its), sys.executable, str(EXAMPLES / NAME), path]
         process = subprocess.Popen(
@@ -265,7 +265,7 @@ def test_the_pin_is_asked_for_on_the_terminal(tmp_path: Path, path: str) -> None
 
 @pytest.mark.long
 def test_the_control(tmp_path: Path, path: str) -> None:
-    """On raw pyscard the same program has lost its session when it is a daemon."""
+    """On raw pyscard the same program has lost its session once it is a daemon."""
     card = WatchedCard.personalised()
     with stack_with(card) as stack:
         assert run(stack, tmp_path, path, **raw(tmp_path)) == (0, "")

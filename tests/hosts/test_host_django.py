@@ -1,4 +1,4 @@
-"""Django's development server, which starts itself anew whenever a file has changed: every answer is the card's."""
+"""Django's development server, which restarts itself when a file changes: every response has the card's reply."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from places import ROOT
 from pcsc_safe.testing import VirtualPcsc
 
 TIMEOUT = 30  # s
-NOTICED = 5  # s; Django looks once a second
+NOTICED = 5  # s; Django polls once a second
 ASKED = 50
 
 PROJECT = """
@@ -75,11 +75,11 @@ class Site:
 
     @property
     def log(self) -> str:
-        """What it has said."""
+        """The server's output."""
         return self._log.read_text()
 
     def ask(self, number: int) -> tuple[str, str]:
-        """The answer: the version of the project, and what the card said."""
+        """The response: the version of the project, and the card's reply."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
         try:
             connection.request("GET", f"/{number}")
@@ -89,12 +89,12 @@ class Site:
         return version, answer
 
     def wait_for(self, version: str) -> None:
-        """Until it answers as this version of the project."""
+        """Wait until the server responds with this version of the project."""
         deadline = time.monotonic() + TIMEOUT
         touched = time.monotonic()
         while True:
             if time.monotonic() - touched > NOTICED:
-                # Django compares with what it saw first, which may have been this version already.
+                # Django compares with the first state that it saw, which may have been this version already.
                 self.file.touch()
                 touched = time.monotonic()
             assert self.process.poll() is None, self.log
@@ -119,7 +119,7 @@ def site(request: pytest.FixtureRequest, shared_stack: VirtualPcsc, tmp_path: Pa
 
 
 def test_every_answer_is_right(site: Site, shared_stack: VirtualPcsc) -> None:
-    """Before and after each of two reloads; Ctrl-C ends all of it, without a complaint."""
+    """Every response is right before and after each of two reloads; Ctrl-C ends all processes, without an error."""
     text = site.file.read_text()
     for version in ("version 1", "version 2", "version 3"):
         site.file.write_text(text.replace("version 1", version))

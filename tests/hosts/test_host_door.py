@@ -1,4 +1,4 @@
-"""The example of a door: the right decision for each card, and no event lost, whatever its handlers die of."""
+"""The example of a door decides correctly for each card, and misses no event, even if its handlers die."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fingerprint(card: WatchedCard) -> str:
 
 
 def copy_of(card: WatchedCard) -> WatchedCard:
-    """A card that has its certificate, and not its key."""
+    """A card that has the certificate of another, but not its key."""
     copy = WatchedCard.personalised("A thief")
     original = card._applet.data_objects.get_data_object(b"\x5f\xc1\x01")
     copy._applet.data_objects.put_data_object(b"\x5f\xc1\x01", original)
@@ -34,9 +34,9 @@ def copy_of(card: WatchedCard) -> WatchedCard:
 
 
 class Cards:
-    """Some of each kind, with what the door shall say; a card can be in one reader only, so two of each.
+    """Two cards of each kind, because a card can be in one reader only, with what the door has to log.
 
-    :ivar admitted: the list.
+    :ivar admitted: the content of the list of admitted cards.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ def door(stack: VirtualPcsc, directory: Path, cards: Cards, **env: str) -> Itera
 
 
 def visit(reader: Reader, log: Log, card: VirtualCard, said: str) -> int:
-    """A card comes and goes, and comes again as long as its handler dies; how often it came."""
+    """Insert and remove a card, again while its handler dies; return how many times it was inserted."""
     times = 0
     while True:
         times += 1
@@ -99,7 +99,7 @@ def visit(reader: Reader, log: Log, card: VirtualCard, said: str) -> int:
 
 
 def visits(directory: Path, count: int, kill_every: int) -> tuple[int, int]:
-    """So many cards at two readers, at once; how often they came, and how many handlers were killed."""
+    """Let this many cards visit two readers at the same time; return the numbers of visits and of killed handlers."""
     cards = [Cards(), Cards()]
     cards[0].admitted += cards[1].admitted
     killed: list[int] = []
@@ -112,7 +112,7 @@ def visits(directory: Path, count: int, kill_every: int) -> tuple[int, int]:
 
         def before(number: int) -> None:
             others = program.others()
-            # If there is just one, it is the one that waits for this card.
+            # If there is only one, it is the one that waits for this card.
             if next(signing) % kill_every == 0 and len(others) == 1:
                 os.kill(others[0], signal.SIGKILL)
                 killed.append(others[0])
@@ -143,21 +143,21 @@ def visits(directory: Path, count: int, kill_every: int) -> tuple[int, int]:
 
 
 def test_it_decides(tmp_path: Path) -> None:
-    """60 events at two readers; handlers that are killed are seen to be, and each card gets its decision."""
+    """60 events at two readers: each killed handler is noticed, and each card gets its decision."""
     times, killed = visits(tmp_path, 30, 3)
     assert times == 30 + killed
 
 
 @pytest.mark.long
 def test_it_decides_a_thousand_times(tmp_path: Path) -> None:
-    """1,000 events and more: 500 cards come and go, and those again whose handlers were killed."""
+    """1,000 events and more: 500 cards visit, some several times because their handlers were killed."""
     times, killed = visits(tmp_path, 500, 5)
     assert times == 500 + killed
     assert killed > 20
 
 
 def test_cards_that_are_there_when_it_starts(tmp_path: Path) -> None:
-    """Are decided upon; the monitor's thread waits in PC/SC when the handlers are forked."""
+    """Cards that are present at the start get a decision; the monitor waits in PC/SC when the handlers are forked."""
     cards = Cards()
     (alice, said), (echo, refused) = cards.said[0], cards.said[-1]
     with VirtualPcsc(2, [alice, echo]) as stack, door(stack, tmp_path, cards) as (_, log):
@@ -166,7 +166,7 @@ def test_cards_that_are_there_when_it_starts(tmp_path: Path) -> None:
 
 
 def test_a_card_that_hangs_keeps_nobody_out(tmp_path: Path) -> None:
-    """While one card doesn't answer, the other reader's is admitted."""
+    """While one card doesn't respond, the card in the other reader is admitted."""
     cards = Cards()
     (alice, _), (bob, said) = cards.said[:2]
     go_on = threading.Event()

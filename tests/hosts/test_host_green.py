@@ -1,7 +1,7 @@
 """pcsc_safe in a process that gevent or eventlet has patched.
 
-A native call blocks a whole thread, with all its greenlets; so do pcsc_safe's locks and pauses, which are the
-interpreter's own, not the patched ones: else native threads of the libraries' pools would wait for greenlets.
+A native call blocks a whole thread, with all its greenlets.  So do pcsc_safe's locks and pauses, which are the
+interpreter's own, not the patched ones.  Otherwise native threads of the libraries' pools would wait for greenlets.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ORDERS = ["patched first", pytest.param("patched later", marks=pytest.mark.long)
 
 @pytest.fixture(params=LIBRARIES)
 def library(request: pytest.FixtureRequest) -> str:
-    """gevent, eventlet; not imported here: they change the process that imports them."""
+    """The library's name; not imported here, because it changes the process that imports it."""
     name = str(request.param)
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed; it is in the extra 'hosts'")
@@ -53,7 +53,7 @@ def how(request: pytest.FixtureRequest, library: str, gateway: str) -> tuple[str
 
 
 def told(program: Callable[..., Any], how: tuple[str, ...]) -> Any:
-    """What it printed, on a stack of its own; no context is left."""
+    """The program's output, on a new stack; no context is left."""
     with VirtualPcsc(2, [EchoCard(), EchoCard()], activate=False) as stack:
         done = in_program(program, *how, env={**os.environ, **stack.env})
         assert done.returncode == 0, done.stderr
@@ -62,27 +62,27 @@ def told(program: Callable[..., Any], how: tuple[str, ...]) -> Any:
 
 
 def test_a_wait_in_the_pool(how: tuple[str, ...]) -> None:
-    """Calls of other threads of the pool, and of greenlets, go on beside it, each with its own bytes."""
+    """While a thread of the pool waits, other threads of the pool and greenlets make calls, each with its own bytes."""
     assert told(pool, how) == [[50] * 5, [OK] * 3, OK, CANCELLED, TIMED_OUT, OK]
 
 
 def test_a_release_beside_the_pool(how: tuple[str, ...]) -> None:
-    """A greenlet that releases the context ends the wait, and waits for nobody who waits for it."""
+    """A greenlet that releases the context ends the wait; the two don't wait for each other."""
     assert told(releases_beside_a_wait, how) == [[OK, OK], True, True]
 
 
 def test_greenlets(how: tuple[str, ...]) -> None:
-    """On one context and one card they take turns; every exchange has its own bytes."""
+    """Greenlets take turns on one context and one card; every exchange has its own bytes."""
     assert told(greenlets, how) == [[20] * 4, [20, 20], [TIMED_OUT], 40, OK]
 
 
 def test_a_fork(how: tuple[str, ...]) -> None:
-    """Parent and child go on; a wait in the pool neither ends nor keeps the fork."""
+    """Parent and child continue after a fork; a wait in the pool neither ends nor delays the fork."""
     child = [[OK, 10, 10, TIMED_OUT, OK], 0]
     assert told(forks, how) == [[child] * 3, 10, True, OK, CANCELLED, OK]
 
 
 def test_the_classes_of_pyscard(how: tuple[str, ...]) -> None:
-    """After install() a monitor of readers, requests and connections work in parent and child, beside each other."""
+    """After install() a monitor of readers, requests and connections work in parent and child, at the same time."""
     again = [20, 20, 20, 2 if reports_again(how[0]) else 0]
     assert told(classes, how) == [[20, 20, 20, 2], [again, 0], again]

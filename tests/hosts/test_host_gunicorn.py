@@ -1,4 +1,4 @@
-"""The example under gunicorn: real server, real clients, real pcscd; workers die, and others come, meanwhile."""
+"""The example under gunicorn, with real server, clients and pcscd, while workers die and are replaced."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ RUNS = [
 def gunicorn(*options: str, setting: str = "") -> list[str]:
     """The documented command, with more options."""
     *command, application = documented("hosts/gunicorn.md", "gunicorn", "unix:{path}", setting)
-    # A worker that is told to end before it listens to signals does not; gunicorn kills it after 30 s of its own.
+    # A worker that is sent SIGTERM before it handles signals ignores it; gunicorn kills it after 30 s.
     return [*command, "--graceful-timeout", "5", *options, application]
 
 
 def needs(options: tuple[str, ...]) -> None:
-    """Skip the test where that kind of worker can't be had."""
+    """Skip the test if that kind of worker is not available."""
     for name, module in (("gevent", "ggevent"), ("eventlet", "geventlet")):
         if name in options and importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed; it is in the extra 'hosts'")
@@ -62,9 +62,9 @@ def needs(options: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(("count", "options"), RUNS)
 def test_every_signature_is_right(stack: VirtualPcsc, card: DeadlyCard, count: int, options: tuple[str, ...]) -> None:
-    """While workers die in a transaction, are recycled, and are replaced by a reload; nothing is left in the end.
+    """Signatures are right while workers die in a transaction, are recycled, or reload; nothing is left in the end.
 
-    gevent's and eventlet's workers patch the standard library when they start, long after the card was opened.
+    The workers of gevent and eventlet patch the standard library when they start, long after the card was opened.
     """
     needs(options)
     with serving(gunicorn("--max-requests", RECYCLE_AFTER, *options), stack) as server:
@@ -74,11 +74,11 @@ def test_every_signature_is_right(stack: VirtualPcsc, card: DeadlyCard, count: i
         assert server.log.count("Autorestarting") > 0
         assert "Traceback" not in server.log
         assert os.listdir(server.directory) == []
-    assert card.verifications > 1  # the card was reset when its user died
+    assert card.verifications > 1  # the card was reset when the process that used it died
 
 
 def test_reload_and_stop(stack: VirtualPcsc, card: DeadlyCard) -> None:
-    """SIGHUP replaces the workers, also when they have lost their card; SIGTERM waits for what is being signed."""
+    """SIGHUP replaces the workers, even if they have lost their card; SIGTERM waits for a signature in progress."""
     with serving(gunicorn(*THREADS), stack) as server:
         certificate = certificate_of(server)
         stack.readers[0].remove()
@@ -97,7 +97,7 @@ def test_reload_and_stop(stack: VirtualPcsc, card: DeadlyCard) -> None:
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.long)])
 def test_one_session_for_all_workers(stack: VirtualPcsc, card: DeadlyCard, tmp_path: Path, count: int) -> None:
-    """With policy share the PIN is given to the card once, and forgotten before there is a worker."""
+    """With policy share the card gets the PIN once, and the program discards it before it forks a worker."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "config.py").write_text(code_of("hosts/gunicorn.md", "def when_ready"))
     with serving(gunicorn(*THREADS, setting="POLICY=share"), stack, cwd=tmp_path) as server:
@@ -109,20 +109,20 @@ def test_one_session_for_all_workers(stack: VirtualPcsc, card: DeadlyCard, tmp_p
 
 
 def test_raw_pyscard_signs_wrong(stack: VirtualPcsc, tmp_path: Path) -> None:
-    """The same on smartcard.scard fails: this test can."""
+    """On smartcard.scard the same program signs wrongly, so this test can fail."""
     with serving(gunicorn(), stack, **raw_pyscard(tmp_path)) as server:
         certificate = certificate_of(server)
-        for _ in range(5):  # one worker may serve them all before the other is there
+        for _ in range(5):  # one worker may serve all of them before the other has started
             clients = Clients(server, certificate, 100, timeout=1)
             clients.finish()
             if clients.wrong:
                 break
         assert clients.wrong
-    stack.restart()  # what processes that use one connection have left in pcscd is not for the fixture to judge
+    stack.restart()  # the fixture shouldn't check what processes that share one connection leave in pcscd
 
 
 def test_bad_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is no whole message, too long a one or nothing of the service's is not signed; a card's failure is told."""
+    """Incomplete, too long and unknown requests are not signed; a failure of the card is reported."""
     application = wsgi_sign(monkeypatch).application
     answers: dict[str, int] = {}
 
@@ -141,7 +141,7 @@ def test_bad_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wsgi_sign(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The example, without a card: what it signs is its digest."""
+    """The example without a card: its signature is the digest."""
 
     def no_card() -> None:
         raise LookupError

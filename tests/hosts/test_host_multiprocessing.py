@@ -1,4 +1,4 @@
-"""The example of multiprocessing: every message is signed, once, whoever dies; and handles that workers are passed."""
+"""The multiprocessing example signs every message once, even if workers die; workers can receive handles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = "multiprocessing_sign.py"
 
 
 def signed(card: WatchedCard, messages: set[bytes], output: bytes) -> list[bytes]:
-    """The messages with a right signature, in the order of the output; there must be no other line."""
+    """The messages with a right signature, in the order of the output; every line has one."""
     found = []
     for line in output.splitlines():
         signature, _, message = line.partition(b" ")
@@ -33,7 +33,7 @@ def signed(card: WatchedCard, messages: set[bytes], output: bytes) -> list[bytes
 
 
 def sign_all(directory: Path, kind: str, method: str, count: int, kill_at: range) -> list[int]:
-    """Run the example; the PIDs of the workers that were killed, each before the card had signed for it."""
+    """Run the example; return the PIDs of the workers that were killed, each before the card had signed for it."""
     card = WatchedCard.personalised()
     messages = {secrets.token_hex(16).encode() for _ in range(count)}
     killed: list[int] = []
@@ -59,12 +59,12 @@ def sign_all(directory: Path, kind: str, method: str, count: int, kill_at: range
 
 @pytest.mark.parametrize(("kind", "method"), [("executor", "fork"), ("process", "fork"), ("executor", "forkserver")])
 def test_workers_sign(tmp_path: Path, kind: str, method: str) -> None:
-    """100 messages; two workers are killed while the card signs for them, and nobody but they notices."""
+    """100 messages are signed; two workers are killed while the card signs for them, without effect on the others."""
     assert len(sign_all(tmp_path, kind, method, 100, range(20, 61, 40))) == 2
 
 
 def test_a_pool_signs(tmp_path: Path) -> None:
-    """100 messages by workers that make room for new ones; none is killed, for that takes the example's patience."""
+    """A pool whose workers are replaced signs 100 messages; no worker is killed: the example would wait too long."""
     assert sign_all(tmp_path, "pool", "fork", 100, range(0)) == []
 
 
@@ -72,13 +72,13 @@ def test_a_pool_signs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 @pytest.mark.parametrize("kind", ["pool", "executor", "process"])
 def test_workers_sign_a_thousand(tmp_path: Path, kind: str, method: str) -> None:
-    """1,000 messages; 20 workers are killed while the card signs for them, others make room for new ones."""
+    """1,000 messages are signed; 20 workers are killed while the card signs for them, others are replaced."""
     killed = sign_all(tmp_path, kind, method, 1000, range(40, 801, 40))
     assert len(set(killed)) == 20
 
 
 def test_a_wrong_pin_is_tried_once(tmp_path: Path) -> None:
-    """No worker is forked, and none tries it again."""
+    """With a wrong PIN no worker is forked, so the PIN is tried once."""
     card = WatchedCard.personalised()
     with stack_with(card) as stack, Program(stack, tmp_path, NAME, "pool", PIV_PIN="999999") as program:
         output, _ = program.process.communicate(b"message\n", timeout=30)
@@ -88,7 +88,7 @@ def test_a_wrong_pin_is_tried_once(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_control(tmp_path: Path) -> None:
-    """On raw pyscard the same program doesn't get 20 messages signed, within 10 s."""
+    """On raw pyscard the same program doesn't have 20 messages signed within 10 s."""
     card = WatchedCard.personalised()
     messages = {secrets.token_hex(16).encode() for _ in range(20)}
     with stack_with(card) as stack, Program(stack, tmp_path, NAME, "executor", **raw(tmp_path)) as program:
@@ -101,7 +101,7 @@ def test_the_control(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_each_worker_opens_the_card(tmp_path: Path, method: str) -> None:
-    """The page's program with an initializer does the same by every start method, whatever the default is."""
+    """The page's program with an initializer works with every start method."""
     page = EXAMPLES.parent / "docs/hosts/multiprocessing.md"
     (code,) = re.findall(r"(?s)```python\n(.*?)```", page.read_text())
     guard = 'if __name__ == "__main__":\n'
@@ -113,7 +113,7 @@ def test_each_worker_opens_the_card(tmp_path: Path, method: str) -> None:
         subprocess.run([sys.executable, str(program)], env=env, timeout=60, check=True)
 
 
-# Handles that are pickled.
+# Pickled handles.
 
 
 def digest(message: bytes) -> bytes:
@@ -121,7 +121,7 @@ def digest(message: bytes) -> bytes:
 
 
 def program_that_passes_its_signer() -> None:
-    """Prints a signature for each of its messages: by the method of a signer, which is pickled with its handles."""
+    """Print a signature for each message, by a method of a signer, which is pickled with its handles."""
     sys.path.insert(0, str(EXAMPLES))
     sys.modules.pop("piv", None)
     import piv
@@ -139,7 +139,7 @@ def program_that_passes_its_signer() -> None:
 
 
 def test_handles_are_passed_to_workers() -> None:
-    """``pool.map(signer.sign, ...)``: what a worker is passed is the card that it has inherited."""
+    """With ``pool.map(signer.sign, ...)`` a worker receives the card that it has inherited."""
     card = WatchedCard.personalised()
     with stack_with(card) as stack:
         done = in_program(program_that_passes_its_signer, env=stack.env)
@@ -149,7 +149,7 @@ def test_handles_are_passed_to_workers() -> None:
 
 
 def program_that_passes_to_strangers(method: str) -> None:
-    """Prints what a worker says of a context that is another family's."""
+    """Print a worker's error for a context of another family."""
     from pcsc_safe.scard import SCARD_SCOPE_SYSTEM, SCardEstablishContext
 
     _, context = SCardEstablishContext(SCARD_SCOPE_SYSTEM)
@@ -159,7 +159,7 @@ def program_that_passes_to_strangers(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_not_to_those_that_are_no_forks(method: str) -> None:
-    """A worker that was not forked from here is of another family, and dies of a clear error as it loads a handle."""
+    """A worker that was not forked from this process is of another family: loading a handle raises an error there."""
     with stack_with(WatchedCard.personalised()) as stack:
         done = in_program(program_that_passes_to_strangers, method, env=stack.env)
     assert done.stdout == "BrokenProcessPool\n"

@@ -1,7 +1,6 @@
 """An OpenVPN client whose key is on a PIV card: real OpenVPN, real pcscd, and the example that signs between them.
 
-Whether a signature is right is the server's judgement: it is over this very handshake, and the server knows no other
-key than the card's.
+The server decides whether a signature is right: it covers this handshake, and the server knows only the card's key.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ EXAMPLE = str(EXAMPLES / "openvpn_sign.py")
 PAGE = (ROOT / "docs" / "hosts" / "openvpn.md").read_text()
 CONFIGURATION = PAGE.partition("```conf\n")[2].partition("```")[0]
 PIN = "123456"
-HANDSHAKE = "Control Channel: TLSv1.3, cipher TLSv1.3 "  # said by a client when it is done
-VERIFIED = "peer info: IV_PROTO="  # said by a server when it is done with TLS, the client's signature included
+HANDSHAKE = "Control Channel: TLSv1.3, cipher TLSv1.3 "  # a client prints it at the end of the handshake
+VERIFIED = "peer info: IV_PROTO="  # a server prints it at the end of TLS, after the client's signature
 CONNECTED = ",CONNECTED,SUCCESS,"
 NOT_KEPT = "the session with the card is lost, and the PIN was not kept"
 VERIFY, SIGN = 0x20, 0x87
@@ -74,7 +73,7 @@ class Card(PivCard):
 
 
 class OpenVpn:
-    """An OpenVPN process, and what it says."""
+    """An OpenVPN process, and its output."""
 
     def __init__(self, *options: object) -> None:
         command = [str(OPENVPN), "--dev", "null", "--verb", "3", *map(str, options)]
@@ -96,13 +95,13 @@ class OpenVpn:
         return "".join(self._lines)
 
     def says(self, text: str, times: int = 1) -> None:
-        """Return when it has said that, so many times in all."""
+        """Return when the output contains the text this many times."""
         with self._news:
             done = self._news.wait_for(lambda: self.said.count(text) >= times, timeout=20)
         assert done, f"waited for {text!r}:\n{self.said}"
 
     def ends(self) -> int:
-        """Its exit status, when it has ended by itself."""
+        """The exit status, after the process has ended by itself."""
         try:
             return self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:
@@ -141,7 +140,7 @@ class Helper:
 
 
 class Vpn:
-    """A server, clients, and the helper with the card that they connect to; processes end with the block."""
+    """A server, clients, and the helper that connects them to the card; all end with the block."""
 
     def __init__(self, stack: VirtualPcsc, keys: Path, directory: Path, cleanup: contextlib.ExitStack) -> None:
         self._stack = stack
@@ -153,7 +152,7 @@ class Vpn:
             self._port = free.getsockname()[1]
 
     def server(self, *options: object) -> OpenVpn:
-        """A server that trusts the card's certificate; returns when it listens."""
+        """A server that trusts the card's certificate; return when it listens."""
         where = ("--local", "127.0.0.1", "--lport", self._port, "--float", "--reneg-sec", 0)
         keys = ("--cert", self._keys / "server.crt", "--key", self._keys / "server.key", "--dh", "none")
         server = OpenVpn(*where, "--tls-server", "--ca", self._keys / "client.crt", *keys, *options)
@@ -162,7 +161,7 @@ class Vpn:
         return server
 
     def client(self, *options: object, key: str = "nopadding") -> OpenVpn:
-        """A client with the documented configuration, on its way."""
+        """Start a client with the documented configuration."""
         where = ("--nobind", "--remote", "127.0.0.1", self._port, "--tls-client", "--ca", self._keys / "server.crt")
         file = self.socket.with_name("client.conf")
         told = CONFIGURATION.replace("/home/me/card.sock", str(self.socket)).replace("user me\n", f"user {me()}\n")
@@ -172,7 +171,7 @@ class Vpn:
         return client
 
     def helper(self, *options: str, program: tuple[str, ...] = (EXAMPLE,), **env: str) -> Helper:
-        """The helper, listening."""
+        """Start the helper; return when it listens."""
         foreground = self.foreground(*options, program=program, **env)
         assert (foreground.returncode, foreground.stderr) == (0, "")
         helper = Helper(self.socket, int(foreground.stdout))
@@ -182,7 +181,7 @@ class Vpn:
     def foreground(
         self, *options: str, program: tuple[str, ...] = (EXAMPLE,), **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """What the helper's first process says."""
+        """The output of the helper's first process."""
         command = [sys.executable, "-X", "faulthandler", *program, *options, str(self.socket)]
         env = {**self._stack.env, "PIV_PIN": PIN, **env}
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
@@ -194,14 +193,14 @@ def me() -> str:
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[VirtualPcsc]:
-    """The card that the server knows, and one that it doesn't."""
+    """A stack with the card that the server knows, and another card."""
     with VirtualPcsc(cards=[Card.personalised("Somebody"), Card.personalised("A stranger")]) as stack:
         yield stack
 
 
 @pytest.fixture
 def card(stack: VirtualPcsc) -> Card:
-    """The card that the server knows, with nothing counted yet."""
+    """The card that the server knows, with all counters at 0."""
     card = stack.readers[0].card
     assert isinstance(card, Card)
     card.commands.clear()
@@ -223,7 +222,7 @@ def keys(stack: VirtualPcsc, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def vpn(stack: VirtualPcsc, keys: Path) -> Iterator[Vpn]:
-    """See `Vpn`; all connections to pcscd are gone when it is."""
+    """See `Vpn`; all connections to pcscd are closed at its end."""
     # Not tmp_path: the path of a socket has to be short.
     with tempfile.TemporaryDirectory() as directory:
         with contextlib.ExitStack() as cleanup:
@@ -232,7 +231,7 @@ def vpn(stack: VirtualPcsc, keys: Path) -> Iterator[Vpn]:
 
 
 def test_a_client_connects(vpn: Vpn, card: Card) -> None:
-    """By TLS 1.3, with one signature of the card, in the session whose PIN was verified in the foreground."""
+    """A client connects with TLS 1.3 and one signature, in the session whose PIN was verified in the foreground."""
     server, helper = vpn.server(), vpn.helper()
     client = vpn.client()
     client.says(HANDSHAKE)
@@ -251,7 +250,7 @@ def test_a_client_connects(vpn: Vpn, card: Card) -> None:
     ids=["held until the helper is there", "the message in place of its digest"],
 )
 def test_other_options(vpn: Vpn, card: Card, key: str, options: tuple[str, ...]) -> None:
-    """Of management-external-key and of the management make no difference."""
+    """Other options of management-external-key and of the management make no difference."""
     server = vpn.server()
     vpn.helper()
     vpn.client(*options, key=key).says(HANDSHAKE)
@@ -260,7 +259,7 @@ def test_other_options(vpn: Vpn, card: Card, key: str, options: tuple[str, ...])
 
 
 def test_others_are_kept_out(vpn: Vpn, stack: VirtualPcsc, card: Card) -> None:
-    """If it is asked to: nobody else can use, or reset, the card that signs; the exclusive hold is handed over too."""
+    """On request, no other process can use or reset the card; the exclusive access is handed over, too."""
     vpn.server()
     vpn.helper("--exclusive")
     with pytest.raises(PcscStackError, match="an application holds it exclusively"):
@@ -270,7 +269,7 @@ def test_others_are_kept_out(vpn: Vpn, stack: VirtualPcsc, card: Card) -> None:
 
 
 def test_through_a_broker(vpn: Vpn, card: Card) -> None:
-    """As on macOS: the broker that the foreground started serves the daemon, and ends with it."""
+    """As on macOS, the broker that the foreground started serves the daemon, and ends with it."""
     vpn.server()
     helper = vpn.helper(PCSC_SAFE_BROKER="always")
     client = vpn.client()
@@ -281,7 +280,7 @@ def test_through_a_broker(vpn: Vpn, card: Card) -> None:
 
 
 def test_tls_1_2(vpn: Vpn, card: Card) -> None:
-    """An old server gets its signature as well."""
+    """A server with TLS 1.2 gets its signature as well."""
     server = vpn.server("--tls-version-max", "1.2")
     vpn.helper()
     vpn.client().says("Control Channel: TLSv1.2, cipher TLSv1.2 ECDHE-ECDSA-")
@@ -300,17 +299,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def changed(change: str) -> dict[str, Any]:
-    """What `Vpn.helper` runs instead of the example: the example, when something has been changed."""
+    """What `Vpn.helper` runs: a changed copy of the example."""
     return {"program": ("-c", CHANGED.format(change, EXAMPLE)), "PYTHONPATH": str(EXAMPLES)}
 
 
 def is_off(card: VirtualCard) -> bool:
-    """What pcscd soon makes of a card that nobody is connected to."""
+    """Whether pcscd soon powers off the card, as it does if no process is connected."""
     return card.power_ons == card.power_offs
 
 
 def test_the_card_is_not_let_go(vpn: Vpn, stack: VirtualPcsc, card: Card) -> None:
-    """Before its first signature, too: the daemon has the connection from the moment that the foreground ends."""
+    """The daemon has the connection from the end of the foreground on, also before its first signature."""
     until(lambda: is_off(card), "the card is off")
     vpn.server()
     vpn.helper()
@@ -327,7 +326,7 @@ def test_the_card_is_not_let_go(vpn: Vpn, stack: VirtualPcsc, card: Card) -> Non
 
 
 def test_without_handover(vpn: Vpn, card: Card) -> None:
-    """The card is let go, and the PIN is gone: a connection of the daemon's own is no help without it."""
+    """Without handover the card is disconnected, and the PIN is no longer verified in the daemon's own connection."""
     until(lambda: is_off(card), "the card is off")
     vpn.server()
     helper = vpn.helper(**changed("pcsc_safe.handover = contextlib.nullcontext"))
@@ -355,9 +354,9 @@ signal.signal(signal.SIGUSR2, fork)
 
 @pytest.mark.parametrize("restarts", [pytest.param(18, id="20"), pytest.param(1000, id="1000", marks=pytest.mark.long)])
 def test_many_handshakes(vpn: Vpn, card: Card, restarts: int) -> None:
-    """All in one session: OpenVPNs that are killed and started again, and a renegotiation.
+    """In one session, OpenVPN processes are killed and restarted, and renegotiate.
 
-    Before each, the helper forks a child that gives up the card and ends.
+    Before each, the helper forks a child that disconnects the card and ends.
     """
     helper = vpn.helper(**changed(FORKS_WHEN_TOLD))
     handshakes = 0
@@ -374,7 +373,7 @@ def test_many_handshakes(vpn: Vpn, card: Card, restarts: int) -> None:
         assert card.commands[SIGN] == handshakes
 
     for _ in range(restarts):
-        server = vpn.server()  # a new one: without --mode server it is made for one client
+        server = vpn.server()  # a new server: without --mode server it serves one client
         disturb()
         client = vpn.client()
         shake_hands(server, client)
@@ -391,7 +390,7 @@ def test_many_handshakes(vpn: Vpn, card: Card, restarts: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGHUP, marks=pytest.mark.long)], ids=str)
 def test_a_restart(vpn: Vpn, card: Card, number: signal.Signals) -> None:
-    """OpenVPN keeps the connection to the helper, and asks for certificate and signature again."""
+    """After a restart OpenVPN keeps the connection to the helper, and requests certificate and signature again."""
     server, helper = vpn.server(), vpn.helper()
     client = vpn.client()
     client.says(CONNECTED)
@@ -429,7 +428,7 @@ def test_the_session_is_lost(
     options: tuple[str, ...],
     reason: str,
 ) -> None:
-    """No signature, the reason in the log, nothing left; OpenVPN ends, and can't start before the helper does."""
+    """If the session is lost, the log has the reason and nothing is left; OpenVPN ends, and needs a new helper."""
     vpn.server()
     helper = vpn.helper(*options)
     client = vpn.client("--reneg-sec", 1)
@@ -448,7 +447,7 @@ def test_the_session_is_lost(
 
 
 def test_the_pin_is_kept(vpn: Vpn, stack: VirtualPcsc, card: Card) -> None:
-    """If it is asked to: then a reset ends neither helper nor tunnel."""
+    """If the helper is set to keep the PIN, a reset ends neither helper nor tunnel."""
     vpn.server()
     helper = vpn.helper("--keep-pin")
     client = vpn.client("--reneg-sec", 1)
@@ -460,18 +459,18 @@ def test_the_pin_is_kept(vpn: Vpn, stack: VirtualPcsc, card: Card) -> None:
 
 
 def test_a_wrong_pin(vpn: Vpn, stack: VirtualPcsc, card: Card) -> None:
-    """It is told on the terminal, after one try; there is no daemon then."""
+    """A wrong PIN is reported on the terminal, after one try; no daemon starts."""
     refused = vpn.foreground(PIV_PIN="654321")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr == "openvpn_sign.py: the card refuses the PIN (63C2)\n"
     assert not vpn.socket.exists()
     assert card.commands[VERIFY] == 1
     stack.wait_for_clients(0)
-    vpn.helper()  # its right PIN makes up for the try
+    vpn.helper()  # the right PIN resets the card's count of tries
 
 
 def test_the_socket_is_in_use(vpn: Vpn) -> None:
-    """It is told on the terminal, and the daemon that has it is not harmed."""
+    """If the socket is in use, the terminal says so, and the daemon that uses it is not affected."""
     vpn.server()
     vpn.helper()
     second = vpn.foreground()
@@ -481,7 +480,7 @@ def test_the_socket_is_in_use(vpn: Vpn) -> None:
 
 
 def test_another_card(vpn: Vpn, card: Card) -> None:
-    """The server refuses it, and says whose it is."""
+    """The server refuses another card, and logs whose it is."""
     server = vpn.server()
     vpn.helper("--reader", "01")
     vpn.client()
@@ -492,14 +491,14 @@ def test_another_card(vpn: Vpn, card: Card) -> None:
 
 
 def test_the_header_says_what_the_page_says() -> None:
-    """And the page is what the clients here are configured by."""
+    """The header of the example and the page agree, and the clients in these tests are configured by the page."""
     header = Path(EXAMPLE).read_text().partition('"""\n\nimport')[0]
     assert CONFIGURATION.count("\n") == 5
     assert "".join(f"    {line}\n" for line in CONFIGURATION.splitlines()) in header
 
 
 def test_its_end(vpn: Vpn) -> None:
-    """Until it ends only its user and root get at it; SIGTERM leaves nothing behind but the log, and ends OpenVPN."""
+    """Only its user and root can use the helper.  SIGTERM leaves nothing but the log, and ends OpenVPN."""
     vpn.server()
     helper = vpn.helper()
     assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in helper.socket.parent.iterdir()} == {
@@ -524,7 +523,7 @@ handover, HandoverError = contextlib.nullcontext, OSError
 
 
 def test_on_raw_pyscard(vpn: Vpn, card: Card, tmp_path: Path) -> None:
-    """The same helper signs nothing: what its foreground cleaned up was the daemon's."""
+    """On raw pyscard the same helper signs nothing: the cleanup in its foreground ended the daemon's session."""
     (tmp_path / "pcsc_safe.py").write_text(RAW)
     vpn.server()
     helper = vpn.helper(PYTHONPATH=str(tmp_path))
@@ -538,9 +537,9 @@ def test_on_raw_pyscard(vpn: Vpn, card: Card, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", [SHA1(), SHA256(), SHA384(), SHA512()], ids=lambda algorithm: algorithm.name)
 def test_what_is_signed(monkeypatch: pytest.MonkeyPatch, algorithm: HashAlgorithm) -> None:
-    """The digest of TLS, whatever its length, is what 32 bytes on the card are a signature of."""
+    """The card signs TLS's digest of any length, as 32 bytes."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.delitem(sys.modules, "piv", raising=False)  # tests/piv.py has the name as well
+    monkeypatch.delitem(sys.modules, "piv", raising=False)  # tests/piv.py has the same name
     digest = runpy.run_path(EXAMPLE)["digest"]
     monkeypatch.delitem(sys.modules, "piv")
     whole = hashlib.new(algorithm.name, b"a message").digest()

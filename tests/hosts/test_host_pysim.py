@@ -1,4 +1,4 @@
-"""pySim-read, unmodified: what it says of a SIM under ``run`` is what it says on raw pyscard, and it ends silently.
+"""Unmodified pySim-read prints the same about a SIM under ``run`` as on raw pyscard, and ends silently.
 
 The SIM is scripted.  ``scripts/fetch-apps pysim`` fetches pySim.
 """
@@ -33,7 +33,7 @@ RECORDS = {"6f42", "6f40"}
 
 
 class Sim(VirtualCard):
-    """A SIM of TS 51.011, with T=0: a selected file is told by GET RESPONSE, and read."""
+    """A SIM of TS 51.011, with T=0: a SELECT is followed by GET RESPONSE and a read command."""
 
     def __init__(self) -> None:
         super().__init__(bytes.fromhex("3B00"))
@@ -83,7 +83,7 @@ def stack() -> Iterator[VirtualPcsc]:
 
 
 def read(stack: VirtualPcsc, *launcher: str) -> tuple[int, str, str]:
-    """How pySim-read ends, and what it says."""
+    """How pySim-read ends, and its output."""
     command = [sys.executable, *launcher, str(HERE / "bin" / "pySim-read.py"), "--pcsc-device", "0"]
     env = {**stack.env, "PYTHONPATH": f"{HERE}:{ROOT}"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
@@ -96,7 +96,7 @@ RUN = ("-m", "pcsc_safe", "run")
 
 @pytest.mark.parametrize("launcher", [RUN, (*RUN, "--broker", "always")], ids=["native", "broker"])
 def test_it_says_the_same(stack: VirtualPcsc, launcher: tuple[str, ...]) -> None:
-    """Every line, of each file; and nothing on stderr."""
+    """Every line about each file is the same; stderr is empty."""
     status, said, errors = read(stack, *launcher)
     assert (status, errors) == (0, "")
     assert (status, said, errors) == read(stack)

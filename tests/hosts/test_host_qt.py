@@ -1,6 +1,6 @@
-"""A Qt program, offscreen: a timer of its window asks the card, a QThread waits for events, and it starts processes.
+"""A Qt program, offscreen: a timer of its window uses the card, a QThread waits for events, and it starts processes.
 
-PySide6 takes 250 MB, so it is in no extra: ``scripts/fetch-apps qt`` fetches it, and nothing else does.
+PySide6 takes 250 MB, so it is in no extra: only ``scripts/fetch-apps qt`` fetches it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_qt_program(shared_stack: VirtualPcsc, tmp_path: Path, way: str) -> None:
-    """Every exchange is right, every process that it starts or forks works, the wait goes on; and nothing is said."""
+    """Every exchange is right, every process that it starts or forks works, the wait continues; there is no output."""
     if not HERE.exists():
         pytest.skip(f"there is no {HERE}; scripts/fetch-apps gets it")
     launcher, imports = WAYS[way]

@@ -1,4 +1,4 @@
-"""The example under uWSGI, which forks without running Python's hooks: real server, clients and pcscd; workers die."""
+"""The example under uWSGI, which forks without Python's at-fork hooks: real server, clients and pcscd; workers die."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def uwsgi(*options: str, setting: str = "") -> list[str]:
 
 @pytest.mark.parametrize(("count", "options"), RUNS)
 def test_every_signature_is_right(stack: VirtualPcsc, card: DeadlyCard, count: int, options: tuple[str, ...]) -> None:
-    """While workers die in a transaction, are recycled, and the server reloads itself; nothing is left in the end."""
+    """Signatures are right while workers die in a transaction, are recycled, or reload; nothing is left in the end."""
     with serving(uwsgi("--max-requests", RECYCLE_AFTER, "--min-worker-lifetime", "0", *options), stack) as server:
         sign_while_workers_die(server, card, count, lambda: server.tell(signal.SIGHUP))
         server.tell(signal.SIGTERM)
         assert server.status() == 0
         assert server.log.count("*** Starting uWSGI") == 2
         assert "Traceback" not in server.log
-        assert os.listdir(server.directory) == ["http"]  # its socket, which uWSGI leaves where it is
-    assert card.verifications > 2  # the card was reset when its user died
+        assert os.listdir(server.directory) == ["http"]  # uWSGI doesn't remove its socket
+    assert card.verifications > 2  # the card was reset when the process that used it died
 
 
 def test_stop_in_the_middle_of_a_signature(stack: VirtualPcsc, card: DeadlyCard) -> None:
-    """SIGHUP with ``--exit-on-reload`` waits for what is being signed; SIGTERM and SIGINT would not."""
+    """SIGHUP with ``--exit-on-reload`` waits for a signature in progress; SIGTERM and SIGINT would not."""
     with serving(uwsgi("--exit-on-reload", *THREADS), stack) as server:
         certificate = certificate_of(server)
         card.on_signature = lambda number: server.tell(signal.SIGHUP)
@@ -65,7 +65,7 @@ def test_stop_in_the_middle_of_a_signature(stack: VirtualPcsc, card: DeadlyCard)
 
 @pytest.mark.long
 def test_one_session_for_all_workers(stack: VirtualPcsc, card: DeadlyCard) -> None:
-    """With policy share each master gives the PIN to the card once: that of the start, and that of the reload."""
+    """With policy share each master gives the PIN to the card once: after the start, and after the reload."""
     with serving(uwsgi(*THREADS, setting="POLICY=share"), stack) as server:
         sign_while_workers_die(server, card, 1000, lambda: server.tell(signal.SIGHUP))
         server.tell(signal.SIGTERM)
@@ -75,9 +75,9 @@ def test_one_session_for_all_workers(stack: VirtualPcsc, card: DeadlyCard) -> No
 
 
 def test_raw_pyscard_signs_wrong(stack: VirtualPcsc, tmp_path: Path) -> None:
-    """The same on smartcard.scard fails: this test can."""
+    """On smartcard.scard the same program signs wrongly, so this test can fail."""
     with serving(uwsgi(), stack, **raw_pyscard(tmp_path)) as server:
         clients = Clients(server, certificate_of(server), 100, timeout=1)
         clients.finish()
         assert clients.wrong
-    stack.restart()  # what processes that use one connection have left in pcscd is not for the fixture to judge
+    stack.restart()  # the fixture shouldn't check what processes that share one connection leave in pcscd

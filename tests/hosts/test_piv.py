@@ -1,4 +1,4 @@
-"""A real application: yubikit signs with a PIV card, in one process, and in three that go on in the session of one.
+"""A real application: yubikit signs with a PIV card in one process, and in three that share one session.
 
 :mod:`piv` says where the card and the programs come from.
 """
@@ -25,7 +25,7 @@ from pcsc_safe.testing._install import Missing, look
 
 piv = pytest.importorskip("piv")
 
-# That is how jcecard authenticates who personalises the card.
+# jcecard authenticates with these who personalises the card.
 pytestmark = pytest.mark.filterwarnings("ignore:TripleDES has been moved")
 
 RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
@@ -35,20 +35,20 @@ ROUNDS = 50
 
 
 class Personalised(NamedTuple):
-    """A stack with one card in it, and the certificate that was made for that."""
+    """A stack with one card, and the certificate that was made for this card."""
 
     stack: VirtualPcsc
     certificate: str
 
     def env(self, **settings: str) -> dict[str, str]:
-        """That of a program on the stack, with these settings, or the default ones."""
+        """The environment of a program on the stack, with these settings or the defaults."""
         usual = {name: value for name, value in self.stack.env.items() if not name.startswith("PCSC_SAFE_")}
         return {**usual, **{f"PCSC_SAFE_{name.upper()}": value for name, value in settings.items()}}
 
 
 @pytest.fixture(scope="module")
 def personalised() -> Iterator[Personalised]:
-    """A card as yubico-piv-tool leaves it; its stack is not for this process."""
+    """A card that yubico-piv-tool has personalised; this process doesn't use its stack."""
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
@@ -58,7 +58,7 @@ def personalised() -> Iterator[Personalised]:
 
 
 def output(result: CompletedProcess[str]) -> str:
-    """What a program that ended well has said."""
+    """The output of a program, which must succeed."""
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
@@ -76,9 +76,9 @@ def self_sign(public_key: str) -> None:
 
 
 def sign(card: Any, name: str, meet: Callable[[], object] = int) -> dict[str, str]:
-    """Sign 50 messages that nobody else signs, and read the certificate now and then.
+    """Sign 50 messages that no other process signs, and sometimes read the certificate.
 
-    :param meet: waits for the others before each, so that all sign at the same time.
+    :param meet: waits for the others before each message, so that all sign at the same time.
     :return: message and signature, "certificate" and certificate.
     """
     signed = {}
@@ -92,7 +92,7 @@ def sign(card: Any, name: str, meet: Callable[[], object] = int) -> dict[str, st
 
 
 def sign_together(card: Any, name: str, together: Barrier) -> dict[str, str]:
-    """The same; if it fails, nobody waits for this one any more."""
+    """The same; if it fails, the others no longer wait for this process."""
     try:
         return sign(card, name, together.wait)
     except BaseException:
@@ -109,9 +109,9 @@ def sign_alone(module: str, share_mode: str) -> None:
 
 
 def sign_with_two_children(module: str, share_mode: str, limit: str) -> None:
-    """A session and a PIN, then two forks; all three sign 50 messages; the children end, and the parent goes on.
+    """A session and a PIN, then two forks; all three sign 50 messages; the children end, and the parent continues.
 
-    :param limit: seconds that it may take.
+    :param limit: time limit, in seconds.
     """
     card = signer(module, share_mode)
     together = multiprocessing.get_context("fork").Barrier(len(FAMILY))
@@ -125,7 +125,7 @@ def sign_with_two_children(module: str, share_mode: str, limit: str) -> None:
     signal.alarm(int(limit))
     children = [start(child, name) for name in FAMILY[1:]]
     signed = {}
-    with contextlib.suppress(BrokenBarrierError):  # a child failed, and tells how
+    with contextlib.suppress(BrokenBarrierError):  # a child failed, and reports its error
         signed = sign_together(card, FAMILY[0], together)
     for started in children:
         signed.update(wait_for(started))
@@ -135,7 +135,7 @@ def sign_with_two_children(module: str, share_mode: str, limit: str) -> None:
 
 
 def sign_after_reset(how: str) -> None:
-    """What the card says to one who had a session, and to those who come anew."""
+    """The card's status words after a reset, in an old session and in a new one."""
     card = signer(RAW)
     card.sign(b"before")
     card.connection.reset(how)
@@ -154,7 +154,7 @@ def tell(who: str, card: Any) -> None:
 
 
 def assert_all_right(result: CompletedProcess[str], certificate: str, *names: str) -> None:
-    """Every message has its signature, and every time the certificate was read it was that."""
+    """Every message has its signature, and every certificate that was read is the right one."""
     signed = json.loads(output(result))
     certificates = {signed.pop(name) for name in list(signed) if name.startswith("certificate ")}
     assert {f"{name} {number}" for name in names for number in range(ROUNDS)} <= signed.keys()
@@ -166,10 +166,10 @@ def assert_all_right(result: CompletedProcess[str], certificate: str, *names: st
 
 
 def test_yubico_piv_tool_is_content(personalised: Personalised) -> None:
-    """It finds on the card what it has put there, and a signature of the card right."""
+    """yubico-piv-tool finds on the card what it has stored there, and accepts a signature of the card."""
     status = piv.tool("--action=status", env=personalised.env()).stdout
     assert re.search(r"CHUID:\s+30", status)
-    # 2.7.3 tells of the private key before, from metadata that this card doesn't have
+    # 2.7.3 first reports the private key, from metadata that this card doesn't have
     algorithm = r"(Private Key Algorithm:\s+\w+\s+Public Key )?Algorithm:\s+ECCP256"
     assert re.search(rf"Slot 9a:\s+{algorithm}\s+Subject DN:\s+O=pcsc_safe, CN=A card holder", status)
     actions = ["--action=verify-pin", f"--pin={piv.PIN}", "--action=test-signature"]
@@ -179,7 +179,7 @@ def test_yubico_piv_tool_is_content(personalised: Personalised) -> None:
 
 @pytest.mark.parametrize("how", ["SCARD_RESET_CARD", "SCARD_UNPOWER_CARD"])
 def test_the_card_forgets_the_pin(personalised: Personalised, how: str) -> None:
-    """When it is reset or loses its power, which applet was selected and that the PIN was verified; not the key."""
+    """After a reset or a power-off the card has no selected applet and no verified PIN, but still has the key."""
     said = output(in_program(sign_after_reset, how, env=personalised.env()))
     assert said.splitlines() == ["no applet: 6985", "no PIN: 6982", "the PIN again: 9000"]
 
@@ -191,16 +191,16 @@ def test_the_card_forgets_the_pin(personalised: Personalised, how: str) -> None:
     ids=["raw", "safe", "broker", "share"],
 )
 def test_one_process_signs(personalised: Personalised, module: str, settings: dict[str, str], share_mode: str) -> None:
-    """A process that never forks signs through pcsc_safe as through smartcard.scard."""
+    """A process that never forks can sign through pcsc_safe as through smartcard.scard."""
     result = in_program(sign_alone, module, share_mode, env=personalised.env(**settings))
     assert_all_right(result, personalised.certificate, "alone")
 
 
 @pytest.mark.parametrize("share_mode", SHARE_MODES)
 def test_three_processes_sign_in_one_session(personalised: Personalised, share_mode: str) -> None:
-    """Under policy ``share``, two children sign in the parent's session at the same time as it does, without a PIN.
+    """Under policy ``share``, two children sign in the parent's session while it signs, without a PIN.
 
-    What they drop at their end they drop for themselves: the parent goes on.
+    When they end, their cleanup affects only themselves: the parent continues.
     """
     env = personalised.env(policy="share", broker="always")
     result = in_program(sign_with_two_children, SAFE, share_mode, "25", env=env)
@@ -208,7 +208,7 @@ def test_three_processes_sign_in_one_session(personalised: Personalised, share_m
 
 
 def test_three_processes_on_raw_pyscard_do_not(personalised: Personalised) -> None:
-    """The same on smartcard.scard goes wrong: processes hang, die, or have each other's answers."""
+    """On smartcard.scard the same goes wrong: processes hang, die, or receive each other's responses."""
     with pytest.raises(AssertionError):
         assert_all_right(
             in_program(sign_with_two_children, RAW, SHARE_MODES[0], "3", env=personalised.env()),

@@ -1,4 +1,4 @@
-"""PKCS#11 beside pcsc_safe, in one process: with ``guard_native=True`` no child ends its parent's session.
+"""PKCS#11 beside pcsc_safe in one process: with ``guard_native=True`` no child ends its parent's session.
 
 The PKCS#11 module is OpenSC's, called by PyKCS11; the card is that of :mod:`piv`.
 """
@@ -21,15 +21,15 @@ from pcsc_safe.testing._install import Missing, look
 
 pytest.importorskip("PyKCS11", reason="PyKCS11 is not installed: pip install 'pcsc-safe[hosts]'")
 piv = pytest.importorskip("piv")
-import pkcs11  # noqa: E402  # wants PyKCS11
+import pkcs11  # noqa: E402  # imports PyKCS11
 
 pytestmark = [
-    # That is how jcecard authenticates who personalises the card.
+    # jcecard authenticates with these who personalises the card.
     pytest.mark.filterwarnings("ignore:TripleDES has been moved"),
     pytest.mark.skipif(not pkcs11.MODULES, reason="opensc-pkcs11.so is not installed (Debian: opensc-pkcs11)"),
 ]
 
-CANNOT_SAY = os.EX_SOFTWARE << 8  # the descriptor to say it by is closed too
+CANNOT_SAY = os.EX_SOFTWARE << 8  # the descriptor for its report is closed, too
 GENERAL_ERROR = "CKR_GENERAL_ERROR (0x00000005)"
 RESET_CARD = 0x80100068
 YUBIKEY_4 = bytes.fromhex("3BF81300008131FE15597562696B657934D4")  # an ATR that OpenSC knows
@@ -42,12 +42,12 @@ class Readers(NamedTuple):
     certificate: str
 
     def env(self, **settings: str) -> dict[str, str]:
-        """That of a program on the stack, with these settings, or the default ones."""
+        """The environment of a program on the stack, with these settings or the defaults."""
         usual = {name: value for name, value in self.stack.env.items() if not name.startswith("PCSC_SAFE_")}
         return {**usual, **{f"PCSC_SAFE_{name.upper()}": value for name, value in settings.items()}}
 
     def right(self, signed: dict[str, str]) -> int:
-        """How many are the card's signatures of their messages."""
+        """How many of these are the card's signatures of their messages."""
         return sum(len(made) == 128 and self._is_right(text, bytes.fromhex(made)) for text, made in signed.items())
 
     def _is_right(self, text: str, signature: bytes) -> bool:
@@ -59,7 +59,7 @@ class Readers(NamedTuple):
 
 @pytest.fixture(scope="module")
 def readers() -> Iterator[Readers]:
-    """A PIV card, and one that echoes."""
+    """A PIV card, and an EchoCard."""
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
@@ -74,7 +74,7 @@ def self_sign(public_key: str) -> None:
 
 
 def told(program: Any, *arguments: str, env: dict[str, str], prefix: tuple[str, ...] = ()) -> Any:
-    """What the child said, and what the parent has signed since."""
+    """What the child reported, and what the parent has signed since."""
     done = in_program(program, *arguments, env=env, prefix=prefix)
     complaints = [line for line in done.stderr.splitlines() if "returns SCARD_W_RESET_CARD" not in line]
     assert (done.returncode, complaints) == (0, []), done.stderr
@@ -82,7 +82,7 @@ def told(program: Any, *arguments: str, env: dict[str, str], prefix: tuple[str, 
 
 
 def test_without_the_guard_the_parent_loses_its_session(readers: Readers) -> None:
-    """The hazard: a child that does nothing but to end takes the parent's session with it."""
+    """The hazard: a child that only ends takes the parent's session with it."""
     _, signed = told(pkcs11.ends_in_an_orderly_way, env=readers.env())
     assert list(signed.values()) == [GENERAL_ERROR] * pkcs11.ROUNDS
 
@@ -105,33 +105,33 @@ def test_a_child_ends_in_an_orderly_way(readers: Readers) -> None:
     ],
 )
 def test_the_parent_goes_on(readers: Readers, child: str, says: Any) -> None:
-    """Whatever a child does; PCSC_SAFE_GUARD_NATIVE and ``import pcsc_safe`` are all that it takes."""
+    """The parent continues whatever a child does; this needs only PCSC_SAFE_GUARD_NATIVE and ``import pcsc_safe``."""
     said, signed = told(pkcs11.forks, child, env=readers.env(guard_native="yes"))
     assert (said, readers.right(signed)) == (says, pkcs11.ROUNDS)
 
 
 def test_a_fork_in_a_thread(readers: Readers) -> None:
-    """It makes no difference which thread forks."""
+    """Any thread can fork."""
     _, signed = told(pkcs11.forks_in_a_thread, env=readers.env())
     assert readers.right(signed) == pkcs11.ROUNDS
 
 
 def test_a_child_begins_anew(readers: Readers) -> None:
-    """After C_Initialize, as PKCS#11 wants it of a child, it has a session of its own; both sign at the same time."""
+    """After C_Initialize, which PKCS#11 requires in a child, the child has its own session; both sign concurrently."""
     together, signed = told(pkcs11.both_sign, env=readers.env())
     assert (len(together), readers.right(together)) == (2 * pkcs11.ROUNDS, 2 * pkcs11.ROUNDS)
     assert readers.right(signed) == pkcs11.ROUNDS
 
 
 def test_pcsc_safe_in_the_same_process(readers: Readers) -> None:
-    """Its contexts have their policy, as ever, and its child goes on."""
+    """The contexts of pcsc_safe follow their policy, and its child continues."""
     (before, after, parents, here), signed = told(pkcs11.has_sessions_of_both, "", env=readers.env())
     assert (before, after, here) == ([0, [1, 0x90, 0]], [0, [1, 0x90, 0]], [0, [1, 0x90, 0]])
     assert (parents, readers.right(signed)) == (GENERAL_ERROR, pkcs11.ROUNDS)
 
 
 def test_handover_in_the_same_process(readers: Readers) -> None:
-    """What is handed over goes on in the child; the PKCS#11 session stays with the parent."""
+    """The handed-over session continues in the child; the PKCS#11 session stays with the parent."""
     (before, after, parents, here), signed = told(pkcs11.has_sessions_of_both, "handed over", env=readers.env())
     assert (before, after, here) == ([0, [1, 0x90, 0]], [0, [1, 0x90, 0]], [RESET_CARD, []])
     assert (parents, readers.right(signed)) == (GENERAL_ERROR, pkcs11.ROUNDS)
@@ -139,6 +139,6 @@ def test_handover_in_the_same_process(readers: Readers) -> None:
 
 @pytest.mark.parametrize(("when", "right"), [("first", 0), ("anew", pkcs11.ROUNDS)])
 def test_a_fork_from_c(readers: Readers, when: str, right: int) -> None:
-    """The guard comes with the child's first use of pcsc_safe, and spares what is the child's own by then."""
+    """The guard starts with the child's first use of pcsc_safe, and spares the connections that the child has made."""
     child, signed = told(pkcs11.is_forked_from_c, when, env=readers.env())
     assert (readers.right(child), readers.right(signed)) == (right, pkcs11.ROUNDS)

@@ -1,4 +1,4 @@
-"""pyscard's own suites and pcsc-lite's UnitaryTests come out on the retrofit as on raw pyscard: the quick part of them.
+"""pyscard's suites and pcsc-lite's UnitaryTests have the same results as on raw pyscard; this is the quick part.
 
 ``python tests/upstream_suites.py`` runs all; :mod:`upstream` says where they come from.
 """
@@ -25,7 +25,7 @@ QUICK = {
     ],
     "scard": [],
 }
-"""What of a suite takes no more than some seconds; all of it if nothing is named."""
+"""The quick modules of a suite, which take some seconds; all if none is named."""
 PROGRAMS = (
     "SCardBeginTransaction_Disconnect.py",
     "SCardBeginTransaction_ExclusiceMode.py",
@@ -47,7 +47,7 @@ def _stacks() -> None:
     "name", [*(pytest.param(name, marks=pytest.mark.long) for name in ("test", "framework")), "scard"]
 )
 def test_suite(name: str) -> None:
-    """Each test has the outcome that it has on raw pyscard: in the parent, in a forked child, through a broker."""
+    """Each test has the same outcome as on raw pyscard, in the parent, in a forked child, and through a broker."""
     checkout, modules = upstream.source("pyscard"), QUICK[name]
     raw = suites.suite(name, "raw", checkout, modules)
     passed = [outcome for outcome in raw.values() if outcome == "passed"]
@@ -58,7 +58,7 @@ def test_suite(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_program(name: str) -> None:
-    """A program ends as on raw pyscard and says the same: in the parent, in a forked child, through a broker."""
+    """A program ends as on raw pyscard and prints the same, in the parent, in a forked child, and through a broker."""
     checkout = upstream.source("pcsc-lite")
     raw = {name: suites.program(name, "raw", checkout)}
     assert raw[name].status == 0

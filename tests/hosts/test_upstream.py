@@ -1,7 +1,7 @@
-"""Programs that others wrote for smartcard.scard do the same with nothing but their import changed.
+"""Programs written for smartcard.scard do the same when only their import is changed.
 
-pyscard's examples and test cases of the scard layer, from the source of the very pyscard that is installed, and
-pcsc-lite's own test of what a fork does to a handle; :mod:`upstream` says where they come from.
+They are pyscard's examples and its test cases of the scard layer, from the source of the installed version, and
+pcsc-lite's test of what a fork does to a handle; :mod:`upstream` says where they come from.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pcsc_safe import scard
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 ATRS = (bytes.fromhex("3B021450"), bytes.fromhex("3B03145051"))
-"""What pyscard's test cases want: two cards that can do T=0 only, and can be told apart."""
+"""What pyscard's test cases need: two cards with T=0 only and with different ATRs."""
 
 EXAMPLES = (
     "sample_control.py",
     "sample_getATR.py",
     "sample_getAttrib.py",
     "sample_getStatusChange.py",
-    "sample_listCards.py",  # this one, and
-    "sample_listInterfaces.py",  # this, and
-    "sample_locateCards.py",  # this find out that pcsc-lite can't, and say so
-    "sample_pinpad.py",  # there is none; it reports that
+    "sample_listCards.py",  # this one and the
+    "sample_listInterfaces.py",  # next two report that
+    "sample_locateCards.py",  # pcsc-lite can't do what they need
+    "sample_pinpad.py",  # it reports that there is no pinpad
     "sample_readerGroups.py",
     "sample_readers.py",
     "sample_selectDFTelecom.py",
@@ -72,7 +72,7 @@ with open("outcomes.json", "w") as file:
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[VirtualPcsc]:
-    """Two readers with a T=0 card each; not for this process."""
+    """Two readers with a T=0 card each; this process doesn't use them."""
     from pcsc_safe.testing._install import Missing, look
 
     found = look()
@@ -83,7 +83,7 @@ def stack() -> Iterator[VirtualPcsc]:
 
 
 def environment(stack: VirtualPcsc, policy: str = "") -> dict[str, str]:
-    """That of a program on the stack, with default settings but for the policy."""
+    """The environment of a program on the stack, with default settings except for the policy."""
     usual = {name: value for name, value in stack.env.items() if not name.startswith("PCSC_SAFE_")}
     return {**usual, "PCSC_SAFE_POLICY": policy} if policy else usual
 
@@ -95,7 +95,7 @@ def test_no_example_is_left_out() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(stack: VirtualPcsc, tmp_path: Path, name: str) -> None:
-    """An example of pyscard's ends with the same status and says the same, on raw pyscard and on pcsc_safe."""
+    """An example of pyscard ends with the same status and prints the same, on raw pyscard and on pcsc_safe."""
     program = upstream.pyscard("Examples/scard-api") / name
     raw = run_example(upstream.copy(program, tmp_path / "raw", change=False), stack)
     assert raw.output
@@ -103,7 +103,7 @@ def test_example(stack: VirtualPcsc, tmp_path: Path, name: str) -> None:
 
 
 def run_example(program: Path, stack: VirtualPcsc) -> upstream.Outcome:
-    """Run it, and do what it asks for."""
+    """Run it, and respond to its prompts."""
     if program.name != "sample_getStatusChange.py":
         return upstream.run(program, env=environment(stack))
     words, last = "Please insert or remove a card", stack.readers[-1]
@@ -115,7 +115,7 @@ def run_example(program: Path, stack: VirtualPcsc) -> upstream.Outcome:
 
 
 def local_config(stack: VirtualPcsc) -> str:
-    """What pyscard's configcheck.py writes for its test cases: which readers and cards to expect."""
+    """The file that pyscard's configcheck.py writes for its test cases: which readers and cards to expect."""
     readers, atrs = [reader.name for reader in stack.readers], [list(atr) for atr in ATRS]
     return (
         f"expectedReaders = {readers!r}\nexpectedATRs = {atrs!r}\n"
@@ -125,7 +125,7 @@ def local_config(stack: VirtualPcsc) -> str:
 
 
 def run_test_case(module: Path, folder: Path, stack: VirtualPcsc, *, change: bool) -> dict[str, str]:
-    """What became of each test of a module of pyscard's, by its id."""
+    """The outcome of each test of a module of pyscard, by its ID."""
     upstream.copy(module, folder, change=change)
     (folder / "local_config.py").write_text(local_config(stack))
     (folder / "runner.py").write_text(RUNNER)
@@ -137,10 +137,10 @@ def run_test_case(module: Path, folder: Path, stack: VirtualPcsc, *, change: boo
 
 @pytest.mark.parametrize("name", TEST_CASES)
 def test_test_case(stack: VirtualPcsc, tmp_path: Path, name: str) -> None:
-    """Each test of pyscard's passes or fails on pcsc_safe as it does on raw pyscard, with the same words.
+    """Each test of pyscard passes or fails on pcsc_safe as on raw pyscard, with the same output.
 
-    The tests of SCardGetAttrib that ask a reader with a card fail on both: vpcd has no SCARD_ATTR_ATR_STRING.
-    testcase_listcards is left out: it is empty but on Windows.
+    The tests of SCardGetAttrib that use a reader with a card fail on both: vpcd has no SCARD_ATTR_ATR_STRING.
+    testcase_listcards is left out: it is empty except on Windows.
     """
     module = upstream.pyscard("test/scard") / f"{name}.py"
     raw = run_test_case(module, tmp_path / "raw", stack, change=False)
@@ -149,7 +149,7 @@ def test_test_case(stack: VirtualPcsc, tmp_path: Path, name: str) -> None:
 
 
 def test_scard_fork_of_pcsc_lite(stack: VirtualPcsc, tmp_path: Path) -> None:
-    """Under policy ``invalid``, pcsc-lite's own test of fork() passes, and its father goes on to a good end."""
+    """Under policy ``invalid``, pcsc-lite's own test of fork() passes, and its parent ends successfully."""
     program = upstream.source("pcsc-lite") / "UnitaryTests" / "SCard_fork.py"
     copy = upstream.copy(program, tmp_path / "safe", change=True)
     status, output, errors = upstream.run(copy, env=environment(stack, policy="invalid"))
@@ -160,7 +160,7 @@ def test_scard_fork_of_pcsc_lite(stack: VirtualPcsc, tmp_path: Path) -> None:
 
 
 def handle_is_invalid_after_fork() -> None:
-    """The sequence of pcsc-lite's SCard_fork.py in our words; both processes end as Python programs usually do."""
+    """The steps of pcsc-lite's SCard_fork.py; both processes end as Python programs usually do."""
     hresult, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_USER)
     assert hresult == scard.SCARD_S_SUCCESS
     hresult, readers = scard.SCardListReaders(context, [])
@@ -177,7 +177,7 @@ def handle_is_invalid_after_fork() -> None:
 
 
 def test_the_sequence_of_scard_fork(stack: VirtualPcsc) -> None:
-    """Under policy ``invalid``, a son's inherited handle is SCARD_E_INVALID_HANDLE, and his father's goes on."""
+    """Under policy ``invalid``, an inherited handle returns SCARD_E_INVALID_HANDLE; the parent's handle still works."""
     result = in_program(handle_is_invalid_after_fork, env=environment(stack, policy="invalid"))
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines() == ["son: [] Invalid handle.", "son ended with 0", "father: 0 0"]

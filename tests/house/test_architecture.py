@@ -1,4 +1,4 @@
-"""The shape of the library: which room may import which, what importing it does, and that nothing runs in a circle."""
+"""The structure of the package: what each room may import, what an import loads, and no circular imports."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": {"__init__", "errors"},
     "demo": {"__init__", "testing"},
     "doctor": {"__init__", "_core", "broker", "demo", "errors", "policy", "testing"},
-    "__init__": {"_core", "policy"},  # the rest by name, when it is first asked for
+    "__init__": {"_core", "policy"},  # the rest by name, on first access
     "__main__": set(),
 }
-"""A room, and the rooms that it may import; DESIGN, section 6.  A call goes down, and nothing leads back up."""
+"""A room, and the rooms that it may import; DESIGN, section 6.  Calls and imports only go down."""
 
 WITH_A_REASON = {("broker.__main__", COMPOSITION)}
-"""A program of its own that puts the rooms together, after it has become what a broker has to be."""
+"""The broker's program, which imports the rooms after it has set up its process."""
 
 
 class Import(NamedTuple):
     """One module imports another of the package.
 
     :ivar importer: its name in the package, with the room.
-    :ivar imported: that of the other one.
-    :ivar line: where.
-    :ivar is_inner: in a function.
+    :ivar imported: the name of the other module.
+    :ivar line: the line of the import.
+    :ivar is_inner: whether the import is in a function.
     """
 
     importer: str
@@ -52,13 +52,13 @@ class Import(NamedTuple):
 
 
 def modules() -> dict[str, Path]:
-    """Those of the package, by name; without what Python imports by itself."""
+    """The modules of the package, by name, without those that Python imports by itself."""
     files = [file for file in PACKAGE.rglob("*.py") if "site" not in file.parts]
     return {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in files}
 
 
 def imports() -> list[Import]:
-    """All, but those for type checkers."""
+    """All imports except those for type checkers."""
     found = []
     for name, file in modules().items():
         tree = ast.parse(file.read_text())
@@ -99,14 +99,14 @@ def room(module: str) -> str:
 
 
 def test_the_rooms() -> None:
-    """Beside the rooms stand the public modules, and the one that puts the rooms together."""
+    """Outside the rooms are only the public modules, and the module that connects the rooms."""
     top = {name for name in modules() if "." not in name}
     assert top == PUBLIC | {COMPOSITION}
     assert {room(name) for name in modules()} == MAY_IMPORT.keys()
 
 
 def test_the_import_table() -> None:
-    """Each room imports what the table allows, and uses all of it."""
+    """Each room imports only what the table allows, and the table allows nothing that isn't imported."""
     used: dict[str, set[str]] = {name: set() for name in MAY_IMPORT}
     for one in imports():
         if room(one.importer) != room(one.imported) and (one.importer, room(one.imported)) not in WITH_A_REASON:
@@ -115,7 +115,7 @@ def test_the_import_table() -> None:
 
 
 def test_no_import_runs_in_a_circle() -> None:
-    """Not even one that a function hides."""
+    """No import is circular, not even inside a function."""
     arrows: dict[str, set[str]] = {name: set() for name in modules()}
     for one in imports():
         if one.imported != one.importer:
@@ -127,7 +127,7 @@ def test_no_import_runs_in_a_circle() -> None:
 
 
 def test_an_import_in_a_function_has_its_reason_beside_it() -> None:
-    """As a comment on its line, or in the line above."""
+    """An import in a function has a comment with its reason, on its line or in the line above."""
     silent = []
     for one in imports():
         if one.is_inner:
@@ -138,7 +138,7 @@ def test_an_import_in_a_function_has_its_reason_beside_it() -> None:
 
 
 def test_one_module_imports_pyscard() -> None:
-    """The untyped world has one door."""
+    """Only one module imports pyscard, so untyped values enter in one place."""
     importers = set()
     for name, file in modules().items():
         for node in ast.walk(ast.parse(file.read_text())):
@@ -150,7 +150,7 @@ def test_one_module_imports_pyscard() -> None:
 
 
 def test_importing_the_package_loads_nothing() -> None:
-    """``import pcsc_safe`` loads neither pyscard nor wrapt; ``pcsc_safe.scard`` nothing that only a use needs."""
+    """``import pcsc_safe`` loads neither pyscard nor wrapt; ``pcsc_safe.scard`` loads only what every program needs."""
     code = (
         "import sys, pcsc_safe\n"
         "assert not {'smartcard', 'wrapt', 'logging'} & set(sys.modules), sorted(sys.modules)\n"
@@ -166,7 +166,7 @@ def test_importing_the_package_loads_nothing() -> None:
 
 
 def test_it_can_be_imported_on_windows() -> None:
-    """``pcsc_safe.scard`` needs no name at its import that only Unix has, and its functions are pyscard's own there."""
+    """Importing ``pcsc_safe.scard`` needs no name that only Unix has; on Windows its functions are pyscard's own."""
     code = (
         "import os, select, signal, socket, sys\n"
         "lacks = {\n"
@@ -187,7 +187,7 @@ def test_it_can_be_imported_on_windows() -> None:
 
 
 def test_the_hooks_are_registered_once() -> None:
-    """One module registers at-fork hooks, for they cannot be taken back."""
+    """One module registers at-fork hooks, because they can't be unregistered."""
     calls = []
     for path in PACKAGE.rglob("*.py"):
         calls += [
@@ -199,7 +199,7 @@ def test_the_hooks_are_registered_once() -> None:
 
 
 def test_public_modules_say_what_is_public() -> None:
-    """Each module has a docstring and ``__all__``, and what stands in it exists."""
+    """Each module has a docstring, and every name in the public ``__all__`` exists."""
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path
@@ -208,7 +208,7 @@ def test_public_modules_say_what_is_public() -> None:
 
 
 def test_what_begins_with_an_epoch_is_registered() -> None:
-    """A module's ``_begin(epoch)`` is called in every child; the function alone would never be missed."""
+    """Each module's ``_begin(epoch)`` is registered, so every child calls it; no other test would notice otherwise."""
     for name, file in modules().items():
         text = file.read_text()
         if "\ndef _begin(epoch" in text and name != "_core.process":

@@ -1,4 +1,4 @@
-"""The command line: what ``python -m pcsc_safe`` answers, and how it ends."""
+"""The command line: what ``python -m pcsc_safe`` prints, and its exit status."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_version_names_everything_that_a_bug_report_wants() -> None:
-    """``version`` tells the versions of pcsc_safe, Python, pyscard and wrapt, and the platform, a line each."""
+    """``version`` prints the versions of pcsc_safe, Python, pyscard and wrapt, and the platform, one per line."""
     done = run("version")
     told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert (done.returncode, done.stderr) == (0, "")
@@ -35,12 +35,12 @@ def test_version_names_everything_that_a_bug_report_wants() -> None:
 
 
 def test_version_json_says_the_same() -> None:
-    """``version --json`` is one object with the same keys and values."""
+    """``version --json`` prints one object with the same keys and values."""
     assert json.loads(run("version", "--json").stdout) == _versions.versions()
 
 
 def test_version_works_where_a_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not installed is said to be so, and not a crash: such an installation is what one asks about."""
+    """``version`` reports a missing package as not installed: it has to work in such an installation."""
     import importlib.metadata as metadata
 
     def missing(name: str) -> str:
@@ -51,7 +51,7 @@ def test_version_works_where_a_package_is_missing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_version_loads_no_pcsc() -> None:
-    """``version`` loads neither pyscard nor wrapt, so a broken installation can't keep it from working."""
+    """``version`` loads neither pyscard nor wrapt, so it works in a broken installation."""
     code = (
         "import sys; from pcsc_safe.__main__ import main; main(['version']); "
         "sys.exit(any(name in sys.modules for name in ('smartcard', 'wrapt')))"
@@ -60,7 +60,7 @@ def test_version_loads_no_pcsc() -> None:
 
 
 def test_a_command_pays_for_no_other() -> None:
-    """``run`` imports neither the demo nor the doctor: every start of a program would pay for them."""
+    """``run`` imports neither the demo nor the doctor, so it starts quickly."""
     code = (
         "import sys; from pcsc_safe.__main__ import main; main(['version']); "
         "sys.exit(any(name in sys.modules for name in ('pcsc_safe.demo', 'pcsc_safe.doctor', 'pcsc_safe.retrofit')))"
@@ -69,7 +69,7 @@ def test_a_command_pays_for_no_other() -> None:
 
 
 def completed(*words: str) -> set[str]:
-    """What bash offers for the last of some words of a command line."""
+    """The completions that bash offers for the last word of a command line."""
     script = f"""{run("completion", "bash").stdout}
 COMP_WORDS=({" ".join(f"'{word}'" for word in words)}); COMP_CWORD={len(words) - 1}
 _pcsc_safe; printf '%s\\n' "${{COMPREPLY[@]}}"
@@ -81,7 +81,7 @@ _pcsc_safe; printf '%s\\n' "${{COMPREPLY[@]}}"
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash_completes() -> None:
-    """Commands, options, and the values of settings; a file where a command takes a program."""
+    """Completion in bash offers commands, options, values of settings, and files where a command takes a program."""
     assert completed("pcsc-safe", "") == {*cli.COMMANDS, "--help"}
     assert completed("pcsc-safe", "do") == {"doctor"}
     assert completed("pcsc-safe", "doctor", "--t") == {"--touch-cards", "--timeout"}
@@ -93,7 +93,7 @@ def test_bash_completes() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_completion_is_for_everything(shell: str) -> None:
-    """It has each command and each setting, and the shell can read it."""
+    """A completion has each command and each setting, and its shell can parse it."""
     script = run("completion", shell).stdout
     assert all(name in script for name in cli.COMMANDS)
     assert all(option(name).lstrip("-") in script for name in SETTINGS)
@@ -104,7 +104,7 @@ def test_a_completion_is_for_everything(shell: str) -> None:
 
 
 def test_the_console_script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """``pcsc-safe`` is the same command line, and calls itself so."""
+    """``pcsc-safe`` is the same command line, with its own name in the usage."""
     project = (ROOT / "pyproject.toml").read_text()
     assert 'pcsc-safe = "pcsc_safe.__main__:main"' in project
     monkeypatch.setattr(sys, "argv", ["/usr/bin/pcsc-safe", "run", "--help"])
@@ -115,7 +115,7 @@ def test_the_console_script(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.COMMANDS)])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Every command explains itself and ends with 0; the list of commands has each of them."""
+    """Every command's help ends with 0; the list of commands is complete."""
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     said = capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["version", "--no-such-option"]])
 def test_a_wrong_call_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """A call that makes no sense ends with 2 and says how it is used, on stderr."""
+    """Wrong arguments end with 2, and the usage is printed to stderr."""
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     assert ended.value.code == 2
@@ -144,7 +144,7 @@ def test_a_reader_that_reads_no_further() -> None:
 
 
 def test_an_interrupt_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C gives the status a shell expects."""
+    """Ctrl-C ends a command with the status that a shell expects."""
 
     def interrupted(options: Any) -> int:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The documentation: every block of code runs, every link leads somewhere, and no message of the package is missing."""
+"""The documentation: every code block runs, every link works, and no message of the package is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pcsc_safe import policy
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 pytest.importorskip("markdown_it", reason="markdown-it-py is not installed: pip install 'pcsc-safe[test]'")
-from doc_blocks import ROOT, SETUPS, Block, Ended, blocks, pages, run  # wants markdown-it
+from doc_blocks import ROOT, SETUPS, Block, Ended, blocks, pages, run  # imports markdown-it
 
 PACKAGE = Path(pcsc_safe.__file__).parent
 BLOCKS = blocks()
@@ -64,17 +64,17 @@ NOT_RUN = {
     "docs/speed.md": ["installs packages", "installs packages"],
     "docs/start.md": ["installs packages", "it is tests/demo/test_demo.py's, and takes half a minute"],
 }
-"""By page, why blocks of it are not run; a new one has to be entered here."""
+"""Why blocks are not run, by page; a new one has to be added here."""
 
 
 def is_run_here(block: Block) -> bool:
-    """Whether this module runs it."""
+    """Whether this module runs the block."""
     return block.language in ("python", "sh") and not block.says.startswith(("run by", "not run"))
 
 
 @pytest.fixture(scope="module")
 def docs_stack() -> Iterator[VirtualPcsc]:
-    """Two EchoCards."""
+    """A stack with two EchoCards."""
     with VirtualPcsc(2, [EchoCard(), EchoCard()], activate=False) as stack:
         yield stack
 
@@ -84,7 +84,7 @@ RUN_HERE = [pytest.param(block, id=block.name) for block in BLOCKS if is_run_her
 
 @pytest.mark.parametrize("block", RUN_HERE)
 def test_a_block_runs(block: Block, docs_stack: VirtualPcsc, tmp_path: Path) -> None:
-    """A block of Python or sh ends well, and so do the children that it forks."""
+    """A Python or sh block ends successfully, and so do the children that it forks."""
     if block.told("setup") == "daemon":
         pytest.importorskip("daemon", reason="python-daemon is not installed (extra hosts)")
     if "piv" in block.code:
@@ -96,7 +96,7 @@ def test_a_block_runs(block: Block, docs_stack: VirtualPcsc, tmp_path: Path) -> 
 
 
 def test_every_block_is_accounted_for() -> None:
-    """Each has a language; each is run here, by another test, or is in the list of those that are not."""
+    """Each block has a language; it runs here or in another test, or is in the list of those that aren't run."""
     assert {block.language for block in BLOCKS} <= LANGUAGES
     not_run: dict[str, list[str]] = {}
     for block in BLOCKS:
@@ -113,7 +113,7 @@ def test_every_block_is_accounted_for() -> None:
 
 
 def test_who_is_said_to_run_a_block_reads_its_page() -> None:
-    """What is marked as run by another test is run by one that takes it from that page."""
+    """A block that is marked as run by another test is read from its page by that test."""
     for block in BLOCKS:
         test = block.told("run by")
         if test:
@@ -136,7 +136,7 @@ def test_files_for_other_programs_are_well_formed() -> None:
 
 
 def test_the_table_of_settings_is_made_from_the_code() -> None:
-    """``scripts/settings_table.py --write`` writes it."""
+    """``scripts/settings_table.py --write`` makes the table."""
     script = ROOT / "scripts" / "settings_table.py"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     table = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
@@ -156,7 +156,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def test_links() -> None:
-    """Relative links lead to files, and anchors to headings; the others are https, and there are few hosts."""
+    """Relative links lead to files, and anchors to headings; the others use https, and few hosts."""
     hosts = set()
     for page in pages():
         for target in LINK.findall(without_code(page.read_text())):
@@ -171,18 +171,18 @@ def test_links() -> None:
 
 
 def without_code(text: str) -> str:
-    """Text without its blocks and spans of code."""
+    """The text without its code blocks and code spans."""
     return re.sub(r"(?ms)^(```+).*?^\1$|`[^`\n]+`", "", text)
 
 
 def anchors(page: Path) -> set[str]:
-    """The headings of a page, as links name them."""
+    """The anchors of a page's headings."""
     headings = re.findall(r"(?m)^#+ (.*)$", page.read_text())
     return {re.sub(r"[^\w\s-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def test_links_work_on_pypi() -> None:
-    """Where the description of the package has no relative links; scripts/pypi_readme.py makes them absolute."""
+    """PyPI shows the description without relative links: scripts/pypi_readme.py makes them absolute."""
     pytest.importorskip("hatchling", reason="hatchling is not installed: pip install 'pcsc-safe[dev]'")
     absolute = runpy.run_path(str(ROOT / "scripts" / "pypi_readme.py"))["absolute"]
     url = "https://github.com/owner/name"
@@ -194,7 +194,7 @@ def test_links_work_on_pypi() -> None:
 
 
 def test_the_site_is_built(tmp_path: Path) -> None:
-    """Without a warning, links and anchors included, and it asks the network for nothing."""
+    """The site is built without a warning, also about links and anchors, and its pages request nothing else."""
     pytest.importorskip("material", reason="mkdocs-material is not installed: pip install 'pcsc-safe[docs]'")
     # Not --quiet: it would keep the warnings from being counted.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
@@ -206,14 +206,14 @@ def test_the_site_is_built(tmp_path: Path) -> None:
 
 
 def docstrings(file: Path) -> Iterator[tuple[str, str]]:
-    """Those of a module, by the names of what they describe."""
+    """The docstrings of a module, by the names of the objects."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             yield getattr(node, "name", file.stem), ast.get_docstring(node) or ""
 
 
 def test_the_api_page_can_show_its_docstrings() -> None:
-    """Markdown knows neither the tables nor the literal blocks of reStructuredText."""
+    """The docstrings on the API page have no tables or literal blocks of reStructuredText: Markdown has neither."""
     pytest.importorskip("jcecard", reason="jcecard is not installed (extra piv)")  # the page has the virtual PIV card
     names = re.findall(r"(?m)^::: ([\w.]+)", (ROOT / "docs" / "api.md").read_text())
     homes = {getattr(resolve_name(name), "__module__", name) for name in names if name[-1].islower()}
@@ -222,7 +222,7 @@ def test_the_api_page_can_show_its_docstrings() -> None:
             assert not re.search(r"(?m)^\s*={4}|::$", text), f"{file}: {name}"
 
 
-# What is said, but is not a message about something that is wrong.
+# Texts that are not messages about an error.
 SILENT_MODULES = (
     "doctor/",
     "demo/",
@@ -242,7 +242,7 @@ NOT_MESSAGES = re.compile(
 
 
 def messages() -> Iterator[tuple[str, list[str]]]:
-    """Every sentence in the package's code, as where it is and the pieces between what is filled in."""
+    """Every sentence in the package's code: its place, and its fixed parts."""
     for file in sorted(PACKAGE.rglob("*.py")):
         name = str(file.relative_to(PACKAGE))
         if any(part in name for part in SILENT_MODULES):
@@ -276,7 +276,7 @@ HELP_ENDS = (PACKAGE / "retrofit" / "launcher.py").read_text().partition("set_de
 
 
 def test_every_message_is_on_the_page() -> None:
-    """Errors, remedies, log lines and refusals: each is in docs/errors.md, word for word."""
+    """Each error, remedy, log line and refusal is in docs/errors.md, word for word."""
     text = re.sub(r"(?ms)^```.*?^```$", "", (ROOT / "docs" / "errors.md").read_text())
     spans = re.findall(r"`([^`]+)`", re.sub(r"\s+", " ", text))
     missing = []

@@ -1,4 +1,4 @@
-"""What a signal handler raises, be it an OSError, is not taken for a failure of the library's own."""
+"""pcsc_safe never mistakes an exception of a signal handler, even an OSError, for the failure of its own call."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ WITH_A_REASON = {
 
 
 def modules() -> dict[str, Path]:
-    """Those whose code runs in the application's threads, inside calls of PC/SC."""
+    """The modules whose code runs in the application's threads, in PC/SC calls."""
     files = [file for room in ("_core", "_native", "broker") for file in (PACKAGE / room).glob("*.py")]
     return {f"{file.parent.name}.{file.stem}": file for file in files if file.stem not in IN_THE_BROKER}
 
 
 def catching(function: ast.FunctionDef) -> Iterator[ast.AST]:
-    """What catches one of Python's exceptions, and neither asks whose it is nor raises it again."""
+    """Handlers that catch an exception of Python without checking its origin or raising it again."""
     kinds = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)}
     for node in ast.walk(function):
         if isinstance(node, ast.ExceptHandler) and node.type is not None:
@@ -47,7 +47,7 @@ def catching(function: ast.FunctionDef) -> Iterator[ast.AST]:
 
 
 def test_who_catches_asks_whose_it_is() -> None:
-    """By ``failures.is_ours()``, or ``failures.suppress()``; what doesn't is on the list, with its reason."""
+    """Every handler uses ``failures.is_ours()`` or ``failures.suppress()``, or is in the list, with its reason."""
     found = {
         f"{name}.{function.name}"
         for name, file in modules().items()

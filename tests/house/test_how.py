@@ -1,4 +1,4 @@
-"""docs/how.md is about the code as it is."""
+"""docs/how.md describes the code as it is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rooms() -> ModuleType:
 
 
 def test_the_picture_is_drawn_from_the_imports(rooms: ModuleType) -> None:
-    """It is what scripts/rooms.py draws now; its arrows lead down, or to a neighbour."""
+    """The picture is what scripts/rooms.py draws now; its arrows lead down or sideways."""
     assert rooms.PICTURE.read_text() == rooms.svg(), "run scripts/rooms.py --write"
     layer = {name: number for number, names in enumerate(rooms.LAYERS) for name in names}
     assert [(one, other) for one, other in rooms.arrows() if layer[one] > layer[other]] == []
@@ -38,7 +38,7 @@ def test_the_picture_is_drawn_from_the_imports(rooms: ModuleType) -> None:
 
 
 def test_every_file_and_function_exists() -> None:
-    """Whatever the page names as code of this package is there."""
+    """Every file and function that the page names exists."""
     files = set(re.findall(r"`(pcsc_safe/[\w/]+\.py)`", PAGE))
     assert files
     assert [name for name in files if not (ROOT / name).is_file()] == []

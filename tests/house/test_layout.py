@@ -1,4 +1,4 @@
-"""The layout of the tests: a room for each room of the package, a home for each helper, and a page that names them."""
+"""The layout of the tests: a directory for each room of the package, helpers for shared code, a complete README.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pcsc_safe
 
 PACKAGE = Path(pcsc_safe.__file__).parent
 ON_TOP = {"hosts", "whole", "house"}
-"""The rooms of tests that are of no single room of the package."""
+"""The directories of tests that belong to no single room of the package."""
 
 FILES = sorted(TESTS.rglob("*.py"))
 MODULES = [file for file in FILES if file.name.startswith("test_")]
@@ -23,7 +23,7 @@ ROOMS = {file.parent.name for file in MODULES}
 
 
 def imported(file: Path) -> set[str]:
-    """The names of the modules that a file imports, wherever it does."""
+    """The names of all modules that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -34,7 +34,7 @@ def imported(file: Path) -> set[str]:
 
 
 def sections() -> dict[str, set[str]]:
-    """The files that each section of README.md has rows for."""
+    """The files in the rows of each section of README.md."""
     found = {}
     for section in re.split(r"(?m)^## ", (TESTS / "README.md").read_text())[1:]:
         title, _, text = section.partition("\n")
@@ -44,13 +44,13 @@ def sections() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_nothing_imports_a_test_module(file: Path) -> None:
-    """What two modules share has its home in a helper; a test module may import itself, as pickle would."""
+    """What two test modules share is in a helper; a test module may import only itself, as pickle does."""
     tests = {module.stem for module in MODULES} - {file.stem}
     assert not tests & {name.rpartition(".")[2] for name in imported(file)}
 
 
 def test_the_rooms() -> None:
-    """Each test module is in a room: one of the package, or one of the three on top; no room is a package itself."""
+    """Each test module is in a directory: one for a room of the package, or one of three others; none is a package."""
     rooms = {path.name.lstrip("_") for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert rooms | ON_TOP == ROOMS
     assert {file.parent.parent for file in MODULES} == {TESTS}
@@ -59,7 +59,7 @@ def test_the_rooms() -> None:
 
 
 def test_each_name_is_one_modules() -> None:
-    """No two files have one name, and no helper has that of a room or of a module of Python's."""
+    """All file names differ, and no helper is named like a room or a standard module."""
     names = [file.stem for file in FILES]
     assert sorted(names) == sorted(set(names))
     helpers = {file.stem for file in HELPERS}
@@ -68,6 +68,6 @@ def test_each_name_is_one_modules() -> None:
 
 
 def test_the_page_names_each_file() -> None:
-    """README.md has a row for each file, in the section of its room, and none for a file that there is not."""
+    """README.md has a row for each file, in the section of its directory, and no other row."""
     expected = {room: {file.name for file in MODULES if file.parent.name == room} for room in ROOMS}
     assert sections() == {**expected, "Helpers": {file.name for file in HELPERS}}

@@ -1,6 +1,6 @@
-"""The recipes of CONTRIBUTING.md: each new thing has one place.
+"""The recipes of CONTRIBUTING.md: each addition needs a change in one place.
 
-Each test changes a copy of the package in that one place, and looks for the thing wherever users meet it.
+Each test changes a copy of the package in this place, and looks for the addition wherever users see it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCRIPTS = PACKAGE.parent / "scripts"
 
 
 class Copy:
-    """A copy of the package, to be changed."""
+    """A copy of the package that can be changed."""
 
     def __init__(self, directory: Path, env: dict[str, str]) -> None:
         self.directory, self.env = directory, env
@@ -31,14 +31,14 @@ class Copy:
         shutil.copytree(PACKAGE, directory / "pcsc_safe", ignore=shutil.ignore_patterns("__pycache__"))
 
     def change(self, module: str, before: str, after: str) -> None:
-        """Put ``after`` in the place of ``before`` in one module."""
+        """Replace ``before`` with ``after`` in one module."""
         file = self.directory / "pcsc_safe" / module
         text = file.read_text()
         assert text.count(before) == 1, (module, before)
         file.write_text(text.replace(before, after))
 
     def run(self, *command: str, **variables: str) -> str:
-        """What ``python command`` prints, with this copy."""
+        """The output of ``python command`` with this copy."""
         env = {name: value for name, value in self.env.items() if not name.startswith("PCSC_SAFE_")}
         done = subprocess.run(
             [sys.executable, *command],
@@ -62,7 +62,7 @@ SAYS = "import pcsc_safe; {0}; print(pcsc_safe.settings().patience)"
 
 
 def test_a_setting_is_a_row(copy: Copy) -> None:
-    """A row of Settings is a keyword, a variable, an option, a line of the docs' table, and is parsed."""
+    """A row of Settings gives a keyword, a variable, an option and a line in the docs' table; its values are parsed."""
     row = '    patience: float = _setting(2.5, "seconds that somebody waits")\n'
     copy.change("policy.py", "    recover: bool = _setting(", f"{row}    recover: bool = _setting(")
     assert copy.run("-c", SAYS.format("pass")) == "2.5\n"
@@ -90,7 +90,7 @@ os.waitpid(pid, 0)
 
 
 def test_a_policy_is_a_member_and_its_verdict(copy: Copy, shared_stack: VirtualPcsc) -> None:
-    """A member of Policy is a choice wherever the setting is; what it means, decide() says."""
+    """A member of Policy is a choice of the setting; decide() says what it does."""
     copy.change("policy.py", '    INVALID = "invalid"\n', '    INVALID = "invalid"\n    SILENT = "silent"\n')
     copy.change(
         "policy.py",
@@ -113,7 +113,7 @@ native.SCardFrobnicate = smartcard.scard.SCardFrobnicate = SCardFrobnicate
 
 
 def test_a_function_is_a_row(copy: Copy, shared_stack: VirtualPcsc) -> None:
-    """A row of CALLS takes proxies in the owner, and gets what the policy says in a child."""
+    """A row of CALLS accepts proxies in the owner, and follows the policy in a child."""
     row = '        _context("SCardFrobnicate"),\n'
     copy.change("_core/calls.py", '        _context("SCardCancel", ', f'{row}        _context("SCardCancel", ')
     child = NEW_FUNCTION + IN_A_CHILD.format(call="scard.SCardFrobnicate(context) == scard.SCARD_E_INVALID_HANDLE")
@@ -125,7 +125,7 @@ def test_a_function_is_a_row(copy: Copy, shared_stack: VirtualPcsc) -> None:
 
 
 def test_a_finding_is_a_key_and_what_yields_it(copy: Copy, shared_stack: VirtualPcsc) -> None:
-    """It is printed, and in ``--json``."""
+    """A new finding is printed, also in ``--json``."""
     copy.change("doctor/_findings.py", '    "platform",\n', '    "platform",\n    "weather",\n')
     finding = '    yield Finding("weather", Status.OK, "the weather", "it is fine")\n'
     copy.change("doctor/_machine.py", FIRST_FINDING, finding + FIRST_FINDING)
@@ -139,7 +139,7 @@ FIRST_FINDING = "    yield _itself("
 
 
 def doctor(copy: Copy, *options: str, **variables: str) -> str:
-    """What it prints, whatever it finds."""
+    """The doctor's output, whatever it finds."""
     command = [sys.executable, "-m", "pcsc_safe", "doctor", "--no-probe", *options]
     env = {**copy.env, **variables, **copy.first}
     return subprocess.run(
@@ -148,7 +148,7 @@ def doctor(copy: Copy, *options: str, **variables: str) -> str:
 
 
 def test_a_hazard_is_a_module(copy: Copy) -> None:
-    """A file in demo/hazards is found by being there."""
+    """A file in demo/hazards is a hazard of the demo."""
     hazards = copy.directory / "pcsc_safe" / "demo" / "hazards"
     first = sorted(hazards.glob("h02*.py"))[0].read_text()
     (hazards / "h99_another.py").write_text(first.replace('"2", ', '"99", ', 1))
@@ -157,7 +157,7 @@ def test_a_hazard_is_a_module(copy: Copy) -> None:
 
 
 def test_an_event_is_a_call_of_record(copy: Copy, shared_stack: VirtualPcsc, tmp_path: Path) -> None:
-    """It is in the report, and drawn."""
+    """A call of record() puts an event in the report and in the drawing."""
     copy.change(
         "_core/router.py",
         '    call = CALLS["SCardEstablishContext"]\n',

@@ -1,4 +1,4 @@
-"""The site as a browser shows it, and the files that scripts make: the picture of the demo, the man page."""
+"""The site in a browser, and the files that scripts make: the picture of the demo, the man page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ addEventListener("load", () => setTimeout(() => {
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built."""
+    """The built site."""
     if importlib.util.find_spec("material") is None:
         pytest.skip("mkdocs-material is not installed: pip install 'pcsc-safe[docs]'")
     directory = tmp_path_factory.mktemp("built") / "site"
@@ -46,7 +46,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_search_works_in_files(site: Path, browser: Any) -> None:
-    """Where a browser starts no web worker."""
+    """The search works in a browser that starts no web worker, as for files."""
     page = site / "searched.html"
     page.write_text((site / "index.html").read_text().replace("</body>", f"{SEARCH}</body>"))
     dom, console = browser(page)
@@ -56,7 +56,7 @@ def test_the_search_works_in_files(site: Path, browser: Any) -> None:
 
 
 def test_the_version_is_shown(site: Path) -> None:
-    """In the header, and a link beside it."""
+    """The header has the version, and a link beside it."""
     version = runpy.run_path(str(ROOT / "scripts" / "docs_hook.py"))["_value"]("__version__", "pcsc_safe/__init__.py")
     page = (site / "index.html").read_text()
     assert re.search(rf"md-ellipsis\">\s*pcsc_safe {re.escape(version)}\s", page)
@@ -64,12 +64,12 @@ def test_the_version_is_shown(site: Path) -> None:
 
 
 def test_the_timeline_tells_what_is_under_the_pointer(site: Path) -> None:
-    """It is embedded as a document; as an image it would have no tooltips."""
+    """The timeline is embedded as a document, because an image has no tooltips."""
     assert '<object type="image/svg+xml" data="timeline.svg"' in (site / "timeline.html").read_text()
 
 
 def test_the_picture_shows_the_demo() -> None:
-    """Every hazard of the demo, with what the run said of it; to be made again when the demo changes."""
+    """The picture has every hazard of the demo, with the verdict of the run; if the demo changes, make it again."""
     picture = (ROOT / "docs" / "images" / "demo.svg").read_text()
     texts = [unescape(text) for text in re.findall(r"<text [^>]*>([^<]+)</text>", picture)]
     shown = [text for text in texts if text in {hazard.NAME for hazard in hazards.load()}]
@@ -79,6 +79,6 @@ def test_the_picture_shows_the_demo() -> None:
 
 
 def test_the_man_page_is_up_to_date() -> None:
-    """It has the options and the settings that there are."""
+    """The man page has all options and settings, and no others."""
     made = runpy.run_path(str(ROOT / "scripts" / "man_page.py"))["page"]()
     assert (ROOT / "man" / "pcsc-safe.1").read_text() == made, "run scripts/man_page.py --write"

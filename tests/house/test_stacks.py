@@ -1,4 +1,4 @@
-"""``scripts/stacks``: what it reads from the tests' output, what it says where it can't run, and the pages' tables."""
+"""``scripts/stacks``: how it reads the tests' output, what it reports where it can't run, and the pages' tables."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ tests/whole/test_storm.py ++++++++++ Timeout ++++++++++
 
 
 def result(**more: Any) -> dict[str, Any]:
-    """A green one."""
+    """A successful result."""
     versions = {"debian": "13.2", "pcsc_lite": "2.3.3", "python": "3.13.5", "pyscard": "2.3.1", "wrapt": "2.0.0"}
     seen = {"demo": "ok", "status": 0, "seconds": 600, "date": "2026-01-31", "log": "a.log", "arguments": []}
     return {"stack": "trixie", **versions, **seen, "tests": results.read_tests(GREEN), **more}
 
 
 def test_counts_and_reasons_of_both_runs_are_added() -> None:
-    """Deselected tests aren't counted, and what a test printed isn't a summary."""
+    """Counts and reasons of both runs are added; deselected tests and output of tests are not counted."""
     assert results.read_tests(GREEN) == {
         "passed": 14,
         "failed": 0,
@@ -65,7 +65,7 @@ def test_counts_and_reasons_of_both_runs_are_added() -> None:
 
 
 def test_a_run_that_did_not_end_is_a_failure() -> None:
-    """So is each test that failed; all are named."""
+    """A run that did not end is a failure, and so is each failed test; all are named."""
     read = results.read_tests(RED)
     assert (read["passed"], read["failed"], read["errors"]) == (2, 1, 1)
     assert read["failures"] == [
@@ -76,7 +76,7 @@ def test_a_run_that_did_not_end_is_a_failure() -> None:
 
 
 def test_the_table_for_a_terminal() -> None:
-    """A row for each stack; beneath it reasons, with their counts."""
+    """The table has a row for each stack; the reasons follow, with their counts."""
     text = results.as_text([result(), {"stack": "sid", "impossible": "there is no network"}])
     assert "14 passed, 0 failed, 4 skipped, 1 xfailed" in text
     assert "skipped 3: uwsgi is not installed" in text
@@ -85,7 +85,7 @@ def test_the_table_for_a_terminal() -> None:
 
 
 def test_only_whole_green_runs_are_recorded(tmp_path: Path) -> None:
-    """A later one takes the place of the one before; the others are named, with the reason."""
+    """Only complete, successful runs are recorded, and replace older ones; the others are named, with the reason."""
     file, order = tmp_path / "stacks.json", ["bookworm", "trixie", "sid"]
     assert results.record([result(stack="sid"), result()], order, file) == []
     part, red = result(arguments=["tests/core/test_scard.py"]), result(stack="bookworm", status=1)
@@ -101,36 +101,36 @@ def test_only_whole_green_runs_are_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", results.PAGES)
 def test_the_table_on_a_page_is_the_recorded_one(page: str) -> None:
-    """``scripts/stacks --record`` writes it; nobody else."""
+    """Only ``scripts/stacks --record`` writes the table."""
     text = (ROOT / page).read_text()
     assert results.with_table(text, results.as_markdown(results.recorded())) == text
 
 
 def run_stacks(**env: str) -> subprocess.CompletedProcess[str]:
-    """The script, where it can't do anything."""
+    """Run the script where it can't do anything."""
     command = [sys.executable, str(ROOT / "scripts" / "stacks"), "trixie"]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as the script does")
 def test_what_the_machine_lacks_is_named() -> None:
-    """With an exit status of its own."""
+    """What is missing is named, with its own exit status."""
     done = run_stacks(PATH="/nonexistent")
     assert (done.returncode, done.stdout) == (77, "")
     assert done.stderr == "scripts/stacks: not possible here: there is no unshare here\n"
 
 
 def test_a_stack_that_there_is_not_is_refused() -> None:
-    """The ones that there are are named."""
+    """An unknown stack is refused, and the known ones are named."""
     command = [sys.executable, str(ROOT / "scripts" / "stacks"), "potato"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "there is no stack potato; there are bookworm, trixie, sid" in done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounts, in a namespace, as root")
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounts in a namespace, as root")
 def test_what_has_a_mount_in_it_is_not_deleted(tmp_path: Path) -> None:
-    """Not even a part of it."""
+    """A directory with a mount in it is not deleted, not even in part."""
     (tmp_path / "here").mkdir()
     (tmp_path / "kept").touch()
     program = f"""
@@ -145,7 +145,7 @@ except NotPossible as error:
     mount = f"mount -t tmpfs tmpfs {tmp_path}/here && exec {sys.executable} -c '$0'".replace("'$0'", '"$0"')
     command = ["unshare", "--mount", "sh", "-c", mount, program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    if done.stderr.startswith(("unshare:", "mount:")):  # in a chroot, or a container
+    if done.stderr.startswith(("unshare:", "mount:")):  # in a chroot or a container
         pytest.skip(f"no mount is permitted here: {done.stderr.strip()}")
     assert done.stdout == f"{tmp_path}/here is a mount; unmount it before {tmp_path} can be deleted\n"
     assert (tmp_path / "kept").exists()

@@ -1,4 +1,4 @@
-"""What a type checker knows of pcsc_safe: as much as there is, and nothing that there is not."""
+"""What a type checker knows about pcsc_safe: every public name, and no other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pcsc_safe.policy import SETTINGS
 STUB = ast.parse(Path(pcsc_safe.__path__[0], "scard.pyi").read_text())
 VERSION = [int(part) for part in importlib.metadata.version("pyscard").split(".") if part.isdigit()]
 OLDER = VERSION < [2, 3, 1] or not sys.platform.startswith("linux")
-"""Than the pyscard that the stub describes, or another one's."""
+"""The stub describes a newer pyscard, or that of another system."""
 FUNCTIONS = {name: value for name, value in vars(raw).items() if inspect.isfunction(value) and name[0] != "_"}
 CONSTANTS = {name: value for name, value in vars(raw).items() if isinstance(value, (int, str)) and name[0] != "_"}
 
@@ -129,9 +129,9 @@ pcsc_safe.reconnecting(1, lambda card: card.upper())
 
 
 def test_the_stub_has_the_functions_of_pyscard_with_their_parameters() -> None:
-    """Every function of the installed smartcard.scard is there, its parameters as pyscard names them.
+    """Every function of the installed smartcard.scard is in the stub, with the same parameter names.
 
-    An older pyscard may lack some: those of reader groups came after 2.0.
+    An older pyscard may lack some: those for reader groups were added after 2.0.
     """
     declared = {
         node.name: [argument.arg for argument in node.args.args]
@@ -143,7 +143,7 @@ def test_the_stub_has_the_functions_of_pyscard_with_their_parameters() -> None:
 
 
 def test_the_stub_has_the_constants_of_pyscard_with_their_types() -> None:
-    """Every constant of the installed smartcard.scard is there with its type, and, from 2.3.1 on, no other."""
+    """Every constant of the installed smartcard.scard is in the stub with its type; from 2.3.1 on there is no other."""
     declared = {
         node.target.id: ast.unparse(node.annotation)
         for node in STUB.body
@@ -155,16 +155,16 @@ def test_the_stub_has_the_constants_of_pyscard_with_their_types() -> None:
 
 
 def test_the_stub_has_everything_else_of_pyscard() -> None:
-    """Besides functions and constants, smartcard.scard has one exception."""
+    """Besides functions and constants, smartcard.scard has only one exception."""
     classes = {node.name for node in STUB.body if isinstance(node, ast.ClassDef)}
     assert classes == {name for name, value in vars(raw).items() if inspect.isclass(value)} == {"error"}
 
 
 def check(program: str, tmp_path: Path) -> list[str]:
-    """What mypy --strict finds in a user's program: ``line: code``."""
+    """The findings of mypy --strict in a user's program, as ``line: code``."""
     pytest.importorskip("mypy")
     (tmp_path / "program.py").write_text(textwrap.dedent(program))
-    (tmp_path / "mypy.ini").write_text("[mypy]\n")  # none of the checkout's own settings
+    (tmp_path / "mypy.ini").write_text("[mypy]\n")  # no settings of the checkout
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "program.py"]
     result = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=300)
     lines = result.stdout.splitlines()
@@ -175,12 +175,12 @@ def check(program: str, tmp_path: Path) -> list[str]:
 
 
 def test_a_strictly_typed_program_passes(tmp_path: Path) -> None:
-    """``mypy --strict`` has nothing against a program that uses every part of the public interface."""
+    """``mypy --strict`` accepts a program that uses every part of the public interface."""
     assert check(USER_PROGRAM, tmp_path) == []
 
 
 def test_a_wrong_program_does_not_pass(tmp_path: Path) -> None:
-    """A wrong argument, a wrong number of results, bytes for a list, and what is not there are found."""
+    """A wrong argument, a wrong number of results, bytes for a list, and unknown names are found."""
     found = [
         "5: arg-type",
         "6: misc",
@@ -197,7 +197,7 @@ def test_a_wrong_program_does_not_pass(tmp_path: Path) -> None:
 
 
 def test_each_value_of_a_setting_is_known() -> None:
-    """What type checkers take for a setting is its enumeration, or one of its words; no more and no less."""
+    """A type checker accepts a setting's enumeration and its words, and nothing else."""
     source = ast.parse(Path(pcsc_safe.__path__[0], "_core", "configure.py").read_text())
     typed = [node for node in ast.walk(source) if isinstance(node, ast.FunctionDef) and node.name == "configure"][-1]
     known = {
@@ -211,7 +211,7 @@ def test_each_value_of_a_setting_is_known() -> None:
 
 
 def test_the_typed_program_uses_all_that_is_public() -> None:
-    """So that a name that is added is in it as well."""
+    """The typed program uses every public name, so an added name can't be missed."""
     used = {node.attr for node in ast.walk(ast.parse(USER_PROGRAM)) if isinstance(node, ast.Attribute)}
     used |= {node.id for node in ast.walk(ast.parse(USER_PROGRAM)) if isinstance(node, ast.Name)}
     assert set(pcsc_safe.__all__) <= used

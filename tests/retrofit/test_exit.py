@@ -1,7 +1,7 @@
-"""The end of the interpreter: what is collected there says nothing, and ends its sessions.
+"""At the end of the interpreter, collected objects print nothing, and their sessions are ended.
 
-A process that dies leaves its sessions to pcscd, which resets their cards; one that ends them leaves the cards as they
-are, for that is what these programs ask for.  So a card tells whether anything was skipped.
+If a process dies, pcscd resets the cards of its sessions.  If it ends its sessions, the cards are left as they are,
+because these programs ask for that.  So a card shows whether a session was not ended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from conftest import ECHO
 from pcsc_safe import scard as safe
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
-pytestmark = pytest.mark.native  # each test says itself what its programs use
+pytestmark = pytest.mark.native  # each test sets what its programs use
 
 MAKES = """
 import os, sys
@@ -124,9 +124,9 @@ threading.Thread(target=keep, args=(made(), ready), daemon=True).start()
 ready.wait()
 """,
 }
-"""Where objects are at the end."""
+"""Where objects are referenced at the end."""
 
-NEVER_COLLECTED = {"sys", "a daemon thread"}  # on raw pyscard neither
+NEVER_COLLECTED = {"sys", "a daemon thread"}  # on raw pyscard, these are not collected either
 
 WAYS = {
     "run": ["-m", "pcsc_safe", "run"],
@@ -147,11 +147,11 @@ def stack() -> Iterator[VirtualPcsc]:
 
 
 PYTHONS_OWN = "ignore:This process:DeprecationWarning,ignore:remaining subinterpreters:RuntimeWarning"
-"""What Python 3.12 says of a fork beside threads, and 3.14 of subinterpreters."""
+"""The warnings of Python 3.12 about a fork with threads, and of 3.14 about subinterpreters."""
 
 
 def ends(stack: VirtualPcsc, way: str, program: str) -> tuple[int, str, int]:
-    """How a program ends: its status, all that it says, and how often a card was reset."""
+    """How a program ends: its status, its output, and how often a card was reset."""
     before = resets(stack)
     command = [sys.executable, *WAYS.get(way, []), "-c", program]
     env = {**os.environ, **stack.env, "PYTHONWARNINGS": PYTHONS_OWN}
@@ -165,7 +165,7 @@ def ends(stack: VirtualPcsc, way: str, program: str) -> tuple[int, str, int]:
 
 
 def settle(reader: str) -> None:
-    """Wait until pcscd has done with a card what it does when a process has died."""
+    """Wait until pcscd has done what it does with a card whose process has died."""
     context = establish()
     answer: Any = [None, None]
     while answer[0] != OK:
@@ -184,7 +184,7 @@ def program(way: str, where: str, *more: str, then: str = "monitor.deleteObserve
 
 
 def test_a_death_is_seen(stack: VirtualPcsc) -> None:
-    """The control: a process that ends without its finalizers has its cards reset by pcscd."""
+    """The control: if a process ends without its finalizers, pcscd resets its cards."""
     status, said, resets = ends(stack, "run", program("run", "a global", "os._exit(0)"))
     assert (status, said) == (0, "")
     assert resets > 0
@@ -193,7 +193,7 @@ def test_a_death_is_seen(stack: VirtualPcsc) -> None:
 @pytest.mark.parametrize("way", ["run", *(pytest.param(way, marks=pytest.mark.long) for way in WAYS if way != "run")])
 @pytest.mark.parametrize("where", KEPT)
 def test_the_end_is_silent(stack: VirtualPcsc, where: str, way: str) -> None:
-    """What is kept anywhere ends with the program, without a word, and its sessions are ended."""
+    """Every object, wherever it is kept, is finalized at the end without output, and its session is ended."""
     status, said, resets = ends(stack, way, program(way, where))
     assert (status, said) == (0, "")
     assert resets == 0 or where in NEVER_COLLECTED
@@ -202,7 +202,7 @@ def test_the_end_is_silent(stack: VirtualPcsc, where: str, way: str) -> None:
 @pytest.mark.parametrize("way", ["run", *(pytest.param(way, marks=pytest.mark.long) for way in WAYS if way != "run")])
 @pytest.mark.parametrize("where", KEPT)
 def test_the_end_of_a_child_is_silent(stack: VirtualPcsc, where: str, way: str) -> None:
-    """So is the end of a child, and of its parent after it; the child's reaches no session."""
+    """A child, and its parent after it, end without output; the end of the child affects no session."""
     status, said, resets = ends(stack, way, program(way, where, "forks()"))
     assert (status, said) == (0, "")
     assert resets == 0 or where in NEVER_COLLECTED
@@ -210,7 +210,7 @@ def test_the_end_of_a_child_is_silent(stack: VirtualPcsc, where: str, way: str) 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_observers_that_stay(stack: VirtualPcsc, way: str) -> None:
-    """The threads of monitors are ended with the program; what they know of is not collected, nor is it by pyscard."""
+    """The threads of monitors end with the program; what they refer to is not collected, as on raw pyscard."""
     status, said, _ = ends(stack, way, program(way, "a global", then="ReaderMonitor().addObserver(Silent())"))
     assert (status, said) == (0, "")
 
@@ -239,7 +239,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_thread_that_holds_what_a_finalizer_wants(stack: VirtualPcsc) -> None:
-    """A child ends while another thread of it gets a card its own, and waits for its parent's transaction."""
+    """A child ends while one of its threads connects a card again, and waits for its parent's transaction."""
     command = [sys.executable, *WAYS["run"], "--cards", "reconnect", "-c", BLOCKED]
     env = {**os.environ, **stack.env}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
@@ -267,7 +267,7 @@ assert not run(made, {inner!r})
 @pytest.mark.parametrize("way", ["run", "run broker"])
 @pytest.mark.parametrize("then", ["", "interpreters.destroy(made)"], ids=["stays", "is ended before"])
 def test_a_subinterpreter(stack: VirtualPcsc, then: str, way: str) -> None:
-    """It has its own connection, which ends with it, without a word."""
+    """A subinterpreter has its own connection, which ends with it and without output."""
     inner = """
 from smartcard.System import readers
 kept = readers()[0].createConnection()
@@ -324,7 +324,7 @@ assert os.wait()[1] == 0
 @pytest.mark.parametrize("gateway", ["native", "broker"])
 @pytest.mark.parametrize("where", ["a global", "builtins", "atexit"])
 def test_the_drop_in_ends_silently(stack: VirtualPcsc, where: str, gateway: str) -> None:
-    """Finalizers of the application use PC/SC at the end, while daemon threads are in calls; so they may in a child."""
+    """At the end, finalizers of the application can use PC/SC while daemon threads are in calls, also in a child."""
     keeps = {
         "a global": "kept = Ends()",
         "builtins": "import builtins; builtins.kept = Ends()",

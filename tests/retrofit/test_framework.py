@@ -1,4 +1,4 @@
-"""pyscard's classes in a forked child, after install(): connections, requests, locks, finalizers, monitors."""
+"""After install(), pyscard's classes work in a forked child: connections, requests, locks, finalizers, monitors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from programs import (
 import pcsc_safe
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
-pytestmark = pytest.mark.native  # each test says itself what its programs use
+pytestmark = pytest.mark.native  # each test sets what its programs use
 
 WAYS = {"native": {}, "broker": {"PCSC_SAFE_BROKER": "always"}}
 through_both = pytest.mark.parametrize("way", WAYS)
 
 
 def connections() -> dict[str, Any]:
-    """One of each kind, connected; all to one card."""
+    """A connection of each kind, all to one card."""
     from smartcard.CardConnectionObserver import CardConnectionObserver
     from smartcard.ExclusiveConnectCardConnection import ExclusiveConnectCardConnection
     from smartcard.ExclusiveTransmitCardConnection import ExclusiveTransmitCardConnection
@@ -82,11 +82,11 @@ def each_connection() -> None:
 
 @through_both
 def test_connections(shared_stack: VirtualPcsc, way: str) -> None:
-    """With ``cards="reset"`` a child's are told of a reset card, and connect again; its parent's go on."""
+    """With ``cards="reset"`` a child's connections report a reset card, and connect again; the parent's continue."""
     names = ["plain", "observed", "transmitting alone", "connected alone"]
     (refused, works), parents = outcome(each_connection, shared_stack, PCSC_SAFE_CARDS="reset", **WAYS[way])
     assert refused == dict.fromkeys(names, "CardConnectionException")
-    told = {"connected alone": "CardConnectionException", "locked": [1]}  # it is the parent's alone
+    told = {"connected alone": "CardConnectionException", "locked": [1]}  # the lock belongs to the parent alone
     assert works == {**dict.fromkeys(names, True), **told}
     assert parents == dict.fromkeys(names, True)
 
@@ -121,7 +121,7 @@ def requests_and_sessions() -> None:
 
 @through_both
 def test_requests_services_and_sessions(shared_stack: VirtualPcsc, way: str) -> None:
-    """CardRequest, CardService and Session, inherited, work in a child as connections do; readers() just works."""
+    """An inherited CardRequest, CardService or Session works in a child as a connection does; so does readers()."""
     told = ["CardConnectionException", "CardConnectionException", 2, True, True]
     assert outcome(requests_and_sessions, shared_stack, PCSC_SAFE_CARDS="reset", **WAYS[way]) == [told, True, [7]]
 
@@ -148,12 +148,12 @@ def drops_all(installed: str) -> None:
 
 @pytest.mark.parametrize("installed", ["early", "late"])
 def test_finalizers_are_silent(shared_stack: VirtualPcsc, installed: str) -> None:
-    """A child that drops what it inherited, or exits with it, writes no word to stderr; the card stays powered."""
+    """A child that drops what it inherited, or exits with it, writes nothing to stderr; the card stays powered."""
     assert outcome(drops_all, shared_stack, installed) == [[0, 0], True]
 
 
 def locks() -> list[Any]:
-    """Every lock of the framework, as it can be taken: (acquire, release)."""
+    """Every lock of the framework, as a pair of functions: (acquire, release)."""
     import smartcard.CardMonitoring
     import smartcard.ReaderMonitoring
 
@@ -218,7 +218,7 @@ def held_at_the_fork() -> None:
 
 
 def test_locks_that_another_thread_held(shared_stack: VirtualPcsc) -> None:
-    """Nothing in a child waits for a lock that a thread of its parent held; the parent's locks are not touched."""
+    """A child never waits for a lock that a thread of its parent held; the parent's locks are not changed."""
     assert outcome(held_at_the_fork, shared_stack) == [[True, 2, True], True, True]
 
 
@@ -242,7 +242,7 @@ def forks_holding_a_lock() -> None:
 
 
 def test_a_lock_that_the_forking_thread_holds(shared_stack: VirtualPcsc) -> None:
-    """It stays that thread's in the child, whose release is yet to come."""
+    """If the forking thread holds a lock, the same thread holds it in the child, and releases it there."""
     assert outcome(forks_holding_a_lock, shared_stack) == [True, False]
 
 
@@ -265,7 +265,7 @@ def monitored(kind: str, use: str) -> None:
         hears = eventually(lambda: observer.came >= 2)
         counted = own.countObservers()
         grandchild = child(lambda: [own.countObservers(), hears_again(own)])
-        own.deleteObserver(parents)  # its parent's: forgotten, no error
+        own.deleteObserver(parents)  # the parent's observer: it is forgotten, without an error
         own.deleteObserver(observer)
         own.deleteObservers()
         return before, hears, counted, grandchild, own.countObservers(), parents.elsewhere
@@ -286,9 +286,9 @@ def monitored(kind: str, use: str) -> None:
 @pytest.mark.parametrize("use", ["made anew", "inherited", "inherited, cleaned first"])
 @pytest.mark.parametrize("kind", ["cards", "readers", "readers, at once"])
 def test_monitors(shared_stack: VirtualPcsc, kind: str, use: str) -> None:
-    """In a child, and its child, a monitor tells its own observers, as in a fresh process; its parent's goes on.
+    """In a child and a grandchild, a monitor notifies its own observers, as in a new process; the parent's continues.
 
-    Until then it has no thread; to delete an observer of the parent's starts none, and is no error; nothing hangs.
+    Before that it has no thread.  Deleting an observer of the parent starts no thread and is no error.  Nothing hangs.
     """
     told = outcome(monitored, shared_stack, kind, use)
     assert told == [[1, True, 1, [0, True], 0, 0], 0, [2, 0, 1]]
@@ -313,7 +313,7 @@ def told_of_changes() -> None:
 
 
 def test_cards_that_come_and_go() -> None:
-    """While a child watches cards, both are told of one that is taken out and put in again."""
+    """While a child watches cards, parent and child are notified of a card that is removed and inserted again."""
     import subprocess
     from pathlib import Path
 
@@ -326,7 +326,7 @@ def test_cards_that_come_and_go() -> None:
         try:
             assert program.stdout.readline() == "ready\n"
             card = stack.readers[0].remove()
-            eventually(lambda: False, 1.0)  # old pyscards look now and then; what comes back at once, they never miss
+            eventually(lambda: False, 1.0)  # old pyscards poll: they never notice a card that is back immediately
             stack.readers[0].insert(card)
             rest, errors = program.communicate(timeout=30)
         finally:
@@ -348,7 +348,7 @@ def does_nothing() -> None:
 
 
 def test_a_child_that_uses_no_monitor_has_no_thread(shared_stack: VirtualPcsc) -> None:
-    """A fork starts nothing in the child, nor does the first use of something else."""
+    """A fork starts no thread in the child, nor does the first use of something other than a monitor."""
     assert outcome(does_nothing, shared_stack) == [1, [2, 1]]
 
 
@@ -373,6 +373,6 @@ def singleton() -> None:
 
 @pytest.mark.parametrize("when", ["early", "late"])
 def test_the_context_of_old(shared_stack: VirtualPcsc, when: str) -> None:
-    """PCSCContext, the one context of a process before pyscard 2.3, is a context of the child's own there."""
+    """PCSCContext, the one context of a process before pyscard 2.3, is the child's own context in a child."""
     pytest.importorskip("smartcard.pcsc.PCSCContext", reason="pyscard 2.3 has none")
     assert outcome(singleton, shared_stack, TEST_WHEN=when) == [[2, "no error", 2], True, 2]

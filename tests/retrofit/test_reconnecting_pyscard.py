@@ -21,7 +21,7 @@ def innermost(connection: Any) -> Any:
 
 
 def works_after_a_reset() -> None:
-    """Another connection resets the card; each kind of connection then answers."""
+    """Another application resets the card; then each kind of connection returns a response."""
     pcsc_safe.install(cards="reset")
     from smartcard.ExclusiveConnectCardConnection import ExclusiveConnectCardConnection
     from smartcard.ExclusiveTransmitCardConnection import ExclusiveTransmitCardConnection
@@ -52,7 +52,7 @@ def works_after_a_reset() -> None:
 
 
 def test_connections_of_pyscard(shared_stack: VirtualPcsc) -> None:
-    """Plain and decorated ones are connected again, in the owner and in a child; they dispose of the card as before."""
+    """Plain and decorated connections connect again, in the owner and in a child; their disposition stays the same."""
     restored = [[[1], 0x90, 0], [[0x90, 0]], 0]
     untouched = [[[0], 0x90, 0], [], 0]
     assert outcome(works_after_a_reset, shared_stack) == [[restored, restored, untouched], [restored, restored]]
@@ -72,5 +72,5 @@ def is_not_connected() -> None:
 
 
 def test_a_connection_that_is_not_connected(shared_stack: VirtualPcsc) -> None:
-    """The error says so, and code for pyscard catches it."""
+    """The error names the state, and code for pyscard can catch it."""
     assert outcome(is_not_connected, shared_stack) == [True, True]

@@ -1,4 +1,4 @@
-"""install() and uninstall(): pyscard's functions, whatever was imported, by whatever name, before or after."""
+"""install() and uninstall() reach pyscard's functions under every name, imported before or after."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from programs import (
 import pcsc_safe
 from pcsc_safe.testing import VirtualPcsc
 
-pytestmark = pytest.mark.native  # each test says itself what its programs use
+pytestmark = pytest.mark.native  # each test sets what its programs use
 
 
 def namespaces() -> dict[str, dict[str, Any]]:
-    """The functions by every style of import."""
+    """The functions, by every style of import."""
     found: dict[str, dict[str, Any]] = {"star": {}, "by name": {}, "module": {}, "inner": {}}
     exec("from smartcard.scard import *", found["star"])
     names = "SCardEstablishContext, SCardListReaders, SCardConnect, SCardTransmit, SCardDisconnect, SCardReleaseContext"
@@ -49,7 +49,7 @@ def namespaces() -> dict[str, dict[str, Any]]:
 
 
 def use(names: dict[str, Any]) -> Any:
-    """A session by these names, and what a forked child gets that uses, drops and closes it."""
+    """Open a session by these names; return what a forked child gets that uses, drops and closes it."""
     hresult, context = names["SCardEstablishContext"](2)
     _, readers = names["SCardListReaders"](context, [])
     _, card, protocol = names["SCardConnect"](context, readers[0], 2, 3)
@@ -85,9 +85,9 @@ def styles(when: str) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_every_import_style(shared_stack: VirtualPcsc, when: str) -> None:
-    """Whatever a program has imported, before install() or after: its child is told, and its own session goes on.
+    """Under every name, imported before or after install(), a child gets the reset; the parent's session continues.
 
-    With ``cards="reset"``, since a child that goes on in it and asks for the card's power to be cut has it cut.
+    With ``cards="reset"``, because a child that continues in the session and asks to power off the card powers it off.
     """
     told = [RESET_CARD, 0, 0, [0, [1, 0x90, 0]]]
     expected = dict.fromkeys(("star", "by name", "module", "inner"), told)
@@ -102,7 +102,7 @@ def nothing_forced() -> None:
 
 
 def test_install_imports_no_pyscard(shared_stack: VirtualPcsc) -> None:
-    """install() imports wrapt and nothing of pyscard; `import pcsc_safe` neither."""
+    """install() imports wrapt and nothing of pyscard; `import pcsc_safe` imports neither."""
     assert outcome(nothing_forced, shared_stack) == [[], [], True]
 
 
@@ -154,7 +154,7 @@ def there_and_back(when: str) -> None:
 
 
 def test_idempotent_and_reversible(shared_stack: VirtualPcsc) -> None:
-    """Install twice is install once; uninstall puts every name back; and so again and again."""
+    """Calling install() twice is like calling it once; uninstall() restores every name; both can be repeated."""
     assert outcome(there_and_back, shared_stack, "") == "no error"
 
 
@@ -167,7 +167,7 @@ def live_handles() -> None:
     connection = open_session()
     pcsc_safe.uninstall()
     kept = changed()
-    plain = open_session()  # raw, as the program wants it now
+    plain = open_session()  # raw: the program has uninstalled
     told = child(lambda: refusal(lambda: verified(connection)))
     works = [verified(connection), verified(plain), type(plain.component.hcontext) is int]
     connection.disconnect()
@@ -180,7 +180,7 @@ def live_handles() -> None:
 
 
 def test_live_handles_outlive_uninstall(shared_stack: VirtualPcsc) -> None:
-    """What was opened under install() works on after uninstall(), forks and all; with its end the last name is back."""
+    """What was opened after install() works after uninstall(), also across forks; closing it restores the last name."""
     expected = [True, False, "CardConnectionException", [True, True, True], True, []]
     assert outcome(live_handles, shared_stack, PCSC_SAFE_CARDS="reset") == expected
 
@@ -199,7 +199,7 @@ def opened_before(configured: str) -> None:
         dead = sum(descriptors.is_dead(int(name)) for name in os.listdir("/proc/self/fd"))
         context, card = inner.hcontext, inner.hcard
         return [
-            dead >= 2,  # the connection's, and the spare one
+            dead >= 2,  # the connection and the spare one
             *map(
                 code,
                 [
@@ -222,7 +222,7 @@ def opened_before(configured: str) -> None:
 
 @pytest.mark.parametrize("configured", ["", "broker='always'"])
 def test_what_was_opened_before(shared_stack: VirtualPcsc, configured: str) -> None:
-    """It works on where it was opened, whatever is configured for later; in a child it is invalid, dead, and silent."""
+    """An older session works where it was opened, whatever is configured later; it is invalid and silent in a child."""
     refused = [True, *[INVALID_HANDLE] * 6, "no error"]
     assert outcome(opened_before, shared_stack, configured) == ["int", refused, 0, [True, True, 0], INVALID_HANDLE]
 
@@ -251,7 +251,7 @@ def inside_before() -> None:
 
 
 def test_a_thread_inside_before_install_makes_a_fork_unquiet(shared_stack: VirtualPcsc) -> None:
-    """A call that began before install() counts at a fork, until it has ended."""
+    """A call that began before install() makes a fork unquiet, until the call has ended."""
     assert outcome(inside_before, shared_stack) == ["ForkUnsafeError", 0, True]
 
 
@@ -259,7 +259,7 @@ def many_threads() -> None:
     errors = []
     begin = threading.Barrier(8)
     # While nothing is installed these calls are raw: libpcsclite (1.9.9) changes a context's list of cards without the
-    # lock that calls on other cards read it under, and dies of SIGSEGV by that.
+    # lock under which calls on other cards read it, and so dies of SIGSEGV.
     one_session = threading.Lock()
 
     def toggle() -> None:
@@ -303,7 +303,7 @@ def many_threads() -> None:
 
 
 def test_threads(shared_stack: VirtualPcsc) -> None:
-    """Threads that install, uninstall, import and use pyscard all at once: no error, no hang, and all is put back."""
+    """Threads can install, uninstall, import and use pyscard at the same time without error; all is restored."""
     assert outcome(many_threads, shared_stack) == [[], 0, True, []]
 
 
@@ -318,7 +318,7 @@ def other_way_round(first: str) -> None:
     "first", ["import pcsc_safe.scard", "pcsc_safe.handover()", "pcsc_safe.configure(cards='reset')"]
 )
 def test_pcsc_safe_may_import_pyscard(shared_stack: VirtualPcsc, first: str) -> None:
-    """If it is pcsc_safe that imports pyscard first, pyscard is patched all the same."""
+    """If pcsc_safe is the first to import pyscard, pyscard is patched, too."""
     assert outcome(other_way_round, shared_stack, first, PCSC_SAFE_CARDS="reset") == ["CardConnectionException", True]
 
 
@@ -351,7 +351,7 @@ def loaded() -> bool:
 
 
 def test_the_native_library_is_never_loaded(shared_stack: VirtualPcsc) -> None:
-    """broker="always": the framework works, in a child as well, without libpcsclite; uninstall() is what loads it."""
+    """With broker="always" the framework works without libpcsclite, also in a child; only uninstall() loads it."""
     told = outcome(without_native, shared_stack, PCSC_SAFE_BROKER="always", PCSC_SAFE_CARDS="reset")
     assert told[:2] == [["CardConnectionException", True, False], [True, True, True, False]]
     assert told[3:] == [True, [True] * 4]

@@ -1,4 +1,4 @@
-"""``python -m pcsc_safe run``: what a program notices of it, which is nothing, and what is told of it."""
+"""``python -m pcsc_safe run``: a program behaves as without it, and the report says what the program did."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REPORTED = "pcsc_safe: forked processes that used PC/SC: "
 
 
 class Done(NamedTuple):
-    """How a program ended, and what it said."""
+    """How a program ended, and its output."""
 
     status: int
     out: str
@@ -162,7 +162,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_by_python(programs: Path, arguments: Sequence[str], options: Sequence[str] = (), given: str = "given") -> None:
-    """A program says the same, and ends the same, by python and by run."""
+    """A program prints the same, and ends in the same way, with python and with run."""
     with ThreadPoolExecutor() as threads:
         expected, found = threads.map(lambda way: run(*options, *way, *arguments, cwd=programs, given=given), ([], RUN))
     assert found == expected
@@ -170,7 +170,7 @@ def as_by_python(programs: Path, arguments: Sequence[str], options: Sequence[str
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_notices_nothing(programs: Path, name: str) -> None:
-    """stdout, stderr and the exit status are those that python gives; tracebacks have the program's frames only."""
+    """stdout, stderr and the exit status are the same as with python; tracebacks have the program's frames only."""
     as_by_python(programs, PROGRAMS[name])
 
 
@@ -178,7 +178,7 @@ def test_a_program_notices_nothing(programs: Path, name: str) -> None:
     "name", ["script", "standard input", "fails", "exit 3", "exit 'words'", "interrupted", "signal 9", "spawn"]
 )
 def test_nor_of_a_report(programs: Path, name: str) -> None:
-    """With a report it is the same, and the report the last that is said."""
+    """With a report the output is the same, and the report comes last."""
     expected = run(*PROGRAMS[name], cwd=programs, given="given")
     reported = run(*RUN, "--report", *PROGRAMS[name], cwd=programs, given="given")
     said, _, report = reported.err.partition(REPORTED)
@@ -199,19 +199,19 @@ def test_nor_of_a_report(programs: Path, name: str) -> None:
     ids=" ".join,
 )
 def test_the_options_of_python_count(programs: Path, options: list[str]) -> None:
-    """What the Python has that is given ``-m pcsc_safe run``, the program's has."""
+    """The options of the Python that runs ``-m pcsc_safe run`` apply to the program."""
     as_by_python(programs, ["who.py"], options)
     as_by_python(programs, ["warns.py"], options)
 
 
 def test_a_program_can_be_inspected(programs: Path) -> None:
-    """``python -i``: the prompt comes after the program, in its main module, once."""
+    """With ``python -i`` the prompt appears once, after the program, in its main module."""
     as_by_python(programs, ["exit.py", "3"], ["-i"], "print(sys.argv, __name__)\nraise SystemExit(4)\n")
 
 
 @pytest.mark.parametrize("flag", ["-E", "-I", "-S"])
 def test_what_keeps_the_retrofit_out_is_refused(programs: Path, flag: str) -> None:
-    """A Python that would not look at PYTHONPATH can't run a program unprotected under this name."""
+    """``run`` refuses to start under a Python that ignores PYTHONPATH, because the program would be unprotected."""
     home = Path(launcher.__file__).parent.parent.parent
     code = f"import sys; sys.path[:0] = {[str(home), *sys.path]!r}; from pcsc_safe import __main__ as cli; "
     done = run(flag, "-c", code + "cli.main(['run', 'who.py'])", cwd=programs)
@@ -236,7 +236,7 @@ def test_what_keeps_the_retrofit_out_is_refused(programs: Path, flag: str) -> No
     ],
 )
 def test_a_wrong_call_is_refused(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A call that makes no sense runs nothing, ends with 2, and says why."""
+    """Wrong arguments run nothing; the exit status is 2, and the message gives the reason."""
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", *arguments])
     assert ended.value.code == 2
@@ -244,7 +244,7 @@ def test_a_wrong_call_is_refused(arguments: list[str], reason: str, capsys: pyte
 
 
 def test_options_end_where_the_program_begins() -> None:
-    """As python's own do: what follows the program is the program's."""
+    """As with python, everything after the program's name is an argument of the program."""
     assert launcher.split(["--policy", "raise", "--report", "x.py", "--report"]) == (
         ["--policy", "raise", "--report"],
         ["x.py", "--report"],
@@ -263,7 +263,7 @@ def test_options_end_where_the_program_begins() -> None:
 
 
 def test_settings_are_given_on_by_the_environment(programs: Path) -> None:
-    """Options stand above variables; both count for the program and for what it starts."""
+    """Options override variables; both apply to the program and to the processes that it starts."""
     code = "import pcsc_safe; s = pcsc_safe.settings(); print(*(getattr(v, 'value', v) for v in s), s)"
     for arguments in (["-c", code], ["sub.py", "-c", code]):
         done = run(
@@ -280,7 +280,7 @@ def test_settings_are_given_on_by_the_environment(programs: Path) -> None:
         assert (done.err, told[:19], "recover=True" in told) == ("", "raise reconnect 2.0", True)
 
 
-# How it gets into a Python.
+# How it is loaded into a Python process.
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_settings_are_given_on_by_the_environment(programs: Path) -> None:
     ],
 )
 def test_another_sitecustomize_is_still_imported(programs: Path, tmp_path: Path, text: str) -> None:
-    """Python finds the one that it would have found, and treats its errors as it does."""
+    """Python imports the same sitecustomize as without pcsc_safe, and treats its errors in the same way."""
     (tmp_path / "sitecustomize.py").write_text(text)
     path = os.pathsep.join(
         [str(tmp_path), os.environ.get("PYTHONPATH", str(Path(launcher.__file__).parent.parent.parent))]
@@ -307,7 +307,7 @@ def test_another_sitecustomize_is_still_imported(programs: Path, tmp_path: Path,
     [None, "this is a syntax error", "raise RuntimeError", "", "dict[int, int, 1/0]"],
 )
 def test_a_python_without_pcsc_safe_notices_nothing(tmp_path: Path, theirs: Optional[str]) -> None:
-    """Where there is none, or one that this Python can't use, a program runs as ever and nothing is said."""
+    """If pcsc_safe is missing or this Python can't import it, a program runs as without it, and no output is added."""
     if theirs is not None:
         wrote(tmp_path / "pcsc_safe" / "__init__.py", theirs)
     env = {"PYTHONPATH": os.pathsep.join([python_path.DIRECTORY, str(tmp_path)])}
@@ -324,11 +324,11 @@ OTHERS = sorted(
         and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
     }
 )
-"""Pythons of this machine; some may have pcsc_safe, most don't."""
+"""The Pythons of this machine; some may have pcsc_safe, most don't."""
 
 
 def test_a_retrofit_that_fails_is_told(tmp_path: Path) -> None:
-    """A program that was to be protected and isn't says so, when it imports pyscard, and goes on."""
+    """If the retrofit fails, the program prints a message when it imports pyscard, and continues."""
     code = """
 import os, pcsc_safe.retrofit.installation
 def install(): raise ValueError('no sense')
@@ -341,7 +341,7 @@ print(os.getpid())
 
 
 def test_a_guard_that_makes_no_sense_is_told(tmp_path: Path) -> None:
-    """So does one whose PCSC_SAFE_GUARD_NATIVE, which counts from the import on, is none."""
+    """If PCSC_SAFE_GUARD_NATIVE is invalid, the program prints a message with the valid values, and continues."""
     code = "import os; os.environ['PCSC_SAFE_GUARD_NATIVE'] = 'perhaps'; os.execl({0!r}, {0!r}, '-c', 'print(1)')"
     done = run(*RUN, "-c", code.format(sys.executable), cwd=tmp_path)
     assert (done.status, done.out) == (0, "1\n")
@@ -349,7 +349,7 @@ def test_a_guard_that_makes_no_sense_is_told(tmp_path: Path) -> None:
 
 
 def test_it_works_from_a_checkout(tmp_path: Path) -> None:
-    """Where only ``-m`` finds pcsc_safe, in the current directory, the program finds it as well."""
+    """If ``-m`` finds pcsc_safe only in the current directory, the program finds it, too."""
     shutil.copytree(
         Path(launcher.__file__).parent.parent, tmp_path / "pcsc_safe", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -361,7 +361,7 @@ def test_it_works_from_a_checkout(tmp_path: Path) -> None:
 
 
 def test_the_path_is_put_on_once_and_taken_off() -> None:
-    """PYTHONPATH keeps its entries, whose empty ones mean something."""
+    """The directory is added to PYTHONPATH once and removed; the other entries stay.  An empty entry has a meaning."""
     here = python_path.DIRECTORY
     assert python_path.put_on("") == here
     assert python_path.put_on("a::b") == f"{here}:a::b"
@@ -370,7 +370,7 @@ def test_the_path_is_put_on_once_and_taken_off() -> None:
 
 
 def test_a_broker_is_not_retrofitted() -> None:
-    """A broker gets neither the directory nor the report."""
+    """A broker inherits neither the directory nor the report."""
     mine = {"PYTHONPATH": python_path.put_on("/a"), events.VARIABLE: "/file", "PCSC_SAFE_POLICY": "raise"}
     assert start.environment(mine, []) == {"PYTHONPATH": "/a", "PYTHONSAFEPATH": "1"}
     assert start.environment({"PYTHONPATH": python_path.DIRECTORY}, []) == {"PYTHONSAFEPATH": "1"}
@@ -378,7 +378,7 @@ def test_a_broker_is_not_retrofitted() -> None:
 
 
 def test_it_is_shipped() -> None:
-    """What a wheel packs of the package has the directory: it is Python like the rest."""
+    """A wheel contains the directory, because it is Python code like the rest."""
     assert Path(python_path.DIRECTORY, "sitecustomize.py").is_file()
 
 
@@ -386,7 +386,7 @@ def test_it_is_shipped() -> None:
 
 
 def test_without_a_report_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events cost nothing and go nowhere."""
+    """Without a report, events are not recorded."""
     assert not events.is_on()
     monkeypatch.setattr(os, "open", lambda *_: pytest.fail("a file was opened"))
     events.record("fork", parent=1)
@@ -396,7 +396,7 @@ def test_without_a_report_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_report_is_by_process() -> None:
-    """A line of sums, and what each process did; what isn't known as it is, and nothing that is only drawn."""
+    """The report has a line of sums, then the events of each process, unknown ones included, without the timeline's."""
     told = [
         Event(1, "2-1", "process", 2, {"ppid": 1}),
         Event(2, "2-1", "retrofit", 2, {}),
@@ -426,7 +426,7 @@ def test_the_report_is_by_process() -> None:
 
 
 def test_no_timeline_on_this_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where processes can't be recorded, the option is refused, and the message says where it can be used."""
+    """Where processes can't be recorded, the option is refused, and the message says where it works."""
     refused: list[str] = []
 
     def refuse(text: str) -> None:
@@ -456,7 +456,7 @@ while True:
 @pytest.mark.parametrize("before", [":", "trap '' INT"], ids=["default", "ignored"])
 @pytest.mark.parametrize("options", [[], ["--report"]], ids=["plain", "report"])
 def test_signals_reach_the_program(tmp_path: Path, options: list[str], before: str) -> None:
-    """Who signals the process that was started signals the program, once; as also where a shell has it ignored."""
+    """A signal to the process that was started reaches the program once, also if a shell had it ignored."""
     with subprocess.Popen(
         ["sh", "-c", f'{before}; exec "$@"', "sh", sys.executable, *RUN, *options, "-c", LISTENS],
         stdout=subprocess.PIPE,
@@ -527,7 +527,7 @@ print(hresult, hasattr(context, '_self_record'))
 def test_a_child_may_be_the_first_to_import_pyscard(
     shared_stack: VirtualPcsc, tmp_path: Path, module: str, broker: str
 ) -> None:
-    """It knows that it was forked; and who imports pcsc_safe by name has it as ever."""
+    """If a child is the first to import pyscard, it knows that it was forked; ``import pcsc_safe`` works as usual."""
     code = FIRST_IN_A_CHILD.replace("MODULE", module)
     done = run(*RUN, "--broker", broker, "-c", code, cwd=tmp_path, env=shared_stack.env)
     assert done == (0, "1 hook\n0 True\n", "")
@@ -535,7 +535,7 @@ def test_a_child_may_be_the_first_to_import_pyscard(
 
 @pytest.mark.parametrize("policy", ["broker", "share"])
 def test_brokers_are_in_the_report(shared_stack: VirtualPcsc, programs: Path, policy: str) -> None:
-    """A broker that was started is told, and its own use of PC/SC is not."""
+    """The report lists each broker that was started, but not the broker's own use of PC/SC."""
     (programs / "forks.py").write_text(FORKS)
     options = ["--policy", policy, *(["--broker", "always"] if policy == "share" else [])]
     done = run(*RUN, "--report", *options, "forks.py", cwd=programs, env=shared_stack.env)
@@ -546,7 +546,7 @@ def test_brokers_are_in_the_report(shared_stack: VirtualPcsc, programs: Path, po
 
 
 def test_a_handover_is_in_the_report(shared_stack: VirtualPcsc, programs: Path) -> None:
-    """``--owner child`` hands over at every fork."""
+    """``--owner child`` hands over the session at every fork."""
     (programs / "forks.py").write_text(FORKS)
     done = run(*RUN, "--report", "--owner=child", "forks.py", cwd=programs, env=shared_stack.env)
     assert done.out.splitlines()[0] == str(len(shared_stack.readers))

@@ -1,4 +1,4 @@
-"""What pyscard does to a card by default leaves it alone where another process of the family uses it."""
+"""pyscard's defaults don't affect a card that another process of the family uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from programs import VERIFY, child, outcome, refusal, say, verified
 import pcsc_safe
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
-pytestmark = pytest.mark.native  # each test says itself what its programs use
+pytestmark = pytest.mark.native  # each test sets what its programs use
 
 WAYS = {"native": {}, "broker": {"PCSC_SAFE_BROKER": "always"}}
 through_both = pytest.mark.parametrize("way", WAYS)
@@ -144,12 +144,12 @@ def explicitly(how: str) -> None:
 
 
 def test_what_the_application_asks_for_is_done(shared_stack: VirtualPcsc) -> None:
-    """The card is reset, and the log says so, once for each connection."""
+    """If the application asks for a reset, the card is reset, and the log says so once per connection."""
     assert outcome(explicitly, shared_stack, "says so") == [2, "CardConnectionException"]
 
 
 def test_a_setting_turns_it_off(shared_stack: VirtualPcsc) -> None:
-    """Then pyscard's defaults are as ever."""
+    """With the setting off, pyscard's defaults are unchanged."""
     assert outcome(explicitly, shared_stack, "disconnects", PCSC_SAFE_SPARE_CARDS="no") == [
         0,
         "CardConnectionException",
@@ -188,7 +188,7 @@ def a_parent_disconnects(how: str) -> None:
 
 @through_both
 def test_a_parent_leaves_its_childs_card_alone(shared_stack: VirtualPcsc, way: str) -> None:
-    """A child that goes on in its session has it still; a child that is dead doesn't count."""
+    """A parent leaves the card alone if a child continues in its session; a child that has ended doesn't count."""
     assert outcome(a_parent_disconnects, shared_stack, "lives", **WAYS[way]) == "verified"
     card = shared_stack.readers[0].card
     assert isinstance(card, EchoCard)
@@ -234,5 +234,5 @@ def a_brother_disconnects() -> None:
 
 
 def test_a_child_leaves_its_brothers_card_alone(shared_stack: VirtualPcsc) -> None:
-    """Both go on in the session of their parent, which has disconnected since."""
+    """Two children can continue in the session of their parent, even if the parent has disconnected since."""
     assert outcome(a_brother_disconnects, shared_stack) == [True, "verified"]

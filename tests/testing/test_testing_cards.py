@@ -1,4 +1,4 @@
-"""Virtual cards, seen through raw smartcard.scard."""
+"""Virtual cards, used through raw smartcard.scard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Connection:
         return card
 
     def transmit(self, *command: int) -> Any:
-        """Send a command that must succeed; returns the answer."""
+        """Send a command that must succeed; return the response."""
         hresult, answer = scard.SCardTransmit(self.card, scard.SCARD_PCI_T1, list(command))
         assert hresult == scard.SCARD_S_SUCCESS
         return answer
@@ -49,7 +49,7 @@ def connection(pcsc_stack: VirtualPcsc) -> Iterator[Connection]:
 
 
 def answers(card: VirtualCard, *command: int) -> Any:
-    """What a card of one's own answers to one command."""
+    """The response of a user-defined card to one command."""
     stack = VirtualPcsc(1, [card])
     with stack:
         connection = Connection(stack.readers[0].name)
@@ -77,25 +77,25 @@ def answers(card: VirtualCard, *command: int) -> Any:
     ],
 )
 def test_echo_card_commands(command: list[int], answer: list[int]) -> None:
-    """EchoCard understands short and extended length, and answers as documented."""
+    """EchoCard understands short and extended length, and responds as documented."""
     assert list(EchoCard().apdu(bytes(command))) == answer
 
 
 @pytest.mark.parametrize("length", [254, 255, 256, 257, 0x7FFF, 65533])
 def test_extended_answers(connection: Connection, length: int) -> None:
-    """Answers of up to 65,533 bytes and a status word arrive whole."""
+    """Responses of up to 65,533 bytes and a status word arrive complete."""
     assert connection.transmit(0, 0x40, length >> 8, length & 0xFF) == [i % 256 for i in range(length)] + OK
 
 
 @pytest.mark.parametrize("length", [255, 256, 65528])
 def test_extended_commands(connection: Connection, length: int) -> None:
-    """Commands of up to 65,535 bytes altogether arrive whole."""
+    """Commands of up to 65,535 bytes in total arrive complete."""
     data = [i % 251 for i in range(length)]
     assert connection.transmit(0, 1, 0, 0, 0, length >> 8, length & 0xFF, *data) == data + OK
 
 
 def test_pin_is_forgotten(connection: Connection, pcsc_stack: VirtualPcsc) -> None:
-    """A reset by another application clears "verified", and this one is told SCARD_W_RESET_CARD."""
+    """A reset by another application clears "verified"; this application gets SCARD_W_RESET_CARD."""
     connection.transmit(0, 0x20, 0, 0)
     assert connection.transmit(0, 0x30, 0, 0) == [1, *OK]
     pcsc_stack.readers[0].reset()
@@ -106,7 +106,7 @@ def test_pin_is_forgotten(connection: Connection, pcsc_stack: VirtualPcsc) -> No
 
 
 def test_record(pcsc_card: VirtualCard, connection: Connection, pcsc_stack: VirtualPcsc) -> None:
-    """The card's record holds what happened, in order; an answer is counted when the application has it."""
+    """The card's record holds what happened, in order; a response is recorded when the application has received it."""
     connection.transmit(0, 1, 0, 0)
     assert pcsc_card.apdus == 1
     pcsc_stack.readers[0].reset()
@@ -118,7 +118,7 @@ def test_record(pcsc_card: VirtualCard, connection: Connection, pcsc_stack: Virt
 
 
 def test_wait_for(pcsc_card: VirtualCard, connection: Connection) -> None:
-    """wait_for returns when the event happens, and times out with the card's record otherwise."""
+    """wait_for returns when the event happens; on a timeout it raises an error with the card's record."""
     waiting = threading.Thread(target=pcsc_card.wait_for, args=("apdu", 2))
     waiting.start()
     connection.transmit(0, 1, 0, 0)
@@ -132,7 +132,7 @@ def test_wait_for(pcsc_card: VirtualCard, connection: Connection) -> None:
 
 
 def test_card_from_a_function() -> None:
-    """A function and an ATR make a card."""
+    """A card can be made from a function and an ATR."""
     card = VirtualCard(bytes.fromhex("3B800181"), lambda command: command[::-1] + b"\x90\x00")
     stack = VirtualPcsc(1, [card])
     with stack:
@@ -143,7 +143,7 @@ def test_card_from_a_function() -> None:
 
 
 def test_hooks_of_a_subclass() -> None:
-    """power_on, reset and power_off are called when it happens."""
+    """power_on, reset and power_off are called when the card is powered on, reset and powered off."""
     called = []
 
     class Card(VirtualCard):
@@ -164,7 +164,7 @@ def test_hooks_of_a_subclass() -> None:
 
 
 class Broken(VirtualCard):
-    """Fails as its first data byte says."""
+    """Fails in the way that the first data byte of the command selects."""
 
     def apdu(self, command: bytes) -> Any:
         """Fail."""
@@ -178,7 +178,7 @@ class Broken(VirtualCard):
 
 @pytest.mark.parametrize("kind", range(7))
 def test_errors_of_a_card(kind: int) -> None:
-    """A card's bug is answered with 6F00, and raised when the stack is left, with its cause."""
+    """A bug in a card gives the status word 6F00, and is raised at the end of the stack's block, with its cause."""
     card = Broken()
     with pytest.raises(PcscStackError, match=r"Broken raised .* see the cause") as raised:
         assert answers(card, 0, 0, kind, 0) == [0x6F, 0x00]
@@ -187,7 +187,7 @@ def test_errors_of_a_card(kind: int) -> None:
 
 
 def test_expected_errors() -> None:
-    """A test that clears a card's errors is not bothered with them; the card goes on after one."""
+    """If a test clears a card's errors, they aren't raised; the card works after an error."""
     card = Broken()
     with VirtualPcsc(1, [card]) as stack:
         connection = Connection(stack.readers[0].name)
@@ -198,7 +198,7 @@ def test_expected_errors() -> None:
 
 
 def test_errors_do_not_hide_the_test_s_own() -> None:
-    """When the block itself fails, that error comes out, not the card's."""
+    """If the block itself fails, its error is raised, not the card's."""
     card = Broken()
     card.errors.append(RuntimeError())
     with pytest.raises(ZeroDivisionError), VirtualPcsc(1, [card], activate=False):
@@ -206,7 +206,7 @@ def test_errors_do_not_hide_the_test_s_own() -> None:
 
 
 def test_errors_of_a_hook() -> None:
-    """An error in a hook is reported like one in apdu, and the card works on."""
+    """An error in a hook is reported like one in apdu, and the card continues to work."""
 
     class Card(EchoCard):
         def power_on(self) -> None:
@@ -226,8 +226,8 @@ def test_impossible_atr(atr: bytes) -> None:
 
 
 def test_repr_holds_no_apdu(pcsc_card: VirtualCard, connection: Connection, pcsc_stack: VirtualPcsc) -> None:
-    """No APDU shows up in a repr or in pcscd's log."""
-    secret = b"no secret"  # letters: a short number stands in pcscd's log anyway, as a time in microseconds
+    """No APDU appears in a repr or in pcscd's log."""
+    secret = b"no secret"  # letters: the log may contain a short number as a time in microseconds
     connection.transmit(0, 1, 0, 0, len(secret), *secret)
     for text in (repr(pcsc_card), repr(pcsc_stack.readers), pcsc_stack.log):
         assert secret.decode() not in text

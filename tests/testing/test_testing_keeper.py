@@ -1,4 +1,4 @@
-"""The keeper of a virtual stack: what it leaves alone, and what is said when it dies."""
+"""The keeper of a virtual stack: what it doesn't change, and how its death is reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 
 
 def fake_pcscd(tmp_path: Path, body: str) -> tuple[str, ...]:
-    """A program that leaves its process id as pcscd does, over what is there, and what more."""
+    """A shell script with this body, to be run as pcscd."""
     path = tmp_path / "fake-pcscd"
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
@@ -35,12 +35,12 @@ def fake_pcscd(tmp_path: Path, body: str) -> tuple[str, ...]:
 
 
 WRITES = 'printf "$$\\n\\0" 1<> {}; exec sleep 60'
-FAILS = "rm -f {}; exit 1"  # it has written there too, but nobody need have seen that
+FAILS = "rm -f {}; exit 1"  # it has also written to the file, but the keeper may not have seen that
 FAILS_LATER = 'printf "$$\\n\\0" 1<> {0}; until [ -e {1} ]; do sleep 0.01; done; rm {0}; exit 1'
 
 
 def may_mount() -> bool:
-    """Whether this machine lets pcscd have a mount namespace of its own."""
+    """Whether this machine lets pcscd have its own mount namespace."""
     return os.geteuid() == 0 and _keeper.run(*_keeper.in_mount_namespace("/tmp", "/tmp"), "true")
 
 
@@ -49,14 +49,14 @@ needs_mount = pytest.mark.skipif(not may_mount(), reason="no mount namespace as 
 
 @pytest.fixture(params=[pytest.param("hidden", marks=needs_mount), "put back"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the file is kept: by a mount namespace, and by what there is where that isn't permitted."""
+    """How the file is protected: by a mount namespace, or by putting it back where a mount is not permitted."""
     if request.param == "put back":
         monkeypatch.setattr(_keeper, "run", lambda *_: False)
     return str(request.param)
 
 
 def a_keeper(tmp_path: Path, before: bytes | None, body: str) -> tuple[_keeper.Keeper, Path]:
-    """One of a pcscd that is a shell script, and the pid file of the system's pcscd."""
+    """A keeper whose pcscd is a shell script, and the PID file of the system's pcscd."""
     system, home = tmp_path / "run", tmp_path / "home"
     system.mkdir()
     home.mkdir()
@@ -70,7 +70,7 @@ def a_keeper(tmp_path: Path, before: bytes | None, body: str) -> tuple[_keeper.K
 @pytest.mark.parametrize("before", [b"1\n\0", b"1234567890\n\0", None])
 @pytest.mark.usefixtures("way")
 def test_the_pid_file_is_put_back(tmp_path: Path, before: bytes | None) -> None:
-    """Whatever pcscd writes over what another pcscd wrote is undone when the start returns, again at a restart."""
+    """When a start or a restart returns, the PID file of another pcscd has its old content again."""
     keeper, file = a_keeper(tmp_path, before, WRITES)
     for _ in range(2):
         pid = keeper.start()
@@ -83,7 +83,7 @@ def test_the_pid_file_is_put_back(tmp_path: Path, before: bytes | None) -> None:
 
 @pytest.mark.usefixtures("way")
 def test_a_pcscd_that_ends_or_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start doesn't wait for what can't come, and nothing but pcscd's own number is taken away."""
+    """The start doesn't wait for a pcscd that writes no PID file, and removes nothing but pcscd's own number."""
     home = tmp_path / "home"
     home.mkdir()
     file = tmp_path / _keeper.PID_NAME
@@ -99,7 +99,7 @@ def test_a_pcscd_that_ends_or_writes_nothing(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("before", [b"1\n\0", None])
 def test_a_pcscd_that_fails_to_start(tmp_path: Path, before: bytes | None) -> None:
-    """It removes the file as it ends; that of the system's pcscd is there again."""
+    """A pcscd that fails to start removes the PID file as it ends; the keeper restores the system's."""
     keeper, file = a_keeper(tmp_path, before, FAILS)
     keeper.start()
     os.waitid(os.P_PID, keeper.pid, os.WEXITED | os.WNOWAIT)
@@ -110,7 +110,7 @@ def test_a_pcscd_that_fails_to_start(tmp_path: Path, before: bytes | None) -> No
 
 @needs_mount
 def test_a_pcscd_that_fails_later(tmp_path: Path) -> None:
-    """It removes no file but its own, whenever it ends."""
+    """A pcscd that fails later removes only its own PID file."""
     home, file = tmp_path / "home", tmp_path / _keeper.PID_NAME
     home.mkdir()
     file.write_bytes(b"1\n\0")
@@ -124,7 +124,7 @@ def test_a_pcscd_that_fails_later(tmp_path: Path) -> None:
 
 
 def systems_pid_file() -> bytes | None:
-    """What is in it, while no keeper of this machine has a pcscd start."""
+    """The content of the file, read while no keeper on this machine is starting a pcscd."""
     installed = _install.look()
     assert isinstance(installed, _install.Installed)
     lock = os.open(_keeper.nearest(installed.directory), os.O_RDONLY)
@@ -136,7 +136,7 @@ def systems_pid_file() -> bytes | None:
 
 
 def test_the_systems_pid_file() -> None:
-    """A stack leaves the file of the system's pcscd as it is, also as root."""
+    """A stack doesn't change the PID file of the system's pcscd, even if it runs as root."""
     before = systems_pid_file()
     with VirtualPcsc(activate=False) as stack, VirtualPcsc(activate=False):
         assert systems_pid_file() == before
@@ -149,7 +149,7 @@ SYSTEMS = b"1234567\n\0"
 
 
 def program_with_stacks() -> None:
-    """Prints whether the file of the system's pcscd is as it was, during and after whatever can become of a stack."""
+    """Print whether the PID file of the system's pcscd is unchanged, during and after each possible end of a stack."""
     file = installed_pid_file()
     file.write_bytes(SYSTEMS)
     seen = {}
@@ -182,7 +182,7 @@ def installed_pid_file() -> Path:
 
 
 def until_gone(path: Path) -> None:
-    """Wait until a path is gone, or is the zombie of a process."""
+    """Wait until a path is removed, or is that of a zombie process."""
     for _ in range(1000):
         if not path.exists() or (path.name == "stat" and path.read_text().rpartition(")")[2].split()[0] == "Z"):
             return
@@ -208,7 +208,7 @@ with VirtualPcsc(activate=False) as stack:
 
 @needs_mount
 def test_the_systems_pid_file_whatever_happens() -> None:
-    """As root, it is the same during and after a stack that is killed, ends or fails; tried where it is nobody's."""
+    """As root, the PID file is unchanged during and after a stack that is killed, ends or fails."""
     directory = installed_pid_file().parent
     if not directory.is_dir():
         pytest.skip(f"there is no {directory}")
@@ -221,7 +221,7 @@ def test_the_systems_pid_file_whatever_happens() -> None:
     assert all(seen.values()), seen
 
 
-# What is said when it dies.
+# How its death is reported.
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, keeper: Path) -> str:
@@ -242,7 +242,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, keeper: Path) -> str:
 def test_why_the_keeper_died(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, problem: str, remedy: str
 ) -> None:
-    """How the keeper ended and what it said is in the error."""
+    """The error says how the keeper ended, and contains its output."""
     keeper = tmp_path / "keeper.py"
     keeper.write_text(source)
     said = refusal(monkeypatch, keeper)
@@ -251,11 +251,11 @@ def test_why_the_keeper_died(
 
 
 def test_a_keeper_that_dies_later() -> None:
-    """The same of one that is killed when the stack runs."""
+    """If the keeper is killed while the stack runs, the error says so."""
     with VirtualPcsc(activate=False) as stack:
         assert stack._daemon is not None
         os.kill(stack._daemon._process.pid, signal.SIGKILL)
-        os.kill(stack.pid, signal.SIGKILL)  # which the keeper can't do any more
+        os.kill(stack.pid, signal.SIGKILL)  # the keeper can't do it any more
         for _ in range(2):
             with pytest.raises(PcscStackError, match=r"has died \(signal 9\)"):
                 stack.kill()
@@ -263,7 +263,7 @@ def test_a_keeper_that_dies_later() -> None:
 
 
 def test_a_keeper_that_this_user_can_not_read(tmp_path: Path) -> None:
-    """A checkout that another user can't read is named, and what to do."""
+    """If a user can't read the checkout, the error names it and the remedy."""
     keeper = tmp_path / "keeper.py"
     keeper.write_text("raise SystemExit(0)")
     keeper.chmod(0)
@@ -287,14 +287,14 @@ except PcscStackError as error:
 
 
 def test_a_python_that_can_not_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """So is a Python that this user can't run."""
+    """If a user can't run this Python, the error names it."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(PcscStackError, match=r"can't be started: .*No such file.*; check that this user may run"):
         VirtualPcsc(activate=False).__enter__()
 
 
 def test_a_directory_that_can_not_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where the stack's directory can't be made, TMPDIR is named."""
+    """If the stack's directory can't be made, the error names TMPDIR."""
     monkeypatch.setattr(_daemon, "short_temporary_path", lambda: str(tmp_path / "none" / "stack"))
     with pytest.raises(PcscStackError, match="TMPDIR"):
         VirtualPcsc(activate=False).__enter__()

@@ -40,11 +40,11 @@ def stack() -> Iterator[VirtualPcsc]:
 
 @pytest.fixture
 def piv(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The example, as the other examples import it."""
+    """The example's module, as the other examples import it."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import piv
 
-    if Path(piv.__file__).parent != EXAMPLES:  # tests/piv.py has the name as well
+    if Path(piv.__file__).parent != EXAMPLES:  # tests/piv.py has the same name
         monkeypatch.delitem(sys.modules, "piv")
         import piv
     monkeypatch.delitem(sys.modules, "piv")
@@ -52,7 +52,7 @@ def piv(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def is_signature(certificate: bytes, signature: bytes) -> bool:
-    """Whether it is that of the message by the key of a certificate in DER."""
+    """Whether it is a signature of the message by the key of a certificate in DER."""
     key = x509.load_der_x509_certificate(certificate).public_key()
     assert isinstance(key, EllipticCurvePublicKey)
     try:
@@ -63,7 +63,7 @@ def is_signature(certificate: bytes, signature: bytes) -> bool:
 
 
 def test_it_signs(stack: VirtualPcsc, piv: ModuleType) -> None:
-    """A certificate, and signatures by its key."""
+    """The card returns its certificate, and signs with the certificate's key."""
     signer = piv.Signer(PIN)
     certificate = signer.certificate()
     signatures = {signer.sign(DIGEST) for _ in range(3)}
@@ -74,7 +74,7 @@ def test_it_signs(stack: VirtualPcsc, piv: ModuleType) -> None:
 
 
 def test_what_is_on_it_outlasts_pcscd(stack: VirtualPcsc, piv: ModuleType) -> None:
-    """Key and certificate are the same after pcscd was killed and started anew; the verified PIN is gone."""
+    """Key and certificate survive the end of pcscd; the verified PIN does not."""
     signer = piv.Signer(PIN)
     certificate = signer.certificate()
     stack.restart()
@@ -87,12 +87,12 @@ def test_what_is_on_it_outlasts_pcscd(stack: VirtualPcsc, piv: ModuleType) -> No
 
 
 def test_a_signer_goes_on_after_a_reset(stack: VirtualPcsc, piv: ModuleType) -> None:
-    """By another application, and by one that logged it out."""
+    """A signer continues after a reset by another application, and after one that logged it out."""
     signer = piv.Signer(PIN)
     certificate = signer.certificate()
     stack.readers[0].reset()
     after_reset = signer.sign(DIGEST)
-    stack.readers[0].card.power_on()  # what no connection notices
+    stack.readers[0].card.power_on()  # no connection is notified of it
     after_logout = signer.sign(DIGEST)
     signer.close()
     assert is_signature(certificate, after_reset)
@@ -102,9 +102,9 @@ def test_a_signer_goes_on_after_a_reset(stack: VirtualPcsc, piv: ModuleType) -> 
 def test_a_signer_goes_on_without_a_protocol(
     stack: VirtualPcsc, piv: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reset is told of first, and unsets the protocol last; who reconnects in between isn't told again.
+    """A signer continues after a reset that unsets the protocol when the signer has already reconnected.
 
-    Nothing makes pcscd do so at a given time, so its answer is played here.
+    No test can make pcscd do so at a given time, so the test replaces its return value.
     """
     signer = piv.Signer(PIN)
     certificate = signer.certificate()
@@ -118,7 +118,7 @@ def test_a_signer_goes_on_without_a_protocol(
 
 
 def test_a_wrong_pin_is_tried_once(stack: VirtualPcsc, piv: ModuleType) -> None:
-    """It is refused, and the card isn't blocked by trying it again."""
+    """A wrong PIN is refused, and isn't tried again, so it doesn't block the card."""
     signer = piv.Signer(PIN)
     signer._pin = "999999"
     stack.readers[0].reset()
@@ -130,7 +130,7 @@ def test_a_wrong_pin_is_tried_once(stack: VirtualPcsc, piv: ModuleType) -> None:
 
 
 def test_no_pin_no_signature(stack: VirtualPcsc) -> None:
-    """The card refuses to sign (6982), has no other application (6A82), and answers nothing before SELECT."""
+    """Without the PIN the card refuses to sign (6982); it has no other application (6A82), and needs a SELECT first."""
     _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
     name = stack.readers[0].name
     _, card, _ = scard.SCardConnect(context, name, scard.SCARD_SHARE_EXCLUSIVE, scard.SCARD_PROTOCOL_T1)
@@ -145,13 +145,13 @@ def test_no_pin_no_signature(stack: VirtualPcsc) -> None:
 
 
 def on_a_stack(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """What ``python -m pcsc_safe.testing`` says."""
+    """Run ``python -m pcsc_safe.testing``."""
     command = [sys.executable, "-m", "pcsc_safe.testing", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_the_example_on_a_virtual_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its header says."""
+    """The example does what its header says."""
     monkeypatch.setenv("PIV_PIN", PIN)
     file = tmp_path / "file"
     file.write_bytes(MESSAGE)
@@ -162,13 +162,13 @@ def test_the_example_on_a_virtual_card(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_command_ends_as_it_ends() -> None:
-    """The exit status of ``python -m pcsc_safe.testing`` is its command's, as a shell would have it."""
+    """``python -m pcsc_safe.testing`` ends with the exit status of its command, as a shell reports it."""
     assert on_a_stack("--", "sh", "-c", "exit 7").returncode == 7
     assert on_a_stack("--", "sh", "-c", "kill -9 $$").returncode == 137
 
 
 def test_a_command_has_the_cards_it_asked_for() -> None:
-    """A reader for each, in order."""
+    """The command has a reader for each requested card, in order."""
     code = (
         "from pcsc_safe.scard import *; c = SCardEstablishContext(0)[1]; "
         "print([bool(s[1] & SCARD_STATE_PRESENT) for s in "
@@ -188,7 +188,7 @@ def test_a_command_has_the_cards_it_asked_for() -> None:
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:
-    """Exit status 2, a line that says what is wrong, no traceback."""
+    """Wrong arguments end with status 2 and a line that says what is wrong, without a traceback."""
     done = on_a_stack(*arguments)
     assert done.returncode == 2
     assert message in done.stderr

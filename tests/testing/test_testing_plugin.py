@@ -1,4 +1,4 @@
-"""The pytest plugin, each time in a pytest of its own."""
+"""The pytest plugin, each time in a new pytest process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from places import ROOT
 
 
 def run_pytest(folder: Path, source: str, *options: str) -> str:
-    """Run a test file in a new pytest; returns what it printed."""
+    """Run a test file in a new pytest; return its output."""
     Path(folder, "test_it.py").write_text(source)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PCSCLITE"))}
     environment.update(PYTHONPATH=str(ROOT), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
@@ -22,7 +22,7 @@ def run_pytest(folder: Path, source: str, *options: str) -> str:
 
 
 def test_fixtures(tmp_path: Path) -> None:
-    """pcsc_stack is fresh for each test, activated, a card in each reader; the marker sets the number of readers."""
+    """pcsc_stack is new for each test, activated, with a card in each reader; the marker sets the number of readers."""
     source = """
 import os
 import pytest
@@ -59,7 +59,7 @@ def test_without():
 
 
 def test_the_marker_chooses_cards(tmp_path: Path) -> None:
-    """Cards by name, by class, by function, and none; each test has its own, and parametrised ones share nothing."""
+    """Cards are chosen by name, class or function, or left out; each test, also a parametrised one, has its own."""
     source = """
 import pytest
 from pcsc_safe.testing import EchoCard, VirtualCard
@@ -91,7 +91,7 @@ def test_a_card_that_others_would_share(pcsc_stack):
 
 
 def test_the_factory(tmp_path: Path) -> None:
-    """It starts stacks side by side; each is gone after its test."""
+    """The factory starts stacks side by side; each ends with its test."""
     source = """
 import os
 import pytest
@@ -114,7 +114,7 @@ def test_they_are_gone():
 
 
 def test_log_of_a_failing_test(tmp_path: Path) -> None:
-    """What pcscd logged is shown with a test that fails."""
+    """A failing test shows the log of pcscd."""
     output = run_pytest(tmp_path, "def test_it(pcsc_stack):\n    assert not pcsc_stack\n")
     assert "1 failed" in output
     assert "pcscd's log" in output
@@ -122,7 +122,7 @@ def test_log_of_a_failing_test(tmp_path: Path) -> None:
 
 
 def test_skip_where_it_is_not_installed(tmp_path: Path) -> None:
-    """Where pcscd or vpcd is missing, tests are skipped, and the reason names the packages."""
+    """If pcscd or vpcd is missing, tests are skipped, and the reason names the packages."""
     source = """
 from pcsc_safe.testing import _install
 _install._DRIVERS = ()
@@ -137,7 +137,7 @@ def test_it(pcsc_stack):
 
 
 def test_errors_of_a_card_fail_the_test(tmp_path: Path) -> None:
-    """A bug in a card shows up as an error of the test that used it."""
+    """A bug in a card is an error of the test that used it."""
     source = "def test_it(pcsc_stack, pcsc_card):\n    pcsc_card.errors.append(ValueError('my bug'))\n"
     output = run_pytest(tmp_path, source)
     assert "1 passed, 1 error" in output
@@ -146,7 +146,7 @@ def test_errors_of_a_card_fail_the_test(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["pcsc_safe.testing.plugin", "pcsc_safe.testing"])
 def test_import_is_cheap(module: str) -> None:
-    """Loading the plugin loads neither pyscard nor anything of the stack."""
+    """Loading the plugin imports neither pyscard nor any module of the stack."""
     source = f"import pytest, sys; old = set(sys.modules); import {module}; print(sorted(set(sys.modules) - old))"
     command = [sys.executable, "-c", source]
     done = subprocess.run(

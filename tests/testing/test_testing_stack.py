@@ -1,4 +1,4 @@
-"""The virtual stack: readers, pcscd's life, several at once, forks, and nothing left behind."""
+"""The virtual stack: readers, the life of pcscd, several stacks, forks, and cleanup."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc, _install, _
 from pcsc_safe.testing._activation import VARIABLE
 
 PRESENT, EMPTY = scard.SCARD_STATE_PRESENT, scard.SCARD_STATE_EMPTY
-CLEAN = {**os.environ, "PYTHONPATH": str(ROOT)}  # for programs: another stack may be active in this process
+CLEAN = {**os.environ, "PYTHONPATH": str(ROOT)}  # for programs: this process may have an active stack
 
 
 def establish() -> Any:
@@ -35,7 +35,7 @@ def establish() -> Any:
 
 
 def reader_names() -> list[str]:
-    """What PC/SC lists."""
+    """The readers that PC/SC lists."""
     context = establish()
     hresult, names = scard.SCardListReaders(context, [])
     scard.SCardReleaseContext(context)
@@ -44,14 +44,14 @@ def reader_names() -> list[str]:
 
 
 def state(context: Any, reader: str) -> int:
-    """What PC/SC says of a reader."""
+    """The state of a reader, from PC/SC."""
     hresult, states = scard.SCardGetStatusChange(context, 0, [(reader, scard.SCARD_STATE_UNAWARE)])
     assert hresult == scard.SCARD_S_SUCCESS
     return int(states[0][1]) & (PRESENT | EMPTY)
 
 
 def echo(reader: str, *data: int) -> list[int]:
-    """Connect, have the card echo something, hang up."""
+    """Connect, have the card echo some bytes, disconnect."""
     context = establish()
     hresult, card, _ = scard.SCardConnect(context, reader, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_ANY)
     assert hresult == scard.SCARD_S_SUCCESS
@@ -72,7 +72,7 @@ def of_mine(pid: int) -> list[str]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
@@ -80,7 +80,7 @@ def alive(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 5.0) -> bool:
-    """For what the operating system does in its own time, and tells nobody."""
+    """Wait for a condition for which the operating system has no event."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -98,7 +98,7 @@ def descriptors() -> set[str]:
 
 
 def see_readers(wanted: str) -> None:
-    """Program: print how many readers a stack has and PC/SC lists."""
+    """Program: print how many readers a stack has, and how many PC/SC lists."""
     with VirtualPcsc(int(wanted), [EchoCard() for _ in range(int(wanted))]) as stack:
         names = [reader.name for reader in stack.readers]
         listed = reader_names()
@@ -109,14 +109,14 @@ def see_readers(wanted: str) -> None:
 
 @pytest.mark.parametrize(("wanted", "listed"), [(1, 2), (2, 2), (3, 4), (8, 8), (16, 16)])
 def test_number_of_readers(wanted: int, listed: int) -> None:
-    """Any number of readers up to 16; PC/SC lists them in order, and one more after them for an odd number."""
+    """A stack has up to 16 readers; PC/SC lists them in order, and one more after them if the number is odd."""
     done = forking.in_program(see_readers, str(wanted), env=CLEAN)
     assert done.stdout == f"{wanted} {listed}\n", done.stderr
 
 
 @pytest.mark.parametrize("readers", [0, -1, 17])
 def test_impossible_numbers(readers: int) -> None:
-    """The limit of pcscd is known before anything starts."""
+    """A number of readers beyond pcscd's limit is refused before anything starts."""
     with pytest.raises(ValueError, match="1 to 16 readers"):
         VirtualPcsc(readers)
     with pytest.raises(ValueError, match="2 cards for 1 readers"):
@@ -124,7 +124,7 @@ def test_impossible_numbers(readers: int) -> None:
 
 
 def test_remove_and_insert(pcsc_stack: VirtualPcsc) -> None:
-    """When remove and insert return, PC/SC says so; the other reader does not notice."""
+    """When remove and insert return, PC/SC reports the new state; the other reader is not affected."""
     context = establish()
     reader, other = pcsc_stack.readers
     for _ in range(20):
@@ -138,7 +138,7 @@ def test_remove_and_insert(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_removal_ends_sessions(pcsc_stack: VirtualPcsc) -> None:
-    """Whoever is connected when the card is pulled out gets SCARD_W_REMOVED_CARD."""
+    """If the card is removed, each connected application gets SCARD_W_REMOVED_CARD."""
     context = establish()
     reader = pcsc_stack.readers[0]
     card = scard.SCardConnect(context, reader.name, scard.SCARD_SHARE_SHARED, 3)[1]
@@ -148,7 +148,7 @@ def test_removal_ends_sessions(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_removal_in_the_middle_of_a_command(pcsc_stack: VirtualPcsc) -> None:
-    """A card can be pulled out while it computes."""
+    """A card can be removed while it processes a command."""
     reader = pcsc_stack.readers[0]
     entered = threading.Event()
 
@@ -173,7 +173,7 @@ def test_removal_in_the_middle_of_a_command(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_card_that_ejects_itself() -> None:
-    """A card's own code may pull it out."""
+    """A card's own code can remove the card."""
 
     class Jumper(EchoCard):
         def apdu(self, command: bytes) -> bytes:
@@ -194,7 +194,7 @@ def test_card_that_ejects_itself() -> None:
 
 
 def test_refused_insertions_and_removals(pcsc_stack: VirtualPcsc) -> None:
-    """A reader holds one card, a card is in one reader; the errors say what to do."""
+    """A reader holds one card, and a card is in one reader; the errors name the remedy."""
     first, second = pcsc_stack.readers
     card = first.card
     assert card is not None
@@ -210,7 +210,7 @@ def test_refused_insertions_and_removals(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_reset_of_a_card_in_use(pcsc_stack: VirtualPcsc) -> None:
-    """A card that an application holds exclusively can't be reset from outside; the error says why."""
+    """A card that an application holds exclusively can't be reset by the stack; the error gives the reason."""
     context = establish()
     reader = pcsc_stack.readers[0]
     scard.SCardConnect(context, reader.name, scard.SCARD_SHARE_EXCLUSIVE, 3)
@@ -221,11 +221,11 @@ def test_reset_of_a_card_in_use(pcsc_stack: VirtualPcsc) -> None:
     reader.reset()
 
 
-# pcscd's life
+# the life of pcscd
 
 
 def test_kill_and_start(pcsc_stack: VirtualPcsc) -> None:
-    """While pcscd is down calls fail at once; after a start the cards are back, and new contexts work."""
+    """While pcscd is down calls fail immediately; after a start the cards are back, and new contexts work."""
     name, context, pid = pcsc_stack.readers[0].name, establish(), pcsc_stack.pid
     card = scard.SCardConnect(context, name, scard.SCARD_SHARE_SHARED, 3)[1]
     pcsc_stack.kill()
@@ -239,7 +239,7 @@ def test_kill_and_start(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_many_restarts_with_clients(pcsc_stack: VirtualPcsc) -> None:
-    """Restarts work while contexts and cards are open, as often as one likes."""
+    """A stack can be restarted repeatedly while contexts and cards are open."""
     names = [reader.name for reader in pcsc_stack.readers]
     for turn in range(10):
         scard.SCardConnect(establish(), names[0], scard.SCARD_SHARE_SHARED, 3)
@@ -248,7 +248,7 @@ def test_many_restarts_with_clients(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_cards_change_while_pcscd_is_down(pcsc_stack: VirtualPcsc) -> None:
-    """Cards can be pulled out and put in while pcscd is down."""
+    """Cards can be removed and inserted while pcscd is down."""
     first, second = pcsc_stack.readers
     pcsc_stack.kill()
     card = first.remove()
@@ -261,7 +261,7 @@ def test_cards_change_while_pcscd_is_down(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_pcscd_dies_by_itself(pcsc_stack: VirtualPcsc) -> None:
-    """If pcscd dies without being told to, changes fail with an error, and start brings it back."""
+    """If pcscd dies unexpectedly, changes raise an error, and start() restores the stack."""
     os.kill(pcsc_stack.pid, signal.SIGKILL)
     assert wait_until(lambda: not alive(pcsc_stack.pid))
     with pytest.raises(PcscStackError, match="does not serve"):
@@ -271,7 +271,7 @@ def test_pcscd_dies_by_itself(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_clients(pcsc_stack: VirtualPcsc) -> None:
-    """clients() is the number of established contexts; the stack's own work never shows."""
+    """clients() is the number of established contexts; it never counts the stack's own."""
     assert pcsc_stack.clients() == 0
     contexts = [establish() for _ in range(3)]
     pcsc_stack.wait_for_clients(3)
@@ -286,13 +286,13 @@ def test_clients(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_log(pcsc_stack: VirtualPcsc) -> None:
-    """The log of pcscd is there for a failing test, and goes on over a restart."""
+    """The log of pcscd is available to a failing test, and continues after a restart."""
     pcsc_stack.restart()
     assert pcsc_stack.log.count("daemon ready") == 2
 
 
 def test_a_stack_outside_its_block() -> None:
-    """A stack that is not running says so."""
+    """Using a stack that is not running raises an error that says so."""
     stack = VirtualPcsc(1, activate=False)
     with pytest.raises(PcscStackError, match="with block"):
         _ = stack.env
@@ -303,18 +303,18 @@ def test_a_stack_outside_its_block() -> None:
 
 
 def test_a_stack_used_twice() -> None:
-    """A stack can be entered again, with the cards it was made with."""
+    """A stack can be entered again, with the cards that it was made with."""
     stack = VirtualPcsc(1, [EchoCard()])
     for turn in range(2):
         with stack:
             assert echo(stack.readers[0].name, turn) == [turn, 0x90, 0]
 
 
-# where clients find it
+# activation
 
 
 def test_activation_follows_the_stack() -> None:
-    """Stacks that follow each other or are nested in one process are found, and the environment is put back."""
+    """Consecutive and nested stacks in one process are found, and the environment is restored."""
     before = os.environ.get("PCSCLITE_CSOCK_NAME")
     with VirtualPcsc(1) as first:
         path = os.environ["PCSCLITE_CSOCK_NAME"]
@@ -334,7 +334,7 @@ def test_activation_follows_the_stack() -> None:
 
 
 def see_sizes(*sizes: str) -> None:
-    """Program: stacks that follow each other; print what pyscard lists in each, before and after a restart."""
+    """Program: run stacks one after the other; print what pyscard lists in each, before and after a restart."""
     for size in sizes:
         with VirtualPcsc(int(size), activate=False) as stack, stack.activated():
             before = len(reader_names())
@@ -343,13 +343,13 @@ def see_sizes(*sizes: str) -> None:
 
 
 def test_stacks_of_any_sizes_follow_each_other() -> None:
-    """Also where libpcsclite's array of readers never shrinks, since pcsc-lite 2.5, and each is seen by raw pyscard."""
+    """Raw pyscard lists each stack's readers, even with pcsc-lite 2.5, whose array of readers never shrinks."""
     done = forking.in_program(see_sizes, "2", "3", "2", "6", "1", "8", "2", env=CLEAN)
     assert done.stdout.split("\n") == ["2 2", "4 4", "2 2", "6 6", "2 2", "8 8", "2 2", ""], done.stderr
 
 
 def nest_a_larger_one() -> None:
-    """Program: print what becomes of a larger stack within a smaller one, and of one that is too small."""
+    """Program: print what happens to a larger stack within a smaller one, and to one that is too small."""
     with VirtualPcsc(2) as outer, VirtualPcsc(6, activate=False) as larger:
         try:
             with larger.activated():
@@ -370,7 +370,7 @@ def nest_a_larger_one() -> None:
 
 
 def test_what_libpcsclite_could_not_follow_is_refused() -> None:
-    """Since pcsc-lite 2.5 a larger stack within an active one: PC/SC calls could not go back to that one."""
+    """With pcsc-lite 2.5 a larger stack within an active one is refused: the active one would become unusable."""
     done = forking.in_program(nest_a_larger_one, env=CLEAN)
     assert done.stderr == ""
     if slots_matter():
@@ -385,7 +385,7 @@ def test_what_libpcsclite_could_not_follow_is_refused() -> None:
 
 
 def see_fewer_on_raw_pyscard(link: str, larger: str, smaller: str) -> None:
-    """Program: print what pyscard answers at a pcscd with fewer slots for readers than the one before."""
+    """Program: print what pyscard returns at a pcscd with fewer slots for readers than the one before."""
     for target in (larger, smaller):
         os.symlink(target, link + ".new")
         os.replace(link + ".new", link)
@@ -397,9 +397,9 @@ def see_fewer_on_raw_pyscard(link: str, larger: str, smaller: str) -> None:
 
 
 def test_pcsc_lites_own_fault(tmp_path: Path) -> None:
-    """Raw pyscard, no fork: a process that has seen a pcscd with more slots can't use one with fewer.
+    """With raw pyscard and no fork, a process that has used a pcscd with more slots can't use one with fewer.
 
-    Seen on pcsc-lite 2.5.3, read in 2.5.0 and 2.5.1; 1.9.9 and 2.3.3 have an array of fixed size.
+    Observed with pcsc-lite 2.5.3, and in the source of 2.5.0 and 2.5.1; 1.9.9 and 2.3.3 have an array of fixed size.
     """
     with VirtualPcsc(6, activate=False) as larger, VirtualPcsc(2, [EchoCard()], activate=False) as smaller:
         link, *paths = str(tmp_path / "comm"), larger.env[VARIABLE], smaller.env[VARIABLE]
@@ -416,7 +416,7 @@ def slots_matter() -> bool:
 
 
 def test_environment_for_subprocesses() -> None:
-    """A subprocess with .env reaches the stack, activated or not, alone or among others."""
+    """A subprocess with the stack's env uses the stack, whether or not it is active, and beside others."""
     script = "from smartcard.scard import *; print(len(SCardListReaders(SCardEstablishContext(0)[1], [])[1]))"
     with VirtualPcsc(2, activate=False) as two, VirtualPcsc(4, activate=False) as four:
         for stack, count in ((two, "2"), (four, "4")):
@@ -425,7 +425,7 @@ def test_environment_for_subprocesses() -> None:
 
 
 def test_four_side_by_side() -> None:
-    """Stacks do not see each other's cards, readers or clients."""
+    """Stacks have separate cards, readers and clients."""
     stacks = [VirtualPcsc(2, [EchoCard()], activate=False) for _ in range(4)]
     for stack in stacks:
         stack.__enter__()
@@ -443,14 +443,14 @@ def test_four_side_by_side() -> None:
 
 
 def start_five() -> None:
-    """Program: five stacks one after the other, a command through each."""
+    """Program: run five stacks one after the other, and send a command through each."""
     for number in range(5):
         with VirtualPcsc(2, [EchoCard(), EchoCard()]) as stack:
             assert echo(stack.readers[1].name, number) == [number, 0x90, 0]
 
 
 def test_twenty_in_parallel() -> None:
-    """Twenty stacks started from four processes at once, and all come up."""
+    """Twenty stacks, started from four processes at the same time, all work."""
     failures: list[str] = []
 
     def run() -> None:
@@ -466,11 +466,11 @@ def test_twenty_in_parallel() -> None:
     assert not failures
 
 
-# nothing is left behind
+# cleanup
 
 
 def test_nothing_is_left_behind() -> None:
-    """Leaving the block ends pcscd, its keeper and the threads, closes the descriptors, removes the files."""
+    """At the end of the block pcscd, its keeper and the threads end, descriptors are closed, and files are removed."""
     with VirtualPcsc(1, activate=False):
         pass
     before = descriptors(), threading.active_count(), of_mine(os.getpid())
@@ -487,7 +487,7 @@ def test_nothing_is_left_behind() -> None:
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, SystemExit])
 def test_nothing_is_left_behind_after_an_error(error: type[BaseException]) -> None:
-    """The same if the block ends with an exception."""
+    """The same is cleaned up if the block ends with an exception."""
     before = descriptors(), threading.active_count(), of_mine(os.getpid())
     stack = VirtualPcsc(1, [EchoCard()])
     pids = []
@@ -503,7 +503,7 @@ def test_nothing_is_left_behind_after_an_error(error: type[BaseException]) -> No
 
 
 def test_nothing_is_left_behind_of_a_failed_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pcscd that does not start gives an error with its log, and leaves nothing."""
+    """If pcscd doesn't start, the error contains its log, and nothing is left behind."""
     from pcsc_safe.testing import _daemon
 
     monkeypatch.setattr(_daemon.Daemon, "_command", lambda self: ["/bin/sh", "-c", "echo no such luck"])
@@ -514,7 +514,7 @@ def test_nothing_is_left_behind_of_a_failed_start(monkeypatch: pytest.MonkeyPatc
 
 
 def test_temporary_directory_that_is_not_writable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory that can't be made gives an error that says what to look at."""
+    """If a directory can't be made, the error says what to check."""
     monkeypatch.setattr(tempfile, "tempdir", "/proc")
     before = descriptors()
     with pytest.raises(PcscStackError, match="TMPDIR"), VirtualPcsc(1, activate=False):
@@ -523,7 +523,7 @@ def test_temporary_directory_that_is_not_writable(monkeypatch: pytest.MonkeyPatc
 
 
 def test_long_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A temporary directory too long for a Unix socket is no problem."""
+    """A temporary directory may be too long for the path of a Unix socket."""
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
@@ -532,7 +532,7 @@ def test_long_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def come_to_a_sudden_end(how: str) -> None:
-    """Program: two stacks, one active, and, if killed, a forked child that outlives this process."""
+    """Program: start two stacks, one of them active; for SIGKILL, also a forked child that outlives this process."""
     with VirtualPcsc(2, [EchoCard()]) as stack, VirtualPcsc(2, [EchoCard()]) as other:
         child = forking.fork() if how == "SIGKILL" else 0
         if how == "SIGKILL" and not child:
@@ -546,7 +546,7 @@ def come_to_a_sudden_end(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["SIGKILL", "exec"])
 def test_nothing_is_left_behind_after_a_sudden_end(how: str) -> None:
-    """Daemon and files go with the process that wanted them, killed (though a child lives on) or replaced."""
+    """Daemon and files are removed when their process is killed (even if a child lives on) or execs."""
     here = [str(ROOT), str(TESTS), os.path.dirname(__file__)]
     source = f"import sys; sys.path[:0] = {here!r}; import {__name__} as test; test.come_to_a_sudden_end({how!r})"
     process = subprocess.Popen(
@@ -564,7 +564,7 @@ def test_nothing_is_left_behind_after_a_sudden_end(how: str) -> None:
 
 
 def die_on_an_old_kernel(keeper: str) -> None:
-    """Program: a stack whose keeper can't watch by pidfd, and a child that lives on."""
+    """Program: start a stack whose keeper has no pidfd, and a child that lives on."""
     from pcsc_safe.testing import _daemon
 
     _daemon._KEEPER = keeper
@@ -577,7 +577,7 @@ def die_on_an_old_kernel(keeper: str) -> None:
 
 
 def test_keeper_without_pidfd(tmp_path: Path) -> None:
-    """Where the kernel has no pidfd_open, the keeper notices its parent's death all the same."""
+    """On a kernel without pidfd_open, the keeper still detects the death of its parent."""
     real = str(Path(cards.__file__).with_name("_keeper.py"))
     keeper = tmp_path / "keeper.py"
     keeper.write_text(f"import os, runpy\ndel os.pidfd_open\nrunpy.run_path({real!r}, run_name='__main__')\n")
@@ -595,7 +595,7 @@ def test_keeper_without_pidfd(tmp_path: Path) -> None:
 
 
 def test_pcscd_that_can_not_be_hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where pcscd can't be woken, everything works at its own pace."""
+    """If pcscd can't be woken, everything still works, only slower."""
     from pcsc_safe.testing import _stack
 
     monkeypatch.setattr(_stack, "nudge", lambda pid: None)
@@ -606,14 +606,14 @@ def test_pcscd_that_can_not_be_hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_interrupt_from_the_terminal() -> None:
-    """Ctrl-C reaches the test process's group, and pcscd is not in it."""
+    """The process group of the test doesn't contain pcscd, so Ctrl-C doesn't reach it."""
     with VirtualPcsc(1, activate=False) as stack:
         assert os.getsid(stack.pid) != os.getsid(0)
         assert os.getpgid(stack.pid) != os.getpgid(0)
 
 
 def ignore_and_block_signals() -> None:
-    """Program: a stack under a process that ignores SIGCHLD and blocks everything."""
+    """Program: run a stack in a process that ignores SIGCHLD and blocks all signals."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
     with VirtualPcsc(1, [EchoCard()]) as stack:
@@ -622,7 +622,7 @@ def ignore_and_block_signals() -> None:
 
 
 def test_signals_that_the_process_ignores_or_blocks() -> None:
-    """What the test process does with signals is no matter to the stack."""
+    """The stack works whatever signals the test process ignores or blocks."""
     done = forking.in_program(ignore_and_block_signals, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
 
@@ -631,7 +631,7 @@ def test_signals_that_the_process_ignores_or_blocks() -> None:
 
 
 def test_forked_child_uses_the_stack(pcsc_stack: VirtualPcsc) -> None:
-    """A child finds the stack by the same path, and its card is served by the parent's threads."""
+    """A child reaches the stack by the same path; threads of the parent serve the card."""
     names = [reader.name for reader in pcsc_stack.readers]
     card = pcsc_stack.readers[0].card
     assert card is not None
@@ -641,7 +641,7 @@ def test_forked_child_uses_the_stack(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_forked_child_can_do_no_harm() -> None:
-    """A child that leaves the block, collects garbage, or tries to change the stack changes nothing."""
+    """A child that leaves the block, collects garbage, or tries to change the stack has no effect on it."""
 
     def child() -> list[str]:
         refused = []
@@ -665,7 +665,7 @@ def test_forked_child_can_do_no_harm() -> None:
 
 
 def test_child_that_lives_on_keeps_nothing_alive() -> None:
-    """A child with copies of all descriptors holds up neither a removal nor the end of the stack."""
+    """A child with copies of all descriptors delays neither a removal nor the end of the stack."""
     read_end, write_end = os.pipe()
     with VirtualPcsc(1, [EchoCard()]) as stack:
         pid, home = stack.pid, home_of(stack)
@@ -681,7 +681,7 @@ def test_child_that_lives_on_keeps_nothing_alive() -> None:
 
 
 def test_child_with_a_stack_of_its_own() -> None:
-    """A child can start its own stack; the parent's is not touched."""
+    """A child can start its own stack; the parent's is not affected."""
 
     def child() -> tuple[int, int]:
         with VirtualPcsc(2, [EchoCard()], activate=False) as own:
@@ -695,7 +695,7 @@ def test_child_with_a_stack_of_its_own() -> None:
 
 
 def test_forks_while_cards_come_and_go(pcsc_stack: VirtualPcsc) -> None:
-    """A fork at any moment leaves a child that can use the stack, and a parent whose stack works."""
+    """After a fork at any moment, the child can use the stack, and the parent's stack works."""
     stop = threading.Event()
 
     def come_and_go() -> None:
@@ -717,9 +717,9 @@ def test_forks_while_cards_come_and_go(pcsc_stack: VirtualPcsc) -> None:
 
 
 def be_nobody() -> None:
-    """Program: give up root, then all the stack can do."""
+    """Program: give up root, then use the whole stack."""
     with VirtualPcsc(4, [EchoCard()]):
-        pass  # loads whatever is loaded late: nobody may not be able to read this Python's library
+        pass  # loads everything that is loaded late, while this process can still read this Python's library
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)

@@ -1,4 +1,4 @@
-"""``python -m pcsc_safe run --timeline``: what is drawn is what happened, and nothing that is secret."""
+"""``python -m pcsc_safe run --timeline`` draws what happened, and shows no secret."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["browser"]
 SVG = "{http://www.w3.org/2000/svg}"
 RUN = [sys.executable, "-m", "pcsc_safe", "run"]
 EXACT = 0.02  # px; x and width are rounded
-LEAST = 1  # px; what is thinner is drawn as wide as this, so that ends alone may differ by it
+LEAST = 1  # px; anything thinner is drawn with this width, so its end may be off by it
 
 
 class Bar(NamedTuple):
@@ -44,14 +44,14 @@ class Bar(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """A process as it is drawn."""
+    """A process in the drawing."""
 
     pid: int
     program: str
     bars: list[Bar]
 
     def of(self, kind: str) -> list[Bar]:
-        """The bars of a kind, by time."""
+        """The bars of a kind, sorted by time."""
         return sorted((bar for bar in self.bars if kind in bar.kind.split()), key=lambda bar: bar.start)
 
     def one(self, kind: str) -> Bar:
@@ -61,7 +61,7 @@ class Lane(NamedTuple):
 
 
 class Arrow(NamedTuple):
-    """One between processes."""
+    """An arrow between processes."""
 
     kind: str
     source: int
@@ -70,7 +70,7 @@ class Arrow(NamedTuple):
 
 
 class Drawing:
-    """What can be seen in a drawing."""
+    """What is visible in a drawing."""
 
     def __init__(self, svg: str) -> None:
         root = ElementTree.fromstring(svg)
@@ -88,7 +88,7 @@ class Drawing:
         self.text = " ".join(root.itertext())
 
     def arrow_to(self, lane: Lane) -> Arrow:
-        """The only one that ends there."""
+        """The only arrow that ends there."""
         (found,) = [each for each in self.arrows if each.target == lane.pid]
         return found
 
@@ -124,7 +124,7 @@ def record(
     suffix: str = ".svg",
     arguments: tuple[str, ...] = (),
 ) -> Ran:
-    """Run a program, which prints JSON, and see what is drawn of it."""
+    """Run a program that prints JSON, and parse its drawing."""
     script, file = directory / "program.py", directory / f"drawing{suffix}"
     script.write_text(PRELUDE + program)
     process = subprocess.Popen(
@@ -234,7 +234,7 @@ os.kill(os.getpid(), signal.SIGTERM)
 
 @pytest.fixture(scope="module")
 def family(shared_stack: VirtualPcsc, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """One program with everything in it that needs no settings, recorded once."""
+    """A program that does everything that needs no settings, recorded once."""
     return record(shared_stack, tmp_path_factory.mktemp("family"), FAMILY, "--report", suffix=".html")
 
 
@@ -243,13 +243,13 @@ def members(family: Ran) -> list[Lane]:
 
 
 def test_the_program_ends_as_ever(family: Ran) -> None:
-    """The exit status is the program's, here of a signal; and a report can be had as well."""
+    """The exit status is the program's (here a signal's); a report can be written as well."""
     assert family.status == -signal.SIGTERM
     assert "pcsc_safe: forked processes that used PC/SC: 3, contexts re-established: 2" in family.err
 
 
 def test_lanes_are_processes(family: Ran) -> None:
-    """Each process is a lane, a parent above its children, in the order of their births, joined by an arrow."""
+    """Each process has a lane, a parent above its children, in the order of their start; arrows join them."""
     parent, *children = members(family)
     assert list(family.drawing.lanes) == family.said
     assert {lane.program for lane in (parent, *children)} == {"python program.py", "python program.py (C fork)"}
@@ -269,7 +269,7 @@ def test_lanes_are_processes(family: Ran) -> None:
 
 
 def test_the_owners_session(family: Ran) -> None:
-    """Its context, card, transaction, exchanges and wait, each inside the other."""
+    """The owner's context, card, transaction, exchanges and wait are drawn one inside the other."""
     parent = members(family)[0]
     session, card = parent.of("own")[0], parent.of("card")[0]
     assert re.match(r"context established by thread \d+, established at program.py:\d+, until released", session.title)
@@ -284,7 +284,7 @@ def test_the_owners_session(family: Ran) -> None:
 
 
 def test_a_child_that_has_a_session_of_its_own(family: Ran) -> None:
-    """What it inherited is hatched until it has its own, and its card until it is reconnected."""
+    """What a child inherited is hatched until the child has its own context and has reconnected its card."""
     child = members(family)[1]
     inherited, own = child.one("inherited"), child.one("own")
     assert f"context inherited from process {family.said[0]}, established at program.py" in inherited.title
@@ -299,7 +299,7 @@ def test_a_child_that_has_a_session_of_its_own(family: Ran) -> None:
 
 
 def test_a_killed_child_keeps_what_it_told(family: Ran) -> None:
-    """Up to SIGKILL, in the middle of a transaction; that goes on until the process ends."""
+    """A child's record is complete up to SIGKILL; its transaction lasts until the process ends."""
     killed = members(family)[2]
     assert len(killed.of("inherited")) == 1
     own, card, begun = killed.one("own"), killed.one("card"), killed.one("begun")
@@ -310,7 +310,7 @@ def test_a_killed_child_keeps_what_it_told(family: Ran) -> None:
 
 
 def test_a_fork_that_ran_no_hook(family: Ran) -> None:
-    """It is there from its first use of PC/SC on, and what it is is said."""
+    """A child of a fork that ran no hook appears with its first use of PC/SC, and is labelled "C fork"."""
     child = members(family)[3]
     assert child.program == "python program.py (C fork)"
     assert "forked by C code" in child.of("life")[0].title
@@ -318,13 +318,13 @@ def test_a_fork_that_ran_no_hook(family: Ran) -> None:
 
 
 def test_an_idle_child(family: Ran) -> None:
-    """One that does nothing with what it inherited is there too."""
+    """A child that uses nothing of what it inherited appears, too."""
     child = members(family)[4]
     assert [bar.kind for bar in child.bars if "life" not in bar.kind] == ["inherited", "card-inherited shared"]
 
 
 def test_a_python_that_was_started(family: Ran) -> None:
-    """It has inherited nothing, and its arguments are nobody's business."""
+    """A Python that was started by exec has inherited nothing, and its arguments are not shown."""
     started = members(family)[5]
     assert not started.of("inherited")
     assert "1 exchange, " in started.one("card").title
@@ -332,7 +332,7 @@ def test_a_python_that_was_started(family: Ran) -> None:
 
 
 def test_threads_have_rows(family: Ran) -> None:
-    """Contexts that there are at the same time stand below each other, each with the thread that established it."""
+    """Contexts that exist at the same time have rows of their own, each with the thread that established it."""
     parent = members(family)[0]
     sessions = parent.of("own")
     assert len(sessions) == 4
@@ -373,9 +373,9 @@ print(json.dumps(pids), flush=True)
 
 
 def test_a_handover_to_a_daemon(shared_stack: VirtualPcsc, tmp_path: Path) -> None:
-    """The session goes from lane to lane, with arrows, and the daemon is recorded until it ends.
+    """The session moves from lane to lane, with arrows, and the daemon is recorded until it ends.
 
-    Also when it has closed its descriptors, and is in another root directory and another user.
+    This also works if the daemon has closed its descriptors, and has changed its root directory and its user.
     """
     ran = record(shared_stack, tmp_path, DAEMON)
     assert ran.status == 3
@@ -411,7 +411,7 @@ print(json.dumps([os.getpid(), *pids]))
 
 
 def test_a_session_that_is_shared(shared_stack: VirtualPcsc, tmp_path: Path) -> None:
-    """The broker has a lane; the session is the parent's and the children's at once, with an arrow to each."""
+    """The broker has a lane; the session belongs to the parent and the children, with an arrow to each."""
     ran = record(shared_stack, tmp_path, SHARING, "--broker", "always", "--policy", "share")
     parent, *children = (ran.drawing.lanes[pid] for pid in ran.said)
     (broker,) = [lane for pid, lane in ran.drawing.lanes.items() if pid not in ran.said]
@@ -442,7 +442,7 @@ print(json.dumps(os.getpid()), flush=True)
 
 
 def test_a_process_that_lives_on(shared_stack: VirtualPcsc, tmp_path: Path) -> None:
-    """It is waited for, which is said, and a signal ends that; the drawing says that its end is not known."""
+    """``run`` waits for a process that lives on, and says so; after Ctrl-C the drawing calls its end unknown."""
     script, file = tmp_path / "program.py", tmp_path / "drawing.svg"
     script.write_text(PRELUDE + LIVES_ON)
     with subprocess.Popen(
@@ -469,7 +469,7 @@ def test_a_process_that_lives_on(shared_stack: VirtualPcsc, tmp_path: Path) -> N
 
 
 def test_where_no_record_can_be_written(shared_stack: VirtualPcsc, tmp_path: Path) -> None:
-    """A program notices nothing of it."""
+    """If no record can be written, the program runs as usual."""
     code = PRELUDE + "exchange(connect(establish()), 2); child(establish); print('done')"
     env = {**os.environ, **shared_stack.env, "PCSC_SAFE_REPORT": str(tmp_path / "no" / "such")}
     code = f"import pcsc_safe; pcsc_safe.install()\n{code}"
@@ -484,7 +484,7 @@ EXAMPLE = EXAMPLES / "family.py"
 
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="examples/ is not part of this installation")
 def test_the_example_of_the_documentation(shared_stack: VirtualPcsc, tmp_path: Path) -> None:
-    """examples/family.py does what it says, and its drawing is such as docs/timeline.svg."""
+    """examples/family.py does what it says, and its drawing is like docs/timeline.svg."""
     file = tmp_path / "drawing.svg"
     command = [*RUN, "--timeline", str(file), str(EXAMPLE)]
     env = {**os.environ, **shared_stack.env}
@@ -500,7 +500,7 @@ def test_the_example_of_the_documentation(shared_stack: VirtualPcsc, tmp_path: P
         assert [len(lane.of("inherited")) for lane in (parent, *workers, successor)] == [1, 1, 1, 0]
 
 
-# The drawing, of histories that are made up.
+# Drawings of made-up histories.
 
 
 NASTY = "<script>alert(1)</script> ]]> & \" ' \x00\x1b \ud800 é 卡 --> <!--drawing-->"
@@ -534,7 +534,7 @@ def made_up(processes: int, seconds: float, contexts: int, exchanges: int, reade
 
 @pytest.mark.parametrize("suffix", [".svg", ".html"])
 def test_names_are_text(suffix: str) -> None:
-    """What readers and programs are called can't become part of the page."""
+    """Names of readers and programs are escaped: they can't become part of the page."""
     text = timeline.draw(made_up(2, 1, 1, 1, NASTY), suffix)
     clean = timeline.draw(made_up(2, 1, 1, 1), suffix)
     assert text.count("<script") == clean.count("<script")
@@ -550,7 +550,7 @@ def test_names_are_text(suffix: str) -> None:
     [(2, 0.01, 1, 3), (30, 600, 3, 400), (30, 600, 1000, 1), (700, 600, 2, 2)],
 )
 def test_no_drawing_is_big(processes: int, seconds: float, contexts: int, exchanges: int) -> None:
-    """Two processes or hundreds, 10 ms or 10 minutes: it stays below 2 MB, and what is drawn as one is counted."""
+    """A drawing stays below 2 MB for hundreds of processes and for 10 minutes; bars that are merged are counted."""
     svg = timeline.draw(made_up(processes, seconds, contexts, exchanges), ".svg")
     assert len(svg.encode()) < 2_000_000
     found = Drawing(svg)
@@ -565,7 +565,7 @@ def test_no_drawing_is_big(processes: int, seconds: float, contexts: int, exchan
 
 
 def test_what_is_missing_is_said() -> None:
-    """Who had nothing to do with PC/SC is counted; what can't be seen is named; a record that is cut off is told."""
+    """Processes without PC/SC are counted; what can't be seen is named; a truncated record is reported."""
     told = [
         Event(1, "1-0", "process", 1, {"ppid": 0, "parent": "", "how": "start", "program": "python", "space": 1}),
         Event(2, "2-0", "process", 2, {"ppid": 1, "parent": "1-0", "how": "fork", "program": "", "space": 1}),
@@ -582,12 +582,12 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_an_empty_history() -> None:
-    """A program that is killed before it could tell anything has a drawing nevertheless."""
+    """If a program is killed before it could record anything, it still has a drawing."""
     assert Drawing(timeline.draw(History([], {}, {}), ".svg")).lanes == {}
 
 
 def test_the_page_asks_for_nothing(family: Ran) -> None:
-    """There is no address in it but the name of SVG, and its own rules forbid any request."""
+    """The page has no address but SVG's namespace, and its content security policy forbids any request."""
     page = family.file.read_text()
     assert set(re.findall(r"https?://[^\"' ]*", page)) == {"http://www.w3.org/2000/svg"}
     assert "default-src 'none'" in page
@@ -612,9 +612,9 @@ document.body.append(Object.assign(document.createElement("pre"),
 
 
 def test_the_page_in_a_browser(family: Ran, browser: Any, tmp_path: Path) -> None:
-    """Chromium shows it without a complaint; it can be zoomed, and says what is under the pointer.
+    """Chromium shows the page without an error; it can be zoomed, and shows what is under the pointer.
 
-    The page forbids all requests, so one would be a complaint: as is the one that is added here, to see that it is.
+    The page forbids all requests, so a request would be an error.  The test adds one, to see that it is.
     """
     page = tmp_path / "page.html"
     page.write_text(family.file.read_text().replace("</body>", f"{STEPS}</body>"))

@@ -1,4 +1,4 @@
-"""The benchmarks run to their end and say what they promise to; what the figures are is not tested."""
+"""The benchmarks run to their end and report each measure; their figures are not tested."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ pytestmark = pytest.mark.skipif(not RUN.exists(), reason="benchmarks/ is not par
 
 
 def run(output: Path, *arguments: str) -> str:
-    """What ``benchmarks/run.py --fast --output`` prints."""
+    """The output of ``benchmarks/run.py --fast --output``."""
     command = [sys.executable, str(RUN), "--fast", "--output", str(output), *arguments]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=output.parent
@@ -95,7 +95,7 @@ def run(output: Path, *arguments: str) -> str:
 
 @pytest.mark.long
 def test_benchmarks_run_to_their_end(tmp_path: Path) -> None:
-    """``benchmarks/run.py --fast`` measures everything, and writes it down as data, as a page and as a picture."""
+    """``benchmarks/run.py --fast`` measures everything, and writes data, a page and a picture."""
     printed, output = run(tmp_path / "figures"), tmp_path / "figures"
     document, page = json.loads((output / "results.json").read_text()), (output / "results.md").read_text()
     assert document["fast"] is True

@@ -25,7 +25,7 @@ def command(name: str, *arguments: str) -> list[str]:
 
 
 def run(stack: VirtualPcsc, name: str, *arguments: str) -> tuple[int, str, str]:
-    """Run an example to its end; after 20 s it and what it forked are told to dump their stacks, and killed."""
+    """Run an example to its end; after 20 s, it and its children dump their stacks and are killed."""
     process = subprocess.Popen(
         command(name, *arguments),
         env=stack.env,
@@ -48,7 +48,7 @@ def run(stack: VirtualPcsc, name: str, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_report_2015(pcsc_stack: VirtualPcsc) -> None:
-    """The report of 2015: child and parent list the readers, nobody crashes, nothing is left at pcscd."""
+    """With the report of 2015, child and parent list the readers, no process crashes, and nothing is left at pcscd."""
     readers = [reader.name for reader in pcsc_stack.readers]
     status, out, err = run(pcsc_stack, "report_2015.py")
     assert (status, err) == (0, "")
@@ -68,7 +68,7 @@ class Daemon:
         self.end = os.pidfd_open(pid)
 
     def ask(self, *lines: str) -> list[str]:
-        """Its answers to these lines, in one connection."""
+        """The daemon's responses to these lines, in one connection."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(20)
             client.connect(self.path)
@@ -78,14 +78,14 @@ class Daemon:
                 return answers.read().splitlines()
 
     def stop(self) -> bool:
-        """SIGTERM; whether it ended within 20 s."""
+        """Send SIGTERM; return whether the daemon ended within 20 s."""
         os.kill(self.pid, signal.SIGTERM)
         return bool(select.select([self.end], [], [], 20)[0])
 
 
 @pytest.fixture
 def daemon(pcsc_stack: VirtualPcsc) -> Iterator[Daemon]:
-    """The example daemon in the background; gone after the test, whatever happened."""
+    """The example daemon in the background; ended after the test."""
     if not hasattr(os, "pidfd_open"):
         pytest.skip("the end of a process that is not our child can't be awaited here")
     # Not tmp_path: the path of a socket has to be short.
@@ -97,14 +97,14 @@ def daemon(pcsc_stack: VirtualPcsc) -> Iterator[Daemon]:
         try:
             yield daemon
         finally:
-            # By the descriptor: the number may be another process's by now.
+            # By the descriptor: another process may have the PID by now.
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(daemon.end, signal.SIGKILL)
             os.close(daemon.end)
 
 
 def run_daemon(stack: VirtualPcsc, path: str) -> tuple[int, str, str]:
-    """Start the daemon; returns when the program in the foreground has ended."""
+    """Start the daemon; return when the program in the foreground has ended."""
     done = subprocess.run(
         command("card_daemon.py", path), env=stack.env, capture_output=True, text=True, timeout=30, check=False
     )
@@ -112,7 +112,7 @@ def run_daemon(stack: VirtualPcsc, path: str) -> tuple[int, str, str]:
 
 
 def test_daemon(pcsc_stack: VirtualPcsc, daemon: Daemon) -> None:
-    """The daemon answers over the readers it opened before it forked, and ends on SIGTERM with nothing left behind."""
+    """The daemon uses the readers that it opened before it forked, and ends on SIGTERM with nothing left behind."""
     assert daemon.ask("80010000021234", "80010000025678") == ["12349000", "56789000"]
     assert daemon.ask("nonsense") == ["error: not a command in hex"]
     assert pcsc_stack.clients() == 1
@@ -122,14 +122,14 @@ def test_daemon(pcsc_stack: VirtualPcsc, daemon: Daemon) -> None:
 
 
 def test_daemon_goes_on_after_a_reset_by_somebody_else(pcsc_stack: VirtualPcsc, daemon: Daemon) -> None:
-    """What connects it after the fork also does after any other reset of the card."""
+    """The daemon reconnects after a reset by another application as it does after the fork."""
     assert daemon.ask("80010000021234") == ["12349000"]
     pcsc_stack.readers[0].reset()
     assert daemon.ask("80010000025678") == ["56789000"]
 
 
 def test_daemon_without_a_card_fails_in_the_foreground(pcsc_stack: VirtualPcsc) -> None:
-    """A missing card is told on the terminal, and no daemon is left."""
+    """A missing card is reported on the terminal, and no daemon is left."""
     pcsc_stack.readers[0].remove()
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "card.sock")

@@ -1,4 +1,4 @@
-"""Everything at once: forks, threads, kills, cards that come and go, every policy; see :mod:`soak`."""
+"""Forks, threads, kills, moving cards and every policy, all at the same time; see :mod:`soak`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEED = 7
 
 
 def soaked(seconds: int) -> dict[str, Any]:
-    """What a soak of so many seconds says."""
+    """The output of a soak test of this many seconds."""
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
@@ -32,7 +32,7 @@ def soaked(seconds: int) -> dict[str, Any]:
 
 
 def test_some_seconds() -> None:
-    """Nothing is breached, and it did something."""
+    """No guarantee is broken, and there was some activity."""
     figures = soaked(6)
     assert figures["exchanges"] > 100
     assert figures["forks"] > 3
@@ -41,7 +41,7 @@ def test_some_seconds() -> None:
 
 @pytest.mark.long
 def test_two_minutes() -> None:
-    """Nothing is breached; the figures are printed (``-s`` shows them)."""
+    """No guarantee is broken; the figures are printed (``-s`` shows them)."""
     figures = soaked(120)
     print(json.dumps(figures))
     assert figures["exchanges"] > 5000
@@ -49,7 +49,7 @@ def test_two_minutes() -> None:
 
 
 def test_a_breach_is_seen(tmp_path: Path) -> None:
-    """What a process of a family finds wrong is in the result, also if that process is killed at once."""
+    """What a process of a family finds wrong is in the result, even if the process is killed immediately afterwards."""
     report = soak_report.Report(str(tmp_path), "policy=auto")
     report.breach("another's answer", sent="00")
     soak_report.judge_end(report, -11, 4711)

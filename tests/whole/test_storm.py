@@ -35,12 +35,12 @@ class Tally:
         self.wrong: list[Any] = []
 
     def expect(self, what: str, got: Any, *right: Any) -> None:
-        """Note an answer that is none of the right ones."""
+        """Record a result that is not one of the right ones."""
         if got not in right:
             self.wrong.append([what, got])
 
     def exchange(self, card: Any) -> None:
-        """Send bytes that nobody else sends, and have them back."""
+        """Send bytes that no other process sends, and check that they come back."""
         data = [*os.getpid().to_bytes(4, "big"), *os.urandom(random.randrange(1, 200))]
         answer = safe.SCardTransmit(card, safe.SCARD_PCI_T1, [0x80, 1, 0, 0, len(data), *data])
         self.expect("SCardTransmit", answer, [OK, [*data, 0x90, 0x00]])
@@ -59,7 +59,7 @@ def connect(tally: Tally, context: Any) -> Any:
     return card
 
 
-# What the threads of the parent do, again and again.
+# What the threads of the parent do repeatedly.
 
 
 def exchanges(tally: Tally, context: Any, card: Any) -> None:
@@ -84,8 +84,8 @@ def comes_and_goes(tally: Tally, context: Any, card: Any) -> None:
     tally.expect("SCardReleaseContext", safe.SCardReleaseContext(own), OK)
 
 
-# No SCardConnect and SCardDisconnect among them: libpcsclite (1.9.9) changes a context's list of cards without the lock
-# that calls on other contexts' cards read it under, and dies of SIGSEGV by that, on raw pyscard and without any fork.
+# Without SCardConnect and SCardDisconnect: libpcsclite (1.9.9) changes a context's list of cards without the lock
+# under which calls on other contexts' cards read it, and so dies of SIGSEGV, on raw pyscard and without any fork.
 THREADS = [exchanges, exchanges, exchanges, asks, waits, waits, comes_and_goes, comes_and_goes]
 
 
@@ -98,14 +98,14 @@ def connects(tally: Tally) -> None:
 
 
 def child(levels: int, context: Any, card: Any, own_context: Any, own_card: Any) -> Any:
-    """Use what was inherited, from several threads and without, and something new; then fork, if told to."""
+    """Use inherited handles, from several threads and from one, and new ones; then fork, if requested."""
     tally, below = Tally(), []
     try:
         if levels > 1 and random.random() < 0.5:
             below.append(start(child, levels - 1, context, card, own_context, own_card))
         for inherited, its_card in ((context, card), (own_context, own_card)):
             first = safe.SCardTransmit(its_card, 2, [0x80, 1, 0, 0, 0])[0]
-            tally.expect("SCardTransmit", first, OK, safe.SCARD_W_RESET_CARD)  # as its owner goes on, or has ended
+            tally.expect("SCardTransmit", first, OK, safe.SCARD_W_RESET_CARD)  # reset if the owner has ended
             tally.expect("SCardListReaders", safe.SCardListReaders(inherited, []), [OK, READERS])
             answer = safe.SCardReconnect(its_card, SHARED, T1, safe.SCARD_LEAVE_CARD)
             tally.expect("SCardReconnect", answer, [OK, T1])
@@ -130,9 +130,9 @@ def child(levels: int, context: Any, card: Any, own_context: Any, own_card: Any)
 def storm(count: str, levels: str) -> None:
     """The program: threads, forks, and the figures of both."""
     random.seed(0)
-    # Longer than any call takes on a machine that is busy with something else: no fork may be unquiet.
+    # Longer than any call takes on a busy machine: no fork may be unquiet.
     pcsc_safe.configure(quiesce_timeout=20, policy="reestablish")
-    safe.SCardReleaseContext(establish(Tally()))  # what pcsc_safe opens for good, it has opened now
+    safe.SCardReleaseContext(establish(Tally()))  # opens everything that pcsc_safe keeps open
     descriptors = sorted(os.listdir("/proc/self/fd"))
     tallies, stop = [Tally() for _ in range(len(THREADS) + 1)], threading.Event()
     shared = establish(tallies[-1])
@@ -185,7 +185,7 @@ def storm(count: str, levels: str) -> None:
 
 
 def wait_for_ever(tally: Tally, context: Any, stop: threading.Event) -> None:
-    """Wait for events without end; nothing but the end of the program may interrupt it."""
+    """Wait for events without end; only the end of the program may end the wait."""
     states = [(reader, safe.SCARD_STATE_PRESENT) for reader in READERS]
     while not stop.is_set():
         answer = safe.SCardGetStatusChange(context, safe.INFINITE, states)[0]
@@ -195,7 +195,7 @@ def wait_for_ever(tally: Tally, context: Any, stop: threading.Event) -> None:
 
 
 def collect(started: Any, tally: Tally) -> int:
-    """How much a child exchanged."""
+    """How many exchanges a child made."""
     try:
         exchanged, wrong = wait_for(started)
     except AssertionError as error:
@@ -206,7 +206,7 @@ def collect(started: Any, tally: Tally) -> int:
 
 
 def check(stack: VirtualPcsc, forks: int, levels: int, timeout: float = 60) -> dict[str, Any]:
-    """Run a storm and judge it."""
+    """Run a storm and check its result."""
     done = in_program(storm, str(forks), str(levels), env=stack.env, timeout=timeout)
     assert done.returncode == 0, done.stderr
     figures, *found = json.loads(done.stdout)
@@ -218,12 +218,12 @@ def check(stack: VirtualPcsc, forks: int, levels: int, timeout: float = 60) -> d
 
 @pytest.mark.parametrize(("forks", "levels"), [(60, 1), (8, 3)])
 def test_a_storm_of_forks(pcsc_stack: VirtualPcsc, forks: int, levels: int) -> None:
-    """Forks among eight threads and an endless wait: every process has its own bytes, and nothing is left behind."""
+    """With forks among eight threads and an endless wait, every process gets its own bytes, and nothing is left."""
     check(pcsc_stack, forks, levels)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("forks", "levels"), [(2000, 1), (300, 3)])
 def test_a_long_storm_of_forks(pcsc_stack: VirtualPcsc, forks: int, levels: int) -> None:
-    """The same for as long as it takes to meet what is rare."""
+    """The same, for long enough to meet rare cases."""
     print(check(pcsc_stack, forks, levels, timeout=900))
