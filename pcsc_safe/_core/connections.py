@@ -20,7 +20,7 @@ from typing import Any, Callable, Optional
 from . import descriptors, process
 from .descriptors import Descriptor
 from .failures import is_ours
-from .one_step import Operation, nowhere
+from .one_step import Operation, consumer
 from .settings import when_changed
 
 __all__ = [
@@ -86,7 +86,7 @@ class Traces:
         look: list[Operation] = [
             begin,
             (self._next.extend, map(os.dup, (spare,))),
-            (nowhere.extend, map(os.close, self._next)),
+            (consumer.extend, map(os.close, self._next)),
         ]
         if not thoroughly:
             return look, [(self._status.extend, map(os.fstat, self._next))]

@@ -55,7 +55,7 @@ class Context:
     :ivar established_at: ``file:line`` in the application.
     :ivar overrides: the settings that this context alone has.
     :ivar cards: the cards connected through it and not yet disconnected, by number.
-    :ivar turn: the lock of threads that re-establish it; see :func:`one_step.in_turn`.
+    :ivar turn: the lock of threads that re-establish it; see :func:`one_step.call_in_turn`.
     :ivar cancels: how often the application has called SCardCancel.
     :ivar outlasting: the threads whose waits continue over an end of pcscd.
     :ivar context: itself, so that a context and a card have the same interface.
@@ -132,7 +132,7 @@ class Card:
     :ivar protocol: the SCARD_PROTOCOL_* in use, or the requested one if none is in use (SCARD_SHARE_DIRECT).
     :ivar session: what other processes of the fork family can see of it.
     :ivar transactions: how many transactions are open.
-    :ivar turn: the lock of threads that connect it again; see :func:`one_step.in_turn`.
+    :ivar turn: the lock of threads that connect it again; see :func:`one_step.call_in_turn`.
     :ivar warned: the epochs of the last loss that was logged: that of the process, and the owner's.
     :ivar warned_of_end: the epoch of the process that has logged that it ends others' sessions with the card.
     """
@@ -301,10 +301,10 @@ def update(record: Record, owned_by: process.Epoch, /, **attributes: Any) -> boo
     :param owned_by: the owner that it must still have.
     :return: whether it was done.
     """
-    steps = one_step.called([(setattr, record, name, value) for name, value in attributes.items()])
+    steps = one_step.call_each([(setattr, record, name, value) for name, value in attributes.items()])
     # From this look to the end of extend() no other code runs, of this thread or of any other.
     if record.owner is owned_by and not record.released:
-        one_step.nowhere.extend(steps)
+        one_step.consumer.extend(steps)
         return True
     return False
 
@@ -321,11 +321,11 @@ def lose(record: Record, real: Any, how: str) -> None:
     lost, behind, gateway = process.Epoch(here, how), context.real, context.gateway
     cards_of_it = list(context.cards.values())
     sessions = [card.session for card in cards_of_it]
-    steps = one_step.called([(setattr, each, "owner", lost) for each in (context, *cards_of_it)])
+    steps = one_step.call_each([(setattr, each, "owner", lost) for each in (context, *cards_of_it)])
     is_same = record.real is real and context.real is behind
     if not is_same or record.owner is not here or context.owner is not here:  # as in update()
         return
-    one_step.nowhere.extend(steps)
+    one_step.consumer.extend(steps)
     observer.record("lost", context=context.key)
     for session in sessions:  # and the descriptors: another thread may have replaced them by now
         session.end()

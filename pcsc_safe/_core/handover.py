@@ -65,7 +65,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
                 raise _error(*why_not)
         ident = threading.get_ident()
         try:
-            if not gate.close_quietly():
+            if not gate.close_if_quiet():
                 raise _error(
                     "other threads are inside PC/SC calls",
                     "end these calls first, or configure a longer quiesce_timeout",
@@ -73,7 +73,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             transfer.blocks[ident] = (*transfer.blocks.get(ident, ()), self)
         except BaseException:  # a signal handler's too
             if ident not in transfer.blocks:
-                gate.open_again()
+                gate.reopen()
             raise
         return self
 
@@ -85,7 +85,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         if outer:
             transfer.blocks[ident] = outer
         else:
-            gate.open_again()
+            gate.reopen()
         if kind is not None or self._done:
             return
         if self.failure is not None:

@@ -147,7 +147,7 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
             observer.record("got", context=context.key, how="share")
         return True
 
-    if one_step.in_turn(context.turn, take_part):
+    if one_step.call_in_turn(context.turn, take_part):
         return None
     if call.role is Role.VALIDITY:
         return INVALID_HANDLE

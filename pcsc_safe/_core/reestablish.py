@@ -110,7 +110,7 @@ def own_context(function: str, context: Context) -> int:
                 return hresult
         return SUCCESS
 
-    return one_step.in_turn(context.turn, once)
+    return one_step.call_in_turn(context.turn, once)
 
 
 def _replace(function: str, context: Context) -> int:
@@ -175,7 +175,7 @@ def connect(
     :param only_in: as for :func:`own`.
     :return: the code, and the protocol; None if another thread has connected.
     """
-    connected = one_step.in_turn(card.turn, lambda: _connect(card, share_mode, protocols, only_in))
+    connected = one_step.call_in_turn(card.turn, lambda: _connect(card, share_mode, protocols, only_in))
     if connected is None or connected[0] != SUCCESS or initialization == LEAVE_CARD:
         return connected
     through = card.context.gateway

@@ -136,7 +136,7 @@ def _establish(scope: Any) -> Any:
     if not _is_prepared and here.unquiet is not None and here.unquiet.function == in_flight.IMPORTS:
         raise reestablish.unsafe("SCardEstablishContext", None)
     if not _is_prepared or descriptors.any_open() is None:
-        gate.during(in_flight.IMPORTS, _prepare)
+        gate.call_inside(in_flight.IMPORTS, _prepare)
     kept: list[Context] = []
 
     def keep(real: Any, number: int, owner: process.Epoch, gateway: Gateway) -> Any:
@@ -489,4 +489,4 @@ def _exported(name: str, value: Any) -> Any:
 public: dict[str, Any] = {name: _exported(name, value) for name, value in library.public.items()}
 """Every public name of the installed ``smartcard.scard``; the functions that take or return a handle are ours."""
 
-when_changed(readiness.consider)
+when_changed(readiness.prepare_for)

@@ -122,7 +122,7 @@ def begin() -> None:
     global _has_begun
     if not _has_begun:
         _has_begun = True
-        process.before_fork(process.GIVE, _plan_before_fork)
+        process.before_fork(process.TRANSFER, _plan_before_fork)
         process.at_fork(in_child=_confirm_in_child, at_begin_last=_take_possession)
         for _ in range(2):  # twice: an exception of a signal handler can prevent one of them from running
             process.after_fork_in_parent(_settle_in_parent)
@@ -228,7 +228,7 @@ def _reserve(plan: Plan) -> Optional[str]:
         plan.given.append(context)  # first: a signal handler may raise in the middle
         if not _keep_threads_out(context, plan):
             return "another thread is handing over a context"
-    if plan.handed_over() and not gate.stays_quiet():
+    if plan.handed_over() and not gate.wait_until_quiet():
         return "another thread is inside a PC/SC call"
     for context in plan.native:
         context.real.give_latest()

@@ -16,7 +16,7 @@ from typing import Any, Callable
 
 from .._core import gate, in_flight, one_step, process
 from .._core.calls import STALE
-from .._core.in_flight import GIVEN, LOOK_AGAIN, RELEASED, WOKEN, Entry
+from .._core.in_flight import CHECK_INTERVAL, GIVEN, RELEASED, WOKEN, Entry
 from .._core.library import SUCCESS
 from .._core.one_step import Operation
 from .._core.unpatched import get_ident, monotonic
@@ -35,7 +35,7 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
     """
     native, sentinel, closers = raw[function], process.sentinel, in_flight.closers
     unbinds = function == "SCardDisconnect"
-    is_not_false, called = one_step.is_not_false, one_step.called
+    is_not_false, call_each = one_step.is_not_false, one_step.call_each
 
     def call(card: Any, arguments: tuple[Any, ...]) -> Any:
         may_pass = False
@@ -44,12 +44,12 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
             if place is None:  # as in behind()
                 return STALE
             if place.waiting:
-                place.give_way()
+                place.yield_to_waiters()
             entry = (function, get_ident(), monotonic(), None)
             steps: list[Any] = []
             operation = (native, card.real, *arguments)
             operations = ((place.acquire, False), (place.enter, entry), operation, (place.release,), (place.leave,))
-            chain = takewhile(is_not_false, called(operations))
+            chain = takewhile(is_not_false, call_each(operations))
             # As in in_flight.attempt().
             try:
                 if (
@@ -100,14 +100,14 @@ def _when_possible(
     elif in_flight.closers and not may_pass and ident not in in_flight.closers:
         may_pass = gate.wait_until_open(ident)
     else:
-        return _in_turn(card, place, operation, entry, may_pass or ident in in_flight.closers), may_pass
+        return _call_in_turn(card, place, operation, entry, may_pass or ident in in_flight.closers), may_pass
     return [], may_pass
 
 
 _owner, _native, _state, _here = map(attrgetter, ("owner", "native", "state", "here"))
 
 
-def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool) -> list[Any]:
+def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool) -> list[Any]:
     """Make a call after the calls of other threads on the same native context.
 
     :param entry: of the call.
@@ -130,10 +130,10 @@ def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry
     answer = (answers.extend, starmap(native, compress((operands,), map(all, (conditions,)))))
     # Not place.acquire and place.release, which are replaced at interpreter exit.
     lock = place.lock
-    free = (lock.acquire, True, LOOK_AGAIN)
+    free = (lock.acquire, True, CHECK_INTERVAL)
     operations = (free, (place.enter, entry), now, answer, (lock.release,), (place.leave,))
     steps: list[Any] = []
-    chain = takewhile(one_step.is_not_false, one_step.called(operations))
+    chain = takewhile(one_step.is_not_false, one_step.call_each(operations))
     try:
         place.waiting[key] = None
         steps.extend(chain)

@@ -23,7 +23,7 @@ from .._core import connections, descriptors, failures, gate, in_flight, log, pr
 from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import is_ours
-from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, made
+from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, result_of
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation, in_one_step
 from .._core.unpatched import get_ident, monotonic, sleep
@@ -92,7 +92,7 @@ class NativeContexts:
             limit = min(timeout, _SHORT) if context.cards else timeout
             return ((native, context.handle, limit, states),)
 
-        return self._use(owned, _WAIT, call, wait=wait, bare=True, lasts=interruptible.is_wanted(timeout))
+        return self._use(owned, _WAIT, call, wait=wait, without_cards=True, lasts=interruptible.is_wanted(timeout))
 
     def connect(self, owned: Owned, arguments: Sequence[Any], keep: Callable[[int, NativeContext, int], Any]) -> Any:
         """SCardConnect.
@@ -111,7 +111,7 @@ class NativeContexts:
             return (connected.extend, map(native, (context.handle,), *operands)), count
 
         try:
-            result = self._use(owned, "SCardConnect", call, bare=True)
+            result = self._use(owned, "SCardConnect", call, without_cards=True)
             if result is STALE or not connected:
                 return result
             hresult, handle, protocol = connected[0]
@@ -187,7 +187,7 @@ class NativeContexts:
         call: Callable[[NativeContext], tuple[Operation, ...]],
         *,
         wait: Any = None,
-        bare: bool = False,
+        without_cards: bool = False,
         lasts: bool = False,
     ) -> Any:
         """Make a call on any free native context, or on a new one.
@@ -197,17 +197,19 @@ class NativeContexts:
         may_pass, refused = False, SUCCESS
         avoided: list[NativeContext] = []
         while self.is_behind(owned) and not (wait is not None and wait.cancelled):
-            insists = bare and refused == SUCCESS
+            insists = without_cards and refused == SUCCESS
             for context in self.settled():
                 # Not one where a thread is ending a wait by SCardCancel, which could end the next wait.
                 if context in avoided or context.wakers or (insists and context.cards):
                     continue
-                context.give_way()
+                context.yield_to_waiters()
                 make = interruptible.attempt if lasts and not context.cards else attempt
-                steps = make(context, owned, function, *call(context), wait=wait, bare=insists, may_pass=may_pass)
+                steps = make(
+                    context, owned, function, *call(context), wait=wait, without_cards=insists, may_pass=may_pass
+                )
                 if steps:
                     self._used(context)
-                    result = self._checked(owned, function, made(steps), context, avoided, may_pass)
+                    result = self._checked(owned, function, result_of(steps), context, avoided, may_pass)
                     if result is not _ASK_ANOTHER:
                         return result
             if given := [context for context in list(self.natives) if context.state == GIVEN]:
@@ -225,7 +227,7 @@ class NativeContexts:
         # A call ends by itself, and so does a wait for events where a card lives (_SHORT).
         usable = [one for one in self.settled() if one.cards or not any(call[3] for call in list(one.calls))]
         if usable:
-            usable[0].wait_until_free(in_flight.LOOK_AGAIN)
+            usable[0].wait_until_free(in_flight.CHECK_INTERVAL)
         return bool(usable)
 
     def _checked(
@@ -269,7 +271,7 @@ class NativeContexts:
         if hresult != SUCCESS:
             return hresult
         # In one step, because another thread may be connecting there.  Its cards stay there, as on raw pyscard.
-        if attempt(context, owned, _WAIT, (setattr, context, "state", WOKEN), bare=True, may_pass=may_pass):
+        if attempt(context, owned, _WAIT, (setattr, context, "state", WOKEN), without_cards=True, may_pass=may_pass):
             self.tidy()
         return SUCCESS
 
@@ -293,7 +295,7 @@ class NativeContexts:
         for context in [*woken, *usable[1:]]:
             self._release(context)
 
-    def _release(self, context: NativeContext, *, bare: bool = True, may_pass: bool = False) -> list[Any]:
+    def _release(self, context: NativeContext, *, without_cards: bool = True, may_pass: bool = False) -> list[Any]:
         ident = get_ident()
         # At interpreter exit places are not locked, and a thread that is inside may be there for long.
         if context.wakers or any(call[1] != ident for call in list(context.calls)):
@@ -307,8 +309,8 @@ class NativeContexts:
             (self.natives.pop, context, None),
             (in_flight.places.pop, context, None),
             (descriptors.guarded.pop, context.descriptor, None),
-            bare=bare,
-            most=WOKEN,
+            without_cards=without_cards,
+            latest_state=WOKEN,
             may_pass=may_pass or ident in in_flight.closers,
         )
 
@@ -344,7 +346,7 @@ class NativeContexts:
         while owned.owner is process.current() and self.owner is process.current():
             context = NativeContext()
             before, after = context.traces.operations(thoroughly)
-            made: list[Operation] = [
+            establish: list[Operation] = [
                 (context.established.extend, map(raw["SCardEstablishContext"], (self.scope,))),
                 *[
                     (table.update, context.if_established())
@@ -352,14 +354,14 @@ class NativeContexts:
                 ],
             ]
             try:
-                operations = [*before, *made, *after]
+                operations = [*before, *establish, *after]
                 attempt(establishing, self, "SCardEstablishContext", *operations, may_pass=may_pass)
             except OSError as error:
                 if not is_ours(error):
                     raise
                 # Looking at the descriptors failed: no descriptor is free, or the one that was looked at is closed.
                 if not context.established:
-                    attempt(establishing, self, "SCardEstablishContext", *made, may_pass=may_pass)
+                    attempt(establishing, self, "SCardEstablishContext", *establish, may_pass=may_pass)
             if context.established:
                 context.settle()
                 return context
@@ -396,7 +398,7 @@ class NativeContexts:
             self._wake(waits)
         # The others have lost their connections when their waits were ended.
         sound = [context for context in natives if context.state == OPEN]
-        results = [made(steps) for context in sound if (steps := self._release(context, bare=False))]
+        results = [result_of(steps) for context in sound if (steps := self._release(context, without_cards=False))]
         sweep()
         return int(results[0]) if results else SUCCESS
 
@@ -483,7 +485,7 @@ class NativeContexts:
                 in_flight.places.pop(context, None)
                 with failures.suppress(KeyError):  # another thread has done it
                     release = (raw["SCardReleaseContext"], context.handle)
-                    gate.during("SCardReleaseContext", in_one_step, (self.natives.pop, context), release)
+                    gate.call_inside("SCardReleaseContext", in_one_step, (self.natives.pop, context), release)
         return not any(context in self.natives for context in natives)
 
 
@@ -500,7 +502,7 @@ def sweep() -> None:
     """Release the native contexts that are no longer needed, and that no thread is in."""
     for context in list(doomed):
         if context.state != RELEASED:
-            NativeContexts(None)._release(context, bare=not context.released)
+            NativeContexts(None)._release(context, without_cards=not context.released)
         if context.state == RELEASED or not context.is_ours():
             discard(doomed, context)
 

@@ -89,7 +89,7 @@ class _Native:
 
     def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """``call(*arguments)``, inside the native library."""
-        return gate.during(function, call, *arguments)
+        return gate.call_inside(function, call, *arguments)
 
     def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
         """SCardEstablishContext; see :class:`calls.Gateway`."""

@@ -31,9 +31,9 @@ from .native_context import NativeContext, is_at
 __all__ = ["attempt", "is_wanted"]
 
 _SHORT = 100  # ms; how long a handler can wait
-_LOOK_AGAIN = 5.0  # s; whether a fork that ran no hook has made this another process
+_CHECK_INTERVAL = 5.0  # s; whether a fork that ran no hook has made this another process
 _END_WITHIN = 1.0  # s
-_WAKE_AGAIN = 0.002  # s, and each time twice that
+_WAKE_INTERVAL = 0.002  # s, and each time twice that
 _MOMENT, _MOMENTS = 0.00002, 100  # s, and how many; it takes a thread two to end that has nothing left to do
 _LINUX = sys.platform.startswith("linux")
 
@@ -53,7 +53,13 @@ def _runs_handlers() -> bool:
 
 
 def attempt(
-    place: NativeContext, owned: Owned, function: str, *operations: Operation, wait: Any, bare: bool, may_pass: bool
+    place: NativeContext,
+    owned: Owned,
+    function: str,
+    *operations: Operation,
+    wait: Any,
+    without_cards: bool,
+    may_pass: bool,
 ) -> list[Any]:
     """:func:`in_flight.attempt`, made by another thread.
 
@@ -61,12 +67,21 @@ def attempt(
     """
     if place.calls or (in_flight.closers and not may_pass):
         return []  # without a thread for it
-    made = partial(in_flight.attempt, place, owned, function, *operations, wait=wait, bare=bare, may_pass=may_pass)
-    other = _OtherThread(made)
+    call = partial(
+        in_flight.attempt,
+        place,
+        owned,
+        function,
+        *operations,
+        wait=wait,
+        without_cards=without_cards,
+        may_pass=may_pass,
+    )
+    other = _OtherThread(call)
     try:
-        process.for_child[other] = other.done  # several, where handlers wait too
+        process.locks_to_release[other] = other.done  # several, where handlers wait too
         if not other.start():
-            return made()
+            return call()
         return other.outcome()
     except BaseException:
         try:
@@ -77,7 +92,7 @@ def attempt(
         other.join(_END_WITHIN)
         raise
     finally:
-        process.for_child.pop(other, None)
+        process.locks_to_release.pop(other, None)
 
 
 class _OtherThread:
@@ -121,7 +136,7 @@ class _OtherThread:
 
     def outcome(self) -> list[Any]:
         """What the call returned; empty in a child that has no such thread."""
-        while not self.done.acquire(True, _LOOK_AGAIN) and process.sentinel[0]:
+        while not self.done.acquire(True, _CHECK_INTERVAL) and process.sentinel[0]:
             pass
         if _LINUX:
             self._see_off()
@@ -149,11 +164,11 @@ _NOT_ITS_OWN = set(_signal.valid_signals()) - {getattr(_signal, name, 0) for nam
 def _end(place: NativeContext, wait: Any) -> None:
     """End the native call of a wait, or keep it from beginning."""
     wait.cancelled = True
-    pause = _WAKE_AGAIN
+    pause = _WAKE_INTERVAL
     while is_at(wait, place):
         place.wake(wait)
         sleep(pause)
         pause *= 2
 
 
-process.at_fork(at_begin=lambda epoch: process.for_child.clear())
+process.at_fork(at_begin=lambda epoch: process.locks_to_release.clear())

@@ -96,7 +96,7 @@ def _tell_if_new() -> None:
         return
     found = opened()
     if found:
-        process.before_fork(process.TELL, None)
+        process.before_fork(process.WARN, None)
         log.warning(
             "unprotected",
             "process %(pid)d forks while %(object)s is open%(more)s, which pcsc_safe doesn't protect: call "
@@ -106,4 +106,4 @@ def _tell_if_new() -> None:
         )
 
 
-process.before_fork(process.TELL, _before_fork)
+process.before_fork(process.WARN, _before_fork)

@@ -13,7 +13,7 @@ from typing import Any, Callable, Optional
 
 from .._core.calls import STALE
 from .._core.failures import is_ours
-from .._core.in_flight import Owned, nobody_hears
+from .._core.in_flight import Owned, client_has_hung_up
 from .._core.library import SUCCESS
 from .._core.reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, UNKNOWN, is_for_new_readers
 from .._core.unpatched import get_ident, monotonic
@@ -161,7 +161,7 @@ def await_change(context: Any, alive: Callable[[], bool], timeout: int, states: 
     wait = Wait(context, contexts, timeout, states)
     try:
         contexts.waits[wait] = None
-        if nobody_hears.get()():  # cancelled before it could begin
+        if client_has_hung_up.get()():  # cancelled before it could begin
             return cancelled
         wait.begin()
         while True:

@@ -212,7 +212,7 @@ class Broker:
     def _connect(self) -> Connection:
         self._drop_orphans()
         if self._presence is None:
-            one_step.in_turn(self._arriving, self._arrive_once)
+            one_step.call_in_turn(self._arriving, self._arrive_once)
         elif not self._presence.descriptor.is_intact():
             raise self._lost(under_way=False)  # the application has closed it, and the broker our sessions
         return self._greeted()
@@ -253,7 +253,7 @@ class Broker:
         is_welcome = False
         try:
             hello = wire.encode(wire.Hello(wire.VERSION, key or self.key))
-            connection, far_end = gate.during(in_flight.DOOR, self._passed, hello)
+            connection, far_end = gate.call_inside(in_flight.DOOR, self._passed, hello)
             answer = wire.decode(connection.receive_from(self._door, _READY_WITHIN))
             is_welcome = isinstance(answer, wire.Welcome) and answer.version == wire.VERSION
         except (OSError, EOFError) as error:

@@ -19,7 +19,7 @@ __all__ = ["Connection", "adopt", "pair", "prepare"]
 
 _AT_ONCE = 1 << 16  # bytes
 _PAUSE = 0.002  # s
-_LOOK_AGAIN = 0.05  # s
+_CHECK_INTERVAL = 0.05  # s
 _socket: Any = None
 _silently = 0  # MSG_NOSIGNAL: no SIGPIPE, whatever the application does with that
 _at_once = 0  # MSG_DONTWAIT
@@ -85,7 +85,7 @@ class Connection:
         """
         deadline = time.monotonic() + within
         try:
-            self._socket.settimeout(_LOOK_AGAIN)
+            self._socket.settimeout(_CHECK_INTERVAL)
             while True:
                 try:
                     return self.receive()

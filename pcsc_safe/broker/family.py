@@ -82,14 +82,14 @@ def _started(for_family: bool) -> Broker:
         former = _broker
         if former is not None and not former.lost and former.epoch is here:
             return former
-        broker: Broker = gate.during(in_flight.START, _start_one, for_family)
+        broker: Broker = gate.call_inside(in_flight.START, _start_one, for_family)
         if _broker is former:  # nothing comes between this look and the next line
             _broker = broker
             return broker
         broker.leave()
         return _started(for_family)
 
-    return one_step.in_turn(_starting, start_once)
+    return one_step.call_in_turn(_starting, start_once)
 
 
 def _start_one(for_family: bool) -> Broker:

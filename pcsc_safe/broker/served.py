@@ -99,7 +99,7 @@ class Connection:
     def run(self) -> None:
         """Serve it until it is closed, or sends a malformed message."""
         self._thread = threading.get_ident()
-        in_flight.nobody_hears.set(lambda: self._has_hung_up)
+        in_flight.client_has_hung_up.set(lambda: self._has_hung_up)
         try:
             self._serve()
         except (OSError, EOFError):

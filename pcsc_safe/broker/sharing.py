@@ -16,7 +16,7 @@ from .._core import handles, library, router
 
 __all__ = ["Client", "Handle", "call_on_card", "drop", "share"]
 
-_LOOK_AGAIN = 1.0  # s; whether the client that waits is still there
+_CHECK_INTERVAL = 1.0  # s; whether the client that waits is still there
 _REFUSED = frozenset(("SCardControl", "SCardEndTransaction"))  # PC/SC doesn't wait in these
 _LEAVE, _RESET = library.constant("SCARD_LEAVE_CARD"), library.constant("SCARD_RESET_CARD")
 # pcscd's or libpcsclite's loops that wait for the end of a transaction inside the call.
@@ -106,7 +106,7 @@ def call_on_card(client: Client, name: str, handle: Handle, function: Callable[.
                 return None
             if name not in _WAITING:
                 break
-            handle.free.wait(_LOOK_AGAIN)
+            handle.free.wait(_CHECK_INTERVAL)
         if client.is_gone:
             return None
         result = function(handle, *arguments)

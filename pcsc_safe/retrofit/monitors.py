@@ -63,7 +63,7 @@ class _Renewal:
         return delete_observer
 
 
-_LOOK_AGAIN = 0.2  # s; whether pcscd is back
+_CHECK_INTERVAL = 0.2  # s; whether pcscd is back
 
 
 def _is_outage(error: Any) -> bool:
@@ -90,7 +90,7 @@ def _patient_request(module: Any) -> Any:
             except Exception as error:
                 if not _is_outage(error):
                     raise
-                time.sleep(_LOOK_AGAIN)
+                time.sleep(_CHECK_INTERVAL)
             return self._last
 
         def _look_for_pcscd(self) -> None:

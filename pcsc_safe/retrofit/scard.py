@@ -132,7 +132,7 @@ def _opened_before(call: Call, original: Optional[_Function], since: process.Epo
     """For a number that pcsc_safe has not returned."""
     if original is None or (_in_force and here() is not since):
         return call.failure((_public or _load())["SCARD_E_INVALID_HANDLE"], arguments[1:])
-    result = gate.during(call.name, original, *arguments)
+    result = gate.call_inside(call.name, original, *arguments)
     return call.failure(result[0]) if call.discloses and result[0] != library.SUCCESS else result
 
 
@@ -260,7 +260,7 @@ def _note_threads_inside() -> None:
         code = frame.f_code
         if ident != threading.get_ident() and code.co_filename == wrappers and code.co_name in CALLS:
             straggler = _Straggler(ident, id(frame))
-            in_flight.elsewhere[straggler] = (code.co_name, ident, monotonic(), straggler)
+            in_flight.calls_without_place[straggler] = (code.co_name, ident, monotonic(), straggler)
 
 
 class _Straggler:
@@ -274,7 +274,7 @@ class _Straggler:
         """Remove it from the list if it has returned.  It can't be interrupted, because its caller would see that."""
         frame = sys._current_frames().get(self._ident)
         if frame is None or id(frame) != self._frame:
-            in_flight.elsewhere.pop(self, None)
+            in_flight.calls_without_place.pop(self, None)
 
 
 def leave_alone() -> None:
