@@ -50,7 +50,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     def __enter__(self) -> handover:
         self._epoch = here = process.current()
         self._done, self.failure = False, None
-        transfer.begin()
+        transfer.register_hooks()
         if threading.get_ident() in transfer.blocks:
             _warn("its handover() block is inside another one; pass all contexts to one block")
         if self._chosen is None:
@@ -60,9 +60,9 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         if not self.contexts():
             _warn("it has no PC/SC context at the beginning of its handover() block; establish one before the block")
         for context in self.contexts():
-            why_not = transfer.obstacle(context)
-            if why_not:
-                raise _error(*why_not)
+            obstacle = transfer.obstacle(context)
+            if obstacle:
+                raise _error(*obstacle)
         ident = threading.get_ident()
         try:
             if not gate.close_if_quiet():
@@ -95,7 +95,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             _warn("this thread has not forked in its handover() block")
         elif self._owned_by(self._epoch):
             if here.noticed_by == "hook":
-                raise _error("a signal handler raised an exception during the fork", transfer.AGAIN)
+                raise _error("a signal handler raised an exception during the fork", transfer.FORK_AGAIN)
             raise _error(
                 "the fork in this block ran none of Python's at-fork hooks",
                 "use os.fork(); the parent is still the owner",
@@ -109,7 +109,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         chosen = self._chosen if self._chosen is not None else list(handles.contexts.values())
         return [context for context in chosen if context.owner is owner and not context.released]
 
-    def happened(self) -> None:
+    def note_handover(self) -> None:
         """Note that a fork has handed over."""
         self._done = True
 

@@ -23,7 +23,7 @@ def prepare_for(settings: Settings) -> None:
     if settings.owner is Owner.CHILD or settings.policy is Policy.SHARE:
         from . import transfer  # not for processes that give their children nothing
 
-        transfer.begin()
+        transfer.register_hooks()
     always = settings.broker is Broker.ALWAYS or settings.policy is Policy.BROKER
     if always or settings.recover or not native_works_after_fork():
         gate.call_inside(in_flight.IMPORTS, prepare)

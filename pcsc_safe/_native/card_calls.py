@@ -76,7 +76,7 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
                 break
         if unbinds and result == SUCCESS:
             discard(place.cards, card.real)
-            behind(card.context).tidy()
+            behind(card.context).release_idle()
         if doomed:
             sweep()
         return result

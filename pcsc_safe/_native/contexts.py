@@ -43,7 +43,7 @@ _DOUBTFUL = constant("SCARD_E_UNSUPPORTED_FEATURE"), constant("SCARD_E_UNKNOWN_R
 _MOST_AVOIDED = 2
 _ASK_ANOTHER = object()
 _ATTEMPTS_TO_FIND = 10  # the connection of a new native context
-_CANCEL_WITHIN = 1.0  # s
+_CANCEL_TIMEOUT = 1.0  # s
 _RELEASE_WITHIN = 1.0  # s
 _CANCEL_AGAIN = 0.002  # s
 doomed: list[NativeContext] = []  # to be released when no thread is in them
@@ -136,7 +136,7 @@ class NativeContexts:
                 context.cards[:] = [card for card in context.cards if card != handle]
             context.cards[:] = [card for card in context.cards if card is not connected]
             if not context.cards:
-                self.tidy()
+                self.release_idle()
 
     def cancel(self, owned: Owned, thread: Optional[int] = None) -> Any:
         """SCardCancel: ends every wait for events on the PC/SC context, even one that is between two native calls.
@@ -168,7 +168,7 @@ class NativeContexts:
 
     def _wake(self, waits: Sequence[Any]) -> None:
         """End the native calls of these waits."""
-        deadline = monotonic() + _CANCEL_WITHIN
+        deadline = monotonic() + _CANCEL_TIMEOUT
         for context in list(self.natives):
             for wait in waits:
                 context.wake(wait)
@@ -272,7 +272,7 @@ class NativeContexts:
             return hresult
         # In one step, because another thread may be connecting there.  Its cards stay there, as on raw pyscard.
         if attempt(context, owned, _WAIT, (setattr, context, "state", WOKEN), without_cards=True, may_pass=may_pass):
-            self.tidy()
+            self.release_idle()
         return SUCCESS
 
     def _used(self, context: NativeContext) -> None:
@@ -280,11 +280,11 @@ class NativeContexts:
         if context.state == WOKEN:
             self._release(context)
         if len(self.natives) > 1:
-            self.tidy()
+            self.release_idle()
         if doomed:
             sweep()
 
-    def tidy(self) -> None:
+    def release_idle(self) -> None:
         """Release all native contexts but one that are idle and without a card.
 
         If possible, the one that is kept has a known connection, so that it can be handed over.
@@ -406,7 +406,7 @@ class NativeContexts:
         """End long calls, as the death of the process would; SCardCancel ends waits for events."""
         for context in self.settled():
             if not any(call[3] for call in list(context.calls)):
-                connections.shut_down(context.descriptor, at_once=True)
+                connections.shut_down(context.descriptor, both_directions=True)
 
     def abandon(self) -> None:
         """Release native contexts that a thread has established here after this object was replaced."""

@@ -83,9 +83,11 @@ class _Native:
         special = {"SCardReleaseContext": _release, "SCardCancel": _cancel}
         return special.get(call.name) or _context_call(call.name)
 
-    def await_change(self, context: Any, alive: Callable[[], bool], timeout: int, states: Any, cancelled: Any) -> Any:
+    def await_change(
+        self, context: Any, is_owned: Callable[[], bool], timeout: int, states: Any, cancelled: Any
+    ) -> Any:
         """SCardGetStatusChange; see :func:`waits.await_change`."""
-        return waits.await_change(context, alive, timeout, states, cancelled)
+        return waits.await_change(context, is_owned, timeout, states, cancelled)
 
     def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """``call(*arguments)``, inside the native library."""
@@ -108,7 +110,7 @@ class _Native:
             if not newcomer.released:
                 contexts.release(newcomer, lambda: setattr(newcomer, "released", True))
 
-    def leave(self, real: Any) -> None:
+    def abandon(self, real: Any) -> None:
         """Note that something has replaced ``real`` in a PC/SC context, perhaps while threads were using it.
 
         :param real: native contexts; or a handle of a broker, for which nothing needs to be done.

@@ -60,7 +60,7 @@ class NativeContext(Place):
         self.descriptor: Optional[Descriptor] = None
         self.wakers: dict[object, None] = {}
         self.established: list[Any] = []  # what SCardEstablishContext returned
-        self.traces = connections.Traces()
+        self.traces = connections.ConnectionFinder()
 
     def if_established(self) -> Iterator[tuple[NativeContext, Any]]:
         """An entry for a table, if pcscd has not refused it by the time the iterator is used."""
@@ -74,7 +74,9 @@ class NativeContext(Place):
                 descriptors.guard(descriptor)
                 self.descriptor = descriptor
             elif descriptor is not None:
-                descriptors.kill([descriptor])  # a finalizer has forked in the middle, and this is the child
+                descriptors.replace_with_dead(
+                    [descriptor]
+                )  # a finalizer has forked in the middle, and this is the child
             self.handle = self.established[0][1]
         in_flight.unsettled.pop(self, None)
 
@@ -102,7 +104,7 @@ class NativeContext(Place):
             # No other code runs between that check and the next line.  A thread that comes next sees the state.
             if is_known:
                 self.state = WOKEN
-                connections.shut_down(self.descriptor, at_once=monotonic() - self.woken > _PATIENCE)
+                connections.shut_down(self.descriptor, both_directions=monotonic() - self.woken > _PATIENCE)
             else:
                 cancel_natively(wait, self.handle, may_pass)
         finally:
@@ -121,7 +123,7 @@ def cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
     """SCardCancel, which uses a separate connection to pcscd for a moment."""
     answer: list[Any] = []
     call = (answer.extend, map(raw["SCardCancel"], (handle,)))
-    while not attempt(establishing, owned, "SCardCancel", connections.OPENS_ANOTHER, call, may_pass=may_pass):
+    while not attempt(establishing, owned, "SCardCancel", connections.FORGET_LATEST, call, may_pass=may_pass):
         if owned.owner is not process.current():
             return STALE
         may_pass = gate.wait_for(establishing, may_pass)

@@ -54,5 +54,5 @@ def stand_in(functions: Mapping[str, Callable[..., Any]], told: Mapping[str, Any
     :param functions: the functions that reach it.
     :param told: its :func:`library.catalogue`.
     """
-    library.describe(told, functions)
+    library.load_catalogue(told, functions)
     raw.update({name: functions[name] for name in told["functions"] if name in functions})

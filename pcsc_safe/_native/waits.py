@@ -147,11 +147,11 @@ def _counters(states: list[Any]) -> list[Optional[int]]:
     return [state >> 16 if state & _STATE else None for _, state, _ in states]
 
 
-def await_change(context: Any, alive: Callable[[], bool], timeout: int, states: Any, cancelled: Any) -> Any:
+def await_change(context: Any, is_owned: Callable[[], bool], timeout: int, states: Any, cancelled: Any) -> Any:
     """SCardGetStatusChange.
 
     :param context: the PC/SC context, of this process.
-    :param alive: whether this process still owns it.
+    :param is_owned: whether this process still owns it.
     :param timeout: in ms, more than 0.
     :param states: as the application passed them.
     :param cancelled: the result of a wait that the application cancelled before it could begin.
@@ -166,7 +166,7 @@ def await_change(context: Any, alive: Callable[[], bool], timeout: int, states: 
         wait.begin()
         while True:
             result = wait.step()
-            if not alive():
+            if not is_owned():
                 return STALE
             if result is not None:
                 return result

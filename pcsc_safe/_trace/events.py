@@ -32,10 +32,10 @@ __all__ = [
     "SPAN_TAG",
     "VARIABLE",
     "Activity",
-    "born_elsewhere",
     "forget",
     "is_on",
     "pid_space",
+    "process_started",
     "record",
 ]
 
@@ -154,7 +154,7 @@ def record(kind: str, **fields: Any) -> None:
         _mine.write(kind, fields)
 
 
-def born_elsewhere(pid: int, how: str, program: str) -> None:
+def process_started(pid: int, how: str, program: str) -> None:
     """Begin the record of a process that this one has started, and that keeps none itself."""
     if _mine is not None:
         _Record(pid, _mine.name, how, program, os.getpid())
@@ -256,7 +256,7 @@ def _switch_on() -> None:
     _MAP_FAILED = _ctypes.c_void_p(-1).value
     _nowhere = memoryview(bytearray(SLOT * _SLOTS))
     process.at_fork(in_child=_in_child)
-    observer.record, observer.born_elsewhere = record, born_elsewhere
+    observer.record, observer.process_started = record, process_started
     _mine = _Record(os.getpid(), "", "start", _program(_command_line()), os.getppid())
 
 

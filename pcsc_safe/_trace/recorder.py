@@ -25,16 +25,16 @@ _MODES = {
     constant("SCARD_SHARE_DIRECT"): "direct",
 }
 _Route = Callable[..., Any]
-_After = Callable[[Any, "tuple[Any, ...]", Any], Any]
+_FollowUp = Callable[[Any, "tuple[Any, ...]", Any], Any]
 
 
 def begin() -> None:
     """Record contexts, cards and calls from now on; called before the core makes its functions."""
     observer.established, observer.connected = established, connected
-    observer.recorded, observer.followed = recorded, followed
+    observer.wrap_call, observer.wrap_follow_up = wrap_call, wrap_follow_up
 
 
-def recorded(call: Call, route: _Route) -> _Route:
+def wrap_call(call: Call, route: _Route) -> _Route:
     """A function that calls ``route`` and records it; ``route`` itself if there is nothing to record."""
     wrap = _WRAPPERS.get(call.name) if events.is_on() else None
     return wrap(call, route) if wrap is not None else route
@@ -120,16 +120,16 @@ def _ending(call: Call, route: _Route) -> _Route:
 # What follows a call that the router has made itself; as cheap as can be, and so no wrapper.
 
 
-def followed(name: str, after: Optional[_After]) -> Optional[_After]:
+def wrap_follow_up(name: str, after: Optional[_FollowUp]) -> Optional[_FollowUp]:
     """A function that calls ``after`` and records; ``after`` itself if there is nothing to record.
 
     :param name: of the function after which it is called.
     """
-    follow = _FOLLOWERS.get(name) if events.is_on() else None
+    follow = _FOLLOW_UPS.get(name) if events.is_on() else None
     return follow(after) if follow is not None else after
 
 
-def _exchanged(after: Optional[_After]) -> _After:
+def _exchanged(after: Optional[_FollowUp]) -> _FollowUp:
     spans = exchanges.spans
 
     def exchanged(card: Any, arguments: tuple[Any, ...], result: Any) -> Any:
@@ -147,7 +147,7 @@ def _exchanged(after: Optional[_After]) -> _After:
     return exchanged
 
 
-def _began(after: Optional[_After]) -> _After:
+def _began(after: Optional[_FollowUp]) -> _FollowUp:
     assert after is not None
     note = after
 
@@ -160,7 +160,7 @@ def _began(after: Optional[_After]) -> _After:
     return began
 
 
-def _ended(after: Optional[_After]) -> _After:
+def _ended(after: Optional[_FollowUp]) -> _FollowUp:
     assert after is not None
     note = after
 
@@ -198,7 +198,7 @@ _WRAPPERS: dict[str, Callable[[Call, _Route], _Route]] = {
     "SCardDisconnect": _ending,
     "SCardGetStatusChange": _waiting,
 }
-_FOLLOWERS: dict[str, Callable[[Optional[_After]], _After]] = {
+_FOLLOW_UPS: dict[str, Callable[[Optional[_FollowUp]], _FollowUp]] = {
     "SCardTransmit": _exchanged,
     "SCardControl": _exchanged,
     "SCardBeginTransaction": _began,

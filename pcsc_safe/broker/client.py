@@ -101,7 +101,7 @@ class Broker:
                 "it was restarted",
                 broker_pid=self.helper_pid,
             )
-            raise self._lost(under_way=False, say=False)  # a new broker has seen no other pcscd
+            raise self._lost(in_progress=False, say=False)  # a new broker has seen no other pcscd
 
     def connect(self, context: Any, arguments: Sequence[Any], keep: KeepCard) -> Any:
         """SCardConnect; see :class:`calls.Gateway`."""
@@ -124,7 +124,7 @@ class Broker:
 
     def leave(self) -> None:
         """Give this broker up, because this process has another one."""
-        self._lost(under_way=False, say=False)
+        self._lost(in_progress=False, say=False)
 
     def _function(self, number: int) -> Callable[..., Any]:
         encode, decode, ask = wire.encode_request, wire.decode, self._ask
@@ -186,7 +186,7 @@ class Broker:
         except (OSError, EOFError) as error:
             if not is_ours(error):
                 raise
-            raise self._lost(under_way=state is _SENT) from error
+            raise self._lost(in_progress=state is _SENT) from error
         finally:
             # Not kept if a signal handler raised: the answer to this request is not to be that to another.
             if connection is not None:
@@ -214,7 +214,7 @@ class Broker:
         if self._presence is None:
             one_step.call_in_turn(self._arriving, self._arrive_once)
         elif not self._presence.descriptor.is_intact():
-            raise self._lost(under_way=False)  # the application has closed it, and the broker our sessions
+            raise self._lost(in_progress=False)  # the application has closed it, and the broker our sessions
         return self._greeted()
 
     def _arrive_once(self) -> None:
@@ -247,7 +247,7 @@ class Broker:
         :param key: of the client that it is for, if not this one.
         """
         if not self._door.descriptor.is_intact():
-            raise self._lost(under_way=False)
+            raise self._lost(in_progress=False)
         connection: Optional[Connection] = None
         far_end: Optional[Connection] = None
         is_welcome = False
@@ -268,7 +268,7 @@ class Broker:
             if connection is not None and not is_welcome:
                 self._drop(connection)
         if not is_welcome:
-            self._lost(under_way=False)  # so that it ends, and the next use starts the one that is configured then
+            self._lost(in_progress=False)  # so that it ends, and the next use starts the one that is configured then
             raise _misunderstood("it has another version of pcsc_safe")
         assert connection is not None
         return connection
@@ -288,7 +288,7 @@ class Broker:
                 self._connections[end.descriptor.number] = end
             # If a signal handler has forked and this is the child, the parent passes the far end.
             if self.epoch is not process.current():
-                raise LostError(self, under_way=False)
+                raise LostError(self, in_progress=False)
             ours.send(hello)  # before, so that the broker doesn't have to wait for it
             self._door.pass_on(start.FOR_FAMILY if self.for_family else start.FOR_ONE, mine[1].descriptor.number)
             return mine[0], mine[1]
@@ -301,7 +301,7 @@ class Broker:
     def _turned_away(self, error: Exception) -> Exception:
         """The error if the broker accepts no connection: it never started, has ended, or has no free resources."""
         if self.epoch is not process.current():
-            return LostError(self, under_way=False)
+            return LostError(self, in_progress=False)
         is_ours = isinstance(error, OSError) and not isinstance(error, ConnectionError)
         patience = 0.0 if is_ours else _DYING_TAKES
         if self._presence is not None and not self.lost and self._presence.is_alive(patience):
@@ -314,7 +314,7 @@ class Broker:
             )
         never_began = self._helper.errors is not None and self._helper.parent == os.getpid()
         why = self._helper.why_not() if never_began else ""
-        lost = self._lost(under_way=False, say=not never_began)
+        lost = self._lost(in_progress=False, say=not never_began)
         if not never_began:
             return lost
         if is_ours:
@@ -325,14 +325,14 @@ class Broker:
             pid=os.getpid(),
         )
 
-    def _lost(self, *, under_way: bool, say: bool = True) -> LostError:
+    def _lost(self, *, in_progress: bool, say: bool = True) -> LostError:
         """Note that this broker has ended.
 
         :param say: whether to log it.
         :return: the error to raise.
         """
         if self.epoch is not process.current():
-            return LostError(self, under_way=False)
+            return LostError(self, in_progress=False)
         was_lost, self.lost = self.lost, True
         if say and not was_lost:
             log.warning(
@@ -346,7 +346,7 @@ class Broker:
         del self._idle[:]
         self._stop_listening()
         self._helper.reap()
-        return LostError(self, under_way=under_way)
+        return LostError(self, in_progress=in_progress)
 
     def _stop_listening(self) -> None:
         """Stop reading the broker's messages about its start."""
@@ -407,7 +407,7 @@ class Broker:
             if not is_ours(error):
                 raise
             self._drop(connection)
-            raise self._lost(under_way=False) from error
+            raise self._lost(in_progress=False) from error
         except BaseException:
             self._drop(connection)
             raise
@@ -446,7 +446,7 @@ class InheritedConnection:
         """The descriptors that the child keeps."""
         return {self._connection.descriptor.number, *self._broker.files_to_preserve()}
 
-    def arrive(self) -> None:
+    def take_over(self) -> None:
         """In the child, in its hook: take the parent's place."""
         with failures.suppress(OSError):
             os.dup2(self._connection.descriptor.number, self.number, inheritable=False)
@@ -454,9 +454,9 @@ class InheritedConnection:
             self.descriptor = descriptors.of(self.number)
             self._broker._accepted = (os.getpid(), self)
 
-    def settle(self, born: bool) -> None:
+    def settle(self, has_child: bool) -> None:
         """In the parent: leave it to the child; or, if there is no child, take back what was given."""
-        if self._given and not born:
+        if self._given and not has_child:
             with failures.suppress(LostError, BrokerError):
                 self._broker.inherit(self.key, self._given, keeps=False)
         self._broker._drop(self._connection)

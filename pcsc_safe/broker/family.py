@@ -24,13 +24,13 @@ from .client import Broker
 __all__ = [
     "as_broker",
     "describe",
-    "died_too_often",
     "existing",
     "files_to_preserve",
     "functions",
     "get",
     "prepare",
     "prestart",
+    "repeated_death_error",
 ]
 
 _broker: Optional[Broker] = None
@@ -112,22 +112,22 @@ def _start_one(for_family: bool) -> Broker:
     finally:
         theirs.close()
     observer.record("broker", broker=helper.pid)
-    observer.born_elsewhere(helper.pid, "broker", "PC/SC broker")
+    observer.process_started(helper.pid, "broker", "PC/SC broker")
     return Broker(door, helper, epoch, for_family=for_family)
 
 
 _ATTEMPTS = 3
 
 
-def _persistently(ask: Callable[[Broker], Any]) -> Any:
+def _retry_in_new_broker(ask: Callable[[Broker], Any]) -> Any:
     """Ask the broker of this process for something that needs no session; ask another one if it dies meanwhile."""
     for _ in range(_ATTEMPTS):
         with failures.suppress(LostError):
             return ask(get())
-    raise died_too_often()
+    raise repeated_death_error()
 
 
-def died_too_often() -> BrokerError:
+def repeated_death_error() -> BrokerError:
     """The error to raise if new brokers die, too."""
     return BrokerError(
         f"{_ATTEMPTS} brokers of process {os.getpid()} ended as soon as they had started",
@@ -137,7 +137,7 @@ def died_too_often() -> BrokerError:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    return lambda *arguments: _persistently(lambda broker: broker.functions[name](*arguments))
+    return lambda *arguments: _retry_in_new_broker(lambda broker: broker.functions[name](*arguments))
 
 
 functions: Mapping[str, Callable[..., Any]] = {name: _function(name) for name in CALLS}
@@ -146,7 +146,7 @@ functions: Mapping[str, Callable[..., Any]] = {name: _function(name) for name in
 
 def describe() -> Any:
     """A broker's catalogue of its pyscard; see :func:`library.catalogue`."""
-    return _persistently(Broker.describe)
+    return _retry_in_new_broker(Broker.describe)
 
 
 _is_prepared = False

@@ -50,7 +50,7 @@ class Server:
         self._arriving = threading.Lock()
         descriptors.prepare()
         gateways.native.prepare()
-        handles.hand_out(Handle, Handle)
+        handles.set_proxies(Handle, Handle)
 
     def run(self) -> None:
         """Serve until the door is closed."""

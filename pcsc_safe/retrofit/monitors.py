@@ -70,10 +70,12 @@ def _is_outage(error: Any) -> bool:
     """Whether a monitor should continue after this exception of pyscard, because pcscd may return."""
     if not settings().recover:
         return False
-    from .._core.recovery import GONE  # PC/SC's constants are not known while pyscard is being imported
+    from .._core.recovery import SERVICE_LOST_CODES  # PC/SC's constants are not known while pyscard is being imported
 
     # By its name: in pyscard 2.0 it has no code.
-    return type(error).__name__ == "CardServiceNotFoundException" or getattr(error, "hresult", None) in GONE
+    return (
+        type(error).__name__ == "CardServiceNotFoundException" or getattr(error, "hresult", None) in SERVICE_LOST_CODES
+    )
 
 
 def _patient_request(module: Any) -> Any:

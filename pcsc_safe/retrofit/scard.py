@@ -139,9 +139,9 @@ def _opened_before(call: Call, original: Optional[_Function], since: process.Epo
 def _establishing(native: Any, original: Optional[_Function]) -> _Function:
     def function(scope: Any) -> Any:
         route = (_public or _load())[_ESTABLISH]
-        under_way = object()
+        in_progress = object()
         _given.add(
-            under_way
+            in_progress
         )  # before the check below: either a thread that restores functions sees this, or the check fails
         try:
             if original is not None and vars(native).get(_ESTABLISH) is not function:
@@ -152,7 +152,7 @@ def _establishing(native: Any, original: Optional[_Function]) -> _Function:
                 _given.add(record)
             return result
         finally:
-            _no_more(under_way)
+            _no_more(in_progress)
 
     return function
 

@@ -390,9 +390,9 @@ def test_without_a_report_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert not events.is_on()
     monkeypatch.setattr(os, "open", lambda *_: pytest.fail("a file was opened"))
     events.record("fork", parent=1)
-    events.born_elsewhere(1, "broker", "broker")
-    assert recorder.recorded(CALLS["SCardConnect"], print) is print
-    assert recorder.followed("SCardTransmit", None) is None
+    events.process_started(1, "broker", "broker")
+    assert recorder.wrap_call(CALLS["SCardConnect"], print) is print
+    assert recorder.wrap_follow_up("SCardTransmit", None) is None
 
 
 def test_the_report_is_by_process() -> None:
