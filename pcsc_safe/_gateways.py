@@ -71,7 +71,7 @@ if settings().broker is not Broker.ALWAYS or "smartcard.scard._scard" in sys.mod
 else:
     from .broker import family
 
-    pyscard.stand_in(family.functions, family.describe())
+    pyscard.load_from_broker(family.functions, family.request_catalogue())
 
 # From here on PC/SC's constants are known, which the modules below have in their tables.
 from ._native import gateway  # noqa: E402

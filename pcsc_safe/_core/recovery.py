@@ -176,9 +176,8 @@ def continue_wait(
         while not context.released and here is process.current():
             hresult = list_readers(safe, [])[0]
             refusals = refusals + 1 if hresult == _RESET else 0
-            is_back = (
-                hresult not in SERVICE_LOST_CODES or refusals == _ATTEMPTS
-            )  # then polkit forbids it, not a missing pcscd
+            # After so many refusals it is polkit that forbids it, and not a missing pcscd.
+            is_back = hresult not in SERVICE_LOST_CODES or refusals == _ATTEMPTS
             if context.cancels != cancels:
                 return call.failure(CANCELLED, (timeout, states))
             if is_back:

@@ -292,9 +292,8 @@ def _settle_once(plan: Plan) -> None:
     for end in start_signal:
         end.close()
     if plan.has_child and plan.handed_over():
-        descriptors.replace_with_dead(
-            plan.connections
-        )  # before another thread can re-establish the contexts that were handed over
+        # Before another thread can re-establish the contexts that were handed over.
+        descriptors.replace_with_dead(plan.connections)
         child_epoch = process.Epoch(process.here, process.HANDED_OVER)
         for context in plan.handed_over():
             _change_owner(context, child_epoch)

@@ -20,8 +20,8 @@ from .._core.in_flight import CHECK_INTERVAL, GIVEN, RELEASED, WOKEN, Entry
 from .._core.library import SUCCESS
 from .._core.one_step import Operation
 from .._core.unpatched import get_ident, monotonic
-from .contexts import behind, discard, doomed, sweep
-from .native_context import NativeContext, wait_until_given
+from .contexts import awaiting_release, discard, native_contexts_of, release_waiting
+from .native_context import NativeContext, wait_while_given
 from .pyscard import raw
 
 __all__ = ["card_call"]
@@ -41,7 +41,7 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
         may_pass = False
         while True:
             place = card.native
-            if place is None:  # as in behind()
+            if place is None:  # as in native_contexts_of()
                 return STALE
             if place.waiting:
                 place.yield_to_waiters()
@@ -70,21 +70,21 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
             if steps:
                 result, place.began = steps[2], entry[2]
                 break
-            answers, may_pass = _when_possible(card, place, operation, entry, may_pass)
-            if answers:
-                result = answers[0]
+            results, may_pass = _call_when_possible(card, place, operation, entry, may_pass)
+            if results:
+                result = results[0]
                 break
         if unbinds and result == SUCCESS:
             discard(place.cards, card.real)
-            behind(card.context).release_idle()
-        if doomed:
-            sweep()
+            native_contexts_of(card.context).release_idle()
+        if awaiting_release:
+            release_waiting()
         return result
 
     return call
 
 
-def _when_possible(
+def _call_when_possible(
     card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool
 ) -> tuple[list[Any], bool]:
     """Make a call that couldn't be made at once, or wait until it can be attempted again.
@@ -96,7 +96,7 @@ def _when_possible(
     if card.owner is not process.current() or place.state in (WOKEN, RELEASED):
         return [STALE], may_pass
     if place.state == GIVEN:
-        wait_until_given([place])
+        wait_while_given([place])
     elif in_flight.closers and not may_pass and ident not in in_flight.closers:
         may_pass = gate.wait_until_open(ident)
     else:
@@ -114,7 +114,7 @@ def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: 
     :param may_pass: whether to make it even if the gate is closed.
     :return: its result in a list, which is empty if a condition for the call is no longer true.
     """
-    answers: list[Any] = []
+    results: list[Any] = []
     times: list[float] = []
     key = object()
     # C code evaluates these conditions when the context is free.
@@ -127,11 +127,11 @@ def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: 
     )
     native, *operands = operation
     now = (times.extend, starmap(monotonic, ((),)))
-    answer = (answers.extend, starmap(native, compress((operands,), map(all, (conditions,)))))
+    make_call = (results.extend, starmap(native, compress((operands,), map(all, (conditions,)))))
     # Not place.acquire and place.release, which are replaced at interpreter exit.
     lock = place.lock
     free = (lock.acquire, True, CHECK_INTERVAL)
-    operations = (free, (place.enter, entry), now, answer, (lock.release,), (place.leave,))
+    operations = (free, (place.enter, entry), now, make_call, (lock.release,), (place.leave,))
     steps: list[Any] = []
     chain = takewhile(one_step.is_not_false, one_step.call_each(operations))
     try:
@@ -147,6 +147,6 @@ def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: 
         raise
     finally:
         place.waiting.pop(key, None)
-    if answers:
+    if results:
         place.began = times[0]
-    return answers
+    return results

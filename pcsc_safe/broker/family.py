@@ -23,7 +23,6 @@ from .client import Broker
 
 __all__ = [
     "as_broker",
-    "describe",
     "existing",
     "files_to_preserve",
     "functions",
@@ -31,6 +30,7 @@ __all__ = [
     "prepare",
     "prestart",
     "repeated_death_error",
+    "request_catalogue",
 ]
 
 _broker: Optional[Broker] = None
@@ -42,7 +42,7 @@ def get() -> Broker:
 
     :raises BrokerError: it can't be started.
     """
-    return _started(for_family=settings().broker is When.ALWAYS)
+    return _get_or_start(for_family=settings().broker is When.ALWAYS)
 
 
 def existing() -> Optional[Broker]:
@@ -69,10 +69,10 @@ def prestart() -> None:
 
     :raises BrokerError: it can't be started.
     """
-    _started(for_family=True)
+    _get_or_start(for_family=True)
 
 
-def _started(for_family: bool) -> Broker:
+def _get_or_start(for_family: bool) -> Broker:
     """The broker of this process; it is started if there is none."""
     prepare()
     here = process.current()  # first of all: what is locked or closed may be so in the parent
@@ -86,8 +86,8 @@ def _started(for_family: bool) -> Broker:
         if _broker is former:  # nothing comes between this look and the next line
             _broker = broker
             return broker
-        broker.leave()
-        return _started(for_family)
+        broker.discard()
+        return _get_or_start(for_family)
 
     return one_step.call_in_turn(_starting, start_once)
 
@@ -144,9 +144,9 @@ functions: Mapping[str, Callable[..., Any]] = {name: _function(name) for name in
 """The functions of PC/SC, each of the broker that this process has at the time of the call."""
 
 
-def describe() -> Any:
+def request_catalogue() -> Any:
     """A broker's catalogue of its pyscard; see :func:`library.catalogue`."""
-    return _retry_in_new_broker(Broker.describe)
+    return _retry_in_new_broker(Broker.request_catalogue)
 
 
 _is_prepared = False
@@ -164,14 +164,14 @@ def prepare() -> None:
 
 def _at_exit() -> None:
     if _broker is not None and _broker.epoch is process.current():
-        _broker.go_on_at_exit()
+        _broker.stay_open_at_exit()
 
 
 def _begin(epoch: process.Epoch) -> None:
     global _broker, _starting
     _starting = threading.RLock()
     if _broker is not None:
-        _broker = _broker.for_child(epoch)
+        _broker = _broker.after_fork_in_child(epoch)
 
 
 process.at_fork(at_begin=_begin)

@@ -25,12 +25,12 @@ from .values import (
     TUPLE,
     Opaque,
     WireError,
+    encode_values,
     malformed,
     octets_of,
     opaque,
     oversized,
     read,
-    tell,
     truncated,
 )
 
@@ -216,7 +216,7 @@ def encode(message: Message) -> bytes:
     kind = _KIND_OF.get(type(message))
     if kind is None or not kind.fits(*message):
         raise WireError("the message is of an unknown kind, or has a field that is not allowed")
-    body = kind.letter + tell(message)
+    body = kind.letter + encode_values(message)
     if len(body) > MAX_BODY:
         raise oversized()
     return _pack_size(len(body)) + body

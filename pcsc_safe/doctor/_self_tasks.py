@@ -88,7 +88,7 @@ def ends(stage: Stage) -> None:
     waiting.join(_PATIENCE)
     stage.report("task", exit=told == [-pid])
     stage.wait(pid)
-    stage.report("task", peer=_peer(stage, watch.process_behind), poll=_poll_tells())
+    stage.report("task", peer=_peer(stage, watch.peer_pid), poll=_poll_tells())
 
     one, other = socket.socketpair()
     before = descriptors.of(one.fileno())
@@ -115,7 +115,7 @@ def _waiting(watching: Any) -> tuple[list[int], threading.Thread]:
     return told, waiting
 
 
-def _peer(stage: Stage, process_behind: Callable[[socket.socket], int]) -> bool:
+def _peer(stage: Stage, peer_pid: Callable[[socket.socket], int]) -> bool:
     """Whether a socket reports the process that made the pair, as a broker asks for it."""
     door, behind = socket.socketpair()
 
@@ -129,7 +129,7 @@ def _peer(stage: Stage, process_behind: Callable[[socket.socket], int]) -> bool:
     _, numbers, _, _ = socket.recv_fds(behind, 1, 1)
     with socket.socket(fileno=numbers[0]) as received:
         received.recv(1)
-        found = process_behind(received) == pid
+        found = peer_pid(received) == pid
     os.kill(pid, signal.SIGKILL)
     stage.wait(pid)
     return found
@@ -148,11 +148,11 @@ def brokers(stage: Stage) -> None:
     """One broker for a family: children that connect at the same time, and a broker that is killed."""
     family = _family("always")
     began = time.monotonic()
-    family.describe()
+    family.request_catalogue()
     stage.report("task", first=round(time.monotonic() - began, 3))
 
     def child() -> None:
-        family.describe()
+        family.request_catalogue()
         os._exit(42)
 
     began = time.monotonic()
@@ -161,7 +161,7 @@ def brokers(stage: Stage) -> None:
     stage.report("task", children=_CHILDREN, served=served, seconds=round(time.monotonic() - began, 3))
     broker = family.get()
     os.kill(broker.helper_pid, signal.SIGKILL)
-    family.describe()
+    family.request_catalogue()
     stage.report("task", after_its_death=family.get() is not broker)
 
 
@@ -180,7 +180,7 @@ def deaths(stage: Stage) -> None:
     read_end, write_end = os.pipe()
 
     def client() -> None:
-        family.describe()
+        family.request_catalogue()
         broker = family.get().helper_pid
         idle = ctypes.PyDLL(None).fork()
         if idle:

@@ -162,7 +162,7 @@ def broker(stage: Stage, establish: str = "") -> None:
     pcsc_safe.configure(broker="always")
     started = time.monotonic()
     try:
-        family.describe()
+        family.request_catalogue()
         stage.report("task", seconds=round(time.monotonic() - started, 3))
         if not establish:
             return

@@ -139,7 +139,7 @@ def _environment(mine: Mapping[str, str], options: argparse.Namespace) -> dict[s
             environment[policy.variable(setting)] = value
     policy.from_environment(environment)
     last = [] if _is_found(python_path.PACKAGE) else [os.path.dirname(python_path.PACKAGE)]
-    environment["PYTHONPATH"] = python_path.put_on(mine.get("PYTHONPATH", ""), last)
+    environment["PYTHONPATH"] = python_path.add_to(mine.get("PYTHONPATH", ""), last)
     return environment
 
 

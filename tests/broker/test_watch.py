@@ -15,7 +15,7 @@ from calling import ENOUGH, Calling
 from forking import in_child, start
 
 from pcsc_safe.broker import watch as watching
-from pcsc_safe.broker.watch import Watch, process_behind
+from pcsc_safe.broker.watch import Watch, peer_pid
 
 A_WHILE = 0.1  # s; in which it would have been told
 
@@ -197,7 +197,7 @@ def of_pairs(connection: socket.socket) -> Any:
     """What a child is told of the process behind a socket pair of its parent's, and of one of its own."""
     mine, _ = pair = watching._socket.socketpair()
     try:
-        return process_behind(connection), process_behind(mine) == os.getpid()
+        return peer_pid(connection), peer_pid(mine) == os.getpid()
     finally:
         for end in pair:
             end.close()
@@ -206,5 +206,5 @@ def of_pairs(connection: socket.socket) -> Any:
 @pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="the kernel is not asked there")
 def test_the_process_behind(pair: Any) -> None:
     """Who has made the other end of a socket pair is told by its PID."""
-    assert process_behind(pair[0]) == os.getpid()
+    assert peer_pid(pair[0]) == os.getpid()
     assert in_child(of_pairs, pair[0]) == (os.getpid(), True)
