@@ -69,7 +69,7 @@ def connected(kind: str, card: Card) -> None:
     )
 
 
-def _establishing(call: Call, route: _Route) -> _Route:
+def _wrap_establish(call: Call, route: _Route) -> _Route:
     def establish(scope: Any) -> Any:
         result = route(scope)
         record = getattr(result[1], "_self_record", None) if result[0] == SUCCESS else None
@@ -80,7 +80,7 @@ def _establishing(call: Call, route: _Route) -> _Route:
     return establish
 
 
-def _connecting(call: Call, route: _Route) -> _Route:
+def _wrap_connect(call: Call, route: _Route) -> _Route:
     def connect(handle: Any, *arguments: Any) -> Any:
         result = route(handle, *arguments)
         record = getattr(result[1], "_self_record", None) if result[0] == SUCCESS else None
@@ -91,7 +91,7 @@ def _connecting(call: Call, route: _Route) -> _Route:
     return connect
 
 
-def _reconnecting(call: Call, route: _Route) -> _Route:
+def _wrap_reconnect(call: Call, route: _Route) -> _Route:
     def reconnect(handle: Any, *arguments: Any) -> Any:
         result = route(handle, *arguments)
         record = handles.cards.get(handle) if result[0] == SUCCESS else None
@@ -102,7 +102,7 @@ def _reconnecting(call: Call, route: _Route) -> _Route:
     return reconnect
 
 
-def _ending(call: Call, route: _Route) -> _Route:
+def _wrap_end(call: Call, route: _Route) -> _Route:
     assert call.takes is not None
     kind, word = call.takes, {"SCardReleaseContext": "released", "SCardDisconnect": "disconnected"}[call.name]
 
@@ -129,7 +129,7 @@ def wrap_follow_up(name: str, after: Optional[_FollowUp]) -> Optional[_FollowUp]
     return follow(after) if follow is not None else after
 
 
-def _exchanged(after: Optional[_FollowUp]) -> _FollowUp:
+def _after_exchange(after: Optional[_FollowUp]) -> _FollowUp:
     spans = exchanges.spans
 
     def exchanged(card: Any, arguments: tuple[Any, ...], result: Any) -> Any:
@@ -141,26 +141,26 @@ def _exchanged(after: Optional[_FollowUp]) -> _FollowUp:
                 file[at + 1] = next(count)
             else:
                 # The native context knows when its call began; for a call through a broker this is unknown.
-                exchanges.happened(card.key, card.native.began if card.native is not None else end, end)
+                exchanges.add(card.key, card.native.began if card.native is not None else end, end)
         return result
 
     return exchanged
 
 
-def _began(after: Optional[_FollowUp]) -> _FollowUp:
+def _after_begin(after: Optional[_FollowUp]) -> _FollowUp:
     assert after is not None
     note = after
 
     def began(card: Any, arguments: tuple[Any, ...], result: Any) -> Any:
         note(card, arguments, result)
         if result == SUCCESS and card.transactions == 1:
-            transactions.happened(card.key, monotonic(), 0.0)
+            transactions.add(card.key, monotonic(), 0.0)
         return result
 
     return began
 
 
-def _ended(after: Optional[_FollowUp]) -> _FollowUp:
+def _after_end(after: Optional[_FollowUp]) -> _FollowUp:
     assert after is not None
     note = after
 
@@ -168,22 +168,22 @@ def _ended(after: Optional[_FollowUp]) -> _FollowUp:
         was_in = card.transactions
         note(card, arguments, result)
         if was_in and not card.transactions:
-            transactions.ended(card.key, monotonic())
+            transactions.end(card.key, monotonic())
         return result
 
     return ended
 
 
-def _waiting(call: Call, route: _Route) -> _Route:
+def _wrap_wait(call: Call, route: _Route) -> _Route:
     def wait(handle: Any, timeout: Any, states: Any) -> Any:
         record = handles.find(Kind.CONTEXT, handle) if timeout else None
         if record is None:
             return route(handle, timeout, states)
-        waits.happened(record.key, monotonic(), 0.0)
+        waits.add(record.key, monotonic(), 0.0)
         try:
             return route(handle, timeout, states)
         finally:
-            waits.ended(record.key, monotonic())
+            waits.end(record.key, monotonic())
 
     return wait
 
@@ -191,16 +191,16 @@ def _waiting(call: Call, route: _Route) -> _Route:
 exchanges, transactions, waits = (events.Activity(name) for name in ("apdu", "begun", "wait"))
 
 _WRAPPERS: dict[str, Callable[[Call, _Route], _Route]] = {
-    "SCardEstablishContext": _establishing,
-    "SCardReleaseContext": _ending,
-    "SCardConnect": _connecting,
-    "SCardReconnect": _reconnecting,
-    "SCardDisconnect": _ending,
-    "SCardGetStatusChange": _waiting,
+    "SCardEstablishContext": _wrap_establish,
+    "SCardReleaseContext": _wrap_end,
+    "SCardConnect": _wrap_connect,
+    "SCardReconnect": _wrap_reconnect,
+    "SCardDisconnect": _wrap_end,
+    "SCardGetStatusChange": _wrap_wait,
 }
 _FOLLOW_UPS: dict[str, Callable[[Optional[_FollowUp]], _FollowUp]] = {
-    "SCardTransmit": _exchanged,
-    "SCardControl": _exchanged,
-    "SCardBeginTransaction": _began,
-    "SCardEndTransaction": _ended,
+    "SCardTransmit": _after_exchange,
+    "SCardControl": _after_exchange,
+    "SCardBeginTransaction": _after_begin,
+    "SCardEndTransaction": _after_end,
 }

@@ -102,8 +102,8 @@ def look(stage: Stage) -> None:
     if not hresult and readers:
         wanted = [(reader, scard.SCARD_STATE_UNAWARE) for reader in readers]
         hresult, states = scard.SCardGetStatusChange(context, 0, wanted)
-        told = [] if hresult else [[name, _flags(scard, state), bytes(atr).hex()] for name, state, atr in states]
-        stage.report("task", status=stage.name(hresult), states=told)
+        described = [] if hresult else [[name, _flags(scard, state), bytes(atr).hex()] for name, state, atr in states]
+        stage.report("task", status=stage.name(hresult), states=described)
     stage.report("task", release=stage.name(scard.SCardReleaseContext(context)))
 
 

@@ -106,8 +106,8 @@ def main(options: argparse.Namespace) -> int:
 
     status = report.run(command, environment, report=options.report, picture=timeline)
     if sys.flags.inspect:
-        os._exit(watch.end_as(status))  # it is the program that is to be inspected
-    return watch.end_as(status)
+        os._exit(watch.exit_as(status))  # it is the program that is to be inspected
+    return watch.exit_as(status)
 
 
 def _checked(options: argparse.Namespace) -> Path:

@@ -78,7 +78,7 @@ def _is_outage(error: Any) -> bool:
     )
 
 
-def _patient_request(module: Any) -> Any:
+def _recovering_request(module: Any) -> Any:
     """The request that a CardMonitoringThread waits with: while there is no pcscd, its cards stay as they were."""
 
     class CardRequest(module.CardRequest):  # type: ignore[misc]
@@ -109,10 +109,10 @@ def _patient_request(module: Any) -> Any:
     return CardRequest
 
 
-def _patient_readers(list_readers: Callable[..., Any]) -> Callable[..., Any]:
+def _recovering_list_readers(list_readers: Callable[..., Any]) -> Callable[..., Any]:
     """``list_readers``, which returns no readers while there is no pcscd."""
 
-    def none_meanwhile(*arguments: Any) -> Any:
+    def list_or_nothing(*arguments: Any) -> Any:
         try:
             return list_readers(*arguments)
         except Exception as error:
@@ -120,7 +120,7 @@ def _patient_readers(list_readers: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             return []
 
-    return none_meanwhile
+    return list_or_nothing
 
 
 def card_monitoring(module: Any) -> list[Patch]:
@@ -143,12 +143,12 @@ def card_monitoring(module: Any) -> list[Patch]:
         if renewal.is_due() and not name.startswith("__"):
             renewal()
         if monitor.instance is None and not name.startswith("__"):
-            return _of_none(self, name)
+            return _unused_attribute(self, name)
         if name == "deleteObserver" and renewal.inherited:
             return renewal.deleting(getattr(monitor.instance, name))
         return object.__getattribute__(self, name)
 
-    def _of_none(self: Any, name: str) -> Any:
+    def _unused_attribute(self: Any, name: str) -> Any:
         """The state of a monitor that this process has inherited, and not used."""
         if name == "countObservers":
             return lambda: 0
@@ -174,7 +174,7 @@ def card_monitoring(module: Any) -> list[Patch]:
         Patch(monitor, "__init__", __init__),
         Patch(monitor, "__getattribute__", __getattribute__),
         Patch(thread, "__init__", __init_of_thread),
-        Patch(module, "CardRequest", _patient_request(module)),
+        Patch(module, "CardRequest", _recovering_request(module)),
     ]
 
 
@@ -210,7 +210,7 @@ def reader_monitoring(module: Any) -> list[Patch]:
 
     @functools.wraps(module.ReaderMonitoringThread.__init__)
     def __init_of_thread(self: Any, observable: Any, list_readers: Any, period: Any) -> None:
-        construct_thread(self, observable, _patient_readers(list_readers), period)
+        construct_thread(self, observable, _recovering_list_readers(list_readers), period)
 
     add_observer, delete_observer = monitor.addObserver, monitor.deleteObserver
     construct_thread = module.ReaderMonitoringThread.__init__

@@ -97,7 +97,7 @@ class Probe:
         """
         while not satisfied(_parse(self._ask(_WAIT_CHANGE, b"", _STATE.size * MAX_READERS))):
             hurry()
-            while not select.select([self._socket], [], [], min(_HURRY_INTERVAL, self._left()))[0]:
+            while not select.select([self._socket], [], [], min(_HURRY_INTERVAL, self._remaining()))[0]:
                 hurry()
             self._receive(8)
 
@@ -116,7 +116,7 @@ class Probe:
             raise PcscStackError(f"the card in {reader!r} can't be reset (0x{result:08X})", remedy=_reason(result))
 
     def _ask(self, command: int, body: bytes, answer: int) -> bytes:
-        self._socket.settimeout(self._left())
+        self._socket.settimeout(self._remaining())
         self._socket.sendall(_HEADER.pack(len(body), command) + body)
         return self._receive(answer)
 
@@ -130,14 +130,14 @@ class Probe:
         return data
 
     def _receive_some(self, count: int) -> bytes:
-        self._socket.settimeout(self._left())
+        self._socket.settimeout(self._remaining())
         return self._socket.recv(count)
 
-    def _left(self) -> float:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
+    def _remaining(self) -> float:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
             raise TimeoutError("pcscd did not answer in time")
-        return left
+        return remaining
 
 
 def _parse(data: bytes) -> list[ReaderState]:
