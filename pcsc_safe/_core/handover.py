@@ -124,10 +124,10 @@ def files_to_preserve() -> list[int]:
     :return: their numbers, in ascending order; an empty list if this process has no session.
     """
     here = process.current()  # first: it may be what makes contexts this process's own
-    own = [context for context in list(handles.contexts.values()) if context.owner is here]
-    found = [descriptor for context in own for descriptor in context.gateway.descriptors(context.real)]
+    owned = [context for context in list(handles.contexts.values()) if context.owner is here]
+    found = [descriptor for context in owned for descriptor in context.gateway.descriptors(context.real)]
     numbers = {descriptor.number for descriptor in found if descriptor is not None and descriptor.is_intact()}
-    numbers.update(number for number in (sessions.descriptor(),) if number is not None and own)
+    numbers.update(number for number in (sessions.descriptor(),) if number is not None and owned)
     return sorted(numbers | set(gateways.brokers.files_to_preserve()))
 
 

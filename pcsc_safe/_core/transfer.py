@@ -170,8 +170,8 @@ def _contexts_to_give(of_thread: tuple[Block, ...], owner: Owner) -> list[Contex
         return list(dict.fromkeys(context for block in of_thread for context in block.contexts()))
     if owner is not Owner.CHILD:
         return []
-    own = [context for context in list(handles.contexts.values()) if context.owner is process.here]
-    return [context for context in own if not context.released and obstacle(context) is None]
+    owned = [context for context in list(handles.contexts.values()) if context.owner is process.here]
+    return [context for context in owned if not context.released and obstacle(context) is None]
 
 
 def _complete(plan: Plan, ident: int) -> Optional[str]:
@@ -201,10 +201,10 @@ def _choose(plan: Plan) -> None:
     broker = gateways.brokers.existing()
     plan.native = [context for context in given if context.gateway is gateways.native]
     plan.in_broker = [context for context in given if context.gateway is broker]
-    own = [context for context in list(handles.contexts.values()) if context.owner is process.here]
+    owned = [context for context in list(handles.contexts.values()) if context.owner is process.here]
     plan.shared = [
         context
-        for context in own
+        for context in owned
         if not context.released
         and context not in given
         and context.gateway is broker

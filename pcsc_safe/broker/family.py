@@ -119,11 +119,11 @@ def _start_one(for_family: bool) -> Broker:
 _ATTEMPTS = 3
 
 
-def _retry_in_new_broker(ask: Callable[[Broker], Any]) -> Any:
+def _retry_in_new_broker(request: Callable[[Broker], Any]) -> Any:
     """Ask the broker of this process for something that needs no session; ask another one if it dies meanwhile."""
     for _ in range(_ATTEMPTS):
         with failures.suppress(LostError):
-            return ask(get())
+            return request(get())
     raise repeated_death_error()
 
 

@@ -93,11 +93,13 @@ def encode_values(values: Iterable[Any], depth: int = 0) -> bytes:
     :raises WireError: they are more than MAX_BODY.
     """
     parts = []
-    left = MAX_BODY  # checked here, because a small list that contains another one many times can have a huge encoding
+    remaining = (
+        MAX_BODY  # checked here, because a small list that contains another one many times can have a huge encoding
+    )
     for value in values:
         part = _ENCODERS.get(id(type(value)), _encode_other)(value, depth)
-        left -= len(part)
-        if left < 0:
+        remaining -= len(part)
+        if remaining < 0:
             raise oversized()
         parts.append(part)
     return b"".join(parts)

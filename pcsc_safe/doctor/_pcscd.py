@@ -118,12 +118,12 @@ def _socket(path: str, program: _Program, seconds: float) -> tuple[list[Finding]
         detail, remedy = _not_connected(shown, connected, program, named)
         return [Finding("pcscd.socket", Status.PROBLEM, what, detail, remedy, data)], False
     found = [Finding("pcscd.socket", Status.OK, what, f"{shown}, {_origin(reported.get('listener'))}", data=data)]
-    answer = reported.get("answer", "timeout")
-    found.append(_response_finding(answer, reported, program))
+    response = reported.get("answer", "timeout")
+    found.append(_response_finding(response, reported, program))
     if reported.get("clients"):
         found.append(_clients(reported["clients"]))
     # If pcscd closes the connection, PC/SC calls return a code that says why.  If it doesn't answer, they would hang.
-    return found, answer != "timeout"
+    return found, response != "timeout"
 
 
 def _not_connected(shown: str, why: str, program: _Program, named: bool) -> tuple[str, str]:
@@ -168,18 +168,18 @@ def _origin(listener: Optional[int]) -> str:
     return "created by a process that is not visible here"
 
 
-def _response_finding(answer: str, reported: dict[str, Any], program: _Program) -> Finding:
-    what, data = "pcscd answers", {"answer": answer, "protocol": reported.get("protocol")}
-    if answer == "ok" and not reported.get("result"):
+def _response_finding(response: str, reported: dict[str, Any], program: _Program) -> Finding:
+    what, data = "pcscd answers", {"answer": response, "protocol": reported.get("protocol")}
+    if response == "ok" and not reported.get("result"):
         return Finding("pcscd.answer", Status.OK, what, f"yes, protocol {reported['protocol']}", data=data)
-    if answer == "ok":
+    if response == "ok":
         detail = f"it speaks protocol {reported['protocol']}, and refuses clients of this machine's pcsc-lite"
         return Finding("pcscd.answer", Status.PROBLEM, what, detail, _VERSIONS, data)
-    if answer == "timeout":
+    if response == "timeout":
         detail = "it accepts a connection and sends nothing: it hangs, or is stopped"
         return Finding("pcscd.answer", Status.PROBLEM, what, detail, _RESTART, data)
     why, remedy = _refusal(reported.get("listener"), reported.get("clients"), program)
-    detail = f"it closes the connection immediately ({answer}): {why}. Programs get SCARD_W_SECURITY_VIOLATION or "
+    detail = f"it closes the connection immediately ({response}): {why}. Programs get SCARD_W_SECURITY_VIOLATION or "
     detail += "SCARD_E_NO_SERVICE"
     return Finding("pcscd.answer", Status.PROBLEM, what, detail, remedy, data)
 

@@ -59,10 +59,10 @@ class _Outcome(NamedTuple):
     known: bool
 
 
-def _judge(answer: TaskResult) -> _Outcome:
-    parent, child = answer.of("parent"), answer.of("child")
-    if answer.failure:
-        return _Outcome(f"the process {answer.failure}", bool(parent))
+def _judge(result: TaskResult) -> _Outcome:
+    parent, child = result.of("parent"), result.of("child")
+    if result.failure:
+        return _Outcome(f"the process {result.failure}", bool(parent))
     code, ended = parent.get("code"), child.get("ended")
     if code is None or ended is None:
         return _Outcome("", False)
@@ -80,13 +80,15 @@ def _judge(answer: TaskResult) -> _Outcome:
 def _probe_finding(probe: _Probe, raw: _Outcome, safe: _Outcome) -> Finding:
     data = {"raw": raw.harm, "raw_known": raw.known, "safe": safe.harm, "safe_known": safe.known}
     raw_says = raw.harm or ("no harm seen" if raw.known else "unknown: too little was reported")
-    said = f"raw pyscard: {raw_says}"
+    raw_text = f"raw pyscard: {raw_says}"
     if safe.harm:
-        detail = f"pcsc_safe: {safe.harm}; {said}"
+        detail = f"pcsc_safe: {safe.harm}; {raw_text}"
         return Finding(probe.key, Status.PROBLEM if safe.known else Status.UNKNOWN, probe.what, detail, _REPORT, data)
     if not safe.known:
-        return Finding(probe.key, Status.UNKNOWN, probe.what, f"pcsc_safe: too little was reported; {said}", data=data)
-    return Finding(probe.key, Status.OK, probe.what, f"pcsc_safe: works; {said}", data=data)
+        return Finding(
+            probe.key, Status.UNKNOWN, probe.what, f"pcsc_safe: too little was reported; {raw_text}", data=data
+        )
+    return Finding(probe.key, Status.OK, probe.what, f"pcsc_safe: works; {raw_text}", data=data)
 
 
 def hazards() -> Iterator[Finding]:
@@ -153,12 +155,12 @@ def touches(readers: list[str]) -> Iterator[Finding]:
         yield _touched(reader, run_task("touch", _SECONDS, reader, module=SAFE))
 
 
-def _touched(reader: str, answer: TaskResult) -> Finding:
-    parent, child = answer.of("parent"), answer.of("child")
+def _touched(reader: str, result: TaskResult) -> Finding:
+    parent, child = result.of("parent"), result.of("child")
     what, data = reader, {"reader": reader, "parent": parent, "child": child}
-    if answer.failure:
+    if result.failure:
         remedy = "see the log of pcscd, and try the card in another reader"
-        return Finding("probe.card", Status.PROBLEM, what, f"the process {answer.failure}", remedy, data)
+        return Finding("probe.card", Status.PROBLEM, what, f"the process {result.failure}", remedy, data)
     if parent.get("connect") != _OK:
         detail = f"a shared connection is refused: {parent.get('connect')}"
         remedy = "another application may hold the card: have it disconnect"

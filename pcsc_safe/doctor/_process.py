@@ -150,7 +150,8 @@ def _summary(pid: int, family: _Family) -> Finding:
         text = "the doctor can't see where their sockets lead"
         return Finding("family", Status.UNKNOWN, "processes", text, remedy, data)
     if family.unseen:
-        detail += f"; {_counted(family.unseen, 'process', 'processes')} of other users, which may hold them too, can't be seen"
+        unseen = _counted(family.unseen, "process", "processes")
+        detail += f"; {unseen} of other users, which may hold them too, can't be seen"
     return Finding("family", Status.OK, "processes", detail, data=data)
 
 
@@ -228,15 +229,15 @@ def _dead_sockets(process: Process, family: _Family) -> dict[int, int]:
 
 def _describe_ok(process: Process, family: _Family) -> str:
     own = _held(process, family)
-    said = [f"{_counted(len(own), 'connection', 'connections')} to pcscd, its own"] if own else []
+    parts = [f"{_counted(len(own), 'connection', 'connections')} to pcscd, its own"] if own else []
     also = sorted({pid for each in own for pid in each.holders} - {process.pid})
-    said += [f"also held by {_processes_in_words(also)}"] if also else []
+    parts += [f"also held by {_processes_in_words(also)}"] if also else []
     for owner in sorted(set(_dead_sockets(process, family).values())):
-        said.append(f"a dead socket that replaces process {owner}'s connection: harmless, pcsc_safe put it there")
-    if not said:
-        said.append("no connection to pcscd" + ("" if process.libpcsclite else ", no PC/SC library"))
-    said += [f"pcsc_safe is loaded (shown {_HOW[process.pcsc_safe]})"] if process.pcsc_safe else []
-    return "; ".join(said)
+        parts.append(f"a dead socket that replaces process {owner}'s connection: harmless, pcsc_safe put it there")
+    if not parts:
+        parts.append("no connection to pcscd" + ("" if process.libpcsclite else ", no PC/SC library"))
+    parts += [f"pcsc_safe is loaded (shown {_HOW[process.pcsc_safe]})"] if process.pcsc_safe else []
+    return "; ".join(parts)
 
 
 _HOW = {"mark": "by its mark in memory", "environment": "by its environment"}
@@ -246,13 +247,13 @@ def _verdict(
     process: Process, family: _Family, inherited: list[Connection], what: str, data: dict[str, Any]
 ) -> Finding:
     """The finding for a process that holds connections which other processes made."""
-    gone = [each for each in inherited if each.owner not in each.holders]
+    closed = [each for each in inherited if each.owner not in each.holders]
     owners = _processes_in_words(sorted({each.owner for each in inherited}))
     certainty = (
         "" if all(each.known for each in inherited) else " (probably, because that is the oldest process that holds it)"
     )
     guarded = _is_guarded(process, family)
-    if guarded and len(gone) == len(inherited):
+    if guarded and len(closed) == len(inherited):
         detail = f"holds a session that {owners} established and has handed over"
         return Finding("process", Status.OK, what, detail, data=data)
     if guarded:
@@ -260,11 +261,11 @@ def _verdict(
         detail = f"holds {owners}'s connection{certainty}, and has not used PC/SC since the fork, which ran no hook; "
         detail += f"pcsc_safe closes it at its first PC/SC call. Until then hazard 5: {_HAZARDS['5']}"
         return Finding("process", Status.WARNING, what, detail, "end the process, or let it make a PC/SC call", data)
-    numbers = ["4", "5"] if len(gone) == len(inherited) else ["2", "3", "5"] if process.libpcsclite else ["5"]
+    numbers = ["4", "5"] if len(closed) == len(inherited) else ["2", "3", "5"] if process.libpcsclite else ["5"]
     data["hazards"] = numbers
     words = "; ".join(_HAZARDS[number] for number in numbers)
     whose = f"holds {owners}'s connection{certainty}"
-    if gone:
+    if closed:
         whose += ", which that process has closed"
     detail = f"{whose}: {'hazard' if len(numbers) == 1 else 'hazards'} {', '.join(numbers)} ({words})"
     return Finding("process", Status.PROBLEM, what, detail, _RUN if _is_python(process) else _NOT_PYTHON, data)

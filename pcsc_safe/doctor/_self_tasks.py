@@ -229,10 +229,10 @@ def events(stage: Stage, broker: str = "") -> None:
     states = scard.SCardGetStatusChange(context, 0, [(reader, scard.SCARD_STATE_UNAWARE) for reader in readers])[1]
     stage.report("task", counter=any(state >> 16 for _, state, _ in states))
     known = [(reader, state & ~scard.SCARD_STATE_CHANGED) for reader, state, _ in states]
-    answers: list[Any] = []
+    results: list[Any] = []
 
     def wait() -> None:
-        answers.append(scard.SCardGetStatusChange(context, scard.INFINITE, known)[0])
+        results.append(scard.SCardGetStatusChange(context, scard.INFINITE, known)[0])
 
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
@@ -240,7 +240,7 @@ def events(stage: Stage, broker: str = "") -> None:
     began = time.monotonic()
     cancelled = stage.name(scard.SCardCancel(context))
     waiting.join(_TIMEOUT)
-    ended = stage.name(answers[0]) if answers else "still waiting"
+    ended = stage.name(results[0]) if results else "still waiting"
     stage.report("task", cancel=cancelled, wait=ended, seconds=round(time.monotonic() - began, 3))
 
 
@@ -271,8 +271,8 @@ def exchange(stage: Stage, reader: str, broker: str = "") -> None:
     pci = {scard.SCARD_PROTOCOL_T0: scard.SCARD_PCI_T0, scard.SCARD_PROTOCOL_T1: scard.SCARD_PCI_T1}.get(protocol)
 
     def status() -> Optional[str]:
-        hresult, answer = scard.SCardTransmit(card, pci, _GET_RESPONSE)
-        return bytes(answer[-2:]).hex() if not hresult and len(answer) >= 2 else stage.name(hresult)
+        hresult, response = scard.SCardTransmit(card, pci, _GET_RESPONSE)
+        return bytes(response[-2:]).hex() if not hresult and len(response) >= 2 else stage.name(hresult)
 
     try:
         stage.report("task", parent=status())

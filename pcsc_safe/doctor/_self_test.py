@@ -112,7 +112,7 @@ def tests(pcsc_works: bool) -> Iterator[Finding]:
     :param pcsc_works: whether a context can be established.
     """
     with ThreadPoolExecutor(4) as pool:
-        asked = [
+        futures = [
             (
                 test,
                 pool.submit(run_task, test.task[0], _SECONDS, *test.task[1:], module=test.module, home="_self_tasks"),
@@ -120,13 +120,13 @@ def tests(pcsc_works: bool) -> Iterator[Finding]:
             for test in _TESTS
             if pcsc_works or not test.needs_pcsc
         ]
-        for test, answer in asked:
-            yield _finding(test, answer.result())
+        for test, future in futures:
+            yield _finding(test, future.result())
 
 
-def _finding(test: _Test, answer: TaskResult) -> Finding:
-    seen = answer.of()
-    wrong = f"the process {answer.failure}" if answer.failure else test.judge(seen)
+def _finding(test: _Test, result: TaskResult) -> Finding:
+    seen = result.of()
+    wrong = f"the process {result.failure}" if result.failure else test.judge(seen)
     if not wrong:
         return Finding(test.key, Status.OK, test.what, test.says, data=seen)
     if test.module == RAW:  # it is not pcsc_safe's
@@ -138,11 +138,11 @@ def exchanges(readers: list[str]) -> Iterator[Finding]:
     """Exchange a command with each card in parent and child, natively and through a broker."""
     for number, reader in enumerate(readers):
         for broker in ("", "always"):
-            answer = run_task("exchange", _SECONDS, reader, broker, module=SAFE, home="_self_tasks")
-            seen, what = answer.of(), f"card {number}{', broker' if broker else ''}"
+            result = run_task("exchange", _SECONDS, reader, broker, module=SAFE, home="_self_tasks")
+            seen, what = result.of(), f"card {number}{', broker' if broker else ''}"
             codes = [seen.get(who) for who in ("parent", "child", "parent_again")]
-            if answer.failure or len({*codes}) > 1 or codes[0] is None:
-                wrong = f"the process {answer.failure}" if answer.failure else f"parent, child and parent got {codes}"
+            if result.failure or len({*codes}) > 1 or codes[0] is None:
+                wrong = f"the process {result.failure}" if result.failure else f"parent, child and parent got {codes}"
                 yield Finding("self.exchange", Status.PROBLEM, what, wrong, _REMEDY, seen)
             else:
                 detail = f"parent and child get {codes[0]}"
