@@ -36,12 +36,12 @@ CALLS = {  # what, and how many calls a sample
 
 def without_record() -> Any:
     """``pcsc_safe.scard`` as it is in a process without a record."""
-    told = observer.recorded, observer.followed
-    observer.recorded, observer.followed = as_it_is, as_it_is
+    told = observer.wrap_call, observer.wrap_follow_up
+    observer.wrap_call, observer.wrap_follow_up = as_it_is, as_it_is
     try:
         return SimpleNamespace(**{name: router._exported(name, value) for name, value in library.public.items()})
     finally:
-        observer.recorded, observer.followed = told
+        observer.wrap_call, observer.wrap_follow_up = told
 
 
 def as_it_is(of: Any, function: Any) -> Any:

@@ -56,9 +56,9 @@ class _Brokers:
         of_family = self._loaded("files_to_preserve")
         return of_family() if of_family else ()
 
-    def died_too_often(self) -> Exception:
+    def repeated_death_error(self) -> Exception:
         """The error to raise if new brokers die, too."""
-        error: Exception = self._loaded("died_too_often")()
+        error: Exception = self._loaded("repeated_death_error")()
         return error
 
     def _loaded(self, function: str) -> Any:
@@ -71,7 +71,7 @@ if settings().broker is not Broker.ALWAYS or "smartcard.scard._scard" in sys.mod
 else:
     from .broker import family
 
-    pyscard.stand_in(family.functions, family.describe())
+    pyscard.load_from_broker(family.functions, family.request_catalogue())
 
 # From here on PC/SC's constants are known, which the modules below have in their tables.
 from ._native import gateway  # noqa: E402

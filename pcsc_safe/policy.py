@@ -302,7 +302,7 @@ class Verdict(enum.Enum):
     RESET = enum.auto()  # return SCARD_W_RESET_CARD
     RECONNECT = enum.auto()  # connect as the arguments of SCardReconnect say
     CONNECT = enum.auto()  # connect as the owner did, then make the call
-    GO_ON = enum.auto()  # as CONNECT if the owner's session continues, otherwise as RESET
+    CONTINUE = enum.auto()  # as CONNECT if the owner's session continues, otherwise as RESET
     JOIN = enum.auto()  # join the owner's session, then make the call
 
 
@@ -329,7 +329,7 @@ def decide(settings: Settings, role: Role, *, card: bool, in_transaction: bool =
     if role is Role.RECONNECT:
         return Verdict.RECONNECT
     if settings.cards is Cards.AUTO:
-        return Verdict.GO_ON
+        return Verdict.CONTINUE
     if settings.cards is Cards.RECONNECT and not in_transaction:
         return Verdict.CONNECT
     return Verdict.RESET

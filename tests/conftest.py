@@ -118,10 +118,10 @@ def default_settings(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Confi
     defaults = Settings() if native else Settings(broker=Broker.ALWAYS)
     if not native:
         monkeypatch.setenv("PCSC_SAFE_BROKER", "always")
-    settings.put_in_force(defaults)
+    settings.replace(defaults)
     settings._settings = None
     yield
-    settings.put_in_force(defaults)
+    settings.replace(defaults)
     settings._settings = None
 
 

@@ -185,10 +185,10 @@ STALE = object()
 class LostError(Exception):
     """A gateway has ended, and with it every context that was established through it.
 
-    :ivar under_way: whether the call may have been executed.
+    :ivar in_progress: whether the call may have been executed.
     """
 
-    def __init__(self, gateway: Gateway, *, under_way: bool) -> None:
-        super().__init__(gateway, under_way)
+    def __init__(self, gateway: Gateway, *, in_progress: bool) -> None:
+        super().__init__(gateway, in_progress)
         self.gateway = gateway
-        self.under_way = under_way
+        self.in_progress = in_progress

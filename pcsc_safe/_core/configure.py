@@ -32,13 +32,13 @@ __all__ = ["Configured", "configure"]
 class Configured(Settings):
     """The settings in force after :func:`configure`; as a context manager, it restores what that call has changed."""
 
-    _put_back: Callable[[], None]
+    _restore: Callable[[], None]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._put_back()
+        self._restore()
 
 
 if not TYPE_CHECKING:
@@ -53,9 +53,9 @@ if not TYPE_CHECKING:
         if context is not None:
             return _configure_context(context, changed, given)
         _check_share(changed)
-        settings.put_in_force(changed)
+        settings.replace(changed)
         before = {name: getattr(former, name) for name in given}
-        return _configured(changed, lambda: settings.put_in_force(settings.settings()._replace(**before)))
+        return _configured(changed, lambda: settings.replace(settings.settings()._replace(**before)))
 
     _rows = [f"{name}: {row.summary}" for name, row in SETTINGS.items()]
     configure.__doc__ = "\n    ".join(["Change settings of this process, or of one context.\n", *_rows])
@@ -115,9 +115,9 @@ else:  # what type checkers and the documentation know
         raise NotImplementedError
 
 
-def _configured(now: Settings, put_back: Callable[[], object]) -> Configured:
+def _configured(now: Settings, restore: Callable[[], object]) -> Configured:
     configured = Configured(*now)
-    configured._put_back = put_back  # type: ignore[assignment]
+    configured._restore = restore  # type: ignore[assignment]
     return configured
 
 
@@ -150,18 +150,18 @@ def _configure_context(context: Any, changed: Settings, given: Iterable[str]) ->
             remedy="pass what SCardEstablishContext returned, or leave it out to configure the process",
         )
     settings.for_contexts = True
-    before, own = record.overrides, {name: getattr(changed, name) for name in given}
-    record.overrides = {**before, **own}
+    before, changes = record.overrides, {name: getattr(changed, name) for name in given}
+    record.overrides = {**before, **changes}
     try:
         _check_share(settings.settings())
     except SettingsError:
         record.overrides = before
         raise
 
-    def put_back() -> None:
-        others = {name: value for name, value in record.overrides.items() if name not in own}
-        record.overrides = {**others, **{name: before[name] for name in own if name in before}}
+    def restore() -> None:
+        others = {name: value for name, value in record.overrides.items() if name not in changes}
+        record.overrides = {**others, **{name: before[name] for name in changes if name in before}}
 
     in_force = record.settings(settings.settings())
-    readiness.consider(in_force)
-    return _configured(in_force, put_back)
+    readiness.prepare_for(in_force)
+    return _configured(in_force, restore)

@@ -20,20 +20,20 @@ from typing import Any, Callable, Optional
 from . import descriptors, process
 from .descriptors import Descriptor
 from .failures import is_ours
-from .one_step import Operation, nowhere
+from .one_step import Operation, consumer
 from .settings import when_changed
 
 __all__ = [
     "ARE_INHERITED",
-    "OPENS_ANOTHER",
-    "Traces",
+    "FORGET_LATEST",
+    "ConnectionFinder",
     "connections",
     "guard_all",
     "is_hung_up",
     "open_numbers",
     "prepare",
     "shut_down",
-    "strangers",
+    "unguarded_sockets",
 ]
 
 ARE_INHERITED = process.FORKS and sys.platform != "darwin"  # macOS' PC/SC talks over Mach ports
@@ -54,10 +54,10 @@ def prepare() -> None:
     # Its finalizer is a function of C: no signal handler can raise in it.
     _Borrowed = type("Borrowed", (module.socket,), {"__slots__": (), "__del__": module.socket.detach})
     _socket = module
-    _learn_path()
+    _remember_path()
 
 
-class Traces:
+class ConnectionFinder:
     """Finds out which connection libpcsclite opens in SCardEstablishContext.
 
     Its socket gets the lowest free number.  Looking at that number before and after, in the same step of C and without
@@ -68,7 +68,7 @@ class Traces:
     :cvar latest: the object for the last connection that was opened; None if another function opened it.
     """
 
-    latest: Optional[Traces] = None
+    latest: Optional[ConnectionFinder] = None
 
     def __init__(self) -> None:
         self._next: list[int] = []  # the lowest free number, before
@@ -79,14 +79,14 @@ class Traces:
         """What to do before SCardEstablishContext and after it."""
         if not ARE_INHERITED:
             return (), ()
-        begin: Operation = (setattr, Traces, "latest", self)
+        begin: Operation = (setattr, ConnectionFinder, "latest", self)
         spare = descriptors.any_open()
         if spare is None:
             return [begin], []
         look: list[Operation] = [
             begin,
             (self._next.extend, map(os.dup, (spare,))),
-            (nowhere.extend, map(os.close, self._next)),
+            (consumer.extend, map(os.close, self._next)),
         ]
         if not thoroughly:
             return look, [(self._status.extend, map(os.fstat, self._next))]
@@ -104,28 +104,31 @@ class Traces:
         if not self._listed:
             return None
         now = set(self._listed[1]) if len(self._listed) > 1 else _possible_numbers()
-        found = strangers((now - set(self._listed[0])) | set(map(str, self._next)))
+        found = unguarded_sockets((now - set(self._listed[0])) | set(map(str, self._next)))
         likely = [descriptor for is_likely, descriptor in found if is_likely]
         # Another one that was opened after this one may have a number that was listed.
-        return likely[0] if len(likely) == 1 and Traces.latest is self else None
+        return likely[0] if len(likely) == 1 and ConnectionFinder.latest is self else None
 
 
-OPENS_ANOTHER: Operation = (setattr, Traces, "latest", None)
+FORGET_LATEST: Operation = (setattr, ConnectionFinder, "latest", None)
 """Comes, in the same step, before any other call in which libpcsclite opens a connection to pcscd."""
 
 
-def shut_down(connection: Optional[Descriptor], *, at_once: bool) -> bool:
+def shut_down(connection: Optional[Descriptor], *, both_directions: bool) -> bool:
     """Shut a connection to pcscd down, and leave the descriptor to libpcsclite.
 
     Every read from it, now and later, returns end of file, so it can't be too early to end a call in this way.
 
-    :param at_once: don't leave it to pcscd, which may not respond.  pcscd 2.5 continues to send events to the number of
-        a client that it could not respond to: the next client with that number reads one as the response to its call.
+    :param both_directions: also end reading, and don't leave this to pcscd, which may not respond.  pcscd 2.5 continues
+        to send events to the number of a client that it could not respond to: the next client with that number reads
+        one as the response to its call.
     :return: whether the connection was there.
     """
     if connection is None or not connection.is_intact():
         return False
-    _ask(connection.number, methodcaller("shutdown", _socket.SHUT_RDWR if at_once else _socket.SHUT_WR))
+    _call_on_socket(
+        connection.number, methodcaller("shutdown", _socket.SHUT_RDWR if both_directions else _socket.SHUT_WR)
+    )
     return True
 
 
@@ -133,19 +136,19 @@ def is_hung_up(connection: Optional[Descriptor]) -> bool:
     """Whether pcscd has closed its end of a connection."""
     if connection is None or not connection.is_intact():
         return False
-    return b"" in _ask(connection.number, methodcaller("recv", 1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT))
+    return b"" in _call_on_socket(connection.number, methodcaller("recv", 1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT))
 
 
-def _ask(number: int, question: Callable[[Any], Any]) -> list[Any]:
-    """The result of a question to the socket with this number; nothing if there is no such socket, or no result.
+def _call_on_socket(number: int, method: Callable[[Any], Any]) -> list[Any]:
+    """The result of a method of the socket with this number; nothing if there is no such socket, or no result.
 
-    :param question: a C function that takes a socket.
+    :param method: a C function that takes a socket.
     """
     # SOCK_NONBLOCK, whatever the socket is: after socket.setdefaulttimeout(), Python would otherwise make the socket
     # non-blocking, also for its owner and for the owner's parent.
     kind = _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK
     try:
-        return [question(_Borrowed(_socket.AF_UNIX, kind, 0, number))]
+        return [method(_Borrowed(_socket.AF_UNIX, kind, 0, number))]
     except OSError as error:
         if not is_ours(error):
             raise
@@ -157,12 +160,12 @@ def guard_all(on: bool) -> None:
     if on:
         prepare()
         descriptors.prepare()
-    descriptors.others = _inherited if on else tuple
+    descriptors.find_others = _inherited if on else tuple
 
 
 def connections() -> list[Descriptor]:
     """The connections that other libraries have opened, as far as they are known."""
-    return [connection for likely, connection in strangers(open_numbers()) if likely]
+    return [connection for likely, connection in unguarded_sockets(open_numbers()) if likely]
 
 
 def open_numbers() -> set[str]:
@@ -192,7 +195,7 @@ def _possible_numbers() -> set[str]:
     return {str(number) for number in range(limit if 0 < limit < _MOST_NUMBERS else _MOST_NUMBERS)}
 
 
-def strangers(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
+def unguarded_sockets(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
     """The connected Unix sockets among these that are not ours, each with whether it leads to pcscd."""
     found = []
     for number in map(int, numbers):
@@ -215,7 +218,7 @@ def strangers(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:
 
 def _peer(number: int) -> Optional[str]:
     """The path that a Unix socket is connected to; None for any other descriptor."""
-    peer = next(iter(_ask(number, methodcaller("getpeername"))), None)
+    peer = next(iter(_call_on_socket(number, methodcaller("getpeername"))), None)
     return peer if isinstance(peer, str) and peer else None
 
 
@@ -223,11 +226,11 @@ def _is_pcscd(peer: str) -> bool:
     # The name is enough: the path that pcscd was bound to need not be ours (containers, symbolic links).
     if os.path.basename(peer) == _SOCKET_NAME:
         return True
-    _learn_path()
+    _remember_path()
     return peer in _paths
 
 
-def _learn_path() -> None:
+def _remember_path() -> None:
     # libpcsclite continues to use the path that it saw first, so none is forgotten when the variable changes.
     path = os.environ.get("PCSCLITE_CSOCK_NAME")
     if path and path not in _paths:

@@ -19,15 +19,15 @@ from .failures import is_ours
 __all__ = [
     "Descriptor",
     "any_open",
-    "disarm",
+    "find_others",
     "guard",
     "guarded",
     "is_dead",
-    "kept",
-    "kill",
+    "kept_by_child",
     "of",
-    "others",
     "prepare",
+    "replace_guarded",
+    "replace_with_dead",
     "unguard",
 ]
 
@@ -62,11 +62,11 @@ def of(number: int) -> Descriptor:
 guarded: dict[Descriptor, None] = {}
 """The connections of this process that a forked child must not use."""
 
-kept: dict[int, set[int]] = {}
+kept_by_child: dict[int, set[int]] = {}
 """The numbers that the child keeps, by the thread that is about to fork it."""
 
 
-others: Callable[[], Sequence[Descriptor]] = tuple
+find_others: Callable[[], Sequence[Descriptor]] = tuple
 """Finds, in a forked child, further connections that it must not have; set for ``guard_native``."""
 
 
@@ -82,8 +82,8 @@ def unguard(connection: Optional[Descriptor]) -> None:
 
 
 _socket: Any = None
-_dead: Optional[Descriptor] = None
-_dead_ones: set[tuple[int, int]] = set()
+_dead_socket: Optional[Descriptor] = None
+_dead_sockets: set[tuple[int, int]] = set()
 
 
 def prepare() -> None:
@@ -92,21 +92,21 @@ def prepare() -> None:
     import _socket as socket  # the module that Python's own is made of: eventlet and gevent patch that one
 
     _socket = socket
-    if process.FORKS and hasattr(socket, "AF_UNIX") and (_dead is None or not _dead.is_intact()):
+    if process.FORKS and hasattr(socket, "AF_UNIX") and (_dead_socket is None or not _dead_socket.is_intact()):
         _make_dead_socket()
 
 
 def _make_dead_socket() -> Descriptor:
     """A socket that was never connected: it can neither send nor receive."""
-    global _dead
-    _dead = of(int(_socket.socket(_socket.AF_UNIX).detach()))
-    _dead_ones.add((_dead.device, _dead.inode))
-    return _dead
+    global _dead_socket
+    _dead_socket = of(int(_socket.socket(_socket.AF_UNIX).detach()))
+    _dead_sockets.add((_dead_socket.device, _dead_socket.inode))
+    return _dead_socket
 
 
 def any_open() -> Optional[int]:
     """The number of any open descriptor, to be duplicated."""
-    return _dead.number if _dead is not None and _dead.is_intact() else None
+    return _dead_socket.number if _dead_socket is not None and _dead_socket.is_intact() else None
 
 
 def is_dead(number: int) -> bool:
@@ -117,35 +117,35 @@ def is_dead(number: int) -> bool:
         if not is_ours(error):
             raise
         return False
-    return (status.st_dev, status.st_ino) in _dead_ones
+    return (status.st_dev, status.st_ino) in _dead_sockets
 
 
-def disarm() -> None:
+def replace_guarded() -> None:
     """In the child: replace each guarded connection by a dead socket."""
-    if not kept:
-        kill(list(guarded))
+    if not kept_by_child:
+        replace_with_dead(list(guarded))
         return
-    stays = kept.get(get_ident(), ())
-    kill([connection for connection in list(guarded) if connection.number not in stays])
-    kept.clear()
+    kept = kept_by_child.get(get_ident(), ())
+    replace_with_dead([connection for connection in list(guarded) if connection.number not in kept])
+    kept_by_child.clear()
 
 
 _ATTEMPTS = 3
 
 
 def _at_fork() -> None:
-    disarm()
-    if others is not tuple:
-        _disarm_others()
+    replace_guarded()
+    if find_others is not tuple:
+        _replace_others()
 
 
-def _disarm_others() -> None:
+def _replace_others() -> None:
     raised: Optional[BaseException] = None
     for _ in range(_ATTEMPTS):
         try:
-            found = others()  # none that is kept: those are guarded
+            found = find_others()  # none that is kept: those are guarded
             if found:
-                kill(found)
+                replace_with_dead(found)
             break
         except BaseException as error:  # a signal handler's: this can take milliseconds
             raised = error
@@ -153,9 +153,9 @@ def _disarm_others() -> None:
         raise raised
 
 
-def kill(connections: Iterable[Optional[Descriptor]]) -> None:
+def replace_with_dead(connections: Iterable[Optional[Descriptor]]) -> None:
     """Replace each of these that is still intact by a dead socket."""
-    dead = _dead if _dead is not None and _dead.is_intact() else None
+    dead = _dead_socket if _dead_socket is not None and _dead_socket.is_intact() else None
     for connection in connections:
         if connection is None:
             continue
@@ -181,7 +181,7 @@ def kill(connections: Iterable[Optional[Descriptor]]) -> None:
 
 def _begin(epoch: process.Epoch) -> None:
     guarded.clear()
-    kept.clear()
+    kept_by_child.clear()
 
 
 process.at_fork(in_child=_at_fork, at_begin=_begin)

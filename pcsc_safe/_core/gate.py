@@ -15,15 +15,15 @@ from typing import Any, Callable
 
 from ..policy import Policy, Settings, native_works_after_fork
 from . import in_flight, process
-from .in_flight import elsewhere, places, unsettled
+from .in_flight import calls_without_place, places, unsettled
 from .settings import when_changed
 from .unpatched import count_threads, get_ident, monotonic, sleep, start_new_thread
 
-__all__ = ["close_quietly", "during", "open_again", "raise_later", "stays_quiet", "wait_for", "wait_until_open"]
+__all__ = ["call_inside", "close_if_quiet", "raise_later", "reopen", "wait_for", "wait_until_open", "wait_until_quiet"]
 
 _PAUSE = 0.001  # s
-_WAKE_AGAIN = 0.01  # s; a wait that can't be ended for good may have begun since
-_FOR_GOOD = float("inf")
+_WAKE_INTERVAL = 0.01  # s; a wait that can't be ended for good may have begun since
+_FOREVER = float("inf")
 _GRACE = 1.0  # s; longer than a fork takes that waited for quiesce_timeout
 
 quiesce_timeout = 1.0
@@ -49,7 +49,7 @@ def wait_for(place: in_flight.Place, may_pass: bool = False) -> bool:
     """
     ident = get_ident()
     if may_pass or not in_flight.closers or ident in in_flight.closers:
-        place.wait_until_free(in_flight.LOOK_AGAIN)
+        place.wait_until_free(in_flight.CHECK_INTERVAL)
         return may_pass or ident in in_flight.closers
     return wait_until_open(ident)
 
@@ -69,7 +69,7 @@ def wait_until_open(ident: int) -> bool:
     return ident in in_flight.closers
 
 
-def during(function: str, call: Callable[..., Any], *arguments: Any) -> Any:
+def call_inside(function: str, call: Callable[..., Any], *arguments: Any) -> Any:
     """Return ``call(*arguments)``, a call that a fork waits for and that has no place.
 
     :param function: PC/SC's name of the call, or another name.
@@ -77,67 +77,67 @@ def during(function: str, call: Callable[..., Any], *arguments: Any) -> Any:
     key = object()
     ident = get_ident()
     try:
-        in_flight.elsewhere[key] = entry = (function, ident, monotonic(), None)
+        in_flight.calls_without_place[key] = entry = (function, ident, monotonic(), None)
         while in_flight.closers and ident not in in_flight.closers:
-            in_flight.elsewhere.pop(key, None)
+            in_flight.calls_without_place.pop(key, None)
             may_pass = wait_until_open(ident)
-            in_flight.elsewhere[key] = entry
+            in_flight.calls_without_place[key] = entry
             if may_pass:
                 break
         return call(*arguments)
     finally:
-        in_flight.elsewhere.pop(key, None)
+        in_flight.calls_without_place.pop(key, None)
 
 
-def close_quietly() -> bool:
-    """Close the gate until the next fork, or :func:`open_again`.
+def close_if_quiet() -> bool:
+    """Close the gate until the next fork, or :func:`reopen`.
 
     If another thread is forking, its fork comes first, and does not wait for ours: it may already hold locks that we
     need to get there, such as logging's.  It opens the gate, and ours closes it again.
 
     :return: whether no other thread is inside; if one is, the gate is open.
     """
-    _close(everything=True)
+    _close(include_native=True)
     if in_flight.others_are_inside():
-        open_again()
+        reopen()
         return False
-    in_flight.closers[get_ident()] = _FOR_GOOD
+    in_flight.closers[get_ident()] = _FOREVER
     return True
 
 
-def open_again() -> None:
+def reopen() -> None:
     """Open the gate, if this thread has closed it."""
     in_flight.closers.pop(get_ident(), None)
 
 
-def stays_quiet() -> bool:
+def wait_until_quiet() -> bool:
     """Whether no other thread is inside."""
-    _quiesce(get_ident(), monotonic() + quiesce_timeout, everything=True)
+    _quiesce(get_ident(), monotonic() + quiesce_timeout, include_native=True)
     return not in_flight.others_are_inside()
 
 
 def _before_fork() -> None:
     # Usually no other thread is inside, and a fork costs only this check.
-    if not (count_threads() or any(places.values()) or elsewhere or unsettled):
+    if not (count_threads() or any(places.values()) or calls_without_place or unsettled):
         return
     if count_threads() or in_flight.calls():
         # If the child can't use the native library anyway, the fork needn't wait for native calls.
-        _close(everything=_policy is not Policy.BROKER and native_works_after_fork())
+        _close(include_native=_policy is not Policy.BROKER and native_works_after_fork())
     for place in list(unsettled):
         place.settle()
 
 
-def _close(*, everything: bool) -> None:
+def _close(*, include_native: bool) -> None:
     if not process.sentinel[0]:
         return  # a child that never used PC/SC: the calls in the table are its parent's
     ident = get_ident()
     deadline = monotonic() + quiesce_timeout
-    while _another_forks(ident) and monotonic() < deadline:
+    while _is_another_forking(ident) and monotonic() < deadline:
         sleep(_PAUSE)
     until = deadline + _GRACE
     in_flight.closers[ident] = until
     try:
-        _quiesce(ident, deadline, everything=everything)
+        _quiesce(ident, deadline, include_native=include_native)
     except BaseException as error:
         # An exception of a signal handler, such as KeyboardInterrupt.  A hook can't raise it, so the process forks
         # immediately, and the exception is raised after the fork.
@@ -148,47 +148,49 @@ def _close(*, everything: bool) -> None:
             _thread_names.update({thread.ident or 0: thread.name for thread in threading.enumerate()})
 
 
-def _another_forks(ident: int) -> bool:
-    return any(until < _FOR_GOOD for thread, until in list(in_flight.closers.items()) if thread != ident)
+def _is_another_forking(ident: int) -> bool:
+    return any(until < _FOREVER for thread, until in list(in_flight.closers.items()) if thread != ident)
 
 
-def _quiesce(ident: int, deadline: float, *, everything: bool) -> None:
+def _quiesce(ident: int, deadline: float, *, include_native: bool) -> None:
     """Wait until no other thread is inside, or until the timeout.
 
-    :param everything: also wait for native calls, and end waits for events.
+    :param include_native: also wait for native calls, and end waits for events.
     """
-    ending: list[_Ending] = []
+    interrupters: list[_WaitInterrupter] = []
     try:
-        _await_others(ident, deadline, everything, ending)
+        _wait_for_others(ident, deadline, include_native, interrupters)
     finally:
-        for one in ending:
-            one.stopped = True
+        for interrupter in interrupters:
+            interrupter.stopped = True
 
 
-def _await_others(ident: int, deadline: float, everything: bool, ending: list[_Ending]) -> None:
-    while (left := deadline - monotonic()) > 0:
-        busy = [place for place in list(places) if everything and any(call[1] != ident for call in list(place.calls))]
+def _wait_for_others(ident: int, deadline: float, include_native: bool, interrupters: list[_WaitInterrupter]) -> None:
+    while (remaining := deadline - monotonic()) > 0:
+        busy = [
+            place for place in list(places) if include_native and any(call[1] != ident for call in list(place.calls))
+        ]
         others = [
             call
-            for call in list(in_flight.elsewhere.values())
-            if call[1] != ident and (everything or call[0] in in_flight.NOT_NATIVE)
+            for call in list(in_flight.calls_without_place.values())
+            if call[1] != ident and (include_native or call[0] in in_flight.NOT_NATIVE)
         ]
         if not busy and not others:
             return
-        if not ending and any(call[3] is not None for place in busy for call in list(place.calls)):
-            ending.append(_Ending(ident))
-            start_new_thread(ending[0].run, ())
+        if not interrupters and any(call[3] is not None for place in busy for call in list(place.calls)):
+            interrupters.append(_WaitInterrupter(ident))
+            start_new_thread(interrupters[0].run, ())
         for call in others:
             if call[3] is not None:
                 call[3].interrupt()
         if busy:
-            busy[0].wait_until_free(left)
+            busy[0].wait_until_free(remaining)
         else:
             sleep(_PAUSE)
         in_flight.closers.setdefault(ident, deadline + _GRACE)  # a signal handler may have forked
 
 
-class _Ending:
+class _WaitInterrupter:
     """Ends the native calls of waits for events, for a fork.
 
     It runs in a separate thread, because it may need pcscd, which may not respond, and a fork must not wait longer than
@@ -206,7 +208,7 @@ class _Ending:
                 for call in list(place.calls):
                     if call[3] is not None and call[1] != self._forking and not self.stopped:
                         place.wake(call[3], may_pass=True)
-            sleep(_WAKE_AGAIN)
+            sleep(_WAKE_INTERVAL)
 
 
 def raise_later(ident: int, error: BaseException) -> None:
@@ -231,7 +233,7 @@ def _begin(epoch: process.Epoch) -> None:
     for function, thread, since, _ in in_flight.calls():
         if thread != process.forked_by and (epoch.unquiet is None or function == in_flight.IMPORTS):
             epoch.unquiet = in_flight.Unquiet(function, _thread_names.get(thread, str(thread)), monotonic() - since)
-    for table in (places, unsettled, elsewhere, in_flight.closers, _thread_names):
+    for table in (places, unsettled, calls_without_place, in_flight.closers, _thread_names):
         table.clear()
 
 

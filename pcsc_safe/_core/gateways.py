@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # as in in_flight
         """The gateway to the native library in this process.
 
         Its object for a PC/SC context (``real``) lives in this process, and can be handed over at a fork: it has
-        ``tidy()``, ``give(by)``, ``give_latest()``, ``take_back(by)``, ``take_over(epoch)`` and ``release_dead()``.
+        ``release_idle()``, ``give(by)``, ``give_latest()``, ``take_back(by)``, ``take_over(epoch)`` and
+        ``release_dead()``.
         """
 
         def is_loaded(self) -> bool:
@@ -36,11 +37,11 @@ if TYPE_CHECKING:  # as in in_flight
             """
 
         def await_change(
-            self, context: Any, alive: Callable[[], bool], timeout: int, states: Any, cancelled: Any
+            self, context: Any, is_owned: Callable[[], bool], timeout: int, states: Any, cancelled: Any
         ) -> Any:
             """SCardGetStatusChange with a timeout; see :func:`pcsc_safe._native.waits.await_change`."""
 
-        def leave(self, real: Any) -> None:
+        def abandon(self, real: Any) -> None:
             """Note that something has replaced ``real`` in a PC/SC context, perhaps while threads were using it."""
 
     class InheritedConnection(Protocol):
@@ -54,10 +55,10 @@ if TYPE_CHECKING:  # as in in_flight
         def descriptors(self) -> set[int]:
             """The descriptors that the child keeps."""
 
-        def arrive(self) -> None:
+        def take_over(self) -> None:
             """In the child, in its hook: take the parent's place."""
 
-        def settle(self, born: bool, /) -> None:
+        def settle(self, has_child: bool, /) -> None:
             """In the parent: leave it to the child; or, if there is no child, take back what was given."""
 
     class BrokerGateway(Gateway, Protocol):
@@ -98,26 +99,26 @@ if TYPE_CHECKING:  # as in in_flight
         def files_to_preserve(self) -> Sequence[int]:
             """The descriptors without which this process loses its broker."""
 
-        def died_too_often(self) -> Exception:
+        def repeated_death_error(self) -> Exception:
             """The error to raise if new brokers die, too."""
 
 else:
     NativeGateway = InheritedConnection = BrokerGateway = Brokers = object
 
 
-class _NotYet:
+class _NotComposed:
     """Stands for the gateways until :mod:`pcsc_safe._gateways` is imported."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(name)
 
 
-_not_yet: Any = _NotYet()
+_not_composed: Any = _NotComposed()
 
-native: NativeGateway = _not_yet
+native: NativeGateway = _not_composed
 """The :class:`NativeGateway` of this process."""
 
-brokers: Brokers = _not_yet
+brokers: Brokers = _not_composed
 """Its :class:`Brokers`."""
 
 

@@ -31,11 +31,11 @@ __all__ = [
     "family",
     "find",
     "given",
-    "hand_out",
     "has_proxies",
     "load",
-    "lose",
+    "mark_lost",
     "register",
+    "set_proxies",
     "update",
     "wait_while_given",
 ]
@@ -55,9 +55,9 @@ class Context:
     :ivar established_at: ``file:line`` in the application.
     :ivar overrides: the settings that this context alone has.
     :ivar cards: the cards connected through it and not yet disconnected, by number.
-    :ivar turn: the lock of threads that re-establish it; see :func:`one_step.in_turn`.
+    :ivar turn: the lock of threads that re-establish it; see :func:`one_step.call_in_turn`.
     :ivar cancels: how often the application has called SCardCancel.
-    :ivar outlasting: the threads whose waits continue over an end of pcscd.
+    :ivar continued_waits: the threads whose waits continue over an end of pcscd.
     :ivar context: itself, so that a context and a card have the same interface.
     """
 
@@ -66,11 +66,11 @@ class Context:
         "cancels",
         "cards",
         "context",
+        "continued_waits",
         "established_at",
         "gateway",
         "key",
         "number",
-        "outlasting",
         "overrides",
         "owner",
         "real",
@@ -94,12 +94,12 @@ class Context:
         self.scope = scope
         self.gateway = gateway
         self.owner = owner
-        self.established_at = _outside_frame()
+        self.established_at = _caller_location()
         self.overrides: dict[str, Any] = {}
         self.cards: dict[int, Card] = {}
         self.turn = RLock()
         self.cancels = 0
-        self.outlasting: list[int] = []
+        self.continued_waits: list[int] = []
         self.context = self
         self.key = os.urandom(8)
         self.released = False
@@ -108,11 +108,11 @@ class Context:
         """The settings of the process, with this context's own settings over them."""
         return process._replace(**self.overrides) if self.overrides else process
 
-    def bury(self) -> None:
+    def mark_released(self) -> None:
         """Mark it and its cards as released; their numbers stay known, because libpcsclite may still know them."""
         self.released = True
         for card in list(self.cards.values()):
-            card.bury()
+            card.mark_released()
 
     def forget(self) -> None:
         """Drop it, and its cards, from this process's registry."""
@@ -132,7 +132,7 @@ class Card:
     :ivar protocol: the SCARD_PROTOCOL_* in use, or the requested one if none is in use (SCARD_SHARE_DIRECT).
     :ivar session: what other processes of the fork family can see of it.
     :ivar transactions: how many transactions are open.
-    :ivar turn: the lock of threads that connect it again; see :func:`one_step.in_turn`.
+    :ivar turn: the lock of threads that connect it again; see :func:`one_step.call_in_turn`.
     :ivar warned: the epochs of the last loss that was logged: that of the process, and the owner's.
     :ivar warned_of_end: the epoch of the process that has logged that it ends others' sessions with the card.
     """
@@ -195,7 +195,7 @@ class Card:
             return not self.released and not self.session.is_open
         return self.warned == (here, self.owner)
 
-    def bury(self) -> None:
+    def mark_released(self) -> None:
         """Mark it as released; its number stays known, because libpcsclite may still know it."""
         self.released = True
         self.transactions = 0
@@ -203,7 +203,7 @@ class Card:
 
     def forget(self) -> None:
         """Drop it from this process's registry."""
-        self.bury()
+        self.mark_released()
         _drop(cards, self)
         if self.context.cards.get(self.number) is self:
             self.context.cards.pop(self.number, None)
@@ -231,12 +231,12 @@ given: dict[Context, int] = {}
 """The contexts in a broker that a fork is giving to its child, with the thread that forks."""
 
 _PAUSE = 0.001  # s
-_GIVEN_WITHIN = 1.0  # s; a signal handler in the thread that forks may wait for this one
+_GIVEN_TIMEOUT = 1.0  # s; a signal handler in the thread that forks may wait for this one
 
 
 def wait_while_given(context: Context) -> None:
     """Wait until it is known whether another thread's fork has given this context to its child; a second at most."""
-    ident, deadline = get_ident(), monotonic() + _GIVEN_WITHIN
+    ident, deadline = get_ident(), monotonic() + _GIVEN_TIMEOUT
     while given.get(context, ident) != ident and monotonic() < deadline:
         sleep(_PAUSE)
 
@@ -256,7 +256,7 @@ def has_proxies() -> bool:
     return _context_proxy is not None
 
 
-def hand_out(context: _Proxy, card: _Proxy) -> None:
+def set_proxies(context: _Proxy, card: _Proxy) -> None:
     """Set what applications get instead of integers.
 
     :param context: makes it from the record of a context.
@@ -286,11 +286,11 @@ def register(record: Record) -> Any:
     return record.safe
 
 
-def disown(gateway: Gateway) -> None:
+def mark_gateway_lost(gateway: Gateway) -> None:
     """Give up what this process had through a gateway that has ended, as if another process owned it."""
     for context in list(contexts.values()):
         if context.gateway is gateway and context.owner is process.current():
-            lose(context, context.real, process.LOST)
+            mark_lost(context, context.real, process.LOST)
 
 
 def update(record: Record, owned_by: process.Epoch, /, **attributes: Any) -> bool:
@@ -301,15 +301,15 @@ def update(record: Record, owned_by: process.Epoch, /, **attributes: Any) -> boo
     :param owned_by: the owner that it must still have.
     :return: whether it was done.
     """
-    steps = one_step.called([(setattr, record, name, value) for name, value in attributes.items()])
+    steps = one_step.call_each([(setattr, record, name, value) for name, value in attributes.items()])
     # From this look to the end of extend() no other code runs, of this thread or of any other.
     if record.owner is owned_by and not record.released:
-        one_step.nowhere.extend(steps)
+        one_step.consumer.extend(steps)
         return True
     return False
 
 
-def lose(record: Record, real: Any, how: str) -> None:
+def mark_lost(record: Record, real: Any, how: str) -> None:
     """Give up the context of a record and its cards in one step, as if another process owned them.
 
     Nothing happens if another thread has done so already.
@@ -321,16 +321,16 @@ def lose(record: Record, real: Any, how: str) -> None:
     lost, behind, gateway = process.Epoch(here, how), context.real, context.gateway
     cards_of_it = list(context.cards.values())
     sessions = [card.session for card in cards_of_it]
-    steps = one_step.called([(setattr, each, "owner", lost) for each in (context, *cards_of_it)])
+    steps = one_step.call_each([(setattr, each, "owner", lost) for each in (context, *cards_of_it)])
     is_same = record.real is real and context.real is behind
     if not is_same or record.owner is not here or context.owner is not here:  # as in update()
         return
-    one_step.nowhere.extend(steps)
+    one_step.consumer.extend(steps)
     observer.record("lost", context=context.key)
     for session in sessions:  # and the descriptors: another thread may have replaced them by now
         session.end()
     for descriptor in gateway.descriptors(behind):
-        descriptors.kill([descriptor])
+        descriptors.replace_with_dead([descriptor])
         descriptors.unguard(descriptor)
 
 
@@ -340,9 +340,9 @@ def find(kind: Kind, handle: object) -> Optional[Record]:
     :param kind: the kind of handle that the called function takes; needed for a plain integer only.
     :return: None for anything that is not a handle of ours.
     """
-    own = getattr(handle, "_self_record", None)
-    if isinstance(own, (Context, Card)):
-        return own
+    record = getattr(handle, "_self_record", None)
+    if isinstance(record, (Context, Card)):
+        return record
     if not isinstance(handle, int):
         return None
     return contexts.get(handle) if kind is Kind.CONTEXT else cards.get(handle)
@@ -366,7 +366,7 @@ def load(from_family: bytes, kind: Kind, key: bytes, description: str) -> Any:
     )
 
 
-def _outside_frame() -> str:
+def _caller_location() -> str:
     """``file:line`` of the innermost caller outside pcsc_safe and pyscard."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):
@@ -385,7 +385,7 @@ def _begin(epoch: process.Epoch) -> None:
     _inherited[:] = [(reader, session) for reader, session in known if session.is_alive()]
     for context in list(contexts.values()):
         context.turn = RLock()
-        context.outlasting.clear()
+        context.continued_waits.clear()
         for card in list(context.cards.values()):
             card.turn = RLock()
 

@@ -50,7 +50,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     def __enter__(self) -> handover:
         self._epoch = here = process.current()
         self._done, self.failure = False, None
-        transfer.begin()
+        transfer.register_hooks()
         if threading.get_ident() in transfer.blocks:
             _warn("its handover() block is inside another one; pass all contexts to one block")
         if self._chosen is None:
@@ -60,12 +60,12 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         if not self.contexts():
             _warn("it has no PC/SC context at the beginning of its handover() block; establish one before the block")
         for context in self.contexts():
-            why_not = transfer.obstacle(context)
-            if why_not:
-                raise _error(*why_not)
+            obstacle = transfer.obstacle(context)
+            if obstacle:
+                raise _error(*obstacle)
         ident = threading.get_ident()
         try:
-            if not gate.close_quietly():
+            if not gate.close_if_quiet():
                 raise _error(
                     "other threads are inside PC/SC calls",
                     "end these calls first, or configure a longer quiesce_timeout",
@@ -73,7 +73,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             transfer.blocks[ident] = (*transfer.blocks.get(ident, ()), self)
         except BaseException:  # a signal handler's too
             if ident not in transfer.blocks:
-                gate.open_again()
+                gate.reopen()
             raise
         return self
 
@@ -85,7 +85,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         if outer:
             transfer.blocks[ident] = outer
         else:
-            gate.open_again()
+            gate.reopen()
         if kind is not None or self._done:
             return
         if self.failure is not None:
@@ -95,7 +95,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             _warn("this thread has not forked in its handover() block")
         elif self._owned_by(self._epoch):
             if here.noticed_by == "hook":
-                raise _error("a signal handler raised an exception during the fork", transfer.AGAIN)
+                raise _error("a signal handler raised an exception during the fork", transfer.FORK_AGAIN)
             raise _error(
                 "the fork in this block ran none of Python's at-fork hooks",
                 "use os.fork(); the parent is still the owner",
@@ -109,7 +109,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         chosen = self._chosen if self._chosen is not None else list(handles.contexts.values())
         return [context for context in chosen if context.owner is owner and not context.released]
 
-    def happened(self) -> None:
+    def note_handover(self) -> None:
         """Note that a fork has handed over."""
         self._done = True
 
@@ -124,10 +124,10 @@ def files_to_preserve() -> list[int]:
     :return: their numbers, in ascending order; an empty list if this process has no session.
     """
     here = process.current()  # first: it may be what makes contexts this process's own
-    own = [context for context in list(handles.contexts.values()) if context.owner is here]
-    found = [descriptor for context in own for descriptor in context.gateway.descriptors(context.real)]
+    owned = [context for context in list(handles.contexts.values()) if context.owner is here]
+    found = [descriptor for context in owned for descriptor in context.gateway.descriptors(context.real)]
     numbers = {descriptor.number for descriptor in found if descriptor is not None and descriptor.is_intact()}
-    numbers.update(number for number in (sessions.descriptor(),) if number is not None and own)
+    numbers.update(number for number in (sessions.descriptor(),) if number is not None and owned)
     return sorted(numbers | set(gateways.brokers.files_to_preserve()))
 
 

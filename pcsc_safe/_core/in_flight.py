@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from . import process
 from .failures import is_ours
-from .one_step import Operation, called, in_one_step, is_not_false
+from .one_step import Operation, call_each, in_one_step, is_not_false
 from .unpatched import RLock, get_ident, monotonic, sleep
 
 __all__ = [
+    "CHECK_INTERVAL",
     "DOOR",
     "GIVEN",
     "IMPORTS",
-    "LOOK_AGAIN",
     "NOT_NATIVE",
     "OPEN",
     "RELEASED",
@@ -38,12 +38,12 @@ __all__ = [
     "Unquiet",
     "attempt",
     "calls",
+    "calls_without_place",
+    "client_has_hung_up",
     "closers",
-    "elsewhere",
-    "made",
-    "nobody_hears",
     "others_are_inside",
     "places",
+    "result_of",
     "stop_locking",
     "unsettled",
 ]
@@ -93,13 +93,13 @@ NOT_NATIVE = frozenset((IMPORTS, DOOR, START))
 """What a fork waits for even if its child can't use the native library."""
 
 
-LOOK_AGAIN = 1.0  # s
+CHECK_INTERVAL = 1.0  # s
 """How long to wait at most for another thread's call before looking again whether this is still the same process.
 
 A signal handler may fork during the wait, and return in the child, which doesn't have that thread.
 """
 
-_GIVE_WAY = 0.0001  # s; longer than it takes a thread to wake up
+_YIELD_TIME = 0.0001  # s; longer than it takes a thread to wake up
 
 OPEN, WOKEN, RELEASED, GIVEN = range(4)
 
@@ -125,7 +125,7 @@ class Place:
     """A place in the native library for one thread at a time.
 
     :ivar calls: the calls that are there now: one, or several of the same thread if a finalizer runs during a call.
-    :ivar cards: the cards there; a call with ``bare`` isn't made while there are any.
+    :ivar cards: the cards there; a call with ``without_cards`` isn't made while there are any.
     :ivar state: OPEN; WOKEN: a wait there was ended from outside, and the place must not be used again; RELEASED;
         GIVEN: to a child that is being forked, until it is known whether there is a child.
     :ivar waiting: one key for each thread that waits for the place.
@@ -170,13 +170,13 @@ class Place:
         finally:
             self.waiting.pop(key, None)
 
-    def give_way(self) -> None:
+    def yield_to_waiters(self) -> None:
         """Before a call: let a thread that waits go first.
 
         Otherwise a thread that makes one call after the other would be back before a waiting thread has woken up.
         """
         if self.waiting:
-            sleep(_GIVE_WAY)
+            sleep(_YIELD_TIME)
 
 
 places: dict[Place, list[Entry]] = {}
@@ -185,10 +185,10 @@ places: dict[Place, list[Entry]] = {}
 unsettled: dict[Any, None] = {}
 """Places that must be settled before a fork; each has ``settle()``."""
 
-elsewhere: dict[object, Entry] = {}
+calls_without_place: dict[object, Entry] = {}
 """Calls in progress that a fork waits for, and that have no place."""
 
-nobody_hears: ContextVar[Callable[[], bool]] = ContextVar("nobody_hears", default=bool)
+client_has_hung_up: ContextVar[Callable[[], bool]] = ContextVar("client_has_hung_up", default=bool)
 """In a thread that waits for events for a broker's client: whether nobody will receive the result any more."""
 
 closers: dict[int, float] = {}
@@ -202,8 +202,8 @@ def attempt(
     call: Operation,
     *more: Operation,
     wait: Any = None,
-    bare: bool = False,
-    most: int = OPEN,
+    without_cards: bool = False,
+    latest_state: int = OPEN,
     may_pass: bool = False,
 ) -> list[Any]:
     """Make a native call, in one step of C, if the place is free and nothing is in the way.
@@ -213,21 +213,21 @@ def attempt(
     :param call: the call.
     :param more: C calls that belong to the same step, after it.
     :param wait: the wait for events that it is part of; the call isn't made if the wait was cancelled.
-    :param bare: the call isn't made if there is a card.
-    :param most: the call isn't made if the place is in a later state than this.
+    :param without_cards: the call isn't made if there is a card.
+    :param latest_state: the call isn't made if the place is in a later state than this.
     :param may_pass: the call is made even if the gate is closed.
-    :return: empty if the call wasn't made; otherwise :func:`made` returns its result.
+    :return: empty if the call wasn't made; otherwise :func:`result_of` returns its result.
     """
     entry = (function, get_ident(), monotonic(), wait)
     steps: list[Any] = []
     operations = ((place.acquire, False), (place.enter, entry), call, *more, (place.release,), (place.leave,))
-    chain = takewhile(is_not_false, called(operations))
+    chain = takewhile(is_not_false, call_each(operations))
     try:
         # From the first of these looks to the call of extend() no other code runs, of this thread or of any other.
         if (
             (may_pass or not closers)
-            and place.state <= most
-            and not (bare and place.cards)
+            and place.state <= latest_state
+            and not (without_cards and place.cards)
             and not (wait is not None and wait.cancelled)
             and process.sentinel[0]
             and owned.owner is process.here
@@ -245,7 +245,7 @@ def attempt(
     return steps
 
 
-def made(steps: list[Any]) -> Any:
+def result_of(steps: list[Any]) -> Any:
     """The result of the call that :func:`attempt` made."""
     return steps[2]
 
@@ -253,7 +253,7 @@ def made(steps: list[Any]) -> Any:
 def calls() -> list[Entry]:
     """The calls that are inside now."""
     found = [call for place in list(places) if place.calls for call in list(place.calls)]
-    return [*found, *list(elsewhere.values())]
+    return [*found, *list(calls_without_place.values())]
 
 
 def others_are_inside() -> bool:

@@ -1,8 +1,8 @@
 """What a call gets on a context or card that another process owns.
 
-:func:`answer` is the only place where a verdict of :mod:`policy` becomes a return code, an exception, or a context that
-belongs to this process; :mod:`reestablish` makes that context.  Cleanup never reaches the owner's session, under every
-policy.  At a fork nothing changes here.
+:func:`apply_policy` is the only place where a verdict of :mod:`policy` becomes a return code, an exception, or a
+context that belongs to this process; :mod:`reestablish` makes that context.  Cleanup never reaches the owner's session,
+under every policy.  At a fork nothing changes here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ from . import failures, gateways, handles, log, observer, one_step, process
 from .calls import CALLS, Call
 from .handles import Card, Context, Record
 from .library import SUCCESS
-from .reestablish import INVALID_HANDLE, LEAVE_CARD, RESET_CARD, connect, own, own_context, release_dead, settings_of
+from .reestablish import (
+    INVALID_HANDLE,
+    LEAVE_CARD,
+    RESET_CARD,
+    connect,
+    release_dead,
+    replace,
+    replace_context,
+    settings_of,
+)
 from .settings import settings
 
-__all__ = ["adopt", "answer"]
+__all__ = ["adopt", "apply_policy"]
 
 
-def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
+def apply_policy(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     """The result of a call on an object that this process inherited.
 
     :param call: the function.
@@ -48,35 +57,35 @@ def answer(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     if verdict is Verdict.INVALID:
         return call.failure(INVALID_HANDLE, arguments)
     if verdict is Verdict.RESET:
-        return _reset(call, record, arguments)
-    if verdict is Verdict.GO_ON:
-        return _go_on(call, record, arguments)
+        return _return_reset(call, record, arguments)
+    if verdict is Verdict.CONTINUE:
+        return _continue_session(call, record, arguments)
     if verdict is Verdict.JOIN:
         return _join(call, record, arguments)
     if verdict is Verdict.RECONNECT:
         return _reconnect(call, record, arguments)
-    hresult = own(call, record)
+    hresult = replace(call, record)
     return None if hresult == SUCCESS else call.failure(hresult, arguments)
 
 
-def _reset(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
+def _return_reset(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     if record.owner.noticed_by is process.SERVICE_LOST:  # while no pcscd runs, the call returns the code for this
-        hresult = own(call, record.context)
+        hresult = replace(call, record.context)
         if hresult != SUCCESS:
             return call.failure(hresult, arguments)
     _warn_of_reset(call, record)
     return call.failure(RESET_CARD, arguments)
 
 
-def _go_on(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
+def _continue_session(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """Connect again, if this continues the session that this process inherited."""
     assert isinstance(card, Card)
     session = card.session
-    if not session.goes_on():
-        return _reset(call, card, arguments)
-    hresult = own(call, card, only_in=session)
+    if not session.can_continue():
+        return _return_reset(call, card, arguments)
+    hresult = replace(call, card, continuing=session)
     if hresult == RESET_CARD:
-        return _reset(call, card, arguments)
+        return _return_reset(call, card, arguments)
     return None if hresult == SUCCESS else call.failure(hresult, arguments)
 
 
@@ -99,7 +108,7 @@ def adopt(context: Context) -> None:
         )
         if verdict is Verdict.CONNECT and is_free and not card.released:
             with failures.suppress(PcscSafeError):
-                own(status, card)
+                replace(status, card)
 
 
 def _forget(call: Call, record: Record) -> Optional[int]:
@@ -107,17 +116,17 @@ def _forget(call: Call, record: Record) -> Optional[int]:
 
     :return: SCARD_S_SUCCESS; None if another thread has made this process the owner of the record.
     """
-    left = record.owner
-    if left is process.current():
+    former_owner = record.owner
+    if former_owner is process.current():
         return None
     if call.name == "SCardEndTransaction":
-        return SUCCESS if handles.update(record, left, transactions=0) else None
-    if not handles.update(record, left, released=True):
+        return SUCCESS if handles.update(record, former_owner, transactions=0) else None
+    if not handles.update(record, former_owner, released=True):
         return None
-    if isinstance(record, Context) and release_dead(left, record.real, record.gateway):
+    if isinstance(record, Context) and release_dead(former_owner, record.real, record.gateway):
         record.forget()
     else:
-        record.bury()
+        record.mark_released()
     return SUCCESS
 
 
@@ -130,8 +139,8 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
         raise _lost_share(call.name, record)
     broker = gateways.brokers.get()
 
-    def take_part() -> bool:
-        here, left = process.current(), context.owner
+    def join_owner() -> bool:
+        here, former_owner = process.current(), context.owner
         if record.owner is here:
             return True
         cards = list(context.cards.values())
@@ -140,14 +149,14 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
             theirs.key, [context.real, *(card.real for card in cards)], keeps=True
         ):
             return False
-        handles.update(context, left, gateway=broker)
+        handles.update(context, former_owner, gateway=broker)
         for card in cards:
             handles.update(card, card.owner, transactions=0, owner=here)
-        if handles.update(context, left, owner=here):
+        if handles.update(context, former_owner, owner=here):
             observer.record("got", context=context.key, how="share")
         return True
 
-    if one_step.in_turn(context.turn, take_part):
+    if one_step.call_in_turn(context.turn, join_owner):
         return None
     if call.role is Role.VALIDITY:
         return INVALID_HANDLE
@@ -157,7 +166,7 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
 def _lost_share(function: str, record: Record) -> BrokerError:
     here = process.current()
     return BrokerError(
-        f"process {here.pid} has lost the session of this {_thing(record)}: the broker has ended, or the file "
+        f"process {here.pid} has lost the session of this {_kind_in_words(record)}: the broker has ended, or the file "
         "descriptors of the connection to it were closed",
         remedy="establish a new context; a program that closes all file descriptors must keep those of "
         "pcsc_safe.files_to_preserve()",
@@ -167,14 +176,14 @@ def _lost_share(function: str, record: Record) -> BrokerError:
     )
 
 
-def _thing(record: Record) -> str:
+def _kind_in_words(record: Record) -> str:
     return "PC/SC context" if isinstance(record, Context) else "card handle's PC/SC context"
 
 
 def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     """SCardReconnect on an inherited handle: connect this process to the card."""
     assert isinstance(card, Card)
-    hresult = own_context(call.name, card.context)
+    hresult = replace_context(call.name, card.context)
     if hresult != SUCCESS:
         return call.failure(hresult)
     share_mode, protocols, initialization = arguments
@@ -203,7 +212,7 @@ def _forked_handle(function: str, record: Record) -> ForkedHandleError:
             "set broker='always' before the parent establishes the context, and keep the context open in the parent"
         )
     return ForkedHandleError(
-        f"this {_thing(record)} {state}",
+        f"this {_kind_in_words(record)} {state}",
         remedy=remedy,
         function=function,
         owner_pid=owner.pid,
@@ -226,11 +235,11 @@ def _warn_of_reset(call: Call, card: Record) -> None:
         function=call.name,
         reader=card.reader,
         owner_pid=card.owner.pid,
-        why=_why_reset(card),
+        why=_reset_reason(card),
     )
 
 
-def _why_reset(card: Card) -> str:
+def _reset_reason(card: Card) -> str:
     """The reason for SCARD_W_RESET_CARD although nobody has reset the card."""
     owner = f"process {card.owner.pid}, from which it was forked,"
     if card.owner.noticed_by is process.SERVICE_LOST:

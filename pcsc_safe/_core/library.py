@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Callable
 
-__all__ = ["SUCCESS", "Signature", "catalogue", "constant", "public", "shaped", "signatures"]
+__all__ = ["SUCCESS", "Signature", "catalogue", "constant", "public", "signatures", "with_signature"]
 
 SUCCESS = 0
 """SCARD_S_SUCCESS; the one code that is the same on every platform."""
@@ -30,7 +30,7 @@ class Signature:
         return cls(function.__name__, code.co_varnames[: code.co_argcount], function.__doc__ or "")
 
 
-_TAKING: dict[int, Callable[[Callable[..., Any]], Any]] = {
+_WRAPPERS: dict[int, Callable[[Callable[..., Any]], Any]] = {
     1: lambda route: lambda a: route(a),
     2: lambda route: lambda a, b: route(a, b),
     3: lambda route: lambda a, b, c: route(a, b, c),
@@ -38,15 +38,15 @@ _TAKING: dict[int, Callable[[Callable[..., Any]], Any]] = {
 }
 
 
-def shaped(route: Callable[..., Any], like: Signature) -> Any:
+def with_signature(route: Callable[..., Any], signature: Signature) -> Any:
     """``route`` with the name, parameters and docstring of pyscard's own function.
 
     So it takes the same keywords, and wrong arguments raise the same TypeError.
     """
-    function = _TAKING[len(like.parameters)](route)
-    function.__code__ = function.__code__.replace(co_name=like.name, co_varnames=like.parameters)
-    function.__name__ = function.__qualname__ = like.name
-    function.__module__, function.__doc__ = "pcsc_safe.scard", like.doc
+    function = _WRAPPERS[len(signature.parameters)](route)
+    function.__code__ = function.__code__.replace(co_name=signature.name, co_varnames=signature.parameters)
+    function.__name__ = function.__qualname__ = signature.name
+    function.__module__, function.__doc__ = "pcsc_safe.scard", signature.doc
     return function
 
 
@@ -58,24 +58,24 @@ signatures: dict[str, Signature] = {}
 
 
 def catalogue() -> dict[str, Any]:
-    """The contents of this module as plain values, which a broker sends to its client; see :func:`describe`."""
+    """The contents of this module as plain values, which a broker sends to its client; see :func:`load_catalogue`."""
     constants = {name: value for name, value in public.items() if isinstance(value, (int, str))}
-    functions = {name: (list(like.parameters), like.doc) for name, like in signatures.items()}
+    functions = {name: (list(signature.parameters), signature.doc) for name, signature in signatures.items()}
     return {"constants": constants, "functions": functions}
 
 
-def describe(told: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> None:
+def load_catalogue(described: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> None:
     """Fill this module with another process's catalogue of its pyscard.
 
-    :param told: its :func:`catalogue`.
+    :param described: its :func:`catalogue`.
     :param functions: the functions that call those of the other process, by PC/SC's name.
     """
     public["error"] = type("error", (Exception,), {"__module__": "scard"})
-    public.update(told["constants"])
-    for name, (parameters, doc) in told["functions"].items():
+    public.update(described["constants"])
+    for name, (parameters, doc) in described["functions"].items():
         if name in functions:
             signatures[name] = Signature(name, tuple(parameters), doc)
-            public[name] = shaped(functions[name], signatures[name])
+            public[name] = with_signature(functions[name], signatures[name])
 
 
 def constant(name: str) -> int:

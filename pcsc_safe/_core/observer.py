@@ -9,7 +9,16 @@ from __future__ import annotations
 import os
 from typing import Any, Callable
 
-__all__ = ["VARIABLE", "born_elsewhere", "connected", "established", "followed", "is_wanted", "record", "recorded"]
+__all__ = [
+    "VARIABLE",
+    "connected",
+    "established",
+    "is_wanted",
+    "process_started",
+    "record",
+    "wrap_call",
+    "wrap_follow_up",
+]
 
 VARIABLE = "PCSC_SAFE_REPORT"
 """The environment variable with the path of the directory where processes record."""
@@ -24,7 +33,7 @@ def _nothing(*arguments: Any, **fields: Any) -> None:
     """Do nothing."""
 
 
-def _as_it_is(of: Any, function: Any) -> Any:
+def _unchanged(of: Any, function: Any) -> Any:
     return function
 
 
@@ -37,12 +46,12 @@ established: Callable[..., None] = _nothing
 connected: Callable[..., None] = _nothing
 """Takes the kind of the event, and the record of a card that this process now owns."""
 
-born_elsewhere: Callable[[int, str, str], None] = _nothing
+process_started: Callable[[int, str, str], None] = _nothing
 """Takes the PID of a process that was started and records nothing itself, how it was started, and its name."""
 
-recorded: Callable[[Any, Any], Any] = _as_it_is
+wrap_call: Callable[[Any, Any], Any] = _unchanged
 """Takes a row of the table of calls and the function for the application; returns that function, or one that also
 records."""
 
-followed: Callable[[str, Any], Any] = _as_it_is
+wrap_follow_up: Callable[[str, Any], Any] = _unchanged
 """Takes a PC/SC function's name and the function called after it; returns that function, or one that also records."""

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import starmap, takewhile
 from typing import Any, Callable, TypeVar
 
-__all__ = ["Operation", "called", "in_one_step", "in_turn", "is_not_false", "nowhere"]
+__all__ = ["Operation", "call_each", "call_in_turn", "consumer", "in_one_step", "is_not_false"]
 
 
 _Result = TypeVar("_Result")
@@ -24,7 +24,7 @@ Operation = tuple[Any, ...]
 """A C function and its arguments."""
 
 
-def _called(operations: Iterable[Operation]) -> Iterator[Any]:
+def _call_each_partial(operations: Iterable[Operation]) -> Iterator[Any]:
     return map(_call_a_partial, starmap(partial, operations))
 
 
@@ -32,12 +32,12 @@ _call_a_partial: Any = partial.__call__
 
 _call: Any = getattr(operator, "call", None)  # since Python 3.11
 
-called: Callable[[Iterable[Operation]], Iterator[Any]] = partial(starmap, _call) if _call else _called
+call_each: Callable[[Iterable[Operation]], Iterator[Any]] = partial(starmap, _call) if _call else _call_each_partial
 """An iterator of what these return; each is called when the iterator reaches it, in C if C code iterates."""
 
 is_not_false = partial(operator.is_not, False)
 
-nowhere: deque[Any] = deque(maxlen=0)
+consumer: deque[Any] = deque(maxlen=0)
 """Takes results of C functions that are not needed."""
 
 
@@ -46,13 +46,13 @@ def in_one_step(*operations: Operation) -> None:
 
     A call that returns False is the last one.
     """
-    nowhere.extend(takewhile(is_not_false, called(operations)))
+    consumer.extend(takewhile(is_not_false, call_each(operations)))
 
 
-_LONGEST_TURN = 1.0  # s
+_TURN_TIMEOUT = 1.0  # s
 
 
-def in_turn(lock: Any, function: Callable[[], _Result]) -> _Result:
+def call_in_turn(lock: Any, function: Callable[[], _Result]) -> _Result:
     """Return ``function()``, called after other threads that do the same.
 
     This avoids double work, but is no mutual exclusion.  A signal handler may interrupt the thread whose turn it is,
@@ -63,7 +63,7 @@ def in_turn(lock: Any, function: Callable[[], _Result]) -> _Result:
     """
     held: list[bool] = []
     try:
-        held.extend(called(((lock.acquire, True, _LONGEST_TURN),)))
+        held.extend(call_each(((lock.acquire, True, _TURN_TIMEOUT),)))
         return function()
     finally:
         if held and held[0]:

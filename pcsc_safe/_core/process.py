@@ -24,24 +24,24 @@ import sys
 from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from .failures import is_ours
-from .one_step import in_turn
+from .one_step import call_in_turn
 from .unpatched import RLock, get_ident
 
 __all__ = [
-    "GIVE",
     "HANDED_OVER",
     "LOST",
     "QUIESCE",
     "SERVICE_LOST",
-    "TELL",
+    "TRANSFER",
+    "WARN",
     "Epoch",
     "after_fork_in_parent",
     "at_fork",
     "before_fork",
     "current",
-    "for_child",
     "forked_by",
     "here",
+    "locks_to_release",
     "ran_hook",
     "sentinel",
 ]
@@ -76,7 +76,7 @@ class Epoch:
     :ivar unquiet: the call that was inside when this process, or an ancestor, was forked; None after quiet forks.
     """
 
-    __slots__ = ("_successors", "_to_do", "_turn", "noticed_by", "number", "parent", "pid", "unquiet")
+    __slots__ = ("_pending", "_successors", "_turn", "noticed_by", "number", "parent", "pid", "unquiet")
 
     def __init__(self, parent: Optional[Epoch], noticed_by: str, forks: int = 0) -> None:
         self.pid = os.getpid()
@@ -85,7 +85,7 @@ class Epoch:
         self.parent = parent
         self.unquiet: Any = parent.unquiet if parent else None
         self._turn = RLock()
-        self._to_do = [*_at_begin, *_at_begin_last]
+        self._pending = [*_at_begin, *_at_begin_last]
         self._successors: dict[tuple[int, int], Epoch] = {}
 
     def __repr__(self) -> str:
@@ -164,7 +164,7 @@ _hooks_run = 0  # since here began
 forked_by = 0
 """In a child that ran a hook and whose epoch has not begun: the thread that forked."""
 
-for_child: dict[object, Any] = {}
+locks_to_release: dict[object, Any] = {}
 """Locks to release in a child: the main thread waits for them, and their holder doesn't exist in the child."""
 
 _turns: dict[int, Optional[Callable[[], None]]] = {}
@@ -172,7 +172,7 @@ _before: list[Callable[[], None]] = []
 _in_child: list[Callable[[], None]] = []
 
 
-QUIESCE, GIVE, TELL = range(3)
+QUIESCE, TRANSFER, WARN = range(3)
 """The order in which a parent does what it does before a fork."""
 
 
@@ -182,7 +182,7 @@ def before_fork(turn: int, function: Optional[Callable[[], None]]) -> None:
     It should do as little as possible, and should not be set if it has nothing to do: each page of memory that is
     written to after a fork costs a page fault, 2 us or more, and Python writes to every object that it uses.
 
-    :param turn: when it is called: QUIESCE, GIVE or TELL.
+    :param turn: when it is called: QUIESCE, TRANSFER or WARN.
     :param function: replaces the one that had this turn; None for no function.
     """
     _turns[turn] = function
@@ -223,10 +223,10 @@ def at_fork(
 def current() -> Epoch:
     """The epoch of this process, which begins with the first call of this function."""
     if not sentinel[_HERE]:
-        left = here
-        epoch = left.successor("hook" if sentinel[_HOOKED] else "page" if _page else "pid", max(1, _hooks_run))
+        former = here
+        epoch = former.successor("hook" if sentinel[_HOOKED] else "page" if _page else "pid", max(1, _hooks_run))
         # The line above has created this lock in this process, so no thread can have held it at the fork.
-        in_turn(epoch._turn, lambda: _begin(epoch) if here is left else None)
+        call_in_turn(epoch._turn, lambda: _begin(epoch) if here is former else None)
     return here
 
 
@@ -241,8 +241,8 @@ def _begin(epoch: Epoch) -> None:
         for function in _in_child:
             function()
     # A finalizer that runs in the middle also comes here.  It does what is left, and nothing twice.
-    while epoch._to_do:
-        epoch._to_do.pop(0)(epoch)
+    while epoch._pending:
+        epoch._pending.pop(0)(epoch)
     _hooks_run = forked_by = 0
     here = epoch
     sentinel[_HERE] = 1
@@ -255,7 +255,7 @@ def _hook_in_child() -> None:
     sentinel[_HOOKED] = 1
     if _hooks_run == 1:  # its process had used PC/SC itself
         forked_by = get_ident()
-        for lock in list(for_child.values()):
+        for lock in list(locks_to_release.values()):
             if lock.locked():  # this process's copy, which no other process uses
                 lock.release()
     for function in _in_child:

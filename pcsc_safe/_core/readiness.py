@@ -12,21 +12,21 @@ from __future__ import annotations
 from ..policy import Broker, Owner, Policy, Settings, native_works_after_fork
 from . import gate, gateways, in_flight
 
-__all__ = ["consider", "is_on", "prepare"]
+__all__ = ["is_on", "prepare", "prepare_for"]
 
 is_on = True
 """Whether this process can have children, or use a broker; a broker does neither."""
 
 
-def consider(settings: Settings) -> None:
+def prepare_for(settings: Settings) -> None:
     """Import what this process, or a child, needs in any case according to these settings."""
     if settings.owner is Owner.CHILD or settings.policy is Policy.SHARE:
         from . import transfer  # not for processes that give their children nothing
 
-        transfer.begin()
+        transfer.register_hooks()
     always = settings.broker is Broker.ALWAYS or settings.policy is Policy.BROKER
     if always or settings.recover or not native_works_after_fork():
-        gate.during(in_flight.IMPORTS, prepare)
+        gate.call_inside(in_flight.IMPORTS, prepare)
 
 
 def prepare() -> None:

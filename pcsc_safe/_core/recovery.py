@@ -32,55 +32,55 @@ from .reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, is_for_new_r
 from .settings import settings
 
 __all__ = [
-    "GONE",
     "NO_SERVICE",
-    "UNHEARD",
-    "again",
+    "REPEATABLE_CODES",
+    "SERVICE_LOST_CODES",
     "cancel",
-    "is_another",
-    "lost_meanwhile",
-    "noticed",
-    "outlast",
+    "continue_wait",
+    "note_loss",
     "recovers",
-    "tell_of_no_service",
+    "repeat",
+    "warn_of_no_service",
+    "was_lost_since",
+    "was_replaced",
 ]
 
 NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
 _RESET: int = constant("SCARD_W_SECURITY_VIOLATION")
 _COMM_ERROR: int = constant("SCARD_F_COMM_ERROR")
 _INVALID_HANDLE: int = constant("SCARD_E_INVALID_HANDLE")
-GONE = (NO_SERVICE, _RESET, _COMM_ERROR)
+SERVICE_LOST_CODES = (NO_SERVICE, _RESET, _COMM_ERROR)
 """What a call returns that pcscd has not received or not completed."""
 
 
-def _unheard(call: Call) -> tuple[int, ...]:
+def _repeatable_after(call: Call) -> tuple[int, ...]:
     if call.name == "SCardReleaseContext":
         return ()  # libpcsclite has dropped its context all the same
     if call.name == "SCardGetStatusChange":
-        return ()  # only outlast() continues waits
+        return ()  # only continue_wait() continues waits
     if call.name == "SCardConnect":
         return (NO_SERVICE,)
-    return GONE if call.role is Role.CLEANUP or call.name == "SCardListReaders" else (NO_SERVICE, _RESET)
+    return SERVICE_LOST_CODES if call.role is Role.CLEANUP or call.name == "SCardListReaders" else (NO_SERVICE, _RESET)
 
 
-UNHEARD = {name: _unheard(call) for name, call in CALLS.items()}
+REPEATABLE_CODES = {name: _repeatable_after(call) for name, call in CALLS.items()}
 """The codes after which a call can be repeated, by PC/SC's name."""
 
 _ATTEMPTS = 3
 _POLL = 0.05  # s; for pcscd to be back
-_CANCEL_WITHIN = 1.0  # s
+_CANCEL_TIMEOUT = 1.0  # s
 
 _attempts: dict[int, int] = {}  # to make one call, by thread
 
 
-_told: Optional[process.Epoch] = None
+_warned_epoch: Optional[process.Epoch] = None
 
 
-def tell_of_no_service(function: str) -> None:
+def warn_of_no_service(function: str) -> None:
     """Log once per process that a function found no pcscd, with the command that examines the machine."""
-    global _told
-    if _told is not process.current():
-        _told = process.current()
+    global _warned_epoch
+    if _warned_epoch is not process.current():
+        _warned_epoch = process.current()
         log.warning(
             "no-service",
             "%(function)s returns SCARD_E_NO_SERVICE to process %(pid)d, because pcscd doesn't run, was restarted, or "
@@ -94,30 +94,30 @@ def recovers(record: Record) -> bool:
     return record.context.settings(settings()).recover
 
 
-def noticed(record: Record, real: int, hresult: int) -> bool:
+def note_loss(record: Record, real: int, hresult: int) -> bool:
     """Note that pcscd has ended, if ``recover`` is set.
 
     :param record: of a call that can be repeated.
     :param real: its real handle in that call; another thread may have replaced it since.
-    :param hresult: what the call returned, one of :data:`UNHEARD`.
-    :return: whether to repeat the call, by :func:`again`.
+    :param hresult: what the call returned, one of :data:`REPEATABLE_CODES`.
+    :return: whether to repeat the call, by :func:`repeat`.
     """
     if not recovers(record):
         return False
     if hresult != _COMM_ERROR:
-        handles.lose(record, real, process.SERVICE_LOST)
+        handles.mark_lost(record, real, process.SERVICE_LOST)
     return True
 
 
-def lost_meanwhile(record: Record, real: int) -> bool:
+def was_lost_since(record: Record, real: int) -> bool:
     """Whether, since a call was made, another thread has detected that the call's object is lost.
 
     :param real: the real handle in that call.
     """
-    return is_another(record, real) and recovers(record)
+    return was_replaced(record, real) and recovers(record)
 
 
-def is_another(record: Record, real: int) -> bool:
+def was_replaced(record: Record, real: int) -> bool:
     """Whether something else is behind a handle since a call was made, or belongs to another process.
 
     :param real: the handle in that call.
@@ -125,7 +125,7 @@ def is_another(record: Record, real: int) -> bool:
     return not record.released and not (record.real == real and record.owner is process.current())
 
 
-def again(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
+def repeat(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
     """Repeat a call that pcscd has not received.
 
     :param attempt: makes the call; if it fails in the same way, it calls this function again.
@@ -144,7 +144,7 @@ def again(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) ->
             _attempts.pop(ident, None)
 
 
-def outlast(
+def continue_wait(
     call: Call,
     wait: Callable[[Any, int, Any], Any],
     list_readers: Callable[[Any, Any], Any],
@@ -167,32 +167,33 @@ def outlast(
     """
     safe, ident, here = context.safe, get_ident(), process.current()
 
-    def left() -> int:
+    def remaining() -> int:
         return INFINITE if timeout == INFINITE else max(0, timeout - round((time.monotonic() - began) * 1000))
 
     refusals = 0
-    context.outlasting.append(ident)
+    context.continued_waits.append(ident)
     try:
         while not context.released and here is process.current():
             hresult = list_readers(safe, [])[0]
             refusals = refusals + 1 if hresult == _RESET else 0
-            is_back = hresult not in GONE or refusals == _ATTEMPTS  # then polkit forbids it, not a missing pcscd
+            # After so many refusals it is polkit that forbids it, and not a missing pcscd.
+            is_back = hresult not in SERVICE_LOST_CODES or refusals == _ATTEMPTS
             if context.cancels != cancels:
                 return call.failure(CANCELLED, (timeout, states))
             if is_back:
-                answer = wait(safe, 0, states)
-                if answer[0] == TIMED_OUT and left():
+                result = wait(safe, 0, states)
+                if result[0] == TIMED_OUT and remaining():
                     # Whether they are the same readers is not known.
-                    answer = _with_new_readers(answer[1]) or wait(safe, left(), states)
-                if answer[0] not in GONE or refusals:
-                    return answer
-            elif not left():
+                    result = _with_new_readers(result[1]) or wait(safe, remaining(), states)
+                if result[0] not in SERVICE_LOST_CODES or refusals:
+                    return result
+            elif not remaining():
                 return call.failure(TIMED_OUT if timeout else hresult, (timeout, states))
             time.sleep(_POLL)
-        return wait(safe, left() or 1, states)  # the context was released, or this is a child
+        return wait(safe, remaining() or 1, states)  # the context was released, or this is a child
     finally:
-        if ident in context.outlasting:
-            context.outlasting.remove(ident)
+        if ident in context.continued_waits:
+            context.continued_waits.remove(ident)
 
 
 def _with_new_readers(states: list[Any]) -> Any:
@@ -211,17 +212,17 @@ def cancel(context: Context, cancel_once: Callable[[], Any]) -> Any:
     :param cancel_once: cancels the waits that are in pcscd now.
     """
     context.cancels += 1
-    waits = [thread for thread in context.outlasting if thread != get_ident()]
-    answer = cancel_once()
-    if answer == _INVALID_HANDLE and not context.released and recovers(context):
-        answer = SUCCESS  # the code of another pcscd than the context's; the waits check the count of cancels
+    waits = [thread for thread in context.continued_waits if thread != get_ident()]
+    result = cancel_once()
+    if result == _INVALID_HANDLE and not context.released and recovers(context):
+        result = SUCCESS  # the code of another pcscd than the context's; the waits check the count of cancels
     # Again, because a wait that is about to enter PC/SC can't be cancelled yet.  With a time limit, because if this is
     # a signal handler, the wait may need the code that this handler has interrupted.
-    deadline = time.monotonic() + _CANCEL_WITHIN
-    while any(thread in context.outlasting for thread in waits) and time.monotonic() < deadline:
+    deadline = time.monotonic() + _CANCEL_TIMEOUT
+    while any(thread in context.continued_waits for thread in waits) and time.monotonic() < deadline:
         time.sleep(_POLL / 10)
         cancel_once()
-    return answer
+    return result
 
 
 def _begin(epoch: process.Epoch) -> None:

@@ -31,11 +31,11 @@ __all__ = [
     "establish",
     "gateway",
     "new_session",
-    "own",
-    "own_context",
     "release_dead",
+    "replace",
+    "replace_context",
     "settings_of",
-    "unsafe",
+    "unsafe_error",
 ]
 
 INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
@@ -64,14 +64,14 @@ class _EndedError(Exception):
     """The session that should be continued has ended: release what was established here."""
 
 
-def own(call: Call, record: Record, *, only_in: Optional[Session] = None) -> int:
+def replace(call: Call, record: Record, *, continuing: Optional[Session] = None) -> int:
     """Give this process its own context, or its own context and connection to the card.
 
-    :param only_in: do nothing if this session of another process has ended.
+    :param continuing: do nothing if this session of another process has ended.
     :return: SCARD_S_SUCCESS, or the code of the failure; the next call tries again.
     """
     try:
-        hresult = own_context(call.name, record.context)
+        hresult = replace_context(call.name, record.context)
     except (BrokerError, ForkUnsafeError) as error:
         if not is_ours(error):
             raise
@@ -80,69 +80,69 @@ def own(call: Call, record: Record, *, only_in: Optional[Session] = None) -> int
         raise
     if isinstance(record, Context) or hresult != SUCCESS:
         return hresult
-    left = record.owner
-    connected = connect(record, record.share_mode, record.protocol, LEAVE_CARD, only_in=only_in)
+    former_owner = record.owner
+    connected = connect(record, record.share_mode, record.protocol, LEAVE_CARD, continuing=continuing)
     if connected is None:
         return SUCCESS
-    if connected[0] == SUCCESS and left.noticed_by not in (process.LOST, process.SERVICE_LOST):
+    if connected[0] == SUCCESS and former_owner.noticed_by not in (process.LOST, process.SERVICE_LOST):
         log.info(
-            "reconnected" if only_in is None else "continued",
-            _REPLACES if only_in is None else _CONTINUES,
-            owner_pid=left.pid,
+            "reconnected" if continuing is None else "continued",
+            _REPLACES if continuing is None else _CONTINUES,
+            owner_pid=former_owner.pid,
             reader=record.reader,
-            former=_former(left),
+            former=_former_in_words(former_owner),
         )
     return connected[0]
 
 
-def own_context(function: str, context: Context) -> int:
+def replace_context(function: str, context: Context) -> int:
     """Give this process its own context.
 
     :param function: the PC/SC function that was called.
-    :return: as for :func:`own`.
+    :return: as for :func:`replace`.
     """
 
-    def once() -> int:
+    def replace_until_owned() -> int:
         # Again, if a signal handler has forked and this is the child.
         while context.owner is not process.current() and not context.released:
-            hresult = _replace(function, context)
+            hresult = _replace_once(function, context)
             if hresult != SUCCESS:
                 return hresult
         return SUCCESS
 
-    return one_step.in_turn(context.turn, once)
+    return one_step.call_in_turn(context.turn, replace_until_owned)
 
 
-def _replace(function: str, context: Context) -> int:
-    left, former, through = context.owner, context.real, context.gateway
-    if left is process.current():
+def _replace_once(function: str, context: Context) -> int:
+    former_owner, former, through = context.owner, context.real, context.gateway
+    if former_owner is process.current():
         return SUCCESS
-    if release_dead(left, former, through):
+    if release_dead(former_owner, former, through):
         _forget_released(context)
-    got: list[Any] = []
+    kept: list[Any] = []
 
     def keep(real: Any, number: int, owner: process.Epoch, gateway: Gateway) -> None:
-        got.append(real)
-        if not handles.update(context, left, real=real, gateway=gateway, owner=owner):
+        kept.append(real)
+        if not handles.update(context, former_owner, real=real, gateway=gateway, owner=owner):
             raise _SupersededError
 
     try:
         hresult = int(establish(function, context.scope, keep, context)[0])
     except _SupersededError:
         return SUCCESS
-    except BaseException:  # a signal handler's: what was got has been given back
-        if got and context.real is got[-1]:
-            handles.update(context, context.owner, owner=left)
+    except BaseException:  # a signal handler's: what was kept has been given back
+        if kept and context.real is kept[-1]:
+            handles.update(context, context.owner, owner=former_owner)
         raise
     if hresult == SUCCESS:
-        gateways.native.leave(former)
-        _tell(context, left)
+        gateways.native.abandon(former)
+        _report_replacement(context, former_owner)
     return hresult
 
 
-def _tell(context: Context, left: process.Epoch) -> None:
+def _report_replacement(context: Context, former_owner: process.Epoch) -> None:
     """Log and record that this process has replaced a context that it did not own."""
-    if left.noticed_by is process.SERVICE_LOST:
+    if former_owner.noticed_by is process.SERVICE_LOST:
         log.info("recovered", "process %(pid)d has a new context, which replaces one that ended with pcscd")
         observer.record("recovered")
         observer.established("established", context)
@@ -150,14 +150,14 @@ def _tell(context: Context, left: process.Epoch) -> None:
         log.info(
             "reestablished",
             "process %(pid)d has a new context, which replaces %(former)s",
-            owner_pid=left.pid,
+            owner_pid=former_owner.pid,
             established_at=context.established_at,
-            former=_former(left),
+            former=_former_in_words(former_owner),
         )
-        observer.established("reestablished", context, owner=left.pid)
+        observer.established("reestablished", context, owner=former_owner.pid)
 
 
-def _former(owner: process.Epoch) -> str:
+def _former_in_words(owner: process.Epoch) -> str:
     """What was replaced, in words."""
     if owner.noticed_by is process.HANDED_OVER:
         return f"the one that process {owner.pid} has handed over"
@@ -165,17 +165,17 @@ def _former(owner: process.Epoch) -> str:
 
 
 def connect(
-    card: Card, share_mode: Any, protocols: Any, initialization: Any, *, only_in: Optional[Session] = None
+    card: Card, share_mode: Any, protocols: Any, initialization: Any, *, continuing: Optional[Session] = None
 ) -> Optional[tuple[int, int]]:
     """Connect this process to a card, in a context that this process owns.
 
     It may wait for another process's transaction.
 
     :param initialization: SCARD_LEAVE_CARD, or what to do to the card after connecting.
-    :param only_in: as for :func:`own`.
+    :param continuing: as for :func:`replace`.
     :return: the code, and the protocol; None if another thread has connected.
     """
-    connected = one_step.in_turn(card.turn, lambda: _connect(card, share_mode, protocols, only_in))
+    connected = one_step.call_in_turn(card.turn, lambda: _connect(card, share_mode, protocols, continuing))
     if connected is None or connected[0] != SUCCESS or initialization == LEAVE_CARD:
         return connected
     through = card.context.gateway
@@ -184,49 +184,49 @@ def connect(
     return hresult, protocol
 
 
-def _connect(card: Card, share_mode: Any, protocols: Any, only_in: Optional[Session]) -> Optional[tuple[int, int]]:
-    left, former, context = card.owner, card.session, card.context
+def _connect(card: Card, share_mode: Any, protocols: Any, continuing: Optional[Session]) -> Optional[tuple[int, int]]:
+    former_owner, former, context = card.owner, card.session, card.context
     owner = context.owner
-    if left is owner:
+    if former_owner is owner:
         return None
-    before = _look(context, card.reader, share_mode)
+    before = _read_reader_state(context, card.reader, share_mode)
     session = _session(card.reader, share_mode, before)
 
-    got: list[int] = []
+    kept: list[int] = []
 
     def keep(real: int, native: Any, protocol: int) -> None:
-        got.append(real)
-        if only_in is not None and not _leads_to(only_in, session, before):
+        kept.append(real)
+        if continuing is not None and not _continues(continuing, session, before):
             raise _EndedError
         connection = {"real": real, "native": native, "share_mode": share_mode, "protocol": protocol or protocols}
-        if not handles.update(card, left, **connection, session=session, transactions=0, owner=owner):
+        if not handles.update(card, former_owner, **connection, session=session, transactions=0, owner=owner):
             raise _SupersededError
 
     try:
-        answer = context.gateway.connect(context, (card.reader, share_mode, protocols), keep)
+        result = context.gateway.connect(context, (card.reader, share_mode, protocols), keep)
     except _SupersededError:
         return None
     except _EndedError:
         return RESET_CARD, 0
-    except BaseException:  # a signal handler's: what was got has been given back
-        if got and card.real is got[-1]:
-            handles.update(card, card.owner, owner=left, session=former)
+    except BaseException:  # a signal handler's: what was kept has been given back
+        if kept and card.real is kept[-1]:
+            handles.update(card, card.owner, owner=former_owner, session=former)
         raise
     finally:
-        if card.session is not session or card.owner is left:
+        if card.session is not session or card.owner is former_owner:
             session.end()
-    if answer is STALE:
+    if result is STALE:
         return INVALID_HANDLE, 0
-    if answer[0] == SUCCESS:
+    if result[0] == SUCCESS:
         observer.connected("connected", card)
-    return answer[0], answer[2]
+    return result[0], result[2]
 
 
-def _leads_to(wanted: Session, session: Session, before: _Look) -> bool:
+def _continues(wanted: Session, session: Session, before: _ReaderState) -> bool:
     """Whether a new connection leads to the same card session as another process's."""
     # In use: otherwise no application is connected, and pcscd was restarted after the owner has used the card.
     is_same = before.in_use and before.events == wanted.events and session.pcscd == wanted.pcscd
-    return is_same and wanted.goes_on()
+    return is_same and wanted.can_continue()
 
 
 def new_session(context: Context, reader: str, share_mode: Any) -> Session:
@@ -234,15 +234,15 @@ def new_session(context: Context, reader: str, share_mode: Any) -> Session:
 
     :param context: one that this process owns.
     """
-    return _session(reader, share_mode, _look(context, reader, share_mode))
+    return _session(reader, share_mode, _read_reader_state(context, reader, share_mode))
 
 
-def _session(reader: str, share_mode: Any, before: _Look) -> Session:
+def _session(reader: str, share_mode: Any, before: _ReaderState) -> Session:
     is_shared = share_mode == SHARE_SHARED
-    return Session(shared=is_shared, events=before.events, within=handles.inherited_session(reader))
+    return Session(shared=is_shared, events=before.events, continued_from=handles.inherited_session(reader))
 
 
-class _Look:
+class _ReaderState:
     """What pcscd says about a reader before a connection is made.
 
     :ivar events: how often a card was inserted or removed.
@@ -254,18 +254,18 @@ class _Look:
         self.in_use = in_use
 
 
-def _look(context: Context, reader: str, share_mode: Any) -> _Look:
+def _read_reader_state(context: Context, reader: str, share_mode: Any) -> _ReaderState:
     if share_mode != SHARE_SHARED or not isinstance(reader, str):
-        return _Look()
+        return _ReaderState()
     arguments = (0, [(reader, UNAWARE)])
     if context.gateway is gateways.native:
         result = gateways.native.caller(_STATES)(context, arguments)
     else:
         result = context.gateway.functions[_STATES.name](context.real, *arguments)
     if result is STALE or result[0] != SUCCESS:
-        return _Look()
+        return _ReaderState()
     state = result[1][0][1]
-    return _Look(state >> _EVENTS_AT, bool(state & IN_USE))
+    return _ReaderState(state >> _EVENTS_AT, bool(state & IN_USE))
 
 
 def release_dead(owner: process.Epoch, real: Any, gateway: Gateway) -> bool:
@@ -313,7 +313,7 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
     result = through.establish(scope, keep, OUTGROWN if effective.recover else None)
     # After success no function is called, because a signal handler could raise in it, and the context would be lost.
     if result[0] == recovery.NO_SERVICE:
-        recovery.tell_of_no_service(function)
+        recovery.warn_of_no_service(function)
     if result[0] != OUTGROWN:
         return result
     if effective.policy is Policy.REESTABLISH:
@@ -340,7 +340,7 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
         return gateways.native
     if way is Way.BROKER:
         return gateways.brokers.get()
-    raise unsafe(function, context)
+    raise unsafe_error(function, context)
 
 
 def _way(context: Optional[Context]) -> Way:
@@ -355,7 +355,7 @@ def _native_works() -> bool:
     return gateways.native.is_loaded() and (here.parent is None or (here.unquiet is None and native_works_after_fork()))
 
 
-def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
+def unsafe_error(function: str, context: Optional[Context]) -> ForkUnsafeError:
     """The error for a process that can't use PC/SC; arguments as in :func:`gateway`."""
     here = process.current()
     remedy = "use policy 'auto', which uses a broker here, or exec a new program"
@@ -364,7 +364,7 @@ def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
     elif here.unquiet is not None:
         remedy += "; or fork when no call takes longer than quiesce_timeout"
     return ForkUnsafeError(
-        f"process {here.pid} can't use PC/SC: {_why_not(here)}",
+        f"process {here.pid} can't use PC/SC: {_unsafe_reason(here)}",
         remedy=remedy,
         function=function,
         owner_pid=context.owner.pid if context else None,
@@ -373,7 +373,7 @@ def unsafe(function: str, context: Optional[Context]) -> ForkUnsafeError:
     )
 
 
-def _why_not(here: process.Epoch) -> str:
+def _unsafe_reason(here: process.Epoch) -> str:
     if here.unquiet is None:
         return f"it was forked, and on {policy.PLATFORM} PC/SC doesn't work in a forked process"
     who = here.unquiet

@@ -43,19 +43,19 @@ __all__ = ["public"]
 # What follows a native call: keeps the records as PC/SC keeps its handles.
 
 
-def _released(context: Record, arguments: tuple[Any, ...], result: Any) -> Any:
+def _after_release_context(context: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     # libpcsclite drops its context whatever pcscd answers.
     context.forget()
-    return SUCCESS if result in recovery.GONE and recovery.recovers(context) else result
+    return SUCCESS if result in recovery.SERVICE_LOST_CODES and recovery.recovers(context) else result
 
 
-def _disconnected(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
+def _after_disconnect(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     if result == SUCCESS:
         card.forget()
     return result
 
 
-def _reconnected(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
+def _after_reconnect(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     hresult, protocol = result
     if hresult == SUCCESS and isinstance(card, Card):
         share_mode, preferred, initialization = arguments
@@ -66,49 +66,51 @@ def _reconnected(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     return result
 
 
-def _began(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
+def _after_begin_transaction(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     if result == SUCCESS and isinstance(card, Card):
         card.transactions += 1
-        card.session.in_transaction(True)
+        card.session.set_in_transaction(True)
     return result
 
 
-def _ended(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
-    if isinstance(card, Card) and result not in _REFUSED:
+def _after_end_transaction(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
+    if isinstance(card, Card) and result not in _REFUSED_CODES:
         # Any other failure means that the transaction has ended with the session, the card or pcscd.
         card.transactions = max(0, card.transactions - 1) if result == SUCCESS else 0
         if result == SUCCESS and not card.session.is_open:  # the card was reset
             card.session = reestablish.new_session(card.context, card.reader, card.share_mode)
-        card.session.in_transaction(card.transactions > 0)
+        card.session.set_in_transaction(card.transactions > 0)
     return result
 
 
-def _failed(function: str, record: Record, hresult: int) -> None:
-    if hresult in _ENDED and isinstance(record, Card):
+def _after_failure(function: str, record: Record, hresult: int) -> None:
+    if hresult in _SESSION_ENDED_CODES and isinstance(record, Card):
         record.session.end()
     if hresult == recovery.NO_SERVICE:
-        recovery.tell_of_no_service(function)
+        recovery.warn_of_no_service(function)
 
 
-_ENDED = tuple(
+_SESSION_ENDED_CODES = tuple(
     constant(f"SCARD_W_{name}") for name in ("RESET_CARD", "REMOVED_CARD", "UNPOWERED_CARD", "UNRESPONSIVE_CARD")
 )
 """The codes that say that the session has ended; SCardReconnect begins another session."""
 
-_REFUSED = tuple(constant(name) for name in ("SCARD_E_INVALID_VALUE", "SCARD_E_SHARING_VIOLATION"))
-_After = Callable[[Record, "tuple[Any, ...]", Any], Any]
+_REFUSED_CODES = tuple(constant(name) for name in ("SCARD_E_INVALID_VALUE", "SCARD_E_SHARING_VIOLATION"))
+_FollowUp = Callable[[Record, "tuple[Any, ...]", Any], Any]
 _Native = Callable[[Any, "tuple[Any, ...]"], Any]
 
-_AFTER: dict[str, _After] = {
-    "SCardReleaseContext": _released,
-    "SCardDisconnect": _disconnected,
-    "SCardReconnect": _reconnected,
-    "SCardBeginTransaction": _began,
-    "SCardEndTransaction": _ended,
+_FOLLOW_UPS: dict[str, _FollowUp] = {
+    "SCardReleaseContext": _after_release_context,
+    "SCardDisconnect": _after_disconnect,
+    "SCardReconnect": _after_reconnect,
+    "SCardBeginTransaction": _after_begin_transaction,
+    "SCardEndTransaction": _after_end_transaction,
 }
 
 
-_FOLLOWING: dict[str, Optional[_After]] = {name: observer.followed(name, _AFTER.get(name)) for name in CALLS}
+_RECORDED_FOLLOW_UPS: dict[str, Optional[_FollowUp]] = {
+    name: observer.wrap_follow_up(name, _FOLLOW_UPS.get(name)) for name in CALLS
+}
 """For each function, what is called after it, recording included."""
 
 
@@ -124,30 +126,30 @@ def _prepare() -> None:
     if not handles.has_proxies():
         from . import proxies  # wrapt takes longer to import than all the rest, and a broker needs none
 
-        handles.hand_out(proxies.SafeContext, proxies.SafeCard)
+        handles.set_proxies(proxies.SafeContext, proxies.SafeCard)
     for part in (descriptors, sessions, gateways.native, readiness):
         part.prepare()
     _is_prepared = True
 
 
 def _establish(scope: Any) -> Any:
-    here = _notice()
+    here = _current_epoch()
     settings()
     if not _is_prepared and here.unquiet is not None and here.unquiet.function == in_flight.IMPORTS:
-        raise reestablish.unsafe("SCardEstablishContext", None)
+        raise reestablish.unsafe_error("SCardEstablishContext", None)
     if not _is_prepared or descriptors.any_open() is None:
-        gate.during(in_flight.IMPORTS, _prepare)
-    kept: list[Context] = []
+        gate.call_inside(in_flight.IMPORTS, _prepare)
+    established: list[Context] = []
 
     def keep(real: Any, number: int, owner: process.Epoch, gateway: Gateway) -> Any:
-        kept.append(Context(real, number, scope, owner, gateway))
-        return handles.register(kept[-1])
+        established.append(Context(real, number, scope, owner, gateway))
+        return handles.register(established[-1])
 
     call = CALLS["SCardEstablishContext"]
     try:
-        return _persistently(call, lambda: reestablish.establish(call.name, scope, keep), ())
+        return _retry_in_new_broker(call, lambda: reestablish.establish(call.name, scope, keep), ())
     except BaseException:  # an exception of a signal handler: the application doesn't get the context
-        for context in kept:
+        for context in established:
             context.forget()
         raise
 
@@ -156,7 +158,7 @@ _ATTEMPTS = 3
 COMM_ERROR = constant("SCARD_F_COMM_ERROR")
 
 
-def _persistently(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
+def _retry_in_new_broker(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
     """The result of ``attempt``, even if a broker ends meanwhile.
 
     A call that was in progress then may have been executed, so it is not repeated: it returns SCARD_F_COMM_ERROR, as
@@ -166,15 +168,17 @@ def _persistently(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, 
         try:
             return attempt()
         except LostError as lost:
-            handles.disown(lost.gateway)
-            if lost.under_way:
+            handles.mark_gateway_lost(lost.gateway)
+            if lost.in_progress:
                 return call.failure(COMM_ERROR, arguments)
-    raise gateways.brokers.died_too_often()
+    raise gateways.brokers.repeated_death_error()
 
 
-def _after_loss(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...], lost: LostError) -> Any:
-    handles.disown(lost.gateway)
-    if lost.under_way:
+def _repeat_after_loss(
+    call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...], lost: LostError
+) -> Any:
+    handles.mark_gateway_lost(lost.gateway)
+    if lost.in_progress:
         return call.failure(COMM_ERROR, arguments)
     return _route_slowly(call, route, handle, arguments)
 
@@ -182,21 +186,21 @@ def _after_loss(call: Call, route: Callable[..., Any], handle: Any, arguments: t
 _C_INFINITE = 0xFFFFFFFF  # winscard.h's; pyscard's is 0x7FFFFFFF
 
 
-def _routed(call: Call) -> Callable[..., Any]:
+def _make_route(call: Call) -> Callable[..., Any]:
     """The function that the application calls."""
     special: dict[str, Callable[[Call], Callable[..., Any]]] = {
         "SCardEstablishContext": lambda call: _establish,
-        "SCardGetStatusChange": _routed_wait,
-        "SCardIsValidContext": _routed_validity,
-        "SCardCancel": _routed_cancel,
-        "SCardDisconnect": _routed_ending,
-        "SCardReconnect": _routed_ending,
-        "SCardEndTransaction": _routed_ending,
+        "SCardGetStatusChange": _make_wait_route,
+        "SCardIsValidContext": _make_validity_route,
+        "SCardCancel": _make_cancel_route,
+        "SCardDisconnect": _make_disposition_route,
+        "SCardReconnect": _make_disposition_route,
+        "SCardEndTransaction": _make_disposition_route,
     }
     if call.name in special:
         return special[call.name](call)
     registry: dict[Any, Any] = handles.cards if call.takes is Kind.CARD else handles.contexts
-    return _routed_to(call, registry, _caller(call))
+    return _make_direct_route(call, registry, _caller(call))
 
 
 def _caller(call: Call) -> _Native:
@@ -224,15 +228,15 @@ def _keep_card(context: Context, arguments: tuple[Any, ...]) -> tuple[Callable[[
     ), session
 
 
-def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[..., Any]:
+def _make_direct_route(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[..., Any]:
     """In the owner: make the call and note the outcome, in as few steps as possible.
 
     :param registry: the records of the handles that the function takes.
     :param make: makes the call in this process's native library.
     """
-    after, discloses, is_bare = _FOLLOWING[call.name], call.discloses, call.failed is None
-    sentinel, here_itself = process.sentinel, gateways.native
-    unheard = recovery.UNHEARD[call.name]
+    after, discloses, is_bare = _RECORDED_FOLLOW_UPS[call.name], call.discloses, call.failed is None
+    sentinel, native = process.sentinel, gateways.native
+    repeatable = recovery.REPEATABLE_CODES[call.name]
 
     def route(handle: Any, *arguments: Any) -> Any:
         try:
@@ -243,20 +247,20 @@ def _routed_to(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[
             record = None
         if record is None or record.safe is not handle or not sentinel[0] or record.owner is not process.here:
             return _route_slowly(call, route, handle, arguments)
-        if record.context.gateway is not here_itself:
+        if record.context.gateway is not native:
             try:
                 return _through_broker(call, route, record, handle, arguments)
             except LostError as lost:
-                return _after_loss(call, route, handle, arguments, lost)
+                return _repeat_after_loss(call, route, handle, arguments, lost)
         real = record.real
         result = make(record, arguments)
         if result is STALE:
             return _route_slowly(call, route, handle, arguments)
         hresult = result if is_bare else result[0]
         if hresult != SUCCESS:
-            if hresult in unheard and recovery.noticed(record, real, hresult):
-                return recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
-            _failed(call.name, record, hresult)
+            if hresult in repeatable and recovery.note_loss(record, real, hresult):
+                return recovery.repeat(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
+            _after_failure(call.name, record, hresult)
             if discloses:
                 return call.failure(hresult)
         return after(record, arguments, result) if after else result
@@ -271,20 +275,20 @@ def _through_broker(
     name, real = call.name, record.real
     result = record.context.gateway.functions[name](real, *arguments)
     hresult = result if call.failed is None else result[0]
-    after = _FOLLOWING[name]
+    after = _RECORDED_FOLLOW_UPS[name]
     if hresult == SUCCESS and after is None and name != "SCardConnect":
         return result  # most calls are such ones
     if hresult == INVALID_HANDLE:
         handles.wait_while_given(record.context)
-        if recovery.is_another(record, real) and not recovery.recovers(record):
+        if recovery.was_replaced(record, real) and not recovery.recovers(record):
             return _route_slowly(call, route, handle, arguments)  # handed over before this call came there
-    _failed(name, record, hresult)
-    is_gone = hresult in recovery.UNHEARD[name] and recovery.noticed(record, real, hresult)
-    if hresult == INVALID_HANDLE and recovery.lost_meanwhile(record, real):
-        is_gone = name != "SCardGetStatusChange"
+    _after_failure(name, record, hresult)
+    is_lost = hresult in recovery.REPEATABLE_CODES[name] and recovery.note_loss(record, real, hresult)
+    if hresult == INVALID_HANDLE and recovery.was_lost_since(record, real):
+        is_lost = name != "SCardGetStatusChange"
         result = call.failure(recovery.NO_SERVICE, arguments)
-    if is_gone:
-        return recovery.again(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
+    if is_lost:
+        return recovery.repeat(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
     if name == "SCardConnect":
         if record.real != real:
             return call.failure(COMM_ERROR)  # another thread has noticed since that what it is through is lost
@@ -295,9 +299,9 @@ def _through_broker(
     return after(record, arguments, result) if after else result
 
 
-def _routed_validity(call: Call) -> Callable[..., Any]:
+def _make_validity_route(call: Call) -> Callable[..., Any]:
     """SCardIsValidContext: like libpcsclite, it only looks at its own table."""
-    sentinel, contexts_by_handle, here_itself = process.sentinel, handles.contexts, gateways.native
+    sentinel, contexts_by_handle, native = process.sentinel, handles.contexts, gateways.native
 
     def route(handle: Any) -> Any:
         try:
@@ -308,69 +312,69 @@ def _routed_validity(call: Call) -> Callable[..., Any]:
             context = None
         if context is None or context.safe is not handle or not sentinel[0] or context.owner is not process.here:
             return _route_slowly(call, route, handle, ())
-        if context.gateway is not here_itself:
+        if context.gateway is not native:
             return through_broker(handle)
         return SUCCESS
 
-    through_broker = _routed_to(call, contexts_by_handle, lambda context, arguments: SUCCESS)
+    through_broker = _make_direct_route(call, contexts_by_handle, lambda context, arguments: SUCCESS)
     return route
 
 
-def _routed_cancel(call: Call) -> Callable[..., Any]:
-    once = _routed_to(call, handles.contexts, _caller(call))
+def _make_cancel_route(call: Call) -> Callable[..., Any]:
+    direct = _make_direct_route(call, handles.contexts, _caller(call))
 
     def route(handle: Any) -> Any:
         record = handles.find(Kind.CONTEXT, handle)
         if not isinstance(record, Context):
-            return once(handle)
-        return recovery.cancel(record, lambda: once(handle))
+            return direct(handle)
+        return recovery.cancel(record, lambda: direct(handle))
 
     return route
 
 
-def _routed_ending(call: Call) -> Callable[..., Any]:
+def _make_disposition_route(call: Call) -> Callable[..., Any]:
     """A call that resets a card or powers it off if its last argument says so."""
-    once = _routed_to(call, handles.cards, _caller(call))
+    direct = _make_direct_route(call, handles.cards, _caller(call))
 
     def route(handle: Any, *arguments: Any) -> Any:
         *most, wanted = arguments
         if wanted == LEAVE_CARD:
-            return once(handle, *most, wanted)
+            return direct(handle, *most, wanted)
         card = handles.find(Kind.CARD, handle)
         if isinstance(card, Card) and isinstance(wanted, int) and card.owner is process.current():
             wanted = sparing.disposition(call.name, card, wanted)
             if wanted != LEAVE_CARD:
                 card.session.end()  # before the call: from now on no other process may continue the session
-        return once(handle, *most, wanted)
+        return direct(handle, *most, wanted)
 
     return route
 
 
-def _routed_wait(call: Call) -> Callable[..., Any]:
-    at_once = _routed_to(call, handles.contexts, _caller(call))
+def _make_wait_route(call: Call) -> Callable[..., Any]:
+    direct = _make_direct_route(call, handles.contexts, _caller(call))
 
     def route(handle: Any, timeout: Any, states: Any) -> Any:
         record = handles.find(Kind.CONTEXT, handle)
         if not isinstance(record, Context) or type(timeout) is not int or not 0 <= timeout <= _C_INFINITE:
-            return at_once(handle, timeout, states)
+            return direct(handle, timeout, states)
         timeout = min(timeout, reader_states.INFINITE)
         began, cancels = monotonic(), record.cancels
-        answer = wait(handle, timeout, states)
-        if answer[0] == recovery.NO_SERVICE:
-            recovery.tell_of_no_service(call.name)
-        if answer[0] in recovery.GONE and recovery.recovers(record):
+        result = wait(handle, timeout, states)
+        if result[0] == recovery.NO_SERVICE:
+            recovery.warn_of_no_service(call.name)
+        if result[0] in recovery.SERVICE_LOST_CODES and recovery.recovers(record):
             list_readers = public["SCardListReaders"]
-            return recovery.outlast(call, wait, list_readers, record, timeout, states, began, cancels)
-        return answer
+            return recovery.continue_wait(call, wait, list_readers, record, timeout, states, began, cancels)
+        return result
 
     def wait(handle: Any, timeout: int, states: Any) -> Any:
         if not timeout:
-            return at_once(handle, timeout, states)
+            return direct(handle, timeout, states)
         context = _owned(handle)
         if context is None:
             return _route_slowly(call, wait, handle, (timeout, states))
         real, began = context.real, monotonic()
-        answer = gateways.native.await_change(
+        result = gateways.native.await_change(
             context,
             # Also compares real, because another thread may have re-established the context since.
             lambda: bool(process.sentinel[0]) and context.owner is process.here and context.real is real,
@@ -378,9 +382,9 @@ def _routed_wait(call: Call) -> Callable[..., Any]:
             states,
             call.failure(reader_states.CANCELLED, (timeout, states)),
         )
-        if answer is not STALE:
-            return answer
-        if recovery.lost_meanwhile(context, real):
+        if result is not STALE:
+            return result
+        if recovery.was_lost_since(context, real):
             return call.failure(recovery.NO_SERVICE, (timeout, states))
         if timeout != reader_states.INFINITE:
             timeout = max(1, timeout - round((monotonic() - began) * 1000))
@@ -399,10 +403,10 @@ def _owned(handle: Any) -> Optional[Context]:
 
 def _route_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
     """For plain integers, handles that are not ours, inherited handles, and handles in a broker."""
-    return _persistently(call, lambda: _routed_slowly(call, route, handle, arguments), arguments)
+    return _retry_in_new_broker(call, lambda: _route_slowly_once(call, route, handle, arguments), arguments)
 
 
-_NOBODYS = 1 << 40  # no handle of libpcsclite's has so many bits
+_UNUSED_BIT = 1 << 40  # no handle of libpcsclite's has so many bits
 
 
 def _number_of(record: Record) -> int:
@@ -410,12 +414,12 @@ def _number_of(record: Record) -> int:
     if record.context.gateway is not gateways.native or isinstance(record, Card):
         return int(record.real)
     # A thread may still be in the native library with a context that was released.
-    return record.number | _NOBODYS if record.released else record.number
+    return record.number | _UNUSED_BIT if record.released else record.number
 
 
-def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
+def _route_slowly_once(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
     assert call.takes is not None
-    here = _notice()
+    here = _current_epoch()
     record = handles.find(call.takes, handle)
     if record is None or (record.owner is here and (record.released or record.kind is not call.takes)):
         through = reestablish.gateway(call.name, None) if record is None else record.context.gateway
@@ -424,9 +428,9 @@ def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments
     if record.kind is not call.takes or record.released:
         return call.failure(INVALID_HANDLE, arguments)
     if record.owner is not here:
-        answer = inherited.answer(call, record, arguments)
-        if answer is not None:
-            return answer
+        result = inherited.apply_policy(call, record, arguments)
+        if result is not None:
+            return result
         if record.released:
             return call.failure(INVALID_HANDLE, arguments)
     through = record.context.gateway
@@ -440,15 +444,15 @@ def _routed_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments
     return route(record.safe, *arguments)
 
 
-_announced: Optional[process.Epoch] = None
+_logged_epoch: Optional[process.Epoch] = None
 
 
-def _notice() -> process.Epoch:
+def _current_epoch() -> process.Epoch:
     """The epoch of this process; logs once which layer detected its beginning."""
-    global _announced
+    global _logged_epoch
     here = process.current()
-    if here is not _announced:
-        _announced = here
+    if here is not _logged_epoch:
+        _logged_epoch = here
         if here.parent is not None and handles.contexts:
             observer.record("fork", parent=here.parent.pid)
             log.debug(
@@ -483,10 +487,10 @@ def _exported(name: str, value: Any) -> Any:
     call = CALLS.get(name)
     if call is None or not process.FORKS or (call.takes is None and name != "SCardEstablishContext"):
         return value
-    return library.shaped(observer.recorded(call, _routed(call)), library.signatures[name])
+    return library.with_signature(observer.wrap_call(call, _make_route(call)), library.signatures[name])
 
 
 public: dict[str, Any] = {name: _exported(name, value) for name, value in library.public.items()}
 """Every public name of the installed ``smartcard.scard``; the functions that take or return a handle are ours."""
 
-when_changed(readiness.consider)
+when_changed(readiness.prepare_for)

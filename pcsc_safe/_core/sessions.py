@@ -25,7 +25,7 @@ from .failures import is_ours
 
 __all__ = ["Session", "descriptor", "prepare"]
 
-_CONNECTED, _IN_TRANSACTION, _GOING_ON = range(3)  # bytes of a session
+_CONNECTED, _IN_TRANSACTION, _CONTINUED = range(3)  # bytes of a session
 _LARGEST = 1 << 60
 
 is_on = True
@@ -34,7 +34,7 @@ is_on = True
 _file: Optional[descriptors.Descriptor] = None
 _fcntl: Any = None
 _layout: Any = None
-_going_on: dict[int, dict[Session, None]] = {}  # what this process has in others' sessions, by their numbers
+_continued: dict[int, dict[Session, None]] = {}  # what this process has in others' sessions, by their numbers
 
 
 def prepare() -> None:
@@ -103,51 +103,51 @@ class Session:
 
     :ivar pcscd: the socket of its pcscd, if the environment names one: readers of two pcscds can have the same name.
     :ivar events: how often a card was inserted or removed in the reader before it began; None if that is not known.
-    :ivar within: the session of another process that this one continues, if any.
+    :ivar continued_from: the session of another process that this one continues, if any.
     :ivar is_shared: whether the card is connected shared; other processes can continue only a shared session.
     :ivar is_open: whether this process has it.
     """
 
-    __slots__ = ("_number", "events", "is_open", "is_shared", "pcscd", "within")
+    __slots__ = ("_number", "continued_from", "events", "is_open", "is_shared", "pcscd")
 
-    def __init__(self, *, shared: bool, events: Optional[int] = None, within: Optional[Session] = None) -> None:
+    def __init__(self, *, shared: bool, events: Optional[int] = None, continued_from: Optional[Session] = None) -> None:
         self._number = int.from_bytes(os.urandom(8), "big") % _LARGEST * 4
         self.pcscd = os.environ.get("PCSCLITE_CSOCK_NAME")  # libpcsclite looks at it each time
         self.events = events
-        self.within = within
+        self.continued_from = continued_from
         self.is_open, self.is_shared = True, shared
         if descriptor() is None:
             prepare()
         if shared:
             self._lock(_CONNECTED)
-        for other in self._lineage():
-            _going_on.setdefault(other._number, {})[self] = None
-            other._lock(_GOING_ON, for_all=True)
+        for other in self._predecessors():
+            _continued.setdefault(other._number, {})[self] = None
+            other._lock(_CONTINUED, shared_lock=True)
 
-    def _lineage(self) -> Iterator[Session]:
+    def _predecessors(self) -> Iterator[Session]:
         """The sessions of other processes that this session continues."""
-        other = self.within
+        other = self.continued_from
         while other is not None:
             yield other
-            other = other.within
+            other = other.continued_from
 
     def end(self) -> None:
         """Note that this process no longer has it; does nothing in a process that never had it."""
         self.is_open = False
         self._unlock(_CONNECTED, _IN_TRANSACTION)
-        for other in self._lineage():
-            mine = _going_on.get(other._number, {})
+        for other in self._predecessors():
+            mine = _continued.get(other._number, {})
             if mine.pop(self, self) is None and not mine:
-                other._unlock(_GOING_ON)
+                other._unlock(_CONTINUED)
 
     def taken_over(self, in_transaction: bool) -> Session:
         """In a child that it was handed over to: the session, as this process's own."""
-        session = Session(shared=self.is_shared, events=self.events, within=self)
+        session = Session(shared=self.is_shared, events=self.events, continued_from=self)
         if in_transaction:
-            session.in_transaction(True)
+            session.set_in_transaction(True)
         return session
 
-    def in_transaction(self, is_in: bool) -> None:
+    def set_in_transaction(self, is_in: bool) -> None:
         """Note the beginning or the end of a transaction."""
         if is_in:
             self._lock(_IN_TRANSACTION)
@@ -158,28 +158,28 @@ class Session:
         """Whether another process has it, shared."""
         return self._is_locked(_CONNECTED)
 
-    def goes_on(self) -> bool:
+    def can_continue(self) -> bool:
         """Whether another process has it, shared, and is not in a transaction."""
         return self.is_alive() and not self._is_locked(_IN_TRANSACTION)
 
-    def has_others(self) -> bool:
+    def is_used_by_others(self) -> bool:
         """Whether another process also has it: the one whose session it continues, or one that continues either."""
-        return self._is_locked(_GOING_ON) or any(
-            other.is_alive() or other._is_locked(_GOING_ON) for other in self._lineage()
+        return self._is_locked(_CONTINUED) or any(
+            other.is_alive() or other._is_locked(_CONTINUED) for other in self._predecessors()
         )
 
-    def _lock(self, byte: int, *, for_all: bool = False) -> None:
-        self._do("F_SETLK", "F_RDLCK" if for_all else "F_WRLCK", byte)
+    def _lock(self, byte: int, *, shared_lock: bool = False) -> None:
+        self._lock_command("F_SETLK", "F_RDLCK" if shared_lock else "F_WRLCK", byte)
 
     def _unlock(self, *all_bytes: int) -> None:
         for byte in all_bytes:
-            self._do("F_SETLK", "F_UNLCK", byte)
+            self._lock_command("F_SETLK", "F_UNLCK", byte)
 
     def _is_locked(self, byte: int) -> bool:
-        found = self._do("F_GETLK", "F_WRLCK", byte)
+        found = self._lock_command("F_GETLK", "F_WRLCK", byte)
         return found is not None and _layout.kind(found) != _fcntl.F_UNLCK
 
-    def _do(self, command: str, kind: str, byte: int) -> Any:
+    def _lock_command(self, command: str, kind: str, byte: int) -> Any:
         number = descriptor()
         if number is None:
             return None
@@ -193,7 +193,7 @@ class Session:
 
 
 def _begin(epoch: process.Epoch) -> None:
-    _going_on.clear()
+    _continued.clear()
 
 
 process.at_fork(at_begin=_begin)

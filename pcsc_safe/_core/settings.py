@@ -10,7 +10,7 @@ from typing import Callable, Optional
 
 from ..policy import Owner, Policy, Settings, from_environment, misspelt
 
-__all__ = ["gives_at_forks", "put_in_force", "settings", "when_changed"]
+__all__ = ["gives_at_forks", "replace", "settings", "when_changed"]
 
 _settings: Optional[Settings] = None
 for_contexts = False
@@ -23,13 +23,13 @@ def settings() -> Settings:
     :return: a named tuple with a field for each setting.
     :raises SettingsError: at the first call, if an environment variable has a value that its setting can't have.
     """
-    return _settings if _settings is not None else _first()
+    return _settings if _settings is not None else _read_environment()
 
 
 _has_warned = False
 
 
-def _first() -> Settings:
+def _read_environment() -> Settings:
     global _has_warned
     found = from_environment()
     if not _has_warned:
@@ -37,7 +37,7 @@ def _first() -> Settings:
         unknown = misspelt()
         if unknown:
             _warn_of(unknown)
-    return put_in_force(found)
+    return replace(found)
 
 
 def _warn_of(unknown: Mapping[str, str]) -> None:
@@ -70,7 +70,7 @@ def when_changed(listener: Callable[[Settings], None]) -> None:
         listener(_settings)
 
 
-def put_in_force(new: Settings) -> Settings:
+def replace(new: Settings) -> Settings:
     """Replace the settings of this process."""
     global _settings
     _settings = new

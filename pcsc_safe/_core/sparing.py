@@ -23,7 +23,7 @@ def disposition(function: str, card: Card, wanted: int) -> int:
     :param function: PC/SC's name of the call.
     :param wanted: SCARD_*_CARD, from the application or by default.
     """
-    if wanted == LEAVE_CARD or not settings().spare_cards or not card.session.has_others():
+    if wanted == LEAVE_CARD or not settings().spare_cards or not card.session.is_used_by_others():
         return int(wanted)
     if isinstance(wanted, ByDefault):
         return LEAVE_CARD

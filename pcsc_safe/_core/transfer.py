@@ -26,7 +26,7 @@ from .calls import LostError
 from .handles import Context
 from .unpatched import monotonic, sleep
 
-__all__ = ["AGAIN", "Block", "are_intact", "begin", "blocks", "obstacle"]
+__all__ = ["FORK_AGAIN", "Block", "blocks", "has_intact_connections", "obstacle", "register_hooks"]
 
 
 class Block(Protocol):
@@ -40,7 +40,7 @@ class Block(Protocol):
     def contexts(self) -> list[Context]:
         """The contexts to hand over that this process owns."""
 
-    def happened(self) -> None:
+    def note_handover(self) -> None:
         """Note that a fork has handed over."""
 
 
@@ -57,9 +57,9 @@ def obstacle(context: Context) -> Optional[tuple[str, str]]:
             "a forked process can't use PC/SC on this platform",
             "set broker='always' before you establish the context",
         )
-    context.real.tidy()
+    context.real.release_idle()
     # Another thread may be releasing one that is surplus.
-    if not any(are_intact(context) or sleep(_PAUSE) for _ in range(_LOOKS)):
+    if not any(has_intact_connections(context) or sleep(_PAUSE) for _ in range(_INTACT_CHECKS)):
         return (
             f"the context of {context.established_at} has a connection to pcscd that is closed or unknown",
             "establish the context again",
@@ -67,7 +67,7 @@ def obstacle(context: Context) -> Optional[tuple[str, str]]:
     return None
 
 
-def are_intact(context: Context) -> bool:
+def has_intact_connections(context: Context) -> bool:
     """Whether all its connections are known and open."""
     found = context.gateway.descriptors(context.real)
     return bool(found) and all(one is not None and one.is_intact() for one in found)
@@ -109,20 +109,20 @@ class Plan:
         return [*self.native, *self.in_broker]
 
 
-_GIVEN_WITHIN = 1.0  # s; for what another thread's fork has given to be its child's, or this process's again
+_GIVEN_TIMEOUT = 1.0  # s; for what another thread's fork has given to be its child's, or this process's again
 _PAUSE = 0.001  # s
-_LOOKS = 20
+_INTACT_CHECKS = 20
 _plans: dict[int, Plan] = {}
 _received: Optional[tuple[int, Plan]] = None  # in a child that has not begun yet: its PID, and what it gets
-_has_begun = False
+_is_registered = False
 
 
-def begin() -> None:
+def register_hooks() -> None:
     """Register this module's functions for forks; until then a fork costs nothing more."""
-    global _has_begun
-    if not _has_begun:
-        _has_begun = True
-        process.before_fork(process.GIVE, _plan_before_fork)
+    global _is_registered
+    if not _is_registered:
+        _is_registered = True
+        process.before_fork(process.TRANSFER, _plan_before_fork)
         process.at_fork(in_child=_confirm_in_child, at_begin_last=_take_possession)
         for _ in range(2):  # twice: an exception of a signal handler can prevent one of them from running
             process.after_fork_in_parent(_settle_in_parent)
@@ -140,26 +140,26 @@ def _plan_before_fork() -> None:
     plan = Plan(of_thread)
     try:
         _plans[ident] = plan
-        why_not = _complete(plan, ident)
-        if why_not:
-            _failed(plan, why_not)
+        reason = _complete(plan, ident)
+        if reason:
+            _note_failure(plan, reason)
     except LostError as lost:
-        handles.disown(lost.gateway)
-        _failed(plan, "the broker has ended, and its sessions with it", "establish new contexts")
+        handles.mark_gateway_lost(lost.gateway)
+        _note_failure(plan, "the broker has ended, and its sessions with it", "establish new contexts")
     except BaseException as error:
         ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
         if not plan.is_complete:
-            _failed(plan, str(error) if ours else "a signal handler raised an exception")
+            _note_failure(plan, str(error) if ours else "a signal handler raised an exception")
         if not ours:  # the process forks anyway
             plan.raised.append(error)
             _plans[ident] = plan
 
 
-AGAIN = "the parent is still the owner: fork again"
+FORK_AGAIN = "the parent is still the owner: fork again"
 
 
-def _failed(plan: Plan, why: str, remedy: str = AGAIN) -> None:
-    descriptors.kept.pop(threading.get_ident(), None)
+def _note_failure(plan: Plan, why: str, remedy: str = FORK_AGAIN) -> None:
+    descriptors.kept_by_child.pop(threading.get_ident(), None)
     for block in plan.blocks:
         block.failure = (why, remedy)
     log.warning("no-handover", "process %(pid)d hands nothing over to the child that it forks: %(why)s", why=why)
@@ -170,8 +170,8 @@ def _contexts_to_give(of_thread: tuple[Block, ...], owner: Owner) -> list[Contex
         return list(dict.fromkeys(context for block in of_thread for context in block.contexts()))
     if owner is not Owner.CHILD:
         return []
-    own = [context for context in list(handles.contexts.values()) if context.owner is process.here]
-    return [context for context in own if not context.released and obstacle(context) is None]
+    owned = [context for context in list(handles.contexts.values()) if context.owner is process.here]
+    return [context for context in owned if not context.released and obstacle(context) is None]
 
 
 def _complete(plan: Plan, ident: int) -> Optional[str]:
@@ -182,11 +182,11 @@ def _complete(plan: Plan, ident: int) -> Optional[str]:
     _choose(plan)
     if not plan.handed_over() and not plan.shared:
         return None
-    why_not = _cannot_begin(plan) or _reserve(plan)
-    if why_not:
-        return why_not
+    reason = _find_obstacle(plan) or _reserve(plan)
+    if reason:
+        return reason
     plan.connections = _connections(plan.native)
-    descriptors.kept[ident] = {
+    descriptors.kept_by_child[ident] = {
         *(descriptor.number for descriptor in plan.connections if descriptor is not None),
         *(plan.inherited_connection.descriptors() if plan.inherited_connection is not None else ()),
     }
@@ -201,10 +201,10 @@ def _choose(plan: Plan) -> None:
     broker = gateways.brokers.existing()
     plan.native = [context for context in given if context.gateway is gateways.native]
     plan.in_broker = [context for context in given if context.gateway is broker]
-    own = [context for context in list(handles.contexts.values()) if context.owner is process.here]
+    owned = [context for context in list(handles.contexts.values()) if context.owner is process.here]
     plan.shared = [
         context
-        for context in own
+        for context in owned
         if not context.released
         and context not in given
         and context.gateway is broker
@@ -212,12 +212,12 @@ def _choose(plan: Plan) -> None:
     ]
 
 
-def _cannot_begin(plan: Plan) -> Optional[str]:
+def _find_obstacle(plan: Plan) -> Optional[str]:
     """Why nothing can be handed over now; None if nothing prevents it."""
     for context in plan.handed_over():  # one that is younger than the block
-        why_not = obstacle(context)
-        if why_not:
-            return why_not[0]
+        found = obstacle(context)
+        if found:
+            return found[0]
     return None
 
 
@@ -228,14 +228,14 @@ def _reserve(plan: Plan) -> Optional[str]:
         plan.given.append(context)  # first: a signal handler may raise in the middle
         if not _keep_threads_out(context, plan):
             return "another thread is handing over a context"
-    if plan.handed_over() and not gate.stays_quiet():
+    if plan.handed_over() and not gate.wait_until_quiet():
         return "another thread is inside a PC/SC call"
     for context in plan.native:
         context.real.give_latest()
     broker = gateways.brokers.existing()
     handles.given.update(dict.fromkeys(plan.in_broker, threading.get_ident()))
     if broker is not None and (plan.in_broker or plan.shared):
-        plan.inherited_connection = broker.prepare_child(_numbers(plan.in_broker), _numbers(plan.shared))
+        plan.inherited_connection = broker.prepare_child(_real_handles(plan.in_broker), _real_handles(plan.shared))
     plan.start_signal = _socket.socketpair()
     if not process.sentinel[0] or any(context.owner is not here for context in plan.handed_over()):
         return "a signal handler has forked"
@@ -244,7 +244,7 @@ def _reserve(plan: Plan) -> Optional[str]:
 
 def _keep_threads_out(context: Context, plan: Plan) -> bool:
     """Keep the threads of this process out of a context; False if another thread's fork has done so."""
-    deadline = monotonic() + _GIVEN_WITHIN
+    deadline = monotonic() + _GIVEN_TIMEOUT
     while not context.real.give(plan):
         if monotonic() > deadline:
             return False
@@ -257,7 +257,7 @@ def _connections(contexts: list[Context]) -> list[Optional[descriptors.Descripto
     return [descriptor for context in contexts for descriptor in context.gateway.descriptors(context.real)]
 
 
-def _numbers(contexts: list[Context]) -> list[int]:
+def _real_handles(contexts: list[Context]) -> list[int]:
     """The real handles of contexts and their cards."""
     records: list[handles.Record] = []
     for context in contexts:
@@ -285,21 +285,22 @@ def _settle_once(plan: Plan) -> None:
 
     If a signal handler raises during this function, it is called again from the beginning.
     """
-    descriptors.kept.pop(threading.get_ident(), None)
+    descriptors.kept_by_child.pop(threading.get_ident(), None)
     if plan.has_child is None:
         plan.has_child = _child_has_started(plan)
     start_signal, plan.start_signal = plan.start_signal, ()
     for end in start_signal:
         end.close()
     if plan.has_child and plan.handed_over():
-        descriptors.kill(plan.connections)  # before another thread can re-establish the contexts that were handed over
-        gone = process.Epoch(process.here, process.HANDED_OVER)
+        # Before another thread can re-establish the contexts that were handed over.
+        descriptors.replace_with_dead(plan.connections)
+        child_epoch = process.Epoch(process.here, process.HANDED_OVER)
         for context in plan.handed_over():
-            _make_owner(context, gone)
+            _change_owner(context, child_epoch)
             for card in list(context.cards.values()):
                 card.session.end()
         for block in plan.blocks:
-            block.happened()
+            block.note_handover()
         observer.record("handover", contexts=len(plan.handed_over()))
     for context in plan.given:
         if not plan.has_child:
@@ -327,7 +328,7 @@ def _child_has_started(plan: Plan) -> bool:
         return True
 
 
-def _make_owner(context: Context, owner: process.Epoch) -> None:
+def _change_owner(context: Context, owner: process.Epoch) -> None:
     """Change the owner of a context and its cards, except for cards of another owner, which are an ancestor's."""
     before = context.owner
     for card in list(context.cards.values()):
@@ -351,12 +352,12 @@ def _confirm_in_child() -> None:
     if plan is None or not plan.is_complete:
         return
     if plan.inherited_connection is not None:
-        plan.inherited_connection.arrive()
+        plan.inherited_connection.take_over()
         with failures.suppress(OSError):  # from a child of this one, if it is forked before this one begins
             descriptors.guard(descriptors.of(plan.inherited_connection.number))
     if plan.handed_over():
         for block in plan.blocks:
-            block.happened()
+            block.note_handover()
     _received = (os.getpid(), plan)
     for how, given in (("handover", plan.handed_over()), ("share", plan.shared)):
         for context in given:
@@ -378,14 +379,14 @@ def _take_possession(epoch: process.Epoch) -> None:
     for context in [*plan.handed_over(), *plan.shared]:
         if context in plan.native:
             # A wait for events that began at the last moment is on this connection as well, and reads from it.
-            is_there = epoch.unquiet is None and are_intact(context)
+            is_there = epoch.unquiet is None and has_intact_connections(context)
             if is_there:
                 context.real.take_over(epoch)
         else:
             is_there = broker is not None
             context.gateway = broker or context.gateway
         # What the application has closed since the fork is lost: the number may be something else's by now.
-        _make_owner(context, epoch if is_there else process.Epoch(epoch, process.LOST))
+        _change_owner(context, epoch if is_there else process.Epoch(epoch, process.LOST))
         if not is_there:
             observer.record("lost", context=context.key)
         for card in list(context.cards.values()):

@@ -16,12 +16,12 @@ from typing import Any, Callable
 
 from .._core import gate, in_flight, one_step, process
 from .._core.calls import STALE
-from .._core.in_flight import GIVEN, LOOK_AGAIN, RELEASED, WOKEN, Entry
+from .._core.in_flight import CHECK_INTERVAL, GIVEN, RELEASED, WOKEN, Entry
 from .._core.library import SUCCESS
 from .._core.one_step import Operation
 from .._core.unpatched import get_ident, monotonic
-from .contexts import behind, discard, doomed, sweep
-from .native_context import NativeContext, wait_until_given
+from .contexts import awaiting_release, discard, native_contexts_of, release_waiting
+from .native_context import NativeContext, wait_while_given
 from .pyscard import raw
 
 __all__ = ["card_call"]
@@ -35,21 +35,21 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
     """
     native, sentinel, closers = raw[function], process.sentinel, in_flight.closers
     unbinds = function == "SCardDisconnect"
-    is_not_false, called = one_step.is_not_false, one_step.called
+    is_not_false, call_each = one_step.is_not_false, one_step.call_each
 
     def call(card: Any, arguments: tuple[Any, ...]) -> Any:
         may_pass = False
         while True:
             place = card.native
-            if place is None:  # as in behind()
+            if place is None:  # as in native_contexts_of()
                 return STALE
             if place.waiting:
-                place.give_way()
+                place.yield_to_waiters()
             entry = (function, get_ident(), monotonic(), None)
             steps: list[Any] = []
             operation = (native, card.real, *arguments)
             operations = ((place.acquire, False), (place.enter, entry), operation, (place.release,), (place.leave,))
-            chain = takewhile(is_not_false, called(operations))
+            chain = takewhile(is_not_false, call_each(operations))
             # As in in_flight.attempt().
             try:
                 if (
@@ -70,21 +70,21 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
             if steps:
                 result, place.began = steps[2], entry[2]
                 break
-            answers, may_pass = _when_possible(card, place, operation, entry, may_pass)
-            if answers:
-                result = answers[0]
+            results, may_pass = _call_when_possible(card, place, operation, entry, may_pass)
+            if results:
+                result = results[0]
                 break
         if unbinds and result == SUCCESS:
             discard(place.cards, card.real)
-            behind(card.context).tidy()
-        if doomed:
-            sweep()
+            native_contexts_of(card.context).release_idle()
+        if awaiting_release:
+            release_waiting()
         return result
 
     return call
 
 
-def _when_possible(
+def _call_when_possible(
     card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool
 ) -> tuple[list[Any], bool]:
     """Make a call that couldn't be made at once, or wait until it can be attempted again.
@@ -96,25 +96,25 @@ def _when_possible(
     if card.owner is not process.current() or place.state in (WOKEN, RELEASED):
         return [STALE], may_pass
     if place.state == GIVEN:
-        wait_until_given([place])
+        wait_while_given([place])
     elif in_flight.closers and not may_pass and ident not in in_flight.closers:
         may_pass = gate.wait_until_open(ident)
     else:
-        return _in_turn(card, place, operation, entry, may_pass or ident in in_flight.closers), may_pass
+        return _call_in_turn(card, place, operation, entry, may_pass or ident in in_flight.closers), may_pass
     return [], may_pass
 
 
 _owner, _native, _state, _here = map(attrgetter, ("owner", "native", "state", "here"))
 
 
-def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool) -> list[Any]:
+def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool) -> list[Any]:
     """Make a call after the calls of other threads on the same native context.
 
     :param entry: of the call.
     :param may_pass: whether to make it even if the gate is closed.
     :return: its result in a list, which is empty if a condition for the call is no longer true.
     """
-    answers: list[Any] = []
+    results: list[Any] = []
     times: list[float] = []
     key = object()
     # C code evaluates these conditions when the context is free.
@@ -127,13 +127,13 @@ def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry
     )
     native, *operands = operation
     now = (times.extend, starmap(monotonic, ((),)))
-    answer = (answers.extend, starmap(native, compress((operands,), map(all, (conditions,)))))
+    make_call = (results.extend, starmap(native, compress((operands,), map(all, (conditions,)))))
     # Not place.acquire and place.release, which are replaced at interpreter exit.
     lock = place.lock
-    free = (lock.acquire, True, LOOK_AGAIN)
-    operations = (free, (place.enter, entry), now, answer, (lock.release,), (place.leave,))
+    free = (lock.acquire, True, CHECK_INTERVAL)
+    operations = (free, (place.enter, entry), now, make_call, (lock.release,), (place.leave,))
     steps: list[Any] = []
-    chain = takewhile(one_step.is_not_false, one_step.called(operations))
+    chain = takewhile(one_step.is_not_false, one_step.call_each(operations))
     try:
         place.waiting[key] = None
         steps.extend(chain)
@@ -147,6 +147,6 @@ def _in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry
         raise
     finally:
         place.waiting.pop(key, None)
-    if answers:
+    if results:
         place.began = times[0]
-    return answers
+    return results

@@ -23,30 +23,30 @@ from .._core import connections, descriptors, failures, gate, in_flight, log, pr
 from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import is_ours
-from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, made
+from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, result_of
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation, in_one_step
 from .._core.unpatched import get_ident, monotonic, sleep
 from . import interruptible
-from .native_context import NativeContext, cancel_natively, establishing, is_at, wait_until_given
+from .native_context import NativeContext, cancel_natively, establishing, is_waiting_in, wait_while_given
 from .pyscard import raw
 
-__all__ = ["NativeContexts", "behind", "discard", "doomed", "sweep"]
+__all__ = ["NativeContexts", "awaiting_release", "discard", "native_contexts_of", "release_waiting"]
 
 NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
 _LEAVE_CARD: int = constant("SCARD_LEAVE_CARD")
 _32_BITS = 0xFFFFFFFF
 _SHORT = 100  # ms; a wait for events that has to use the native context of a card, because pcscd refuses another one
 _WAIT = "SCardGetStatusChange"
-_ASKING = frozenset((_WAIT, "SCardListReaders"))
-_DOUBTFUL = constant("SCARD_E_UNSUPPORTED_FEATURE"), constant("SCARD_E_UNKNOWN_READER")
+_READER_CALLS = frozenset((_WAIT, "SCardListReaders"))
+_DOUBTFUL_CODES = constant("SCARD_E_UNSUPPORTED_FEATURE"), constant("SCARD_E_UNKNOWN_READER")
 _MOST_AVOIDED = 2
-_ASK_ANOTHER = object()
+_RETRY = object()
 _ATTEMPTS_TO_FIND = 10  # the connection of a new native context
-_CANCEL_WITHIN = 1.0  # s
-_RELEASE_WITHIN = 1.0  # s
-_CANCEL_AGAIN = 0.002  # s
-doomed: list[NativeContext] = []  # to be released when no thread is in them
+_CANCEL_TIMEOUT = 1.0  # s
+_RELEASE_TIMEOUT = 1.0  # s
+_CANCEL_INTERVAL = 0.002  # s
+awaiting_release: list[NativeContext] = []  # to be released when no thread is in them
 
 
 class NativeContexts:
@@ -92,7 +92,7 @@ class NativeContexts:
             limit = min(timeout, _SHORT) if context.cards else timeout
             return ((native, context.handle, limit, states),)
 
-        return self._use(owned, _WAIT, call, wait=wait, bare=True, lasts=interruptible.is_wanted(timeout))
+        return self._use(owned, _WAIT, call, wait=wait, without_cards=True, lasts=interruptible.is_wanted(timeout))
 
     def connect(self, owned: Owned, arguments: Sequence[Any], keep: Callable[[int, NativeContext, int], Any]) -> Any:
         """SCardConnect.
@@ -101,34 +101,34 @@ class NativeContexts:
         :param keep: records a new card; called with its native handle, its native context, and its protocol.
         :return: pyscard's result, with what ``keep`` returned instead of the card; or :data:`STALE`.
         """
-        native, connected, lives = raw["SCardConnect"], list[Any](), list[NativeContext]()
+        native, connected, chosen = raw["SCardConnect"], list[Any](), list[NativeContext]()
         operands = [(argument,) for argument in arguments]
 
         def call(context: NativeContext) -> tuple[Operation, ...]:
-            lives[:] = [context]
+            chosen[:] = [context]
             # Counts as a card from now on, so that a thread that needs a context without a card doesn't use this one.
             count = (context.cards.append, connected)
             return (connected.extend, map(native, (context.handle,), *operands)), count
 
         try:
-            result = self._use(owned, "SCardConnect", call, bare=True)
+            result = self._use(owned, "SCardConnect", call, without_cards=True)
             if result is STALE or not connected:
                 return result
             hresult, handle, protocol = connected[0]
             if hresult != SUCCESS:
                 return [hresult, 0, 0]
-            if self._are_left(owned):
-                return STALE  # _connected() undoes it
-            lives[0].cards.append(handle)
-            kept = keep(handle, lives[0], protocol)
+            if self._is_outdated(owned):
+                return STALE  # _finish_connect() undoes it
+            chosen[0].cards.append(handle)
+            kept = keep(handle, chosen[0], protocol)
             connected.clear()
             return [hresult, kept, protocol]
         finally:
-            self._connected(connected, lives)
+            self._finish_connect(connected, chosen)
 
-    def _connected(self, connected: list[Any], lives: list[NativeContext]) -> None:
+    def _finish_connect(self, connected: list[Any], chosen: list[NativeContext]) -> None:
         """The end of SCardConnect; disconnects a card that was not recorded because a signal handler raised."""
-        for context in lives:
+        for context in chosen:
             if connected and connected[0][0] == SUCCESS:
                 handle = connected[0][1]
                 context.wait_until_free()
@@ -136,7 +136,7 @@ class NativeContexts:
                 context.cards[:] = [card for card in context.cards if card != handle]
             context.cards[:] = [card for card in context.cards if card is not connected]
             if not context.cards:
-                self.tidy()
+                self.release_idle()
 
     def cancel(self, owned: Owned, thread: Optional[int] = None) -> Any:
         """SCardCancel: ends every wait for events on the PC/SC context, even one that is between two native calls.
@@ -161,21 +161,19 @@ class NativeContexts:
 
         :return: SCARD_S_SUCCESS, or the code of the failure.
         """
-        others = [
-            other for other in self.settled() if other is not context and not any(c[3] for c in list(other.calls))
-        ]
+        others = [other for other in self.usable() if other is not context and not any(c[3] for c in list(other.calls))]
         return SUCCESS if others else self.establish(owned, may_pass=may_pass)
 
     def _wake(self, waits: Sequence[Any]) -> None:
         """End the native calls of these waits."""
-        deadline = monotonic() + _CANCEL_WITHIN
+        deadline = monotonic() + _CANCEL_TIMEOUT
         for context in list(self.natives):
             for wait in waits:
                 context.wake(wait)
                 # If a connection can't be shut down, SCardCancel is used.  It has no effect on a wait that hasn't
                 # begun, and pcscd may not answer.
-                while is_at(wait, context) and monotonic() < deadline:
-                    sleep(_CANCEL_AGAIN)
+                while is_waiting_in(wait, context) and monotonic() < deadline:
+                    sleep(_CANCEL_INTERVAL)
                     context.wake(wait)
 
     # Which native context.
@@ -187,7 +185,7 @@ class NativeContexts:
         call: Callable[[NativeContext], tuple[Operation, ...]],
         *,
         wait: Any = None,
-        bare: bool = False,
+        without_cards: bool = False,
         lasts: bool = False,
     ) -> Any:
         """Make a call on any free native context, or on a new one.
@@ -196,39 +194,41 @@ class NativeContexts:
         """
         may_pass, refused = False, SUCCESS
         avoided: list[NativeContext] = []
-        while self.is_behind(owned) and not (wait is not None and wait.cancelled):
-            insists = bare and refused == SUCCESS
-            for context in self.settled():
+        while self.is_current(owned) and not (wait is not None and wait.cancelled):
+            insists = without_cards and refused == SUCCESS
+            for context in self.usable():
                 # Not one where a thread is ending a wait by SCardCancel, which could end the next wait.
                 if context in avoided or context.wakers or (insists and context.cards):
                     continue
-                context.give_way()
+                context.yield_to_waiters()
                 make = interruptible.attempt if lasts and not context.cards else attempt
-                steps = make(context, owned, function, *call(context), wait=wait, bare=insists, may_pass=may_pass)
+                steps = make(
+                    context, owned, function, *call(context), wait=wait, without_cards=insists, may_pass=may_pass
+                )
                 if steps:
-                    self._used(context)
-                    result = self._checked(owned, function, made(steps), context, avoided, may_pass)
-                    if result is not _ASK_ANOTHER:
+                    self._after_use(context)
+                    result = self._check_result(owned, function, result_of(steps), context, avoided, may_pass)
+                    if result is not _RETRY:
                         return result
             if given := [context for context in list(self.natives) if context.state == GIVEN]:
-                wait_until_given(given)
+                wait_while_given(given)
             elif in_flight.closers and not may_pass:
                 may_pass = gate.wait_for(establishing)
             else:
                 refused = self.establish(owned, may_pass=may_pass)
-                if refused != SUCCESS and not self._wait_for_one() and self.is_behind(owned):
+                if refused != SUCCESS and not self._wait_for_one() and self.is_current(owned):
                     return CALLS[function].failure(refused, ([],))
         return STALE
 
     def _wait_for_one(self) -> bool:
         """If pcscd refuses another native context: wait until one may be free; False if none will be."""
         # A call ends by itself, and so does a wait for events where a card lives (_SHORT).
-        usable = [one for one in self.settled() if one.cards or not any(call[3] for call in list(one.calls))]
+        usable = [one for one in self.usable() if one.cards or not any(call[3] for call in list(one.calls))]
         if usable:
-            usable[0].wait_until_free(in_flight.LOOK_AGAIN)
+            usable[0].wait_until_free(in_flight.CHECK_INTERVAL)
         return bool(usable)
 
-    def _checked(
+    def _check_result(
         self,
         owned: Owned,
         function: str,
@@ -237,25 +237,25 @@ class NativeContexts:
         avoided: list[NativeContext],
         may_pass: bool,
     ) -> Any:
-        """The result of a call; _ASK_ANOTHER if the result of this native context may be wrong."""
-        if function not in _ASKING or result[0] not in _DOUBTFUL or len(avoided) == _MOST_AVOIDED:
+        """The result of a call; _RETRY if the result of this native context may be wrong."""
+        if function not in _READER_CALLS or result[0] not in _DOUBTFUL_CODES or len(avoided) == _MOST_AVOIDED:
             return result
         refused = self._avoid(owned, context, may_pass)
         if refused == SUCCESS:
             avoided.append(context)
-            return _ASK_ANOTHER
-        if not self.is_behind(owned):
+            return _RETRY
+        if not self.is_current(owned):
             return STALE
         # pcscd has ended, or accepts no more connections, so no other native context can be asked.
         return [refused, *result[1:]] if refused == NO_SERVICE else result
 
-    def is_behind(self, owned: Any) -> bool:
+    def is_current(self, owned: Any) -> bool:
         """Whether these are still the native contexts of the PC/SC context in this process."""
         return not owned.released and owned.owner is process.current() and owned.real is self
 
-    def _are_left(self, owned: Any) -> bool:
+    def _is_outdated(self, owned: Any) -> bool:
         """Whether the PC/SC context is released, or has other native contexts now, perhaps of another pcscd."""
-        return owned.owner is process.current() and not self.is_behind(owned)
+        return owned.owner is process.current() and not self.is_current(owned)
 
     def _avoid(self, owned: Owned, context: NativeContext, may_pass: bool) -> int:
         """Stop using a native context that may have misread a message of pcscd.
@@ -269,20 +269,20 @@ class NativeContexts:
         if hresult != SUCCESS:
             return hresult
         # In one step, because another thread may be connecting there.  Its cards stay there, as on raw pyscard.
-        if attempt(context, owned, _WAIT, (setattr, context, "state", WOKEN), bare=True, may_pass=may_pass):
-            self.tidy()
+        if attempt(context, owned, _WAIT, (setattr, context, "state", WOKEN), without_cards=True, may_pass=may_pass):
+            self.release_idle()
         return SUCCESS
 
-    def _used(self, context: NativeContext) -> None:
+    def _after_use(self, context: NativeContext) -> None:
         """After a call: release what is no longer needed."""
         if context.state == WOKEN:
             self._release(context)
         if len(self.natives) > 1:
-            self.tidy()
-        if doomed:
-            sweep()
+            self.release_idle()
+        if awaiting_release:
+            release_waiting()
 
-    def tidy(self) -> None:
+    def release_idle(self) -> None:
         """Release all native contexts but one that are idle and without a card.
 
         If possible, the one that is kept has a known connection, so that it can be handed over.
@@ -293,7 +293,7 @@ class NativeContexts:
         for context in [*woken, *usable[1:]]:
             self._release(context)
 
-    def _release(self, context: NativeContext, *, bare: bool = True, may_pass: bool = False) -> list[Any]:
+    def _release(self, context: NativeContext, *, without_cards: bool = True, may_pass: bool = False) -> list[Any]:
         ident = get_ident()
         # At interpreter exit places are not locked, and a thread that is inside may be there for long.
         if context.wakers or any(call[1] != ident for call in list(context.calls)):
@@ -307,8 +307,8 @@ class NativeContexts:
             (self.natives.pop, context, None),
             (in_flight.places.pop, context, None),
             (descriptors.guarded.pop, context.descriptor, None),
-            bare=bare,
-            most=WOKEN,
+            without_cards=without_cards,
+            latest_state=WOKEN,
             may_pass=may_pass or ident in in_flight.closers,
         )
 
@@ -328,14 +328,14 @@ class NativeContexts:
                 return NO_SERVICE
             hresult = int(context.established[0][0])
             if hresult != SUCCESS:
-                self._refused(hresult)
+                self._warn_if_full(hresult)
                 return hresult
-            is_told = context.descriptor is not None or not connections.ARE_INHERITED
-            if is_told or not context.is_ours() or not attempts_left:
+            is_known = context.descriptor is not None or not connections.ARE_INHERITED
+            if is_known or not context.is_ours() or not attempts_left:
                 break
             # Its connection is unknown, because other threads have opened or closed files.
             self._release(context, may_pass=may_pass)
-        if self._are_left(owned):
+        if self._is_outdated(owned):
             self.abandon()
         return SUCCESS
 
@@ -343,8 +343,8 @@ class NativeContexts:
         """A native context, or the code of the failure; None if this process no longer owns what it is for."""
         while owned.owner is process.current() and self.owner is process.current():
             context = NativeContext()
-            before, after = context.traces.operations(thoroughly)
-            made: list[Operation] = [
+            before, after = context.connection_finder.operations(thoroughly)
+            establish: list[Operation] = [
                 (context.established.extend, map(raw["SCardEstablishContext"], (self.scope,))),
                 *[
                     (table.update, context.if_established())
@@ -352,21 +352,21 @@ class NativeContexts:
                 ],
             ]
             try:
-                operations = [*before, *made, *after]
+                operations = [*before, *establish, *after]
                 attempt(establishing, self, "SCardEstablishContext", *operations, may_pass=may_pass)
             except OSError as error:
                 if not is_ours(error):
                     raise
                 # Looking at the descriptors failed: no descriptor is free, or the one that was looked at is closed.
                 if not context.established:
-                    attempt(establishing, self, "SCardEstablishContext", *made, may_pass=may_pass)
+                    attempt(establishing, self, "SCardEstablishContext", *establish, may_pass=may_pass)
             if context.established:
                 context.settle()
                 return context
             may_pass = gate.wait_for(establishing, may_pass)
         return None
 
-    def _refused(self, hresult: int) -> None:
+    def _warn_if_full(self, hresult: int) -> None:
         # libpcsclite has several codes for that, and one of them also says that pcscd has ended.
         if self.natives and not any(context.is_dead() for context in list(self.natives)):
             log.warning(
@@ -388,7 +388,7 @@ class NativeContexts:
         natives, waits = [context for context in self.natives if context.handle], list(self.waits)
         for wait in waits:
             wait.cancelled = True
-        doomed.extend(natives)
+        awaiting_release.extend(natives)
         for context in natives:
             context.released = True
             context.cards.clear()
@@ -397,15 +397,15 @@ class NativeContexts:
             self._wake(waits)
         # The others have lost their connections when their waits were ended.
         sound = [context for context in natives if context.state == OPEN]
-        results = [made(steps) for context in sound if (steps := self._release(context, bare=False))]
-        sweep()
+        results = [result_of(steps) for context in sound if (steps := self._release(context, without_cards=False))]
+        release_waiting()
         return int(results[0]) if results else SUCCESS
 
-    def cut_off(self) -> None:
+    def end_long_calls(self) -> None:
         """End long calls, as the death of the process would; SCardCancel ends waits for events."""
-        for context in self.settled():
+        for context in self.usable():
             if not any(call[3] for call in list(context.calls)):
-                connections.shut_down(context.descriptor, at_once=True)
+                connections.shut_down(context.descriptor, both_directions=True)
 
     def abandon(self) -> None:
         """Release native contexts that a thread has established here after this object was replaced."""
@@ -413,13 +413,13 @@ class NativeContexts:
         for context in ours:
             context.settle()
         # release_dead() releases those that have lost their connections.
-        left = [one for one in ours if one.handle and (one.descriptor is None or one.descriptor.is_intact())]
-        if left:
-            doomed.extend(left)
+        unreleased = [one for one in ours if one.handle and (one.descriptor is None or one.descriptor.is_intact())]
+        if unreleased:
+            awaiting_release.extend(unreleased)
             self._wake(list(self.waits))
-            sweep()
+            release_waiting()
 
-    def settled(self) -> list[NativeContext]:
+    def usable(self) -> list[NativeContext]:
         """The native contexts that are in use or can be used."""
         for context in list(self.natives):
             if not context.handle:
@@ -428,7 +428,7 @@ class NativeContexts:
 
     def descriptors(self) -> list[Optional[Descriptor]]:
         """Their connections to pcscd; None for one that is not known."""
-        return [context.descriptor for context in self.settled()]
+        return [context.descriptor for context in self.usable()]
 
     def give(self, by: object) -> bool:
         """Keep all threads out, while the child that gets them is being forked.
@@ -444,7 +444,7 @@ class NativeContexts:
 
     def give_latest(self) -> None:
         """The same for those that were established meanwhile; called when no thread is inside any more."""
-        for context in self.settled():
+        for context in self.usable():
             context.state = GIVEN
 
     def take_back(self, by: object) -> None:
@@ -452,13 +452,13 @@ class NativeContexts:
         if self._given_by is not by:
             return
         self.owner = process.current()
-        for context in self.settled():
+        for context in self.usable():
             context.state = OPEN
 
     def take_over(self, here: process.Epoch) -> None:
         """In a child: make this process the owner of what was handed over."""
         self.owner = here
-        self.natives = dict.fromkeys(self.settled())
+        self.natives = dict.fromkeys(self.usable())
         self.waits.clear()
         for context in self.natives:
             context.renew()
@@ -480,15 +480,15 @@ class NativeContexts:
         for context in natives:
             if context.descriptor is not None and descriptors.is_dead(context.descriptor.number):
                 if context.is_ours():  # otherwise its lock belongs to the parent
-                    context.wait_until_free(_RELEASE_WITHIN)
+                    context.wait_until_free(_RELEASE_TIMEOUT)
                 in_flight.places.pop(context, None)
                 with failures.suppress(KeyError):  # another thread has done it
                     release = (raw["SCardReleaseContext"], context.handle)
-                    gate.during("SCardReleaseContext", in_one_step, (self.natives.pop, context), release)
+                    gate.call_inside("SCardReleaseContext", in_one_step, (self.natives.pop, context), release)
         return not any(context in self.natives for context in natives)
 
 
-def behind(context: Any) -> NativeContexts:
+def native_contexts_of(context: Any) -> NativeContexts:
     """The native contexts behind a PC/SC context; empty if another thread has just re-established it in a broker.
 
     A call on empty ones returns :data:`STALE`.
@@ -497,13 +497,13 @@ def behind(context: Any) -> NativeContexts:
     return real if isinstance(real, NativeContexts) else NativeContexts(context.scope)
 
 
-def sweep() -> None:
+def release_waiting() -> None:
     """Release the native contexts that are no longer needed, and that no thread is in."""
-    for context in list(doomed):
+    for context in list(awaiting_release):
         if context.state != RELEASED:
-            NativeContexts(None)._release(context, bare=not context.released)
+            NativeContexts(None)._release(context, without_cards=not context.released)
         if context.state == RELEASED or not context.is_ours():
-            discard(doomed, context)
+            discard(awaiting_release, context)
 
 
 def discard(items: list[Any], item: Any) -> None:
@@ -512,7 +512,7 @@ def discard(items: list[Any], item: Any) -> None:
 
 
 def _begin(epoch: process.Epoch) -> None:
-    doomed.clear()
+    awaiting_release.clear()
     establishing.renew()
     in_flight.places[establishing] = establishing.calls
 

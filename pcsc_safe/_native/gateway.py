@@ -14,29 +14,29 @@ from .._core.descriptors import Descriptor
 from .._core.library import SUCCESS
 from . import pyscard, waits
 from .card_calls import card_call
-from .contexts import NativeContexts, behind
+from .contexts import NativeContexts, native_contexts_of
 from .pyscard import raw
 
 __all__ = ["functions", "gateway"]
 
 
-def _silenced(call: Call, native: Callable[..., Any]) -> Callable[..., Any]:
+def _without_disclosure(call: Call, native: Callable[..., Any]) -> Callable[..., Any]:
     """``native``, but a failed call returns only what pyscard got from PC/SC (hazard 11)."""
 
-    def silenced(*arguments: Any) -> Any:
+    def checked(*arguments: Any) -> Any:
         result = native(*arguments)
         return result if result[0] == SUCCESS else call.failure(result[0])
 
-    return silenced
+    return checked
 
 
 functions: dict[str, Callable[..., Any]] = {
-    name: _silenced(CALLS[name], native) if CALLS[name].discloses else native for name, native in raw.items()
+    name: _without_disclosure(CALLS[name], native) if CALLS[name].discloses else native for name, native in raw.items()
 }
 """The functions of the native gateway: those of pyscard, except that a failed call discloses no memory."""
 
 
-class _Newcomer:
+class _NewContext:
     """A PC/SC context that is being established."""
 
     def __init__(self, contexts: NativeContexts) -> None:
@@ -45,13 +45,13 @@ class _Newcomer:
         self.released = False
 
 
-def _checked(contexts: NativeContexts, newcomer: _Newcomer, outgrown: int) -> int:
-    result = contexts.call(newcomer, "SCardListReaders", [])
+def _check_reader_count(contexts: NativeContexts, new_context: _NewContext, outgrown: int) -> int:
+    result = contexts.call(new_context, "SCardListReaders", [])
     return outgrown if result is not STALE and result[0] == outgrown else SUCCESS
 
 
 def _context_call(name: str) -> Callable[[Any, tuple[Any, ...]], Any]:
-    return lambda context, arguments: behind(context).call(context, name, *arguments)
+    return lambda context, arguments: native_contexts_of(context).call(context, name, *arguments)
 
 
 def _release(context: Any, arguments: tuple[Any, ...]) -> Any:
@@ -60,7 +60,7 @@ def _release(context: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def _cancel(context: Any, arguments: tuple[Any, ...]) -> Any:
-    return behind(context).cancel(context)
+    return native_contexts_of(context).cancel(context)
 
 
 class _Native:
@@ -83,32 +83,34 @@ class _Native:
         special = {"SCardReleaseContext": _release, "SCardCancel": _cancel}
         return special.get(call.name) or _context_call(call.name)
 
-    def await_change(self, context: Any, alive: Callable[[], bool], timeout: int, states: Any, cancelled: Any) -> Any:
+    def await_change(
+        self, context: Any, is_owned: Callable[[], bool], timeout: int, states: Any, cancelled: Any
+    ) -> Any:
         """SCardGetStatusChange; see :func:`waits.await_change`."""
-        return waits.await_change(context, alive, timeout, states, cancelled)
+        return waits.await_change(context, is_owned, timeout, states, cancelled)
 
     def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """``call(*arguments)``, inside the native library."""
-        return gate.during(function, call, *arguments)
+        return gate.call_inside(function, call, *arguments)
 
     def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
         """SCardEstablishContext; see :class:`calls.Gateway`."""
         contexts = NativeContexts(scope)
-        newcomer = _Newcomer(contexts)
+        new_context = _NewContext(contexts)
         try:
-            hresult = contexts.establish(newcomer)
+            hresult = contexts.establish(new_context)
             if hresult == SUCCESS and outgrown is not None:
-                hresult = _checked(contexts, newcomer, outgrown)
+                hresult = _check_reader_count(contexts, new_context, outgrown)
             if hresult != SUCCESS:
                 return [hresult, 0]
-            kept = keep(contexts, next(iter(contexts.natives)).handle, newcomer.owner, self)
-            newcomer.released = True  # from now on it is kept
+            kept = keep(contexts, next(iter(contexts.natives)).handle, new_context.owner, self)
+            new_context.released = True  # from now on it is kept
             return [hresult, kept]
         finally:
-            if not newcomer.released:
-                contexts.release(newcomer, lambda: setattr(newcomer, "released", True))
+            if not new_context.released:
+                contexts.release(new_context, lambda: setattr(new_context, "released", True))
 
-    def leave(self, real: Any) -> None:
+    def abandon(self, real: Any) -> None:
         """Note that something has replaced ``real`` in a PC/SC context, perhaps while threads were using it.
 
         :param real: native contexts; or a handle of a broker, for which nothing needs to be done.
@@ -118,7 +120,7 @@ class _Native:
 
     def connect(self, context: Any, arguments: Sequence[Any], keep: Callable[..., Any]) -> Any:
         """SCardConnect; see :class:`calls.Gateway`."""
-        return behind(context).connect(context, arguments, keep)
+        return native_contexts_of(context).connect(context, arguments, keep)
 
     def descriptors(self, real: Any) -> Sequence[Optional[Descriptor]]:
         """The connections of its native contexts; see :class:`calls.Gateway`."""

@@ -26,15 +26,16 @@ from .._core.failures import is_ours
 from .._core.in_flight import Owned
 from .._core.one_step import Operation
 from .._core.unpatched import allocate_lock, get_ident, get_native_id, sleep, start_new_thread
-from .native_context import NativeContext, is_at
+from .native_context import NativeContext, is_waiting_in
 
 __all__ = ["attempt", "is_wanted"]
 
 _SHORT = 100  # ms; how long a handler can wait
-_LOOK_AGAIN = 5.0  # s; whether a fork that ran no hook has made this another process
-_END_WITHIN = 1.0  # s
-_WAKE_AGAIN = 0.002  # s, and each time twice that
-_MOMENT, _MOMENTS = 0.00002, 100  # s, and how many; it takes a thread two to end that has nothing left to do
+_CHECK_INTERVAL = 5.0  # s; whether a fork that ran no hook has made this another process
+_END_TIMEOUT = 1.0  # s
+_WAKE_INTERVAL = 0.002  # s, and each time twice that
+# A thread that has nothing left to do needs two intervals to end.
+_REMOVAL_INTERVAL, _REMOVAL_CHECKS = 0.00002, 100  # s, and how many
 _LINUX = sys.platform.startswith("linux")
 
 
@@ -53,7 +54,13 @@ def _runs_handlers() -> bool:
 
 
 def attempt(
-    place: NativeContext, owned: Owned, function: str, *operations: Operation, wait: Any, bare: bool, may_pass: bool
+    place: NativeContext,
+    owned: Owned,
+    function: str,
+    *operations: Operation,
+    wait: Any,
+    without_cards: bool,
+    may_pass: bool,
 ) -> list[Any]:
     """:func:`in_flight.attempt`, made by another thread.
 
@@ -61,12 +68,21 @@ def attempt(
     """
     if place.calls or (in_flight.closers and not may_pass):
         return []  # without a thread for it
-    made = partial(in_flight.attempt, place, owned, function, *operations, wait=wait, bare=bare, may_pass=may_pass)
-    other = _OtherThread(made)
+    call = partial(
+        in_flight.attempt,
+        place,
+        owned,
+        function,
+        *operations,
+        wait=wait,
+        without_cards=without_cards,
+        may_pass=may_pass,
+    )
+    other = _OtherThread(call)
     try:
-        process.for_child[other] = other.done  # several, where handlers wait too
+        process.locks_to_release[other] = other.done  # several, where handlers wait too
         if not other.start():
-            return made()
+            return call()
         return other.outcome()
     except BaseException:
         try:
@@ -74,10 +90,10 @@ def attempt(
             start_new_thread(_end, (place, wait))
         except RuntimeError:
             _end(place, wait)
-        other.join(_END_WITHIN)
+        other.join(_END_TIMEOUT)
         raise
     finally:
-        process.for_child.pop(other, None)
+        process.locks_to_release.pop(other, None)
 
 
 class _OtherThread:
@@ -93,7 +109,7 @@ class _OtherThread:
         self._started: list[Any] = []
         self._returned: list[list[Any]] = []
         self._raised: list[BaseException] = []
-        self._is_over = False
+        self._has_ended = False
         self._native_id = 0
 
     def start(self) -> bool:
@@ -111,49 +127,49 @@ class _OtherThread:
     def _run(self) -> None:
         try:
             self._native_id = get_native_id()
-            _signal.pthread_sigmask(_signal.SIG_BLOCK, _NOT_ITS_OWN)
+            _signal.pthread_sigmask(_signal.SIG_BLOCK, _BLOCKED_SIGNALS)
             self._returned.append(self._call())
         except BaseException as error:
             self._raised.append(error)
         finally:
-            self._is_over = True
+            self._has_ended = True
             self.done.release()
 
     def outcome(self) -> list[Any]:
         """What the call returned; empty in a child that has no such thread."""
-        while not self.done.acquire(True, _LOOK_AGAIN) and process.sentinel[0]:
+        while not self.done.acquire(True, _CHECK_INTERVAL) and process.sentinel[0]:
             pass
         if _LINUX:
-            self._see_off()
+            self._wait_until_removed()
         if self._raised:
             raise self._raised.pop()
         return self._returned.pop() if self._returned else []
 
-    def _see_off(self) -> None:
+    def _wait_until_removed(self) -> None:
         """Wait until the system has removed the thread: since Python 3.12 a fork warns about several threads."""
-        for _ in range(_MOMENTS):
+        for _ in range(_REMOVAL_CHECKS):
             if not os.path.exists(f"/proc/self/task/{self._native_id}"):
                 break
-            sleep(_MOMENT)
+            sleep(_REMOVAL_INTERVAL)
 
     def join(self, seconds: float) -> None:
         """Wait until it has ended, if it was started."""
-        if self._started and not self._is_over:
+        if self._started and not self._has_ended:
             self.done.acquire(True, seconds)
 
 
-_OF_A_FAULT = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
-_NOT_ITS_OWN = set(_signal.valid_signals()) - {getattr(_signal, name, 0) for name in _OF_A_FAULT}
+_FAULT_SIGNALS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
+_BLOCKED_SIGNALS = set(_signal.valid_signals()) - {getattr(_signal, name, 0) for name in _FAULT_SIGNALS}
 
 
 def _end(place: NativeContext, wait: Any) -> None:
     """End the native call of a wait, or keep it from beginning."""
     wait.cancelled = True
-    pause = _WAKE_AGAIN
-    while is_at(wait, place):
+    pause = _WAKE_INTERVAL
+    while is_waiting_in(wait, place):
         place.wake(wait)
         sleep(pause)
         pause *= 2
 
 
-process.at_fork(at_begin=lambda epoch: process.for_child.clear())
+process.at_fork(at_begin=lambda epoch: process.locks_to_release.clear())

@@ -22,10 +22,10 @@ from .._core.library import SUCCESS
 from .._core.unpatched import get_ident, monotonic, sleep
 from .pyscard import raw
 
-__all__ = ["NativeContext", "cancel_natively", "establishing", "is_at", "wait_until_given"]
+__all__ = ["NativeContext", "cancel_natively", "establishing", "is_waiting_in", "wait_while_given"]
 
-_PATIENCE = 0.1  # s; that pcscd has to end a conversation
-_UNTIL_GIVEN = 0.001  # s
+_SHUTDOWN_TIMEOUT = 0.1  # s; that pcscd has to end a conversation
+_PAUSE = 0.001  # s
 
 
 class _Establishing(Place):
@@ -49,7 +49,17 @@ class NativeContext(Place):
     :ivar cards: the native handles of its cards, and an empty list for each SCardConnect in progress.
     """
 
-    __slots__ = ("began", "descriptor", "established", "handle", "owner", "released", "traces", "wakers", "woken")
+    __slots__ = (
+        "began",
+        "connection_finder",
+        "descriptor",
+        "established",
+        "handle",
+        "owner",
+        "released",
+        "wakers",
+        "woken",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +70,7 @@ class NativeContext(Place):
         self.descriptor: Optional[Descriptor] = None
         self.wakers: dict[object, None] = {}
         self.established: list[Any] = []  # what SCardEstablishContext returned
-        self.traces = connections.Traces()
+        self.connection_finder = connections.ConnectionFinder()
 
     def if_established(self) -> Iterator[tuple[NativeContext, Any]]:
         """An entry for a table, if pcscd has not refused it by the time the iterator is used."""
@@ -69,12 +79,13 @@ class NativeContext(Place):
     def settle(self) -> None:
         """Note what libpcsclite has made; any thread may do it, and a second time changes nothing."""
         if not self.handle and self.established and self.established[0][0] == SUCCESS:
-            descriptor = self.traces.connection()
+            descriptor = self.connection_finder.connection()
             if descriptor is not None and self.is_ours():
                 descriptors.guard(descriptor)
                 self.descriptor = descriptor
             elif descriptor is not None:
-                descriptors.kill([descriptor])  # a finalizer has forked in the middle, and this is the child
+                # A finalizer has forked in the middle, and this is the child.
+                descriptors.replace_with_dead([descriptor])
             self.handle = self.established[0][1]
         in_flight.unsettled.pop(self, None)
 
@@ -102,7 +113,7 @@ class NativeContext(Place):
             # No other code runs between that check and the next line.  A thread that comes next sees the state.
             if is_known:
                 self.state = WOKEN
-                connections.shut_down(self.descriptor, at_once=monotonic() - self.woken > _PATIENCE)
+                connections.shut_down(self.descriptor, both_directions=monotonic() - self.woken > _SHUTDOWN_TIMEOUT)
             else:
                 cancel_natively(wait, self.handle, may_pass)
         finally:
@@ -119,24 +130,24 @@ class NativeContext(Place):
 
 def cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
     """SCardCancel, which uses a separate connection to pcscd for a moment."""
-    answer: list[Any] = []
-    call = (answer.extend, map(raw["SCardCancel"], (handle,)))
-    while not attempt(establishing, owned, "SCardCancel", connections.OPENS_ANOTHER, call, may_pass=may_pass):
+    result: list[Any] = []
+    call = (result.extend, map(raw["SCardCancel"], (handle,)))
+    while not attempt(establishing, owned, "SCardCancel", connections.FORGET_LATEST, call, may_pass=may_pass):
         if owned.owner is not process.current():
             return STALE
         may_pass = gate.wait_for(establishing, may_pass)
-    return answer[0]
+    return result[0]
 
 
-def wait_until_given(given: Sequence[NativeContext]) -> None:
+def wait_while_given(given: Sequence[NativeContext]) -> None:
     """Wait a moment for another thread's fork to decide; if this thread itself forks, in a handler, use them again."""
     if get_ident() not in in_flight.closers:
-        sleep(_UNTIL_GIVEN)
+        sleep(_PAUSE)
         return
     for context in given:
         context.state = OPEN
 
 
-def is_at(wait: Any, context: NativeContext) -> bool:
+def is_waiting_in(wait: Any, context: NativeContext) -> bool:
     calls = context.calls
     return bool(calls) and calls[-1][3] is wait

@@ -15,7 +15,7 @@ from .. import errors
 from .._core import library
 from .._core.calls import CALLS
 
-__all__ = ["is_loaded", "load", "raw", "stand_in"]
+__all__ = ["is_loaded", "load", "load_from_broker", "raw"]
 
 raw: dict[str, Callable[..., Any]] = {}
 """The C functions, by PC/SC's name; they take real handles."""
@@ -48,11 +48,11 @@ def load() -> None:
     _loaded.append(_scard)
 
 
-def stand_in(functions: Mapping[str, Callable[..., Any]], told: Mapping[str, Any]) -> None:
+def load_from_broker(functions: Mapping[str, Callable[..., Any]], described: Mapping[str, Any]) -> None:
     """Use another process's pyscard, and import none here.
 
     :param functions: the functions that reach it.
-    :param told: its :func:`library.catalogue`.
+    :param described: its :func:`library.catalogue`.
     """
-    library.describe(told, functions)
-    raw.update({name: functions[name] for name in told["functions"] if name in functions})
+    library.load_catalogue(described, functions)
+    raw.update({name: functions[name] for name in described["functions"] if name in functions})

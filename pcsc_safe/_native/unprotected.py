@@ -29,7 +29,7 @@ _SINGLETON = (
 )  # before pyscard 2.3 all objects use the context of this singleton
 
 _watched: tuple[type, ...] = ()
-_last_signs = 0  # when there was nothing to tell
+_last_reference_count = 0  # when there was nothing to report
 _count_of_modules = 0
 
 
@@ -37,8 +37,8 @@ def opened() -> list[str]:
     """The objects of pyscard that have their own context: the class of each, and the reader if there is one."""
     classes = tuple(_classes())
     found = [each for each in gc.get_objects() if issubclass(type(each), classes)]
-    told = [_described(each) for each in found if _has_context(each)]
-    return told or ([_SINGLETON[1]] if _has_context(_singleton()) else [])
+    open_objects = [_described(each) for each in found if _has_context(each)]
+    return open_objects or ([_SINGLETON[1]] if _has_context(_singleton()) else [])
 
 
 def _has_context(instance: Any) -> bool:
@@ -69,34 +69,34 @@ def _singleton() -> Any:
 
 
 def _before_fork() -> None:
-    if len(modules) == _count_of_modules and _signs() == _last_signs:
+    if len(modules) == _count_of_modules and _reference_count() == _last_reference_count:
         return
     try:
-        _tell_if_new()
+        _warn_if_new()
     except BaseException as error:  # a signal handler's; a hook can't raise
         gate.raise_later(get_ident(), error)
 
 
-def _signs() -> int:
+def _reference_count() -> int:
     """A number that changes when the number of references to the classes changes."""
     references = sum(map(getrefcount, _watched))  # a derived class refers to its base, so that it is noticed, too
     return references + _has_context(_singleton()) if _SINGLETON[0] in modules else references
 
 
-def _tell_if_new() -> None:
-    global _count_of_modules, _last_signs, _watched
+def _warn_if_new() -> None:
+    global _count_of_modules, _last_reference_count, _watched
     _count_of_modules, watched = len(modules), tuple(_classes())
-    if watched == _watched and _signs() == _last_signs:
+    if watched == _watched and _reference_count() == _last_reference_count:
         return
     _watched = watched
     del watched  # which refers to them
-    _last_signs = _signs()
+    _last_reference_count = _reference_count()
     connections.prepare()
     if connections.ARE_INHERITED and not connections.connections():
         return
     found = opened()
     if found:
-        process.before_fork(process.TELL, None)
+        process.before_fork(process.WARN, None)
         log.warning(
             "unprotected",
             "process %(pid)d forks while %(object)s is open%(more)s, which pcsc_safe doesn't protect: call "
@@ -106,4 +106,4 @@ def _tell_if_new() -> None:
         )
 
 
-process.before_fork(process.TELL, _before_fork)
+process.before_fork(process.WARN, _before_fork)

@@ -13,12 +13,12 @@ from typing import Any, Callable, Optional
 
 from .._core.calls import STALE
 from .._core.failures import is_ours
-from .._core.in_flight import Owned, nobody_hears
+from .._core.in_flight import Owned, client_has_hung_up
 from .._core.library import SUCCESS
 from .._core.reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, UNKNOWN, is_for_new_readers
 from .._core.unpatched import get_ident, monotonic
 from . import interruptible
-from .contexts import NativeContexts, behind
+from .contexts import NativeContexts, native_contexts_of
 
 __all__ = ["await_change"]
 
@@ -40,7 +40,7 @@ class Wait:
         self._contexts: NativeContexts = contexts
         self._states = states
         self._deadline = None if timeout == INFINITE else monotonic() + timeout / 1000
-        self._seen: Optional[list[Optional[int]]] = None
+        self._counters_before: Optional[list[Optional[int]]] = None
         self._readers: Optional[list[str]] = None
 
     @property
@@ -55,7 +55,7 @@ class Wait:
 
     def has_spare(self, native: Any, may_pass: bool) -> bool:
         """Whether there is another native context on which the wait can continue."""
-        if not self._contexts.is_behind(self._context):
+        if not self._contexts.is_current(self._context):
             return True  # if it continues, then on other native contexts
         return self._contexts.has_spare(self._context, native, may_pass)
 
@@ -69,27 +69,27 @@ class Wait:
         :return: the result; None to continue; :data:`STALE` if this process no longer owns the context.
         """
         # Also before a wait in another thread, which is not needed for an event that has already happened.
-        if self._seen is not None or interruptible.is_wanted(self._left()):
-            missed = self._missed()
-            if missed is not None:
-                return missed if missed is STALE or missed[0] != SUCCESS else self._confirmed(missed)
+        if self._counters_before is not None or interruptible.is_wanted(self._remaining()):
+            event = self._find_missed_event()
+            if event is not None:
+                return event if event is STALE or event[0] != SUCCESS else self._confirm(event)
         self.was_ended = False
-        result = self._contexts.wait(self._context, self, self._left(), self._states)
+        result = self._contexts.wait(self._context, self, self._remaining(), self._states)
         if result is STALE:
             return None if self.cancelled else STALE
         hresult = result[0]
         if hresult == SUCCESS:
-            return self._confirmed(result)
-        if hresult == TIMED_OUT and not self._left():
+            return self._confirm(result)
+        if hresult == TIMED_OUT and not self._remaining():
             return result
         if self.cancelled:
             return [CANCELLED, result[1]]
         if self.was_ended or hresult == TIMED_OUT:
-            self._seen = _counters(result[1])
+            self._counters_before = _counters(result[1])
             return None
         return result
 
-    def _confirmed(self, result: Any) -> Any:
+    def _confirm(self, result: Any) -> Any:
         """An event, after a second look if it says that there is no such reader.
 
         pcsc-lite 2.5 has one list of readers for the whole process.  Its content is wrong for a moment when another
@@ -104,20 +104,20 @@ class Wait:
             return now
         return None if now[0] == TIMED_OUT else result  # otherwise there is really no such reader
 
-    def _left(self) -> int:
+    def _remaining(self) -> int:
         """The rest of the timeout, in ms."""
         if self._deadline is None:
             return INFINITE
-        left: float = self._deadline - monotonic()
-        return max(0, round(left * 1000))
+        remaining: float = self._deadline - monotonic()
+        return max(0, round(remaining * 1000))
 
-    def _missed(self) -> Any:
+    def _find_missed_event(self) -> Any:
         """The event that happened while this wait was interrupted, or None.
 
         libpcsclite itself detects a state that differs from the one that the application knows.  If a card was removed
         and inserted again, only the event counter differs; if there is a new reader, nothing differs.
         """
-        seen, self._seen = self._seen, None
+        seen, self._counters_before = self._counters_before, None
         result = self._contexts.call(self._context, "SCardGetStatusChange", 0, self._states)
         if result is STALE or result[0] != TIMED_OUT:
             return result
@@ -147,26 +147,26 @@ def _counters(states: list[Any]) -> list[Optional[int]]:
     return [state >> 16 if state & _STATE else None for _, state, _ in states]
 
 
-def await_change(context: Any, alive: Callable[[], bool], timeout: int, states: Any, cancelled: Any) -> Any:
+def await_change(context: Any, is_owned: Callable[[], bool], timeout: int, states: Any, cancelled: Any) -> Any:
     """SCardGetStatusChange.
 
     :param context: the PC/SC context, of this process.
-    :param alive: whether this process still owns it.
+    :param is_owned: whether this process still owns it.
     :param timeout: in ms, more than 0.
     :param states: as the application passed them.
     :param cancelled: the result of a wait that the application cancelled before it could begin.
     :return: pyscard's result, or :data:`STALE`.
     """
-    contexts = behind(context)
+    contexts = native_contexts_of(context)
     wait = Wait(context, contexts, timeout, states)
     try:
         contexts.waits[wait] = None
-        if nobody_hears.get()():  # cancelled before it could begin
+        if client_has_hung_up.get()():  # cancelled before it could begin
             return cancelled
         wait.begin()
         while True:
             result = wait.step()
-            if not alive():
+            if not is_owned():
                 return STALE
             if result is not None:
                 return result

@@ -14,14 +14,14 @@ from .history import History, Lane, Session
 
 __all__ = ["duration", "escaped", "life_in_words", "notes", "session_in_words", "shortened", "times"]
 
-_CAME = {
+_BEGINNINGS = {
     "start": "was started",
     "fork": "was forked",
     "C fork": "was forked by C code, which runs no hooks; its record begins with its first PC/SC call",
     "exec": "was started by exec, and replaced the program that had this PID",
     "broker": "was started to make PC/SC calls for others",
 }
-_WENT = {
+_ENDS = {
     "seen": "its end was observed",
     "exec": "it became another program, by exec",
     "gone": "it ended at some point in the faded part",
@@ -66,7 +66,7 @@ def session_in_words(session: Session) -> str:
 def life_in_words(lane: Lane) -> str:
     parent = f" by process {lane.parent.pid}" if lane.parent is not None else ""
     gap = "; its record ends earlier" if lane.is_incomplete else ""
-    return f"{lane.title()}: {_CAME[lane.how]}{parent}; {_WENT[lane.end]}{gap}"
+    return f"{lane.title()}: {_BEGINNINGS[lane.how]}{parent}; {_ENDS[lane.end]}{gap}"
 
 
 def notes(history: History, not_drawn: int) -> Iterator[str]:

@@ -32,10 +32,10 @@ __all__ = [
     "SPAN_TAG",
     "VARIABLE",
     "Activity",
-    "born_elsewhere",
     "forget",
     "is_on",
     "pid_space",
+    "process_started",
     "record",
 ]
 
@@ -107,8 +107,8 @@ class _Record:
         self._is_lost = True
         if number:
             last = _line("incomplete", {}).encode()
-            _TEXT.pack_into(self._files.get(number - 1, _nowhere), (_SLOTS - 1) * SLOT, last)
-        return _nowhere
+            _TEXT.pack_into(self._files.get(number - 1, _discarded), (_SLOTS - 1) * SLOT, last)
+        return _discarded
 
 
 def _line(kind: str, fields: dict[str, Any]) -> str:
@@ -154,7 +154,7 @@ def record(kind: str, **fields: Any) -> None:
         _mine.write(kind, fields)
 
 
-def born_elsewhere(pid: int, how: str, program: str) -> None:
+def process_started(pid: int, how: str, program: str) -> None:
     """Begin the record of a process that this one has started, and that keeps none itself."""
     if _mine is not None:
         _Record(pid, _mine.name, how, program, os.getpid())
@@ -173,23 +173,23 @@ class Activity:
         self.spans: dict[bytes, tuple[Any, int, Iterator[float], float]] = {}
         _activities.append(self)
 
-    def happened(self, key: bytes, start: float, end: float) -> None:
+    def add(self, key: bytes, start: float, end: float) -> None:
         """Record that it was done once.
 
         :param key: of the object that it was done on.
         :param start: when it began, by monotonic().
-        :param end: when it ended; 0 if it continues until :meth:`ended`.
+        :param end: when it ended; 0 if it continues until :meth:`end`.
         """
         file, at, count, limit = self.spans.get(key, NO_SPAN)
         if (end or start) < limit:
             file[at], file[at + 1] = end, next(count)
             return
-        file, offset = _mine.slot() if _mine is not None else (_nowhere, 0)
+        file, offset = _mine.slot() if _mine is not None else (_discarded, 0)
         SPAN.pack_into(file, offset, SPAN_TAG, self._name, key, start, end, 1)
         limit = start + (start - _origin) * _FINENESS
         self.spans[key] = file.cast("d"), (offset + _END_AT) // _DOUBLE, itertools.count(2.0), limit
 
-    def ended(self, key: bytes, end: float) -> None:
+    def end(self, key: bytes, end: float) -> None:
         """Record the end of what was in progress."""
         file, at, _, _ = self.spans.get(key, NO_SPAN)
         if file is not None:
@@ -246,26 +246,26 @@ def _command_line() -> Sequence[str]:
     return words
 
 
-def _switch_on() -> None:
-    global _ctypes, _mmap, _MAP_FAILED, _nowhere, _mine
+def _start_recording() -> None:
+    global _ctypes, _mmap, _MAP_FAILED, _discarded, _mine
     import ctypes as _ctypes
 
     _mmap = _ctypes.CDLL(None).mmap
     _mmap.restype = _ctypes.c_void_p
     _mmap.argtypes = [_ctypes.c_void_p, _ctypes.c_size_t, *[_ctypes.c_int] * 3, _ctypes.c_long]
     _MAP_FAILED = _ctypes.c_void_p(-1).value
-    _nowhere = memoryview(bytearray(SLOT * _SLOTS))
+    _discarded = memoryview(bytearray(SLOT * _SLOTS))
     process.at_fork(in_child=_in_child)
-    observer.record, observer.born_elsewhere = record, born_elsewhere
+    observer.record, observer.process_started = record, process_started
     _mine = _Record(os.getpid(), "", "start", _program(_command_line()), os.getppid())
 
 
 _ctypes: Any = None
 _mmap: Any = None
 _MAP_FAILED: Any = None
-_nowhere: Any = None
+_discarded: Any = None
 if is_on():
     try:
-        _switch_on()
+        _start_recording()
     except Exception:  # a Python without ctypes, or another libc: the program continues without a record
         _directory = None

@@ -120,27 +120,29 @@ _KNOWN = ("retrofit", "fork", "broker", "handover", "share")  # the report's; he
 class History:
     """What happened.
 
-    :param told: what the processes recorded.
+    :param recorded: what the processes recorded.
     :param ends: when the end of each process was observed, by record.
-    :param gone: when it was observed that a process had already ended, by record.
+    :param ended_before: when it was observed that a process had already ended, by record.
     :ivar lanes: a process before those that it forked.
     :ivar left_out: how many processes had nothing to do with PC/SC.
     """
 
-    def __init__(self, told: Iterable[Union[Event, Span]], ends: Mapping[str, int], gone: Mapping[str, int]) -> None:
+    def __init__(
+        self, recorded: Iterable[Union[Event, Span]], ends: Mapping[str, int], ended_before: Mapping[str, int]
+    ) -> None:
         self._by_name: dict[str, Lane] = {}
         self._ends = ends
         self.arrows: list[Arrow] = []
         spans: list[Span] = []
-        for each in told:
+        for each in recorded:
             if isinstance(each, Span):
                 spans.append(each)
             else:
-                self._tell(each)
-        self._put(spans)
+                self._add(each)
+        self._add_spans(spans)
         lanes = list(self._by_name.values())
         for lane in lanes:
-            self._end(lane, gone)
+            self._end(lane, ended_before)
         self.since = min((lane.since for lane in lanes), default=0)
         self.until = max((lane.until for lane in lanes), default=0)
         for lane in lanes:
@@ -153,7 +155,7 @@ class History:
 
     # One event.
 
-    def _tell(self, event: Event) -> None:
+    def _add(self, event: Event) -> None:
         if event.kind == "process":
             self._begin(event)
         lane = self._by_name.get(event.process)
@@ -161,18 +163,18 @@ class History:
             return  # its record has no beginning: the process was killed right there
         if not (lane.how == "broker" and event.kind == "process"):
             lane.last = max(lane.last, event.time)
-        tell: Optional[Callable[[History, Lane, Event], None]] = _TELLERS.get(event.kind)
-        if tell is not None:
-            tell(self, lane, event)
+        handle: Optional[Callable[[History, Lane, Event], None]] = _HANDLERS.get(event.kind)
+        if handle is not None:
+            handle(self, lane, event)
         elif event.kind not in (*_KNOWN, "process"):
             words = (f"{name} {value}" for name, value in event.fields.items())
             lane.marks.append(Mark(event.time, ", ".join([event.kind, *words])))
 
     def _begin(self, event: Event) -> None:
-        told = event.fields
-        parent = self._by_name.get(told["parent"]) or self._living(told["ppid"], event.time)
-        lane = Lane(event.process, event.pid, told["ppid"], told["how"], told["program"], event.time, parent)
-        earlier = self._living(event.pid, event.time)
+        fields = event.fields
+        parent = self._by_name.get(fields["parent"]) or self._find_running(fields["ppid"], event.time)
+        lane = Lane(event.process, event.pid, fields["ppid"], fields["how"], fields["program"], event.time, parent)
+        earlier = self._find_running(event.pid, event.time)
         if earlier is not None and lane.how == "start":
             earlier.until, earlier.end = event.time, "exec"
             lane.parent, lane.how = earlier, "exec"
@@ -184,7 +186,7 @@ class History:
                     _open(lane, _inherited(session, event.time, f"inherited from process {lane.parent.pid}"))
         self._by_name[lane.name] = lane
 
-    def _living(self, pid: int, time: int) -> Optional[Lane]:
+    def _find_running(self, pid: int, time: int) -> Optional[Lane]:
         """The process that had this PID at that time."""
         for lane in reversed(list(self._by_name.values())):
             if lane.pid == pid and lane.end != "exec" and self._ends.get(lane.name, time + 1) > time:
@@ -193,35 +195,35 @@ class History:
 
     def _established(self, lane: Lane, event: Event) -> None:
         how = event.kind if event.kind == "established" else "re-established"
-        told = event.fields
-        before = _close(lane, told["context"], event.time, how)
+        fields = event.fields
+        before = _close(lane, fields["context"], event.time, how)
         _open(
             lane,
             Session(
-                told["context"],
+                fields["context"],
                 True,
                 how,
                 event.time,
-                str(told.get("at", "")),
+                str(fields.get("at", "")),
                 event.thread,
-                int(told.get("through", 0)),
+                int(fields.get("through", 0)),
                 connections=_copies(before, event.time) if before is not None and not before.owned else [],
             ),
         )
 
-    def _got(self, lane: Lane, event: Event) -> None:
+    def _received(self, lane: Lane, event: Event) -> None:
         how, key = event.fields["how"], event.fields["context"]
         before, source = _close(lane, key, event.time, "handed over" if how == "handover" else "shared"), lane.parent
         if before is None:
             return
         words = {"handover": "handed over", "share": "shared"}[how]
         time = lane.since if before.since == lane.since else event.time  # at the fork, or at the first use
-        got = _inherited(before, time, words)
-        got.owned = True
-        for connection in got.connections:
+        received = _inherited(before, time, words)
+        received.owned = True
+        for connection in received.connections:
             connection.owned = True
-        _open(lane, got)
-        lane.sessions = [each for each in lane.sessions if each is not before or each.since != got.since]
+        _open(lane, received)
+        lane.sessions = [each for each in lane.sessions if each is not before or each.since != received.since]
         if source is None:
             return
         if how == "handover" and key in source.open:
@@ -244,16 +246,16 @@ class History:
         _close(lane, event.fields["key"], event.time, "released")
 
     def _connected(self, lane: Lane, event: Event) -> None:
-        told = event.fields
-        session = lane.open.get(told["context"])
+        fields = event.fields
+        session = lane.open.get(fields["context"])
         if session is None:
             return
         for connection in session.open_connections():
-            if connection.key == told["card"] and connection.owned and connection.mode == told["mode"]:
+            if connection.key == fields["card"] and connection.owned and connection.mode == fields["mode"]:
                 return  # reconnected, as what it was
-            if connection.key == told["card"]:
+            if connection.key == fields["card"]:
                 connection.until = event.time
-        session.connections.append(Connection(told["card"], told["reader"], told["mode"], event.time))
+        session.connections.append(Connection(fields["card"], fields["reader"], fields["mode"], event.time))
 
     def _disconnected(self, lane: Lane, event: Event) -> None:
         for session in lane.open.values():
@@ -266,7 +268,7 @@ class History:
 
     # The rest.
 
-    def _put(self, spans: list[Span]) -> None:
+    def _add_spans(self, spans: list[Span]) -> None:
         """Add the spans to the objects that they were done on."""
         owned: dict[tuple[str, str], list[Union[Session, Connection]]] = {}
         for lane in self._by_name.values():
@@ -285,13 +287,13 @@ class History:
             elif found is not None:
                 (found.exchanges if span.activity == "apdu" else found.transactions).append(span)
 
-    def _end(self, lane: Lane, gone: Mapping[str, int]) -> None:
+    def _end(self, lane: Lane, ended_before: Mapping[str, int]) -> None:
         if lane.end == "exec":
             pass
         elif lane.name in self._ends:
             lane.until, lane.end = self._ends[lane.name], "seen"
-        elif lane.name in gone:
-            lane.until, lane.end = gone[lane.name], "gone"
+        elif lane.name in ended_before:
+            lane.until, lane.end = ended_before[lane.name], "gone"
         else:
             lane.until = 0
         until = lane.until if lane.end in ("seen", "exec") else max(lane.last, lane.since)
@@ -300,10 +302,10 @@ class History:
         lane.until = max(lane.until, lane.last)
 
 
-_TELLERS: dict[str, Callable[[History, Lane, Event], None]] = {
+_HANDLERS: dict[str, Callable[[History, Lane, Event], None]] = {
     "established": History._established,
     "reestablished": History._established,
-    "got": History._got,
+    "got": History._received,
     "lost": History._lost,
     "released": History._released,
     "connected": History._connected,

@@ -25,16 +25,16 @@ _MODES = {
     constant("SCARD_SHARE_DIRECT"): "direct",
 }
 _Route = Callable[..., Any]
-_After = Callable[[Any, "tuple[Any, ...]", Any], Any]
+_FollowUp = Callable[[Any, "tuple[Any, ...]", Any], Any]
 
 
 def begin() -> None:
     """Record contexts, cards and calls from now on; called before the core makes its functions."""
     observer.established, observer.connected = established, connected
-    observer.recorded, observer.followed = recorded, followed
+    observer.wrap_call, observer.wrap_follow_up = wrap_call, wrap_follow_up
 
 
-def recorded(call: Call, route: _Route) -> _Route:
+def wrap_call(call: Call, route: _Route) -> _Route:
     """A function that calls ``route`` and records it; ``route`` itself if there is nothing to record."""
     wrap = _WRAPPERS.get(call.name) if events.is_on() else None
     return wrap(call, route) if wrap is not None else route
@@ -69,7 +69,7 @@ def connected(kind: str, card: Card) -> None:
     )
 
 
-def _establishing(call: Call, route: _Route) -> _Route:
+def _wrap_establish(call: Call, route: _Route) -> _Route:
     def establish(scope: Any) -> Any:
         result = route(scope)
         record = getattr(result[1], "_self_record", None) if result[0] == SUCCESS else None
@@ -80,7 +80,7 @@ def _establishing(call: Call, route: _Route) -> _Route:
     return establish
 
 
-def _connecting(call: Call, route: _Route) -> _Route:
+def _wrap_connect(call: Call, route: _Route) -> _Route:
     def connect(handle: Any, *arguments: Any) -> Any:
         result = route(handle, *arguments)
         record = getattr(result[1], "_self_record", None) if result[0] == SUCCESS else None
@@ -91,7 +91,7 @@ def _connecting(call: Call, route: _Route) -> _Route:
     return connect
 
 
-def _reconnecting(call: Call, route: _Route) -> _Route:
+def _wrap_reconnect(call: Call, route: _Route) -> _Route:
     def reconnect(handle: Any, *arguments: Any) -> Any:
         result = route(handle, *arguments)
         record = handles.cards.get(handle) if result[0] == SUCCESS else None
@@ -102,7 +102,7 @@ def _reconnecting(call: Call, route: _Route) -> _Route:
     return reconnect
 
 
-def _ending(call: Call, route: _Route) -> _Route:
+def _wrap_end(call: Call, route: _Route) -> _Route:
     assert call.takes is not None
     kind, word = call.takes, {"SCardReleaseContext": "released", "SCardDisconnect": "disconnected"}[call.name]
 
@@ -120,16 +120,16 @@ def _ending(call: Call, route: _Route) -> _Route:
 # What follows a call that the router has made itself; as cheap as can be, and so no wrapper.
 
 
-def followed(name: str, after: Optional[_After]) -> Optional[_After]:
+def wrap_follow_up(name: str, after: Optional[_FollowUp]) -> Optional[_FollowUp]:
     """A function that calls ``after`` and records; ``after`` itself if there is nothing to record.
 
     :param name: of the function after which it is called.
     """
-    follow = _FOLLOWERS.get(name) if events.is_on() else None
+    follow = _FOLLOW_UPS.get(name) if events.is_on() else None
     return follow(after) if follow is not None else after
 
 
-def _exchanged(after: Optional[_After]) -> _After:
+def _after_exchange(after: Optional[_FollowUp]) -> _FollowUp:
     spans = exchanges.spans
 
     def exchanged(card: Any, arguments: tuple[Any, ...], result: Any) -> Any:
@@ -141,26 +141,26 @@ def _exchanged(after: Optional[_After]) -> _After:
                 file[at + 1] = next(count)
             else:
                 # The native context knows when its call began; for a call through a broker this is unknown.
-                exchanges.happened(card.key, card.native.began if card.native is not None else end, end)
+                exchanges.add(card.key, card.native.began if card.native is not None else end, end)
         return result
 
     return exchanged
 
 
-def _began(after: Optional[_After]) -> _After:
+def _after_begin(after: Optional[_FollowUp]) -> _FollowUp:
     assert after is not None
     note = after
 
     def began(card: Any, arguments: tuple[Any, ...], result: Any) -> Any:
         note(card, arguments, result)
         if result == SUCCESS and card.transactions == 1:
-            transactions.happened(card.key, monotonic(), 0.0)
+            transactions.add(card.key, monotonic(), 0.0)
         return result
 
     return began
 
 
-def _ended(after: Optional[_After]) -> _After:
+def _after_end(after: Optional[_FollowUp]) -> _FollowUp:
     assert after is not None
     note = after
 
@@ -168,22 +168,22 @@ def _ended(after: Optional[_After]) -> _After:
         was_in = card.transactions
         note(card, arguments, result)
         if was_in and not card.transactions:
-            transactions.ended(card.key, monotonic())
+            transactions.end(card.key, monotonic())
         return result
 
     return ended
 
 
-def _waiting(call: Call, route: _Route) -> _Route:
+def _wrap_wait(call: Call, route: _Route) -> _Route:
     def wait(handle: Any, timeout: Any, states: Any) -> Any:
         record = handles.find(Kind.CONTEXT, handle) if timeout else None
         if record is None:
             return route(handle, timeout, states)
-        waits.happened(record.key, monotonic(), 0.0)
+        waits.add(record.key, monotonic(), 0.0)
         try:
             return route(handle, timeout, states)
         finally:
-            waits.ended(record.key, monotonic())
+            waits.end(record.key, monotonic())
 
     return wait
 
@@ -191,16 +191,16 @@ def _waiting(call: Call, route: _Route) -> _Route:
 exchanges, transactions, waits = (events.Activity(name) for name in ("apdu", "begun", "wait"))
 
 _WRAPPERS: dict[str, Callable[[Call, _Route], _Route]] = {
-    "SCardEstablishContext": _establishing,
-    "SCardReleaseContext": _ending,
-    "SCardConnect": _connecting,
-    "SCardReconnect": _reconnecting,
-    "SCardDisconnect": _ending,
-    "SCardGetStatusChange": _waiting,
+    "SCardEstablishContext": _wrap_establish,
+    "SCardReleaseContext": _wrap_end,
+    "SCardConnect": _wrap_connect,
+    "SCardReconnect": _wrap_reconnect,
+    "SCardDisconnect": _wrap_end,
+    "SCardGetStatusChange": _wrap_wait,
 }
-_FOLLOWERS: dict[str, Callable[[Optional[_After]], _After]] = {
-    "SCardTransmit": _exchanged,
-    "SCardControl": _exchanged,
-    "SCardBeginTransaction": _began,
-    "SCardEndTransaction": _ended,
+_FOLLOW_UPS: dict[str, Callable[[Optional[_FollowUp]], _FollowUp]] = {
+    "SCardTransmit": _after_exchange,
+    "SCardControl": _after_exchange,
+    "SCardBeginTransaction": _after_begin,
+    "SCardEndTransaction": _after_end,
 }

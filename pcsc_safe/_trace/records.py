@@ -60,10 +60,10 @@ def names(directory: Path) -> set[str]:
 
 def read(directory: Path) -> list[Union[Event, Span]]:
     """All that was recorded, in the order of time."""
-    told: list[Union[Event, Span]] = []
+    recorded: list[Union[Event, Span]] = []
     for name in names(directory):
-        told += read_one(directory, name)
-    return sorted(told, key=lambda each: each.start if isinstance(each, Span) else each.time)
+        recorded += read_one(directory, name)
+    return sorted(recorded, key=lambda each: each.start if isinstance(each, Span) else each.time)
 
 
 def read_one(directory: Path, name: str) -> list[Union[Event, Span]]:
@@ -72,9 +72,9 @@ def read_one(directory: Path, name: str) -> list[Union[Event, Span]]:
     return [slot for file in files for slot in _slots(name, file.read_bytes())]
 
 
-def events(told: Iterable[Union[Event, Span]]) -> list[Event]:
+def events(recorded: Iterable[Union[Event, Span]]) -> list[Event]:
     """The events in it."""
-    return [each for each in told if isinstance(each, Event)]
+    return [each for each in recorded if isinstance(each, Event)]
 
 
 def _slots(name: str, data: bytes) -> Iterator[Union[Event, Span]]:

@@ -33,23 +33,23 @@ def run(command: Sequence[str], environment: Mapping[str, str], *, report: bool,
     try:
         ends = watch.Ends(directory) if picture is not None else None
         status = watch.run(command, {**environment, events.VARIABLE: str(directory)}, ends)
-        told = records.read(directory)
+        recorded = records.read(directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)  # somebody may be writing still
     if picture is not None and ends is not None:
         from . import history, timeline  # a report needs neither
 
         try:
-            drawn = timeline.draw(history.History(told, ends.at, ends.before), picture.suffix)
+            drawn = timeline.draw(history.History(recorded, ends.at, ends.before), picture.suffix)
             picture.write_text(drawn, "utf-8")
         except OSError as error:
             print(f"pcsc_safe: no timeline: {picture}: {error.strerror}", file=sys.stderr, flush=True)
     if report:
-        print(summary(records.events(told)), end="", file=sys.stderr, flush=True)
+        print(summary(records.events(recorded)), end="", file=sys.stderr, flush=True)
     return status
 
 
-_TOLD = {
+_SENTENCES = {
     "retrofit": "imported pyscard, and runs on pcsc_safe",
     "fork": "used PC/SC after its fork from process {parent}",
     "reestablished": "has a new context, which replaces process {owner}'s",
@@ -70,15 +70,15 @@ _ONLY_DRAWN = frozenset(
 )
 
 
-def summary(happened: Iterable[Event]) -> str:
+def summary(all_events: Iterable[Event]) -> str:
     """The report: a line of totals, and a line for each kind of event of each process."""
-    happened = list(happened)
-    parents = {event.process: event.fields["ppid"] for event in happened if event.kind == "process"}
-    told = [event for event in happened if event.kind not in _ONLY_DRAWN]
-    kinds = Counter(event.kind for event in told)
+    all_events = list(all_events)
+    parents = {event.process: event.fields["ppid"] for event in all_events if event.kind == "process"}
+    recorded = [event for event in all_events if event.kind not in _ONLY_DRAWN]
+    kinds = Counter(event.kind for event in recorded)
     lines = ["pcsc_safe: " + ", ".join(f"{what}: {kinds[kind]}" for kind, what in _COUNTED.items())]
-    for process in dict.fromkeys(event.process for event in told):
-        mine = [event for event in told if event.process == process]
+    for process in dict.fromkeys(event.process for event in recorded):
+        mine = [event for event in recorded if event.process == process]
         lines.append(f"  process {mine[0].pid}, parent {parents.get(process, 'unknown')}")
         sentences = Counter(map(_sentence, mine))
         lines += [
@@ -89,6 +89,6 @@ def summary(happened: Iterable[Event]) -> str:
 
 def _sentence(event: Event) -> str:
     try:
-        return _TOLD[event.kind].format_map(event.fields)
+        return _SENTENCES[event.kind].format_map(event.fields)
     except KeyError:
         return " ".join([event.kind, *(f"{name}={value}" for name, value in event.fields.items())])

@@ -20,13 +20,13 @@ from typing import Any, Optional
 
 from . import events, records
 
-__all__ = ["Ends", "end_as", "run"]
+__all__ = ["Ends", "exit_as", "run"]
 
-_PASSED_ON = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+_FORWARDED = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 _FROM_TERMINAL = ("SIGINT", "SIGQUIT")
-_LOOKS_EVERY = 0.005  # s
-_UNBORN = 0.25  # s; a child may begin its record when its parent has ended already
-_PATIENCE = 2.0  # s, after which a message names the processes that are still running
+_CHECK_INTERVAL = 0.005  # s
+_LATE_RECORD_TIMEOUT = 0.25  # s; a child may begin its record when its parent has ended already
+_MESSAGE_AFTER = 2.0  # s, after which a message names the processes that are still running
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[Ends] = None) -> int:
@@ -38,7 +38,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[E
     # The program inherits the same descriptors as without this process.
     process = subprocess.Popen(command, env=environment, close_fds=False)  # noqa: S603  # it is the user's
 
-    def pass_on(number: int, frame: Any) -> None:
+    def forward(number: int, frame: Any) -> None:
         if process.returncode is not None and ends is not None:
             if number not in ignored:
                 ends.stop()
@@ -46,11 +46,11 @@ def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[E
             process.send_signal(number)
 
     at_terminal = {getattr(signal, name, None) for name in _FROM_TERMINAL}
-    passed_on = [getattr(signal, name) for name in _PASSED_ON if hasattr(signal, name)]
+    forwarded = [getattr(signal, name) for name in _FORWARDED if hasattr(signal, name)]
     # Ignored because of nohup, or in the background of a script.  The program inherits this.
-    ignored = [number for number in passed_on if signal.getsignal(number) is signal.SIG_IGN]
-    for number in passed_on:
-        signal.signal(number, pass_on)
+    ignored = [number for number in forwarded if signal.getsignal(number) is signal.SIG_IGN]
+    for number in forwarded:
+        signal.signal(number, forward)
     if ends is None:
         return process.wait()
     ends.watch()
@@ -68,7 +68,7 @@ def _have_terminal() -> bool:
         return False
 
 
-def end_as(status: int) -> int:
+def exit_as(status: int) -> int:
     """End by the signal that ended the program, or return its exit status."""
     if status >= 0:
         return status
@@ -97,9 +97,9 @@ class Ends:
         self._seen: set[str] = set()
         self._alive: dict[int, str] = {}  # by pidfd
         self._poll = select.poll()
-        self._thread = threading.Thread(target=self._look_on, daemon=True)
-        self._rest = threading.Event()
-        self._is_over = False
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._all_ended = threading.Event()
+        self._program_has_ended = False
         self._stopped = False
 
     def watch(self) -> None:
@@ -108,8 +108,8 @@ class Ends:
 
     def wait_for_the_rest(self) -> None:
         """Wait until all these processes have ended."""
-        self._is_over = True
-        if not self._rest.wait(_PATIENCE):
+        self._program_has_ended = True
+        if not self._all_ended.wait(_MESSAGE_AFTER):
             pids = ", ".join(sorted(name.partition("-")[0] for name in list(self._alive.values())))
             print(
                 f"pcsc_safe: the program has ended, but process {pids} still runs: recording continues "
@@ -117,44 +117,44 @@ class Ends:
                 file=sys.stderr,
                 flush=True,
             )
-            while not self._rest.wait(_PATIENCE):
+            while not self._all_ended.wait(_MESSAGE_AFTER):
                 pass
 
     def stop(self) -> None:
         """Stop watching and waiting."""
         self._stopped = True
 
-    def _look_on(self) -> None:
+    def _watch(self) -> None:
         busy = time.monotonic()
         try:
             while not self._stopped:
-                self._look()
+                self._check()
                 now = time.monotonic()
-                busy = now if self._alive or not self._is_over else busy
-                if now - busy > _UNBORN:
+                busy = now if self._alive or not self._program_has_ended else busy
+                if now - busy > _LATE_RECORD_TIMEOUT:
                     break
         finally:
-            self._rest.set()
+            self._all_ended.set()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         for name in records.names(self._directory) - self._seen:
-            self._meet(name)
+            self._watch_process(name)
         if not self._alive:
-            time.sleep(_LOOKS_EVERY)
-        for descriptor, _ in self._poll.poll(_LOOKS_EVERY * 1000):
+            time.sleep(_CHECK_INTERVAL)
+        for descriptor, _ in self._poll.poll(_CHECK_INTERVAL * 1000):
             self.at[self._alive.pop(descriptor)] = time.monotonic_ns()
             self._poll.unregister(descriptor)
             os.close(descriptor)
 
-    def _meet(self, name: str) -> None:
-        told = records.events(records.read_one(self._directory, name))
-        if not told:
+    def _watch_process(self, name: str) -> None:
+        recorded = records.events(records.read_one(self._directory, name))
+        if not recorded:
             return  # it is about to be written
         self._seen.add(name)
-        if not hasattr(os, "pidfd_open") or told[0].fields.get("space") != self._space:
+        if not hasattr(os, "pidfd_open") or recorded[0].fields.get("space") != self._space:
             return
         try:
-            descriptor = os.pidfd_open(told[0].pid)
+            descriptor = os.pidfd_open(recorded[0].pid)
         except ProcessLookupError:
             self.before[name] = time.monotonic_ns()
         except OSError:

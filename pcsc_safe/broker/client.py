@@ -30,11 +30,11 @@ from .connection import Connection, adopt, pair
 
 __all__ = ["Broker", "InheritedConnection"]
 
-_READY_WITHIN = 30.0  # s; from its start
+_READY_TIMEOUT = 30.0  # s; from its start
 _MOST_IDLE = 16  # connections that are kept for the next calls
 _ORPHANED_AFTER = 1.0  # s
-_DYING_TAKES = 0.1  # s
-_UNSENT, _SENT, _ANSWERED = range(3)  # how far an exchange has come
+_DEATH_TIMEOUT = 0.1  # s
+_UNSENT, _SENT, _REPLIED = range(3)  # how far an exchange has come
 _LONGEST_APDU = 65544  # bytes; MAX_BUFFER_SIZE_EXTENDED of pcsc-lite's reader.h
 
 
@@ -66,10 +66,10 @@ class Broker:
         self._helper = helper
         self.key = key or os.urandom(16)
         self._presence = presence
-        self._arriving = threading.RLock()
+        self._presence_turn = threading.RLock()
         self._idle: list[Connection] = []
         self._connections = {presence.descriptor.number: presence} if presence is not None else {}
-        self._accepted: Optional[tuple[int, InheritedConnection]] = None
+        self._inherited_connection: Optional[tuple[int, InheritedConnection]] = None
 
     def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """Return ``call(*arguments)``; the call is not inside the native library, so no fork needs to wait for it."""
@@ -83,15 +83,15 @@ class Broker:
             where = os.path.abspath(where)
         result = self.functions["SCardEstablishContext"](scope, where)
         if result[0] == 0 and outgrown is not None:
-            self._check(result[1], outgrown)
+            self._check_reader_count(result[1], outgrown)
         if result[0] == 0:
             real = result[1]
-            with _undoing(lambda: self.forget(real)):
+            with _undo_on_error(lambda: self.forget(real)):
                 result[1] = keep(real, real, self.epoch, self)
         return result
 
-    def _check(self, real: int, outgrown: int) -> None:
-        with _undoing(lambda: self.forget(real)):
+    def _check_reader_count(self, real: int, outgrown: int) -> None:
+        with _undo_on_error(lambda: self.forget(real)):
             hresult = self.functions["SCardListReaders"](real, [])[0]
         if hresult == outgrown:
             log.info(
@@ -101,14 +101,14 @@ class Broker:
                 "it was restarted",
                 broker_pid=self.helper_pid,
             )
-            raise self._lost(under_way=False, say=False)  # a new broker has seen no other pcscd
+            raise self._mark_lost(in_progress=False, warn=False)  # a new broker has seen no other pcscd
 
     def connect(self, context: Any, arguments: Sequence[Any], keep: KeepCard) -> Any:
         """SCardConnect; see :class:`calls.Gateway`."""
         result = self.functions["SCardConnect"](context.real, *arguments)
         if result[0] == 0:
             real = result[1]
-            with _undoing(lambda: self.functions["SCardDisconnect"](real, constant("SCARD_LEAVE_CARD"))):
+            with _undo_on_error(lambda: self.functions["SCardDisconnect"](real, constant("SCARD_LEAVE_CARD"))):
                 result[1] = keep(real, None, result[2])
         return result
 
@@ -122,12 +122,12 @@ class Broker:
             with failures.suppress(LostError, BrokerError):
                 self.functions["SCardReleaseContext"](real)
 
-    def leave(self) -> None:
+    def discard(self) -> None:
         """Give this broker up, because this process has another one."""
-        self._lost(under_way=False, say=False)
+        self._mark_lost(in_progress=False, warn=False)
 
     def _function(self, number: int) -> Callable[..., Any]:
-        encode, decode, ask = wire.encode_request, wire.decode, self._ask
+        encode, decode, exchange = wire.encode_request, wire.decode, self._exchange
 
         def function(*arguments: Any) -> Any:
             try:
@@ -141,16 +141,16 @@ class Broker:
                     pid=os.getpid(),
                 ) from error
             try:
-                reply = decode(ask(frame))
+                reply = decode(exchange(frame))
             except wire.WireError as error:
-                raise _misunderstood(error) from error
-            return reply.value if type(reply) is wire.Result else self._unusual(reply)
+                raise _protocol_error(error) from error
+            return reply.value if type(reply) is wire.Result else self._raise_for(reply)
 
         return function
 
-    def describe(self) -> Any:
+    def request_catalogue(self) -> Any:
         """The names of its pyscard; see :func:`library.catalogue`."""
-        return self._told(self._ask(wire.encode(wire.Describe())))
+        return self._result_of(self._exchange(wire.encode(wire.Describe())))
 
     def inherit(self, key: bytes, handles: list[int], *, keeps: bool) -> Any:
         """Get contexts and cards of another client.
@@ -160,43 +160,43 @@ class Broker:
         :param keeps: whether the other client keeps them, too.
         :return: the handles that this client got, without those that the other no longer had.
         """
-        return self._told(self._ask(wire.encode(wire.Inherit(key, tuple(handles), keeps))))
+        return self._result_of(self._exchange(wire.encode(wire.Inherit(key, tuple(handles), keeps))))
 
-    def _told(self, body: bytes) -> Any:
+    def _result_of(self, body: bytes) -> Any:
         reply = wire.decode(body)
-        return reply.value if isinstance(reply, wire.Result) else self._unusual(reply)
+        return reply.value if isinstance(reply, wire.Result) else self._raise_for(reply)
 
-    def _unusual(self, reply: wire.Message) -> Any:
+    def _raise_for(self, reply: wire.Message) -> Any:
         if isinstance(reply, wire.Raised):
             raise getattr(builtins, reply.kind)(reply.text)
-        raise _misunderstood(reply.text if isinstance(reply, wire.Refused) else "it sent an unexpected message")
+        raise _protocol_error(reply.text if isinstance(reply, wire.Refused) else "it sent an unexpected message")
 
-    def _ask(self, frame: bytes) -> bytes:
+    def _exchange(self, frame: bytes) -> bytes:
         """One request and its reply, on a connection that no other thread is using."""
         connection, state = None, _UNSENT
         try:
-            connection = self._free()
+            connection = self._get_connection()
             connection.user = get_ident()
             connection.send(frame)
             state = _SENT
             body = connection.receive()
             # Refused: the broker may have hung up.
-            state = _ANSWERED if body[:1] != wire.REFUSED else _SENT
+            state = _REPLIED if body[:1] != wire.REFUSED else _SENT
             return body
         except (OSError, EOFError) as error:
             if not is_ours(error):
                 raise
-            raise self._lost(under_way=state is _SENT) from error
+            raise self._mark_lost(in_progress=state is _SENT) from error
         finally:
             # Not kept if a signal handler raised: the answer to this request is not to be that to another.
             if connection is not None:
-                if state is _ANSWERED and len(self._idle) < _MOST_IDLE and not self.lost:
+                if state is _REPLIED and len(self._idle) < _MOST_IDLE and not self.lost:
                     connection.user, connection.since = 0, monotonic()
                     self._idle.append(connection)
                 else:
                     self._drop(connection)
 
-    def _free(self) -> Connection:
+    def _get_connection(self) -> Connection:
         """A connection that is idle, or a new one."""
         while True:
             try:
@@ -212,20 +212,20 @@ class Broker:
     def _connect(self) -> Connection:
         self._drop_orphans()
         if self._presence is None:
-            one_step.in_turn(self._arriving, self._arrive_once)
+            one_step.call_in_turn(self._presence_turn, self._make_presence)
         elif not self._presence.descriptor.is_intact():
-            raise self._lost(under_way=False)  # the application has closed it, and the broker our sessions
-        return self._greeted()
+            raise self._mark_lost(in_progress=False)  # the application has closed it, and the broker our sessions
+        return self._open_connection()
 
-    def _arrive_once(self) -> None:
+    def _make_presence(self) -> None:
         if self._presence is not None:
             return
-        presence = self._greeted()
+        presence = self._open_connection()
         if self._presence is not None:
             self._idle.append(presence)
             return
         self._presence = presence
-        self._stop_listening()
+        self._close_errors()
         log.info("broker", "broker %(broker_pid)d makes the PC/SC calls of process %(pid)d", broker_pid=self.helper_pid)
 
     def _drop_orphans(self) -> None:
@@ -241,39 +241,40 @@ class Broker:
         """The PID of the broker."""
         return self._helper.pid
 
-    def _greeted(self, key: Optional[bytes] = None) -> Connection:
+    def _open_connection(self, key: Optional[bytes] = None) -> Connection:
         """A new connection that the broker has accepted.
 
         :param key: of the client that it is for, if not this one.
         """
         if not self._door.descriptor.is_intact():
-            raise self._lost(under_way=False)
+            raise self._mark_lost(in_progress=False)
         connection: Optional[Connection] = None
         far_end: Optional[Connection] = None
         is_welcome = False
         try:
             hello = wire.encode(wire.Hello(wire.VERSION, key or self.key))
-            connection, far_end = gate.during(in_flight.DOOR, self._passed, hello)
-            answer = wire.decode(connection.receive_from(self._door, _READY_WITHIN))
-            is_welcome = isinstance(answer, wire.Welcome) and answer.version == wire.VERSION
+            connection, far_end = gate.call_inside(in_flight.DOOR, self._pass_far_end, hello)
+            reply = wire.decode(connection.receive_first(self._door, _READY_TIMEOUT))
+            is_welcome = isinstance(reply, wire.Welcome) and reply.version == wire.VERSION
         except (OSError, EOFError) as error:
             if not is_ours(error):
                 raise
-            raise self._turned_away(error) from error
+            raise self._refusal_error(error) from error
         except wire.WireError as error:
-            raise _misunderstood(error) from error
+            raise _protocol_error(error) from error
         finally:
             if far_end is not None:
                 self._drop(far_end)
             if connection is not None and not is_welcome:
                 self._drop(connection)
         if not is_welcome:
-            self._lost(under_way=False)  # so that it ends, and the next use starts the one that is configured then
-            raise _misunderstood("it has another version of pcsc_safe")
+            # So that it ends, and the next use starts the one that is configured then.
+            self._mark_lost(in_progress=False)
+            raise _protocol_error("it has another version of pcsc_safe")
         assert connection is not None
         return connection
 
-    def _passed(self, hello: bytes) -> tuple[Connection, Connection]:
+    def _pass_far_end(self, hello: bytes) -> tuple[Connection, Connection]:
         """A connection, and a copy of its far end, which was passed through the door with a message already in it.
 
         The copy is kept until the broker has replied: macOS can flush a socket that is being passed if no process has
@@ -288,9 +289,11 @@ class Broker:
                 self._connections[end.descriptor.number] = end
             # If a signal handler has forked and this is the child, the parent passes the far end.
             if self.epoch is not process.current():
-                raise LostError(self, under_way=False)
+                raise LostError(self, in_progress=False)
             ours.send(hello)  # before, so that the broker doesn't have to wait for it
-            self._door.pass_on(start.FOR_FAMILY if self.for_family else start.FOR_ONE, mine[1].descriptor.number)
+            self._door.send_descriptor(
+                start.FOR_FAMILY if self.for_family else start.FOR_ONE, mine[1].descriptor.number
+            )
             return mine[0], mine[1]
         except BaseException:
             for end in mine:
@@ -298,13 +301,13 @@ class Broker:
             theirs.close()
             raise
 
-    def _turned_away(self, error: Exception) -> Exception:
+    def _refusal_error(self, error: Exception) -> Exception:
         """The error if the broker accepts no connection: it never started, has ended, or has no free resources."""
         if self.epoch is not process.current():
-            return LostError(self, under_way=False)
+            return LostError(self, in_progress=False)
         is_ours = isinstance(error, OSError) and not isinstance(error, ConnectionError)
-        patience = 0.0 if is_ours else _DYING_TAKES
-        if self._presence is not None and not self.lost and self._presence.is_alive(patience):
+        timeout = 0.0 if is_ours else _DEATH_TIMEOUT
+        if self._presence is not None and not self.lost and self._presence.is_alive(timeout):
             reason = (is_ours and getattr(error, "strerror", None)) or "the broker accepts no more connections"
             return BrokerError(
                 f"process {os.getpid()} can't make another connection to its broker: {reason}",
@@ -312,10 +315,10 @@ class Broker:
                 "the limit (ulimit -n), or use fewer threads",
                 pid=os.getpid(),
             )
-        never_began = self._helper.errors is not None and self._helper.parent == os.getpid()
-        why = self._helper.why_not() if never_began else ""
-        lost = self._lost(under_way=False, say=not never_began)
-        if not never_began:
+        never_started = self._helper.errors is not None and self._helper.parent == os.getpid()
+        why = self._helper.failure_reason() if never_started else ""
+        lost = self._mark_lost(in_progress=False, warn=not never_started)
+        if not never_started:
             return lost
         if is_ours:
             why = getattr(error, "strerror", None) or why
@@ -325,16 +328,16 @@ class Broker:
             pid=os.getpid(),
         )
 
-    def _lost(self, *, under_way: bool, say: bool = True) -> LostError:
+    def _mark_lost(self, *, in_progress: bool, warn: bool = True) -> LostError:
         """Note that this broker has ended.
 
-        :param say: whether to log it.
+        :param warn: whether to log it.
         :return: the error to raise.
         """
         if self.epoch is not process.current():
-            return LostError(self, under_way=False)
+            return LostError(self, in_progress=False)
         was_lost, self.lost = self.lost, True
-        if say and not was_lost:
+        if warn and not was_lost:
             log.warning(
                 "broker-lost",
                 "broker %(broker_pid)d of process %(pid)d has ended, and its sessions with it: the next PC/SC call "
@@ -344,17 +347,17 @@ class Broker:
         for connection in [*self._idle, *filter(None, [self._presence]), self._door]:
             self._drop(connection)
         del self._idle[:]
-        self._stop_listening()
+        self._close_errors()
         self._helper.reap()
-        return LostError(self, under_way=under_way)
+        return LostError(self, in_progress=in_progress)
 
-    def _stop_listening(self) -> None:
+    def _close_errors(self) -> None:
         """Stop reading the broker's messages about its start."""
         helper = self._helper
         silent = helper._replace(errors=None)
         if self._helper is helper:  # one thread closes it
             self._helper = silent
-            helper.hush()
+            helper.close_errors()
 
     def _drop(self, connection: Connection) -> None:
         if self._connections.get(connection.descriptor.number) is connection:
@@ -363,12 +366,12 @@ class Broker:
 
     # At a fork, and at exit.
 
-    def for_child(self, epoch: process.Epoch) -> Optional[Broker]:
+    def after_fork_in_child(self, epoch: process.Epoch) -> Optional[Broker]:
         """In a child: abandon the parent's connections; return its own client of the same broker, if there is one."""
         for connection in [*self._connections.values()]:
             connection.abandon()
-        if self._accepted is not None and self._accepted[0] == epoch.pid:
-            inherited_connection = self._accepted[1]
+        if self._inherited_connection is not None and self._inherited_connection[0] == epoch.pid:
+            inherited_connection = self._inherited_connection[1]
             if not self.for_family:
                 descriptors.guard(self._door.descriptor)
             if inherited_connection.descriptor is not None and inherited_connection.descriptor.is_intact():
@@ -384,7 +387,7 @@ class Broker:
         elif self.for_family and not self.lost:
             return Broker(self._door, self._helper, epoch, for_family=True)
         self._door.abandon()
-        self._stop_listening()
+        self._close_errors()
         return None
 
     def prepare_child(self, given: list[int], shared: list[int]) -> InheritedConnection:
@@ -397,17 +400,17 @@ class Broker:
         if self._presence is None:
             self._idle.append(self._connect())
         key = os.urandom(16)
-        connection = self._greeted(key)
+        connection = self._open_connection(key)
         try:
             for handles, keeps in ((given, False), (shared, True)):
                 if handles:
                     connection.send(wire.encode(wire.Inherit(self.key, tuple(handles), keeps)))
-                    self._told(connection.receive())
+                    self._result_of(connection.receive())
         except (OSError, EOFError) as error:
             if not is_ours(error):
                 raise
             self._drop(connection)
-            raise self._lost(under_way=False) from error
+            raise self._mark_lost(in_progress=False) from error
         except BaseException:
             self._drop(connection)
             raise
@@ -419,10 +422,10 @@ class Broker:
         needed = [self._door, *filter(None, [self._presence])]
         return [connection.descriptor.number for connection in needed if connection.descriptor.is_intact()]
 
-    def go_on_at_exit(self) -> None:
+    def stay_open_at_exit(self) -> None:
         """At interpreter exit: stay usable for the last finalizers."""
         for connection in [*self._connections.values()]:
-            connection.go_on_at_exit()
+            connection.stay_open_at_exit()
 
 
 class InheritedConnection:
@@ -446,24 +449,24 @@ class InheritedConnection:
         """The descriptors that the child keeps."""
         return {self._connection.descriptor.number, *self._broker.files_to_preserve()}
 
-    def arrive(self) -> None:
+    def take_over(self) -> None:
         """In the child, in its hook: take the parent's place."""
         with failures.suppress(OSError):
             os.dup2(self._connection.descriptor.number, self.number, inheritable=False)
             os.close(self._connection.descriptor.number)
             self.descriptor = descriptors.of(self.number)
-            self._broker._accepted = (os.getpid(), self)
+            self._broker._inherited_connection = (os.getpid(), self)
 
-    def settle(self, born: bool) -> None:
+    def settle(self, has_child: bool) -> None:
         """In the parent: leave it to the child; or, if there is no child, take back what was given."""
-        if self._given and not born:
+        if self._given and not has_child:
             with failures.suppress(LostError, BrokerError):
                 self._broker.inherit(self.key, self._given, keeps=False)
         self._broker._drop(self._connection)
 
 
 @contextlib.contextmanager
-def _undoing(undo: Callable[[], Any]) -> Iterator[None]:
+def _undo_on_error(undo: Callable[[], Any]) -> Iterator[None]:
     """Run ``undo`` if the block raises: a signal handler has raised, or another thread has done the same first."""
     try:
         yield
@@ -473,7 +476,7 @@ def _undoing(undo: Callable[[], Any]) -> Iterator[None]:
         raise
 
 
-def _misunderstood(why: object) -> BrokerError:
+def _protocol_error(why: object) -> BrokerError:
     return BrokerError(
         f"process {os.getpid()} and its broker don't understand each other: {why}",
         remedy="restart the program: both have to run the same version of pcsc_safe",

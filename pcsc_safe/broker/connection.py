@@ -17,20 +17,20 @@ from . import wire
 
 __all__ = ["Connection", "adopt", "pair", "prepare"]
 
-_AT_ONCE = 1 << 16  # bytes
+_READ_SIZE = 1 << 16  # bytes
 _PAUSE = 0.002  # s
-_LOOK_AGAIN = 0.05  # s
+_CHECK_INTERVAL = 0.05  # s
 _socket: Any = None
-_silently = 0  # MSG_NOSIGNAL: no SIGPIPE, whatever the application does with that
-_at_once = 0  # MSG_DONTWAIT
+_no_sigpipe = 0  # MSG_NOSIGNAL: no SIGPIPE, whatever the application does with that
+_dont_wait = 0  # MSG_DONTWAIT
 
 
 def prepare() -> None:
     """Import what a connection requires, so that a child need not import anything."""
-    global _socket, _silently, _at_once
+    global _socket, _no_sigpipe, _dont_wait
     import _socket as socket  # the module that Python's own is made of: eventlet and gevent patch that one
 
-    _silently, _at_once = getattr(socket, "MSG_NOSIGNAL", 0), getattr(socket, "MSG_DONTWAIT", 0)
+    _no_sigpipe, _dont_wait = getattr(socket, "MSG_NOSIGNAL", 0), getattr(socket, "MSG_DONTWAIT", 0)
     _socket = socket
 
 
@@ -58,7 +58,7 @@ class Connection:
 
         :raises OSError: the broker has ended without receiving it.
         """
-        self._send(frame, _silently)
+        self._send(frame, _no_sigpipe)
 
     def receive(self) -> bytes:
         """The body of the reply.
@@ -68,24 +68,24 @@ class Connection:
         """
         receive, feed = self._receive, self._receiver.feed
         while True:
-            data = receive(_AT_ONCE)
+            data = receive(_READ_SIZE)
             if not data:
                 raise EOFError
             body = feed(data)
             if body is not None:
                 return body
 
-    def receive_from(self, door: Connection, within: float) -> bytes:
+    def receive_first(self, door: Connection, timeout: float) -> bytes:
         """The body of the broker's first reply; this process has a copy of the far end, so there is no end of file.
 
         :param door: shows whether the broker has ended.
-        :param within: the timeout in seconds.
+        :param timeout: the timeout in seconds.
         :raises OSError, EOFError: the broker ended before it replied, or took too long.
         :raises WireError: the reply is malformed.
         """
-        deadline = time.monotonic() + within
+        deadline = time.monotonic() + timeout
         try:
-            self._socket.settimeout(_LOOK_AGAIN)
+            self._socket.settimeout(_CHECK_INTERVAL)
             while True:
                 try:
                     return self.receive()
@@ -99,20 +99,20 @@ class Connection:
         finally:
             self._socket.settimeout(None)
 
-    def pass_on(self, message: bytes, number: int) -> None:
+    def send_descriptor(self, message: bytes, number: int) -> None:
         """Send a descriptor with a message."""
         rights = struct.pack("i", number)
-        self._socket.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)], _silently)
+        self._socket.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)], _no_sigpipe)
 
-    def is_alive(self, patience: float) -> bool:
+    def is_alive(self, timeout: float) -> bool:
         """Whether the broker still has the other end of a connection without a call in progress.
 
-        :param patience: seconds to wait for its end; a process that dies closes one descriptor after the other.
+        :param timeout: seconds to wait for its end; a process that dies closes one descriptor after the other.
         """
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         while True:
             try:
-                return bool(self._socket.recv(1, _socket.MSG_PEEK | _at_once))
+                return bool(self._socket.recv(1, _socket.MSG_PEEK | _dont_wait))
             except BlockingIOError as error:
                 if not is_ours(error):
                     raise
@@ -138,19 +138,19 @@ class Connection:
         if number >= 0 and descriptors.is_dead(number):
             os.close(number)
 
-    def go_on_at_exit(self) -> None:
+    def stay_open_at_exit(self) -> None:
         """At interpreter exit: keep Python from closing it, with a warning, before the last finalizers have used it."""
         number, module = self._socket.detach(), _socket
 
-        def briefly(use: Any) -> Any:
-            passing = module.socket(fileno=number)
+        def with_socket(use: Any) -> Any:
+            temporary = module.socket(fileno=number)
             try:
-                return use(passing)
+                return use(temporary)
             finally:
-                passing.detach()
+                temporary.detach()
 
-        self._send = lambda frame, flags: briefly(lambda end: end.sendall(frame, flags))
-        self._receive = lambda size: briefly(lambda end: end.recv(size))
+        self._send = lambda frame, flags: with_socket(lambda end: end.sendall(frame, flags))
+        self._receive = lambda size: with_socket(lambda end: end.recv(size))
 
 
 def pair(*, guarded: bool) -> tuple[Connection, Any]:

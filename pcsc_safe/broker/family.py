@@ -23,14 +23,14 @@ from .client import Broker
 
 __all__ = [
     "as_broker",
-    "describe",
-    "died_too_often",
     "existing",
     "files_to_preserve",
     "functions",
     "get",
     "prepare",
     "prestart",
+    "repeated_death_error",
+    "request_catalogue",
 ]
 
 _broker: Optional[Broker] = None
@@ -42,7 +42,7 @@ def get() -> Broker:
 
     :raises BrokerError: it can't be started.
     """
-    return _started(for_family=settings().broker is When.ALWAYS)
+    return _get_or_start(for_family=settings().broker is When.ALWAYS)
 
 
 def existing() -> Optional[Broker]:
@@ -69,10 +69,10 @@ def prestart() -> None:
 
     :raises BrokerError: it can't be started.
     """
-    _started(for_family=True)
+    _get_or_start(for_family=True)
 
 
-def _started(for_family: bool) -> Broker:
+def _get_or_start(for_family: bool) -> Broker:
     """The broker of this process; it is started if there is none."""
     prepare()
     here = process.current()  # first of all: what is locked or closed may be so in the parent
@@ -82,14 +82,14 @@ def _started(for_family: bool) -> Broker:
         former = _broker
         if former is not None and not former.lost and former.epoch is here:
             return former
-        broker: Broker = gate.during(in_flight.START, _start_one, for_family)
+        broker: Broker = gate.call_inside(in_flight.START, _start_one, for_family)
         if _broker is former:  # nothing comes between this look and the next line
             _broker = broker
             return broker
-        broker.leave()
-        return _started(for_family)
+        broker.discard()
+        return _get_or_start(for_family)
 
-    return one_step.in_turn(_starting, start_once)
+    return one_step.call_in_turn(_starting, start_once)
 
 
 def _start_one(for_family: bool) -> Broker:
@@ -112,22 +112,22 @@ def _start_one(for_family: bool) -> Broker:
     finally:
         theirs.close()
     observer.record("broker", broker=helper.pid)
-    observer.born_elsewhere(helper.pid, "broker", "PC/SC broker")
+    observer.process_started(helper.pid, "broker", "PC/SC broker")
     return Broker(door, helper, epoch, for_family=for_family)
 
 
 _ATTEMPTS = 3
 
 
-def _persistently(ask: Callable[[Broker], Any]) -> Any:
+def _retry_in_new_broker(request: Callable[[Broker], Any]) -> Any:
     """Ask the broker of this process for something that needs no session; ask another one if it dies meanwhile."""
     for _ in range(_ATTEMPTS):
         with failures.suppress(LostError):
-            return ask(get())
-    raise died_too_often()
+            return request(get())
+    raise repeated_death_error()
 
 
-def died_too_often() -> BrokerError:
+def repeated_death_error() -> BrokerError:
     """The error to raise if new brokers die, too."""
     return BrokerError(
         f"{_ATTEMPTS} brokers of process {os.getpid()} ended as soon as they had started",
@@ -137,16 +137,16 @@ def died_too_often() -> BrokerError:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    return lambda *arguments: _persistently(lambda broker: broker.functions[name](*arguments))
+    return lambda *arguments: _retry_in_new_broker(lambda broker: broker.functions[name](*arguments))
 
 
 functions: Mapping[str, Callable[..., Any]] = {name: _function(name) for name in CALLS}
 """The functions of PC/SC, each of the broker that this process has at the time of the call."""
 
 
-def describe() -> Any:
+def request_catalogue() -> Any:
     """A broker's catalogue of its pyscard; see :func:`library.catalogue`."""
-    return _persistently(Broker.describe)
+    return _retry_in_new_broker(Broker.request_catalogue)
 
 
 _is_prepared = False
@@ -164,14 +164,14 @@ def prepare() -> None:
 
 def _at_exit() -> None:
     if _broker is not None and _broker.epoch is process.current():
-        _broker.go_on_at_exit()
+        _broker.stay_open_at_exit()
 
 
 def _begin(epoch: process.Epoch) -> None:
     global _broker, _starting
     _starting = threading.RLock()
     if _broker is not None:
-        _broker = _broker.for_child(epoch)
+        _broker = _broker.after_fork_in_child(epoch)
 
 
 process.at_fork(at_begin=_begin)

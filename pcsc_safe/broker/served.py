@@ -18,7 +18,7 @@ from .sharing import Handle
 
 __all__ = ["Client", "Connection"]
 
-_AT_ONCE = 1 << 16  # bytes
+_READ_SIZE = 1 << 16  # bytes
 _SHARING_VIOLATION = library.constant("SCARD_E_SHARING_VIOLATION")
 _EXCHANGES = {
     wire.NUMBERS[name]: (gateways.native.caller(calls.CALLS[name]), calls.CALLS[name])
@@ -61,16 +61,16 @@ class Client:
         self.handles: dict[int, Handle] = {}
         self.process = 0
         self.is_watched = False
-        self.is_gone = False
+        self.has_ended = False
 
     def release(self) -> None:
         """End the sessions that no other client has, including one that it gets meanwhile."""
-        self.is_gone = True
+        self.has_ended = True
         contexts = [handle for handle in list(self.handles.values()) if isinstance(handle.record, handles.Context)]
         ended = [handle for handle in contexts if sharing.drop(self, handle)]
         # pcscd detects this immediately, as it detects the death of a process, so a long call delays no other context.
         for handle in ended:
-            handle.record.context.real.cut_off()
+            handle.record.context.real.end_long_calls()
         for connection in list(self.connections):
             connection.shut_down()
         # Contexts without waits first, because on macOS a wait may continue although it is cancelled.
@@ -99,7 +99,7 @@ class Connection:
     def run(self) -> None:
         """Serve it until it is closed, or sends a malformed message."""
         self._thread = threading.get_ident()
-        in_flight.nobody_hears.set(lambda: self._has_hung_up)
+        in_flight.client_has_hung_up.set(lambda: self._has_hung_up)
         try:
             self._serve()
         except (OSError, EOFError):
@@ -126,25 +126,25 @@ class Connection:
 
     def _serve(self) -> None:
         receiver = wire.Receiver()
-        hello = wire.decode(self._next(receiver))
+        hello = wire.decode(self._receive(receiver))
         if not isinstance(hello, wire.Hello) or hello.version != wire.VERSION:
             raise wire.WireError("the first frame is not a greeting of this version")
         client = self.client = self._server.welcome(hello.key, self)
         self.socket.sendall(wire.encode(wire.Welcome(wire.VERSION, os.getpid())))
         receive, send, feed, decode = self.socket.recv, self.socket.sendall, receiver.feed, wire.decode
         while True:
-            data = receive(_AT_ONCE)
+            data = receive(_READ_SIZE)
             if not data:
                 return
             body = feed(data)
             if body is not None:
                 message = decode(body)
                 if type(message) is wire.Request:
-                    answer = self._answer(client, message)
+                    reply = self._reply_to(client, message)
                     try:
-                        send(answer)
+                        send(reply)
                     except OSError:
-                        self._undo(client, message, answer)
+                        self._undo(client, message, reply)
                         raise
                 elif isinstance(message, wire.Describe):
                     send(wire.encode(wire.Result(library.catalogue())))
@@ -153,21 +153,21 @@ class Connection:
                 else:
                     raise wire.WireError("not a request")
 
-    def _next(self, receiver: wire.Receiver) -> bytes:
+    def _receive(self, receiver: wire.Receiver) -> bytes:
         while True:
-            data = self.socket.recv(_AT_ONCE)
+            data = self.socket.recv(_READ_SIZE)
             if not data:
                 raise EOFError
             body = receiver.feed(data)
             if body is not None:
                 return body
 
-    def _answer(self, client: Client, request: wire.Request) -> bytes:
+    def _reply_to(self, client: Client, request: wire.Request) -> bytes:
         try:
-            result = self._exchanged(client, request)
+            result = self._transmit_if_idle(client, request)
             if result is None:
                 name = wire.FUNCTIONS[request.function]
-                result = self._called(client, calls.CALLS[name], name, request.arguments)
+                result = self._call(client, calls.CALLS[name], name, request.arguments)
         except Exception as error:
             kind = next(kind for kind in type(error).__mro__ if kind is Exception or kind.__name__ in wire.RAISABLE)
             text = str(error) if kind is not Exception else f"{type(error).__name__}: {error}"
@@ -177,19 +177,19 @@ class Connection:
         except wire.WireError as error:
             return wire.encode(wire.Refused(f"the result can't be sent: {error}"))
 
-    def _undo(self, client: Client, request: wire.Request, answer: bytes) -> None:
+    def _undo(self, client: Client, request: wire.Request, reply: bytes) -> None:
         """Undo a call whose result nobody has received: a signal handler interrupted the caller, or the caller died."""
         name, arguments = wire.FUNCTIONS[request.function], request.arguments
-        reply = wire.decode(answer[wire.HEADER :])
-        result = reply.value if isinstance(reply, wire.Result) else None
+        decoded = wire.decode(reply[wire.HEADER :])
+        result = decoded.value if isinstance(decoded, wire.Result) else None
         undoing = _UNDOING.get(name)
         if undoing is None or (result[0] if isinstance(result, list) else result) != library.SUCCESS:
             return
         handle = result[1] if isinstance(result, list) else arguments[0]
         call = calls.CALLS[undoing]
-        self._called(client, call, undoing, (handle, *([_LEAVE_CARD] if call.takes is calls.Kind.CARD else [])))
+        self._call(client, call, undoing, (handle, *([_LEAVE_CARD] if call.takes is calls.Kind.CARD else [])))
 
-    def _exchanged(self, client: Client, request: wire.Request) -> Any:
+    def _transmit_if_idle(self, client: Client, request: wire.Request) -> Any:
         """Transmit to a card whose context is idle, in as few steps as possible; None if this is another call."""
         number, arguments = request
         exchange = _EXCHANGES.get(number)
@@ -207,9 +207,9 @@ class Connection:
             return None
         return result if result[0] == library.SUCCESS else call.failure(result[0])
 
-    def _called(self, client: Client, call: calls.Call, name: str, arguments: Any) -> Any:
+    def _call(self, client: Client, call: calls.Call, name: str, arguments: Any) -> Any:
         if name == "SCardEstablishContext":
-            return _established(client, *arguments)
+            return _establish(client, *arguments)
         function = router.public.get(name)
         if function is None:
             raise AttributeError(f"module 'smartcard.scard' has no attribute {name!r}")
@@ -223,10 +223,10 @@ class Connection:
                 return call.failure(library.constant("SCARD_E_INVALID_HANDLE"), rest)  # another client's
             handle = known if known is not None else handle
         if type(handle) is Handle and name == "SCardGetStatusChange":
-            return self._waited(function, handle, rest)
+            return self._wait(function, handle, rest)
         # A call that begins or ends a transaction may take long, and the card may become shared in this time.
         if type(handle) is Handle and (handle.holders or name in _BRACKETS):
-            result = self._shared(client, call, function, handle, rest)
+            result = self._call_shared(client, call, function, handle, rest)
         else:
             result = function(handle, *rest)
         if name == "SCardConnect" and result[0] == library.SUCCESS:
@@ -235,7 +235,7 @@ class Connection:
             _forget_released(client, handle)
         return result
 
-    def _shared(self, client: Client, call: calls.Call, function: Any, handle: Handle, arguments: Any) -> Any:
+    def _call_shared(self, client: Client, call: calls.Call, function: Any, handle: Handle, arguments: Any) -> Any:
         """A call on a handle that other clients also have."""
         name = call.name
         if name == "SCardCancel":  # of this client's waits, not of the others'
@@ -260,7 +260,7 @@ class Connection:
         if waits_on is not None and context in (None, waits_on):
             waits_on.real.cancel(waits_on, self._thread)
 
-    def _waited(self, function: Any, handle: Handle, arguments: Any) -> Any:
+    def _wait(self, function: Any, handle: Handle, arguments: Any) -> Any:
         record = handle.record
         try:
             self._waits_on = record if isinstance(record, handles.Context) else None
@@ -272,7 +272,7 @@ class Connection:
 _establishing = threading.Lock()
 
 
-def _established(client: Client, scope: Any, socket_name: Any) -> Any:
+def _establish(client: Client, scope: Any, socket_name: Any) -> Any:
     """SCardEstablishContext.
 
     :param socket_name: the path of pcscd's socket for the client; None for the default.
@@ -289,7 +289,7 @@ def _established(client: Client, scope: Any, socket_name: Any) -> Any:
         result = gateways.native.establish(scope, keep)
     if result[0] == library.SUCCESS:
         client.handles[int(result[1])] = result[1]
-        if client.is_gone:
+        if client.has_ended:
             client.release()
     return result
 

@@ -47,25 +47,25 @@ class Server:
         self._connections: dict[int, Connection] = {}
         self._clients: dict[bytes, Client] = {}
         self._processes: dict[int, list[Client]] = {}  # by PID
-        self._arriving = threading.Lock()
+        self._clients_lock = threading.Lock()
         descriptors.prepare()
         gateways.native.prepare()
-        handles.hand_out(Handle, Handle)
+        handles.set_proxies(Handle, Handle)
 
     def run(self) -> None:
         """Serve until the door is closed."""
         self._watch.on_input(self._door.fileno())
         while True:
-            for told in self._watch.wait():
-                if told == self._door.fileno():
-                    if not self._let_in():
+            for ready in self._watch.wait():
+                if ready == self._door.fileno():
+                    if not self._accept():
                         return
-                elif told < 0:
-                    self._ended(-told)
+                elif ready < 0:
+                    self._remove_process(-ready)
                 else:
-                    _in_a_thread(self._clean_up, self._connections.pop(told))
+                    _run_in_thread(self._clean_up, self._connections.pop(ready))
 
-    def _let_in(self) -> bool:
+    def _accept(self) -> bool:
         """Accept a connection from the door; False if no process has the other end of the door any more."""
         spare, self._spare = self._spare, -1
         if spare >= 0:
@@ -109,7 +109,7 @@ class Server:
 
     def welcome(self, key: bytes, connection: Connection) -> Client:
         """The client that this connection belongs to; called in the connection's thread."""
-        with self._arriving:
+        with self._clients_lock:
             client = self._clients.get(key)
             if client is None:
                 client = self._clients[key] = Client(key, connection)
@@ -118,7 +118,7 @@ class Server:
                 # Not with the first one, which may have been made by the parent of the process that it is for.
                 if not client.is_watched:
                     client.is_watched = True
-                    self._see_its_end(client, connection)
+                    self._watch_process(client, connection)
             return client
 
     def give(self, taker: Client, key: bytes, handles: tuple[int, ...], keeps: bool) -> list[int]:
@@ -133,18 +133,18 @@ class Server:
             return []
         return [number for number in handles if sharing.share(giver, taker, number, keeps=keeps)]
 
-    def _see_its_end(self, client: Client, connection: Connection) -> None:
+    def _watch_process(self, client: Client, connection: Connection) -> None:
         """Watch for the end of the client's process; a child of a fork without hooks may have its descriptors."""
-        client.process = watch.process_behind(connection.socket)
+        client.process = watch.peer_pid(connection.socket)
         if client.process:
             self._processes.setdefault(client.process, []).append(client)
             is_alive = self._watch.on_exit(client.process)
             if not is_alive or client not in self._processes.get(client.process, []):
-                _in_a_thread(self._gone, client)
+                _run_in_thread(self._remove_client, client)
 
-    def _ended(self, pid: int) -> None:
+    def _remove_process(self, pid: int) -> None:
         for client in self._processes.pop(pid, []):
-            _in_a_thread(self._gone, client)
+            _run_in_thread(self._remove_client, client)
 
     def _clean_up(self, connection: Connection) -> None:
         connection.unwatched.set()
@@ -153,10 +153,10 @@ class Server:
         if client is not None:
             client.connections.discard(connection)
             if client.presence is connection:
-                self._gone(client)
+                self._remove_client(client)
 
-    def _gone(self, client: Client) -> None:
-        with self._arriving:
+    def _remove_client(self, client: Client) -> None:
+        with self._clients_lock:
             known = self._clients.pop(client.key, None)
             if client in self._processes.get(client.process, []):
                 self._processes[client.process].remove(client)
@@ -167,7 +167,7 @@ class Server:
             client.release()
 
 
-def _in_a_thread(function: Callable[[Any], None], subject: Any) -> None:
+def _run_in_thread(function: Callable[[Any], None], subject: Any) -> None:
     """Call a function that may take long, in a thread."""
     try:
         start_new_thread(function, (subject,))
@@ -178,8 +178,8 @@ def _in_a_thread(function: Callable[[Any], None], subject: Any) -> None:
 def _hang_up(number: int) -> None:
     """Shut a connection down; closing it would not reach the other end while another process has a copy."""
     with contextlib.suppress(OSError):
-        passing = _socket.socket(fileno=number)
+        temporary = _socket.socket(fileno=number)
         try:
-            passing.shutdown(_socket.SHUT_RDWR)
+            temporary.shutdown(_socket.SHUT_RDWR)
         finally:
-            passing.detach()
+            temporary.detach()

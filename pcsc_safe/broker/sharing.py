@@ -16,7 +16,7 @@ from .._core import handles, library, router
 
 __all__ = ["Client", "Handle", "call_on_card", "drop", "share"]
 
-_LOOK_AGAIN = 1.0  # s; whether the client that waits is still there
+_CHECK_INTERVAL = 1.0  # s; whether the client that waits is still there
 _REFUSED = frozenset(("SCardControl", "SCardEndTransaction"))  # PC/SC doesn't wait in these
 _LEAVE, _RESET = library.constant("SCARD_LEAVE_CARD"), library.constant("SCARD_RESET_CARD")
 # pcscd's or libpcsclite's loops that wait for the end of a transaction inside the call.
@@ -30,11 +30,11 @@ class Client(Protocol):
     """A process that is served.
 
     :ivar handles: the handles that it has, by number.
-    :ivar is_gone: whether it has ended.
+    :ivar has_ended: whether it has ended.
     """
 
     handles: dict[int, Handle]
-    is_gone: bool
+    has_ended: bool
 
 
 class Handle(int):
@@ -66,7 +66,7 @@ class Handle(int):
         return self._self_record
 
 
-_bookkeeping = threading.Lock()
+_holders_lock = threading.Lock()
 
 
 def share(giver: Client, taker: Client, number: int, *, keeps: bool) -> bool:
@@ -78,7 +78,7 @@ def share(giver: Client, taker: Client, number: int, *, keeps: bool) -> bool:
     :param keeps: whether the giver keeps it, too; if not, its transaction is transferred with it.
     :return: whether the giver had it.
     """
-    with _bookkeeping:
+    with _holders_lock:
         handle = giver.handles.get(number)
         if handle is None:
             return False
@@ -102,21 +102,21 @@ def call_on_card(client: Client, name: str, handle: Handle, function: Callable[.
     """
     with handle.free:
         while handle.transaction not in (None, client):
-            if name in _REFUSED or client.is_gone:
+            if name in _REFUSED or client.has_ended:
                 return None
             if name not in _WAITING:
                 break
-            handle.free.wait(_LOOK_AGAIN)
-        if client.is_gone:
+            handle.free.wait(_CHECK_INTERVAL)
+        if client.has_ended:
             return None
         result = function(handle, *arguments)
-        _settle(client, handle)
+        _update_transaction(client, handle)
         if int(handle) not in client.handles:  # another thread has dropped it
             _end_transaction(client, handle)
         return result
 
 
-def _settle(client: Client, handle: Handle) -> None:
+def _update_transaction(client: Client, handle: Handle) -> None:
     """Note whose transaction is open after a call of this client; called with the handle's lock."""
     record = handle.record
     if isinstance(record, handles.Card) and record.transactions:
@@ -132,7 +132,7 @@ def _end_transaction(client: Client, handle: Handle) -> None:
         while isinstance(handle.record, handles.Card) and handle.record.transactions:
             if router.public["SCardEndTransaction"](handle, _LEAVE) != library.SUCCESS:
                 break
-        _settle(client, handle)
+        _update_transaction(client, handle)
 
 
 def drop(client: Client, handle: Handle) -> bool:
@@ -146,7 +146,7 @@ def drop(client: Client, handle: Handle) -> bool:
     if isinstance(handle.record, handles.Context):
         mine = [other for other in list(client.handles.values()) if other.record.context is handle.record]
         ended = [other for other in mine if other is not handle and handle.holders and drop(client, other)]
-    with _bookkeeping:
+    with _holders_lock:
         client.handles.pop(int(handle), None)
         handle.holders.discard(client)
         is_last = not handle.holders

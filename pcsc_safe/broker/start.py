@@ -65,10 +65,11 @@ _NEEDED = {
 }
 _NEEDED_PREFIXES = ("LC_", "PCSCLITE_", "LIBPCSCLITE_")
 _ABOVE_STANDARD = 10
-_NOTHING_LEFT = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EINVAL)  # the last: no number above it
+# EINVAL: there is no free number above _ABOVE_STANDARD.
+_OUT_OF_RESOURCES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EINVAL)
 _LONGEST_TEXT = 4096  # bytes; of what a broker that can't start says
-_TIME_TO_EXIT = 1.0  # s
-_TIME_TO_BE_REAPED = 0.1  # s
+_EXIT_TIMEOUT = 1.0  # s
+_REAP_TIMEOUT = 0.1  # s
 
 can_freeze = False
 """Whether the program has called :func:`pcsc_safe.freeze_support`."""
@@ -88,56 +89,56 @@ class Helper(NamedTuple):
     errors: Optional[descriptors.Descriptor]
     attempt: str = ""
 
-    def why_not(self) -> str:
+    def failure_reason(self) -> str:
         """Its last message and how it ended; kills it if it is not ready."""
         if sys.platform == "win32":
             return ""
-        ended = self._ended(_TIME_TO_EXIT)
-        said, has_begun = self._said()
-        if ended is None and has_begun:
+        ended = self._wait_for_exit(_EXIT_TIMEOUT)
+        output, is_ready = self._read_output()
+        if ended is None and is_ready:
             return "it accepts no more clients"
         if ended is None:
             with failures.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
-            self._ended(_TIME_TO_EXIT)
-        lines = said.decode(errors="replace").strip().splitlines()
+            self._wait_for_exit(_EXIT_TIMEOUT)
+        lines = output.decode(errors="replace").strip().splitlines()
         return "; ".join(filter(None, [lines[-1] if lines else "", ended or "it was not ready in time"]))
 
-    def _said(self) -> tuple[bytes, bool]:
+    def _read_output(self) -> tuple[bytes, bool]:
         """Its messages before it was ready; and whether it is ready, which it shows by closing its end."""
         if sys.platform == "win32" or self.errors is None or not self.errors.is_intact():
             return b"", True
         os.set_blocking(self.errors.number, False)
-        said = b""
-        while len(said) < _LONGEST_TEXT:
+        output = b""
+        while len(output) < _LONGEST_TEXT:
             try:
                 more = os.read(self.errors.number, _LONGEST_TEXT)
             except OSError as error:
                 if not is_ours(error):
                     raise
-                return said, False
+                return output, False
             if not more:
-                return said, True
-            said += more
-        return said, False
+                return output, True
+            output += more
+        return output, False
 
-    def hush(self) -> None:
+    def close_errors(self) -> None:
         """Stop reading its messages, which are no longer needed."""
         if self.errors is not None and self.errors.is_intact():
             os.close(self.errors.number)
 
     def reap(self) -> None:
         """Wait for its process, which has ended or is about to end."""
-        self._ended(_TIME_TO_BE_REAPED)
+        self._wait_for_exit(_REAP_TIMEOUT)
 
-    def _ended(self, patience: float) -> Optional[str]:
+    def _wait_for_exit(self, timeout: float) -> Optional[str]:
         """How it ended; None if it is still alive.
 
-        :param patience: seconds to wait for that.
+        :param timeout: seconds to wait for that.
         """
         if sys.platform == "win32" or self.parent != os.getpid():
             return "it was started by another process"
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         while True:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -162,8 +163,8 @@ def spawn(door: int, configured: str) -> Helper:
     """
     if sys.platform == "win32":
         raise NotImplementedError
-    places = [] if configured else _places()
-    command = _command(configured, [place for place in places if _is_usual(place)])
+    places = [] if configured else _import_directories()
+    command = _command(configured, [place for place in places if _is_site_packages(place)])
     opened: list[int] = []
     try:
         read_end, write_end = os.pipe()
@@ -177,7 +178,7 @@ def spawn(door: int, configured: str) -> Helper:
         pid = os.posix_spawn(
             command[0],
             command,
-            environment(os.environ, [place for place in places if not _is_usual(place)]),
+            environment(os.environ, [place for place in places if not _is_site_packages(place)]),
             file_actions=[(os.POSIX_SPAWN_DUP2, source, number) for source, number in duplicates],
             setsigmask=IGNORED,  # until it ignores them itself
         )
@@ -188,7 +189,7 @@ def spawn(door: int, configured: str) -> Helper:
         raise BrokerError(
             f"process {os.getpid()} can't start a broker: {command[0]}: {getattr(error, 'strerror', None) or error}",
             remedy="a broker needs one process and five file descriptors: end processes, or raise the limit (ulimit)"
-            if getattr(error, "errno", None) in _NOTHING_LEFT
+            if getattr(error, "errno", None) in _OUT_OF_RESOURCES
             else "set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe",
             pid=os.getpid(),
         ) from error
@@ -244,13 +245,13 @@ def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
     kept = {name: value for name, value in mine.items() if name in _NEEDED or name.startswith(_NEEDED_PREFIXES)}
     if sys.flags.ignore_environment:  # python -I and -E: what this process doesn't trust is not for its broker either
         kept = {name: value for name, value in kept.items() if not name.startswith("PYTHON")}
-    places = [*path, *filter(None, [python_path.take_off(kept.pop("PYTHONPATH", ""))])]
+    places = [*path, *filter(None, [python_path.remove_from(kept.pop("PYTHONPATH", ""))])]
     given = {"PYTHONPATH": os.pathsep.join(places)} if places else {}
     no_user_site = {"PYTHONNOUSERSITE": "1"} if sys.flags.no_user_site else {}
     return {**kept, **given, **no_user_site, "PYTHONSAFEPATH": "1"}
 
 
-def _places() -> list[str]:
+def _import_directories() -> list[str]:
     """The directories from which this process has imported pcsc_safe and pyscard.
 
     No other entry of sys.path: modules beside a script would come before Python's own modules.
@@ -266,7 +267,7 @@ def _places() -> list[str]:
     return found
 
 
-def _is_usual(place: str) -> bool:
+def _is_site_packages(place: str) -> bool:
     """Whether an interpreter looks there anyway, after Python's own modules."""
     return os.path.basename(place) in ("site-packages", "dist-packages") and place.startswith(sys.prefix)
 

@@ -26,12 +26,12 @@ __all__ = [
     "TUPLE",
     "Opaque",
     "WireError",
+    "encode_values",
     "malformed",
     "octets_of",
     "opaque",
     "oversized",
     "read",
-    "tell",
     "truncated",
 ]
 
@@ -87,20 +87,22 @@ _pack_tagged_size, _pack_tagged_int = struct.Struct("<BI").pack, struct.Struct("
 # --- values to bytes; depth is how many containers are around the value
 
 
-def tell(values: Iterable[Any], depth: int = 0) -> bytes:
+def encode_values(values: Iterable[Any], depth: int = 0) -> bytes:
     """The bytes of these values, one after the other.
 
     :raises WireError: they are more than MAX_BODY.
     """
-    told = []
-    left = MAX_BODY  # checked here, because a small list that contains another one many times can have a huge encoding
+    parts = []
+    remaining = (
+        MAX_BODY  # checked here, because a small list that contains another one many times can have a huge encoding
+    )
     for value in values:
-        part = _TELLERS.get(id(type(value)), _tell_other)(value, depth)
-        left -= len(part)
-        if left < 0:
+        part = _ENCODERS.get(id(type(value)), _encode_other)(value, depth)
+        remaining -= len(part)
+        if remaining < 0:
             raise oversized()
-        told.append(part)
-    return b"".join(told)
+        parts.append(part)
+    return b"".join(parts)
 
 
 def oversized() -> WireError:
@@ -114,14 +116,14 @@ def _sized(tag: int, data: bytes) -> bytes:
     return _pack_tagged_size(tag, len(data)) + data
 
 
-def _tell_int(value: int, _depth: int) -> bytes:
+def _encode_int(value: int, _depth: int) -> bytes:
     try:
         return _pack_tagged_int(INT, value)
     except struct.error:
         return _sized(_LONG, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
 
 
-def _tell_text(value: str, _depth: int) -> bytes:
+def _encode_text(value: str, _depth: int) -> bytes:
     return _sized(_TEXT, value.encode("utf-8", "surrogatepass"))
 
 
@@ -139,34 +141,34 @@ def octets_of(value: list[Any]) -> Optional[bytes]:
         return None
 
 
-def _tell_list(value: list[Any], depth: int) -> bytes:
+def _encode_list(value: list[Any], depth: int) -> bytes:
     octets = octets_of(value) if depth < MAX_DEPTH else None
     if octets is not None:
         return _pack_tagged_size(OCTETS, len(octets)) + octets
-    return _tell_container(LIST, value, tuple(value), depth)  # a copy: another thread may change the list
+    return _encode_container(LIST, value, tuple(value), depth)  # a copy: another thread may change the list
 
 
-def _tell_dict(value: dict[Any, Any], depth: int) -> bytes:
+def _encode_dict(value: dict[Any, Any], depth: int) -> bytes:
     flat = tuple(part for item in list(value.items()) for part in item)
     if not all(type(key) is str for key in flat[::2]):
-        return _tell_opaque(value)
-    return _tell_container(_DICT, value, flat, depth)
+        return _encode_opaque(value)
+    return _encode_container(_DICT, value, flat, depth)
 
 
-def _tell_container(tag: int, container: Any, values: tuple[Any, ...], depth: int) -> bytes:
+def _encode_container(tag: int, container: Any, values: tuple[Any, ...], depth: int) -> bytes:
     if depth >= MAX_DEPTH:
-        return _tell_opaque(container)
-    return _pack_tagged_size(tag, len(values)) + tell(values, depth + 1)
+        return _encode_opaque(container)
+    return _pack_tagged_size(tag, len(values)) + encode_values(values, depth + 1)
 
 
-def _tell_other(value: Any, depth: int) -> bytes:
+def _encode_other(value: Any, depth: int) -> bytes:
     for base, plain in _PLAIN.items():
         if issubclass(type(value), base):  # not isinstance, which is also true for a proxy
             return _BY_TYPE[base](plain(value), depth)
-    return _tell_opaque(value)
+    return _encode_opaque(value)
 
 
-def _tell_opaque(value: Any) -> bytes:
+def _encode_opaque(value: Any) -> bytes:
     return _sized(_OPAQUE, _name_of(type(value))[:_MAX_NAME].encode())
 
 
@@ -177,17 +179,17 @@ _name_of: Callable[[type], str] = type.__dict__[
 _BY_TYPE: dict[type, Callable[[Any, int], bytes]] = {
     type(None): lambda value, depth: b"N",
     bool: lambda value, depth: b"T" if value else b"F",
-    int: _tell_int,
+    int: _encode_int,
     float: lambda value, depth: bytes([_FLOAT]) + _FLOAT64.pack(value),
-    str: _tell_text,
+    str: _encode_text,
     bytes: lambda value, depth: _sized(_BYTES, value),
-    list: _tell_list,
-    tuple: lambda value, depth: _tell_container(TUPLE, value, value, depth),
-    dict: _tell_dict,
+    list: _encode_list,
+    tuple: lambda value, depth: _encode_container(TUPLE, value, value, depth),
+    dict: _encode_dict,
 }
 
 # By the identity of the type, because a metaclass may prevent hashing or comparing it.
-_TELLERS = {id(kind): teller for kind, teller in _BY_TYPE.items()}
+_ENCODERS = {id(kind): encoder for kind, encoder in _BY_TYPE.items()}
 _INT = {id(int)}
 
 # The plain value of an object of a subclass, as C code sees it, even if the subclass overrides methods.

@@ -16,13 +16,13 @@ import select
 import struct
 import sys
 
-__all__ = ["Watch", "process_behind"]
+__all__ = ["Watch", "peer_pid"]
 
-_MOST_AT_ONCE = 64
+_MAX_EVENTS = 64
 
 if sys.platform == "linux":
 
-    def process_behind(connection: _socket.socket) -> int:
+    def peer_pid(connection: _socket.socket) -> int:
         """The PID of the process that created the other end of a socket pair; 0 if it is unknown."""
         try:
             credentials = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _CREDENTIALS.size)
@@ -67,9 +67,9 @@ if sys.platform == "linux":
 
             :return: descriptors, and the PIDs of processes that have ended, as negative numbers.
             """
-            return [self._told(number, events) for number, events in self._epoll.poll(maxevents=_MOST_AT_ONCE)]
+            return [self._report(number, events) for number, events in self._epoll.poll(maxevents=_MAX_EVENTS)]
 
-        def _told(self, number: int, events: int) -> int:
+        def _report(self, number: int, events: int) -> int:
             pid = self._processes.pop(number, None)
             if pid is not None:
                 os.close(number)
@@ -80,7 +80,7 @@ if sys.platform == "linux":
 
 elif sys.platform != "win32":
 
-    def process_behind(connection: _socket.socket) -> int:
+    def peer_pid(connection: _socket.socket) -> int:
         """The PID of the process that last used the other end of a socket pair; 0 if it is unknown."""
         if sys.platform != "darwin":
             return 0
@@ -102,13 +102,13 @@ elif sys.platform != "win32":
         def on_input(self, number: int) -> None:
             """Report whenever there is something to read from a descriptor."""
             self._inputs.add(number)
-            self._ask(select.kevent(number, select.KQ_FILTER_READ, select.KQ_EV_ADD))
+            self._register(select.kevent(number, select.KQ_FILTER_READ, select.KQ_EV_ADD))
 
         def on_end(self, number: int) -> None:
             """Report when a connection has ended."""
             # The end is always reported.  The low-water mark of a full buffer prevents reports of requests.
             flags = select.KQ_EV_ADD | select.KQ_EV_CLEAR
-            self._ask(select.kevent(number, select.KQ_FILTER_READ, flags, select.KQ_NOTE_LOWAT, _A_FULL_BUFFER))
+            self._register(select.kevent(number, select.KQ_FILTER_READ, flags, select.KQ_NOTE_LOWAT, _A_FULL_BUFFER))
 
         def on_exit(self, pid: int) -> bool:
             """Report when a process has ended, if the kernel can.
@@ -117,14 +117,14 @@ elif sys.platform != "win32":
             """
             flags = select.KQ_EV_ADD | select.KQ_EV_ONESHOT
             try:
-                self._ask(select.kevent(pid, select.KQ_FILTER_PROC, flags, select.KQ_NOTE_EXIT))
+                self._register(select.kevent(pid, select.KQ_FILTER_PROC, flags, select.KQ_NOTE_EXIT))
             except ProcessLookupError:
                 return False
             except OSError:  # not ours to watch
                 pass
             return True
 
-        def _ask(self, event: select.kevent) -> None:
+        def _register(self, event: select.kevent) -> None:
             self._queue.control([event], 0)
 
         def wait(self) -> list[int]:
@@ -132,13 +132,13 @@ elif sys.platform != "win32":
 
             :return: descriptors, and the PIDs of processes that have ended, as negative numbers.
             """
-            told = []
-            for event in self._queue.control(None, _MOST_AT_ONCE):
+            reports = []
+            for event in self._queue.control(None, _MAX_EVENTS):
                 if event.filter == select.KQ_FILTER_PROC:
-                    told.append(-event.ident)
+                    reports.append(-event.ident)
                 elif event.ident in self._inputs:
-                    told.append(event.ident)
+                    reports.append(event.ident)
                 elif event.flags & select.KQ_EV_EOF:
-                    self._ask(select.kevent(event.ident, select.KQ_FILTER_READ, select.KQ_EV_DELETE))
-                    told.append(event.ident)
-            return told
+                    self._register(select.kevent(event.ident, select.KQ_FILTER_READ, select.KQ_EV_DELETE))
+                    reports.append(event.ident)
+            return reports

@@ -25,12 +25,12 @@ from .values import (
     TUPLE,
     Opaque,
     WireError,
+    encode_values,
     malformed,
     octets_of,
     opaque,
     oversized,
     read,
-    tell,
     truncated,
 )
 
@@ -196,13 +196,13 @@ _pack_size, _unpack_size = _SIZE.pack, _SIZE.unpack_from
 # The two messages of an APDU exchange are each encoded and decoded by one call, which takes half the time.  The bytes
 # are the same as in the general encoding: a request with two ints and a list of bytes, and a result that is a list of
 # an int and a list of bytes.  They fit into a frame, because octets_of returns MAX_OCTETS at most.
-_COMMAND_KIND, _ANSWER_KIND = b"QR"
+_COMMAND_KIND, _RESPONSE_KIND = b"QR"
 _COMMAND = struct.Struct("<BBqBIBqBqBI")
-_ANSWER = struct.Struct("<BBIBqBI")
-_pack_command, _pack_answer = struct.Struct("<IBBqBIBqBqBI").pack, struct.Struct("<IBBIBqBI").pack
+_RESPONSE = struct.Struct("<BBIBqBI")
+_pack_command, _pack_response = struct.Struct("<IBBqBIBqBqBI").pack, struct.Struct("<IBBIBqBI").pack
 _unpack_command, _COMMAND_SIZE = _COMMAND.unpack_from, _COMMAND.size
-_unpack_answer, _ANSWER_SIZE = _ANSWER.unpack_from, _ANSWER.size
-_COMMAND_TAGS, _ANSWER_TAGS = (INT, TUPLE, 3, INT, INT, OCTETS), (LIST, 2, INT, OCTETS)
+_unpack_response, _RESPONSE_SIZE = _RESPONSE.unpack_from, _RESPONSE.size
+_COMMAND_TAGS, _RESPONSE_TAGS = (INT, TUPLE, 3, INT, INT, OCTETS), (LIST, 2, INT, OCTETS)
 
 
 # --- messages to bytes
@@ -216,7 +216,7 @@ def encode(message: Message) -> bytes:
     kind = _KIND_OF.get(type(message))
     if kind is None or not kind.fits(*message):
         raise WireError("the message is of an unknown kind, or has a field that is not allowed")
-    body = kind.letter + tell(message)
+    body = kind.letter + encode_values(message)
     if len(body) > MAX_BODY:
         raise oversized()
     return _pack_size(len(body)) + body
@@ -249,12 +249,12 @@ def encode_result(value: Any) -> bytes:
     :raises WireError: the value is too long for a frame.
     """
     if type(value) is list and len(value) == 2:
-        hresult, answer = value
-        octets = octets_of(answer) if type(hresult) is int and type(answer) is list else None
+        hresult, response = value
+        octets = octets_of(response) if type(hresult) is int and type(response) is list else None
         if octets is not None:
             size = len(octets)
             try:
-                head = _pack_answer(_ANSWER_SIZE + size, _ANSWER_KIND, LIST, 2, INT, hresult, OCTETS, size)
+                head = _pack_response(_RESPONSE_SIZE + size, _RESPONSE_KIND, LIST, 2, INT, hresult, OCTETS, size)
                 return head + octets
             except struct.error:
                 pass
@@ -282,10 +282,10 @@ def decode(body: Union[bytes, memoryview]) -> Message:
         is_command = (t0, t1, count, t2, t3, t4) == _COMMAND_TAGS and number in _NUMBERS
         if is_command and octets == size - _COMMAND_SIZE:
             return _new(Request, (number, (card, code, [*body[_COMMAND_SIZE:]])))
-    elif size >= _ANSWER_SIZE and body[0] == _ANSWER_KIND:
-        _, t0, count, t1, hresult, t2, octets = _unpack_answer(body)
-        if (t0, count, t1, t2) == _ANSWER_TAGS and octets == size - _ANSWER_SIZE:
-            return _new(Result, ([hresult, [*body[_ANSWER_SIZE:]]],))
+    elif size >= _RESPONSE_SIZE and body[0] == _RESPONSE_KIND:
+        _, t0, count, t1, hresult, t2, octets = _unpack_response(body)
+        if (t0, count, t1, t2) == _RESPONSE_TAGS and octets == size - _RESPONSE_SIZE:
+            return _new(Result, ([hresult, [*body[_RESPONSE_SIZE:]]],))
     return _decode_any(body)
 
 

@@ -13,12 +13,12 @@ from typing import Any, Optional
 from ..demo._judge import signal_name
 from ..testing._disposable import Ended, run_disposable
 
-__all__ = ["Answer", "ask", "plain_environment"]
+__all__ = ["TaskResult", "plain_environment", "run_task"]
 
 _START = 5.0  # seconds that a Python may take to start, on a machine that has much to do
 
 
-class Answer:
+class TaskResult:
     """What a task reported, and how it ended.
 
     :param done: the disposable process.
@@ -44,19 +44,19 @@ class Answer:
         return ""
 
     @property
-    def hung(self) -> bool:
+    def timed_out(self) -> bool:
         """Whether it exceeded its time."""
         return self._done.timed_out is not None
 
 
-def ask(
+def run_task(
     task: str,
     seconds: float,
     *arguments: str,
     module: str = "",
     env: Optional[Mapping[str, str]] = None,
     home: str = "_tasks",
-) -> Answer:
+) -> TaskResult:
     """Run a task in a disposable process.
 
     :param task: the name of a function.
@@ -66,7 +66,7 @@ def ask(
     :param home: the module of the doctor that has the task.
     """
     command = [sys.executable, "-m", f"pcsc_safe.doctor.{home}", task, module, f"{seconds + 2 * _START}", *arguments]
-    return Answer(run_disposable(command, plain_environment() if env is None else env, seconds + _START))
+    return TaskResult(run_disposable(command, plain_environment() if env is None else env, seconds + _START))
 
 
 def plain_environment(keep: str = "") -> dict[str, str]:

@@ -172,9 +172,9 @@ def _examine(options: argparse.Namespace) -> int:
         print("the doctor can't examine a program here: --pid needs /proc, which only Linux has", file=sys.stderr)
         return 2
     try:
-        findings, could_look = _process.examine(options.pid)
+        findings, could_examine = _process.examine(options.pid)
     except ProcessLookupError:
         print(f"the doctor can't examine it: there is no process {options.pid}", file=sys.stderr)
         return 2
     _show([(f"Process {options.pid} and its children", iter(findings))], options.json, Ledger())
-    return _status(findings) if could_look else 2
+    return _status(findings) if could_examine else 2

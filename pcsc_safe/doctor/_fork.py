@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterator
 
 from .. import policy
-from ._ask import Answer, ask, plain_environment
+from ._ask import TaskResult, plain_environment, run_task
 from ._findings import Finding, Status
 from ._machine import in_force
 
 __all__ = ["are_possible", "broker", "forks"]
 
-_PATIENCE = 10.0  # seconds
+_TIMEOUT = 10.0  # seconds
 _PYTHON = "PCSC_SAFE_BROKER_PYTHON"
 
 
@@ -28,7 +28,7 @@ def forks() -> Iterator[Finding]:
         detail = "Windows has no fork: pcsc_safe passes every call through"
         yield Finding("fork.hooks", Status.OK, "forks", detail, data={"forks": False})
         return
-    yield from _detection(ask("detection", _PATIENCE))
+    yield from _detection(run_task("detection", _TIMEOUT))
     yield _auto()
 
 
@@ -38,17 +38,17 @@ def broker(seconds: float, pcsc_works: bool) -> Finding:
     :param seconds: that it may take to start.
     :param pcsc_works: whether it can be asked for a context.
     """
-    return _broker(ask("broker", seconds, *["establish"] * pcsc_works, env=plain_environment(keep=_PYTHON)))
+    return _broker(run_task("broker", seconds, *["establish"] * pcsc_works, env=plain_environment(keep=_PYTHON)))
 
 
-def _detection(told: Answer) -> Iterator[Finding]:
-    task = told.of()
+def _detection(reported: TaskResult) -> Iterator[Finding]:
+    task = reported.of()
     if not task:
-        detail = f"the test of forks failed: the process {told.failure or 'reported nothing'}"
+        detail = f"the test of forks failed: the process {reported.failure or 'reported nothing'}"
         remedy = "check that this user may start processes (ulimit -u), and that pcsc_safe can be imported"
         yield Finding("fork.hooks", Status.PROBLEM, "os.fork()", detail, remedy)
         return
-    seen = {fork: told.of(fork).get("noticed_by") for fork in ("os.fork", "C fork")}
+    seen = {fork: reported.of(fork).get("noticed_by") for fork in ("os.fork", "C fork")}
     hooks, page = seen["os.fork"] == "hook", seen["C fork"] == "page"
     if hooks:
         yield Finding("fork.hooks", Status.OK, "os.fork()", "detected by Python's at-fork hooks", data={"works": True})
@@ -107,12 +107,12 @@ def _auto() -> Finding:
 _CALLED = {policy.Way.NATIVE: "reestablish", policy.Way.BROKER: "broker", policy.Way.NONE: "none"}
 
 
-def _broker(told: Answer) -> Finding:
-    task, python = told.of(), os.environ.get(_PYTHON) or sys.executable
+def _broker(reported: TaskResult) -> Finding:
+    task, python = reported.of(), os.environ.get(_PYTHON) or sys.executable
     data = {"seconds": task.get("seconds"), "python": python, "establish": task.get("establish")}
     if "seconds" in task and "problem" not in task:
         took = f"starts, and answers in {1000 * task['seconds']:.0f} ms"
-        code = task.get("establish", told.failure)
+        code = task.get("establish", reported.failure)
         if code in ("", "SCARD_S_SUCCESS"):
             return Finding("broker", Status.OK, "broker", took, data=data)
         detail, remedy = (
@@ -122,7 +122,7 @@ def _broker(told: Answer) -> Finding:
         return Finding("broker", Status.PROBLEM, "broker", detail, remedy, data)
     if "problem" in task:
         return Finding("broker", Status.PROBLEM, "broker", task["problem"], task["remedy"] or _HELP, data)
-    detail = f"can't be started: the process {told.failure or 'reported nothing'}"
+    detail = f"can't be started: the process {reported.failure or 'reported nothing'}"
     return Finding("broker", Status.PROBLEM, "broker", detail, _HELP, data)
 
 

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, Optional
 from .. import policy
 from ..errors import SettingsError
 from ..testing._versions import versions
-from ._ask import Answer, ask
+from ._ask import TaskResult, run_task
 from ._findings import Finding, Status
 
 __all__ = ["in_force", "installation", "library", "settings"]
 
-_PATIENCE = 10.0  # seconds
+_TIMEOUT = 10.0  # seconds
 _LIBRARY = "; if the PC/SC library is missing, install it (Debian, Ubuntu: apt-get install libpcsclite1)"
 
 
@@ -44,31 +44,31 @@ _CONTAINERS, _SYSTEMDS = ("/.dockerenv", "/run/.containerenv"), "container"
 
 def installation() -> Iterator[Finding]:
     """Versions, and whether an application can import pcsc_safe and the packages that it needs."""
-    told, load = versions(), ask("load", _PATIENCE)
+    installed, load = versions(), run_task("load", _TIMEOUT)
     yield Finding(
         "python",
         Status.OK,
         "Python",
-        f"{told['python']}, {sys.executable}",
-        data={"version": told["python"], "executable": sys.executable},
+        f"{installed['python']}, {sys.executable}",
+        data={"version": installed["python"], "executable": sys.executable},
     )
     container = in_container()
-    detail = f"{told['platform']}, in a container" if container else told["platform"]
+    detail = f"{installed['platform']}, in a container" if container else installed["platform"]
     yield Finding(
-        "platform", Status.OK, "platform", detail, data={"platform": told["platform"], "container": container}
+        "platform", Status.OK, "platform", detail, data={"platform": installed["platform"], "container": container}
     )
     for name, needed in _NEEDED.items():
-        yield _package(name, told[name], needed.least, _imported(load, needed.module))
-    yield _itself(told["pcsc_safe"], _imported(load, "pcsc_safe.scard"))
+        yield _package(name, installed[name], needed.least, _imported(load, needed.module))
+    yield _pcsc_safe(installed["pcsc_safe"], _imported(load, "pcsc_safe.scard"))
 
 
-def _imported(load: Answer, module: str) -> str:
+def _imported(load: TaskResult, module: str) -> str:
     """The result of an import in the task ``load``: ``ok``, or how it failed."""
     imported: str = load.of().get(module, load.failure or "nothing was reported")
     return imported
 
 
-def _itself(version: str, imported: str) -> Finding:
+def _pcsc_safe(version: str, imported: str) -> Finding:
     place = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     data = {"version": version, "place": place}
     if imported == "ok":
@@ -99,29 +99,29 @@ def _package(name: str, version: str, least: tuple[int, ...], imported: str) -> 
     return Finding(name, Status.PROBLEM, name, f"{version}; can't be imported: {imported}", remedy, data)
 
 
-def library(look: Answer) -> Finding:
+def library(look: TaskResult) -> Finding:
     """The native library that a process has loaded which imports pyscard.
 
     :param look: the answer of the task ``look``.
     """
-    what, told = "PC/SC library", look.of()
-    failure = told.get("imported", look.failure or "nothing was reported")
+    what, reported = "PC/SC library", look.of()
+    failure = reported.get("imported", look.failure or "nothing was reported")
     if failure != "ok":
         remedy = "install PC/SC (Debian, Ubuntu: apt-get install libpcsclite1) and pyscard for this Python"
         return Finding("libpcsclite", Status.PROBLEM, what, f"pyscard can't be imported: {failure}", remedy)
-    if not told.get("library") and policy.PLATFORM != "linux":
+    if not reported.get("library") and policy.PLATFORM != "linux":
         owns = {"darwin": "the PCSC framework of macOS", "win32": "winscard.dll of Windows"}
         return Finding("libpcsclite", Status.OK, what, owns.get(policy.PLATFORM, "the one that pyscard was built for"))
-    files = told.get("library", [])
+    files = reported.get("library", [])
     if not files:
         detail = "pyscard is imported, but no libpcsclite is mapped into the process"
         return Finding("libpcsclite", Status.UNKNOWN, what, detail)
-    packages = {file: _owner(file) for file in files}
+    packages = {file: _package_of(file) for file in files}
     detail = ", ".join(f"{file} ({package})" if package else file for file, package in packages.items())
     return Finding("libpcsclite", Status.OK, what, detail, data={"files": files, "packages": packages})
 
 
-def _owner(file: str) -> Optional[str]:
+def _package_of(file: str) -> Optional[str]:
     """The package that a file comes from, with its version, which libpcsclite itself doesn't report."""
     if shutil.which("dpkg-query"):
         for path in dict.fromkeys((file, file.replace("/usr/lib/", "/lib/", 1))):  # of a merged /usr, either is listed

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Optional
 
 from .. import policy
 from . import _proc
-from ._ask import Answer, ask, plain_environment
+from ._ask import TaskResult, plain_environment, run_task
 from ._findings import Finding, Status
 from ._machine import in_container, library
 
@@ -61,18 +61,18 @@ def service(seconds: float) -> Iterator[tuple[list[Finding], Service]]:
     :return: findings, as they are made, each time with the state that is known by then.
     """
     nothing = Service(False, [])
-    answers = True
+    responds = True
     if policy.PLATFORM not in ("darwin", "win32"):
         program = _program()
         yield [_installed(program)], nothing
         path = os.environ.get("PCSCLITE_CSOCK_NAME") or os.path.join(program.directory, "pcscd.comm")
-        found, answers = _socket(path, program, seconds)
+        found, responds = _socket(path, program, seconds)
         yield found, nothing
-    if not answers:
-        loaded = ask("look", seconds, env={**plain_environment(), "PCSCLITE_CSOCK_NAME": os.devnull})
+    if not responds:
+        loaded = run_task("look", seconds, env={**plain_environment(), "PCSCLITE_CSOCK_NAME": os.devnull})
         yield [library(loaded)], nothing
         return
-    look = ask("look", seconds)
+    look = run_task("look", seconds)
     findings = [library(look)]
     if look.of().get("imported") == "ok":
         findings += [_access(look), *_readers(look)]
@@ -83,16 +83,16 @@ def service(seconds: float) -> Iterator[tuple[list[Finding], Service]]:
 
 def _program() -> _Program:
     path = shutil.which("pcscd", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/sbin:/sbin")
-    said = ""
+    output = ""
     if path:
         try:
             command = [path, "--version"]
-            said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout  # noqa: S603
+            output = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout  # noqa: S603
         except (OSError, subprocess.SubprocessError):
-            said = ""
-    version = re.search(r"version (\S+?)\.?\s", said)
-    directory = re.search(r"ipcdir=(\S+)", said)
-    asks_polkit = "polkit" in said.split() or not version  # one that can't be asked may
+            output = ""
+    version = re.search(r"version (\S+?)\.?\s", output)
+    directory = re.search(r"ipcdir=(\S+)", output)
+    asks_polkit = "polkit" in output.split() or not version  # one that can't be asked may
     return _Program(path, version[1] if version else "", directory[1] if directory else "/run/pcscd", asks_polkit)
 
 
@@ -111,19 +111,19 @@ def _socket(path: str, program: _Program, seconds: float) -> tuple[list[Finding]
     """The socket of pcscd, and how pcscd responds there; and whether it responds."""
     what, named = "pcscd's socket", bool(os.environ.get("PCSCLITE_CSOCK_NAME"))
     shown = f"{path} (named by PCSCLITE_CSOCK_NAME)" if named else path
-    told = ask("service", seconds, path, f"{seconds}").of()
-    connected = told.get("connect", "timeout")
-    data: dict[str, Any] = {"path": path, "named": named, "connect": connected, "listener": told.get("listener")}
+    reported = run_task("service", seconds, path, f"{seconds}").of()
+    connected = reported.get("connect", "timeout")
+    data: dict[str, Any] = {"path": path, "named": named, "connect": connected, "listener": reported.get("listener")}
     if connected != "ok":
         detail, remedy = _not_connected(shown, connected, program, named)
         return [Finding("pcscd.socket", Status.PROBLEM, what, detail, remedy, data)], False
-    found = [Finding("pcscd.socket", Status.OK, what, f"{shown}, {_origin(told.get('listener'))}", data=data)]
-    answer = told.get("answer", "timeout")
-    found.append(_answer(answer, told, program))
-    if told.get("clients"):
-        found.append(_clients(told["clients"]))
+    found = [Finding("pcscd.socket", Status.OK, what, f"{shown}, {_origin(reported.get('listener'))}", data=data)]
+    response = reported.get("answer", "timeout")
+    found.append(_response_finding(response, reported, program))
+    if reported.get("clients"):
+        found.append(_clients(reported["clients"]))
     # If pcscd closes the connection, PC/SC calls return a code that says why.  If it doesn't answer, they would hang.
-    return found, answer != "timeout"
+    return found, response != "timeout"
 
 
 def _not_connected(shown: str, why: str, program: _Program, named: bool) -> tuple[str, str]:
@@ -168,18 +168,18 @@ def _origin(listener: Optional[int]) -> str:
     return "created by a process that is not visible here"
 
 
-def _answer(answer: str, told: dict[str, Any], program: _Program) -> Finding:
-    what, data = "pcscd answers", {"answer": answer, "protocol": told.get("protocol")}
-    if answer == "ok" and not told.get("result"):
-        return Finding("pcscd.answer", Status.OK, what, f"yes, protocol {told['protocol']}", data=data)
-    if answer == "ok":
-        detail = f"it speaks protocol {told['protocol']}, and refuses clients of this machine's pcsc-lite"
+def _response_finding(response: str, reported: dict[str, Any], program: _Program) -> Finding:
+    what, data = "pcscd answers", {"answer": response, "protocol": reported.get("protocol")}
+    if response == "ok" and not reported.get("result"):
+        return Finding("pcscd.answer", Status.OK, what, f"yes, protocol {reported['protocol']}", data=data)
+    if response == "ok":
+        detail = f"it speaks protocol {reported['protocol']}, and refuses clients of this machine's pcsc-lite"
         return Finding("pcscd.answer", Status.PROBLEM, what, detail, _VERSIONS, data)
-    if answer == "timeout":
+    if response == "timeout":
         detail = "it accepts a connection and sends nothing: it hangs, or is stopped"
         return Finding("pcscd.answer", Status.PROBLEM, what, detail, _RESTART, data)
-    why, remedy = _refusal(told.get("listener"), told.get("clients"), program)
-    detail = f"it closes the connection immediately ({answer}): {why}. Programs get SCARD_W_SECURITY_VIOLATION or "
+    why, remedy = _refusal(reported.get("listener"), reported.get("clients"), program)
+    detail = f"it closes the connection immediately ({response}): {why}. Programs get SCARD_W_SECURITY_VIOLATION or "
     detail += "SCARD_E_NO_SERVICE"
     return Finding("pcscd.answer", Status.PROBLEM, what, detail, remedy, data)
 
@@ -238,7 +238,7 @@ def _limit() -> int:
     return _LIMIT
 
 
-def _access(look: Answer) -> Finding:
+def _access(look: TaskResult) -> Finding:
     """Whether this user gets a context."""
     what, key = "PC/SC", "pcsc.access"
     code = look.of().get("establish")
@@ -247,7 +247,7 @@ def _access(look: Answer) -> Finding:
         return Finding(key, Status.OK, what, "a context can be established", data=data)
     if code is None:
         detail = f"SCardEstablishContext never returned: the process {look.failure}"
-        remedy = _RESTART if look.hung else "see the system's log; reinstall pyscard and the PC/SC library"
+        remedy = _RESTART if look.timed_out else "see the system's log; reinstall pyscard and the PC/SC library"
     elif code == "SCARD_E_SERVICE_STOPPED":
         detail = f"SCardEstablishContext returns {code}: libpcsclite doesn't speak the protocol of this pcscd"
         remedy = _VERSIONS
@@ -265,15 +265,15 @@ _NO_SERVICE = {
 }
 
 
-def _readers(look: Answer) -> Iterator[Finding]:
-    told = look.of()
-    if told.get("establish") != "SCARD_S_SUCCESS":
+def _readers(look: TaskResult) -> Iterator[Finding]:
+    reported = look.of()
+    if reported.get("establish") != "SCARD_S_SUCCESS":
         return
-    if "list" not in told:
+    if "list" not in reported:
         detail = f"SCardListReaders never returned: the process {look.failure}"
-        yield Finding("readers", Status.PROBLEM, "readers", detail, _RESTART if look.hung else _LOG)
+        yield Finding("readers", Status.PROBLEM, "readers", detail, _RESTART if look.timed_out else _LOG)
         return
-    readers, code = told["readers"], told["list"]
+    readers, code = reported["readers"], reported["list"]
     data = {"readers": readers, "list": code}
     if not readers:
         known = code in ("SCARD_E_NO_READERS_AVAILABLE", "SCARD_S_SUCCESS")
@@ -282,11 +282,11 @@ def _readers(look: Answer) -> Iterator[Finding]:
         yield Finding("readers", Status.WARNING, "readers", detail, remedy, data)
         return
     yield Finding("readers", Status.OK, "readers", f"{len(readers)}", data=data)
-    if "states" not in told:
+    if "states" not in reported:
         detail = f"SCardGetStatusChange never returned: the process {look.failure}"
-        yield Finding("reader", Status.PROBLEM, "cards", detail, _RESTART if look.hung else _LOG)
+        yield Finding("reader", Status.PROBLEM, "cards", detail, _RESTART if look.timed_out else _LOG)
         return
-    for name, flags, atr in told["states"]:
+    for name, flags, atr in reported["states"]:
         yield _reader(name, flags, atr)
 
 

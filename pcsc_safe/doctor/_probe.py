@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
 from ..demo._judge import signal_name
-from ._ask import Answer, ask
+from ._ask import TaskResult, run_task
 from ._findings import Finding, Status
 
 __all__ = ["KEYS", "hazards", "probes", "touches"]
@@ -44,11 +44,11 @@ def probes() -> Iterator[Finding]:
     """Test what needs no card, on the PC/SC of this machine."""
     with ThreadPoolExecutor(2) as pool:
         for probe in _PROBES:
-            raw, safe = (pool.submit(ask, probe.task, _SECONDS, module=module) for module in (RAW, SAFE))
+            raw, safe = (pool.submit(run_task, probe.task, _SECONDS, module=module) for module in (RAW, SAFE))
             yield _probe_finding(probe, _judge(raw.result()), _judge(safe.result()))
 
 
-class _Seen(NamedTuple):
+class _Outcome(NamedTuple):
     """What happened to the child, and to its parent.
 
     :ivar harm: what went wrong, in words; empty if nothing did.
@@ -59,41 +59,43 @@ class _Seen(NamedTuple):
     known: bool
 
 
-def _judge(answer: Answer) -> _Seen:
-    parent, child = answer.of("parent"), answer.of("child")
-    if answer.failure:
-        return _Seen(f"the process {answer.failure}", bool(parent))
+def _judge(result: TaskResult) -> _Outcome:
+    parent, child = result.of("parent"), result.of("child")
+    if result.failure:
+        return _Outcome(f"the process {result.failure}", bool(parent))
     code, ended = parent.get("code"), child.get("ended")
     if code is None or ended is None:
-        return _Seen("", False)
+        return _Outcome("", False)
     if ended < 0:
-        return _Seen(f"the child died of {signal_name(-ended)}", True)
+        return _Outcome(f"the child died of {signal_name(-ended)}", True)
     if child.get("code") != code:
-        return _Seen(f"the child got {child.get('code')}, its parent {code}", True)
+        return _Outcome(f"the child got {child.get('code')}, its parent {code}", True)
     if child.get("shares"):
-        return _Seen("the child used its parent's connection", True)
+        return _Outcome("the child used its parent's connection", True)
     if parent.get("afterwards") != code:
-        return _Seen(f"the parent got {parent.get('afterwards')} afterwards, and {code} before", True)
-    return _Seen("", True)
+        return _Outcome(f"the parent got {parent.get('afterwards')} afterwards, and {code} before", True)
+    return _Outcome("", True)
 
 
-def _probe_finding(probe: _Probe, raw: _Seen, safe: _Seen) -> Finding:
+def _probe_finding(probe: _Probe, raw: _Outcome, safe: _Outcome) -> Finding:
     data = {"raw": raw.harm, "raw_known": raw.known, "safe": safe.harm, "safe_known": safe.known}
     raw_says = raw.harm or ("no harm seen" if raw.known else "unknown: too little was reported")
-    said = f"raw pyscard: {raw_says}"
+    raw_text = f"raw pyscard: {raw_says}"
     if safe.harm:
-        detail = f"pcsc_safe: {safe.harm}; {said}"
+        detail = f"pcsc_safe: {safe.harm}; {raw_text}"
         return Finding(probe.key, Status.PROBLEM if safe.known else Status.UNKNOWN, probe.what, detail, _REPORT, data)
     if not safe.known:
-        return Finding(probe.key, Status.UNKNOWN, probe.what, f"pcsc_safe: too little was reported; {said}", data=data)
-    return Finding(probe.key, Status.OK, probe.what, f"pcsc_safe: works; {said}", data=data)
+        return Finding(
+            probe.key, Status.UNKNOWN, probe.what, f"pcsc_safe: too little was reported; {raw_text}", data=data
+        )
+    return Finding(probe.key, Status.OK, probe.what, f"pcsc_safe: works; {raw_text}", data=data)
 
 
 def hazards() -> Iterator[Finding]:
     """Run the demo's hazards, each on separate virtual stacks."""
-    why_not = _no_stack()
-    if why_not:
-        yield Finding("hazards", Status.SKIPPED, "hazards", why_not[0], why_not[1])
+    reason = _no_stack()
+    if reason:
+        yield Finding("hazards", Status.SKIPPED, "hazards", reason[0], reason[1])
         return
     from ..demo._judge import Outcome  # only the probe needs the demo
     from ..demo._run import judged  # as above
@@ -150,22 +152,22 @@ _NOT = {"safe": "not seen", "unknown": "not known"}
 def touches(readers: list[str]) -> Iterator[Finding]:
     """Connect to the user's cards, as --touch-cards allows: shared, no APDU, left as they are."""
     for reader in readers:
-        yield _touched(reader, ask("touch", _SECONDS, reader, module=SAFE))
+        yield _touched(reader, run_task("touch", _SECONDS, reader, module=SAFE))
 
 
-def _touched(reader: str, answer: Answer) -> Finding:
-    parent, child = answer.of("parent"), answer.of("child")
+def _touched(reader: str, result: TaskResult) -> Finding:
+    parent, child = result.of("parent"), result.of("child")
     what, data = reader, {"reader": reader, "parent": parent, "child": child}
-    if answer.failure:
+    if result.failure:
         remedy = "see the log of pcscd, and try the card in another reader"
-        return Finding("probe.card", Status.PROBLEM, what, f"the process {answer.failure}", remedy, data)
+        return Finding("probe.card", Status.PROBLEM, what, f"the process {result.failure}", remedy, data)
     if parent.get("connect") != _OK:
         detail = f"a shared connection is refused: {parent.get('connect')}"
         remedy = "another application may hold the card: have it disconnect"
         return Finding("probe.card", Status.WARNING, what, detail, remedy, data)
     connected = f"connected by {parent['protocol']}"
-    told = (_OK, "SCARD_W_RESET_CARD")  # as the setting cards says
-    if parent.get("afterwards") != _OK or child.get("ended") != 0 or child.get("inherited") not in told:
+    expected = (_OK, "SCARD_W_RESET_CARD")  # as the setting cards says
+    if parent.get("afterwards") != _OK or child.get("ended") != 0 or child.get("inherited") not in expected:
         detail = f"{connected}; after a fork the child got {child}, and the parent {parent.get('afterwards')}"
         return Finding("probe.card", Status.PROBLEM, what, detail, _REPORT, data)
     if child.get("own") != _OK:

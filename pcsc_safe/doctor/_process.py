@@ -2,7 +2,7 @@
 
 If two processes hold a connection, one of them has made it, and it is a hazard in the other.  pcscd's end of the
 connection says which process made it, if this user may look there (SO_PEERCRED; root or pcscd's own user).  Otherwise
-the process that has existed longest counts as its maker.  Nothing is sent anywhere, and no process is stopped.
+the process that has existed longest counts as its creator.  Nothing is sent anywhere, and no process is stopped.
 """
 
 from __future__ import annotations
@@ -117,11 +117,11 @@ def _holders(inodes: set[int]) -> tuple[dict[int, list[int]], int]:
 
 
 def _connection(inode: int, table: dict[int, _sockets.Socket], holders: list[int]) -> Connection:
-    maker = _maker(table[inode].peer) if inode in table else None
-    return Connection(inode, holders, maker or holders[0], maker is not None)
+    creator = _connecting_process(table[inode].peer) if inode in table else None
+    return Connection(inode, holders, creator or holders[0], creator is not None)
 
 
-def _maker(other_end: int) -> Optional[int]:
+def _connecting_process(other_end: int) -> Optional[int]:
     """The process that made a connection, according to the server's end of it."""
     for pid in _proc.all_pids() if other_end else ():
         if _proc.name(pid) != "pcscd":
@@ -140,7 +140,7 @@ def _summary(pid: int, family: _Family) -> Finding:
     shared = sum(len(each.holders) > 1 for each in family.connections.values())
     data: dict[str, Any] = {"pid": pid, "processes": count, "connections": connections, "shared": shared}
     data["unseen"] = family.unseen
-    detail = f"{_many(count, 'process', 'processes')}, {_many(connections, 'connection', 'connections')} to pcscd; "
+    detail = f"{_counted(count, 'process', 'processes')}, {_counted(connections, 'connection', 'connections')} to pcscd; "
     detail += f"connections that several processes hold: {shared}"
     unsure = not family.ends_known and any(each and each.libpcsclite for each in family.processes.values())
     if unsure and not connections:
@@ -149,16 +149,16 @@ def _summary(pid: int, family: _Family) -> Finding:
         return Finding("family", Status.UNKNOWN, "processes", text, remedy, data)
     if family.unseen:
         detail += (
-            f"; {_many(family.unseen, 'process', 'processes')} of other users, which may also hold some, can't be seen"
+            f"; {_counted(family.unseen, 'process', 'processes')} of other users, which may also hold some, can't be seen"
         )
     return Finding("family", Status.OK, "processes", detail, data=data)
 
 
-def _many(count: int, one: str, many: str) -> str:
+def _counted(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
 
 
-def _named(pids: list[int]) -> str:
+def _processes_in_words(pids: list[int]) -> str:
     return f"{'process' if len(pids) == 1 else 'processes'} {' and '.join(map(str, pids))}"
 
 
@@ -179,7 +179,7 @@ def _finding(pid: int, process: Optional[Process], family: _Family) -> Finding:
     inherited = [each for each in _held(process, family) if each.owner != pid]
     if inherited:
         return _verdict(process, family, inherited, what, data)
-    return Finding("process", Status.OK, what, _all_well(process, family), data=data)
+    return Finding("process", Status.OK, what, _describe_ok(process, family), data=data)
 
 
 def _held(process: Process, family: _Family) -> list[Connection]:
@@ -226,17 +226,17 @@ def _dead_sockets(process: Process, family: _Family) -> dict[int, int]:
     return found
 
 
-def _all_well(process: Process, family: _Family) -> str:
+def _describe_ok(process: Process, family: _Family) -> str:
     own = _held(process, family)
-    said = [f"{_many(len(own), 'connection', 'connections')} to pcscd, its own"] if own else []
+    parts = [f"{_counted(len(own), 'connection', 'connections')} to pcscd, its own"] if own else []
     also = sorted({pid for each in own for pid in each.holders} - {process.pid})
-    said += [f"also held by {_named(also)}"] if also else []
+    parts += [f"also held by {_processes_in_words(also)}"] if also else []
     for owner in sorted(set(_dead_sockets(process, family).values())):
-        said.append(f"a dead socket that replaces process {owner}'s connection: harmless, pcsc_safe put it there")
-    if not said:
-        said.append("no connection to pcscd" + ("" if process.libpcsclite else ", no PC/SC library"))
-    said += [f"pcsc_safe is loaded (shown {_HOW[process.pcsc_safe]})"] if process.pcsc_safe else []
-    return "; ".join(said)
+        parts.append(f"a dead socket that replaces process {owner}'s connection: harmless, pcsc_safe put it there")
+    if not parts:
+        parts.append("no connection to pcscd" + ("" if process.libpcsclite else ", no PC/SC library"))
+    parts += [f"pcsc_safe is loaded (shown {_HOW[process.pcsc_safe]})"] if process.pcsc_safe else []
+    return "; ".join(parts)
 
 
 _HOW = {"mark": "by its mark in memory", "environment": "by its environment"}
@@ -246,25 +246,25 @@ def _verdict(
     process: Process, family: _Family, inherited: list[Connection], what: str, data: dict[str, Any]
 ) -> Finding:
     """The finding for a process that holds connections which other processes made."""
-    gone = [each for each in inherited if each.owner not in each.holders]
-    owners = _named(sorted({each.owner for each in inherited}))
-    told = (
+    closed = [each for each in inherited if each.owner not in each.holders]
+    owners = _processes_in_words(sorted({each.owner for each in inherited}))
+    certainty = (
         "" if all(each.known for each in inherited) else " (probably, because that is the oldest process that holds it)"
     )
     guarded = _is_guarded(process, family)
-    if guarded and len(gone) == len(inherited):
+    if guarded and len(closed) == len(inherited):
         detail = f"holds a session that {owners} established and has handed over"
         return Finding("process", Status.OK, what, detail, data=data)
     if guarded:
         data["hazards"] = ["5"]
-        detail = f"holds {owners}'s connection{told}, and has not used PC/SC since the fork, which ran no hook; "
+        detail = f"holds {owners}'s connection{certainty}, and has not used PC/SC since the fork, which ran no hook; "
         detail += f"pcsc_safe closes it at its first PC/SC call. Until then hazard 5: {_HAZARDS['5']}"
         return Finding("process", Status.WARNING, what, detail, "end the process, or let it make a PC/SC call", data)
-    numbers = ["4", "5"] if len(gone) == len(inherited) else ["2", "3", "5"] if process.libpcsclite else ["5"]
+    numbers = ["4", "5"] if len(closed) == len(inherited) else ["2", "3", "5"] if process.libpcsclite else ["5"]
     data["hazards"] = numbers
     words = "; ".join(_HAZARDS[number] for number in numbers)
-    whose = f"holds {owners}'s connection{told}"
-    if gone:
+    whose = f"holds {owners}'s connection{certainty}"
+    if closed:
         whose += ", which that process has closed"
     detail = f"{whose}: {'hazard' if len(numbers) == 1 else 'hazards'} {', '.join(numbers)} ({words})"
     return Finding("process", Status.PROBLEM, what, detail, _RUN if _is_python(process) else _NOT_PYTHON, data)

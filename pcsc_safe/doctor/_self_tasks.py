@@ -28,7 +28,7 @@ __all__ = ["TASKS"]
 
 _PASSED = 100
 _CHILDREN = 8
-_PATIENCE = 5.0  # s
+_TIMEOUT = 5.0  # s
 _PROC_PIDTBSDINFO, _BSDINFO_SIZE = 3, 136  # sys/proc_info.h of macOS
 _NEW_READERS = "\\\\?PnP?\\Notification"
 _GET_RESPONSE = [0x00, 0xC0, 0x00, 0x00, 0x00]  # asks for the rest of an answer, and there is none
@@ -36,15 +36,15 @@ _GET_RESPONSE = [0x00, 0xC0, 0x00, 0x00, 0x00]  # asks for the rest of an answer
 
 def passing(stage: Stage) -> None:
     """Pass sockets, and check which of them work: closed by their sender before they are received, and after."""
-    early = sum(not _lives(close_early=True) for _ in range(_PASSED))
+    early = sum(not _socket_works(close_early=True) for _ in range(_PASSED))
     stage.report("task", passed=_PASSED, dead_if_closed_early=early)
-    stage.report("task", dead_if_kept=sum(not _lives(close_early=False) for _ in range(_PASSED)))
+    stage.report("task", dead_if_kept=sum(not _socket_works(close_early=False) for _ in range(_PASSED)))
     near, far = socket.socketpair()
     stage.report("task", buffer=near.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
     far.close()
 
 
-def _lives(*, close_early: bool) -> bool:
+def _socket_works(*, close_early: bool) -> bool:
     door, behind = socket.socketpair()
     ours, theirs = socket.socketpair()
     with door, behind, ours:
@@ -56,7 +56,7 @@ def _lives(*, close_early: bool) -> bool:
         _, numbers, _, _ = socket.recv_fds(behind, 1, 1)
         with socket.socket(fileno=numbers[0]) as received:
             theirs.close()
-            received.settimeout(_PATIENCE)
+            received.settimeout(_TIMEOUT)
             try:
                 ours.send(b"2")
                 return received.recv(1) == b"2"
@@ -73,22 +73,22 @@ def ends(stage: Stage) -> None:
     far.send(b"unread")
     watching = watch.Watch()
     watching.on_end(near.fileno())
-    told, waiting = _waiting(watching)
+    reports, waiting = _waiting(watching)
     waiting.join(0.2)
-    stage.report("task", what_is_sent=[*told])
+    stage.report("task", what_is_sent=[*reports])
     far.close()
-    waiting.join(_PATIENCE)
-    stage.report("task", hang_up=told == [near.fileno()])
+    waiting.join(_TIMEOUT)
+    stage.report("task", hang_up=reports == [near.fileno()])
 
-    pid = stage.fork(lambda: time.sleep(_PATIENCE))
+    pid = stage.fork(lambda: time.sleep(_TIMEOUT))
     watching = watch.Watch()
     watching.on_exit(pid)
-    told, waiting = _waiting(watching)
+    reports, waiting = _waiting(watching)
     os.kill(pid, signal.SIGKILL)
-    waiting.join(_PATIENCE)
-    stage.report("task", exit=told == [-pid])
+    waiting.join(_TIMEOUT)
+    stage.report("task", exit=reports == [-pid])
     stage.wait(pid)
-    stage.report("task", peer=_peer(stage, watch.process_behind), poll=_poll_tells())
+    stage.report("task", peer=_peer(stage, watch.peer_pid), poll=_poll_reports_hang_up())
 
     one, other = socket.socketpair()
     before = descriptors.of(one.fileno())
@@ -109,13 +109,13 @@ def _flags() -> Optional[int]:
 
 def _waiting(watching: Any) -> tuple[list[int], threading.Thread]:
     """The next report of a watch, when there is one; and the thread that waits for it."""
-    told: list[int] = []
-    waiting = threading.Thread(target=lambda: told.extend(watching.wait()), daemon=True)
+    reports: list[int] = []
+    waiting = threading.Thread(target=lambda: reports.extend(watching.wait()), daemon=True)
     waiting.start()
-    return told, waiting
+    return reports, waiting
 
 
-def _peer(stage: Stage, process_behind: Callable[[socket.socket], int]) -> bool:
+def _peer(stage: Stage, peer_pid: Callable[[socket.socket], int]) -> bool:
     """Whether a socket reports the process that made the pair, as a broker asks for it."""
     door, behind = socket.socketpair()
 
@@ -123,19 +123,19 @@ def _peer(stage: Stage, process_behind: Callable[[socket.socket], int]) -> bool:
         near, far = socket.socketpair()
         socket.send_fds(door, [b"1"], [far.fileno()])
         near.send(b"2")
-        time.sleep(_PATIENCE)
+        time.sleep(_TIMEOUT)
 
     pid = stage.fork(child)
     _, numbers, _, _ = socket.recv_fds(behind, 1, 1)
     with socket.socket(fileno=numbers[0]) as received:
         received.recv(1)
-        found = process_behind(received) == pid
+        found = peer_pid(received) == pid
     os.kill(pid, signal.SIGKILL)
     stage.wait(pid)
     return found
 
 
-def _poll_tells() -> bool:
+def _poll_reports_hang_up() -> bool:
     """Whether poll() reports a hang-up if no events are requested."""
     near, far = socket.socketpair()
     poll = select.poll()
@@ -148,11 +148,11 @@ def brokers(stage: Stage) -> None:
     """One broker for a family: children that connect at the same time, and a broker that is killed."""
     family = _family("always")
     began = time.monotonic()
-    family.describe()
+    family.request_catalogue()
     stage.report("task", first=round(time.monotonic() - began, 3))
 
     def child() -> None:
-        family.describe()
+        family.request_catalogue()
         os._exit(42)
 
     began = time.monotonic()
@@ -161,7 +161,7 @@ def brokers(stage: Stage) -> None:
     stage.report("task", children=_CHILDREN, served=served, seconds=round(time.monotonic() - began, 3))
     broker = family.get()
     os.kill(broker.helper_pid, signal.SIGKILL)
-    family.describe()
+    family.request_catalogue()
     stage.report("task", after_its_death=family.get() is not broker)
 
 
@@ -180,12 +180,12 @@ def deaths(stage: Stage) -> None:
     read_end, write_end = os.pipe()
 
     def client() -> None:
-        family.describe()
+        family.request_catalogue()
         broker = family.get().helper_pid
         idle = ctypes.PyDLL(None).fork()
         if idle:
             os.write(write_end, struct.pack("ii", broker, idle))
-        time.sleep(4 * _PATIENCE)
+        time.sleep(4 * _TIMEOUT)
 
     pid = stage.fork(client)
     broker, idle = struct.unpack("ii", os.read(read_end, 8))
@@ -199,7 +199,7 @@ def deaths(stage: Stage) -> None:
 
 def _ends(pid: int) -> bool:
     """Whether a process that is no longer this process's child ends soon."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while time.monotonic() < deadline:
         with contextlib.suppress(PermissionError):
             try:
@@ -220,27 +220,27 @@ def events(stage: Stage, broker: str = "") -> None:
     scard = stage.scard
     stage.report("task", negative=scard.SCARD_E_NO_SERVICE < 0)
     _, context = scard.SCardEstablishContext(scard.SCARD_SCOPE_SYSTEM)
-    told = scard.SCardGetStatusChange(context, 0, [(_NEW_READERS, 0)])
-    is_unknown = any(state & scard.SCARD_STATE_UNKNOWN for _, state, _ in told[1])
-    stage.report("task", new_readers=f"{stage.name(told[0])}{', unknown' if is_unknown else ''}")
+    result = scard.SCardGetStatusChange(context, 0, [(_NEW_READERS, 0)])
+    is_unknown = any(state & scard.SCARD_STATE_UNKNOWN for _, state, _ in result[1])
+    stage.report("task", new_readers=f"{stage.name(result[0])}{', unknown' if is_unknown else ''}")
     hresult, readers = scard.SCardListReaders(context, [])
     if hresult or not readers:
         return
     states = scard.SCardGetStatusChange(context, 0, [(reader, scard.SCARD_STATE_UNAWARE) for reader in readers])[1]
     stage.report("task", counter=any(state >> 16 for _, state, _ in states))
     known = [(reader, state & ~scard.SCARD_STATE_CHANGED) for reader, state, _ in states]
-    answers: list[Any] = []
+    results: list[Any] = []
 
     def wait() -> None:
-        answers.append(scard.SCardGetStatusChange(context, scard.INFINITE, known)[0])
+        results.append(scard.SCardGetStatusChange(context, scard.INFINITE, known)[0])
 
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
     time.sleep(0.5)
     began = time.monotonic()
     cancelled = stage.name(scard.SCardCancel(context))
-    waiting.join(_PATIENCE)
-    ended = stage.name(answers[0]) if answers else "still waiting"
+    waiting.join(_TIMEOUT)
+    ended = stage.name(results[0]) if results else "still waiting"
     stage.report("task", cancel=cancelled, wait=ended, seconds=round(time.monotonic() - began, 3))
 
 
@@ -271,8 +271,8 @@ def exchange(stage: Stage, reader: str, broker: str = "") -> None:
     pci = {scard.SCARD_PROTOCOL_T0: scard.SCARD_PCI_T0, scard.SCARD_PROTOCOL_T1: scard.SCARD_PCI_T1}.get(protocol)
 
     def status() -> Optional[str]:
-        hresult, answer = scard.SCardTransmit(card, pci, _GET_RESPONSE)
-        return bytes(answer[-2:]).hex() if not hresult and len(answer) >= 2 else stage.name(hresult)
+        hresult, response = scard.SCardTransmit(card, pci, _GET_RESPONSE)
+        return bytes(response[-2:]).hex() if not hresult and len(response) >= 2 else stage.name(hresult)
 
     try:
         stage.report("task", parent=status())

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, NamedTuple
 
 from ..testing._versions import versions
-from ._ask import Answer, ask
+from ._ask import TaskResult, run_task
 from ._findings import Finding, Status
 
 __all__ = ["KEYS", "exchanges", "report", "tests"]
@@ -22,7 +22,17 @@ RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
 _SECONDS = 40.0
 _IDLE = 20  # s
 _REMEDY = "report it, with the text between the lines below"
-_TOLD = ("platform", "pyscard", "wrapt", "fork.", "policy.", "broker", "probe.inherited", "probe.fresh", "probe.c-fork")
+_REPORTED_KEYS = (
+    "platform",
+    "pyscard",
+    "wrapt",
+    "fork.",
+    "policy.",
+    "broker",
+    "probe.inherited",
+    "probe.fresh",
+    "probe.c-fork",
+)
 """The beginnings of the keys of other findings that the report contains, besides those of this module."""
 _PATHS = ("executable", "path", "place", "python")
 
@@ -63,7 +73,7 @@ def _cancelled(seen: dict[str, Any]) -> str:
     return "" if seen["wait"] == "SCARD_E_CANCELLED" else f"the wait ended with {seen['wait']}"
 
 
-def _outdated(seen: dict[str, Any]) -> str:
+def _idle_failure(seen: dict[str, Any]) -> str:
     before, after = seen.get("before"), seen.get("after")
     return "" if before == after is not None else f"SCardListReaders returned {before}, and {after} after {_IDLE} s"
 
@@ -89,7 +99,7 @@ _TESTS = (
     _Test("self.cancel", "waits", ("events",), SAFE, True, _cancelled, "SCardCancel ends a wait"),
     _Test("self.cancel", "waits, broker", ("events", "always"), SAFE, True, _cancelled, "SCardCancel ends a wait"),
     _Test(
-        *("self.idle", "idle context", ("idle", str(_IDLE)), RAW, True, _outdated),
+        *("self.idle", "idle context", ("idle", str(_IDLE)), RAW, True, _idle_failure),
         f"a context works after {_IDLE} s",
     ),
 )
@@ -102,18 +112,21 @@ def tests(pcsc_works: bool) -> Iterator[Finding]:
     :param pcsc_works: whether a context can be established.
     """
     with ThreadPoolExecutor(4) as pool:
-        asked = [
-            (test, pool.submit(ask, test.task[0], _SECONDS, *test.task[1:], module=test.module, home="_self_tasks"))
+        futures = [
+            (
+                test,
+                pool.submit(run_task, test.task[0], _SECONDS, *test.task[1:], module=test.module, home="_self_tasks"),
+            )
             for test in _TESTS
             if pcsc_works or not test.needs_pcsc
         ]
-        for test, answer in asked:
-            yield _finding(test, answer.result())
+        for test, future in futures:
+            yield _finding(test, future.result())
 
 
-def _finding(test: _Test, answer: Answer) -> Finding:
-    seen = answer.of()
-    wrong = f"the process {answer.failure}" if answer.failure else test.judge(seen)
+def _finding(test: _Test, result: TaskResult) -> Finding:
+    seen = result.of()
+    wrong = f"the process {result.failure}" if result.failure else test.judge(seen)
     if not wrong:
         return Finding(test.key, Status.OK, test.what, test.says, data=seen)
     if test.module == RAW:  # it is not pcsc_safe's
@@ -125,11 +138,11 @@ def exchanges(readers: list[str]) -> Iterator[Finding]:
     """Exchange a command with each card in parent and child, natively and through a broker."""
     for number, reader in enumerate(readers):
         for broker in ("", "always"):
-            answer = ask("exchange", _SECONDS, reader, broker, module=SAFE, home="_self_tasks")
-            seen, what = answer.of(), f"card {number}{', broker' if broker else ''}"
+            result = run_task("exchange", _SECONDS, reader, broker, module=SAFE, home="_self_tasks")
+            seen, what = result.of(), f"card {number}{', broker' if broker else ''}"
             codes = [seen.get(who) for who in ("parent", "child", "parent_again")]
-            if answer.failure or len({*codes}) > 1 or codes[0] is None:
-                wrong = f"the process {answer.failure}" if answer.failure else f"parent, child and parent got {codes}"
+            if result.failure or len({*codes}) > 1 or codes[0] is None:
+                wrong = f"the process {result.failure}" if result.failure else f"parent, child and parent got {codes}"
                 yield Finding("self.exchange", Status.PROBLEM, what, wrong, _REMEDY, seen)
             else:
                 detail = f"parent and child get {codes[0]}"
@@ -139,13 +152,13 @@ def exchanges(readers: list[str]) -> Iterator[Finding]:
 def report(findings: Iterable[Finding]) -> str:
     """The report to paste into an issue: the findings, without the names of files and devices."""
     rule = "-" * 72
-    told = ", ".join(f"{name} {version}" for name, version in versions().items())
+    installed = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = []
     for each in findings:
-        if each.key.startswith((*_TOLD, "self.")):
+        if each.key.startswith((*_REPORTED_KEYS, "self.")):
             data = {name: value for name, value in each.data.items() if name not in _PATHS}
             facts = json.dumps(data, sort_keys=True)
             lines.append(f"{each.status.value:<8} {each.key}: {each.what}: {each.detail} {facts}")
-    text = "\n".join(["", rule, "pcsc_safe doctor --self-test", told, *lines, rule])
+    text = "\n".join(["", rule, "pcsc_safe doctor --self-test", installed, *lines, rule])
     home = os.path.expanduser("~")  # in what a process said as it failed
     return text.replace(home, "~") if len(home) > 1 else text

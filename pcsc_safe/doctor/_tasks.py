@@ -102,8 +102,8 @@ def look(stage: Stage) -> None:
     if not hresult and readers:
         wanted = [(reader, scard.SCARD_STATE_UNAWARE) for reader in readers]
         hresult, states = scard.SCardGetStatusChange(context, 0, wanted)
-        told = [] if hresult else [[name, _flags(scard, state), bytes(atr).hex()] for name, state, atr in states]
-        stage.report("task", status=stage.name(hresult), states=told)
+        described = [] if hresult else [[name, _flags(scard, state), bytes(atr).hex()] for name, state, atr in states]
+        stage.report("task", status=stage.name(hresult), states=described)
     stage.report("task", release=stage.name(scard.SCardReleaseContext(context)))
 
 
@@ -162,7 +162,7 @@ def broker(stage: Stage, establish: str = "") -> None:
     pcsc_safe.configure(broker="always")
     started = time.monotonic()
     try:
-        family.describe()
+        family.request_catalogue()
         stage.report("task", seconds=round(time.monotonic() - started, 3))
         if not establish:
             return

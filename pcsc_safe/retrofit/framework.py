@@ -59,7 +59,7 @@ def _held_here(lock: Any) -> bool:
     return is_owned is not None and bool(is_owned())
 
 
-class _OwnAttribute:
+class _PerProcessAttribute:
     """An attribute of instances that differs in each process; a data descriptor over the instance's dictionary.
 
     :param name: of the attribute.
@@ -125,14 +125,14 @@ class SharedLock:
                     self._epoch = here()
         return self._lock
 
-    def left_behind(self, original: object) -> Any:
+    def restored_value(self, original: object) -> Any:
         """The lock to restore in the end: not one that is held for ever."""
         return self.__get__(None)
 
 
 def synchronization(module: Any) -> list[Patch]:
     """The lock of everything that can be observed: connections, monitors."""
-    return [Patch(module.Synchronization, "mutex", _OwnAttribute("mutex", threading.RLock))]
+    return [Patch(module.Synchronization, "mutex", _PerProcessAttribute("mutex", threading.RLock))]
 
 
 def pcsc_context(module: Any) -> list[Patch]:
@@ -205,7 +205,7 @@ def card_service(module: Any) -> list[Patch]:
 def pcsc_card_request(module: Any) -> list[Patch]:
     """Its finalizer and, in some versions, its event, whose lock a waiting thread may have held at the fork."""
     request = module.PCSCCardRequest
-    event = [Patch(request, "evt", _OwnAttribute("evt", threading.Event))]
+    event = [Patch(request, "evt", _PerProcessAttribute("evt", threading.Event))]
     return _finalizer(request) + (event if "evt" in request.__init__.__code__.co_names else [])
 
 

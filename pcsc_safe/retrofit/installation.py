@@ -84,7 +84,7 @@ def install(**settings: Any) -> None:
                 elif name not in _awaited:
                     _awaited.add(name)
                     register_post_import_hook(_imported, name)
-            scard.take_over()
+            scard.guard_earlier()
         except BaseException:
             uninstall()
             raise
@@ -103,8 +103,8 @@ def uninstall() -> None:
             return
         scard.end()
         _applied.undo(scard.still_needed)
-        scard.stand_in.give_way(_applied.put)
-        scard.leave_alone()
+        scard.stand_in.replace_by_native(_applied.put)
+        scard.unguard_earlier()
         framework.renew_pcsc_context()
 
 

@@ -57,13 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} [options] script.py | -m module | -c code | -  [argument ...]"
     for option, setting in _SETTINGS.items():
         row = policy.SETTINGS[setting]
-        told = ": ".join(filter(None, [row.summary, ", ".join(row.choices())]))
-        told = f"{told} (default: {row.default_as_text()})"
+        help_text = ": ".join(filter(None, [row.summary, ", ".join(row.choices())]))
+        help_text = f"{help_text} (default: {row.default_as_text()})"
         if option in _SWITCHES:
-            parser.add_argument(option, nargs="?", const="1", metavar="=0", help=told)
+            parser.add_argument(option, nargs="?", const="1", metavar="=0", help=help_text)
         else:
             metavar = _VALUES.get(type(row.default), setting.upper())
-            added = parser.add_argument(option, metavar=metavar, help=told)
+            added = parser.add_argument(option, metavar=metavar, help=help_text)
             vars(added)["values"] = (
                 row.choices()
             )  # for the completion; main() refuses other values with our own message
@@ -106,8 +106,8 @@ def main(options: argparse.Namespace) -> int:
 
     status = report.run(command, environment, report=options.report, picture=timeline)
     if sys.flags.inspect:
-        os._exit(watch.end_as(status))  # it is the program that is to be inspected
-    return watch.end_as(status)
+        os._exit(watch.exit_as(status))  # it is the program that is to be inspected
+    return watch.exit_as(status)
 
 
 def _checked(options: argparse.Namespace) -> Path:
@@ -139,7 +139,7 @@ def _environment(mine: Mapping[str, str], options: argparse.Namespace) -> dict[s
             environment[policy.variable(setting)] = value
     policy.from_environment(environment)
     last = [] if _is_found(python_path.PACKAGE) else [os.path.dirname(python_path.PACKAGE)]
-    environment["PYTHONPATH"] = python_path.put_on(mine.get("PYTHONPATH", ""), last)
+    environment["PYTHONPATH"] = python_path.add_to(mine.get("PYTHONPATH", ""), last)
     return environment
 
 

@@ -63,20 +63,22 @@ class _Renewal:
         return delete_observer
 
 
-_LOOK_AGAIN = 0.2  # s; whether pcscd is back
+_CHECK_INTERVAL = 0.2  # s; whether pcscd is back
 
 
 def _is_outage(error: Any) -> bool:
     """Whether a monitor should continue after this exception of pyscard, because pcscd may return."""
     if not settings().recover:
         return False
-    from .._core.recovery import GONE  # PC/SC's constants are not known while pyscard is being imported
+    from .._core.recovery import SERVICE_LOST_CODES  # PC/SC's constants are not known while pyscard is being imported
 
     # By its name: in pyscard 2.0 it has no code.
-    return type(error).__name__ == "CardServiceNotFoundException" or getattr(error, "hresult", None) in GONE
+    return (
+        type(error).__name__ == "CardServiceNotFoundException" or getattr(error, "hresult", None) in SERVICE_LOST_CODES
+    )
 
 
-def _patient_request(module: Any) -> Any:
+def _recovering_request(module: Any) -> Any:
     """The request that a CardMonitoringThread waits with: while there is no pcscd, its cards stay as they were."""
 
     class CardRequest(module.CardRequest):  # type: ignore[misc]
@@ -90,7 +92,7 @@ def _patient_request(module: Any) -> Any:
             except Exception as error:
                 if not _is_outage(error):
                     raise
-                time.sleep(_LOOK_AGAIN)
+                time.sleep(_CHECK_INTERVAL)
             return self._last
 
         def _look_for_pcscd(self) -> None:
@@ -107,10 +109,10 @@ def _patient_request(module: Any) -> Any:
     return CardRequest
 
 
-def _patient_readers(list_readers: Callable[..., Any]) -> Callable[..., Any]:
+def _recovering_list_readers(list_readers: Callable[..., Any]) -> Callable[..., Any]:
     """``list_readers``, which returns no readers while there is no pcscd."""
 
-    def none_meanwhile(*arguments: Any) -> Any:
+    def list_or_nothing(*arguments: Any) -> Any:
         try:
             return list_readers(*arguments)
         except Exception as error:
@@ -118,7 +120,7 @@ def _patient_readers(list_readers: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             return []
 
-    return none_meanwhile
+    return list_or_nothing
 
 
 def card_monitoring(module: Any) -> list[Patch]:
@@ -141,12 +143,12 @@ def card_monitoring(module: Any) -> list[Patch]:
         if renewal.is_due() and not name.startswith("__"):
             renewal()
         if monitor.instance is None and not name.startswith("__"):
-            return _of_none(self, name)
+            return _unused_attribute(self, name)
         if name == "deleteObserver" and renewal.inherited:
             return renewal.deleting(getattr(monitor.instance, name))
         return object.__getattribute__(self, name)
 
-    def _of_none(self: Any, name: str) -> Any:
+    def _unused_attribute(self: Any, name: str) -> Any:
         """The state of a monitor that this process has inherited, and not used."""
         if name == "countObservers":
             return lambda: 0
@@ -172,7 +174,7 @@ def card_monitoring(module: Any) -> list[Patch]:
         Patch(monitor, "__init__", __init__),
         Patch(monitor, "__getattribute__", __getattribute__),
         Patch(thread, "__init__", __init_of_thread),
-        Patch(module, "CardRequest", _patient_request(module)),
+        Patch(module, "CardRequest", _recovering_request(module)),
     ]
 
 
@@ -208,7 +210,7 @@ def reader_monitoring(module: Any) -> list[Patch]:
 
     @functools.wraps(module.ReaderMonitoringThread.__init__)
     def __init_of_thread(self: Any, observable: Any, list_readers: Any, period: Any) -> None:
-        construct_thread(self, observable, _patient_readers(list_readers), period)
+        construct_thread(self, observable, _recovering_list_readers(list_readers), period)
 
     add_observer, delete_observer = monitor.addObserver, monitor.deleteObserver
     construct_thread = module.ReaderMonitoringThread.__init__

@@ -22,8 +22,8 @@ class Patch(NamedTuple):
 
     :ivar owner: a module or a class of pyscard.
     :ivar name: of its attribute.
-    :ivar replacement: its new value.  If this has a method ``left_behind``, the method returns what is restored in the
-        end instead of the original value.
+    :ivar replacement: its new value.  If this has a method ``restored_value``, the method returns what is restored in
+        the end instead of the original value.
     """
 
     owner: Any
@@ -90,8 +90,8 @@ class Patches:
 def _restore(row: Patch, original: Any) -> None:
     if vars(row.owner).get(row.name) is not row.replacement:
         return
-    left_behind = getattr(row.replacement, "left_behind", None)
-    value = left_behind(original) if left_behind is not None else original
+    restored_value = getattr(row.replacement, "restored_value", None)
+    value = restored_value(original) if restored_value is not None else original
     if value is MISSING:
         delattr(row.owner, row.name)
     else:

@@ -29,7 +29,7 @@ from ..policy import Broker
 from .framework import here
 from .patches import Patch
 
-__all__ = ["begin", "end", "functions", "leave_alone", "stand_in", "still_needed", "take_over"]
+__all__ = ["begin", "end", "functions", "guard_earlier", "stand_in", "still_needed", "unguard_earlier"]
 
 _NATIVE = "smartcard.scard._scard"
 _Function = Callable[..., Any]
@@ -57,33 +57,33 @@ _NAMES = [name for name, call in CALLS.items() if call.takes is not None] + [_ES
 # and may be importing it now.
 
 _in_force = False
-_given: set[object] = set()
+_open_contexts: set[object] = set()
 """The contexts that pyscard's functions have returned and that are not released, and those being established."""
 
-_when_all_are_released: Callable[[], None] = lambda: None  # noqa: E731
+_on_all_released: Callable[[], None] = lambda: None  # noqa: E731
 
 
-def begin(when_all_are_released: Callable[[], None]) -> None:
+def begin(on_all_released: Callable[[], None]) -> None:
     """Begin to replace the functions.
 
-    :param when_all_are_released: called whenever the last context that pyscard's functions returned is released.
+    :param on_all_released: called whenever the last context that pyscard's functions returned is released.
     """
-    global _in_force, _when_all_are_released
-    _when_all_are_released = when_all_are_released
+    global _in_force, _on_all_released
+    _on_all_released = on_all_released
     _in_force = True
-    stand_in.offer()
+    stand_in.add_finder()
 
 
 def end() -> None:
     """Stop replacing the functions; the originals are restored after this."""
     global _in_force
     _in_force = False
-    stand_in.withdraw()
+    stand_in.remove_finder()
 
 
 def still_needed(row: Patch) -> bool:
     """Whether a replacement must stay, for handles that are still open."""
-    return bool(_given) and row.owner is sys.modules.get(_NATIVE) and row.name != _ESTABLISH
+    return bool(_open_contexts) and row.owner is sys.modules.get(_NATIVE) and row.name != _ESTABLISH
 
 
 def _replacement(name: str, native: Any) -> _Function:
@@ -94,24 +94,24 @@ def _replacement(name: str, native: Any) -> _Function:
     original = vars(native)[name] if native is not None else None
     original = getattr(original, "__wrapped__", original)
     if name == _ESTABLISH:
-        return _named(name, _establishing(native, original), original)
+        return _with_name(name, _establishing(native, original), original)
     call, kind, since = CALLS[name], CALLS[name].takes, here()
     assert kind is not None
     find = handles.find
 
     def function(handle: Any, *arguments: Any) -> Any:
         if type(handle) is int and find(kind, handle) is None:
-            return _opened_before(call, original, since, handle, *arguments)
+            return _call_on_earlier_handle(call, original, since, handle, *arguments)
         return (_public or _load())[name](handle, *arguments)
 
     def releasing(handle: Any) -> Any:
         record = handles.find(kind, handle)
         result = function(handle)
         if record is not None and record.released:
-            _no_more(record)
+            _note_released(record)
         return result
 
-    return _named(name, releasing if name == "SCardReleaseContext" else function, original)
+    return _with_name(name, releasing if name == "SCardReleaseContext" else function, original)
 
 
 _public: dict[str, Any] = {}
@@ -128,20 +128,20 @@ def _load() -> dict[str, Any]:
     return _public
 
 
-def _opened_before(call: Call, original: Optional[_Function], since: process.Epoch, *arguments: Any) -> Any:
+def _call_on_earlier_handle(call: Call, original: Optional[_Function], since: process.Epoch, *arguments: Any) -> Any:
     """For a number that pcsc_safe has not returned."""
     if original is None or (_in_force and here() is not since):
         return call.failure((_public or _load())["SCARD_E_INVALID_HANDLE"], arguments[1:])
-    result = gate.during(call.name, original, *arguments)
+    result = gate.call_inside(call.name, original, *arguments)
     return call.failure(result[0]) if call.discloses and result[0] != library.SUCCESS else result
 
 
 def _establishing(native: Any, original: Optional[_Function]) -> _Function:
     def function(scope: Any) -> Any:
         route = (_public or _load())[_ESTABLISH]
-        under_way = object()
-        _given.add(
-            under_way
+        in_progress = object()
+        _open_contexts.add(
+            in_progress
         )  # before the check below: either a thread that restores functions sees this, or the check fails
         try:
             if original is not None and vars(native).get(_ESTABLISH) is not function:
@@ -149,21 +149,21 @@ def _establishing(native: Any, original: Optional[_Function]) -> _Function:
             result = route(scope)
             record = getattr(result[1], "_self_record", None)
             if record is not None:
-                _given.add(record)
+                _open_contexts.add(record)
             return result
         finally:
-            _no_more(under_way)
+            _note_released(in_progress)
 
     return function
 
 
-def _no_more(given: object) -> None:
-    _given.discard(given)
-    if not _given and not _in_force:
-        _when_all_are_released()
+def _note_released(context: object) -> None:
+    _open_contexts.discard(context)
+    if not _open_contexts and not _in_force:
+        _on_all_released()
 
 
-def _named(name: str, function: _Function, original: Optional[_Function]) -> _Function:
+def _with_name(name: str, function: _Function, original: Optional[_Function]) -> _Function:
     function.__name__ = function.__qualname__ = name
     if original is not None:
         function.__doc__ = original.__doc__
@@ -183,11 +183,11 @@ class _StandIn:
     def __init__(self) -> None:
         self.module: Optional[ModuleType] = None
 
-    def offer(self) -> None:
+    def add_finder(self) -> None:
         """Add this finder to Python's finders."""
         sys.meta_path.insert(0, self)
 
-    def withdraw(self) -> None:
+    def remove_finder(self) -> None:
         """Remove this finder."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
@@ -211,7 +211,7 @@ class _StandIn:
     def exec_module(self, module: ModuleType) -> None:
         """Do nothing: the module is complete."""
 
-    def give_way(self, put: Callable[[list[Patch]], None]) -> None:
+    def replace_by_native(self, put: Callable[[list[Patch]], None]) -> None:
         """Replace this module by the C module.
 
         :param put: puts replacements in force, for handles that are still open.
@@ -237,10 +237,10 @@ stand_in = _StandIn()
 
 # Connections that were opened before install(), and calls that are still in progress.
 
-_strangers: list[Any] = []
+_earlier_connections: list[Any] = []
 
 
-def take_over() -> None:
+def guard_earlier() -> None:
     """Keep children from using what was opened before ``install()``, if anything was."""
     native = sys.modules.get(_NATIVE)
     if native is None or native is stand_in.module or not process.FORKS:
@@ -249,7 +249,7 @@ def take_over() -> None:
     connections.prepare()
     _note_threads_inside()
     for connection in connections.connections():
-        _strangers.append(connection)
+        _earlier_connections.append(connection)
         descriptors.guard(connection)
 
 
@@ -259,11 +259,11 @@ def _note_threads_inside() -> None:
     for ident, frame in sys._current_frames().items():
         code = frame.f_code
         if ident != threading.get_ident() and code.co_filename == wrappers and code.co_name in CALLS:
-            straggler = _Straggler(ident, id(frame))
-            in_flight.elsewhere[straggler] = (code.co_name, ident, monotonic(), straggler)
+            call_in_progress = _CallInProgress(ident, id(frame))
+            in_flight.calls_without_place[call_in_progress] = (code.co_name, ident, monotonic(), call_in_progress)
 
 
-class _Straggler:
+class _CallInProgress:
     """A thread that was in a C function at ``install()``; nothing reports its return, so a fork must check."""
 
     def __init__(self, ident: int, frame: int) -> None:
@@ -274,12 +274,12 @@ class _Straggler:
         """Remove it from the list if it has returned.  It can't be interrupted, because its caller would see that."""
         frame = sys._current_frames().get(self._ident)
         if frame is None or id(frame) != self._frame:
-            in_flight.elsewhere.pop(self, None)
+            in_flight.calls_without_place.pop(self, None)
 
 
-def leave_alone() -> None:
+def unguard_earlier() -> None:
     """Let children inherit what was opened before ``install()``, as without pcsc_safe."""
-    if not _strangers:
+    if not _earlier_connections:
         return
-    while _strangers:
-        descriptors.unguard(_strangers.pop())
+    while _earlier_connections:
+        descriptors.unguard(_earlier_connections.pop())

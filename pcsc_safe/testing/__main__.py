@@ -54,7 +54,7 @@ def _card(kind: str) -> Optional[VirtualCard]:
 def _run(command: Sequence[str], stack: VirtualPcsc) -> int:
     started: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, frame: object) -> None:
+    def forward(number: int, frame: object) -> None:
         if not started:
             raise SystemExit(128 + number)
         started[0].send_signal(number)
@@ -63,7 +63,7 @@ def _run(command: Sequence[str], stack: VirtualPcsc) -> int:
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, lambda number, frame: None)  # a terminal also sends the signal to the command
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     started.append(subprocess.Popen(command, env=stack.env))  # noqa: S603  # the user's command
     status = started[0].wait()
     return status if status >= 0 else 128 - status

@@ -162,7 +162,7 @@ class Daemon:
             except ConnectionError:
                 more = b""
             if not more:
-                raise self._why_it_died()
+                raise self._death_error()
             line += more
         answer = line.decode().rstrip()
         if answer.startswith("error"):
@@ -171,29 +171,29 @@ class Daemon:
             )
         return answer
 
-    def _why_it_died(self) -> PcscStackError:
+    def _death_error(self) -> PcscStackError:
         """The error for a keeper that has closed the connection: how it ended, and its last message."""
         assert self._process.stderr is not None
         try:
             status = self._process.wait(self._control.gettimeout())
         except subprocess.TimeoutExpired:
             return PcscStackError("the process that supervises pcscd hangs", remedy=f"kill process {self._process.pid}")
-        said = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        output = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        problem = f"the process that supervises pcscd has died ({how}{f': {said[-1]}' if said else ''})"
-        return PcscStackError(problem, remedy=_remedy(status, said))
+        problem = f"the process that supervises pcscd has died ({how}{f': {output[-1]}' if output else ''})"
+        return PcscStackError(problem, remedy=_remedy(status, output))
 
 
-def _remedy(status: int, said: Sequence[str]) -> str:
+def _remedy(status: int, output: Sequence[str]) -> str:
     """What to do about a keeper that died.
 
-    :param said: the lines that it wrote.
+    :param output: the lines that it wrote.
     """
     if not os.access(_KEEPER, os.R_OK):
         return f"let this user read {_KEEPER}, or install pcsc-safe where this user can read it"
     if status < 0:
         return "leave the with block, and find out what killed it (the kernel does when memory runs out)"
-    return "leave the with block, and report this with the complete output:\n" + "\n".join(said)
+    return "leave the with block, and report this with the complete output:\n" + "\n".join(output)
 
 
 def _entry(name: str, port: str, channel: int, driver: str) -> str:

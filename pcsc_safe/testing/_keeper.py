@@ -119,7 +119,7 @@ class Keeper:
             listener.bind(path)
             listener.listen(128)
             if may_write(self.system) and not self.hide_system():
-                self.start_and_put_back(listener.fileno())
+                self.start_and_restore(listener.fileno())
             else:
                 self.fork_pcscd(listener.fileno())
         return self.pid
@@ -141,7 +141,7 @@ class Keeper:
         if not self.pid:
             self.become_pcscd(listener)
 
-    def start_and_put_back(self, listener: int) -> None:
+    def start_and_restore(self, listener: int) -> None:
         """Start pcscd, and restore the file that it overwrites at its start."""
         path = os.path.join(self.system, PID_NAME)
         lock = os.open(nearest(self.system), os.O_RDONLY)
@@ -153,7 +153,7 @@ class Keeper:
             while not names(path, self.pid) and not self.has_ended() and time.monotonic() < deadline:
                 time.sleep(0.001)
             if names(path, self.pid) or (self.has_ended() and content(path) is None):
-                put_back(path, before)
+                restore(path, before)
         finally:
             os.close(lock)
 
@@ -250,7 +250,7 @@ def names(path: str, pid: int) -> bool:
     return (content(path) or b"").split(b"\n")[0] == str(pid).encode()
 
 
-def put_back(path: str, before: bytes | None) -> None:
+def restore(path: str, before: bytes | None) -> None:
     """Restore the former content of a file, or remove it if there was none."""
     try:
         if before is None:

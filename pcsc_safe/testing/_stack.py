@@ -26,7 +26,7 @@ from .cards import VirtualCard
 
 __all__ = ["Reader", "VirtualPcsc"]
 
-_CURES = {
+_REMEDIES = {
     "cannot create /": "without root, pcscd can't create its run directory: sudo mkdir -p /run/pcscd",
     "failed to map segment": "more than two readers need a TMPDIR that is not mounted noexec",
 }
@@ -353,8 +353,8 @@ class VirtualPcsc:
         except OSError as error:
             log = self.log
             remedy = "see the end of its log:\n" + log[-_LOG_TAIL:]
-            for symptom, cure in _CURES.items():
-                remedy = f"{cure}; {remedy}" if symptom in log else remedy
+            for symptom, hint in _REMEDIES.items():
+                remedy = f"{hint}; {remedy}" if symptom in log else remedy
             raise PcscStackError(f"pcscd does not serve the virtual readers ({error})", remedy=remedy) from error
 
     def _report(self) -> None:

@@ -25,7 +25,7 @@ from .cards import VirtualCard
 
 _LOCALHOST = "127.0.0.1"
 _LENGTH = struct.Struct(">H")
-_AN_ANSWER_TAKES = 0.1  # s, at most; one that takes longer is in the middle, and pcscd reads nothing
+_RESPONSE_TIMEOUT = 0.1  # s, at most; one that takes longer is in the middle, and pcscd reads nothing
 _QUICK_ACK = getattr(socket, "TCP_QUICKACK", None)
 
 
@@ -113,7 +113,7 @@ class Slot:
     def _abort(self, connection: socket.socket) -> None:
         # If a connection ends before an answer, vpcd takes this for an empty answer and reports success.  If it is
         # reset after the beginning of an answer, vpcd reports a failure, as when a card is pulled out during a command.
-        if self._sending.acquire(timeout=_AN_ANSWER_TAKES):  # so that this is not mixed with a real answer
+        if self._sending.acquire(timeout=_RESPONSE_TIMEOUT):  # so that this is not mixed with a real answer
             with contextlib.suppress(OSError):
                 connection.send(_LENGTH.pack(2), socket.MSG_DONTWAIT)
             self._sending.release()
@@ -147,7 +147,7 @@ class Slot:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
-                answer = card._answer(_read(connection, length))
+                answer = card._respond(_read(connection, length))
                 if answer is not None:
                     with self._sending:
                         if self._socket is not connection:

@@ -58,7 +58,7 @@ class Probe:
             self._socket.connect(path)
             # The answer has pcscd's version of the protocol; ours has not changed since pcsc-lite 1.8.24.  A newer
             # pcscd logs a mismatch and uses our version.  Its own version waits for changes differently (2.5.3).
-            self._ask(_VERSION, struct.pack("=iiI", 4, 4, 0), 12)
+            self._request(_VERSION, struct.pack("=iiI", 4, 4, 0), 12)
         except BaseException:
             self._socket.close()
             raise
@@ -82,11 +82,11 @@ class Probe:
 
     def states(self) -> list[ReaderState]:
         """The states of the readers now."""
-        return _parse(self._ask(_GET_STATES, b"", _STATE.size * MAX_READERS))
+        return _parse(self._request(_GET_STATES, b"", _STATE.size * MAX_READERS))
 
     def slots(self) -> int:
         """How many slots for readers pcscd has; only pcsc-lite 2.5 and later report it."""
-        return int(_SLOTS.unpack(self._ask(_GET_SLOTS, b"", _SLOTS.size))[0])
+        return int(_SLOTS.unpack(self._request(_GET_SLOTS, b"", _SLOTS.size))[0])
 
     def wait(self, satisfied: Callable[[list[ReaderState]], bool], hurry: Callable[[], None]) -> None:
         """Wait until the readers are in the desired state, by pcscd's own events.
@@ -95,9 +95,9 @@ class Probe:
         :param hurry: makes pcscd look at its readers; called repeatedly until they are in that state.
         :raises TimeoutError: the time is up, and they are not in that state.
         """
-        while not satisfied(_parse(self._ask(_WAIT_CHANGE, b"", _STATE.size * MAX_READERS))):
+        while not satisfied(_parse(self._request(_WAIT_CHANGE, b"", _STATE.size * MAX_READERS))):
             hurry()
-            while not select.select([self._socket], [], [], min(_HURRY_INTERVAL, self._left()))[0]:
+            while not select.select([self._socket], [], [], min(_HURRY_INTERVAL, self._remaining()))[0]:
                 hurry()
             self._receive(8)
 
@@ -106,19 +106,19 @@ class Probe:
 
         :raises PcscStackError: there is no card, or an application holds it exclusively or in a transaction.
         """
-        context = struct.unpack("=III", self._ask(_ESTABLISH, struct.pack("=III", 2, 0, 0), 12))[1]
+        context = struct.unpack("=III", self._request(_ESTABLISH, struct.pack("=III", 2, 0, 0), 12))[1]
         request = struct.pack("=I128sIIiII", context, reader.encode(), _SHARED, _ANY_PROTOCOL, 0, 0, 0)
-        *_, card, _, result = struct.unpack("=I128sIIiII", self._ask(_CONNECT, request, len(request)))
+        *_, card, _, result = struct.unpack("=I128sIIiII", self._request(_CONNECT, request, len(request)))
         if not result:
             request = struct.pack("=iII", card, _RESET_CARD, 0)
-            result = struct.unpack("=iII", self._ask(_DISCONNECT, request, 12))[2]
+            result = struct.unpack("=iII", self._request(_DISCONNECT, request, 12))[2]
         if result:
             raise PcscStackError(f"the card in {reader!r} can't be reset (0x{result:08X})", remedy=_reason(result))
 
-    def _ask(self, command: int, body: bytes, answer: int) -> bytes:
-        self._socket.settimeout(self._left())
+    def _request(self, command: int, body: bytes, response_size: int) -> bytes:
+        self._socket.settimeout(self._remaining())
         self._socket.sendall(_HEADER.pack(len(body), command) + body)
-        return self._receive(answer)
+        return self._receive(response_size)
 
     def _receive(self, count: int) -> bytes:
         data = b""
@@ -130,14 +130,14 @@ class Probe:
         return data
 
     def _receive_some(self, count: int) -> bytes:
-        self._socket.settimeout(self._left())
+        self._socket.settimeout(self._remaining())
         return self._socket.recv(count)
 
-    def _left(self) -> float:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
+    def _remaining(self) -> float:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
             raise TimeoutError("pcscd did not answer in time")
-        return left
+        return remaining
 
 
 def _parse(data: bytes) -> list[ReaderState]:

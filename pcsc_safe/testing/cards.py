@@ -129,7 +129,7 @@ class VirtualCard:
         counts = ", ".join(f"{event.value} {self.count(event)}" for event in CardEvent)
         return f"<{type(self).__name__}: {counts}>"
 
-    def _answer(self, message: bytes) -> Optional[bytes]:
+    def _respond(self, message: bytes) -> Optional[bytes]:
         """The response to one vpcd message: bytes, or nothing."""
         if len(message) != 1:
             answer = self._guard(lambda: self._checked(self.apdu(message)), _FAILED)

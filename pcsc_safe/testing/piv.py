@@ -117,9 +117,9 @@ class PivCard(VirtualCard):
             self._chain += parsed.data
             return b"\x90\x00"
         parsed.data, self._chain = self._chain + parsed.data, b""
-        return self._answer_whole(parsed)
+        return self._respond_whole(parsed)
 
-    def _answer_whole(self, command: APDUCommand) -> bytes:
+    def _respond_whole(self, command: APDUCommand) -> bytes:
         answer = self._applet.process_apdu(command)
         if command.ins == _SELECT and answer.sw == 0x9000:
             answer.data = TLVEncoder.encode(0x61, answer.data)  # it forgets the template (SP 800-73-4, part 2, 3.1.1)

@@ -177,7 +177,7 @@ def test_it_leaves_out_what_it_does_not_use(stack: VirtualPcsc) -> None:
     asks = "import sys; from pcsc_safe.broker import __main__ as it; it._leave_out_classes(); import smartcard.scard; "
     done = subprocess.run(
         [sys.executable, "-S", "-c", f"{asks}print(*sys.modules)"],
-        env={**stack.env, "PYTHONPATH": os.pathsep.join(start._places())},
+        env={**stack.env, "PYTHONPATH": os.pathsep.join(start._import_directories())},
         check=True,
         stdout=subprocess.PIPE,
         text=True,
@@ -288,13 +288,13 @@ def fails(python: str, within: float = 30.0) -> tuple[list[str], int, list[int],
 
     def child() -> Any:
         pcsc_safe.configure(broker_python=python)
-        client._READY_WITHIN, start._TIME_TO_EXIT = within, min(within, start._TIME_TO_EXIT)
+        client._READY_TIMEOUT, start._EXIT_TIMEOUT = within, min(within, start._EXIT_TIMEOUT)
         messages = [told()]
         before = len(descriptors(os.getpid()))
         messages += [told(), told()]
         left = len(descriptors(os.getpid())) - before, children()
         pcsc_safe.configure(broker_python="")
-        client._READY_WITHIN = 30.0
+        client._READY_TIMEOUT = 30.0
         return (messages, *left, bool(establish()))
 
     answer: tuple[list[str], int, list[int], bool] = in_child(by_broker(child))

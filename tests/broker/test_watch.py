@@ -15,7 +15,7 @@ from calling import ENOUGH, Calling
 from forking import in_child, start
 
 from pcsc_safe.broker import watch as watching
-from pcsc_safe.broker.watch import Watch, process_behind
+from pcsc_safe.broker.watch import Watch, peer_pid
 
 A_WHILE = 0.1  # s; enough for a report
 
@@ -197,7 +197,7 @@ def of_pairs(connection: socket.socket) -> Any:
     """Return, in a child, the process behind its parent's socket pair, and whether its own pair is its own."""
     mine, _ = pair = watching._socket.socketpair()
     try:
-        return process_behind(connection), process_behind(mine) == os.getpid()
+        return peer_pid(connection), peer_pid(mine) == os.getpid()
     finally:
         for end in pair:
             end.close()
@@ -205,6 +205,6 @@ def of_pairs(connection: socket.socket) -> Any:
 
 @pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="the kernel doesn't report it")
 def test_the_process_behind(pair: Any) -> None:
-    """process_behind() returns the PID of the process that made the other end of a socket pair."""
-    assert process_behind(pair[0]) == os.getpid()
+    """peer_pid() returns the PID of the process that made the other end of a socket pair."""
+    assert peer_pid(pair[0]) == os.getpid()
     assert in_child(of_pairs, pair[0]) == (os.getpid(), True)

@@ -47,7 +47,7 @@ def test_a_look_closes_nothing(session: Session) -> None:
     """A signal handler that raises during a check of a connection doesn't close it, or its number would be reused."""
     number = connection_of(session.context).number
     with pytest.raises(Alarm):
-        connections._ask(number, raise_alarm)
+        connections._call_on_socket(number, raise_alarm)
     gc.collect()
     assert session.transmit(ECHO)[0] == OK
 
@@ -75,8 +75,8 @@ def test_one_that_was_opened_later_is_not_taken_for_it(session: Session, tmp_pat
         door.bind(str(tmp_path / "pcscd.comm"))
         door.listen()
         low, ours, theirs = os.open(os.devnull, os.O_RDONLY), *(socket.socket(socket.AF_UNIX) for _ in range(2))
-        ours_at, later = os.dup(low), connections.Traces()
-        traces = connections.Traces()
+        ours_at, later = os.dup(low), connections.ConnectionFinder()
+        traces = connections.ConnectionFinder()
         before, after = traces.operations(True)
         run(before)
         os.dup2(ours.fileno(), ours_at)  # another thread closes a file, and libpcsclite gets its number
@@ -85,7 +85,7 @@ def test_one_that_was_opened_later_is_not_taken_for_it(session: Session, tmp_pat
         run(later.operations(False)[0])
         theirs.connect(door.getsockname())
         os.dup2(theirs.fileno(), traces._next[0])
-        assert [is_likely for is_likely, _ in connections.strangers({str(traces._next[0])})] == [True]
+        assert [is_likely for is_likely, _ in connections.unguarded_sockets({str(traces._next[0])})] == [True]
         assert traces.connection() is None
         for number in (low, ours_at, traces._next[0]):
             os.close(number)

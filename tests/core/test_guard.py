@@ -212,8 +212,8 @@ def test_a_fork_from_c_is_guarded_at_first_use(number: int) -> None:
 def test_the_dead_socket_was_closed(number: int) -> None:
     """The guard works even if the application has closed the dead socket."""
     pcsc_safe.configure(guard_native=True)
-    assert descriptors._dead is not None
-    os.close(descriptors._dead.number)
+    assert descriptors._dead_socket is not None
+    os.close(descriptors._dead_socket.number)
     assert in_child(is_dead, number) is True
 
 
@@ -221,7 +221,7 @@ def test_the_dead_socket_was_closed(number: int) -> None:
 def test_a_signal_handler_raises_in_the_middle(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception of a signal handler is lost, as in every hook, but the guard still works."""
     pcsc_safe.configure(guard_native=True)
-    look, interrupted = descriptors.others, list[int]()
+    look, interrupted = descriptors.find_others, list[int]()
 
     def others() -> Any:
         if not interrupted:
@@ -229,7 +229,7 @@ def test_a_signal_handler_raises_in_the_middle(number: int, monkeypatch: pytest.
             raise KeyboardInterrupt
         return look()
 
-    monkeypatch.setattr(descriptors, "others", others)
+    monkeypatch.setattr(descriptors, "find_others", others)
     assert in_child(lambda: (is_dead(number), interrupted)) == (True, [1])
 
 
@@ -344,6 +344,6 @@ def test_configure_alone_is_enough() -> None:
     """configure() alone guards a program that uses only PKCS#11 and never imports pcsc_safe.scard."""
     code = (
         "import sys, pcsc_safe; pcsc_safe.configure(guard_native=True); assert 'smartcard' not in sys.modules\n"
-        "from pcsc_safe._core import descriptors; assert descriptors.others is not tuple"
+        "from pcsc_safe._core import descriptors; assert descriptors.find_others is not tuple"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)

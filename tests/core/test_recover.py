@@ -807,6 +807,6 @@ def test_contexts_but_nothing_else() -> None:
 
     def fails() -> Any:
         made.append(1)
-        return recovery.again(CALLS["SCardListReaders"], fails, ())
+        return recovery.repeat(CALLS["SCardListReaders"], fails, ())
 
     assert (fails(), len(made), recovery._attempts) == ([NO_SERVICE, []], 4, {})

@@ -30,7 +30,7 @@ from pcsc_safe import policy
 from pcsc_safe import scard as safe
 from pcsc_safe.__main__ import main
 from pcsc_safe.doctor import _command, _fork, _machine, _pcscd, _probe, _tasks, _view
-from pcsc_safe.doctor._ask import Answer
+from pcsc_safe.doctor._ask import TaskResult
 from pcsc_safe.doctor._findings import KEYS, NEEDS, Finding, Ledger, Status
 from pcsc_safe.testing import CardEvent, EchoCard, VirtualPcsc, _activation, _install, _versions
 from pcsc_safe.testing._daemon import Daemon, short_temporary_path
@@ -330,7 +330,7 @@ def test_every_protocol_that_a_client_can_agree_on(path: str, oldest: int, newes
         client.connect(path)
         told = _tasks._handshake(client)
     assert told == {"answer": "ok", "protocol": f"4.{newest}", "result": 0}
-    finding = _pcscd._answer("ok", told, POLKIT)
+    finding = _pcscd._response_finding("ok", told, POLKIT)
     assert (finding.status, finding.detail) == (OK, f"yes, protocol 4.{newest}")
 
 
@@ -368,10 +368,10 @@ def test_readers_as_far_as_they_were_told(reported: Any, keys: list[str], words:
     """If a process hangs while it lists the readers, what it reported so far is kept, and the hang is a problem."""
     task = {"establish": "SCARD_S_SUCCESS" if reported else "SCARD_E_NO_SERVICE", **reported}
     ended = {"exit_status": 0} if "states" in reported else {"timed_out": 9.0}
-    found = list(_pcscd._readers(Answer(Ended({"task": task}, **ended))))
+    found = list(_pcscd._readers(TaskResult(Ended({"task": task}, **ended))))
     assert [each.key for each in found] == keys
     assert not found or words in found[-1].detail
-    never = list(_pcscd._readers(Answer(Ended({"task": {"establish": "SCARD_S_SUCCESS"}}, timed_out=9.0))))
+    never = list(_pcscd._readers(TaskResult(Ended({"task": {"establish": "SCARD_S_SUCCESS"}}, timed_out=9.0))))
     assert [(each.key, each.status) for each in never] == [("readers", PROBLEM)]
 
 
@@ -459,7 +459,9 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, version: str, status: Status)
     monkeypatch.setattr(_machine, "versions", lambda: {**_versions.versions(), "pyscard": version})
     imported = "ok" if version[0].isdecimal() else "ModuleNotFoundError: No module named 'smartcard'"
     monkeypatch.setattr(
-        _machine, "ask", lambda *given: Answer(Ended({"task": {"smartcard.scard": imported, "wrapt": "ok"}}, 0))
+        _machine,
+        "run_task",
+        lambda *given: TaskResult(Ended({"task": {"smartcard.scard": imported, "wrapt": "ok"}}, 0)),
     )
     (found,) = [each for each in _machine.installation() if each.key == "pyscard"]
     assert found.status is status
@@ -577,7 +579,7 @@ def test_the_tasks_can_be_imported_on_windows() -> None:
 def test_what_notices_a_fork(noticed: tuple[str, str], statuses: list[Status], layers: list[str]) -> None:
     """Each layer of fork detection reports what it detected; if none detects a fork, that is a problem."""
     seen = {fork: {"noticed_by": by} for fork, by in zip(("os.fork", "C fork"), noticed)}
-    hooks, page, used = _fork._detection(Answer(Ended({"task": {"page": True}, **seen}, 0)))
+    hooks, page, used = _fork._detection(TaskResult(Ended({"task": {"page": True}, **seen}, 0)))
     assert [hooks.status, page.status] == statuses
     assert used.data["layers"] == layers
 
@@ -641,7 +643,7 @@ CHILD, PARENT = {"code": "A", "shares": False, "ended": 0}, {"code": "A", "after
 )
 def test_a_probe_is_judged_by_what_was_reported(reported: Any, ended: Any, harm: str, known: bool) -> None:
     """Harm is reported only if it was seen; from too few reports nothing is concluded, and the finding is unknown."""
-    seen = _probe._judge(Answer(Ended(reported, **{"exit_status": 0, **ended})))
+    seen = _probe._judge(TaskResult(Ended(reported, **{"exit_status": 0, **ended})))
     assert (harm in seen.harm, bool(seen.harm), seen.known) == (True, bool(harm), known)
     finding = _probe._probe_finding(_probe._PROBES[0], seen, seen)
     assert finding.status is (UNKNOWN if not known else PROBLEM if harm else OK)

@@ -12,7 +12,7 @@ import pytest
 from macos import OnMacos
 
 from pcsc_safe.doctor import _command, _self_test
-from pcsc_safe.doctor._ask import Answer
+from pcsc_safe.doctor._ask import TaskResult
 from pcsc_safe.doctor._findings import Finding, Status
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._disposable import Ended
@@ -105,7 +105,7 @@ def test_what_is_wrong_is_said(task: str, reported: dict[str, Any], wrong: str) 
     """A failure is reported with what was seen; what raw pyscard does is no problem of pcsc_safe."""
     for test in _self_test._TESTS:
         if test.key == task:
-            finding = _self_test._finding(test, Answer(Ended({"task": reported}, 0)))
+            finding = _self_test._finding(test, TaskResult(Ended({"task": reported}, 0)))
             assert wrong in finding.detail
             assert finding.status is (Status.WARNING if test.module == _self_test.RAW else Status.PROBLEM)
 

@@ -135,7 +135,7 @@ def test_a_finding_is_a_key_and_what_yields_it(copy: Copy, shared_stack: Virtual
     assert "it is fine" in doctor(copy, **env)
 
 
-FIRST_FINDING = "    yield _itself("
+FIRST_FINDING = "    yield _pcsc_safe("
 
 
 def doctor(copy: Copy, *options: str, **variables: str) -> str:

@@ -223,7 +223,7 @@ def held() -> dict[str, Any]:
     return {
         "in flight": len(in_flight.calls()),
         "locked": free.count(False),
-        "doomed": len(contexts.doomed),
+        "doomed": len(contexts.awaiting_release),
         "natives": sum(isinstance(place, contexts.NativeContext) for place in in_flight.places),
     }
 

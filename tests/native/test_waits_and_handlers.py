@@ -80,7 +80,7 @@ def left_behind() -> list[Any]:
     # After an exception a thread may still exist that has just ended the wait.
     until(lambda: len(os.listdir("/proc/self/task")) == 1, "there are no threads")
     natives = [place for place in in_flight.places if isinstance(place, contexts.NativeContext)]
-    return [len(natives), len(in_flight.calls()), len(contexts.doomed)]
+    return [len(natives), len(in_flight.calls()), len(contexts.awaiting_release)]
 
 
 NOTHING = [0, 0, 0]

@@ -299,7 +299,7 @@ def test_another_sitecustomize_is_still_imported(programs: Path, tmp_path: Path,
     )
     code = "import sys, sitecustomize; print(sitecustomize.x, sys.modules['sitecustomize'] is sitecustomize)"
     expected = run("-c", code, cwd=programs, env={"PYTHONPATH": path})
-    assert run("-c", code, cwd=programs, env={"PYTHONPATH": python_path.put_on(path)}) == expected
+    assert run("-c", code, cwd=programs, env={"PYTHONPATH": python_path.add_to(path)}) == expected
 
 
 @pytest.mark.parametrize(
@@ -363,15 +363,15 @@ def test_it_works_from_a_checkout(tmp_path: Path) -> None:
 def test_the_path_is_put_on_once_and_taken_off() -> None:
     """The directory is added to PYTHONPATH once and removed; the other entries stay.  An empty entry has a meaning."""
     here = python_path.DIRECTORY
-    assert python_path.put_on("") == here
-    assert python_path.put_on("a::b") == f"{here}:a::b"
-    assert python_path.put_on(python_path.put_on("a"), ["z"]) == f"{here}:a:z"
-    assert python_path.take_off(f"{here}:a:{here}:b:") == "a:b:"
+    assert python_path.add_to("") == here
+    assert python_path.add_to("a::b") == f"{here}:a::b"
+    assert python_path.add_to(python_path.add_to("a"), ["z"]) == f"{here}:a:z"
+    assert python_path.remove_from(f"{here}:a:{here}:b:") == "a:b:"
 
 
 def test_a_broker_is_not_retrofitted() -> None:
     """A broker inherits neither the directory nor the report."""
-    mine = {"PYTHONPATH": python_path.put_on("/a"), events.VARIABLE: "/file", "PCSC_SAFE_POLICY": "raise"}
+    mine = {"PYTHONPATH": python_path.add_to("/a"), events.VARIABLE: "/file", "PCSC_SAFE_POLICY": "raise"}
     assert start.environment(mine, []) == {"PYTHONPATH": "/a", "PYTHONSAFEPATH": "1"}
     assert start.environment({"PYTHONPATH": python_path.DIRECTORY}, []) == {"PYTHONSAFEPATH": "1"}
     assert start.environment(mine, ["/b"])["PYTHONPATH"] == "/b:/a"
@@ -390,9 +390,9 @@ def test_without_a_report_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert not events.is_on()
     monkeypatch.setattr(os, "open", lambda *_: pytest.fail("a file was opened"))
     events.record("fork", parent=1)
-    events.born_elsewhere(1, "broker", "broker")
-    assert recorder.recorded(CALLS["SCardConnect"], print) is print
-    assert recorder.followed("SCardTransmit", None) is None
+    events.process_started(1, "broker", "broker")
+    assert recorder.wrap_call(CALLS["SCardConnect"], print) is print
+    assert recorder.wrap_follow_up("SCardTransmit", None) is None
 
 
 def test_the_report_is_by_process() -> None:
