@@ -140,7 +140,9 @@ def _summary(pid: int, family: _Family) -> Finding:
     shared = sum(len(each.holders) > 1 for each in family.connections.values())
     data: dict[str, Any] = {"pid": pid, "processes": count, "connections": connections, "shared": shared}
     data["unseen"] = family.unseen
-    detail = f"{_counted(count, 'process', 'processes')}, {_counted(connections, 'connection', 'connections')} to pcscd; "
+    detail = (
+        f"{_counted(count, 'process', 'processes')}, {_counted(connections, 'connection', 'connections')} to pcscd; "
+    )
     detail += f"connections that several processes hold: {shared}"
     unsure = not family.ends_known and any(each and each.libpcsclite for each in family.processes.values())
     if unsure and not connections:
@@ -148,9 +150,7 @@ def _summary(pid: int, family: _Family) -> Finding:
         text = "the doctor can't see where their sockets lead"
         return Finding("family", Status.UNKNOWN, "processes", text, remedy, data)
     if family.unseen:
-        detail += (
-            f"; {_counted(family.unseen, 'process', 'processes')} of other users, which may also hold some, can't be seen"
-        )
+        detail += f"; {_counted(family.unseen, 'process', 'processes')} of other users, which may also hold some, can't be seen"
     return Finding("family", Status.OK, "processes", detail, data=data)
 
 
