@@ -75,6 +75,7 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
                 result = results[0]
                 break
         if unbinds and result == SUCCESS:
+            card.forget()  # first: another thread that finds the card must find its native context
             discard(place.cards, card.real)
             native_contexts_of(card.context).release_idle()
         if awaiting_release:

@@ -77,7 +77,7 @@ class NativeContexts:
         :return: pyscard's result, or :data:`STALE`.
         """
         native = raw[function]
-        return self._use(owned, function, lambda context: ((native, context.handle, *arguments),))
+        return self._use(owned, function, lambda context, _: ((native, context.handle, *arguments),))
 
     def wait(self, owned: Owned, wait: Any, timeout: int, states: Any) -> Any:
         """SCardGetStatusChange, on a native context without a card.
@@ -87,9 +87,9 @@ class NativeContexts:
         """
         native = raw[_WAIT]
 
-        def call(context: NativeContext) -> tuple[Operation, ...]:
+        def call(context: NativeContext, is_bare: bool) -> tuple[Operation, ...]:
             # A card lives there only if pcscd refuses another native context.
-            limit = min(timeout, _SHORT) if context.cards else timeout
+            limit = timeout if is_bare else min(timeout, _SHORT)
             return ((native, context.handle, limit, states),)
 
         return self._use(owned, _WAIT, call, wait=wait, without_cards=True, lasts=interruptible.is_wanted(timeout))
@@ -104,7 +104,7 @@ class NativeContexts:
         native, connected, chosen = raw["SCardConnect"], list[Any](), list[NativeContext]()
         operands = [(argument,) for argument in arguments]
 
-        def call(context: NativeContext) -> tuple[Operation, ...]:
+        def call(context: NativeContext, is_bare: bool) -> tuple[Operation, ...]:
             chosen[:] = [context]
             # Counts as a card from now on, so that a thread that needs a context without a card doesn't use this one.
             count = (context.cards.append, connected)
@@ -182,7 +182,7 @@ class NativeContexts:
         self,
         owned: Owned,
         function: str,
-        call: Callable[[NativeContext], tuple[Operation, ...]],
+        call: Callable[[NativeContext, bool], tuple[Operation, ...]],
         *,
         wait: Any = None,
         without_cards: bool = False,
@@ -190,6 +190,7 @@ class NativeContexts:
     ) -> Any:
         """Make a call on any free native context, or on a new one.
 
+        :param call: the operations, in a native context; and whether it certainly has no card.
         :param lasts: signal handlers must be able to run during the call.
         """
         may_pass, refused = False, SUCCESS
@@ -201,10 +202,11 @@ class NativeContexts:
                 if context in avoided or context.wakers or (insists and context.cards):
                     continue
                 context.yield_to_waiters()
-                make = interruptible.attempt if lasts and not context.cards else attempt
-                steps = make(
-                    context, owned, function, *call(context), wait=wait, without_cards=insists, may_pass=may_pass
-                )
+                # A wait beside a card must be short; any other must find no card there.
+                is_bare = insists or (wait is not None and not context.cards)
+                make = interruptible.attempt if lasts and is_bare else attempt
+                operations = call(context, is_bare)
+                steps = make(context, owned, function, *operations, wait=wait, without_cards=is_bare, may_pass=may_pass)
                 if steps:
                     self._after_use(context)
                     result = self._check_result(owned, function, result_of(steps), context, avoided, may_pass)

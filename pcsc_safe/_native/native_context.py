@@ -98,7 +98,11 @@ class NativeContext(Place):
 
         Shutting the connection down ends it at any moment, which SCardCancel doesn't.  This also ends the native
         context, so there must be another one: the process may since have lost the right to connect to pcscd.
+
+        Where a card lives, the wait isn't ended, because the card's session would end, too.  Such a wait is short.
         """
+        if self.cards:
+            return
         is_known = self.descriptor is not None and self.descriptor.is_intact()
         if is_known and self.state == OPEN and not wait.has_spare(self, may_pass):
             is_known = False

@@ -150,7 +150,8 @@ def _summary(pid: int, family: _Family) -> Finding:
         text = "the doctor can't see where their sockets lead"
         return Finding("family", Status.UNKNOWN, "processes", text, remedy, data)
     if family.unseen:
-        detail += f"; {_counted(family.unseen, 'process', 'processes')} of other users, which may also hold some, can't be seen"
+        unseen = _counted(family.unseen, "process", "processes")
+        detail += f"; {unseen} of other users, which may also hold some, can't be seen"
     return Finding("family", Status.OK, "processes", detail, data=data)
 
 
