@@ -128,7 +128,7 @@ class Place:
     :ivar cards: the cards there; a call with ``without_cards`` isn't made while there are any.
     :ivar state: OPEN; WOKEN: a wait there was ended from outside, and the place must not be used again; RELEASED;
         GIVEN: to a child that is being forked, until it is known whether there is a child.
-    :ivar waiting: one key for each thread that waits for the place.
+    :ivar waiting: the identifiers of the threads that wait for the place, by a key for each wait.
     :ivar acquire: takes the place if it is free, and returns whether it was; its argument is False: don't wait.
     :ivar enter: puts a call on the list.
     :ivar release: releases the place.
@@ -146,7 +146,7 @@ class Place:
         """Forget the calls that are there: this is a new process."""
         self.lock = RLock()
         self.calls = _empty_list()
-        self.waiting: dict[object, None] = {}
+        self.waiting: dict[object, int] = {}
         self.acquire: Callable[[bool], Any] = self.lock.acquire
         self.enter = self.calls.append
         self.release: Callable[[], Any] = self.lock.release
@@ -165,17 +165,19 @@ class Place:
         """
         key = object()
         try:
-            self.waiting[key] = None
+            self.waiting[key] = get_ident()
             in_one_step((self.lock.acquire, True, timeout), (self.release,))
         finally:
             self.waiting.pop(key, None)
 
     def yield_to_waiters(self) -> None:
-        """Before a call: let a thread that waits go first.
+        """Before a call: let another thread that waits go first.
 
-        Otherwise a thread that makes one call after the other would be back before a waiting thread has woken up.
+        Otherwise a thread that makes one call after the other would be back before a waiting thread has woken up.  What
+        waits in this thread is what the signal handler that makes this call has interrupted: it gets no further anyway.
         """
-        if self.waiting:
+        ident = get_ident()
+        if any(other != ident for other in list(self.waiting.values())):
             sleep(_YIELD_TIME)
 
 

@@ -136,7 +136,7 @@ def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: 
     steps: list[Any] = []
     chain = takewhile(one_step.is_not_false, one_step.call_each(operations))
     try:
-        place.waiting[key] = None
+        place.waiting[key] = entry[1]
         steps.extend(chain)
     except BaseException:
         # As in in_flight.attempt().

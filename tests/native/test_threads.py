@@ -239,6 +239,24 @@ def test_threads_take_turns_on_a_card(context: Any, reader: str) -> None:
     assert theirs < 4 * calls
 
 
+@pytest.mark.native
+def test_a_handler_does_not_yield_to_what_it_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread yields to other threads that wait, and not to its own wait that a signal handler has interrupted.
+
+    A handler that is called often would otherwise take longer the more of its calls it interrupts.
+    """
+    from pcsc_safe._core import in_flight
+
+    pauses: list[float] = []
+    monkeypatch.setattr(in_flight, "sleep", pauses.append)
+    place = in_flight.Place()
+    place.waiting[object()] = threading.get_ident()
+    place.yield_to_waiters()
+    assert not pauses
+    Calling(place.yield_to_waiters).answer()
+    assert len(pauses) == 1
+
+
 # Transactions.
 
 
