@@ -140,10 +140,8 @@ def _summary(pid: int, family: _Family) -> Finding:
     shared = sum(len(each.holders) > 1 for each in family.connections.values())
     data: dict[str, Any] = {"pid": pid, "processes": count, "connections": connections, "shared": shared}
     data["unseen"] = family.unseen
-    detail = (
-        f"{_counted(count, 'process', 'processes')}, {_counted(connections, 'connection', 'connections')} to pcscd; "
-    )
-    detail += f"connections that several processes hold: {shared}"
+    detail = f"{_counted(count, 'process', 'processes')}, {_counted(connections, 'connection', 'connections')} to pcscd"
+    detail += f", of which several processes hold {shared}"
     unsure = not family.ends_known and any(each and each.libpcsclite for each in family.processes.values())
     if unsure and not connections:
         remedy = f"sudo modprobe unix_diag, or sudo python -m pcsc_safe doctor --pid {pid}"
@@ -151,7 +149,7 @@ def _summary(pid: int, family: _Family) -> Finding:
         return Finding("family", Status.UNKNOWN, "processes", text, remedy, data)
     if family.unseen:
         unseen = _counted(family.unseen, "process", "processes")
-        detail += f"; {unseen} of other users, which may also hold some, can't be seen"
+        detail += f"; {unseen} of other users can't be seen, and may also hold some"
     return Finding("family", Status.OK, "processes", detail, data=data)
 
 
