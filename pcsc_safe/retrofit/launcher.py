@@ -28,8 +28,8 @@ EPILOG = """The options that are listed with [=0] turn a setting on (1). To turn
 The program runs as with "python program". Options of Python itself go before the first -m:
   python -X dev -m pcsc_safe run -m my.server --port 80
 
-Python programs that the program starts also run on pcsc_safe, unless they are started with -E, -I or -S, without
-PYTHONPATH in their environment, or by a Python that has no pcsc_safe."""
+Python programs that the program starts also run on pcsc_safe, unless they are started with -E, -I or -S, or
+without PYTHONPATH in their environment, or by a Python that has no pcsc_safe."""
 _SETTINGS = {policy.option(name): name for name in policy.SETTINGS}
 _SWITCHES = {option for option, name in _SETTINGS.items() if isinstance(policy.SETTINGS[name].default, bool)}
 _TIMELINE = "--timeline"
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         _TIMELINE,
         metavar="FILE",
-        help="draw the sessions of each process over time, in FILE.svg or FILE.html (default: no drawing)",
+        help="draw the sessions of each process over time; FILE ends in .svg or .html (default: no drawing)",
     )
     parser.set_defaults(refuse=parser.error)
 
