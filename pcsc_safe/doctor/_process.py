@@ -141,7 +141,7 @@ def _summary(pid: int, family: _Family) -> Finding:
     data: dict[str, Any] = {"pid": pid, "processes": count, "connections": connections, "shared": shared}
     data["unseen"] = family.unseen
     detail = f"{_counted(count, 'process', 'processes')}, {_counted(connections, 'connection', 'connections')} to pcscd"
-    detail += f", of which several processes hold {shared}"
+    detail += f", {shared} of them held by several processes"
     unsure = not family.ends_known and any(each and each.libpcsclite for each in family.processes.values())
     if unsure and not connections:
         remedy = f"sudo modprobe unix_diag, or sudo python -m pcsc_safe doctor --pid {pid}"
