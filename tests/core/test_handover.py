@@ -181,7 +181,7 @@ def becomes_a_daemon(through: str, how: str) -> None:
 
 
 def has_ended(pid: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # ESRCH, too: it ended between open and read
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     return True
 

@@ -18,6 +18,7 @@ import pytest
 
 from pcsc_safe.demo import _run, _view
 from pcsc_safe.demo._judge import Finding, Outcome, Run, Verdict, conclude, death
+from pcsc_safe.demo._stage import _is_running
 from pcsc_safe.demo.hazards import load
 from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc
 
@@ -171,13 +172,9 @@ def test_nothing_of_a_program_is_left(run_disposable: Any) -> None:
     seen = run_disposable("stage.report('parent', child=stage.fork(lambda: time.sleep(60)))")
     child = seen.reported["parent"]["child"]
     deadline = time.monotonic() + 10
-    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
-        with open(f"/proc/{child}/stat", encoding="ascii", errors="replace") as file:
-            if file.read().rpartition(")")[2].split()[0] in "ZX":  # killed, but not yet reaped here
-                break
+    while _is_running(child):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    else:
-        assert not os.path.exists(f"/proc/{child}")
 
 
 def test_a_program_that_fails_says_why(run_disposable: Any) -> None:
