@@ -177,7 +177,7 @@ class Place:
         waits in this thread is what the signal handler that makes this call has interrupted: it gets no further anyway.
         """
         ident = get_ident()
-        if any(other != ident for other in list(self.waiting.values())):
+        if self.waiting and any(other != ident for other in list(self.waiting.values())):
             sleep(_YIELD_TIME)
 
 

@@ -51,7 +51,7 @@ def _after_release_context(context: Record, arguments: tuple[Any, ...], result: 
 
 def _after_disconnect(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     if result == SUCCESS:
-        card.forget()
+        card.forget()  # natively, card_calls has done this, before it released the native context
     return result
 
 

@@ -58,12 +58,13 @@ class NativeContexts:
     :ivar waits: the waits for events on the PC/SC context, each over all its native calls.
     """
 
-    __slots__ = ("_given_by", "natives", "owner", "released", "scope", "waits")
+    __slots__ = ("_given_by", "_is_refused", "natives", "owner", "released", "scope", "waits")
 
     def __init__(self, scope: Any) -> None:
         self.scope = scope
         self.owner: Optional[process.Epoch] = process.current()
         self._given_by: object = None
+        self._is_refused = False  # whether pcscd has refused the last one
         self.released = False
         self.natives: dict[NativeContext, Any] = {}  # in the order in which they were established
         self.waits: dict[Any, None] = {}
@@ -332,6 +333,7 @@ class NativeContexts:
             if hresult != SUCCESS:
                 self._warn_if_full(hresult)
                 return hresult
+            self._is_refused = False
             is_known = context.descriptor is not None or not connections.ARE_INHERITED
             if is_known or not context.is_ours() or not attempts_left:
                 break
@@ -369,8 +371,11 @@ class NativeContexts:
         return None
 
     def _warn_if_full(self, hresult: int) -> None:
+        """Log that pcscd refuses more connections; once, until it accepts one."""
         # libpcsclite has several codes for that, and one of them also says that pcscd has ended.
-        if self.natives and not any(context.is_dead() for context in list(self.natives)):
+        natives = list(self.natives)
+        if natives and not self._is_refused and not any(connections.is_hung_up(one.descriptor) for one in natives):
+            self._is_refused = True
             log.warning(
                 "pcscd-full",
                 "pcscd refuses more connections from process %(pid)d (%(code)s): PC/SC calls of its threads wait for "

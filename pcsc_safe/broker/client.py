@@ -188,7 +188,7 @@ class Broker:
                 raise
             raise self._mark_lost(in_progress=state is _SENT) from error
         finally:
-            # Not kept if a signal handler raised: the answer to this request is not to be that to another.
+            # Not kept if a signal handler raised, because the next request would get the reply to this one.
             if connection is not None:
                 if state is _REPLIED and len(self._idle) < _MOST_IDLE and not self.lost:
                     connection.user, connection.since = 0, monotonic()

@@ -64,9 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             metavar = _VALUES.get(type(row.default), setting.upper())
             added = parser.add_argument(option, metavar=metavar, help=help_text)
-            vars(added)["values"] = (
-                row.choices()
-            )  # for the completion; main() refuses other values with our own message
+            # For the completion; main() refuses other values with our own message.
+            vars(added)["values"] = row.choices()
     parser.add_argument(
         "--report",
         action="store_true",

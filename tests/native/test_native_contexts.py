@@ -589,7 +589,7 @@ def at_the_limit(free: str) -> None:
                 ended,
                 released,
                 last_ended,
-                sorted(set(said)),
+                sorted(said),
             ]
         )
     )
@@ -604,4 +604,5 @@ def test_at_the_limit_of_pcscd(free: int) -> None:
     assert right == [True] * 6
     assert codes == [OK, TIMED_OUT, OK]
     assert (same, goes_on, ended, released, last_ended) == (True, True, [OK, CANCELLED], OK, True)
-    assert any("refuses more connections" in line for line in said)
+    # Once, and once more each time after pcscd has accepted one; not at every attempt.
+    assert 1 <= sum("refuses more connections" in line for line in said) <= 3
