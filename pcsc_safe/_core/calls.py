@@ -13,7 +13,7 @@ from ..policy import Role
 from .descriptors import Descriptor
 from .process import Epoch
 
-__all__ = ["CALLS", "STALE", "ByDefault", "Call", "Gateway", "Keep", "KeepCard", "Kind", "LostError"]
+__all__ = ["CALLS", "NO_HANDLE", "STALE", "ByDefault", "Call", "Gateway", "Keep", "KeepCard", "Kind", "LostError"]
 
 
 class Kind(enum.Enum):
@@ -177,6 +177,13 @@ if TYPE_CHECKING:  # as in in_flight
 else:
     Keep = KeepCard = Gateway = object
 
+
+NO_HANDLE = -1
+"""Passed for a handle that is released, so that the library checks the arguments and finds no context or card.
+
+libpcsclite frees a context while other threads may wait for it, and its number can still be known then.  pyscard
+accepts this number, unlike 0.
+"""
 
 STALE = object()
 """The result of a call that was not made, because its handle no longer belongs to this process."""

@@ -62,12 +62,11 @@ if TYPE_CHECKING:  # as in in_flight
             """In the parent: leave it to the child; or, if there is no child, take back what was given."""
 
     class BrokerGateway(Gateway, Protocol):
-        """The gateway that is another process.
+        """The gateway that is another process."""
 
-        :ivar key: identifies this client to the broker.
-        """
-
-        key: bytes
+        @property
+        def key(self) -> bytes:
+            """Identifies this client to the broker."""
 
         def forget(self, real: int) -> None:
             """Release a context that is no longer needed."""

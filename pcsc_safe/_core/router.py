@@ -29,7 +29,7 @@ from . import (
     sessions,
     sparing,
 )
-from .calls import CALLS, STALE, Call, Gateway, Kind, LostError
+from .calls import CALLS, NO_HANDLE, STALE, Call, Gateway, Kind, LostError
 from .failures import is_ours
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
@@ -204,7 +204,7 @@ def _make_route(call: Call) -> Callable[..., Any]:
 
 
 def _caller(call: Call) -> _Native:
-    """The function that makes a call in this process's native library."""
+    """The function that makes a call on a record of this process in its native library."""
     return _connect if call.name == "SCardConnect" else gateways.native.caller(call)
 
 
@@ -212,7 +212,7 @@ def _connect(context: Any, arguments: tuple[Any, ...]) -> Any:
     keep, session = _keep_card(context, arguments)
     result = None
     try:
-        result = gateways.native.connect(context, arguments, keep)
+        result = context.gateway.connect(context, arguments, keep)
         return result
     finally:
         if result is None or result is STALE or result[0] != SUCCESS:
@@ -273,10 +273,15 @@ def _through_broker(
 ) -> Any:
     """A call on a handle that this process has in a broker."""
     name, real = call.name, record.real
-    result = record.context.gateway.functions[name](real, *arguments)
+    if name == "SCardConnect" and isinstance(record, Context):
+        result = _connect(record, arguments)
+    else:
+        result = record.context.gateway.functions[name](real, *arguments)
+    if result is STALE:
+        return call.failure(COMM_ERROR)  # another thread has noticed since that what it is through is lost
     hresult = result if call.failed is None else result[0]
     after = _RECORDED_FOLLOW_UPS[name]
-    if hresult == SUCCESS and after is None and name != "SCardConnect":
+    if hresult == SUCCESS and after is None:
         return result  # most calls are such ones
     if hresult == INVALID_HANDLE:
         handles.wait_while_given(record.context)
@@ -289,13 +294,6 @@ def _through_broker(
         result = call.failure(recovery.NO_SERVICE, arguments)
     if is_lost:
         return recovery.repeat(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
-    if name == "SCardConnect":
-        if record.real != real:
-            return call.failure(COMM_ERROR)  # another thread has noticed since that what it is through is lost
-        if hresult == SUCCESS and isinstance(record, Context):
-            keep, _ = _keep_card(record, arguments)
-            result[1] = keep(result[1], None, result[2])
-        return result
     return after(record, arguments, result) if after else result
 
 
@@ -406,25 +404,13 @@ def _route_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments:
     return _retry_in_new_broker(call, lambda: _route_slowly_once(call, route, handle, arguments), arguments)
 
 
-_UNUSED_BIT = 1 << 40  # no handle of libpcsclite's has so many bits
-
-
-def _number_of(record: Record) -> int:
-    """The number to pass for a record that is released or of the wrong kind, so that the library returns its error."""
-    if record.context.gateway is not gateways.native or isinstance(record, Card):
-        return int(record.real)
-    # A thread may still be in the native library with a context that was released.
-    return record.number | _UNUSED_BIT if record.released else record.number
-
-
 def _route_slowly_once(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
     assert call.takes is not None
     here = _current_epoch()
     record = handles.find(call.takes, handle)
     if record is None or (record.owner is here and (record.released or record.kind is not call.takes)):
-        through = reestablish.gateway(call.name, None) if record is None else record.context.gateway
-        real = handle if record is None else _number_of(record)
-        return through.enter(call.name, through.functions[call.name], real, *arguments)
+        through, number = reestablish.gateway(call.name, None), handle if record is None else NO_HANDLE
+        return through.enter(call.name, through.functions[call.name], number, *arguments)
     if record.kind is not call.takes or record.released:
         return call.failure(INVALID_HANDLE, arguments)
     if record.owner is not here:

@@ -12,18 +12,17 @@ other door is replaced, too, and the child starts its own broker when it first n
 from __future__ import annotations
 
 import builtins
-import contextlib
 import os
 import threading
 from _thread import get_ident
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from time import monotonic
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from .._core import descriptors, failures, gate, in_flight, log, one_step, process
-from .._core.calls import Keep, KeepCard, LostError
+from .._core.calls import STALE, Keep, KeepCard, LostError
 from .._core.failures import is_ours
-from .._core.library import constant
 from ..errors import BrokerError
 from . import start, wire
 from .connection import Connection, adopt, pair
@@ -34,8 +33,24 @@ _READY_TIMEOUT = 30.0  # s; from its start
 _MOST_IDLE = 16  # connections that are kept for the next calls
 _ORPHANED_AFTER = 1.0  # s
 _DEATH_TIMEOUT = 0.1  # s
-_UNSENT, _SENT, _REPLIED = range(3)  # how far an exchange has come
+_UNDO = wire.encode(wire.Undo())
+_KeepResult = Callable[[Any], Any]
 _LONGEST_APDU = 65544  # bytes; MAX_BUFFER_SIZE_EXTENDED of pcsc-lite's reader.h
+
+
+class _StaleError(Exception):
+    """The context has another handle by now."""
+
+
+class _Presence(NamedTuple):
+    """The connection that exists as long as a client, and the client's key.
+
+    The broker makes a client of the first connection that brings a key.  So each candidate brings a key of its own, and
+    a connection that doesn't become this process's presence is another client's, which has nothing.
+    """
+
+    connection: Connection
+    key: bytes
 
 
 class Broker:
@@ -53,22 +68,20 @@ class Broker:
         epoch: process.Epoch,
         *,
         for_family: bool,
-        key: Optional[bytes] = None,
-        presence: Optional[Connection] = None,
+        presence: Optional[_Presence] = None,
     ) -> None:
         self.epoch = epoch
         self.for_family = for_family
         self.lost = False
         self.functions: Mapping[str, Callable[..., Any]] = {
-            name: self._function(number) for name, number in wire.NUMBERS.items()
+            name: partial(self._call, None, number) for name, number in wire.NUMBERS.items()
         }
         self._door = door
         self._helper = helper
-        self.key = key or os.urandom(16)
         self._presence = presence
         self._presence_turn = threading.RLock()
         self._idle: list[Connection] = []
-        self._connections = {presence.descriptor.number: presence} if presence is not None else {}
+        self._connections = {each.descriptor.number: each for each, _ in filter(None, [presence])}
         self._inherited_connection: Optional[tuple[int, InheritedConnection]] = None
 
     def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -81,19 +94,18 @@ class Broker:
         where = os.environ.get(start.SOCKET_NAME)
         if where and not os.path.isabs(where):
             where = os.path.abspath(where)
-        result = self.functions["SCardEstablishContext"](scope, where)
-        if result[0] == 0 and outgrown is not None:
-            self._check_reader_count(result[1], outgrown)
-        if result[0] == 0:
-            real = result[1]
-            with _undo_on_error(lambda: self.forget(real)):
-                result[1] = keep(real, real, self.epoch, self)
-        return result
+
+        def keep_result(result: Any) -> Any:
+            if result[0] == 0:
+                if outgrown is not None:
+                    self._check_reader_count(result[1], outgrown)
+                result[1] = keep(result[1], result[1], self.epoch, self)
+            return result
+
+        return self._call(keep_result, wire.NUMBERS["SCardEstablishContext"], scope, where)
 
     def _check_reader_count(self, real: int, outgrown: int) -> None:
-        with _undo_on_error(lambda: self.forget(real)):
-            hresult = self.functions["SCardListReaders"](real, [])[0]
-        if hresult == outgrown:
+        if self.functions["SCardListReaders"](real, [])[0] == outgrown:
             log.info(
                 "broker-left",
                 "process %(pid)d starts a new broker, which replaces broker %(broker_pid)d, "
@@ -105,12 +117,19 @@ class Broker:
 
     def connect(self, context: Any, arguments: Sequence[Any], keep: KeepCard) -> Any:
         """SCardConnect; see :class:`calls.Gateway`."""
-        result = self.functions["SCardConnect"](context.real, *arguments)
-        if result[0] == 0:
-            real = result[1]
-            with _undo_on_error(lambda: self.functions["SCardDisconnect"](real, constant("SCARD_LEAVE_CARD"))):
-                result[1] = keep(real, None, result[2])
-        return result
+        real = context.real
+
+        def keep_result(result: Any) -> Any:
+            if result[0] == 0:
+                if context.real != real:  # another thread has re-established it
+                    raise _StaleError
+                result[1] = keep(result[1], None, result[2])
+            return result
+
+        try:
+            return self._call(keep_result, wire.NUMBERS["SCardConnect"], real, *arguments)
+        except _StaleError:
+            return STALE
 
     def descriptors(self, real: Any) -> Sequence[Any]:
         """None: the broker has them."""
@@ -126,31 +145,26 @@ class Broker:
         """Give this broker up, because this process has another one."""
         self._mark_lost(in_progress=False, warn=False)
 
-    def _function(self, number: int) -> Callable[..., Any]:
-        encode, decode, exchange = wire.encode_request, wire.decode, self._exchange
+    def _call(self, keep: Optional[_KeepResult], number: int, *arguments: Any) -> Any:
+        """A call of PC/SC in the broker.
 
-        def function(*arguments: Any) -> Any:
-            try:
-                frame = encode(number, arguments)
-            except wire.WireError as error:
-                raise BrokerError(
-                    f"the arguments can't be sent to the broker: {error}",
-                    remedy=f"pass at most {wire.MAX_BODY} bytes in all arguments, "
-                    f"and at most {_LONGEST_APDU} in an APDU",
-                    function=wire.FUNCTIONS[number],
-                    pid=os.getpid(),
-                ) from error
-            try:
-                reply = decode(exchange(frame))
-            except wire.WireError as error:
-                raise _protocol_error(error) from error
-            return reply.value if type(reply) is wire.Result else self._raise_for(reply)
-
-        return function
+        :param keep: records what the call has opened.
+        :param number: of the function.
+        """
+        try:
+            frame = wire.encode_request(number, arguments)
+        except wire.WireError as error:
+            raise BrokerError(
+                f"the arguments can't be sent to the broker: {error}",
+                remedy=f"pass at most {wire.MAX_BODY} bytes in all arguments, and at most {_LONGEST_APDU} in an APDU",
+                function=wire.FUNCTIONS[number],
+                pid=os.getpid(),
+            ) from error
+        return self._exchange(frame, keep)
 
     def request_catalogue(self) -> Any:
         """The names of its pyscard; see :func:`library.catalogue`."""
-        return self._result_of(self._exchange(wire.encode(wire.Describe())))
+        return self._exchange(wire.encode(wire.Describe()))
 
     def inherit(self, key: bytes, handles: list[int], *, keeps: bool) -> Any:
         """Get contexts and cards of another client.
@@ -160,41 +174,47 @@ class Broker:
         :param keeps: whether the other client keeps them, too.
         :return: the handles that this client got, without those that the other no longer had.
         """
-        return self._result_of(self._exchange(wire.encode(wire.Inherit(key, tuple(handles), keeps))))
+        return self._exchange(wire.encode(wire.Inherit(key, tuple(handles), keeps)))
 
-    def _result_of(self, body: bytes) -> Any:
-        reply = wire.decode(body)
-        return reply.value if isinstance(reply, wire.Result) else self._raise_for(reply)
+    def _exchange(self, frame: bytes, keep: Optional[_KeepResult] = None) -> Any:
+        """The result of one request, on a connection that no other thread is using.
 
-    def _raise_for(self, reply: wire.Message) -> Any:
-        if isinstance(reply, wire.Raised):
-            raise getattr(builtins, reply.kind)(reply.text)
-        raise _protocol_error(reply.text if isinstance(reply, wire.Refused) else "it sent an unexpected message")
-
-    def _exchange(self, frame: bytes) -> bytes:
-        """One request and its reply, on a connection that no other thread is using."""
-        connection, state = None, _UNSENT
+        :param keep: called with the result; if it raises, or is never called, the broker undoes the call.
+        """
+        connection: Optional[Connection] = None
+        sent: list[None] = []
+        is_reusable = False
         try:
             connection = self._get_connection()
             connection.user = get_ident()
-            connection.send(frame)
-            state = _SENT
-            body = connection.receive()
-            # Refused: the broker may have hung up.
-            state = _REPLIED if body[:1] != wire.REFUSED else _SENT
-            return body
+            connection.send(frame, sent)
+            reply = wire.decode(connection.receive())
+            is_reusable = type(reply) is wire.Raised  # Refused: the broker may have hung up
+            result = _result_of(reply)
+            if keep is not None:
+                try:
+                    result = keep(result)
+                except BaseException:
+                    with failures.suppress(OSError, EOFError, wire.WireError):
+                        connection.send(_UNDO)
+                        connection.receive()
+                    raise
+            is_reusable = True
+            return result
         except (OSError, EOFError) as error:
             if not is_ours(error):
                 raise
-            raise self._mark_lost(in_progress=state is _SENT) from error
+            raise self._mark_lost(in_progress=bool(sent)) from error
+        except wire.WireError as error:
+            raise _protocol_error(error) from error
         finally:
             # Not kept if a signal handler raised, because the next request would get the reply to this one.
             if connection is not None:
-                if state is _REPLIED and len(self._idle) < _MOST_IDLE and not self.lost:
+                if is_reusable and len(self._idle) < _MOST_IDLE and not self.lost:
                     connection.user, connection.since = 0, monotonic()
                     self._idle.append(connection)
                 else:
-                    self._drop(connection)
+                    self._drop(connection, _UNDO if sent and not is_reusable else b"")
 
     def _get_connection(self) -> Connection:
         """A connection that is idle, or a new one."""
@@ -210,21 +230,22 @@ class Broker:
             self._drop(connection)  # the application has closed it: what has the number now is not ours
 
     def _connect(self) -> Connection:
-        self._drop_orphans()
         if self._presence is None:
             one_step.call_in_turn(self._presence_turn, self._make_presence)
-        elif not self._presence.descriptor.is_intact():
+        elif not self._presence.connection.descriptor.is_intact():
             raise self._mark_lost(in_progress=False)  # the application has closed it, and the broker our sessions
-        return self._open_connection()
+        self._drop_orphans()  # not before: if none is left, the broker ends
+        return self._open_connection(self.key)
 
     def _make_presence(self) -> None:
         if self._presence is not None:
             return
-        presence = self._open_connection()
+        key = os.urandom(16)
+        presence = _Presence(self._open_connection(key), key)
         if self._presence is not None:
-            self._idle.append(presence)
+            self._drop(presence.connection)
             return
-        self._presence = presence
+        self._presence = presence  # nothing comes between that look and this line
         self._close_errors()
         log.info("broker", "broker %(broker_pid)d makes the PC/SC calls of process %(pid)d", broker_pid=self.helper_pid)
 
@@ -232,19 +253,24 @@ class Broker:
         """Close connections that no thread uses because a signal handler raised between two uses."""
         before = monotonic() - _ORPHANED_AFTER
         for connection in list(self._connections.values()):
-            kept = connection is self._presence or connection in self._idle
+            kept = connection in self._idle or (self._presence and connection is self._presence.connection)
             if not kept and not connection.user and connection.since < before:
                 self._drop(connection)
+
+    @property
+    def key(self) -> bytes:
+        """The key of this client; empty if it has had no connection yet."""
+        return self._presence.key if self._presence is not None else b""
 
     @property
     def helper_pid(self) -> int:
         """The PID of the broker."""
         return self._helper.pid
 
-    def _open_connection(self, key: Optional[bytes] = None) -> Connection:
+    def _open_connection(self, key: bytes) -> Connection:
         """A new connection that the broker has accepted.
 
-        :param key: of the client that it is for, if not this one.
+        :param key: of the client that it is for.
         """
         if not self._door.descriptor.is_intact():
             raise self._mark_lost(in_progress=False)
@@ -252,7 +278,7 @@ class Broker:
         far_end: Optional[Connection] = None
         is_welcome = False
         try:
-            hello = wire.encode(wire.Hello(wire.VERSION, key or self.key))
+            hello = wire.encode(wire.Hello(wire.VERSION, key))
             connection, far_end = gate.call_inside(in_flight.DOOR, self._pass_far_end, hello)
             reply = wire.decode(connection.receive_first(self._door, _READY_TIMEOUT))
             is_welcome = isinstance(reply, wire.Welcome) and reply.version == wire.VERSION
@@ -272,6 +298,7 @@ class Broker:
             self._mark_lost(in_progress=False)
             raise _protocol_error("it has another version of pcsc_safe")
         assert connection is not None
+        connection.user, connection.since = 0, monotonic()
         return connection
 
     def _pass_far_end(self, hello: bytes) -> tuple[Connection, Connection]:
@@ -307,7 +334,7 @@ class Broker:
             return LostError(self, in_progress=False)
         is_ours = isinstance(error, OSError) and not isinstance(error, ConnectionError)
         timeout = 0.0 if is_ours else _DEATH_TIMEOUT
-        if self._presence is not None and not self.lost and self._presence.is_alive(timeout):
+        if self._presence is not None and not self.lost and self._presence.connection.is_alive(timeout):
             reason = (is_ours and getattr(error, "strerror", None)) or "the broker accepts no more connections"
             return BrokerError(
                 f"process {os.getpid()} can't make another connection to its broker: {reason}",
@@ -344,7 +371,7 @@ class Broker:
                 "starts another broker",
                 broker_pid=self.helper_pid,
             )
-        for connection in [*self._idle, *filter(None, [self._presence]), self._door]:
+        for connection in [*self._idle, *self._lasting()]:
             self._drop(connection)
         del self._idle[:]
         self._close_errors()
@@ -359,12 +386,12 @@ class Broker:
             self._helper = silent
             helper.close_errors()
 
-    def _drop(self, connection: Connection) -> None:
+    def _drop(self, connection: Connection, last: bytes = b"") -> None:
         if self._connections.get(connection.descriptor.number) is connection:
             self._connections.pop(connection.descriptor.number, None)
-        connection.close()
+        connection.close(last)
 
-    # At a fork, and at exit.
+    # At a fork.
 
     def after_fork_in_child(self, epoch: process.Epoch) -> Optional[Broker]:
         """In a child: abandon the parent's connections; return its own client of the same broker, if there is one."""
@@ -375,15 +402,8 @@ class Broker:
             if not self.for_family:
                 descriptors.guard(self._door.descriptor)
             if inherited_connection.descriptor is not None and inherited_connection.descriptor.is_intact():
-                presence = adopt(inherited_connection.number, guarded=True)
-                return Broker(
-                    self._door,
-                    self._helper,
-                    epoch,
-                    for_family=self.for_family,
-                    key=inherited_connection.key,
-                    presence=presence,
-                )
+                presence = _Presence(adopt(inherited_connection.number, guarded=True), inherited_connection.key)
+                return Broker(self._door, self._helper, epoch, for_family=self.for_family, presence=presence)
         elif self.for_family and not self.lost:
             return Broker(self._door, self._helper, epoch, for_family=True)
         self._door.abandon()
@@ -405,7 +425,7 @@ class Broker:
             for handles, keeps in ((given, False), (shared, True)):
                 if handles:
                     connection.send(wire.encode(wire.Inherit(self.key, tuple(handles), keeps)))
-                    self._result_of(connection.receive())
+                    _result_of(wire.decode(connection.receive()))
         except (OSError, EOFError) as error:
             if not is_ours(error):
                 raise
@@ -415,17 +435,15 @@ class Broker:
             self._drop(connection)
             raise
         assert self._presence is not None
-        return InheritedConnection(self, key, connection, self._presence.descriptor.number, given)
+        return InheritedConnection(self, key, connection, self._presence.connection.descriptor.number, given)
 
     def files_to_preserve(self) -> list[int]:
         """The descriptors without which this process loses the broker."""
-        needed = [self._door, *filter(None, [self._presence])]
-        return [connection.descriptor.number for connection in needed if connection.descriptor.is_intact()]
+        return [each.descriptor.number for each in self._lasting() if each.descriptor.is_intact()]
 
-    def stay_open_at_exit(self) -> None:
-        """At interpreter exit: stay usable for the last finalizers."""
-        for connection in [*self._connections.values()]:
-            connection.stay_open_at_exit()
+    def _lasting(self) -> list[Connection]:
+        """The connections without which this process loses the broker."""
+        return [*(each for each, _ in filter(None, [self._presence])), self._door]
 
 
 class InheritedConnection:
@@ -465,15 +483,12 @@ class InheritedConnection:
         self._broker._drop(self._connection)
 
 
-@contextlib.contextmanager
-def _undo_on_error(undo: Callable[[], Any]) -> Iterator[None]:
-    """Run ``undo`` if the block raises: a signal handler has raised, or another thread has done the same first."""
-    try:
-        yield
-    except BaseException:
-        with failures.suppress(LostError, BrokerError):
-            undo()
-        raise
+def _result_of(reply: wire.Message) -> Any:
+    if isinstance(reply, wire.Result):
+        return reply.value
+    if isinstance(reply, wire.Raised):
+        raise getattr(builtins, reply.kind)(reply.text)
+    raise _protocol_error(reply.text if isinstance(reply, wire.Refused) else "it sent an unexpected message")
 
 
 def _protocol_error(why: object) -> BrokerError:

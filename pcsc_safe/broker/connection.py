@@ -6,32 +6,37 @@ must be abandoned and never closed, because the number may stand for another fil
 
 from __future__ import annotations
 
+import _socket  # the module that Python's own is made of: eventlet and gevent patch that one
 import os
 import struct
 import time
-from typing import Any
+from functools import partial
+from typing import Any, Optional
 
-from .._core import descriptors
+from .._core import descriptors, failures, one_step
 from .._core.failures import is_ours
 from . import wire
 
-__all__ = ["Connection", "adopt", "pair", "prepare"]
+__all__ = ["Connection", "adopt", "keep_open_at_exit", "pair"]
 
 _READ_SIZE = 1 << 16  # bytes
 _PAUSE = 0.002  # s
 _CHECK_INTERVAL = 0.05  # s
-_socket: Any = None
-_no_sigpipe = 0  # MSG_NOSIGNAL: no SIGPIPE, whatever the application does with that
-_dont_wait = 0  # MSG_DONTWAIT
+_no_sigpipe = getattr(_socket, "MSG_NOSIGNAL", 0)  # no SIGPIPE, whatever the application does with that
+_dont_wait = getattr(_socket, "MSG_DONTWAIT", 0)
 
 
-def prepare() -> None:
-    """Import what a connection requires, so that a child need not import anything."""
-    global _socket, _no_sigpipe, _dont_wait
-    import _socket as socket  # the module that Python's own is made of: eventlet and gevent patch that one
+class _Socket(_socket.socket):
+    __slots__ = ()
 
-    _no_sigpipe, _dont_wait = getattr(socket, "MSG_NOSIGNAL", 0), getattr(socket, "MSG_DONTWAIT", 0)
-    _socket = socket
+
+def keep_open_at_exit() -> None:
+    """At interpreter exit: from now on Python closes no connection to which nothing refers.
+
+    It finalizes objects in any order then, and finalizers of the application may still make PC/SC calls.
+    """
+    # A C function that does nothing: what a signal handler raised in a finalizer in Python would be lost.
+    _Socket.__del__ = _socket.socket.fileno  # type: ignore[attr-defined]
 
 
 class Connection:
@@ -53,12 +58,15 @@ class Connection:
         self.user = 0
         self.since = time.monotonic()
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: bytes, sent: Optional[list[None]] = None) -> None:
         """Send a request.
 
+        :param sent: gets an item in one step with the sending.
         :raises OSError: the broker has ended without receiving it.
         """
-        self._send(frame, _no_sigpipe)
+        if sent is None:
+            sent = []
+        sent.extend(one_step.call_each(((self._send, frame, _no_sigpipe),)))
 
     def receive(self) -> bytes:
         """The body of the reply.
@@ -124,9 +132,15 @@ class Connection:
                 return False
             time.sleep(_PAUSE)
 
-    def close(self) -> None:
-        """Close it, if the descriptor is still this connection and not something of the application's."""
+    def close(self, last: bytes = b"") -> None:
+        """Close it, if the descriptor is still this connection and not something of the application's.
+
+        :param last: a frame to send before.
+        """
         mine = self.descriptor.is_intact()
+        if mine and last:
+            with failures.suppress(OSError):
+                self._send(last, _no_sigpipe)
         descriptors.unguard(self.descriptor)
         number = self._socket.detach()
         if mine and number >= 0:
@@ -138,19 +152,9 @@ class Connection:
         if number >= 0 and descriptors.is_dead(number):
             os.close(number)
 
-    def stay_open_at_exit(self) -> None:
-        """At interpreter exit: keep Python from closing it, with a warning, before the last finalizers have used it."""
-        number, module = self._socket.detach(), _socket
 
-        def with_socket(use: Any) -> Any:
-            temporary = module.socket(fileno=number)
-            try:
-                return use(temporary)
-            finally:
-                temporary.detach()
-
-        self._send = lambda frame, flags: with_socket(lambda end: end.sendall(frame, flags))
-        self._receive = lambda size: with_socket(lambda end: end.recv(size))
+_detached = partial(map, _socket.socket.detach)
+_from_numbers = partial(map, partial(_Socket, -1, -1, -1))
 
 
 def pair(*, guarded: bool) -> tuple[Connection, Any]:
@@ -159,7 +163,7 @@ def pair(*, guarded: bool) -> tuple[Connection, Any]:
     :param guarded: whether a dead socket replaces it in a forked child.
     :raises OSError: no file descriptor is free.
     """
-    ours, theirs = _socket.socketpair()
+    ours, theirs = _from_numbers(_detached(_socket.socketpair()))  # in C: no signal handler comes between
     try:
         for end in (ours, theirs):
             end.settimeout(None)  # whatever socket.setdefaulttimeout() says: the flag would go with the descriptor
@@ -173,7 +177,7 @@ def pair(*, guarded: bool) -> tuple[Connection, Any]:
 def adopt(ours: Any, *, guarded: bool) -> Connection:
     """The connection whose near end is this socket or descriptor."""
     if isinstance(ours, int):
-        ours = _socket.socket(fileno=ours)
+        ours = _Socket(fileno=ours)
         ours.settimeout(None)
     connection = Connection(ours)
     if guarded:

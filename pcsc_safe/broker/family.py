@@ -157,14 +157,8 @@ def prepare() -> None:
     global _is_prepared
     if not _is_prepared:
         _is_prepared = True
-        connection.prepare()
         descriptors.prepare()
-        atexit.register(_at_exit)
-
-
-def _at_exit() -> None:
-    if _broker is not None and _broker.epoch is process.current():
-        _broker.stay_open_at_exit()
+        atexit.register(connection.keep_open_at_exit)
 
 
 def _begin(epoch: process.Epoch) -> None:

@@ -31,7 +31,6 @@ _UNDOING = {
     "SCardConnect": "SCardDisconnect",
     "SCardBeginTransaction": "SCardEndTransaction",
 }
-_REGISTRIES: tuple[dict[Any, Any], ...] = (handles.contexts, handles.cards)
 _BRACKETS = frozenset(("SCardBeginTransaction", "SCardEndTransaction"))
 _32_BITS = 0xFFFFFFFF
 
@@ -93,6 +92,7 @@ class Connection:
         self.client: Optional[Client] = None
         self._waits_on: Optional[handles.Context] = None
         self._thread = 0
+        self._last: tuple[wire.Message, bytes] = (wire.Describe(), b"")
         self._has_hung_up = False
         self.unwatched = threading.Event()
 
@@ -139,19 +139,13 @@ class Connection:
             body = feed(data)
             if body is not None:
                 message = decode(body)
-                if type(message) is wire.Request:
-                    reply = self._reply_to(client, message)
-                    try:
-                        send(reply)
-                    except OSError:
-                        self._undo(client, message, reply)
-                        raise
-                elif isinstance(message, wire.Describe):
-                    send(wire.encode(wire.Result(library.catalogue())))
-                elif isinstance(message, wire.Inherit):
-                    send(wire.encode(wire.Result(self._server.give(client, *message))))
-                else:
-                    raise wire.WireError("not a request")
+                reply = self._reply_to(client, message)
+                self._last = message, reply
+                try:
+                    send(reply)
+                except OSError:
+                    self._undo_last(client)
+                    raise
 
     def _receive(self, receiver: wire.Receiver) -> bytes:
         while True:
@@ -162,7 +156,9 @@ class Connection:
             if body is not None:
                 return body
 
-    def _reply_to(self, client: Client, request: wire.Request) -> bytes:
+    def _reply_to(self, client: Client, request: wire.Message) -> bytes:
+        if not isinstance(request, wire.Request):
+            return self._reply_to_other(client, request)
         try:
             result = self._transmit_if_idle(client, request)
             if result is None:
@@ -177,8 +173,23 @@ class Connection:
         except wire.WireError as error:
             return wire.encode(wire.Refused(f"the result can't be sent: {error}"))
 
-    def _undo(self, client: Client, request: wire.Request, reply: bytes) -> None:
-        """Undo a call whose result nobody has received: a signal handler interrupted the caller, or the caller died."""
+    def _reply_to_other(self, client: Client, request: wire.Message) -> bytes:
+        result: Any = None
+        if isinstance(request, wire.Describe):
+            result = library.catalogue()
+        elif isinstance(request, wire.Inherit):
+            result = self._server.give(client, *request)
+        elif isinstance(request, wire.Undo):
+            self._undo_last(client)
+        else:
+            raise wire.WireError("not a request")
+        return wire.encode(wire.Result(result))
+
+    def _undo_last(self, client: Client) -> None:
+        """Undo a call whose result the client doesn't keep: a signal handler interrupted the caller, or it died."""
+        request, reply = self._last
+        if not isinstance(request, wire.Request):
+            return
         name, arguments = wire.FUNCTIONS[request.function], request.arguments
         decoded = wire.decode(reply[wire.HEADER :])
         result = decoded.value if isinstance(decoded, wire.Result) else None
@@ -218,10 +229,9 @@ class Connection:
         handle, *rest = arguments
         if type(handle) is int:
             known = client.handles.get(handle)
-            # Also a number that would be another client's handle after C code has cut it to 32 bits, as on macOS.
-            if known is None and any(other in found for other in (handle, handle & _32_BITS) for found in _REGISTRIES):
-                return call.failure(library.constant("SCARD_E_INVALID_HANDLE"), rest)  # another client's
-            handle = known if known is not None else handle
+            # Any other number can be another client's handle, or one that is being released; also one that C code cuts
+            # to 32 bits (macOS).
+            handle = known if known is not None else calls.NO_HANDLE if handle & _32_BITS else handle
         if type(handle) is Handle and name == "SCardGetStatusChange":
             return self._wait(function, handle, rest)
         # A call that begins or ends a transaction may take long, and the card may become shared in this time.

@@ -53,6 +53,7 @@ __all__ = [
     "Refused",
     "Request",
     "Result",
+    "Undo",
     "Welcome",
     "WireError",
     "decode",
@@ -62,7 +63,7 @@ __all__ = [
     "opaque",
 ]
 
-VERSION: int = 1
+VERSION: int = 2
 HEADER: int = 4
 """The length of a frame's head, in bytes; the head is the length of the body."""
 
@@ -122,6 +123,10 @@ class Inherit(NamedTuple):
         return f"Inherit(key=..., handles={self.handles!r}, keeps={self.keeps!r})"
 
 
+class Undo(NamedTuple):
+    """Asks to undo the last call on this connection, because its result is not kept.  It has no fields."""
+
+
 class Result(NamedTuple):
     """What the call returned."""
 
@@ -144,7 +149,7 @@ class Refused(NamedTuple):
     text: str
 
 
-Message = Union[Hello, Welcome, Request, Describe, Inherit, Result, Raised, Refused]
+Message = Union[Hello, Welcome, Request, Describe, Inherit, Undo, Result, Raised, Refused]
 
 
 class _Kind(NamedTuple):
@@ -174,6 +179,7 @@ _KINDS = (
     _Kind(b"Q", Request, 2, lambda function, arguments: _is_in(function, _NUMBERS) and isinstance(arguments, tuple)),
     _Kind(b"D", Describe, 0, lambda: True),
     _Kind(b"I", Inherit, 3, lambda key, handles, keeps: _is_key(key) and _are_handles(handles) and type(keeps) is bool),
+    _Kind(b"U", Undo, 0, lambda: True),
     _Kind(b"R", Result, 1, lambda value: True),
     _Kind(b"E", Raised, 2, lambda kind, text: isinstance(kind, str) and kind in RAISABLE and isinstance(text, str)),
     _Kind(REFUSED, Refused, 1, lambda text: isinstance(text, str)),

@@ -31,6 +31,7 @@ from pcsc_safe.broker.wire import (
     Refused,
     Request,
     Result,
+    Undo,
     Welcome,
     WireError,
     decode,
@@ -51,6 +52,7 @@ MESSAGES: list[tuple[Message, bytes]] = [
     (Hello(65535, KEY), b"H" b"i\xff\xff\0\0\0\0\0\0" b"b\x10\0\0\0" + KEY),
     (Welcome(1, 4711), b"W" b"i\1\0\0\0\0\0\0\0" b"i\x67\x12\0\0\0\0\0\0"),
     (Describe(), b"D"),
+    (Undo(), b"U"),
     (Request(0, (2,)), b"Q" b"i\0\0\0\0\0\0\0\0" b"t\1\0\0\0" b"i\2\0\0\0\0\0\0\0"),
     (Request(3, ()), b"Q" b"i\3\0\0\0\0\0\0\0" b"t\0\0\0\0"),
     (COMMAND, b"Q" b"i\x15\0\0\0\0\0\0\0" b"t\3\0\0\0" b"i\x78\x56\x34\x12\0\0\0\0" b"i\2\0\0\0\0\0\0\0"
@@ -163,8 +165,8 @@ def nested(depth: int, inner: Any = ()) -> Any:
 
 
 def test_the_functions_have_their_numbers() -> None:
-    """The table is that of version 1. A change needs a new VERSION, or a broker would call another function."""
-    assert VERSION == 1
+    """The table is that of version 2. A change needs a new VERSION, or a broker would call another function."""
+    assert VERSION == 2
     assert list(CALLS) == list(FUNCTIONS)
     assert dict(enumerate(FUNCTIONS)) == {number: name for name, number in NUMBERS.items()}
     assert FUNCTIONS == (
@@ -573,10 +575,10 @@ def test_trailing_bytes_are_refused(body: bytes) -> None:
             decode(body + more)
 
 
-@pytest.mark.parametrize("kind", sorted(set(range(256)) - set(b"HWQDIREX")))
+@pytest.mark.parametrize("kind", sorted(set(range(256)) - set(b"HWQDIUREX")))
 def test_unknown_kinds_are_refused(kind: int) -> None:
     """Every byte that is no kind is refused."""
-    for rest in (b"", ONE, MESSAGES[6][1][1:]):
+    for rest in (b"", ONE, MESSAGES[7][1][1:]):
         with pytest.raises(WireError, match="unknown kind"):
             decode(bytes([kind]) + rest)
 
@@ -605,8 +607,8 @@ def test_unknown_tags_are_refused(tag: int) -> None:
         b"W" + ONE + b"N",
         b"Q" + b"i\x19\0\0\0\0\0\0\0" + b"t\0\0\0\0",
         b"Q" + b"i\xff\xff\xff\xff\xff\xff\xff\xff" + b"t\0\0\0\0",
-        b"Q" + b"i\x19\0\0\0\0\0\0\0" + MESSAGES[6][1][10:],
-        b"Q" + b"i\xff\xff\xff\xff\xff\xff\xff\xff" + MESSAGES[6][1][10:],
+        b"Q" + b"i\x19\0\0\0\0\0\0\0" + MESSAGES[7][1][10:],
+        b"Q" + b"i\xff\xff\xff\xff\xff\xff\xff\xff" + MESSAGES[7][1][10:],
         b"QT" + b"t\0\0\0\0",
         b"Q" + b"s\1\0\0\0a" + b"t\0\0\0\0",
         b"Q" + ONE + b"l\0\0\0\0",
@@ -710,7 +712,7 @@ def decoded_or_refused(body: bytes) -> None:
         message = decode(body)
     except WireError:
         return
-    assert isinstance(message, (Hello, Welcome, Request, Describe, Inherit, Result, Raised, Refused))
+    assert isinstance(message, (Hello, Welcome, Request, Describe, Inherit, Undo, Result, Raised, Refused))
     frame = encode(message)
     assert encode(decode(body_of(frame))) == frame
 

@@ -293,6 +293,11 @@ def interrupted(how_many: str, where: str) -> None:
         answers = [waiter.is_alive(), safe.SCardCancel(context), waiter.answer()[0]]
     from pcsc_safe._core import handles
 
+    for handle, record in list(handles.cards.items()):
+        if record.reader == readers[1]:
+            safe.SCardDisconnect(handle, LEAVE)
+    # A broker can still be undoing the last call.
+    until(lambda: safe.SCardConnect(context, readers[1], safe.SCARD_SHARE_EXCLUSIVE, 3)[0] == OK, "it is not connected")
     for handle in list(handles.contexts):
         safe.SCardReleaseContext(handle)
     print(json.dumps([works, answers, lost, held(), len(handles.contexts), len(handles.cards)]))
