@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from brokers import (
@@ -33,7 +33,10 @@ from lives import AGAIN, USES, outcome
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core.calls import CALLS
+from pcsc_safe._core import router
+from pcsc_safe._core.calls import CALLS, NO_HANDLE
+from pcsc_safe.broker import family, served
+from pcsc_safe.broker.client import Broker
 from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import VirtualPcsc
 
@@ -42,6 +45,7 @@ pytestmark = pytest.mark.native  # each client here chooses its own way to PC/SC
 OK = safe.SCARD_S_SUCCESS
 LOST = safe.SCARD_F_COMM_ERROR
 RESET = safe.SCARD_W_RESET_CARD
+INVALID = safe.SCARD_E_INVALID_HANDLE
 ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
 READER = "Virtual PCD 0 00 00"
 
@@ -108,6 +112,64 @@ def test_in_a_transaction_a_card_does_not_go_on(stack: VirtualPcsc) -> None:
         return answers
 
     assert in_child(by_broker(child)) == ([RESET, []], OK)
+
+
+def test_a_released_handle_of_a_dead_broker(stack: VirtualPcsc) -> None:
+    """A handle that was released before the broker died is invalid, as any other released handle."""
+
+    def child() -> Any:
+        session, other = Session(), Session()
+        session.close()
+        kill(broker())
+        answers = [
+            session.transmit(ECHO),
+            safe.SCardDisconnect(session.card, safe.SCARD_LEAVE_CARD),
+            safe.SCardReleaseContext(session.context),
+        ]
+        other.close()
+        return answers
+
+    assert in_child(by_broker(child)) == [[INVALID, []], INVALID, INVALID]
+
+
+def test_two_threads_make_the_first_contact(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection that keeps a client alive is the one that its process takes for it, whichever arrives first."""
+    is_opened, go_on = threading.Event(), threading.Event()
+    open_connection = Broker._open_connection
+
+    def opens_first_and_is_recorded_last(self: Broker, *arguments: Any) -> Any:
+        connection = open_connection(self, *arguments)
+        if not is_opened.is_set():
+            is_opened.set()
+            assert go_on.wait(ENOUGH)
+        return connection
+
+    def child() -> Any:
+        monkeypatch.setattr(Broker, "_open_connection", opens_first_and_is_recorded_last)
+        first = Calling(safe.SCardEstablishContext, safe.SCARD_SCOPE_SYSTEM)
+        assert is_opened.wait(ENOUGH)
+        session = Session()
+        go_on.set()
+        hresult, context = first.answer()
+        mine = [hresult, *(safe.SCardReleaseContext(context) for _ in range(2))]
+        of_process = family.existing()
+        while of_process is not None and of_process._idle:
+            of_process._drop(of_process._idle.pop())
+        time.sleep(0.1)  # the broker would release the sessions of a client that has ended
+        return mine, session.transmit(ECHO)
+
+    assert in_child(by_broker(child)) == ([OK, OK, INVALID], ECHOED)
+
+
+def test_numbers_that_are_not_the_clients(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker passes no number to libpcsclite that its client doesn't have: it could be one that is being released."""
+    passed: list[Any] = []
+    monkeypatch.setitem(router.public, "SCardReleaseContext", lambda handle: passed.append(handle) or 0)
+    client = served.Client(bytes(16), cast("served.Connection", None))
+    call = CALLS["SCardReleaseContext"]
+    for number in (7, -1, 0xFFFFFFFF, (1 << 32) + 7, 0, 1 << 63):
+        served.Connection._call(cast("served.Connection", None), client, call, call.name, (number,))
+    assert passed == [NO_HANDLE] * 4 + [0, 1 << 63]
 
 
 def under_way(call: Callable[..., Any], *arguments: Any) -> Any:
