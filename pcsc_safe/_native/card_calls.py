@@ -14,11 +14,11 @@ from itertools import compress, starmap, takewhile
 from operator import attrgetter, is_, itemgetter, not_
 from typing import Any, Callable
 
-from .._core import gate, in_flight, one_step, process
+from .._core import gate, in_flight, process
 from .._core.calls import STALE
 from .._core.in_flight import CHECK_INTERVAL, GIVEN, RELEASED, WOKEN, Entry
 from .._core.library import SUCCESS
-from .._core.one_step import Operation
+from .._core.one_step import Operation, call_each, is_not_false
 from .._core.unpatched import get_ident, monotonic
 from .contexts import awaiting_release, discard, native_contexts_of, release_waiting
 from .native_context import NativeContext, wait_while_given
@@ -35,7 +35,6 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
     """
     native, sentinel, closers = raw[function], process.sentinel, in_flight.closers
     unbinds = function == "SCardDisconnect"
-    is_not_false, call_each = one_step.is_not_false, one_step.call_each
 
     def call(card: Any, arguments: tuple[Any, ...]) -> Any:
         may_pass = False
@@ -52,14 +51,9 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
             chain = takewhile(is_not_false, call_each(operations))
             # As in in_flight.attempt().
             try:
-                if (
-                    (may_pass or not closers)
-                    and not place.state
-                    and sentinel[0]
-                    and card.owner is process.here
-                    and card.native is place
-                ):
-                    steps.extend(chain)
+                if not place.state and sentinel[0] and card.owner is process.here and card.native is place:  # noqa: SIM102
+                    if may_pass or not closers:
+                        steps.extend(chain)
             except BaseException:
                 if steps and steps[-1] is not entry:
                     try:
@@ -75,14 +69,18 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
                 result = results[0]
                 break
         if unbinds and result == SUCCESS:
-            card.forget()  # first: another thread that finds the card must find its native context
-            discard(place.cards, card.real)
-            native_contexts_of(card.context).release_idle()
+            _after_disconnect(card, place)
         if awaiting_release:
             release_waiting()
         return result
 
     return call
+
+
+def _after_disconnect(card: Any, place: NativeContext) -> None:
+    card.forget()  # first: another thread that finds the card must find its native context
+    discard(place.cards, card.real)
+    native_contexts_of(card.context).release_idle()
 
 
 def _call_when_possible(
@@ -134,7 +132,7 @@ def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: 
     free = (lock.acquire, True, CHECK_INTERVAL)
     operations = (free, (place.enter, entry), now, make_call, (lock.release,), (place.leave,))
     steps: list[Any] = []
-    chain = takewhile(one_step.is_not_false, one_step.call_each(operations))
+    chain = takewhile(is_not_false, call_each(operations))
     try:
         place.waiting[key] = entry[1]
         steps.extend(chain)
