@@ -168,7 +168,7 @@ if TYPE_CHECKING:  # as in in_flight
 
             :param context: the record of the PC/SC context.
             :param arguments: reader, share mode, protocols.
-            :return: pyscard's result, with what ``keep`` returned instead of the card.
+            :return: pyscard's result, with what ``keep`` returned instead of the card; or :data:`STALE`.
             """
 
         def descriptors(self, real: Any) -> Sequence[Optional[Descriptor]]:
@@ -186,7 +186,7 @@ accepts this number, unlike 0.
 """
 
 STALE = object()
-"""The result of a call that was not made, because its handle no longer belongs to this process."""
+"""The result of a call that was not made, or was undone, because its handle no longer belongs to this process."""
 
 
 class LostError(Exception):

@@ -127,17 +127,17 @@ def _replace_once(function: str, context: Context) -> int:
             raise _SupersededError
 
     try:
-        hresult = int(establish(function, context.scope, keep, context)[0])
+        result = establish(function, context.scope, keep, context)
     except _SupersededError:
         return SUCCESS
     except BaseException:  # a signal handler's: what was kept has been given back
         if kept and context.real is kept[-1]:
             handles.update(context, context.owner, owner=former_owner)
         raise
-    if hresult == SUCCESS:
+    if result[0] == SUCCESS:
         gateways.native.abandon(former)
         _report_replacement(context, former_owner)
-    return hresult
+    return int(result[0])
 
 
 def _report_replacement(context: Context, former_owner: process.Epoch) -> None:

@@ -205,14 +205,18 @@ def _make_route(call: Call) -> Callable[..., Any]:
 
 def _caller(call: Call) -> _Native:
     """The function that makes a call on a record of this process in its native library."""
-    return _connect if call.name == "SCardConnect" else gateways.native.caller(call)
+    return _connect_natively if call.name == "SCardConnect" else gateways.native.caller(call)
 
 
-def _connect(context: Any, arguments: tuple[Any, ...]) -> Any:
+def _connect_natively(context: Any, arguments: tuple[Any, ...]) -> Any:
+    return _connect(gateways.native, context, arguments)
+
+
+def _connect(gateway: Gateway, context: Context, arguments: tuple[Any, ...]) -> Any:
     keep, session = _keep_card(context, arguments)
     result = None
     try:
-        result = context.gateway.connect(context, arguments, keep)
+        result = gateway.connect(context, arguments, keep)
         return result
     finally:
         if result is None or result is STALE or result[0] != SUCCESS:
@@ -272,11 +276,11 @@ def _through_broker(
     call: Call, route: Callable[..., Any], record: Record, handle: Any, arguments: tuple[Any, ...]
 ) -> Any:
     """A call on a handle that this process has in a broker."""
-    name, real = call.name, record.real
+    name, real, gateway = call.name, record.real, record.context.gateway
     if name == "SCardConnect" and isinstance(record, Context):
-        result = _connect(record, arguments)
+        result = _connect(gateway, record, arguments)
     else:
-        result = record.context.gateway.functions[name](real, *arguments)
+        result = gateway.functions[name](real, *arguments)
     if result is STALE:
         return call.failure(COMM_ERROR)  # another thread has noticed since that what it is through is lost
     hresult = result if call.failed is None else result[0]
@@ -409,7 +413,8 @@ def _route_slowly_once(call: Call, route: Callable[..., Any], handle: Any, argum
     here = _current_epoch()
     record = handles.find(call.takes, handle)
     if record is None or (record.owner is here and (record.released or record.kind is not call.takes)):
-        through, number = reestablish.gateway(call.name, None), handle if record is None else NO_HANDLE
+        through = reestablish.gateway(call.name, None if record is None else record.context)
+        number = handle if record is None else NO_HANDLE
         return through.enter(call.name, through.functions[call.name], number, *arguments)
     if record.kind is not call.takes or record.released:
         return call.failure(INVALID_HANDLE, arguments)

@@ -14,10 +14,9 @@ from __future__ import annotations
 import builtins
 import os
 import threading
-from _thread import get_ident
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from time import monotonic
 from typing import Any, Callable, NamedTuple, Optional
 
 from .._core import descriptors, failures, gate, in_flight, log, one_step, process
@@ -31,7 +30,6 @@ __all__ = ["Broker", "InheritedConnection"]
 
 _READY_TIMEOUT = 30.0  # s; from its start
 _MOST_IDLE = 16  # connections that are kept for the next calls
-_ORPHANED_AFTER = 1.0  # s
 _DEATH_TIMEOUT = 0.1  # s
 _UNDO = wire.encode(wire.Undo())
 _KeepResult = Callable[[Any], Any]
@@ -81,7 +79,9 @@ class Broker:
         self._presence = presence
         self._presence_turn = threading.RLock()
         self._idle: list[Connection] = []
-        self._connections = {each.descriptor.number: each for each, _ in filter(None, [presence])}
+        self._connections: dict[weakref.ref[Connection], None] = {}
+        for lasting, _ in filter(None, [presence]):
+            self._register(lasting)
         self._inherited_connection: Optional[tuple[int, InheritedConnection]] = None
 
     def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -182,39 +182,49 @@ class Broker:
         :param keep: called with the result; if it raises, or is never called, the broker undoes the call.
         """
         connection: Optional[Connection] = None
-        sent: list[None] = []
-        is_reusable = False
+        sent: list[int] = []
+        undone: list[int] = []
+        idle, has_room, is_reusable = self._idle, False, False
         try:
             connection = self._get_connection()
-            connection.user = get_ident()
             connection.send(frame, sent)
             reply = wire.decode(connection.receive())
+            has_room = len(idle) < _MOST_IDLE
             is_reusable = type(reply) is wire.Raised  # Refused: the broker may have hung up
             result = _result_of(reply)
             if keep is not None:
-                try:
-                    result = keep(result)
-                except BaseException:
-                    with failures.suppress(OSError, EOFError, wire.WireError):
-                        connection.send(_UNDO)
-                        connection.receive()
-                    raise
+                result = self._keep(keep, result, connection, undone)
             is_reusable = True
             return result
         except (OSError, EOFError) as error:
             if not is_ours(error):
                 raise
-            raise self._mark_lost(in_progress=bool(sent)) from error
+            raise self._mark_lost(in_progress=sum(sent) == len(frame)) from error
         except wire.WireError as error:
             raise _protocol_error(error) from error
         finally:
-            # Not kept if a signal handler raised, because the next request would get the reply to this one.
-            if connection is not None:
-                if is_reusable and len(self._idle) < _MOST_IDLE and not self.lost:
-                    connection.user, connection.since = 0, monotonic()
-                    self._idle.append(connection)
-                else:
-                    self._drop(connection, _UNDO if sent and not is_reusable else b"")
+            # Not kept if a signal handler raised, because the next request would get the reply to this one.  From
+            # keep() on there is no call for which a signal handler could come, so the result isn't lost.
+            if is_reusable and has_room and not self.lost:
+                idle += [connection]  # type: ignore[list-item]  # there is one
+            elif connection is not None:
+                is_undue = is_reusable or undone or sum(sent) < len(frame) or not self._is_mine(connection)
+                connection.close(b"" if is_undue else _UNDO)
+
+    def _keep(self, keep: _KeepResult, result: Any, connection: Connection, undone: list[int]) -> Any:
+        """What ``keep`` returns; if it raises, undo the call."""
+        try:
+            return keep(result)
+        except BaseException:
+            if self._is_mine(connection):
+                with failures.suppress(OSError, EOFError, wire.WireError):
+                    connection.send(_UNDO, undone)
+                    connection.receive()
+            raise
+
+    def _is_mine(self, connection: Connection) -> bool:
+        """Whether a connection is still this process's; what a signal handler has forked by C code has a copy."""
+        return bool(process.sentinel[0]) and self.epoch is process.here and connection.descriptor.is_intact()
 
     def _get_connection(self) -> Connection:
         """A connection that is idle, or a new one."""
@@ -227,14 +237,13 @@ class Broker:
                 return self._connect()
             if connection.descriptor.is_intact():
                 return connection
-            self._drop(connection)  # the application has closed it: what has the number now is not ours
+            connection.close()  # the application has closed it: what has the number now is not ours
 
     def _connect(self) -> Connection:
         if self._presence is None:
             one_step.call_in_turn(self._presence_turn, self._make_presence)
         elif not self._presence.connection.descriptor.is_intact():
             raise self._mark_lost(in_progress=False)  # the application has closed it, and the broker our sessions
-        self._drop_orphans()  # not before: if none is left, the broker ends
         return self._open_connection(self.key)
 
     def _make_presence(self) -> None:
@@ -243,19 +252,11 @@ class Broker:
         key = os.urandom(16)
         presence = _Presence(self._open_connection(key), key)
         if self._presence is not None:
-            self._drop(presence.connection)
+            presence.connection.close()
             return
         self._presence = presence  # nothing comes between that look and this line
         self._close_errors()
         log.info("broker", "broker %(broker_pid)d makes the PC/SC calls of process %(pid)d", broker_pid=self.helper_pid)
-
-    def _drop_orphans(self) -> None:
-        """Close connections that no thread uses because a signal handler raised between two uses."""
-        before = monotonic() - _ORPHANED_AFTER
-        for connection in list(self._connections.values()):
-            kept = connection in self._idle or (self._presence and connection is self._presence.connection)
-            if not kept and not connection.user and connection.since < before:
-                self._drop(connection)
 
     @property
     def key(self) -> bytes:
@@ -290,15 +291,14 @@ class Broker:
             raise _protocol_error(error) from error
         finally:
             if far_end is not None:
-                self._drop(far_end)
+                far_end.close()
             if connection is not None and not is_welcome:
-                self._drop(connection)
+                connection.close()
         if not is_welcome:
             # So that it ends, and the next use starts the one that is configured then.
             self._mark_lost(in_progress=False)
             raise _protocol_error("it has another version of pcsc_safe")
         assert connection is not None
-        connection.user, connection.since = 0, monotonic()
         return connection
 
     def _pass_far_end(self, hello: bytes) -> tuple[Connection, Connection]:
@@ -312,8 +312,7 @@ class Broker:
         try:
             mine.append(adopt(theirs, guarded=True))
             for end in mine:
-                end.user = get_ident()
-                self._connections[end.descriptor.number] = end
+                self._register(end)
             # If a signal handler has forked and this is the child, the parent passes the far end.
             if self.epoch is not process.current():
                 raise LostError(self, in_progress=False)
@@ -324,7 +323,7 @@ class Broker:
             return mine[0], mine[1]
         except BaseException:
             for end in mine:
-                self._drop(end)
+                end.close()
             theirs.close()
             raise
 
@@ -372,7 +371,7 @@ class Broker:
                 broker_pid=self.helper_pid,
             )
         for connection in [*self._idle, *self._lasting()]:
-            self._drop(connection)
+            connection.close()
         del self._idle[:]
         self._close_errors()
         self._helper.reap()
@@ -386,16 +385,15 @@ class Broker:
             self._helper = silent
             helper.close_errors()
 
-    def _drop(self, connection: Connection, last: bytes = b"") -> None:
-        if self._connections.get(connection.descriptor.number) is connection:
-            self._connections.pop(connection.descriptor.number, None)
-        connection.close(last)
-
     # At a fork.
+
+    def _register(self, connection: Connection) -> None:
+        """Note a connection for a fork, as long as something refers to it."""
+        self._connections[weakref.ref(connection, self._connections.pop)] = None
 
     def after_fork_in_child(self, epoch: process.Epoch) -> Optional[Broker]:
         """In a child: abandon the parent's connections; return its own client of the same broker, if there is one."""
-        for connection in [*self._connections.values()]:
+        for connection in filter(None, [reference() for reference in list(self._connections)]):
             connection.abandon()
         if self._inherited_connection is not None and self._inherited_connection[0] == epoch.pid:
             inherited_connection = self._inherited_connection[1]
@@ -429,10 +427,10 @@ class Broker:
         except (OSError, EOFError) as error:
             if not is_ours(error):
                 raise
-            self._drop(connection)
+            connection.close()
             raise self._mark_lost(in_progress=False) from error
         except BaseException:
-            self._drop(connection)
+            connection.close()
             raise
         assert self._presence is not None
         return InheritedConnection(self, key, connection, self._presence.connection.descriptor.number, given)
@@ -480,7 +478,7 @@ class InheritedConnection:
         if self._given and not has_child:
             with failures.suppress(LostError, BrokerError):
                 self._broker.inherit(self.key, self._given, keeps=False)
-        self._broker._drop(self._connection)
+        self._connection.close()
 
 
 def _result_of(reply: wire.Message) -> Any:

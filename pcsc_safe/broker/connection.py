@@ -42,31 +42,31 @@ def keep_open_at_exit() -> None:
 class Connection:
     """A connection to a broker, used by one thread at a time.
 
+    It is closed when nothing refers to it, for example because a signal handler has raised.
+
     :ivar descriptor: the descriptor when it was made; an application may have closed it since.
-    :ivar user: the thread that uses it, or 0.
-    :ivar since: ``time.monotonic()`` when it was last used.
     """
 
-    __slots__ = ("_receive", "_receiver", "_send", "_socket", "descriptor", "since", "user")
+    __slots__ = ("__weakref__", "_receive", "_receiver", "_send", "_socket", "descriptor")
 
     def __init__(self, ours: Any) -> None:
         self._socket = ours
-        self._send = ours.sendall
+        self._send = ours.send  # not sendall: a signal handler can raise in it although all has been sent
         self._receive = ours.recv
         self._receiver = wire.Receiver()
         self.descriptor = descriptors.of(ours.fileno())
-        self.user = 0
-        self.since = time.monotonic()
 
-    def send(self, frame: bytes, sent: Optional[list[None]] = None) -> None:
+    def send(self, frame: bytes, sent: Optional[list[int]] = None) -> None:
         """Send a request.
 
-        :param sent: gets an item in one step with the sending.
+        :param sent: gets the numbers of bytes that were sent, each in one step with the sending.
         :raises OSError: the broker has ended without receiving it.
         """
         if sent is None:
             sent = []
         sent.extend(one_step.call_each(((self._send, frame, _no_sigpipe),)))
+        while sum(sent) < len(frame):  # a long frame
+            sent.extend(one_step.call_each(((self._send, memoryview(frame)[sum(sent) :], _no_sigpipe),)))
 
     def receive(self) -> bytes:
         """The body of the reply.
@@ -138,13 +138,15 @@ class Connection:
         :param last: a frame to send before.
         """
         mine = self.descriptor.is_intact()
-        if mine and last:
-            with failures.suppress(OSError):
-                self._send(last, _no_sigpipe)
-        descriptors.unguard(self.descriptor)
-        number = self._socket.detach()
-        if mine and number >= 0:
-            os.close(number)
+        try:
+            if mine and last:
+                with failures.suppress(OSError):
+                    self.send(last)
+        finally:
+            number = self._socket.detach()
+            if mine and number >= 0:
+                os.close(number)
+            descriptors.unguard(self.descriptor)  # not before: another thread may fork
 
     def abandon(self) -> None:
         """In a child: forget it; its number stands for a dead socket, or for a file of the application."""

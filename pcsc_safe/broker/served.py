@@ -33,6 +33,7 @@ _UNDOING = {
 }
 _BRACKETS = frozenset(("SCardBeginTransaction", "SCardEndTransaction"))
 _32_BITS = 0xFFFFFFFF
+_LONG_BITS = 64
 
 
 class Clients(Protocol):
@@ -231,7 +232,8 @@ class Connection:
             known = client.handles.get(handle)
             # Any other number can be another client's handle, or one that is being released; also one that C code cuts
             # to 32 bits (macOS).
-            handle = known if known is not None else calls.NO_HANDLE if handle & _32_BITS else handle
+            is_number = handle & _32_BITS and handle.bit_length() <= _LONG_BITS  # the others are refused by pyscard
+            handle = known if known is not None else calls.NO_HANDLE if is_number else handle
         if type(handle) is Handle and name == "SCardGetStatusChange":
             return self._wait(function, handle, rest)
         # A call that begins or ends a transaction may take long, and the card may become shared in this time.

@@ -154,11 +154,34 @@ def test_two_threads_make_the_first_contact(stack: VirtualPcsc, monkeypatch: pyt
         mine = [hresult, *(safe.SCardReleaseContext(context) for _ in range(2))]
         of_process = family.existing()
         while of_process is not None and of_process._idle:
-            of_process._drop(of_process._idle.pop())
+            of_process._idle.pop().close()
         time.sleep(0.1)  # the broker would release the sessions of a client that has ended
         return mine, session.transmit(ECHO)
 
     assert in_child(by_broker(child)) == ([OK, OK, INVALID], ECHOED)
+
+
+def test_a_handler_between_the_choice_of_a_connection_and_its_use(
+    stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that interrupts another one doesn't take its connection away, however long that was idle."""
+    get_connection = Broker._get_connection
+
+    def child() -> Any:
+        session = Session()
+        nested: list[Any] = []
+
+        def is_interrupted(self: Broker) -> Any:
+            connection = get_connection(self)
+            monkeypatch.undo()
+            nested.append(session.transmit(ECHO))
+            return connection
+
+        time.sleep(1.1)
+        monkeypatch.setattr(Broker, "_get_connection", is_interrupted)
+        return session.transmit(ECHO), nested
+
+    assert in_child(by_broker(child)) == (ECHOED, [ECHOED])
 
 
 def test_numbers_that_are_not_the_clients(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
