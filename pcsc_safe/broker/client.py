@@ -72,7 +72,7 @@ class Broker:
         self.for_family = for_family
         self.lost = False
         self.functions: Mapping[str, Callable[..., Any]] = {
-            name: partial(self._call, None, number) for name, number in wire.NUMBERS.items()
+            name: partial(self._call, number) for name, number in wire.NUMBERS.items()
         }
         self._door = door
         self._helper = helper
@@ -102,7 +102,7 @@ class Broker:
                 result[1] = keep(result[1], result[1], self.epoch, self)
             return result
 
-        return self._call(keep_result, wire.NUMBERS["SCardEstablishContext"], scope, where)
+        return self._exchange(_frame_of(wire.NUMBERS["SCardEstablishContext"], (scope, where)), keep_result)
 
     def _check_reader_count(self, real: int, outgrown: int) -> None:
         if self.functions["SCardListReaders"](real, [])[0] == outgrown:
@@ -118,6 +118,8 @@ class Broker:
     def connect(self, context: Any, arguments: Sequence[Any], keep: KeepCard) -> Any:
         """SCardConnect; see :class:`calls.Gateway`."""
         real = context.real
+        if context.gateway is not self:
+            return STALE
 
         def keep_result(result: Any) -> Any:
             if result[0] == 0:
@@ -127,7 +129,7 @@ class Broker:
             return result
 
         try:
-            return self._call(keep_result, wire.NUMBERS["SCardConnect"], real, *arguments)
+            return self._exchange(_frame_of(wire.NUMBERS["SCardConnect"], (real, *arguments)), keep_result)
         except _StaleError:
             return STALE
 
@@ -145,22 +147,8 @@ class Broker:
         """Give this broker up, because this process has another one."""
         self._mark_lost(in_progress=False, warn=False)
 
-    def _call(self, keep: Optional[_KeepResult], number: int, *arguments: Any) -> Any:
-        """A call of PC/SC in the broker.
-
-        :param keep: records what the call has opened.
-        :param number: of the function.
-        """
-        try:
-            frame = wire.encode_request(number, arguments)
-        except wire.WireError as error:
-            raise BrokerError(
-                f"the arguments can't be sent to the broker: {error}",
-                remedy=f"pass at most {wire.MAX_BODY} bytes in all arguments, and at most {_LONGEST_APDU} in an APDU",
-                function=wire.FUNCTIONS[number],
-                pid=os.getpid(),
-            ) from error
-        return self._exchange(frame, keep)
+    def _call(self, number: int, *arguments: Any) -> Any:
+        return self._exchange(_frame_of(number, arguments))
 
     def request_catalogue(self) -> Any:
         """The names of its pyscard; see :func:`library.catalogue`."""
@@ -184,12 +172,11 @@ class Broker:
         connection: Optional[Connection] = None
         sent: list[int] = []
         undone: list[int] = []
-        idle, has_room, is_reusable = self._idle, False, False
+        idle, is_reusable = self._idle, False
         try:
             connection = self._get_connection()
             connection.send(frame, sent)
             reply = wire.decode(connection.receive())
-            has_room = len(idle) < _MOST_IDLE
             is_reusable = type(reply) is wire.Raised  # Refused: the broker may have hung up
             result = _result_of(reply)
             if keep is not None:
@@ -205,7 +192,7 @@ class Broker:
         finally:
             # Not kept if a signal handler raised, because the next request would get the reply to this one.  From
             # keep() on there is no call for which a signal handler could come, so the result isn't lost.
-            if is_reusable and has_room and not self.lost:
+            if is_reusable and not self.lost:
                 idle += [connection]  # type: ignore[list-item]  # there is one
             elif connection is not None:
                 is_undue = is_reusable or undone or sum(sent) < len(frame) or not self._is_mine(connection)
@@ -235,9 +222,9 @@ class Broker:
                 if not is_ours(error):
                     raise
                 return self._connect()
-            if connection.descriptor.is_intact():
+            if connection.descriptor.is_intact() and len(self._idle) < _MOST_IDLE:
                 return connection
-            connection.close()  # the application has closed it: what has the number now is not ours
+            connection.close()  # there are many; or the application has closed it, and the number isn't ours any more
 
     def _connect(self) -> Connection:
         if self._presence is None:
@@ -479,6 +466,22 @@ class InheritedConnection:
             with failures.suppress(LostError, BrokerError):
                 self._broker.inherit(self.key, self._given, keeps=False)
         self._connection.close()
+
+
+def _frame_of(number: int, arguments: tuple[Any, ...]) -> bytes:
+    """The request for a call.
+
+    :param number: of the function.
+    """
+    try:
+        return wire.encode_request(number, arguments)
+    except wire.WireError as error:
+        raise BrokerError(
+            f"the arguments can't be sent to the broker: {error}",
+            remedy=f"pass at most {wire.MAX_BODY} bytes in all arguments, and at most {_LONGEST_APDU} in an APDU",
+            function=wire.FUNCTIONS[number],
+            pid=os.getpid(),
+        ) from error
 
 
 def _result_of(reply: wire.Message) -> Any:

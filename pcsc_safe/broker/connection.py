@@ -133,7 +133,7 @@ class Connection:
             time.sleep(_PAUSE)
 
     def close(self, last: bytes = b"") -> None:
-        """Close it, if the descriptor is still this connection and not something of the application's.
+        """Close it, if the descriptor is still this connection, or its dead socket, and not the application's.
 
         :param last: a frame to send before.
         """
@@ -143,9 +143,10 @@ class Connection:
                 with failures.suppress(OSError):
                     self.send(last)
         finally:
-            number = self._socket.detach()
-            if mine and number >= 0:
-                os.close(number)
+            if mine or descriptors.is_dead(self.descriptor.number):
+                self._socket.close()
+            else:
+                self._socket.detach()
             descriptors.unguard(self.descriptor)  # not before: another thread may fork
 
     def abandon(self) -> None:

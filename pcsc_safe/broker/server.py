@@ -160,7 +160,8 @@ class Server:
             known = self._clients.pop(client.key, None)
             if client in self._processes.get(client.process, []):
                 self._processes[client.process].remove(client)
-            if not self._clients and self._has_one_client:
+            # The door says when a process that has made no call ends.
+            if not self._clients and self._has_one_client and client.is_watched:
                 os._exit(0)
         if known is not None:
             client.presence.hang_up()

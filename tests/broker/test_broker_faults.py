@@ -57,6 +57,10 @@ def stack() -> Iterator[VirtualPcsc]:
         yield stack
 
 
+class ComesInBetweenError(Exception):
+    """The exception that a signal handler raises."""
+
+
 def kill(pid: int) -> None:
     """Send SIGKILL, and wait for the end of the process."""
     with watched(pid) as watch:
@@ -159,6 +163,25 @@ def test_two_threads_make_the_first_contact(stack: VirtualPcsc, monkeypatch: pyt
         return mine, session.transmit(ECHO)
 
     assert in_child(by_broker(child)) == ([OK, OK, INVALID], ECHOED)
+
+
+def test_a_handler_that_raises_at_the_first_contact(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker stays, and the next call works."""
+    open_connection = Broker._open_connection
+
+    def child() -> Any:
+        def is_interrupted(self: Broker, *arguments: Any) -> Any:
+            open_connection(self, *arguments)
+            monkeypatch.undo()
+            raise ComesInBetweenError
+
+        monkeypatch.setattr(Broker, "_open_connection", is_interrupted)
+        with pytest.raises(ComesInBetweenError):
+            establish()
+        first = brokers()
+        return Session().transmit(ECHO), brokers() == first
+
+    assert in_child(by_broker(child)) == (ECHOED, True)
 
 
 def test_a_handler_between_the_choice_of_a_connection_and_its_use(
