@@ -179,7 +179,7 @@ else:
 
 
 NO_HANDLE = -1
-"""Passed for a handle that is released, so that the library checks the arguments and finds no context or card.
+"""Passed instead of a handle that is released, or of the wrong kind: the library finds no context or card.
 
 libpcsclite frees a context while other threads may wait for it, and its number can still be known then.  pyscard
 accepts this number, unlike 0.

@@ -190,8 +190,8 @@ class Broker:
         except wire.WireError as error:
             raise _protocol_error(error) from error
         finally:
-            # Not kept if a signal handler raised, because the next request would get the reply to this one.  From
-            # keep() on there is no call for which a signal handler could come, so the result isn't lost.
+            # Not kept if a signal handler raised, because the next request would get the reply to this one.  After
+            # keep() nothing is called here, so no signal handler can run, and the result isn't lost.
             if is_reusable and not self.lost:
                 idle += [connection]  # type: ignore[list-item]  # there is one
             elif connection is not None:
@@ -210,7 +210,7 @@ class Broker:
             raise
 
     def _is_mine(self, connection: Connection) -> bool:
-        """Whether a connection is still this process's; what a signal handler has forked by C code has a copy."""
+        """Whether a connection belongs to this process; a child that a handler has forked by C code has a copy."""
         return bool(process.sentinel[0]) and self.epoch is process.here and connection.descriptor.is_intact()
 
     def _get_connection(self) -> Connection:
@@ -224,7 +224,7 @@ class Broker:
                 return self._connect()
             if connection.descriptor.is_intact() and len(self._idle) < _MOST_IDLE:
                 return connection
-            connection.close()  # there are many; or the application has closed it, and the number isn't ours any more
+            connection.close()  # there are enough; or the application has closed it, and the number is another file's
 
     def _connect(self) -> Connection:
         if self._presence is None:
@@ -375,7 +375,7 @@ class Broker:
     # At a fork.
 
     def _register(self, connection: Connection) -> None:
-        """Note a connection for a fork, as long as something refers to it."""
+        """Remember a connection for the next fork, as long as something else refers to it."""
         self._connections[weakref.ref(connection, self._connections.pop)] = None
 
     def after_fork_in_child(self, epoch: process.Epoch) -> Optional[Broker]:

@@ -35,14 +35,14 @@ def keep_open_at_exit() -> None:
 
     It finalizes objects in any order then, and finalizers of the application may still make PC/SC calls.
     """
-    # A C function that does nothing: what a signal handler raised in a finalizer in Python would be lost.
+    # A C function that changes nothing.  In a Python function, an exception of a signal handler would be lost.
     _Socket.__del__ = _socket.socket.fileno  # type: ignore[attr-defined]
 
 
 class Connection:
     """A connection to a broker, used by one thread at a time.
 
-    It is closed when nothing refers to it, for example because a signal handler has raised.
+    It is closed when nothing refers to it any more, for example because a signal handler has raised.
 
     :ivar descriptor: the descriptor when it was made; an application may have closed it since.
     """
@@ -133,7 +133,7 @@ class Connection:
             time.sleep(_PAUSE)
 
     def close(self, last: bytes = b"") -> None:
-        """Close it, if the descriptor is still this connection, or its dead socket, and not the application's.
+        """Close it, unless the application has closed it, and the number stands for another file.
 
         :param last: a frame to send before.
         """
@@ -166,7 +166,8 @@ def pair(*, guarded: bool) -> tuple[Connection, Any]:
     :param guarded: whether a dead socket replaces it in a forked child.
     :raises OSError: no file descriptor is free.
     """
-    ours, theirs = _from_numbers(_detached(_socket.socketpair()))  # in C: no signal handler comes between
+    # In one step of C, so that no signal handler can raise in between.
+    ours, theirs = _from_numbers(_detached(_socket.socketpair()))
     try:
         for end in (ours, theirs):
             end.settimeout(None)  # whatever socket.setdefaulttimeout() says: the flag would go with the descriptor

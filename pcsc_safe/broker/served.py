@@ -230,8 +230,8 @@ class Connection:
         handle, *rest = arguments
         if type(handle) is int:
             known = client.handles.get(handle)
-            # Any other number can be another client's handle, or one that is being released; also one that C code cuts
-            # to 32 bits (macOS).
+            # A number that the client doesn't have may be another client's handle, or that of a context that is being
+            # released; C code may also cut a longer number to such a handle (macOS).
             is_number = handle & _32_BITS and handle.bit_length() <= _LONG_BITS  # the others are refused by pyscard
             handle = known if known is not None else calls.NO_HANDLE if is_number else handle
         if type(handle) is Handle and name == "SCardGetStatusChange":

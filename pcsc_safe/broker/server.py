@@ -160,7 +160,7 @@ class Server:
             known = self._clients.pop(client.key, None)
             if client in self._processes.get(client.process, []):
                 self._processes[client.process].remove(client)
-            # The door says when a process that has made no call ends.
+            # A client that has made no call isn't watched: the door is closed when its process ends.
             if not self._clients and self._has_one_client and client.is_watched:
                 os._exit(0)
         if known is not None:
