@@ -153,6 +153,11 @@ def _darwins(base: Any) -> Any:
                     _in_flight[_identity(number)] = self.fileno()
             return int(base.sendmsg(self, buffers, ancdata, *more))
 
+        def send(self, *arguments: Any) -> int:
+            sent = int(base.send(self, *arguments))
+            _have_sent.add(_identity(self.fileno()))
+            return sent
+
         def sendall(self, *arguments: Any) -> None:
             base.sendall(self, *arguments)
             _have_sent.add(_identity(self.fileno()))
