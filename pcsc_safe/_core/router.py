@@ -412,10 +412,15 @@ def _route_slowly_once(call: Call, route: Callable[..., Any], handle: Any, argum
     assert call.takes is not None
     here = _current_epoch()
     record = handles.find(call.takes, handle)
-    if record is None or (record.owner is here and (record.released or record.kind is not call.takes)):
-        through = reestablish.gateway(call.name, None if record is None else record.context)
-        number = handle if record is None else NO_HANDLE
-        return through.enter(call.name, through.functions[call.name], number, *arguments)
+    if record is None:
+        through = reestablish.gateway(call.name, None)
+        return through.enter(call.name, through.functions[call.name], handle, *arguments)
+    if record.owner is here and (record.released or record.kind is not call.takes):
+        through = record.context.gateway
+        try:
+            return through.enter(call.name, through.functions[call.name], NO_HANDLE, *arguments)
+        except LostError:
+            return call.failure(INVALID_HANDLE, arguments)
     if record.kind is not call.takes or record.released:
         return call.failure(INVALID_HANDLE, arguments)
     if record.owner is not here:
