@@ -224,6 +224,10 @@ class Program:
         return status
 
 
+class ComesInBetweenError(Exception):
+    """The exception that a signal handler raises."""
+
+
 def until(condition: Callable[[], Any], what: str) -> None:
     """Return as soon as the condition holds."""
     deadline = time.monotonic() + ENOUGH

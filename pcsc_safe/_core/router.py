@@ -282,7 +282,7 @@ def _through_broker(
     else:
         result = gateway.functions[name](real, *arguments)
     if result is STALE:
-        return call.failure(COMM_ERROR)  # meanwhile another thread has re-established the context
+        return call.failure(COMM_ERROR)  # another thread has re-established the context
     hresult = result if call.failed is None else result[0]
     after = _RECORDED_FOLLOW_UPS[name]
     if hresult == SUCCESS and after is None:

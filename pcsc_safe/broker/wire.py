@@ -321,8 +321,8 @@ class Receiver:
     def feed(self, data: bytes) -> Optional[bytes]:
         """The body of the frame, once it is complete; None before.
 
-        :param data: the received bytes.  None may belong to a next frame, because a peer waits for the reply first;
-            only Undo doesn't wait, and a request that it follows so soon is refused before it is executed.
+        :param data: the received bytes.  None may belong to a next frame, because a peer waits for the reply first.
+            Only Undo doesn't wait: if it arrives together with its request, both are refused, and nothing is executed.
         :raises WireError: the frame is malformed.
         """
         # Nearly all frames arrive in one piece, and alone.

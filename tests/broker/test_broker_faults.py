@@ -13,6 +13,7 @@ import pytest
 from brokers import (
     ENOUGH,
     Client,
+    ComesInBetweenError,
     Link,
     broker,
     brokers,
@@ -55,10 +56,6 @@ def stack() -> Iterator[VirtualPcsc]:
     """The stack for tests that leave pcscd unchanged."""
     with stack_to_hold() as stack:
         yield stack
-
-
-class ComesInBetweenError(Exception):
-    """The exception that a signal handler raises."""
 
 
 def kill(pid: int) -> None:

@@ -19,6 +19,7 @@ import pytest
 from brokers import (
     ENOUGH,
     Client,
+    ComesInBetweenError,
     Link,
     Program,
     broker,
@@ -137,10 +138,6 @@ def test_a_transaction_and_exchanges_beside_it(stack: VirtualPcsc) -> None:
         return transactions.answer(), exchanges > 0
 
     assert in_child(child) == ({(OK, OK)}, True)
-
-
-class ComesInBetweenError(Exception):
-    """The exception that a signal handler raises."""
 
 
 def test_what_a_signal_handler_raises_ends_a_call(stack: VirtualPcsc) -> None:
