@@ -354,6 +354,7 @@ def _make_disposition_route(call: Call) -> Callable[..., Any]:
 
 def _make_wait_route(call: Call) -> Callable[..., Any]:
     direct = _make_direct_route(call, handles.contexts, _caller(call))
+    wait = _make_wait(call, direct)
 
     def route(handle: Any, timeout: Any, states: Any) -> Any:
         record = handles.find(Kind.CONTEXT, handle)
@@ -368,6 +369,12 @@ def _make_wait_route(call: Call) -> Callable[..., Any]:
             list_readers = public["SCardListReaders"]
             return recovery.continue_wait(call, wait, list_readers, record, timeout, states, began, cancels)
         return result
+
+    return route
+
+
+def _make_wait(call: Call, direct: Callable[..., Any]) -> Callable[..., Any]:
+    """A wait for events with valid arguments; ends with the PC/SC context that it began on."""
 
     def wait(handle: Any, timeout: int, states: Any) -> Any:
         if not timeout:
@@ -392,7 +399,7 @@ def _make_wait_route(call: Call) -> Callable[..., Any]:
             timeout = max(1, timeout - round((monotonic() - began) * 1000))
         return _route_slowly(call, wait, handle, (timeout, states))
 
-    return route
+    return wait
 
 
 def _owned(handle: Any) -> Optional[Context]:

@@ -9,10 +9,12 @@ At a fork nothing changes here: the child doesn't own its record of the card.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from itertools import chain as all_of
 from itertools import compress, starmap, takewhile
 from operator import attrgetter, is_, itemgetter, not_
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 from .._core import gate, in_flight, process
 from .._core.calls import STALE
@@ -26,6 +28,8 @@ from .pyscard import raw
 
 __all__ = ["card_call"]
 
+_AfterCall = Callable[[Any, NativeContext], None]
+
 
 def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
     """The function that makes a call on a card that this process owns.
@@ -33,48 +37,47 @@ def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
     :param function: PC/SC's name.
     :return: takes the card's record and the arguments after the handle; returns pyscard's result, or :data:`STALE`.
     """
-    native, sentinel, closers = raw[function], process.sentinel, in_flight.closers
-    unbinds = function == "SCardDisconnect"
+    after = _after_disconnect if function == "SCardDisconnect" else None
+    return partial(_call, function, raw[function], after)
 
-    def call(card: Any, arguments: tuple[Any, ...]) -> Any:
-        may_pass = False
-        while True:
-            place = card.native
-            if place is None:  # as in native_contexts_of()
-                return STALE
-            if place.waiting:
-                place.yield_to_waiters()
-            entry = (function, get_ident(), monotonic(), None)
-            steps: list[Any] = []
-            operation = (native, card.real, *arguments)
-            operations = ((place.acquire, False), (place.enter, entry), operation, (place.release,), (place.leave,))
-            chain = takewhile(is_not_false, call_each(operations))
-            # As in in_flight.attempt().
-            try:
-                if not place.state and sentinel[0] and card.owner is process.here and card.native is place:  # noqa: SIM102
-                    if may_pass or not closers:
-                        steps.extend(chain)
-            except BaseException:
-                if steps and steps[-1] is not entry:
-                    try:
-                        place.leave()
-                    finally:
-                        place.release()
-                raise
-            if steps:
-                result, place.began = steps[2], entry[2]
-                break
-            results, may_pass = _call_when_possible(card, place, operation, entry, may_pass)
-            if results:
-                result = results[0]
-                break
-        if unbinds and result == SUCCESS:
-            _after_disconnect(card, place)
-        if awaiting_release:
-            release_waiting()
-        return result
 
-    return call
+def _call(function: str, native: Any, after: Optional[_AfterCall], card: Any, arguments: tuple[Any, ...]) -> Any:
+    sentinel, closers, may_pass = process.sentinel, in_flight.closers, False
+    while True:
+        place = card.native
+        if place is None:  # as in native_contexts_of()
+            return STALE
+        if place.waiting:
+            place.yield_to_waiters()
+        entry = (function, get_ident(), monotonic(), None)
+        steps: list[Any] = []
+        operation = (native, card.real, *arguments)
+        operations = ((place.acquire, False), (place.enter, entry), operation, (place.release,), (place.leave,))
+        chain = takewhile(is_not_false, call_each(operations))
+        # As in in_flight.attempt().
+        try:
+            if not place.state and sentinel[0] and card.owner is process.here and card.native is place:  # noqa: SIM102
+                if may_pass or not closers:
+                    steps.extend(chain)
+        except BaseException:
+            if steps and steps[-1] is not entry:
+                try:
+                    place.leave()
+                finally:
+                    place.release()
+            raise
+        if steps:
+            result, place.began = steps[2], entry[2]
+            break
+        results, may_pass = _call_when_possible(card, place, operation, entry, may_pass)
+        if results:
+            result = results[0]
+            break
+    if after is not None and result == SUCCESS:
+        after(card, place)
+    if awaiting_release:
+        release_waiting()
+    return result
 
 
 def _after_disconnect(card: Any, place: NativeContext) -> None:
@@ -106,6 +109,17 @@ def _call_when_possible(
 _owner, _native, _state, _here = map(attrgetter, ("owner", "native", "state", "here"))
 
 
+def _conditions(card: Any, place: NativeContext, may_pass: bool) -> Iterator[Any]:
+    """What must be true for a call; C code evaluates it when the native context is free."""
+    return all_of(
+        (may_pass,) if may_pass else map(not_, (in_flight.closers,)),
+        map(not_, map(_state, (place,))),
+        map(itemgetter(0), (process.sentinel,)),
+        map(is_, map(_owner, (card,)), map(_here, (process,))),
+        map(is_, map(_native, (card,)), (place,)),
+    )
+
+
 def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool) -> list[Any]:
     """Make a call after the calls of other threads on the same native context.
 
@@ -116,14 +130,7 @@ def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: 
     results: list[Any] = []
     times: list[float] = []
     key = object()
-    # C code evaluates these conditions when the context is free.
-    conditions = all_of(
-        (may_pass,) if may_pass else map(not_, (in_flight.closers,)),
-        map(not_, map(_state, (place,))),
-        map(itemgetter(0), (process.sentinel,)),
-        map(is_, map(_owner, (card,)), map(_here, (process,))),
-        map(is_, map(_native, (card,)), (place,)),
-    )
+    conditions = _conditions(card, place, may_pass)
     native, *operands = operation
     now = (times.extend, starmap(monotonic, ((),)))
     make_call = (results.extend, starmap(native, compress((operands,), map(all, (conditions,)))))

@@ -16,7 +16,7 @@ At a fork everything here stays the parent's.  A child gets new native contexts,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Callable, Optional
 
 from .._core import connections, descriptors, failures, gate, in_flight, log, process
@@ -198,10 +198,7 @@ class NativeContexts:
         avoided: list[NativeContext] = []
         while self.is_current(owned) and not (wait is not None and wait.cancelled):
             insists = without_cards and refused == SUCCESS
-            for context in self.usable():
-                # Not one where a thread is ending a wait by SCardCancel, which could end the next wait.
-                if context in avoided or context.wakers or (insists and context.cards):
-                    continue
+            for context in self._candidates(avoided, without_cards=insists):
                 context.yield_to_waiters()
                 # A wait beside a card must be short; any other must find no card there.
                 is_bare = insists or (wait is not None and not context.cards)
@@ -222,6 +219,13 @@ class NativeContexts:
                 if refused != SUCCESS and not self._wait_for_one() and self.is_current(owned):
                     return CALLS[function].failure(refused, ([],))
         return STALE
+
+    def _candidates(self, avoided: Sequence[NativeContext], *, without_cards: bool) -> Iterator[NativeContext]:
+        """The native contexts that a call may use, each looked at just before it is used."""
+        for context in self.usable():
+            # Not one where a thread is ending a wait by SCardCancel, which could end the next wait.
+            if not (context in avoided or context.wakers or (without_cards and context.cards)):
+                yield context
 
     def _wait_for_one(self) -> bool:
         """If pcscd refuses another native context: wait until one may be free; False if none will be."""

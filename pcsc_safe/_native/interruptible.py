@@ -68,16 +68,8 @@ def attempt(
     """
     if place.calls or (in_flight.closers and not may_pass):
         return []  # without a thread for it
-    call = partial(
-        in_flight.attempt,
-        place,
-        owned,
-        function,
-        *operations,
-        wait=wait,
-        without_cards=without_cards,
-        may_pass=may_pass,
-    )
+    conditions: dict[str, Any] = {"wait": wait, "without_cards": without_cards, "may_pass": may_pass}
+    call = partial(in_flight.attempt, place, owned, function, *operations, **conditions)
     other = _OtherThread(call)
     try:
         process.locks_to_release[other] = other.done  # several, where handlers wait too
