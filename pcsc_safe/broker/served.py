@@ -94,6 +94,7 @@ class Connection:
         self._waits_on: Optional[handles.Context] = None
         self._thread = 0
         self._last: tuple[wire.Message, bytes] = (wire.Describe(), b"")
+        self._ended_before = 0  # how many transactions of the card had ended at its latest call
         self._has_hung_up = False
         self.unwatched = threading.Event()
 
@@ -197,9 +198,16 @@ class Connection:
         undoing = _UNDOING.get(name)
         if undoing is None or (result[0] if isinstance(result, list) else result) != library.SUCCESS:
             return
-        handle = result[1] if isinstance(result, list) else arguments[0]
-        call = calls.CALLS[undoing]
-        self._call(client, call, undoing, (handle, *([_LEAVE_CARD] if call.takes is calls.Kind.CARD else [])))
+        if isinstance(result, list):
+            call = calls.CALLS[undoing]
+            self._call(client, call, undoing, (result[1], *([_LEAVE_CARD] if call.takes is _CARD else [])))
+            return
+        handle = client.handles.get(arguments[0])
+        if handle is not None:
+            with handle.free:
+                # Not if another thread of the client has ended that transaction, and may have begun the next one.
+                if handle.transactions_ended == self._ended_before:
+                    self._call(client, calls.CALLS[undoing], undoing, (handle, _LEAVE_CARD))
 
     def _transmit_if_idle(self, client: Client, request: wire.Request) -> Any:
         """Transmit to a card whose context is idle, in as few steps as possible; None if this is another call."""
@@ -260,7 +268,13 @@ class Connection:
             return function(handle, *arguments)
         if handle.record.kind is calls.Kind.CONTEXT:
             return function(handle, *arguments)
-        result = sharing.call_on_card(client, name, handle, function, arguments)
+
+        def call_and_note(handle: Handle, *arguments: Any) -> Any:
+            result = function(handle, *arguments)
+            self._ended_before = handle.transactions_ended  # no other thread can begin or end one at this moment
+            return result
+
+        result = sharing.call_on_card(client, name, handle, call_and_note, arguments)
         return result if result is not None else call.failure(_SHARING_VIOLATION, arguments)
 
     def cancel_wait(self, context: Optional[handles.Record] = None) -> None:

@@ -42,6 +42,7 @@ class Handle(int):
 
     :ivar holders: the clients that have it; empty while only one client has ever had it.
     :ivar transaction: whose transaction is open on this card.
+    :ivar transactions_ended: how many transactions of this card have ended.
     :ivar free: a condition; held while a transaction of this card begins or ends, and during every call on a shared
         card; notified when a transaction has ended.
     """
@@ -49,6 +50,7 @@ class Handle(int):
     _self_record: handles.Record
     holders: set[Client]
     transaction: Optional[Client]
+    transactions_ended: int
     free: threading.Condition
 
     def __new__(cls, record: handles.Record) -> Handle:
@@ -57,6 +59,7 @@ class Handle(int):
         handle._self_record = record
         handle.holders = set()
         handle.transaction = None
+        handle.transactions_ended = 0
         handle.free = threading.Condition()
         return handle
 
@@ -123,6 +126,7 @@ def _update_transaction(client: Client, handle: Handle) -> None:
         handle.transaction = handle.transaction or client
     elif handle.transaction is not None:
         handle.transaction = None
+        handle.transactions_ended += 1
         handle.free.notify_all()
 
 

@@ -34,10 +34,11 @@ from lives import AGAIN, USES, outcome
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import router
-from pcsc_safe._core.calls import CALLS, NO_HANDLE
-from pcsc_safe.broker import family, served
+from pcsc_safe._core import handles, router
+from pcsc_safe._core.calls import CALLS, NO_HANDLE, Kind
+from pcsc_safe.broker import client, family, served, wire
 from pcsc_safe.broker.client import Broker
+from pcsc_safe.broker.connection import Connection
 from pcsc_safe.errors import BrokerError
 from pcsc_safe.testing import VirtualPcsc
 
@@ -202,6 +203,32 @@ def test_a_handler_between_the_choice_of_a_connection_and_its_use(
         return session.transmit(ECHO), nested
 
     assert in_child(by_broker(child)) == (ECHOED, [ECHOED])
+
+
+@pytest.mark.parametrize("rest", [["End", "Begin", "Undo", "End"], ["Begin", "End", "Undo", "End"]], ids="-".join)
+def test_undo_ends_only_the_transaction_that_the_call_began(stack: VirtualPcsc, rest: list[str]) -> None:
+    """Also if another thread has ended that transaction first, and has begun the next one."""
+
+    def child() -> Any:
+        card = Session().card
+        own = family.existing()
+        assert own is not None
+        first, second = own._get_connection(), own._get_connection()
+        frames = {
+            "Begin": client._frame_of(wire.NUMBERS["SCardBeginTransaction"], (handles.find(Kind.CARD, card).real,)),
+            "End": client._frame_of(wire.NUMBERS["SCardEndTransaction"], (handles.find(Kind.CARD, card).real, 0)),
+            "Undo": wire.encode(wire.Undo()),
+        }
+
+        def ask(name: str, connection: Connection) -> Any:
+            connection.send(frames[name])
+            return client._result_of(wire.decode(connection.receive()))
+
+        assert ask("Begin", first) == OK
+        return [ask(name, first if name == "Undo" else second) for name in rest]
+
+    *_, last = in_child(by_broker(child))
+    assert last == (OK if rest[0] == "End" else safe.SCARD_E_NOT_TRANSACTED)
 
 
 def test_numbers_that_are_not_the_clients(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
