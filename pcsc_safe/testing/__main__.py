@@ -11,6 +11,8 @@ At a fork: nothing here forks; the command is a subprocess.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from . import EchoCard, PcscStackError, VirtualCard, VirtualPcsc
 __all__ = ["main"]
 
 _CARDS = ("echo", "piv", "none")
+_FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,21 +56,39 @@ def _card(kind: str) -> Optional[VirtualCard]:
 
 
 def _run(command: Sequence[str], stack: VirtualPcsc) -> int:
+    """Run the command; forward the signals that would end this process, and with it the stack."""
     started: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []  # a signal that arrives while the command starts must not end this process alone
 
     def forward(number: int, frame: object) -> None:
         if not started:
-            raise SystemExit(128 + number)
-        started[0].send_signal(number)
+            early.append(number)
+        elif number not in _FROM_TERMINAL or not _have_terminal():
+            _send(started[0], number)
 
-    # Handlers, not SIG_IGN: what is ignored stays ignored in the command.
-    for number in (signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, lambda number, frame: None)  # a terminal also sends the signal to the command
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, forward)
+    for number in _FORWARDED:
+        # What is ignored, because of nohup or in the background of a script, stays ignored, and the command inherits it.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, forward)
     started.append(subprocess.Popen(command, env=stack.env))  # noqa: S603  # the user's command
+    for number in early:
+        _send(started[0], number)
     status = started[0].wait()
     return status if status >= 0 else 128 - status
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(OSError):  # it has ended, or has become another user's
+        process.send_signal(number)
+
+
+def _have_terminal() -> bool:
+    """Whether the terminal sends Ctrl-C to this process group, and therefore to the command itself."""
+    try:
+        with open("/dev/tty", "rb", buffering=0) as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
