@@ -67,12 +67,12 @@ def _run(command: Sequence[str], stack: VirtualPcsc) -> int:
             _send(started[0], number)
 
     for number in _FORWARDED:
-        # What is ignored, because of nohup or in the background of a script, stays ignored, and the command inherits it.
+        # What is ignored because of nohup, or in the background of a script, stays ignored in the command, too.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, forward)
     started.append(subprocess.Popen(command, env=stack.env))  # noqa: S603  # the user's command
-    for number in early:
-        _send(started[0], number)
+    for noted in early:
+        _send(started[0], noted)
     status = started[0].wait()
     return status if status >= 0 else 128 - status
 

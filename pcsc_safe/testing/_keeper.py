@@ -10,7 +10,8 @@ file is the system pcscd's.  So pcscd gets a separate mount namespace, in which 
 isn't permitted, as in most containers and chroots, or SYSTEM doesn't exist, the keeper restores the file as soon as
 pcscd has written it, under a lock that all keepers take.  A pcscd that ends by itself later still removes it then.
 
-Invariant: pcscd and the directory exist no longer than this process, and this process no longer than its parent.
+Invariant: pcscd and the directory exist no longer than this process, and this process no longer than its parent.  A
+signal that ends this process does so between two requests: its handler raises nothing, and only wakes the poller.
 
 At a fork of the parent: nothing.  The keeper watches the process that started it, and not only the control connection's
 end of file, which a forked child of that process would delay.
@@ -39,11 +40,7 @@ PATIENCE = 5.0  # seconds that pcscd may take to write its process id
 
 def main(home: str, link: str, system: str, parent: str, *command: str) -> None:
     """Serve one stack; reply "ok" when the directory exists."""
-    # what the parent ignores or blocks, it hands down
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit())
+    ending = note_signals()
     control = socket.socket(fileno=0)
     keeper = Keeper(home, link, system, command)
     try:
@@ -53,18 +50,35 @@ def main(home: str, link: str, system: str, parent: str, *command: str) -> None:
         return
     try:
         reply(control, "ok")
-        watch(control, keeper, int(parent))
+        watch(control, ending, keeper, int(parent))
     finally:
         keeper.clean_up()
 
 
-def watch(control: socket.socket, keeper: Keeper, parent: int) -> None:
-    """Serve the control connection until it says stop or ends, or until the parent has ended."""
+def note_signals() -> int:
+    """Return a descriptor that is readable as soon as a signal has asked this process to end."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    # what the parent ignores or blocks, it hands down
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    return reading
+
+
+def watch(control: socket.socket, ending: int, keeper: Keeper, parent: int) -> None:
+    """Serve the control connection until it ends, a signal arrives, or the parent has ended."""
     poller = select.poll()
     poller.register(control, select.POLLIN)
+    poller.register(ending, select.POLLIN)
     patience = watch_parent(poller, parent)
     while os.getppid() == parent:
-        if control.fileno() not in [fd for fd, _ in poller.poll(patience)]:
+        ready = [fd for fd, _ in poller.poll(patience)]
+        if ending in ready:
+            return
+        if control.fileno() not in ready:
             continue
         # requests are one byte each, and the next comes only after the answer
         request = control.recv(1)

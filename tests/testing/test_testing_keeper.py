@@ -221,6 +221,21 @@ def test_the_systems_pid_file_whatever_happens() -> None:
     assert all(seen.values()), seen
 
 
+# How it ends.
+
+
+def test_signals_while_the_keeper_cleans_up() -> None:
+    """However many signals end the keeper, it kills pcscd and removes the directory; systemd sends two at once."""
+    with VirtualPcsc(activate=False) as stack:
+        assert stack._daemon is not None
+        keeper, pid, home = stack._daemon._process, stack.pid, stack._daemon.home
+        while keeper.poll() is None:
+            keeper.send_signal(signal.SIGTERM)
+            keeper.send_signal(signal.SIGHUP)
+        assert not Path(home).exists()
+        assert not Path(f"/proc/{pid}").exists()
+
+
 # How its death is reported.
 
 
