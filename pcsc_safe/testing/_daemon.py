@@ -48,7 +48,9 @@ class Daemon:
         self.path = os.path.join(self.home, _keeper.SOCKET_NAME)
         self.pid = 0
         self._installed = installed
-        self._control, theirs = socket.socketpair()
+        self._requests = 0
+        # Messages, not a stream: an exception of a signal handler must not separate the parts of a reply.
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(timeout)
         try:
             self._process = self._start_keeper(theirs.fileno(), link)
@@ -104,12 +106,12 @@ class Daemon:
     def start(self) -> None:
         """Start pcscd; one that runs is killed first."""
         self.pid = 0
-        self.pid = int(self._request(b"s").split()[1])
+        self.pid = int(self._request("start").split()[1])
 
     def kill(self) -> None:
         """SIGKILL pcscd and wait for its end."""
         self.pid = 0
-        self._request(b"k")
+        self._request("kill")
 
     def log(self) -> str:
         """What pcscd has logged, over all its starts."""
@@ -149,22 +151,23 @@ class Daemon:
             shutil.copyfile(self._installed.driver, copy)
         return copy
 
-    def _request(self, request: bytes) -> str:
+    def _request(self, request: str) -> str:
+        self._requests += 1
         with contextlib.suppress(ConnectionError):  # the keeper is dead, as the answer shows
-            self._control.sendall(request)
+            self._control.sendall(f"{self._requests} {request}".encode())
         return self._reply()
 
     def _reply(self) -> str:
-        line = b""
-        while not line.endswith(b"\n"):
+        """The reply to the last request; replies to earlier ones, which were interrupted, are dropped."""
+        number = answer = ""
+        while number != str(self._requests):
             try:
-                more = self._control.recv(4096)
+                message = self._control.recv(4096)
             except ConnectionError:
-                more = b""
-            if not more:
+                message = b""
+            if not message:
                 raise self._death_error()
-            line += more
-        answer = line.decode().rstrip()
+            number, _, answer = message.decode().partition(" ")
         if answer.startswith("error"):
             raise PcscStackError(
                 f"the process that supervises pcscd reported: {answer}", remedy="set TMPDIR to a writable directory"

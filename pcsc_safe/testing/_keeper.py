@@ -1,9 +1,9 @@
 """The keeper: a small process that owns one pcscd, and outlives the process that started it until it has cleaned up.
 
 Run as a script, never imported for its code: ``python -I -S _keeper.py HOME LINK SYSTEM PARENT COMMAND...``, with its
-control connection as standard input.  It makes the stack's directory HOME, and starts and kills pcscd (COMMAND) on
-request.  When PARENT ends, however it ends, the keeper kills pcscd and removes HOME, and LINK if that points into it.
-It imports little, because its start takes most of the time of a stack's start.
+control connection, a socket that keeps messages apart, as standard input.  It makes the stack's directory HOME, and
+starts and kills pcscd (COMMAND) on request.  When PARENT ends, however it ends, the keeper kills pcscd and removes
+HOME, and LINK if that points into it.  It imports little, because its start takes most of the time of a stack's start.
 
 Every pcscd writes its process ID to SYSTEM/pcscd.pid, if it may, and removes that file when it ends by itself; but the
 file is the system pcscd's.  So pcscd gets a separate mount namespace, in which SYSTEM is a directory in HOME.  If this
@@ -39,17 +39,17 @@ PATIENCE = 5.0  # seconds that pcscd may take to write its process id
 
 
 def main(home: str, link: str, system: str, parent: str, *command: str) -> None:
-    """Serve one stack; reply "ok" when the directory exists."""
+    """Serve one stack; reply "ok" when the directory exists, as if to request 0."""
     ending = note_signals()
     control = socket.socket(fileno=0)
     keeper = Keeper(home, link, system, command)
     try:
         os.mkdir(home, 0o700)
     except OSError as error:
-        reply(control, f"error {error}")
+        reply(control, "0", f"error {error}")
         return
     try:
-        reply(control, "ok")
+        reply(control, "0", "ok")
         watch(control, ending, keeper, int(parent))
     finally:
         keeper.clean_up()
@@ -80,13 +80,12 @@ def watch(control: socket.socket, ending: int, keeper: Keeper, parent: int) -> N
             return
         if control.fileno() not in ready:
             continue
-        # requests are one byte each, and the next comes only after the answer
-        request = control.recv(1)
-        if request == b"s":
-            reply(control, f"pid {keeper.start()}")
-        elif request == b"k":
+        number, _, request = control.recv(64).decode().partition(" ")
+        if request == "start":
+            reply(control, number, f"pid {keeper.start()}")
+        elif request == "kill":
             keeper.kill()
-            reply(control, "ok")
+            reply(control, number, "ok")
         else:
             return
 
@@ -103,10 +102,10 @@ def watch_parent(poller: select.poll, parent: int) -> int | None:
     return None
 
 
-def reply(control: socket.socket, line: str) -> None:
-    """Reply to one request, unless the parent has ended."""
+def reply(control: socket.socket, number: str, text: str) -> None:
+    """Reply to the request with this number, unless the parent has ended."""
     try:
-        control.sendall(line.replace("\n", " ").encode() + b"\n")
+        control.sendall(f"{number} {text}".encode())
     except OSError:
         return
 

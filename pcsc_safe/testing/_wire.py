@@ -95,9 +95,11 @@ class Probe:
         :param hurry: makes pcscd look at its readers; called repeatedly until they are in that state.
         :raises TimeoutError: the time is up, and they are not in that state.
         """
+        poller = select.poll()  # select() can't watch a descriptor above 1023
+        poller.register(self._socket, select.POLLIN)
         while not satisfied(_parse(self._request(_WAIT_CHANGE, b"", _STATE.size * MAX_READERS))):
             hurry()
-            while not select.select([self._socket], [], [], min(_HURRY_INTERVAL, self._remaining()))[0]:
+            while not poller.poll(min(_HURRY_INTERVAL, self._remaining()) * 1000):
                 hurry()
             self._receive(8)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from forking import in_program
+from interrupts import Alarm
 from places import ROOT
 
 from pcsc_safe.testing import PcscStackError, VirtualPcsc, _daemon, _install, _keeper
@@ -219,6 +220,29 @@ def test_the_systems_pid_file_whatever_happens() -> None:
     seen = json.loads(done.stdout)
     assert len(seen) == 6
     assert all(seen.values()), seen
+
+
+# What an interrupted request leaves.
+
+
+def test_replies_that_nobody_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a signal handler raises while the stack waits for the keeper, the next request gets the reply to itself."""
+
+    def interrupt() -> None:
+        raise Alarm
+
+    with VirtualPcsc(activate=False) as stack:
+        assert stack._daemon is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(stack._daemon, "_reply", interrupt)
+            for change in (stack.kill, stack.start, stack.restart):
+                with pytest.raises(Alarm):
+                    change()
+        stack.start()
+        assert Path(f"/proc/{stack.pid}/cmdline").read_bytes().count(stack._daemon.home.encode())
+        pid = stack.pid
+        stack.kill()
+        assert not Path(f"/proc/{pid}").exists()
 
 
 # How it ends.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -464,6 +465,24 @@ def test_twenty_in_parallel() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def insert_with_many_descriptors() -> None:
+    """Program: insert a card when no descriptor below 1024 is free."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 2048), hard))
+    with VirtualPcsc(1) as stack:
+        files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+        stack.readers[0].insert(EchoCard())
+        print(files[-1] > 1023)
+
+
+def test_many_descriptors() -> None:
+    """A stack can be used in a process that has more than 1024 files open."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2048:
+        pytest.skip("this user may not open so many files")
+    done = forking.in_program(insert_with_many_descriptors, env=CLEAN)
+    assert done.stdout == "True\n", done.stderr
 
 
 # cleanup
