@@ -12,14 +12,28 @@ path, which helps only if the process had not used PC/SC before it forked.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from dataclasses import dataclass
 from typing import Optional
 
 from . import _slots
 from ._daemon import short_temporary_path
 
 VARIABLE = "PCSCLITE_CSOCK_NAME"
+
+
+@dataclass(frozen=True, eq=False)
+class Active:
+    """One activation of a stack; another one of the same stack is not equal.
+
+    :ivar path: the stack's socket.
+    :ivar slots: how many reader slots the stack's pcscd has; 0 if that does not matter, see :mod:`_slots`.
+    """
+
+    path: str
+    slots: int
 
 
 class Switch:
@@ -29,30 +43,32 @@ class Switch:
         self.owner = os.getpid()
         self.path = short_temporary_path() + ".comm"
         self._lock = threading.Lock()
-        self._active: list[tuple[str, int]] = []
+        self._active: list[Active] = []
         self._before: Optional[str] = None
 
-    def activate(self, socket_path: str, slots: int = 0) -> None:
+    def activate(self, stack: Active) -> None:
         """Point the link to a stack's socket, and the environment to the link.
 
-        :param slots: how many reader slots the stack's pcscd has; 0 if that does not matter, see :mod:`_slots`.
+        If this raises, `deactivate` undoes what it has done.
+
         :raises PcscStackError: libpcsclite of this process can't use this stack.
         """
         with self._lock:
-            _slots.maximum.allow(slots, min((its_slots for _, its_slots in self._active), default=0))
+            _slots.maximum.allow(stack.slots, min((each.slots for each in self._active), default=0))
             if not self._active:
                 self._before = os.environ.get(VARIABLE)
-            self._active.append((socket_path, slots))
+            self._active.append(stack)
             self._point()
             os.environ[VARIABLE] = self.path
 
-    def deactivate(self, socket_path: str) -> None:
+    def deactivate(self, stack: Active) -> None:
         """Undo one `activate`: restore the stack that was active before it, or the original environment."""
         if self.owner != os.getpid():
             return
         with self._lock:
-            last = max(at for at, (path, _) in enumerate(self._active) if path == socket_path)
-            del self._active[last]
+            if stack not in self._active:
+                return
+            self._active.remove(stack)
             if self._active:
                 self._point()
                 return
@@ -65,7 +81,9 @@ class Switch:
 
     def _point(self) -> None:
         fresh = self.path + ".new"
-        os.symlink(self._active[-1][0], fresh)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh)  # of an activation that was interrupted
+        os.symlink(self._active[-1].path, fresh)
         os.replace(fresh, self.path)
 
 

@@ -244,13 +244,12 @@ class VirtualPcsc:
         path for the whole process, a symbolic link to the stack that was activated last: stacks can follow each other,
         or be nested.  If a process has used PC/SC before its first stack, its calls can't use a stack any more.
         """
-        with self._exclusive():
-            switch, path = _activation.switch(), self._running().path
-            switch.activate(path, self._slots)
-        try:
+        with contextlib.ExitStack() as undo:
+            with self._exclusive():
+                switch, stack = _activation.switch(), _activation.Active(self._running().path, self._slots)
+                undo.callback(switch.deactivate, stack)  # first, because a signal handler may raise
+                switch.activate(stack)
             yield self
-        finally:
-            switch.deactivate(path)
 
     def _build(self, undo: contextlib.ExitStack) -> None:
         """Everything but pcscd itself."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import forking
 import pytest
+from interrupts import Alarm
 from places import ROOT, TESTS
 from smartcard import scard
 
@@ -332,6 +333,25 @@ def test_activation_follows_the_stack() -> None:
         assert len(reader_names()) == 2
         scard.SCardReleaseContext(context)
     assert os.environ.get("PCSCLITE_CSOCK_NAME") == before
+
+
+def test_an_interrupted_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a signal handler raises during an activation, the stack that was active before is active again."""
+
+    def interrupt(*_: Any) -> None:
+        monkeypatch.undo()
+        raise Alarm
+
+    before = os.environ.get(VARIABLE)
+    with VirtualPcsc(1) as first, VirtualPcsc(1, activate=False) as second:
+        for function in ("symlink", "replace"):
+            monkeypatch.setattr(os, function, interrupt)
+            with pytest.raises(Alarm), second.activated():
+                pass
+            assert os.readlink(os.environ[VARIABLE]) == first._running().path
+        with second.activated():
+            assert os.readlink(os.environ[VARIABLE]) == second._running().path
+    assert os.environ.get(VARIABLE) == before
 
 
 def see_sizes(*sizes: str) -> None:
