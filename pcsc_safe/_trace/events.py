@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import struct
 import sys
 from _thread import get_native_id
@@ -219,20 +220,34 @@ def _in_child() -> None:
 
 def _program(words: Sequence[str]) -> str:
     """What a command line runs, without its arguments: they may be secret."""
-    python = os.path.basename(words[0]) if words else os.path.basename(sys.executable or "")
+    first = os.path.basename(words[0] if words else sys.executable or "")
     if "--multiprocessing-fork" in words:
-        return f"{python} (multiprocessing)"
-    rest = iter(words[1:])
+        return f"{first} (multiprocessing)"
+    if not first.lower().startswith(_PYTHONS):  # another program, with Python in it: its options are unknown here
+        return first
+    return " ".join([first, *_what_python_runs(iter(words[1:]))])
+
+
+def _what_python_runs(rest: Iterator[str]) -> Sequence[str]:
     for word in rest:
-        if word in ("-W", "-X"):
+        found = _OPTIONS.fullmatch(word)
+        if found is None or word == "-":
+            return [os.path.basename(word)]
+        option, argument = found.groups()
+        if option == "c":
+            return ["-c"]
+        if option == "m":
+            return ["-m", argument or next(rest, "")]
+        if not option and argument:
+            break  # an unknown option: the next word may be its argument
+        if option and not argument:
             next(rest, None)
-        elif word[:2] == "-m":
-            return f"{python} -m {word[2:] or next(rest, '')}"
-        elif word[:2] == "-c":
-            return f"{python} -c"
-        elif word == "-" or word[:1] != "-":
-            return f"{python} {os.path.basename(word)}"
-    return python
+    return []
+
+
+_PYTHONS = ("python", "pypy")
+_OPTIONS = re.compile("-[bBdEhiIOPqRsStuvVx?]*([cmWX]?)(.*)", re.DOTALL)
+"""Python's options: those without an argument, then one with an argument, then the rest of the word."""
 
 
 def _command_line() -> Sequence[str]:

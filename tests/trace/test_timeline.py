@@ -19,7 +19,7 @@ from browser import browser
 from forking import ChildFailedError
 from places import EXAMPLES
 
-from pcsc_safe._trace import timeline
+from pcsc_safe._trace import events, timeline
 from pcsc_safe._trace.history import History
 from pcsc_safe._trace.records import Event, Span
 from pcsc_safe.testing import VirtualPcsc
@@ -329,6 +329,28 @@ def test_a_python_that_was_started(family: Ran) -> None:
     assert not started.of("inherited")
     assert "1 exchange, " in started.one("card").title
     assert "31415926" not in family.file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("/usr/bin/python3.12 -uX dev -Wignore /srv/app.py --pin 1234", "python3.12 app.py"),
+        ("python -Im celery.bin 1234", "python -m celery.bin"),
+        ("python -mvenv 1234", "python -m venv"),
+        ("python -uc pin=1234", "python -c"),
+        ("python -cpin=1234", "python -c"),
+        ("python - 1234", "python -"),
+        ("python --check-hash-based-pycs 1234 app.py", "python"),
+        ("python -z 1234", "python"),
+        ("python", "python"),
+        ("python -c 1234 --multiprocessing-fork", "python (multiprocessing)"),
+        ("/usr/bin/uwsgi --set-ph pin=1234 --wsgi-file app.py", "uwsgi"),
+        ("uwsgi_python3 -m 1234", "uwsgi_python3"),
+    ],
+)
+def test_no_argument_is_recorded(command: str, shown: str) -> None:
+    """A program's name is recorded, never the argument of an option; a program that embeds Python has other options."""
+    assert events._program(command.split()) == shown
 
 
 def test_threads_have_rows(family: Ran) -> None:
