@@ -75,6 +75,17 @@ def test_status_1_if_pcsc_safe_lets_one_through() -> None:
 
 
 @needs_stack
+def test_where_sigchld_is_ignored() -> None:
+    """A process that inherits an ignored SIGCHLD can't wait for a child; the demo works there, too."""
+    ignore = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", ignore, sys.executable, "-m", "pcsc_safe", "demo", "--only", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_stack
 def test_json_keys() -> None:
     """The keys of the JSON are stable."""
     told = json.loads(demo("--only", "10", "--json").stdout)
