@@ -204,6 +204,18 @@ def test_an_interrupted_run_is_no_result(run_disposable: Any) -> None:
         run_disposable("time.sleep(60)", stop=stop)
 
 
+def test_hazard_5_without_an_exclusive_connection(run_disposable: Any) -> None:
+    """If the owner gets no connection, it has no idle child; nothing else is killed."""
+    seen = run_disposable("""\
+from types import SimpleNamespace
+from pcsc_safe.demo.hazards import h05_exclusive_lock as hazard
+hazard._connect = lambda *arguments: 5
+stage.establish = lambda: (None, [])
+stage.scard = SimpleNamespace(SCARD_SHARE_EXCLUSIVE=1, SCARD_SHARE_SHARED=2, SCARD_E_X=5)
+hazard.program(stage)""")
+    assert (seen.reported, seen.exit_status) == ({"owner": {"code": "SCARD_E_X", "killed": True}}, 0), seen.log
+
+
 # Verdicts.
 
 
