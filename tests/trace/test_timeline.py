@@ -458,7 +458,8 @@ def test_a_session_that_is_shared(shared_stack: VirtualPcsc, tmp_path: Path) -> 
         own = child.one("own")
         assert "through" in own.kind.split()
         assert not child.of("inherited")
-        assert parent.one("own").start < own.start < own.end < parent.one("own").end
+        # Its end is when the watcher has seen it, which may be late on a busy machine.
+        assert parent.one("own").start < own.start < min(own.end, parent.one("own").end)
         assert "exclusive, 6 exchanges, 3 transactions" in child.one("card").title
 
 
