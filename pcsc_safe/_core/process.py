@@ -207,7 +207,8 @@ def at_fork(
     """Add functions that are called in every forked child.
 
     :param in_child: called by the hook, or, after a fork that ran no hook, at the first use of PC/SC.  It may only
-        close file descriptors: most children exec immediately.
+        close file descriptors: most children exec immediately.  (The recorder, which runs only if asked for, also
+        begins the child's record.)
     :param at_begin: called at the first use of PC/SC, with the epoch that begins; :data:`here` is then still the
         parent's epoch.  It may replace locks and tables, and must not wait for a lock.
     :param at_begin_last: the same, but called after all others, including those that are added later.

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import struct
 import sys
 from _thread import get_native_id
 from collections.abc import Iterator, Sequence
+from functools import partial
 from time import monotonic, monotonic_ns
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from .._core import observer, process
 from .._core.failures import is_ours
@@ -140,6 +142,8 @@ def pid_space() -> int:
 
 
 _mine: Optional[_Record] = None
+_latest: Optional[_Record] = None
+"""The record of this process; if it has none, of the nearest ancestor that has one."""
 
 
 def record(kind: str, **fields: Any) -> None:
@@ -173,27 +177,36 @@ class Activity:
         self.spans: dict[bytes, tuple[Any, int, Iterator[float], float]] = {}
         _activities.append(self)
 
-    def add(self, key: bytes, start: float, end: float) -> None:
+    def add(self, key: bytes, start: float, end: float) -> Callable[[float], None]:
         """Record that it was done once.
 
         :param key: of the object that it was done on.
         :param start: when it began, by monotonic().
         :param end: when it ended; 0 if it continues until :meth:`end`.
+        :return: a function that records when it ended; other threads may do it on the same object.
         """
         file, at, count, limit = self.spans.get(key, NO_SPAN)
         if (end or start) < limit:
             file[at], file[at + 1] = end, next(count)
-            return
+            return partial(_end, _mine, file, at)
         file, offset = _mine.slot() if _mine is not None else (_discarded, 0)
         SPAN.pack_into(file, offset, SPAN_TAG, self._name, key, start, end, 1)
         limit = start + (start - _origin) * _FINENESS
-        self.spans[key] = file.cast("d"), (offset + _END_AT) // _DOUBLE, itertools.count(2.0), limit
+        file, at = file.cast("d"), (offset + _END_AT) // _DOUBLE
+        self.spans[key] = file, at, itertools.count(2.0), limit
+        return partial(_end, _mine, file, at)
 
     def end(self, key: bytes, end: float) -> None:
-        """Record the end of what was in progress."""
+        """Record the end of what was in progress, and can be in progress once."""
         file, at, _, _ = self.spans.get(key, NO_SPAN)
         if file is not None:
             file[at] = end
+
+
+def _end(mine: Optional[_Record], file: Any, at: int, end: float) -> None:
+    # A signal handler may have forked in the middle, and returned in the child.
+    if mine is _mine and process.sentinel[0]:
+        file[at] = end
 
 
 NO_SPAN: tuple[Any, int, Any, float] = (None, 0, None, 0.0)
@@ -209,30 +222,46 @@ _activities: list[Activity] = []
 
 
 def _in_child() -> None:
-    global _mine
-    if _mine is not None:
-        how = "fork" if process.ran_hook() else "C fork"
-        _mine = _Record(os.getpid(), _mine.name, how, "", os.getppid())
+    # In the hook, so that a child that never uses PC/SC has a record, too.
+    global _mine, _latest
+    _mine = None  # a signal handler may raise below; what the child then records must not go to its parent's record
     for activity in _activities:
         activity.spans.clear()
+    if _latest is not None:
+        how = "fork" if process.ran_hook() else "C fork"
+        _mine = _latest = _Record(os.getpid(), _latest.name, how, "", os.getppid())
 
 
 def _program(words: Sequence[str]) -> str:
     """What a command line runs, without its arguments: they may be secret."""
-    python = os.path.basename(words[0]) if words else os.path.basename(sys.executable or "")
+    first = os.path.basename(words[0] if words else sys.executable or "")
     if "--multiprocessing-fork" in words:
-        return f"{python} (multiprocessing)"
-    rest = iter(words[1:])
+        return f"{first} (multiprocessing)"
+    if not first.lower().startswith(_PYTHONS):  # another program, with Python in it: its options are unknown here
+        return first
+    return " ".join([first, *_what_python_runs(iter(words[1:]))])
+
+
+def _what_python_runs(rest: Iterator[str]) -> Sequence[str]:
     for word in rest:
-        if word in ("-W", "-X"):
+        found = _OPTIONS.fullmatch(word)
+        if found is None or word == "-":
+            return [os.path.basename(word)]
+        option, argument = found.groups()
+        if option == "c":
+            return ["-c"]
+        if option == "m":
+            return ["-m", argument or next(rest, "")]
+        if not option and argument:
+            break  # an unknown option: the next word may be its argument
+        if option and not argument:
             next(rest, None)
-        elif word[:2] == "-m":
-            return f"{python} -m {word[2:] or next(rest, '')}"
-        elif word[:2] == "-c":
-            return f"{python} -c"
-        elif word == "-" or word[:1] != "-":
-            return f"{python} {os.path.basename(word)}"
-    return python
+    return []
+
+
+_PYTHONS = ("python", "pypy")
+_OPTIONS = re.compile("-[bBdEhiIOPqRsStuvVx?]*([cmWX]?)(.*)", re.DOTALL)
+"""Python's options: those without an argument, then one with an argument, then the rest of the word."""
 
 
 def _command_line() -> Sequence[str]:
@@ -247,7 +276,7 @@ def _command_line() -> Sequence[str]:
 
 
 def _start_recording() -> None:
-    global _ctypes, _mmap, _MAP_FAILED, _discarded, _mine
+    global _ctypes, _mmap, _MAP_FAILED, _discarded, _mine, _latest
     import ctypes as _ctypes
 
     _mmap = _ctypes.CDLL(None).mmap
@@ -257,7 +286,7 @@ def _start_recording() -> None:
     _discarded = memoryview(bytearray(SLOT * _SLOTS))
     process.at_fork(in_child=_in_child)
     observer.record, observer.process_started = record, process_started
-    _mine = _Record(os.getpid(), "", "start", _program(_command_line()), os.getppid())
+    _mine = _latest = _Record(os.getpid(), "", "start", _program(_command_line()), os.getppid())
 
 
 _ctypes: Any = None

@@ -3,7 +3,8 @@
 A function is wrapped only if there is a record, so without one a call costs nothing more.  Times, handles' keys, reader
 names and share modes are recorded; no data, and no lengths of data.
 
-At a fork nothing changes here: a call goes to the record of the process in which it returns.
+At a fork nothing changes here: a call goes to the record of the process in which it returns.  A wait is recorded when
+it begins, too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from .._core import handles, observer
+from .._core import handles, observer, process
 from .._core.calls import Call, Kind
 from .._core.handles import Card, Context
 from .._core.library import SUCCESS, constant
@@ -176,14 +177,15 @@ def _after_end(after: Optional[_FollowUp]) -> _FollowUp:
 
 def _wrap_wait(call: Call, route: _Route) -> _Route:
     def wait(handle: Any, timeout: Any, states: Any) -> Any:
+        process.current()  # what a child that C code forked records goes to its parent's record until its epoch begins
         record = handles.find(Kind.CONTEXT, handle) if timeout else None
         if record is None:
             return route(handle, timeout, states)
-        waits.add(record.key, monotonic(), 0.0)
+        ended = waits.add(record.key, monotonic(), 0.0)
         try:
             return route(handle, timeout, states)
         finally:
-            waits.end(record.key, monotonic())
+            ended(monotonic())
 
     return wait
 

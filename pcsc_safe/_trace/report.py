@@ -6,16 +6,17 @@ here forks.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 from . import events, records, watch
-from .records import Event
+from .records import Event, Span
 
 __all__ = ["run", "summary"]
 
@@ -33,20 +34,32 @@ def run(command: Sequence[str], environment: Mapping[str, str], *, report: bool,
     try:
         ends = watch.Ends(directory) if picture is not None else None
         status = watch.run(command, {**environment, events.VARIABLE: str(directory)}, ends)
-        recorded = records.read(directory)
+        with _messages("report"):
+            recorded = records.read(directory)
+            if picture is not None and ends is not None:
+                with _messages("timeline"):
+                    _draw(recorded, ends, picture)
+            if report:
+                print(summary(records.events(recorded)), end="", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(directory, ignore_errors=True)  # somebody may be writing still
-    if picture is not None and ends is not None:
-        from . import history, timeline  # a report needs neither
-
-        try:
-            drawn = timeline.draw(history.History(recorded, ends.at, ends.before), picture.suffix)
-            picture.write_text(drawn, "utf-8")
-        except OSError as error:
-            print(f"pcsc_safe: no timeline: {picture}: {error.strerror}", file=sys.stderr, flush=True)
-    if report:
-        print(summary(records.events(recorded)), end="", file=sys.stderr, flush=True)
     return status
+
+
+@contextlib.contextmanager
+def _messages(what: str) -> Iterator[None]:
+    """Print a message instead of an exception: nothing may replace the program's exit status."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            print(f"pcsc_safe: no {what}: {error}", file=sys.stderr, flush=True)
+
+
+def _draw(recorded: list[Union[Event, Span]], ends: watch.Ends, picture: Path) -> None:
+    from . import history, timeline  # a report needs neither
+
+    picture.write_text(timeline.draw(history.History(recorded, ends.at, ends.before), picture.suffix), "utf-8")
 
 
 _SENTENCES = {

@@ -137,8 +137,9 @@ class Ends:
             self._all_ended.set()
 
     def _check(self) -> None:
-        for name in records.names(self._directory) - self._seen:
-            self._watch_process(name)
+        with contextlib.suppress(OSError):  # somebody may have removed it
+            for name in records.names(self._directory) - self._seen:
+                self._watch_process(name)
         if not self._alive:
             time.sleep(_CHECK_INTERVAL)
         for descriptor, _ in self._poll.poll(_CHECK_INTERVAL * 1000):

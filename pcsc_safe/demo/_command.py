@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, Optional
 
+from ..testing._disposable import default_sigchld
 from ._judge import Outcome, Run, Verdict
 from ._run import judged
 from ._view import Live, Row, table, wants_colour
@@ -53,6 +54,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         hazards = load(options.only)
         signal.signal(signal.SIGTERM, _terminated)
+        default_sigchld()
         with VirtualPcsc(activate=False):
             pass  # so that a missing stack is reported first
         return _show(hazards, options.safe_module, options.json)

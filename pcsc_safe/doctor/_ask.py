@@ -5,15 +5,18 @@ This process never imports anything of PC/SC, and never forks; the disposable pr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any, Optional
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Callable, Optional
 
 from ..demo._judge import signal_name
 from ..testing._disposable import Ended, run_disposable
 
-__all__ = ["TaskResult", "plain_environment", "run_task"]
+__all__ = ["TaskResult", "plain_environment", "run_task", "tasks_at_once"]
 
 _START = 5.0  # seconds that a Python may take to start, on a machine that has much to do
 
@@ -56,6 +59,7 @@ def run_task(
     module: str = "",
     env: Optional[Mapping[str, str]] = None,
     home: str = "_tasks",
+    stop: Optional[threading.Event] = None,
 ) -> TaskResult:
     """Run a task in a disposable process.
 
@@ -64,9 +68,31 @@ def run_task(
     :param module: the scard module to use, if any.
     :param env: its environment; if None, this process's without the settings of pcsc_safe.
     :param home: the module of the doctor that has the task.
+    :param stop: set it to end the task immediately; then Stopped is raised.
     """
     command = [sys.executable, "-m", f"pcsc_safe.doctor.{home}", task, module, f"{seconds + 2 * _START}", *arguments]
-    return TaskResult(run_disposable(command, plain_environment() if env is None else env, seconds + _START))
+    return TaskResult(run_disposable(command, plain_environment() if env is None else env, seconds + _START, stop))
+
+
+@contextlib.contextmanager
+def tasks_at_once(count: int) -> Iterator[Callable[..., Future[TaskResult]]]:
+    """A function that calls :func:`run_task` in the background, and returns a future.
+
+    When the block ends, for example because of Ctrl-C, tasks that still run are ended, and others don't begin.
+
+    :param count: of the tasks that run at the same time.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(count) as pool:
+
+        def start(*arguments: Any, **more: Any) -> Future[TaskResult]:
+            return pool.submit(run_task, *arguments, stop=stop, **more)
+
+        try:
+            yield start
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def plain_environment(keep: str = "") -> dict[str, str]:

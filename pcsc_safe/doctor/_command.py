@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, Optional
 
 from .. import __version__, policy
+from ..testing._disposable import default_sigchld
 from . import _fork, _machine, _pcscd, _probe, _process, _self_test
 from ._findings import Finding, Ledger, Status
 from ._view import Page, left_out, summary
@@ -91,6 +92,7 @@ def main(options: argparse.Namespace) -> int:
     if options.pid is not None:
         return _examine(options)
     signal.signal(signal.SIGTERM, _terminated)
+    default_sigchld()
     ledger = Ledger()
     status = _status(_show(_sections(options, ledger), options.json, ledger))
     if options.self_test and not options.json:

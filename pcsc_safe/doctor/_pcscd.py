@@ -189,7 +189,7 @@ def _refusal(listener: Optional[int], clients: Optional[int], program: _Program)
 
     polkit never refuses root; but pcscd refuses everybody when it can't ask polkit.
     """
-    if clients and clients >= _LIMIT:
+    if clients and clients >= _limit():
         return f"it serves {clients} clients, and accepts no more", "end some of them, or restart pcscd"
     if not listener or not _proc.name(listener):
         remedy = "see its log on the system where it runs; polkit must run there, and must allow this user to use PC/SC"

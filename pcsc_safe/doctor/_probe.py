@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
 from ..demo._judge import signal_name
-from ._ask import TaskResult, run_task
+from ._ask import TaskResult, run_task, tasks_at_once
 from ._findings import Finding, Status
 
 __all__ = ["KEYS", "hazards", "probes", "touches"]
@@ -42,9 +42,9 @@ KEYS = tuple(each.key for each in _PROBES)
 
 def probes() -> Iterator[Finding]:
     """Test what needs no card, on the PC/SC of this machine."""
-    with ThreadPoolExecutor(2) as pool:
+    with tasks_at_once(2) as start:
         for probe in _PROBES:
-            raw, safe = (pool.submit(run_task, probe.task, _SECONDS, module=module) for module in (RAW, SAFE))
+            raw, safe = (start(probe.task, _SECONDS, module=module) for module in (RAW, SAFE))
             yield _probe_finding(probe, _judge(raw.result()), _judge(safe.result()))
 
 

@@ -8,6 +8,7 @@ the process that has existed longest counts as its creator.  Nothing is sent any
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any, NamedTuple, Optional
 
 from . import _proc, _sockets
@@ -58,7 +59,7 @@ def examine(pid: int) -> tuple[list[Finding], bool]:
     """
     root = _proc.look(pid)
     if root.network and root.network != os.stat("/proc/self/ns/net").st_ino:
-        remedy = f"sudo nsenter -t {pid} -n python -m pcsc_safe doctor --pid {pid}"
+        remedy = f"sudo nsenter -t {pid} -n {sys.executable} -m pcsc_safe doctor --pid {pid}"
         detail = f"process {pid} ({root.name}) is in another network namespace, so the doctor can't see where its "
         detail += "sockets lead"
         return [Finding("family", Status.UNKNOWN, "processes", detail, remedy, {"pid": pid})], False
@@ -144,7 +145,7 @@ def _summary(pid: int, family: _Family) -> Finding:
     detail += f", {shared} of them held by several processes"
     unsure = not family.ends_known and any(each and each.libpcsclite for each in family.processes.values())
     if unsure and not connections:
-        remedy = f"sudo modprobe unix_diag, or sudo python -m pcsc_safe doctor --pid {pid}"
+        remedy = f"sudo modprobe unix_diag, or sudo {sys.executable} -m pcsc_safe doctor --pid {pid}"
         text = "the doctor can't see where their sockets lead"
         return Finding("family", Status.UNKNOWN, "processes", text, remedy, data)
     if family.unseen:
@@ -172,7 +173,7 @@ def _finding(pid: int, process: Optional[Process], family: _Family) -> Finding:
     if process.state in "ZX":
         return Finding("process", Status.OK, what, "has ended, but its parent has not yet waited for it", data=data)
     if process.sockets is None:
-        remedy = f"sudo python -m pcsc_safe doctor --pid {pid}"
+        remedy = f"sudo {sys.executable} -m pcsc_safe doctor --pid {pid}"
         detail = "this user may not examine it: it belongs to another user, or is protected"
         return Finding("process", Status.UNKNOWN, what, detail, remedy, data)
     inherited = [each for each in _held(process, family) if each.owner != pid]

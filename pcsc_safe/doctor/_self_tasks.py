@@ -126,6 +126,7 @@ def _peer(stage: Stage, peer_pid: Callable[[socket.socket], int]) -> bool:
         time.sleep(_TIMEOUT)
 
     pid = stage.fork(child)
+    door.close()  # so that the next line ends if the child has failed
     _, numbers, _, _ = socket.recv_fds(behind, 1, 1)
     with socket.socket(fileno=numbers[0]) as received:
         received.recv(1)
@@ -188,6 +189,7 @@ def deaths(stage: Stage) -> None:
         time.sleep(4 * _TIMEOUT)
 
     pid = stage.fork(client)
+    os.close(write_end)  # so that the read ends if the client has failed
     broker, idle = struct.unpack("ii", os.read(read_end, 8))
     began = time.monotonic()
     os.kill(pid, signal.SIGKILL)

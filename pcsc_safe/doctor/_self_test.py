@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Callable, NamedTuple
 
 from ..testing._versions import versions
-from ._ask import TaskResult, run_task
+from ._ask import TaskResult, run_task, tasks_at_once
 from ._findings import Finding, Status
 
 __all__ = ["KEYS", "exchanges", "report", "tests"]
@@ -106,17 +105,14 @@ _TESTS = (
 KEYS = tuple(dict.fromkeys(test.key for test in _TESTS))
 
 
-def tests(pcsc_works: bool) -> Iterator[Finding]:
+def tests(pcsc_works: bool) -> Generator[Finding, None, None]:
     """Test everything that needs no card.
 
     :param pcsc_works: whether a context can be established.
     """
-    with ThreadPoolExecutor(4) as pool:
+    with tasks_at_once(4) as start:
         futures = [
-            (
-                test,
-                pool.submit(run_task, test.task[0], _SECONDS, *test.task[1:], module=test.module, home="_self_tasks"),
-            )
+            (test, start(test.task[0], _SECONDS, *test.task[1:], module=test.module, home="_self_tasks"))
             for test in _TESTS
             if pcsc_works or not test.needs_pcsc
         ]

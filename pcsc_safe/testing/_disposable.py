@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any, NamedTuple, Optional
 
-__all__ = ["Ended", "Stopped", "run_disposable"]
+__all__ = ["Ended", "Stopped", "default_sigchld", "run_disposable"]
 
 _POLL = 0.01
 _LAST_WORDS = 0.5  # seconds that a process gets to dump its stacks after it was given up
@@ -46,6 +46,12 @@ class Ended(NamedTuple):
     timed_out: Optional[float] = None
     seconds: float = 0.0
     log: str = ""
+
+
+def default_sigchld() -> None:
+    """Undo what this process may have inherited: where SIGCHLD is ignored, no child can be waited for."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def run_disposable(

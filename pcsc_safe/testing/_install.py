@@ -27,6 +27,7 @@ _DRIVERS = (
     "/usr/lib/*/pcsc/drivers/serial/libifdvpcd.so*",
     "/usr/local/lib*/pcsc/drivers/serial/libifdvpcd.so*",
 )
+_SECONDS = 10  # for pcscd --version
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,13 @@ def look() -> Union[Installed, Missing]:
     drivers = [path for pattern in _DRIVERS for path in sorted(glob.glob(pattern))]
     if not drivers:
         return Missing("the vpcd driver, which the virtual PC/SC stack needs, is not installed", _PACKAGES)
-    # the path is pcscd's own
-    words = subprocess.run([pcscd, "--version"], capture_output=True, text=True, check=False).stdout.split()  # noqa: S603
+    try:
+        said = subprocess.run(  # noqa: S603  # the path is pcscd's own
+            [pcscd, "--version"], capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return Missing(f"pcscd, which the virtual PC/SC stack needs, can't be run ({error})", f"try {pcscd} --version")
+    words = said.stdout.split()
     version = words[2].rstrip(".") if len(words) > 2 else "of unknown version"
     directory = next((word[7:] for word in words if word.startswith("ipcdir=")), "/run/pcscd")
     return Installed(os.path.abspath(pcscd), version, "polkit" in words, os.path.realpath(drivers[0]), directory)

@@ -26,8 +26,9 @@ from .cards import VirtualCard
 
 __all__ = ["Reader", "VirtualPcsc"]
 
+# By a line of pcscd's log; %s is pcscd's run directory.
 _REMEDIES = {
-    "cannot create /": "without root, pcscd can't create its run directory: sudo mkdir -p /run/pcscd",
+    "cannot create %s: ": "without root, pcscd can't create its run directory: sudo mkdir -p %s",
     "failed to map segment": "more than two readers need a TMPDIR that is not mounted noexec",
 }
 _LOG_TAIL = 2000  # characters
@@ -352,8 +353,10 @@ class VirtualPcsc:
         except OSError as error:
             log = self.log
             remedy = "see the end of its log:\n" + log[-_LOG_TAIL:]
+            directory = _find().directory
             for symptom, hint in _REMEDIES.items():
-                remedy = f"{hint}; {remedy}" if symptom in log else remedy
+                if symptom.replace("%s", directory) in log:
+                    remedy = f"{hint.replace('%s', directory)}; {remedy}"
             raise PcscStackError(f"pcscd does not serve the virtual readers ({error})", remedy=remedy) from error
 
     def _report(self) -> None:

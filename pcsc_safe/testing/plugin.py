@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["pcsc_card", "pcsc_stack", "pcsc_stack_factory"]
 
 _LOG_TAIL = 2000  # characters
+_stacks = pytest.StashKey["list[VirtualPcsc]"]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,16 +46,17 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
-    """Show pcscd's log if a test with the fixture failed."""
+    """Show the log of each pcscd that a failed test has started."""
     outcome = yield
     report = outcome.get_result()
-    stack = getattr(item, "funcargs", {}).get("pcsc_stack")
-    if stack is not None and report.when == "call" and report.failed:
-        report.sections.append(("pcscd's log", stack.log[-_LOG_TAIL:]))
+    if report.when == "call" and report.failed:
+        for stack in item.stash.get(_stacks, ()):
+            with contextlib.suppress(Exception):  # it would end the whole run; the test may have closed the stack
+                report.sections.append(("pcscd's log", stack.log[-_LOG_TAIL:]))
 
 
 @pytest.fixture
-def pcsc_stack_factory() -> Iterator[StackFactory]:
+def pcsc_stack_factory(request: pytest.FixtureRequest) -> Iterator[StackFactory]:
     """A function that starts a `VirtualPcsc`, which ends with the test.
 
     Its arguments are those of the marker ``pcsc``, and ``activate``: whether PC/SC calls in this process use the stack
@@ -75,7 +77,9 @@ def pcsc_stack_factory() -> Iterator[StackFactory]:
         ) -> VirtualPcsc:
             count = readers if readers is not None else 2 if cards is None else len(cards)
             made = [_card(source) for source in (["echo"] * count if cards is None else cards)]
-            return stacks.enter_context(VirtualPcsc(count, made, activate=activate))
+            stack = stacks.enter_context(VirtualPcsc(count, made, activate=activate))
+            request.node.stash.setdefault(_stacks, []).append(stack)
+            return stack
 
         yield start
 
@@ -105,7 +109,7 @@ def pcsc_stack(request: pytest.FixtureRequest, pcsc_stack_factory: StackFactory)
     ``@pytest.mark.pcsc(cards=["piv", None, MyCard])``.  The test is skipped if pcscd or vpcd is missing.
     """
     marker = request.node.get_closest_marker("pcsc")
-    return pcsc_stack_factory(**(marker.kwargs if marker else {}))
+    return pcsc_stack_factory(*marker.args, **marker.kwargs) if marker else pcsc_stack_factory()
 
 
 @pytest.fixture

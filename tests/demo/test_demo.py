@@ -75,6 +75,17 @@ def test_status_1_if_pcsc_safe_lets_one_through() -> None:
 
 
 @needs_stack
+def test_where_sigchld_is_ignored() -> None:
+    """A process that inherits an ignored SIGCHLD can't wait for a child; the demo works there, too."""
+    ignore = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", ignore, sys.executable, "-m", "pcsc_safe", "demo", "--only", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_stack
 def test_json_keys() -> None:
     """The keys of the JSON are stable."""
     told = json.loads(demo("--only", "10", "--json").stdout)
@@ -191,6 +202,18 @@ def test_an_interrupted_run_is_no_result(run_disposable: Any) -> None:
     stop.set()
     with pytest.raises(_run.Stopped):
         run_disposable("time.sleep(60)", stop=stop)
+
+
+def test_hazard_5_without_an_exclusive_connection(run_disposable: Any) -> None:
+    """If the owner gets no connection, it has no idle child; nothing else is killed."""
+    seen = run_disposable("""\
+from types import SimpleNamespace
+from pcsc_safe.demo.hazards import h05_exclusive_lock as hazard
+hazard._connect = lambda *arguments: 5
+stage.establish = lambda: (None, [])
+stage.scard = SimpleNamespace(SCARD_SHARE_EXCLUSIVE=1, SCARD_SHARE_SHARED=2, SCARD_E_X=5)
+hazard.program(stage)""")
+    assert (seen.reported, seen.exit_status) == ({"owner": {"code": "SCARD_E_X", "killed": True}}, 0), seen.log
 
 
 # Verdicts.

@@ -136,6 +136,18 @@ def test_a_well_machine_and_an_untouched_card() -> None:
 
 
 @on_linux
+@on_linux
+def test_where_sigchld_is_ignored(path: str) -> None:
+    """A process that inherits an ignored SIGCHLD can't wait for a child; the doctor works there, too."""
+    ignore = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", ignore, sys.executable, "-m", "pcsc_safe", "doctor", "--no-probe"]
+    done = subprocess.run(command, env=at(path), capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+    assert "Forks" in done.stdout
+
+
 def test_a_session_of_another_process_goes_on(session: Session) -> None:
     """The session of another process continues, PIN included, even with ``--touch-cards``."""
     told = doctor("--touch-cards")
@@ -277,6 +289,8 @@ POLKIT = _pcscd._Program("/usr/sbin/pcscd", "2.3.3", "/run/pcscd", True)
         (POLKIT, 1000, ("bus", ["", "pcscd"]), 1, "polkit refuses this user", "/etc/polkit-1"),
         (POLKIT, 1000, ("", ["init", ""]), 1, "is not visible", "see its log on the system where it runs"),
         (POLKIT, 0, ("bus", ["init", "pcscd"]), 200, "serves 200 clients", "end some"),
+        (POLKIT, 0, ("bus", ["init", "pcscd --max-thread 300"]), 200, "because no polkitd", "--disable-polkit"),
+        (POLKIT, 0, ("bus", ["init", "pcscd --max-thread 300"]), 300, "serves 300 clients", "end some"),
         (POLKIT._replace(asks_polkit=False), 0, ("", ["init", "pcscd"]), 1, "accepts no more clients", "see the log"),
     ],
 )
@@ -294,7 +308,8 @@ def test_why_pcscd_hangs_up(
     monkeypatch.setattr(_pcscd, "_BUS", os.devnull if bus else "/no/such/bus")
     monkeypatch.setattr(os, "geteuid", lambda: user)
     monkeypatch.setattr(_pcscd._proc, "all_pids", lambda: iter(range(1, len(names) + 1)))
-    monkeypatch.setattr(_pcscd._proc, "name", lambda pid: names[pid - 1])
+    monkeypatch.setattr(_pcscd._proc, "name", lambda pid: names[pid - 1].partition(" ")[0])
+    monkeypatch.setattr(_pcscd._proc, "command", lambda pid: names[pid - 1].split())
     said = _pcscd._refusal(2, clients, program)
     assert why in said[0]
     assert remedy in said[1]

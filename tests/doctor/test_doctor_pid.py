@@ -404,7 +404,7 @@ def test_a_process_of_another_user() -> None:
     with sleeping("sleep", "30") as process:
         status, (family, finding) = forking.in_child(as_nobody, process.pid)
     assert (status, finding["status"], finding["data"]["readable"]) == (2, "unknown", False)
-    assert finding["remedy"] == f"sudo python -m pcsc_safe doctor --pid {process.pid}"
+    assert finding["remedy"] == f"sudo {sys.executable} -m pcsc_safe doctor --pid {process.pid}"
     assert family["data"]["connections"] == 0
 
 
@@ -430,7 +430,7 @@ def test_another_network_namespace() -> None:
         process.stdout.readline()
         status, (finding,) = doctor(process.pid)
     assert (status, finding["status"]) == (2, "unknown")
-    assert finding["remedy"].startswith(f"sudo nsenter -t {process.pid} -n ")
+    assert finding["remedy"].startswith(f"sudo nsenter -t {process.pid} -n {sys.executable} ")
 
 
 def test_it_is_for_linux(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -52,6 +53,19 @@ def test_on_this_machine() -> None:
     _, page = self_test({**os.environ, "PCSCLITE_CSOCK_NAME": "/nonexistent"})
     told = findings(page, ("self.cancel", "self.idle"))
     assert {test.what for test in _self_test._TESTS if not test.needs_pcsc} <= {*told}
+
+
+def test_an_interrupted_test_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the doctor is interrupted, tests that still run are ended, and those that wait for their turn don't begin."""
+    monkeypatch.setenv("PCSCLITE_CSOCK_NAME", "/nonexistent")
+    quick, *_, slow = _self_test._TESTS
+    assert slow.what == "idle context"
+    monkeypatch.setattr(_self_test, "_TESTS", [quick, *[slow] * 5])
+    found = _self_test.tests(True)
+    assert next(found).what == quick.what
+    began = time.monotonic()
+    found.close()
+    assert time.monotonic() - began < _self_test._IDLE / 2
 
 
 @pytest.mark.long  # it leaves a context idle for 20 s

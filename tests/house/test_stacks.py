@@ -1,4 +1,7 @@
-"""``scripts/stacks``: how it reads the tests' output, what it reports where it can't run, and the pages' tables."""
+"""``scripts/stacks``: how it reads the tests' output, what it reports where it can't run, and the pages' tables.
+
+And ``scripts/all-pythons --help``.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,15 @@ def result(**more: Any) -> dict[str, Any]:
     versions = {"debian": "13.2", "pcsc_lite": "2.3.3", "python": "3.13.5", "pyscard": "2.3.1", "wrapt": "2.0.0"}
     seen = {"demo": "ok", "status": 0, "seconds": 600, "date": "2026-01-31", "log": "a.log", "arguments": []}
     return {"stack": "trixie", **versions, **seen, "tests": results.read_tests(GREEN), **more}
+
+
+@pytest.mark.parametrize(("option", "status"), [("--help", 0), ("--no-such", 2)])
+def test_usage_of_all_pythons(option: str, status: int) -> None:
+    """``scripts/all-pythons --help`` prints its usage, and so does an unknown option."""
+    script = ROOT / "scripts" / "all-pythons"
+    done = subprocess.run([script, option], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == status
+    assert "usage: scripts/all-pythons [PYTHON...] [-- PYTEST-ARGUMENT...]" in (done.stderr if status else done.stdout)
 
 
 def test_counts_and_reasons_of_both_runs_are_added() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -423,6 +424,15 @@ def test_the_report_is_by_process() -> None:
         "    has a new context, which replaces process 2's (2 times)\n"
         "    news a=b\n"
     )
+
+
+@pytest.mark.parametrize("option", ["--report", "--timeline=drawn.svg"])
+def test_the_exit_status_without_a_report(tmp_path: Path, option: str) -> None:
+    """If the record is lost, a message says so, and the exit status is still the program's."""
+    code = "import os, shutil, sys; shutil.rmtree(os.environ['PCSC_SAFE_REPORT']); sys.exit(42)"
+    done = run(*RUN, option, "-c", code, cwd=tmp_path)
+    assert (done.status, done.out) == (42, "")
+    assert re.fullmatch(r"pcsc_safe: no report: .*No such file or directory.*\n", done.err)
 
 
 def test_no_timeline_on_this_platform(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,11 @@ import pytest
 from places import ROOT
 
 
-def run_pytest(folder: Path, source: str, *options: str) -> str:
+def run_pytest(folder: Path, source: str, *options: str, **variables: str) -> str:
     """Run a test file in a new pytest; return its output."""
     Path(folder, "test_it.py").write_text(source)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PCSCLITE"))}
-    environment.update(PYTHONPATH=str(ROOT), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    environment.update(PYTHONPATH=str(ROOT), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", **variables)
     command = [sys.executable, "-m", "pytest", "-p", "pcsc_safe.testing.plugin", "-rs", "--strict-markers", *options]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
     return done.stdout + done.stderr
@@ -77,7 +77,7 @@ def test_cards(pcsc_stack, pcsc_card, number):
     assert pcsc_card not in seen
     seen.append(pcsc_card)
 
-@pytest.mark.pcsc(readers=3, cards=["echo"])
+@pytest.mark.pcsc(3, ["echo"])
 def test_fewer_cards_than_readers(pcsc_stack):
     assert [reader.card is not None for reader in pcsc_stack.readers] == [True, False, False]
 
@@ -113,12 +113,42 @@ def test_they_are_gone():
     assert "2 passed" in run_pytest(tmp_path, source)
 
 
-def test_log_of_a_failing_test(tmp_path: Path) -> None:
-    """A failing test shows the log of pcscd."""
-    output = run_pytest(tmp_path, "def test_it(pcsc_stack):\n    assert not pcsc_stack\n")
+@pytest.mark.parametrize(
+    ("source", "logs"),
+    [
+        ("def test_it(pcsc_stack):\n    assert not pcsc_stack\n", 1),
+        ("def test_it(pcsc_stack_factory):\n    assert not [pcsc_stack_factory(), pcsc_stack_factory()]\n", 2),
+        ("def test_it(pcsc_stack):\n    pcsc_stack.__exit__(None, None, None)\n    assert not pcsc_stack\n", 0),
+    ],
+    ids=["one", "two", "closed"],
+)
+def test_log_of_a_failing_test(tmp_path: Path, source: str, logs: int) -> None:
+    """A failing test shows the log of each pcscd that it has started."""
+    output = run_pytest(tmp_path, source)
     assert "1 failed" in output
-    assert "pcscd's log" in output
-    assert "daemon ready" in output
+    assert output.count("pcscd's log") == logs
+    assert ("daemon ready" in output) == bool(logs)
+
+
+def test_a_run_that_uses_none_of_it(tmp_path: Path) -> None:
+    """The plugin doesn't disturb runs that don't use it: with a pcscd that can't be run, and a fixture of their own."""
+    pcscd = tmp_path / "pcscd"
+    pcscd.write_text("no program")
+    pcscd.chmod(0o755)
+    source = """
+import pytest
+
+@pytest.fixture
+def pcsc_stack():
+    return 1
+
+def test_it(pcsc_stack):
+    assert pcsc_stack == 2
+"""
+    output = run_pytest(tmp_path, source, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "1 failed" in output
+    assert "can't be run ([Errno 8] Exec format error" in output
+    assert "pcscd's log" not in output
 
 
 def test_skip_where_it_is_not_installed(tmp_path: Path) -> None:

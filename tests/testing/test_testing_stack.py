@@ -272,6 +272,27 @@ def test_pcscd_dies_by_itself(pcsc_stack: VirtualPcsc) -> None:
     assert echo(pcsc_stack.readers[0].name, 1) == [1, 0x90, 0]
 
 
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        (
+            "cannot create {}: Permission denied",
+            "without root, pcscd can't create its run directory: sudo mkdir -p {};",
+        ),
+        ("cannot create {}/pcscd.pid: Permission denied", "see the end of its log"),
+        ("libifdvpcd.so: failed to map segment from shared object", "more than two readers need a TMPDIR"),
+    ],
+)
+def test_a_known_cause_comes_first(monkeypatch: pytest.MonkeyPatch, line: str, hint: str) -> None:
+    """If pcscd's log has a known cause, the remedy begins with it; a PID file that pcscd can't write is none."""
+    installed = _install.look()
+    assert isinstance(installed, _install.Installed)
+    monkeypatch.setattr(VirtualPcsc, "log", line.format(installed.directory))
+    with pytest.raises(PcscStackError) as failed, VirtualPcsc(activate=False)._explained():
+        raise ConnectionError("no reader")
+    assert failed.value.remedy.startswith(hint.format(installed.directory))
+
+
 def test_clients(pcsc_stack: VirtualPcsc) -> None:
     """clients() is the number of established contexts; it never counts the stack's own."""
     assert pcsc_stack.clients() == 0

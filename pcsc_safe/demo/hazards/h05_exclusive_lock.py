@@ -25,8 +25,11 @@ def program(stage: Stage) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     killed = stage.wait(stage.fork(owner)) == -signal.SIGKILL
+    os.close(say)  # so that the read ends if the owner has failed
     hresult, idle = map(int, os.read(said, 100).split())
     stage.report("owner", code=stage.name(hresult), killed=killed)
+    if not idle:
+        return  # PID 0 would be this process's group
     context, readers = stage.establish()
     started = time.monotonic()
     code = _connect_soon(stage, context, readers)
