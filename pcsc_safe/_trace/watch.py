@@ -35,21 +35,31 @@ def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[E
     :param ends: watches, and waits for processes that outlive the program; a signal ends that wait.
     :return: its exit status, or the negative number of the signal that ended it.
     """
-    # The program inherits the same descriptors as without this process.
-    process = subprocess.Popen(command, env=environment, close_fds=False)  # noqa: S603  # it is the user's
+    started: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []  # a signal that arrives while the program starts must not end this process alone
 
     def forward(number: int, frame: Any) -> None:
-        if process.returncode is not None and ends is not None:
+        if not started:
+            early.append(number)
+        elif started[0].returncode is not None and ends is not None:
             if number not in ignored:
                 ends.stop()
         elif number not in at_terminal or not _have_terminal():
-            process.send_signal(number)
+            _send(started[0], number)
 
     at_terminal = {getattr(signal, name, None) for name in _FROM_TERMINAL}
     forwarded = [getattr(signal, name) for name in _FORWARDED if hasattr(signal, name)]
     # Ignored because of nohup, or in the background of a script.  The program inherits this.
     ignored = [number for number in forwarded if signal.getsignal(number) is signal.SIG_IGN]
     for number in forwarded:
+        if number not in ignored:
+            signal.signal(number, forward)
+    # The program inherits the same descriptors as without this process.
+    started.append(subprocess.Popen(command, env=environment, close_fds=False))  # noqa: S603  # it is the user's
+    process = started[0]
+    for number in early:
+        _send(process, number)
+    for number in ignored:
         signal.signal(number, forward)
     if ends is None:
         return process.wait()
@@ -57,6 +67,11 @@ def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[E
     status = process.wait()
     ends.wait_for_the_rest()
     return status
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(OSError):  # it has become another user's
+        process.send_signal(number)
 
 
 def _have_terminal() -> bool:

@@ -11,15 +11,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Union
 from xml.etree import ElementTree
 
 import pytest
 from browser import browser
-from forking import ChildFailedError
+from forking import ChildFailedError, in_program
 from places import EXAMPLES
 
-from pcsc_safe._trace import events, records, timeline
+from pcsc_safe._trace import events, records, timeline, watch
 from pcsc_safe._trace.history import History
 from pcsc_safe._trace.records import Event, Span
 from pcsc_safe.testing import VirtualPcsc
@@ -721,3 +722,22 @@ def test_the_page_in_a_browser(family: Ran, browser: Any, tmp_path: Path) -> Non
     assert "context" in result["tip"]
     for lane in members(family):
         assert dom.count(f'id="lane-{lane.pid}-') == 1
+
+
+def end_while_it_starts() -> None:
+    """Program: get SIGTERM when the program runs, and subprocess hasn't returned; print how both ended."""
+    started = []
+
+    def start_and_signal(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(*arguments, **more))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[0]
+
+    watch.subprocess = SimpleNamespace(Popen=start_and_signal)  # type: ignore[attr-defined, assignment]
+    print(json.dumps([watch.run(["sleep", "60"], os.environ), started[0].poll()]))
+
+
+def test_a_signal_while_the_program_starts() -> None:
+    """A signal ends the program also if it arrives between its start and the moment from which its process is known."""
+    done = in_program(end_while_it_starts)
+    assert json.loads(done.stdout) == [-signal.SIGTERM, -signal.SIGTERM], done.stderr
