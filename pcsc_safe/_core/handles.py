@@ -34,6 +34,7 @@ __all__ = [
     "has_proxies",
     "load",
     "mark_lost",
+    "reach",
     "register",
     "set_proxies",
     "update",
@@ -291,6 +292,16 @@ def mark_gateway_lost(gateway: Gateway) -> None:
     for context in list(contexts.values()):
         if context.gateway is gateway and context.owner is process.current():
             mark_lost(context, context.real, process.LOST)
+
+
+def reach(record: Record) -> Optional[tuple[Gateway, Any]]:
+    """The gateway and the real handle of what this process owns, read so that the two belong together.
+
+    :return: None if another process owns it, or if another thread is replacing it.
+    """
+    gateway, real = record.context.gateway, record.real
+    is_same = record.owner is process.current() and record.real is real and record.context.gateway is gateway
+    return (gateway, real) if is_same else None
 
 
 def update(record: Record, owned_by: process.Epoch, /, **attributes: Any) -> bool:
