@@ -61,7 +61,9 @@ def _after_reconnect(card: Record, arguments: tuple[Any, ...], result: Any) -> A
         share_mode, preferred, initialization = arguments
         if initialization != LEAVE_CARD or share_mode != card.share_mode or not card.session.is_open:
             card.session.end()
-            card.session = reestablish.new_session(card.context, card.reader, share_mode)
+            session = reestablish.new_session(card.context, card.reader, share_mode)
+            session.set_in_transaction(card.transactions > 0)  # a transaction outlasts a reset
+            card.session = session
         card.share_mode, card.protocol = share_mode, protocol or preferred
     return result
 
@@ -95,7 +97,8 @@ _SESSION_ENDED_CODES = tuple(
 )
 """The codes that say that the session has ended; SCardReconnect begins another session."""
 
-_REFUSED_CODES = tuple(constant(name) for name in ("SCARD_E_INVALID_VALUE", "SCARD_E_SHARING_VIOLATION"))
+_INVALID_VALUE = constant("SCARD_E_INVALID_VALUE")
+_REFUSED_CODES = (_INVALID_VALUE, constant("SCARD_E_SHARING_VIOLATION"))
 _FollowUp = Callable[[Record, "tuple[Any, ...]", Any], Any]
 _Native = Callable[[Any, "tuple[Any, ...]"], Any]
 
@@ -343,13 +346,26 @@ def _make_disposition_route(call: Call) -> Callable[..., Any]:
         if wanted == LEAVE_CARD:
             return direct(handle, *most, wanted)
         card = handles.find(Kind.CARD, handle)
-        if isinstance(card, Card) and isinstance(wanted, int) and card.owner is process.current():
-            wanted = sparing.disposition(call.name, card, wanted)
-            if wanted != LEAVE_CARD:
-                card.session.end()  # before the call: from now on no other process may continue the session
-        return direct(handle, *most, wanted)
+        if not isinstance(card, Card) or not isinstance(wanted, int) or card.owner is not process.current():
+            return direct(handle, *most, wanted)
+        wanted, session = sparing.disposition(call.name, card, wanted), card.session
+        if wanted == LEAVE_CARD or not session.is_open:
+            return direct(handle, *most, wanted)
+        session.end()  # before the call: from now on no other process may continue the session
+        result = direct(handle, *most, wanted)
+        is_same = card.session is session and card.owner is process.current() and not card.released
+        if is_same and _is_refused(call, result):
+            session.begin(in_transaction=card.transactions > 0)
+        return result
 
     return route
+
+
+def _is_refused(call: Call, result: Any) -> bool:
+    """Whether the result of a call with a disposition says that the card was not touched."""
+    hresult = result if call.failed is None else result[0]
+    # SCardReconnect resets the card before it looks whether the card can be exclusive.
+    return hresult == _INVALID_VALUE or (hresult in _REFUSED_CODES and call.name != "SCardReconnect")
 
 
 def _make_wait_route(call: Call) -> Callable[..., Any]:
