@@ -34,9 +34,11 @@ __all__ = [
     "has_proxies",
     "load",
     "mark_lost",
+    "note_settled",
     "reach",
     "register",
     "set_proxies",
+    "settled",
     "update",
     "wait_while_given",
 ]
@@ -233,6 +235,18 @@ given: dict[Context, int] = {}
 
 _PAUSE = 0.001  # s
 _GIVEN_TIMEOUT = 1.0  # s; a signal handler in the thread that forks may wait for this one
+
+
+settled = object()
+"""Replaced when it is known of a fork whether its child has got what was given, before that is no longer in `given`."""
+
+
+def note_settled(contexts: list[Context]) -> None:
+    """Note that these contexts are the child's now, or this process's again."""
+    global settled
+    settled = object()
+    for context in contexts:
+        given.pop(context, None)
 
 
 def wait_while_given(context: Context) -> None:

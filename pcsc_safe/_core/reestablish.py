@@ -30,6 +30,7 @@ __all__ = [
     "connect",
     "establish",
     "gateway",
+    "has_gateway",
     "new_session",
     "release_dead",
     "replace",
@@ -346,6 +347,12 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
     if way is Way.BROKER:
         return gateways.brokers.get()
     raise unsafe_error(function, context)
+
+
+def has_gateway() -> bool:
+    """Whether this process can use PC/SC without starting a broker."""
+    way = _way(None)
+    return way is Way.NATIVE or (way is Way.BROKER and gateways.brokers.existing() is not None)
 
 
 def _way(context: Optional[Context]) -> Way:

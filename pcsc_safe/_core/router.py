@@ -10,7 +10,7 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from ..policy import Way, choose_way, native_works_after_fork
+from ..policy import Role, Way, choose_way, native_works_after_fork
 from . import (
     descriptors,
     gate,
@@ -186,6 +186,7 @@ def _repeat_after_loss(
     return _route_slowly(call, route, handle, arguments)
 
 
+_NEEDS_NO_GATEWAY = (Role.VALIDITY, Role.CLEANUP, Role.CANCEL)
 _C_INFINITE = 0xFFFFFFFF  # winscard.h's; pyscard's is 0x7FFFFFFF
 
 
@@ -279,21 +280,24 @@ def _through_broker(
     call: Call, route: Callable[..., Any], record: Record, handle: Any, arguments: tuple[Any, ...]
 ) -> Any:
     """A call on a handle that this process has in a broker."""
-    name, real, gateway = call.name, record.real, record.context.gateway
-    if name == "SCardConnect" and isinstance(record, Context):
-        result = _connect(gateway, record, arguments)
-    else:
-        result = gateway.functions[name](real, *arguments)
-    if result is STALE:
-        return call.failure(COMM_ERROR)  # another thread has re-established the context
-    hresult = result if call.failed is None else result[0]
-    after = _RECORDED_FOLLOW_UPS[name]
-    if hresult == SUCCESS and after is None:
-        return result  # most calls are such ones
-    if hresult == INVALID_HANDLE:
+    name, after = call.name, _RECORDED_FOLLOW_UPS[call.name]
+    while True:
+        settled = handles.settled
+        reached: tuple[Gateway, Any] = handles.reach(record) or (gateways.native, None)
+        gateway, real = reached
+        result: Any = STALE if gateway is gateways.native else _send(name, gateway, record, real, arguments)
+        if result is STALE:
+            return _route_slowly(call, route, handle, arguments)  # another thread has re-established the context
+        hresult = result if call.failed is None else result[0]
+        if hresult == SUCCESS and after is None:
+            return result  # most calls are such ones
+        if hresult != INVALID_HANDLE:
+            break
         handles.wait_while_given(record.context)
         if recovery.was_replaced(record, real) and not recovery.recovers(record):
             return _route_slowly(call, route, handle, arguments)  # handed over before this call came there
+        if handles.settled is settled:
+            break  # otherwise a fork that failed had given it away
     _after_failure(name, record, hresult)
     is_lost = hresult in recovery.REPEATABLE_CODES[name] and recovery.note_loss(record, real, hresult)
     if hresult == INVALID_HANDLE and recovery.was_lost_since(record, real):
@@ -302,6 +306,17 @@ def _through_broker(
     if is_lost:
         return recovery.repeat(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
     return after(record, arguments, result) if after else result
+
+
+def _send(name: str, gateway: Gateway, record: Record, real: Any, arguments: tuple[Any, ...]) -> Any:
+    if name == "SCardConnect" and isinstance(record, Context):
+        return _connect(gateway, record, arguments)
+    try:
+        return gateway.functions[name](real, *arguments)
+    except LostError as lost:
+        if lost.in_progress and name == "SCardReleaseContext":
+            record.forget()  # like libpcsclite, whatever the call returns
+        raise
 
 
 def _make_validity_route(call: Call) -> Callable[..., Any]:
@@ -374,9 +389,9 @@ def _make_wait_route(call: Call) -> Callable[..., Any]:
 
     def route(handle: Any, timeout: Any, states: Any) -> Any:
         record = handles.find(Kind.CONTEXT, handle)
-        if not isinstance(record, Context) or type(timeout) is not int or not 0 <= timeout <= _C_INFINITE:
+        if not isinstance(record, Context) or not isinstance(timeout, int) or not 0 <= timeout <= _C_INFINITE:
             return direct(handle, timeout, states)
-        timeout = min(timeout, reader_states.INFINITE)
+        timeout = min(int(timeout), reader_states.INFINITE)
         began, cancels = monotonic(), record.cancels
         result = wait(handle, timeout, states)
         if result[0] == recovery.NO_SERVICE:
@@ -436,6 +451,8 @@ def _route_slowly_once(call: Call, route: Callable[..., Any], handle: Any, argum
     here = _current_epoch()
     record = handles.find(call.takes, handle)
     if record is None:
+        if call.role in _NEEDS_NO_GATEWAY and isinstance(handle, int) and not reestablish.has_gateway():
+            return INVALID_HANDLE  # nothing is behind it here
         through = reestablish.gateway(call.name, None)
         return through.enter(call.name, through.functions[call.name], handle, *arguments)
     if record.owner is here and (record.released or record.kind is not call.takes):
