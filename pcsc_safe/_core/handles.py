@@ -34,8 +34,11 @@ __all__ = [
     "has_proxies",
     "load",
     "mark_lost",
+    "note_settled",
+    "reach",
     "register",
     "set_proxies",
+    "settled",
     "update",
     "wait_while_given",
 ]
@@ -234,6 +237,18 @@ _PAUSE = 0.001  # s
 _GIVEN_TIMEOUT = 1.0  # s; a signal handler in the thread that forks may wait for this one
 
 
+settled = object()
+"""Replaced when it is known of a fork whether its child has got what was given, before that is no longer in `given`."""
+
+
+def note_settled(contexts: list[Context]) -> None:
+    """Note that these contexts are the child's now, or this process's again."""
+    global settled
+    settled = object()
+    for context in contexts:
+        given.pop(context, None)
+
+
 def wait_while_given(context: Context) -> None:
     """Wait until it is known whether another thread's fork has given this context to its child; a second at most."""
     ident, deadline = get_ident(), monotonic() + _GIVEN_TIMEOUT
@@ -291,6 +306,16 @@ def mark_gateway_lost(gateway: Gateway) -> None:
     for context in list(contexts.values()):
         if context.gateway is gateway and context.owner is process.current():
             mark_lost(context, context.real, process.LOST)
+
+
+def reach(record: Record) -> Optional[tuple[Gateway, Any]]:
+    """The gateway and the real handle of what this process owns, read so that the two belong together.
+
+    :return: None if another process owns it, or if another thread is replacing it.
+    """
+    gateway, real = record.context.gateway, record.real
+    is_same = record.owner is process.current() and record.real is real and record.context.gateway is gateway
+    return (gateway, real) if is_same else None
 
 
 def update(record: Record, owned_by: process.Epoch, /, **attributes: Any) -> bool:

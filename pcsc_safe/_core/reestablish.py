@@ -30,6 +30,7 @@ __all__ = [
     "connect",
     "establish",
     "gateway",
+    "has_gateway",
     "new_session",
     "release_dead",
     "replace",
@@ -173,15 +174,24 @@ def connect(
 
     :param initialization: SCARD_LEAVE_CARD, or what to do to the card after connecting.
     :param continuing: as for :func:`replace`.
-    :return: the code, and the protocol; None if another thread has connected.
+    :return: the code, and the protocol; None if another thread has connected, or has replaced the connection since.
     """
     connected = one_step.call_in_turn(card.turn, lambda: _connect(card, share_mode, protocols, continuing))
     if connected is None or connected[0] != SUCCESS or initialization == LEAVE_CARD:
         return connected
-    through = card.context.gateway
-    function, arguments = through.functions["SCardReconnect"], (card.real, share_mode, protocols, initialization)
-    hresult, protocol = through.enter("SCardReconnect", function, *arguments)
-    return hresult, protocol
+    result = _call(CALLS["SCardReconnect"], card, (share_mode, protocols, initialization))
+    return None if result is STALE else (result[0], result[1])
+
+
+def _call(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
+    """A call on what this process owns; STALE if another thread is replacing it."""
+    reached = handles.reach(record)
+    if reached is None:
+        return STALE
+    through, real = reached
+    if through is gateways.native:  # among the calls of other threads, which know this process's record already
+        return gateways.native.caller(call)(record, arguments)
+    return through.functions[call.name](real, *arguments)
 
 
 def _connect(card: Card, share_mode: Any, protocols: Any, continuing: Optional[Session]) -> Optional[tuple[int, int]]:
@@ -257,11 +267,7 @@ class _ReaderState:
 def _read_reader_state(context: Context, reader: str, share_mode: Any) -> _ReaderState:
     if share_mode != SHARE_SHARED or not isinstance(reader, str):
         return _ReaderState()
-    arguments = (0, [(reader, UNAWARE)])
-    if context.gateway is gateways.native:
-        result = gateways.native.caller(_STATES)(context, arguments)
-    else:
-        result = context.gateway.functions[_STATES.name](context.real, *arguments)
+    result = _call(_STATES, context, (0, [(reader, UNAWARE)]))
     if result is STALE or result[0] != SUCCESS:
         return _ReaderState()
     state = result[1][0][1]
@@ -341,6 +347,12 @@ def gateway(function: str, context: Optional[Context]) -> Gateway:
     if way is Way.BROKER:
         return gateways.brokers.get()
     raise unsafe_error(function, context)
+
+
+def has_gateway() -> bool:
+    """Whether this process can use PC/SC without starting a broker."""
+    way = _way(None)
+    return way is Way.NATIVE or (way is Way.BROKER and gateways.brokers.existing() is not None)
 
 
 def _way(context: Optional[Context]) -> Way:

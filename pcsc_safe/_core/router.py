@@ -10,7 +10,7 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from ..policy import Way, choose_way, native_works_after_fork
+from ..policy import Role, Way, choose_way, native_works_after_fork
 from . import (
     descriptors,
     gate,
@@ -61,7 +61,9 @@ def _after_reconnect(card: Record, arguments: tuple[Any, ...], result: Any) -> A
         share_mode, preferred, initialization = arguments
         if initialization != LEAVE_CARD or share_mode != card.share_mode or not card.session.is_open:
             card.session.end()
-            card.session = reestablish.new_session(card.context, card.reader, share_mode)
+            session = reestablish.new_session(card.context, card.reader, share_mode)
+            session.set_in_transaction(card.transactions > 0)  # a transaction outlasts a reset
+            card.session = session
         card.share_mode, card.protocol = share_mode, protocol or preferred
     return result
 
@@ -95,7 +97,8 @@ _SESSION_ENDED_CODES = tuple(
 )
 """The codes that say that the session has ended; SCardReconnect begins another session."""
 
-_REFUSED_CODES = tuple(constant(name) for name in ("SCARD_E_INVALID_VALUE", "SCARD_E_SHARING_VIOLATION"))
+_INVALID_VALUE = constant("SCARD_E_INVALID_VALUE")
+_REFUSED_CODES = (_INVALID_VALUE, constant("SCARD_E_SHARING_VIOLATION"))
 _FollowUp = Callable[[Record, "tuple[Any, ...]", Any], Any]
 _Native = Callable[[Any, "tuple[Any, ...]"], Any]
 
@@ -183,6 +186,7 @@ def _repeat_after_loss(
     return _route_slowly(call, route, handle, arguments)
 
 
+_NEEDS_NO_GATEWAY = (Role.VALIDITY, Role.CLEANUP, Role.CANCEL)
 _C_INFINITE = 0xFFFFFFFF  # winscard.h's; pyscard's is 0x7FFFFFFF
 
 
@@ -276,21 +280,24 @@ def _through_broker(
     call: Call, route: Callable[..., Any], record: Record, handle: Any, arguments: tuple[Any, ...]
 ) -> Any:
     """A call on a handle that this process has in a broker."""
-    name, real, gateway = call.name, record.real, record.context.gateway
-    if name == "SCardConnect" and isinstance(record, Context):
-        result = _connect(gateway, record, arguments)
-    else:
-        result = gateway.functions[name](real, *arguments)
-    if result is STALE:
-        return call.failure(COMM_ERROR)  # another thread has re-established the context
-    hresult = result if call.failed is None else result[0]
-    after = _RECORDED_FOLLOW_UPS[name]
-    if hresult == SUCCESS and after is None:
-        return result  # most calls are such ones
-    if hresult == INVALID_HANDLE:
+    name, after = call.name, _RECORDED_FOLLOW_UPS[call.name]
+    while True:
+        settled = handles.settled
+        reached: tuple[Gateway, Any] = handles.reach(record) or (gateways.native, None)
+        gateway, real = reached
+        result: Any = STALE if gateway is gateways.native else _send(name, gateway, record, real, arguments)
+        if result is STALE:
+            return _route_slowly(call, route, handle, arguments)  # another thread has re-established the context
+        hresult = result if call.failed is None else result[0]
+        if hresult == SUCCESS and after is None:
+            return result  # most calls are such ones
+        if hresult != INVALID_HANDLE:
+            break
         handles.wait_while_given(record.context)
         if recovery.was_replaced(record, real) and not recovery.recovers(record):
             return _route_slowly(call, route, handle, arguments)  # handed over before this call came there
+        if handles.settled is settled:
+            break  # otherwise a fork that failed had given it away
     _after_failure(name, record, hresult)
     is_lost = hresult in recovery.REPEATABLE_CODES[name] and recovery.note_loss(record, real, hresult)
     if hresult == INVALID_HANDLE and recovery.was_lost_since(record, real):
@@ -299,6 +306,17 @@ def _through_broker(
     if is_lost:
         return recovery.repeat(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
     return after(record, arguments, result) if after else result
+
+
+def _send(name: str, gateway: Gateway, record: Record, real: Any, arguments: tuple[Any, ...]) -> Any:
+    if name == "SCardConnect" and isinstance(record, Context):
+        return _connect(gateway, record, arguments)
+    try:
+        return gateway.functions[name](real, *arguments)
+    except LostError as lost:
+        if lost.in_progress and name == "SCardReleaseContext":
+            record.forget()  # like libpcsclite, whatever the call returns
+        raise
 
 
 def _make_validity_route(call: Call) -> Callable[..., Any]:
@@ -343,13 +361,26 @@ def _make_disposition_route(call: Call) -> Callable[..., Any]:
         if wanted == LEAVE_CARD:
             return direct(handle, *most, wanted)
         card = handles.find(Kind.CARD, handle)
-        if isinstance(card, Card) and isinstance(wanted, int) and card.owner is process.current():
-            wanted = sparing.disposition(call.name, card, wanted)
-            if wanted != LEAVE_CARD:
-                card.session.end()  # before the call: from now on no other process may continue the session
-        return direct(handle, *most, wanted)
+        if not isinstance(card, Card) or not isinstance(wanted, int) or card.owner is not process.current():
+            return direct(handle, *most, wanted)
+        wanted, session = sparing.disposition(call.name, card, wanted), card.session
+        if wanted == LEAVE_CARD or not session.is_open:
+            return direct(handle, *most, wanted)
+        session.end()  # before the call: from now on no other process may continue the session
+        result = direct(handle, *most, wanted)
+        is_same = card.session is session and card.owner is process.current() and not card.released
+        if is_same and _is_refused(call, result):
+            session.begin(in_transaction=card.transactions > 0)
+        return result
 
     return route
+
+
+def _is_refused(call: Call, result: Any) -> bool:
+    """Whether the result of a call with a disposition says that the card was not touched."""
+    hresult = result if call.failed is None else result[0]
+    # SCardReconnect resets the card before it looks whether the card can be exclusive.
+    return hresult == _INVALID_VALUE or (hresult in _REFUSED_CODES and call.name != "SCardReconnect")
 
 
 def _make_wait_route(call: Call) -> Callable[..., Any]:
@@ -358,9 +389,9 @@ def _make_wait_route(call: Call) -> Callable[..., Any]:
 
     def route(handle: Any, timeout: Any, states: Any) -> Any:
         record = handles.find(Kind.CONTEXT, handle)
-        if not isinstance(record, Context) or type(timeout) is not int or not 0 <= timeout <= _C_INFINITE:
+        if not isinstance(record, Context) or not isinstance(timeout, int) or not 0 <= timeout <= _C_INFINITE:
             return direct(handle, timeout, states)
-        timeout = min(timeout, reader_states.INFINITE)
+        timeout = min(int(timeout), reader_states.INFINITE)
         began, cancels = monotonic(), record.cancels
         result = wait(handle, timeout, states)
         if result[0] == recovery.NO_SERVICE:
@@ -420,6 +451,8 @@ def _route_slowly_once(call: Call, route: Callable[..., Any], handle: Any, argum
     here = _current_epoch()
     record = handles.find(call.takes, handle)
     if record is None:
+        if call.role in _NEEDS_NO_GATEWAY and isinstance(handle, int) and not reestablish.has_gateway():
+            return INVALID_HANDLE  # nothing is behind it here
         through = reestablish.gateway(call.name, None)
         return through.enter(call.name, through.functions[call.name], handle, *arguments)
     if record.owner is here and (record.released or record.kind is not call.takes):

@@ -118,7 +118,14 @@ class Session:
         self.is_open, self.is_shared = True, shared
         if descriptor() is None:
             prepare()
-        if shared:
+        self.begin()
+
+    def begin(self, *, in_transaction: bool = False) -> None:
+        """Note that this process has it; after :meth:`end`, that it has not ended."""
+        self.is_open = True
+        if in_transaction:
+            self._lock(_IN_TRANSACTION)
+        if self.is_shared:
             self._lock(_CONNECTED)
         for other in self._predecessors():
             _continued.setdefault(other._number, {})[self] = None

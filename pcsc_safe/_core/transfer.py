@@ -305,12 +305,11 @@ def _settle_once(plan: Plan) -> None:
     for context in plan.given:
         if not plan.has_child:
             context.real.take_back(plan)
-    for context in plan.in_broker:
-        handles.given.pop(context, None)
     if plan.has_child and plan.shared:
         observer.record("share", contexts=len(plan.shared))
     if plan.inherited_connection is not None:
         plan.inherited_connection.settle(plan.has_child)
+    handles.note_settled(plan.in_broker)  # after that: a call of another thread is repeated now
 
 
 def _child_has_started(plan: Plan) -> bool:

@@ -264,7 +264,38 @@ def test_a_call_under_way_is_a_communication_error(stack: VirtualPcsc, row: Row)
             [session.transmit(ECHO)[0], safe.SCardReleaseContext(session.context)],
         )
 
-    assert in_child(by_broker(child)) == (CALLS[row.name].failure(LOST, row.arguments), [], True, [RESET, OK])
+    then = [INVALID, INVALID] if row.name == "SCardReleaseContext" else [RESET, OK]
+    assert in_child(by_broker(child)) == (CALLS[row.name].failure(LOST, row.arguments), [], True, then)
+
+
+def test_another_thread_has_re_established_the_context(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SCardConnect is made in the new broker: nothing was sent to the one that has ended."""
+    keep_card = router._keep_card
+
+    def meanwhile(context: Any, arguments: Any) -> Any:
+        monkeypatch.setattr(router, "_keep_card", keep_card)
+        kept = keep_card(context, arguments)
+        kill(broker())
+        assert safe.SCardListReaders(context.safe, [])[0] == OK
+        return kept
+
+    def child() -> Any:
+        context = establish()
+        monkeypatch.setattr(router, "_keep_card", meanwhile)
+        hresult, card, _ = safe.SCardConnect(context, READER, safe.SCARD_SHARE_SHARED, 3)
+        return hresult, safe.SCardStatus(card)[0]
+
+    assert in_child(by_broker(child)) == (OK, OK)
+
+
+def test_a_number_that_is_nothing_starts_no_broker(stack: VirtualPcsc) -> None:
+    """A child that has no broker yet says itself that the number is invalid."""
+
+    def child() -> Any:
+        checks = (safe.SCardIsValidContext, safe.SCardReleaseContext, safe.SCardCancel)
+        return {check(12345) for check in checks} | {safe.SCardDisconnect(12345, safe.SCARD_LEAVE_CARD)}, brokers()
+
+    assert in_child(by_broker(child)) == ({INVALID}, [])
 
 
 def test_an_apdu_under_way_is_sent_once(stack: VirtualPcsc) -> None:

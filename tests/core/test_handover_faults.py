@@ -18,12 +18,15 @@ from typing import Any
 import pytest
 from brokers import ENOUGH, Client, Link, broker, held_card, module_stack, stack, until
 from calling import HELD, Calling, establish, state_of, stays
+from conftest import IS_VERIFIED
 from forking import fork, in_child, in_program, start, wait_for
 from handovers import BROKER, NATIVE, NOTHING, OK, handing_over, has, is_free, opened, through_both
 from interrupts import Alarm, before_3_10, raise_alarm
 
 import pcsc_safe
 from pcsc_safe import scard as safe
+from pcsc_safe._core import handles, transfer
+from pcsc_safe.broker.client import InheritedConnection
 from pcsc_safe.errors import HandoverError
 from pcsc_safe.testing import VirtualPcsc
 
@@ -204,6 +207,34 @@ def swept(through: str, moments: str) -> None:
 
 
 # 3. Other faults.
+
+
+@pytest.mark.parametrize("when", ["after the fork", "while it waits"])
+def test_a_fork_that_fails(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Another thread's call through a broker, made while the broker keeps the session for the child, succeeds."""
+    waits_for_it, wait, settle = threading.Event(), handles.wait_while_given, InheritedConnection.settle
+
+    def waits(context: Any) -> None:
+        waits_for_it.set()
+        if when == "after the fork":
+            until(lambda: not handles.given, "it has failed")
+        wait(context)
+
+    def settles(connection: InheritedConnection, has_child: bool) -> None:
+        assert handles.given  # as long as calls fail
+        settle(connection, has_child)
+
+    def parent() -> Any:
+        session = opened("broker", owner="child")
+        monkeypatch.setattr(handles, "wait_while_given", waits)
+        monkeypatch.setattr(InheritedConnection, "settle", settles)
+        transfer._plan_before_fork()
+        calling = Calling(session.transmit, IS_VERIFIED)
+        assert waits_for_it.wait(ENOUGH)
+        transfer._settle_in_parent()
+        return calling.answer()
+
+    assert in_child(parent) == [OK, [1, 0x90, 0x00]]
 
 
 @pytest.mark.parametrize("fault", ["no descriptor", "no broker"])

@@ -7,6 +7,7 @@ import pickle
 import re
 from typing import Any
 
+import calling
 import pytest
 from conftest import ECHO, IS_VERIFIED, VERIFY, Session
 from forking import in_child, start, wait_for
@@ -158,6 +159,40 @@ def test_reconnect_honours_initialization(pcsc_stack: VirtualPcsc) -> None:
     assert in_child(safe.SCardReconnect, session.card, 2, 3, safe.SCARD_RESET_CARD) == [OK, 2]
     assert virtual.resets + virtual.power_ons == before + 1
     assert session.transmit(ECHO)[0] == RESET
+
+
+class PipedCard(EchoCard):
+    """An EchoCard whose reset says so over a pipe, and lasts until something comes over another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        (self.reached, self._is_reset), (self._may_end, self.go) = os.pipe(), os.pipe()
+
+    def reset(self) -> None:
+        os.write(self._is_reset, b"!")
+        os.read(self._may_end, 1)
+        super().reset()
+
+
+@pytest.mark.pcsc(cards=[PipedCard, "echo", "echo", "echo"])  # the third reader is another device
+def test_reconnect_takes_its_turn(pcsc_stack: VirtualPcsc) -> None:
+    """While a child's first SCardReconnect resets a card, other calls on it wait, and hold up nothing else."""
+    pcsc_safe.configure(spare_cards=False, cards=Cards.RESET)
+    session, virtual = Session(), pcsc_stack.readers[0].card
+    assert isinstance(virtual, PipedCard)
+
+    def child() -> Any:
+        other = calling.connect(calling.establish(), pcsc_stack.readers[2].name)
+        reconnects = calling.Calling(safe.SCardReconnect, session.card, 2, 3, safe.SCARD_RESET_CARD)
+        os.read(virtual.reached, 1)
+        waiting = []
+        for _ in range(20):
+            waiting.append(calling.Calling(safe.SCardStatus, session.card))
+            assert calling.Calling(calling.transmit, other, ECHO).answer()[0] == OK
+        os.write(virtual.go, b"!")
+        return reconnects.answer(), {thread.answer()[0] for thread in waiting}
+
+    assert in_child(child) == ([OK, 2], {OK})
 
 
 def test_reconnect_honours_share_mode(pcsc_stack: VirtualPcsc) -> None:

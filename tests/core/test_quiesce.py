@@ -7,6 +7,7 @@ functions by those of a :class:`Watch`, and a child reads the copy that it has s
 from __future__ import annotations
 
 import contextlib
+import enum
 import importlib
 import json
 import logging
@@ -101,6 +102,15 @@ def test_an_endless_wait_notices_nothing_of_forks(pcsc_stack: VirtualPcsc, waiti
     assert [flags(waiter.answer()) for waiter in waiters] == [(OK, [(slot.name, CHANGED | EMPTY, [])])] * waiting
     session.close()
     assert [safe.SCardReleaseContext(context) for context in contexts] == [OK] * waiting
+
+
+def test_a_timeout_of_a_class_of_its_own(session: Session) -> None:
+    """A wait ends early at a fork also if its timeout is an instance of a subclass of int, as of IntEnum."""
+    timeout = enum.IntEnum("Timeout", {"LONG": 10_000}).LONG  # type: ignore[attr-defined]
+    waiter = wait(session.context, session.reader, timeout)
+    assert in_child(lambda: process.current().unquiet) is None
+    assert safe.SCardCancel(session.context) == OK
+    assert waiter.answer()[0] == safe.SCARD_E_CANCELLED
 
 
 def test_a_finite_wait_has_the_time_that_was_left(session: Session) -> None:
@@ -383,6 +393,7 @@ def attempts(scard: Any, context: Any, card: Any) -> dict[str, Any]:
         "SCardEndTransaction": lambda: scard.SCardEndTransaction(card, scard.SCARD_LEAVE_CARD),
         "SCardDisconnect": lambda: scard.SCardDisconnect(card, scard.SCARD_UNPOWER_CARD),
         "SCardReleaseContext": lambda: scard.SCardReleaseContext(context),
+        "SCardReleaseContext of a number": lambda: scard.SCardReleaseContext(12345678),
     }
     outcome = {}
     for name, call in calls.items():
@@ -413,6 +424,7 @@ REST = {
     "SCardEndTransaction": OK,
     "SCardDisconnect": OK,
     "SCardReleaseContext": OK,
+    "SCardReleaseContext of a number": INVALID,
 }
 
 

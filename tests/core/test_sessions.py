@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from cforks import c_fork
-from conftest import ECHO, IS_VERIFIED, Session
+from conftest import ECHO, IS_VERIFIED, VERIFY, Session
 from forking import in_child, start, wait_for
 
 import pcsc_safe
@@ -133,6 +133,42 @@ def test_a_transaction_that_ends(session: Session) -> None:
     assert in_child(session.transmit, ECHO) == [RESET, []]
     assert safe.SCardEndTransaction(session.card, LEAVE) == OK
     assert in_child(session.transmit, ECHO) == ECHOED
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("SCardDisconnect", (99,), safe.SCARD_E_INVALID_VALUE),
+        ("SCardReconnect", (SHARED, 3, 99), [safe.SCARD_E_INVALID_VALUE, 0]),
+        ("SCardEndTransaction", (safe.SCARD_RESET_CARD,), safe.SCARD_E_SHARING_VIOLATION),
+    ],
+)
+def test_a_reset_that_pcscd_refuses(pcsc_stack: VirtualPcsc, name: str, arguments: Any, expected: Any) -> None:
+    """The session has not ended: not for its owner, and not for a child, also one that was forked before."""
+    session = Session()
+    go_end, go = os.pipe()
+    other = safe.SCardConnect(session.context, session.reader, SHARED, 3)[1]
+
+    def child() -> Any:
+        os.read(go_end, 1)
+        return session.transmit(IS_VERIFIED)
+
+    before = start(child)
+    assert safe.SCardBeginTransaction(other) == OK
+    assert getattr(safe, name)(session.card, *arguments) == expected
+    assert safe.SCardEndTransaction(other, LEAVE) == OK
+    assert pcsc_safe.reconnecting(session.card, lambda card: session.transmit(IS_VERIFIED), pytest.fail) == VERIFIED
+    os.write(go, b"!!")
+    assert wait_for(before) == in_child(child) == VERIFIED
+
+
+def test_a_transaction_that_outlasts_a_reset(session: Session) -> None:
+    """A child's call doesn't wait for the transaction."""
+    assert safe.SCardBeginTransaction(session.card) == OK
+    assert safe.SCardReconnect(session.card, SHARED, 3, safe.SCARD_RESET_CARD)[0] == OK
+    assert in_child(session.transmit, ECHO)[0] == RESET
+    assert safe.SCardEndTransaction(session.card, LEAVE) == OK
+    assert session.transmit(VERIFY)[0] == OK
 
 
 def test_an_exclusive_hold(shared_stack: VirtualPcsc) -> None:
