@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
 import time
 from importlib import import_module
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +255,108 @@ def inside_before() -> None:
 def test_a_thread_inside_before_install_makes_a_fork_unquiet(shared_stack: VirtualPcsc) -> None:
     """A call that began before install() makes a fork unquiet, until the call has ended."""
     assert outcome(inside_before, shared_stack) == ["ForkUnsafeError", 0, True]
+
+
+def returned_before_a_fork() -> None:
+    waits = type(sys)("smartcard.scard.scard")
+    waits.__file__ = "scard.py"
+    wait_of_pyscard = "def SCardGetStatusChange(context, timeout, states): sleep(timeout)"
+    exec(compile(wait_of_pyscard, waits.__file__, "exec"), vars(waits))
+    vars(waits)["sleep"] = time.sleep
+    sys.modules["smartcard.scard.scard"] = waits
+
+    def wait_of_application(context: int, timeout: float, states: object) -> None:
+        time.sleep(timeout)
+
+    def work() -> None:
+        waits.SCardGetStatusChange(1, 0.3, None)
+        wait_of_application(1, 5, None)
+
+    from pcsc_safe._core import in_flight
+    from pcsc_safe.retrofit import scard
+
+    threading.Thread(target=work, daemon=True).start()
+    time.sleep(0.1)
+    scard._note_threads_inside()
+    (call,) = in_flight.calls_without_place
+    time.sleep(0.5)
+    call.interrupt()
+    say(list(map(str, in_flight.calls_without_place)))
+
+
+def test_a_call_before_install_that_has_returned(shared_stack: VirtualPcsc) -> None:
+    """A fork no longer waits for a call that has returned, even if another frame has the address of its frame."""
+    assert outcome(returned_before_a_fork, shared_stack) == []
+
+
+def another_tool(when: str, update: str) -> None:
+    import smartcard.scard as pcsc
+    from smartcard.scard import _scard  # type: ignore[attr-defined]
+
+    names = ["SCardEstablishContext", "SCardListReaders", "SCardReleaseContext"]
+    seen = []
+
+    def wrap(name: str) -> None:
+        inner = getattr(_scard, name)
+
+        def traced(*arguments: Any) -> Any:
+            seen.append(name)
+            return inner(*arguments)
+
+        setattr(_scard, name, functools.update_wrapper(traced, inner) if update else traced)
+
+    def use_each() -> Any:
+        hresult, context = pcsc.SCardEstablishContext(0)
+        kind = type(context).__name__
+        return [hresult, pcsc.SCardListReaders(context, [])[0], pcsc.SCardReleaseContext(context), kind]
+
+    if when == "before":
+        list(map(wrap, names))
+    pcsc_safe.install()
+    if when == "after a context":
+        use_each()
+    if when != "before":
+        list(map(wrap, names))
+    answers = [use_each()]
+    pcsc_safe.uninstall()
+    answers.append(use_each())
+    pcsc_safe.install()
+    answers.append(use_each())
+    say([answers, sorted(set(seen)) == names])
+
+
+@pytest.mark.parametrize("update", ["", "wraps"])
+@pytest.mark.parametrize("when", ["before", "after", "after a context"])
+def test_another_tool_wraps_the_functions(shared_stack: VirtualPcsc, when: str, update: str) -> None:
+    """If another tool wraps pyscard's C functions, before install() or after it, the tool and pcsc_safe both work."""
+    safe = [0, 0, 0, "SafeContext"]
+    assert outcome(another_tool, shared_stack, when, update) == [[safe, [0, 0, 0, "int"], safe], True]
+
+
+def imports_meanwhile() -> None:
+    begun, done = threading.Event(), threading.Event()
+
+    class Slow:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == "colorsys":
+                begun.set()
+                done.wait(20)
+
+    pcsc_safe.install()
+    sys.meta_path.insert(sys.meta_path.index(PathFinder), Slow())  # type: ignore[arg-type]
+    errors: list[str] = []
+    importing = threading.Thread(target=lambda: errors.append(refusal(lambda: import_module("colorsys"))))
+    importing.start()
+    begun.wait(20)
+    pcsc_safe.uninstall()
+    done.set()
+    importing.join()
+    say(errors)
+
+
+def test_uninstall_while_another_thread_imports(shared_stack: VirtualPcsc) -> None:
+    """uninstall() doesn't shorten the list of finders that another thread's import is going through."""
+    assert outcome(imports_meanwhile, shared_stack) == ["no error"]
 
 
 def many_threads() -> None:
