@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import functools
+import itertools
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupts import Alarm
 from programs import (
     INVALID_HANDLE,
     IS_VERIFIED,
@@ -158,6 +163,90 @@ def there_and_back(when: str) -> None:
 def test_idempotent_and_reversible(shared_stack: VirtualPcsc) -> None:
     """Calling install() twice is like calling it once; uninstall() restores every name; both can be repeated."""
     assert outcome(there_and_back, shared_stack, "") == "no error"
+
+
+def interrupted_at_row(number: int, of: str, call: Callable[[], Any]) -> None:
+    """Raise, as a signal handler may, when a function of ``patches`` calls ``of`` on the row with this number."""
+    from pcsc_safe.retrofit import patches
+
+    rows = itertools.count(1)
+
+    def interrupt(*arguments: Any) -> Any:
+        if next(rows) == number:
+            raise Alarm
+        return function(*arguments)
+
+    function = getattr(patches, of, None) or getattr(builtins, of)
+    setattr(patches, of, interrupt)
+    with contextlib.suppress(Alarm):
+        call()
+    assert next(rows) > number
+    setattr(patches, of, function)
+
+
+def repeated(number: str) -> None:
+    before = attributes()
+    pcsc_safe.install()
+    patched = changes(before)
+    interrupted_at_row(int(number), "_restore", pcsc_safe.uninstall)
+    pcsc_safe.uninstall()
+    restored = changes(before) == []
+    interrupted_at_row(int(number), "setattr", pcsc_safe.install)
+    clean = changes(before) == []
+    pcsc_safe.install()
+    again = changes(before) == patched
+    interrupted_at_row(int(number), "_restore", pcsc_safe.uninstall)
+    pcsc_safe.install()
+    complete = changes(before) == patched
+    pcsc_safe.uninstall()
+    say([restored, clean, again, complete, changes(before)])
+
+
+@pytest.mark.parametrize("number", ["1", "5", "25"])
+def test_interrupted_and_repeated(shared_stack: VirtualPcsc, number: str) -> None:
+    """If a signal handler raises in install() or uninstall(), either can be called again, and does all of it."""
+    assert outcome(repeated, shared_stack, number) == [True, True, True, True, []]
+
+
+def interrupted_import() -> None:
+    pcsc_safe.install()
+    interrupted_at_row(3, "setattr", lambda: import_module("smartcard.CardService"))
+    for name in [name for name in sys.modules if name.startswith("smartcard.Card")]:
+        del sys.modules[name]
+    from smartcard.CardMonitoring import CardMonitor
+    from smartcard.CardService import CardService
+    from smartcard.scard import _scard  # type: ignore[attr-defined]
+
+    say([function.__module__ for function in (_scard.SCardConnect, CardMonitor.__getattribute__, CardService.__del__)])
+
+
+def test_a_module_is_imported_again(shared_stack: VirtualPcsc) -> None:
+    """A module of pyscard is patched at each import: also if a signal handler has raised in the first one."""
+    patched = [f"pcsc_safe.retrofit.{name}" for name in ("scard", "monitors", "framework")]
+    assert outcome(interrupted_import, shared_stack) == patched
+
+
+def joined_by_a_handler() -> None:
+    import smartcard.CardService
+
+    from pcsc_safe.retrofit import framework, installation
+
+    other = threading.Thread(target=pcsc_safe.install, daemon=True)
+
+    def interrupted(module: Any) -> Any:
+        if other.ident is None:
+            other.start()
+            other.join(10)
+        return framework.card_service(module)
+
+    installation.PATCHES["smartcard.CardService"] = interrupted
+    pcsc_safe.install()
+    say([other.is_alive(), smartcard.CardService.CardService.__del__.__module__])
+
+
+def test_a_signal_handler_waits_for_a_thread_that_installs(shared_stack: VirtualPcsc) -> None:
+    """A signal handler that interrupts install() can wait for a thread that calls install()."""
+    assert outcome(joined_by_a_handler, shared_stack) == [False, "pcsc_safe.retrofit.framework"]
 
 
 def live_handles() -> None:
