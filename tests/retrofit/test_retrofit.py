@@ -276,6 +276,30 @@ def test_live_handles_outlive_uninstall(shared_stack: VirtualPcsc) -> None:
     assert outcome(live_handles, shared_stack, PCSC_SAFE_CARDS="reset") == expected
 
 
+def interrupted_release() -> None:
+    from smartcard.scard import _scard  # type: ignore[attr-defined]
+
+    before = dict(vars(_scard))
+    pcsc_safe.install()
+    from pcsc_safe.retrofit import scard
+
+    def interrupt(context: object) -> None:
+        raise Alarm
+
+    _, context = _scard.SCardEstablishContext(0)
+    note, scard._note_released = scard._note_released, interrupt
+    with contextlib.suppress(Alarm):
+        _scard.SCardReleaseContext(context)
+    scard._note_released = note
+    pcsc_safe.uninstall()
+    say([name for name in before if vars(_scard)[name] is not before[name]])
+
+
+def test_a_release_is_interrupted(shared_stack: VirtualPcsc) -> None:
+    """If a signal handler raises when a context has just been released, uninstall() restores all functions."""
+    assert outcome(interrupted_release, shared_stack) == []
+
+
 def opened_before(configured: str) -> None:
     connection = open_session(UNPOWER_CARD)
     inner = connection.component
@@ -537,6 +561,31 @@ def without_native() -> None:
     real = sys.modules["smartcard.scard._scard"]
     back = [hasattr(real, "__file__"), pcsc.scard._scard is real, verified(connection), verified(open_session())]
     say([answers, works, stand_in, loaded(), back])
+
+
+def without_a_native_library() -> None:
+    pcsc_safe.install()
+    import smartcard.scard
+    from smartcard.System import readers
+
+    class Missing:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == "smartcard.scard._scard":
+                raise ImportError(name)
+
+    sys.meta_path.insert(sys.meta_path.index(PathFinder), Missing())  # type: ignore[arg-type]
+    refused = [refusal(pcsc_safe.uninstall) for _ in range(2)]
+    pcsc_safe.install()
+    works = len(readers())
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder) is not Missing]
+    pcsc_safe.uninstall()
+    say([refused, works, hasattr(smartcard.scard.scard._scard, "__file__"), len(readers())])
+
+
+def test_uninstall_without_a_native_library(shared_stack: VirtualPcsc) -> None:
+    """If uninstall() can't load the native library, pyscard continues with the broker, and either can be repeated."""
+    expected = [["ImportError"] * 2, 2, True, 2]
+    assert outcome(without_a_native_library, shared_stack, PCSC_SAFE_BROKER="always") == expected
 
 
 def loaded() -> bool:
