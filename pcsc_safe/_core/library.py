@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Callable
 
-__all__ = ["SUCCESS", "Signature", "catalogue", "constant", "public", "signatures", "with_signature"]
+__all__ = ["SUCCESS", "Signature", "catalogue", "constant", "public", "replaced", "signatures", "with_signature"]
 
 SUCCESS = 0
 """SCARD_S_SUCCESS; the one code that is the same on every platform."""
@@ -52,6 +52,9 @@ def with_signature(route: Callable[..., Any], signature: Signature) -> Any:
 
 public: dict[str, Any] = {}
 """Every public name of ``smartcard.scard``, with its value."""
+
+replaced: dict[str, Callable[..., Any]] = {}
+"""The C functions that the retrofit has replaced, or what another tool had put there before."""
 
 signatures: dict[str, Signature] = {}
 """The signatures of those that are functions."""

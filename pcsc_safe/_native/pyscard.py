@@ -41,10 +41,8 @@ def load() -> None:
                 library.signatures[name] = library.Signature.of(value)
     # Not pyscard's wrappers: a wrapper looks up its function at each call, and would find the retrofit's.
     for name in CALLS.keys() & library.public.keys():
-        function = getattr(_scard, name)
-        raw[name] = getattr(
-            function, "__wrapped__", function
-        )  # a function of the retrofit has the original as __wrapped__
+        function = getattr(_scard, name)  # before the look at replaced: another thread may be replacing it
+        raw[name] = library.replaced.get(name, function)
     _loaded.append(_scard)
 
 

@@ -4,7 +4,8 @@ A lock that another thread held at the fork stays locked in the child for ever. 
 first use of it.  It never releases one, because the lock is another thread's.  A lock that the forking thread itself
 holds stays: this thread will release it.  The finalizer of an inherited connection does nothing and prints nothing.
 
-Invariant: in a process that never forks every attribute here reads as it did.
+Invariant: in a process that never forks every attribute here reads as it did.  No lock is held here, because a signal
+handler may raise, or wait for a thread that uses the same attribute.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ __all__ = [
     "pcsc_card_request",
     "pcsc_context",
     "renew_pcsc_context",
-    "renewing",
     "synchronization",
 ]
 
@@ -35,20 +35,6 @@ __all__ = [
 def here() -> process.Epoch:
     """The epoch of this process; quick after the first use."""
     return process.here if process.sentinel[0] else process.current()
-
-
-class _Renewing:
-    """The lock under which a child renews what it inherited; every child has a new one."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        process.at_fork(at_begin=self._begin)
-
-    def _begin(self, epoch: process.Epoch) -> None:
-        self.lock = threading.RLock()
-
-
-renewing = _Renewing()
 
 
 def _held_here(lock: Any) -> bool:
@@ -94,11 +80,11 @@ class _PerProcessAttribute:
 
     def _renew(self, values: dict[str, Any]) -> None:
         epoch = here()
-        with renewing.lock:
-            if values.get(self._of, self._since) is not epoch:
-                if not _held_here(values[self._name]):
-                    values[self._name] = self._make()
-                values[self._of] = epoch
+        old = values[self._name]
+        new = old if _held_here(old) else self._make()
+        # dict.setdefault is atomic: of several threads, or a thread and its signal handler, the first decides.
+        values[self._name] = values.setdefault(f"{self._of}_{epoch.number}", new)
+        values[self._of] = epoch
 
 
 class SharedLock:
@@ -106,7 +92,7 @@ class SharedLock:
 
     :param lock: the original lock.
     :param make: makes the new lock in a child.
-    :param in_child: called in a child, with the new lock in place.
+    :param in_child: called in a child, with the new lock in place; several threads may call it.
     """
 
     def __init__(self, lock: Any, make: Callable[[], Any], in_child: Callable[[], None] = lambda: None) -> None:
@@ -114,16 +100,19 @@ class SharedLock:
         self._make = make
         self._in_child = in_child
         self._epoch = here()
+        self._renewed: dict[process.Epoch, Any] = {}
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         if self._epoch is not here():
-            with renewing.lock:
-                if self._epoch is not here():
-                    if not _held_here(self._lock):
-                        self._lock = self._make()
-                    self._in_child()
-                    self._epoch = here()
+            self._renew()
         return self._lock
+
+    def _renew(self) -> None:
+        epoch = here()
+        new = self._lock if _held_here(self._lock) else self._make()
+        self._lock = self._renewed.setdefault(epoch, new)  # the first decides, as above
+        self._in_child()
+        self._epoch = epoch
 
     def restored_value(self, original: object) -> Any:
         """The lock to restore in the end: not one that is held for ever."""
@@ -171,7 +160,7 @@ def renew_pcsc_context() -> None:
         return
     with singleton.mutex:
         old = singleton.instance
-        if old is not None and type(old.hcontext) is not int:
+        if getattr(old and old.hcontext, "_self_record", None) is not None:
             singleton.instance = None
             old.releaseContext()
 

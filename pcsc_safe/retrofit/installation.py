@@ -2,21 +2,24 @@
 
 :func:`install` replaces pyscard's functions by pcsc_safe's, and makes pyscard's classes (connections, requests,
 monitors) usable in a forked child.  :func:`uninstall` restores all of it.  :data:`PATCHES` lists what is patched, by
-module.  A module that has not been imported is patched when it is; no module is imported for this.
+module.  A module that has not been imported is patched whenever it is; no module is imported for this.
 
 Invariant: nothing of pyscard is patched unless :func:`install` was called, and everything that is patched can be
-restored.  At a fork nothing happens here: a child renews what it must at its first use.
+restored.  Both functions can be called again to complete what an exception of a signal handler has interrupted.  At a
+fork nothing happens here: a child renews what it must at its first use.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Callable
+from importlib.machinery import ModuleSpec
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from .._core import process
 from .._core.configure import configure
+from .._core.one_step import call_in_turn
+from .._core.unpatched import RLock
 from . import framework, monitors, scard
 from .patches import Patch, Patches
 
@@ -43,8 +46,7 @@ PATCHES: dict[str, Callable[[Any], list[Patch]]] = {
 """What is patched, by module: owner, name and replacement, as rows of :class:`Patch`."""
 
 _applied = Patches()
-_installing = threading.RLock()  # held while modules are imported, so no import may wait for it
-_awaited: set[str] = set()
+_installing = RLock()  # held while modules are imported, so no import may wait for it
 
 
 def _taking(like: Callable[_Settings, Any]) -> Callable[[Callable[..., _Result]], Callable[_Settings, _Result]]:
@@ -67,27 +69,31 @@ def install(**settings: Any) -> None:
     :raises SettingsError: a setting can't have this value; pyscard is then not changed.
     :raises BrokerError: ``broker="always"``, pyscard is already imported, and no broker can be started.
     """
-    from wrapt import register_post_import_hook
-
     if settings:
         configure(**settings)
     process.current()
-    with _installing:
-        if _applied.wanted:
-            return
+    call_in_turn(_installing, _install)
+
+
+def _install() -> None:
+    from wrapt import register_post_import_hook
+
+    had_begun = _applied.wanted
+    try:
         _applied.wanted = True
         scard.begin(_applied.finish)
-        try:
-            for name in PATCHES:
-                if name in sys.modules:
-                    _imported(sys.modules[name])
-                elif name not in _awaited:
-                    _awaited.add(name)
-                    register_post_import_hook(_imported, name)
-            scard.guard_earlier()
-        except BaseException:
+        for name in PATCHES:
+            if name in sys.modules:
+                _imported(sys.modules[name])
+            elif _finder not in sys.meta_path:
+                register_post_import_hook(_imported, name)
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)  # before wrapt's, which the first registration has inserted
+        scard.guard_earlier()
+    except BaseException:
+        if not had_begun:
             uninstall()
-            raise
+        raise
 
 
 def uninstall() -> None:
@@ -98,20 +104,39 @@ def uninstall() -> None:
     loaded now.  Settings stay as they are.
     """
     process.current()
-    with _installing:
-        if not _applied.wanted:
-            return
-        scard.end()
-        _applied.undo(scard.still_needed)
-        scard.stand_in.replace_by_native(_applied.put)
-        scard.unguard_earlier()
-        framework.renew_pcsc_context()
+    call_in_turn(_installing, _uninstall)
+
+
+def _uninstall() -> None:
+    scard.end()
+    _applied.undo(scard.still_needed)
+    scard.stand_in.replace_by_native(_applied.put)
+    scard.unguard_earlier()
+    framework.renew_pcsc_context()
+
+
+class _Finder:
+    """A finder that sees which modules are imported, and finds none: it has wrapt report each import.
+
+    wrapt reports only one import for each registration.  But a module is imported again if a signal handler has raised
+    in the first import, or if the program has removed the module.
+    """
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
+        """See :class:`importlib.abc.MetaPathFinder`."""
+        if fullname in PATCHES and _applied.wanted and fullname not in sys.modules:
+            from wrapt import register_post_import_hook
+
+            register_post_import_hook(_imported, fullname)
+        return None
+
+
+_finder: Any = _Finder()
 
 
 def _imported(module: Any) -> None:
     """Whether a module is imported, or is being imported by another thread."""
     name = module.__name__
-    _awaited.discard(name)
     if not _applied.wanted:
         return
     module = import_module(name)  # waits for the other thread
@@ -121,7 +146,7 @@ def _imported(module: Any) -> None:
 
 def _begin(epoch: process.Epoch) -> None:
     global _installing
-    _installing = threading.RLock()
+    _installing = RLock()
 
 
 process.at_fork(at_begin=_begin)

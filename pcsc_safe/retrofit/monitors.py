@@ -18,23 +18,32 @@ import threading
 import time
 from typing import Any, Callable
 
+from .._core import process
+from .._core.one_step import call_in_turn
 from .._core.settings import settings
-from .framework import SharedLock, here, renewing
+from .._core.unpatched import RLock
+from .framework import SharedLock, here
 from .patches import Patch
 
 __all__ = ["card_monitoring", "reader_monitoring"]
 
 
+_Found = tuple[Any, Any, list[Any]]
+
+
 class _Renewal:
     """Drops what a process inherited of a monitor, once.
 
-    :param drop: does it, and returns the parent's observers.
+    :param find: returns the monitor and its thread, as they are now, and the list of observers.
+    :param drop: drops what was found, each of it only if it is still there.
     :ivar inherited: the parent's observers, which are not notified here.
     """
 
-    def __init__(self, drop: Callable[[], list[Any]]) -> None:
-        self._drop = drop
+    def __init__(self, find: Callable[[], _Found], drop: Callable[[Any, Any, list[Any]], None]) -> None:
+        self._find, self._drop = find, drop
         self._epoch = here()
+        self._turns: dict[process.Epoch, Any] = {}
+        self._found: dict[process.Epoch, _Found] = {}
         self.inherited: list[Any] = []
 
     def is_due(self) -> bool:
@@ -42,12 +51,18 @@ class _Renewal:
         return self._epoch is not here()
 
     def __call__(self) -> None:
-        if not self.is_due():
-            return
-        with renewing.lock:
-            if self.is_due():
-                self.inherited = list(self._drop())
-                self._epoch = here()
+        if self.is_due():
+            epoch = here()
+            call_in_turn(self._turns.setdefault(epoch, RLock()), lambda: self._drop_once(epoch))
+
+    def _drop_once(self, epoch: process.Epoch) -> None:
+        # The first look decides what is inherited: a signal handler may make a new monitor in the middle of this.
+        found = self._found.setdefault(epoch, self._find())
+        if self.is_due():
+            self.inherited = list(found[2])
+            self._drop(*found)
+            self._epoch = epoch
+        self._found.pop(epoch, None)
 
     def deleting(self, delete: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """``delete``, which also succeeds for an observer of the parent."""
@@ -128,11 +143,17 @@ def card_monitoring(module: Any) -> list[Patch]:
     monitor, thread = module.CardMonitor, module.CardMonitoringThread
     construct, construct_thread = monitor.__init__, thread.__init__
 
-    def drop() -> list[Any]:
-        old, monitor.instance, thread.instance = monitor.instance, None, None
-        return [] if old is None else list(old.obs)
+    def find() -> _Found:
+        old = monitor.instance
+        return old, thread.instance, [] if old is None else old.obs
 
-    renewal = _Renewal(drop)
+    def drop(old: Any, old_thread: Any, observers: list[Any]) -> None:
+        if monitor.instance is old:
+            monitor.instance = None
+        if thread.instance is old_thread:
+            thread.instance = None
+
+    renewal = _Renewal(find, drop)
 
     @functools.wraps(construct)
     def __init__(self: Any) -> None:  # noqa: N807
@@ -183,13 +204,16 @@ def reader_monitoring(module: Any) -> list[Patch]:
     monitor = module.ReaderMonitor
     state = vars(monitor)["_ReaderMonitor__shared_state"]
 
-    def drop() -> list[Any]:
-        observers, state["obs"] = state.get("obs", []), []
-        if "rmthread" in state:
-            state["rmthread"], state["changed"] = None, 0
-        return list(observers)
+    def find() -> _Found:
+        return monitor, state.get("rmthread"), state.get("obs", [])
 
-    renewal = _Renewal(drop)
+    def drop(old: Any, old_thread: Any, observers: list[Any]) -> None:
+        if "obs" in state and state["obs"] is observers:
+            state["obs"] = []
+        if "rmthread" in state and state["rmthread"] is old_thread:
+            state["rmthread"], state["changed"] = None, 0
+
+    renewal = _Renewal(find, drop)
 
     def renewed(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)

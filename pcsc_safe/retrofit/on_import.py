@@ -27,13 +27,19 @@ def install_late() -> None:
 
 
 class _Finder:
-    """A finder that sees which modules are imported, and finds none."""
+    """A finder that sees which modules are imported, and finds none.
+
+    It is never removed, because another thread's import may be going through Python's list of finders.
+    """
+
+    def __init__(self) -> None:
+        self._has_installed = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
         """See :class:`importlib.abc.MetaPathFinder`."""
-        if fullname == _PYSCARD and self in sys.meta_path:
-            sys.meta_path.remove(self)
-            _install()
+        if fullname == _PYSCARD and not self._has_installed:
+            _install()  # a signal handler may raise in it, and the program import pyscard again
+            self._has_installed = True
         return None
 
 

@@ -18,7 +18,7 @@ import sys
 import threading
 from importlib import import_module
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, Callable, Optional
 
 from .._core import connections, descriptors, gate, handles, in_flight, library, process
@@ -40,8 +40,8 @@ def functions(module: Any) -> list[Patch]:
 
     :param module: ``smartcard.scard``, of which only the C module is used.
     """
-    native = sys.modules[_NATIVE]
-    return [] if native is stand_in.module or not process.FORKS else _rows(native)
+    native = sys.modules.get(_NATIVE)
+    return [] if native is None or native is stand_in.module or not process.FORKS else _rows(native)
 
 
 def _rows(native: Any) -> list[Patch]:
@@ -78,12 +78,11 @@ def end() -> None:
     """Stop replacing the functions; the originals are restored after this."""
     global _in_force
     _in_force = False
-    stand_in.remove_finder()
 
 
 def still_needed(row: Patch) -> bool:
     """Whether a replacement must stay, for handles that are still open."""
-    return bool(_open_contexts) and row.owner is sys.modules.get(_NATIVE) and row.name != _ESTABLISH
+    return row.owner is sys.modules.get(_NATIVE) and row.name != _ESTABLISH and _any_open()
 
 
 def _replacement(name: str, native: Any) -> _Function:
@@ -91,8 +90,10 @@ def _replacement(name: str, native: Any) -> _Function:
 
     :param native: the C module; None if there is none.
     """
-    original = vars(native)[name] if native is not None else None
-    original = getattr(original, "__wrapped__", original)
+    original = _replaced_by(vars(native)[name]) if native is not None else None
+    if original is not None:
+        # Only the first: another tool's wrapper around our function must not be what pcsc_safe itself calls.
+        library.replaced.setdefault(name, original)
     if name == _ESTABLISH:
         return _with_name(name, _establishing(native, original), original)
     call, kind, since = CALLS[name], CALLS[name].takes, here()
@@ -106,10 +107,11 @@ def _replacement(name: str, native: Any) -> _Function:
 
     def releasing(handle: Any) -> Any:
         record = handles.find(kind, handle)
-        result = function(handle)
-        if record is not None and record.released:
-            _note_released(record)
-        return result
+        try:
+            return function(handle)
+        finally:
+            if record is not None and record.released:
+                _note_released(record)
 
     return _with_name(name, releasing if name == "SCardReleaseContext" else function, original)
 
@@ -144,7 +146,7 @@ def _establishing(native: Any, original: Optional[_Function]) -> _Function:
             in_progress
         )  # before the check below: either a thread that restores functions sees this, or the check fails
         try:
-            if original is not None and vars(native).get(_ESTABLISH) is not function:
+            if original is not None and not _in_force:
                 return original(scope)
             result = route(scope)
             record = getattr(result[1], "_self_record", None)
@@ -159,8 +161,19 @@ def _establishing(native: Any, original: Optional[_Function]) -> _Function:
 
 def _note_released(context: object) -> None:
     _open_contexts.discard(context)
-    if not _open_contexts and not _in_force:
+    if not _in_force and not _any_open():
         _on_all_released()
+
+
+def _any_open() -> bool:
+    """Whether any context is open; a signal handler may have kept a released one from being noted as such."""
+    return any(not getattr(context, "released", False) for context in list(_open_contexts))
+
+
+def _replaced_by(function: Any) -> Any:
+    """What one of our functions replaces; any other function is returned itself, also if it wraps one of ours."""
+    is_ours = type(function) is FunctionType and function.__globals__ is globals()
+    return function.__wrapped__ if is_ours else function
 
 
 def _with_name(name: str, function: _Function, original: Optional[_Function]) -> _Function:
@@ -184,17 +197,16 @@ class _StandIn:
         self.module: Optional[ModuleType] = None
 
     def add_finder(self) -> None:
-        """Add this finder to Python's finders."""
-        sys.meta_path.insert(0, self)
+        """Add this finder to Python's finders.
 
-    def remove_finder(self) -> None:
-        """Remove this finder."""
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
+        It is never removed, because another thread's import may be going through the list.
+        """
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> Optional[ModuleSpec]:
         """See :class:`importlib.abc.MetaPathFinder`."""
-        if fullname != _NATIVE:
+        if fullname != _NATIVE or not _in_force:
             return None
         if settings().broker is not Broker.ALWAYS:
             return None
@@ -216,20 +228,22 @@ class _StandIn:
 
         :param put: puts replacements in force, for handles that are still open.
         """
-        module, self.module = self.module, None
-        if module is None or sys.modules.get(_NATIVE) is not module:
+        module, package, scard = self.module, *map(sys.modules.get, ("smartcard.scard", "smartcard.scard.scard"))
+        if module is None:
             return
-        del sys.modules[_NATIVE]
-        package, scard = sys.modules.get("smartcard.scard"), sys.modules.get("smartcard.scard.scard")
-        if package is None or scard is None:
-            return
-        vars(package).pop("_scard", None)
-        native = import_module(_NATIVE)
-        put([row for row in _rows(native) if still_needed(row)])
-        vars(scard)["_scard"] = native
-        for holder in (package, scard):
-            if "error" in vars(holder):
-                vars(holder)["error"] = vars(native)["error"]
+        if sys.modules.get(_NATIVE) is module:
+            del sys.modules[_NATIVE]
+        if package is not None and scard is not None:
+            try:
+                native = import_module(_NATIVE)
+            finally:
+                sys.modules.setdefault(_NATIVE, module)  # if there is no C module
+            put([row for row in _rows(native) if still_needed(row)])
+            vars(scard)["_scard"] = native
+            for holder in (package, scard):
+                if "error" in vars(holder):
+                    vars(holder)["error"] = vars(native)["error"]
+        self.module = None  # only now: what an exception has interrupted, the next uninstall() completes
 
 
 stand_in = _StandIn()
@@ -238,13 +252,19 @@ stand_in = _StandIn()
 # Connections that were opened before install(), and calls that are still in progress.
 
 _earlier_connections: list[Any] = []
+_guards_earlier = False
 
 
 def guard_earlier() -> None:
     """Keep children from using what was opened before ``install()``, if anything was."""
+    global _guards_earlier
     native = sys.modules.get(_NATIVE)
-    if native is None or native is stand_in.module or not process.FORKS:
-        return
+    if not (_guards_earlier or native is None or native is stand_in.module or not process.FORKS):
+        _guard_earlier()
+    _guards_earlier = True  # what is open later is not earlier
+
+
+def _guard_earlier() -> None:
     descriptors.prepare()
     connections.prepare()
     _note_threads_inside()
@@ -259,27 +279,37 @@ def _note_threads_inside() -> None:
     for ident, frame in sys._current_frames().items():
         code = frame.f_code
         if ident != threading.get_ident() and code.co_filename == wrappers and code.co_name in CALLS:
-            call_in_progress = _CallInProgress(ident, id(frame))
+            call_in_progress = _CallInProgress(ident, frame)
             in_flight.calls_without_place[call_in_progress] = (code.co_name, ident, monotonic(), call_in_progress)
 
 
 class _CallInProgress:
-    """A thread that was in a C function at ``install()``; nothing reports its return, so a fork must check."""
+    """A thread that was in a C function at ``install()``; nothing reports its return, so a fork must check.
 
-    def __init__(self, ident: int, frame: int) -> None:
+    The frame itself is not kept, because it would keep the variables of all its callers.  A new frame may have the
+    number of one that is gone.  If it is of the same function, that function now calls pcsc_safe, and the thread is in
+    a frame of pcsc_safe.
+    """
+
+    def __init__(self, ident: int, frame: FrameType) -> None:
         self._ident = ident
-        self._frame = frame
+        self._frame = self._key(frame)
+
+    @staticmethod
+    def _key(frame: FrameType) -> tuple[int, CodeType]:
+        return id(frame), frame.f_code
 
     def interrupt(self) -> None:
         """Remove it from the list if it has returned.  It can't be interrupted, because its caller would see that."""
         frame = sys._current_frames().get(self._ident)
-        if frame is None or id(frame) != self._frame:
+        if frame is None or self._key(frame) != self._frame:
             in_flight.calls_without_place.pop(self, None)
 
 
 def unguard_earlier() -> None:
     """Let children inherit what was opened before ``install()``, as without pcsc_safe."""
-    if not _earlier_connections:
-        return
-    while _earlier_connections:
-        descriptors.unguard(_earlier_connections.pop())
+    global _guards_earlier
+    _guards_earlier = False
+    for connection in list(_earlier_connections):
+        descriptors.unguard(connection)
+    _earlier_connections.clear()

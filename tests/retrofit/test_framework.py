@@ -91,6 +91,42 @@ def test_connections(shared_stack: VirtualPcsc, way: str) -> None:
     assert parents == dict.fromkeys(names, True)
 
 
+def renewed_by_two_threads(what: str) -> None:
+    from pcsc_safe.retrofit import framework, monitors
+
+    class Instance:
+        mutex = framework._PerProcessAttribute("mutex", lambda: made())
+
+    shared = framework.SharedLock(threading.RLock(), lambda: made())
+    instance, used = Instance(), []
+    instance.mutex = threading.RLock()
+    lock = {"attribute": lambda: instance.mutex, "class": lambda: shared.__get__(None)}
+    dropped: list[Any] = []
+    renewal = monitors._Renewal(lambda: (made(), None, []), lambda *found: dropped.append(found))
+    use = {**lock, "monitor": renewal}[what]
+
+    def made() -> Any:
+        """In the first thread, a signal handler runs here, and waits for another thread."""
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=lambda: used.append(use()), daemon=True)
+            other.start()
+            other.join(10)
+            used.append("joined" if not other.is_alive() else "blocked")
+        return threading.RLock()
+
+    def in_child() -> Any:
+        mine = use()
+        return [used[-1], len(used), mine is used[0] and mine is use(), len(dropped)]
+
+    say(child(in_child))
+
+
+@pytest.mark.parametrize("what", ["attribute", "class", "monitor"])
+def test_a_signal_handler_waits_for_a_thread(shared_stack: VirtualPcsc, what: str) -> None:
+    """A handler that interrupts the first use in a child can wait for a thread with the same use: both get one lock."""
+    assert outcome(renewed_by_two_threads, shared_stack, what) == ["joined", 2, True, int(what == "monitor")]
+
+
 def requests_and_sessions() -> None:
     pcsc_safe.install()
     from smartcard.CardRequest import CardRequest

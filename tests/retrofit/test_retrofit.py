@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
+import functools
+import itertools
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib import import_module
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupts import Alarm
 from programs import (
     INVALID_HANDLE,
     IS_VERIFIED,
@@ -158,6 +165,90 @@ def test_idempotent_and_reversible(shared_stack: VirtualPcsc) -> None:
     assert outcome(there_and_back, shared_stack, "") == "no error"
 
 
+def interrupted_at_row(number: int, of: str, call: Callable[[], Any]) -> None:
+    """Raise, as a signal handler may, when a function of ``patches`` calls ``of`` on the row with this number."""
+    from pcsc_safe.retrofit import patches
+
+    rows = itertools.count(1)
+
+    def interrupt(*arguments: Any) -> Any:
+        if next(rows) == number:
+            raise Alarm
+        return function(*arguments)
+
+    function = getattr(patches, of, None) or getattr(builtins, of)
+    setattr(patches, of, interrupt)
+    with contextlib.suppress(Alarm):
+        call()
+    assert next(rows) > number
+    setattr(patches, of, function)
+
+
+def repeated(number: str) -> None:
+    before = attributes()
+    pcsc_safe.install()
+    patched = changes(before)
+    interrupted_at_row(int(number), "_restore", pcsc_safe.uninstall)
+    pcsc_safe.uninstall()
+    restored = changes(before) == []
+    interrupted_at_row(int(number), "setattr", pcsc_safe.install)
+    clean = changes(before) == []
+    pcsc_safe.install()
+    again = changes(before) == patched
+    interrupted_at_row(int(number), "_restore", pcsc_safe.uninstall)
+    pcsc_safe.install()
+    complete = changes(before) == patched
+    pcsc_safe.uninstall()
+    say([restored, clean, again, complete, changes(before)])
+
+
+@pytest.mark.parametrize("number", ["1", "5", "25"])
+def test_interrupted_and_repeated(shared_stack: VirtualPcsc, number: str) -> None:
+    """If a signal handler raises in install() or uninstall(), either can be called again, and does all of it."""
+    assert outcome(repeated, shared_stack, number) == [True, True, True, True, []]
+
+
+def interrupted_import() -> None:
+    pcsc_safe.install()
+    interrupted_at_row(3, "setattr", lambda: import_module("smartcard.CardService"))
+    for name in [name for name in sys.modules if name.startswith("smartcard.Card")]:
+        del sys.modules[name]
+    from smartcard.CardMonitoring import CardMonitor
+    from smartcard.CardService import CardService
+    from smartcard.scard import _scard  # type: ignore[attr-defined]
+
+    say([function.__module__ for function in (_scard.SCardConnect, CardMonitor.__getattribute__, CardService.__del__)])
+
+
+def test_a_module_is_imported_again(shared_stack: VirtualPcsc) -> None:
+    """A module of pyscard is patched at each import: also if a signal handler has raised in the first one."""
+    patched = [f"pcsc_safe.retrofit.{name}" for name in ("scard", "monitors", "framework")]
+    assert outcome(interrupted_import, shared_stack) == patched
+
+
+def joined_by_a_handler() -> None:
+    import smartcard.CardService
+
+    from pcsc_safe.retrofit import framework, installation
+
+    other = threading.Thread(target=pcsc_safe.install, daemon=True)
+
+    def interrupted(module: Any) -> Any:
+        if other.ident is None:
+            other.start()
+            other.join(10)
+        return framework.card_service(module)
+
+    installation.PATCHES["smartcard.CardService"] = interrupted
+    pcsc_safe.install()
+    say([other.is_alive(), smartcard.CardService.CardService.__del__.__module__])
+
+
+def test_a_signal_handler_waits_for_a_thread_that_installs(shared_stack: VirtualPcsc) -> None:
+    """A signal handler that interrupts install() can wait for a thread that calls install()."""
+    assert outcome(joined_by_a_handler, shared_stack) == [False, "pcsc_safe.retrofit.framework"]
+
+
 def live_handles() -> None:
     from smartcard.scard import _scard  # type: ignore[attr-defined]
 
@@ -183,6 +274,30 @@ def test_live_handles_outlive_uninstall(shared_stack: VirtualPcsc) -> None:
     """What was opened after install() works after uninstall(), also across forks; closing it restores the last name."""
     expected = [True, False, "CardConnectionException", [True, True, True], True, []]
     assert outcome(live_handles, shared_stack, PCSC_SAFE_CARDS="reset") == expected
+
+
+def interrupted_release() -> None:
+    from smartcard.scard import _scard  # type: ignore[attr-defined]
+
+    before = dict(vars(_scard))
+    pcsc_safe.install()
+    from pcsc_safe.retrofit import scard
+
+    def interrupt(context: object) -> None:
+        raise Alarm
+
+    _, context = _scard.SCardEstablishContext(0)
+    note, scard._note_released = scard._note_released, interrupt
+    with contextlib.suppress(Alarm):
+        _scard.SCardReleaseContext(context)
+    scard._note_released = note
+    pcsc_safe.uninstall()
+    say([name for name in before if vars(_scard)[name] is not before[name]])
+
+
+def test_a_release_is_interrupted(shared_stack: VirtualPcsc) -> None:
+    """If a signal handler raises when a context has just been released, uninstall() restores all functions."""
+    assert outcome(interrupted_release, shared_stack) == []
 
 
 def opened_before(configured: str) -> None:
@@ -253,6 +368,108 @@ def inside_before() -> None:
 def test_a_thread_inside_before_install_makes_a_fork_unquiet(shared_stack: VirtualPcsc) -> None:
     """A call that began before install() makes a fork unquiet, until the call has ended."""
     assert outcome(inside_before, shared_stack) == ["ForkUnsafeError", 0, True]
+
+
+def returned_before_a_fork() -> None:
+    waits = type(sys)("smartcard.scard.scard")
+    waits.__file__ = "scard.py"
+    wait_of_pyscard = "def SCardGetStatusChange(context, timeout, states): sleep(timeout)"
+    exec(compile(wait_of_pyscard, waits.__file__, "exec"), vars(waits))
+    vars(waits)["sleep"] = time.sleep
+    sys.modules["smartcard.scard.scard"] = waits
+
+    def wait_of_application(context: int, timeout: float, states: object) -> None:
+        time.sleep(timeout)
+
+    def work() -> None:
+        waits.SCardGetStatusChange(1, 0.3, None)
+        wait_of_application(1, 5, None)
+
+    from pcsc_safe._core import in_flight
+    from pcsc_safe.retrofit import scard
+
+    threading.Thread(target=work, daemon=True).start()
+    time.sleep(0.1)
+    scard._note_threads_inside()
+    (call,) = in_flight.calls_without_place
+    time.sleep(0.5)
+    call.interrupt()
+    say(list(map(str, in_flight.calls_without_place)))
+
+
+def test_a_call_before_install_that_has_returned(shared_stack: VirtualPcsc) -> None:
+    """A fork no longer waits for a call that has returned, even if another frame has the address of its frame."""
+    assert outcome(returned_before_a_fork, shared_stack) == []
+
+
+def another_tool(when: str, update: str) -> None:
+    import smartcard.scard as pcsc
+    from smartcard.scard import _scard  # type: ignore[attr-defined]
+
+    names = ["SCardEstablishContext", "SCardListReaders", "SCardReleaseContext"]
+    seen = []
+
+    def wrap(name: str) -> None:
+        inner = getattr(_scard, name)
+
+        def traced(*arguments: Any) -> Any:
+            seen.append(name)
+            return inner(*arguments)
+
+        setattr(_scard, name, functools.update_wrapper(traced, inner) if update else traced)
+
+    def use_each() -> Any:
+        hresult, context = pcsc.SCardEstablishContext(0)
+        kind = type(context).__name__
+        return [hresult, pcsc.SCardListReaders(context, [])[0], pcsc.SCardReleaseContext(context), kind]
+
+    if when == "before":
+        list(map(wrap, names))
+    pcsc_safe.install()
+    if when == "after a context":
+        use_each()
+    if when != "before":
+        list(map(wrap, names))
+    answers = [use_each()]
+    pcsc_safe.uninstall()
+    answers.append(use_each())
+    pcsc_safe.install()
+    answers.append(use_each())
+    say([answers, sorted(set(seen)) == names])
+
+
+@pytest.mark.parametrize("update", ["", "wraps"])
+@pytest.mark.parametrize("when", ["before", "after", "after a context"])
+def test_another_tool_wraps_the_functions(shared_stack: VirtualPcsc, when: str, update: str) -> None:
+    """If another tool wraps pyscard's C functions, before install() or after it, the tool and pcsc_safe both work."""
+    safe = [0, 0, 0, "SafeContext"]
+    assert outcome(another_tool, shared_stack, when, update) == [[safe, [0, 0, 0, "int"], safe], True]
+
+
+def imports_meanwhile() -> None:
+    begun, done = threading.Event(), threading.Event()
+
+    class Slow:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == "colorsys":
+                begun.set()
+                done.wait(20)
+
+    pcsc_safe.install()
+    sys.meta_path.insert(sys.meta_path.index(PathFinder), Slow())  # type: ignore[arg-type]
+    errors: list[str] = []
+    importing = threading.Thread(target=lambda: errors.append(refusal(lambda: import_module("colorsys"))))
+    importing.start()
+    begun.wait(20)
+    pcsc_safe.uninstall()
+    done.set()
+    importing.join()
+    say(errors)
+
+
+def test_uninstall_while_another_thread_imports(shared_stack: VirtualPcsc) -> None:
+    """uninstall() doesn't shorten the list of finders that another thread's import is going through."""
+    assert outcome(imports_meanwhile, shared_stack) == ["no error"]
 
 
 def many_threads() -> None:
@@ -344,6 +561,31 @@ def without_native() -> None:
     real = sys.modules["smartcard.scard._scard"]
     back = [hasattr(real, "__file__"), pcsc.scard._scard is real, verified(connection), verified(open_session())]
     say([answers, works, stand_in, loaded(), back])
+
+
+def without_a_native_library() -> None:
+    pcsc_safe.install()
+    import smartcard.scard
+    from smartcard.System import readers
+
+    class Missing:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == "smartcard.scard._scard":
+                raise ImportError(name)
+
+    sys.meta_path.insert(sys.meta_path.index(PathFinder), Missing())  # type: ignore[arg-type]
+    refused = [refusal(pcsc_safe.uninstall) for _ in range(2)]
+    pcsc_safe.install()
+    works = len(readers())
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder) is not Missing]
+    pcsc_safe.uninstall()
+    say([refused, works, hasattr(smartcard.scard.scard._scard, "__file__"), len(readers())])
+
+
+def test_uninstall_without_a_native_library(shared_stack: VirtualPcsc) -> None:
+    """If uninstall() can't load the native library, pyscard continues with the broker, and either can be repeated."""
+    expected = [["ImportError"] * 2, 2, True, 2]
+    assert outcome(without_a_native_library, shared_stack, PCSC_SAFE_BROKER="always") == expected
 
 
 def loaded() -> bool:

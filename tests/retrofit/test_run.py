@@ -205,6 +205,29 @@ def test_the_options_of_python_count(programs: Path, options: list[str]) -> None
     as_by_python(programs, ["warns.py"], options)
 
 
+INTERRUPTED = """
+import sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pcsc_safe.retrofit.installation":
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+try:
+    import smartcard.scard
+except KeyboardInterrupt:
+    import smartcard.scard
+print(smartcard.scard._scard.SCardTransmit.__module__)
+"""
+
+
+def test_the_first_import_is_interrupted(programs: Path) -> None:
+    """If a signal handler raises while pyscard is first imported, the next import is retrofitted."""
+    assert run(*RUN, "-c", INTERRUPTED, cwd=programs) == (0, "pcsc_safe.retrofit.scard\n", "")
+
+
 def test_a_program_can_be_inspected(programs: Path) -> None:
     """With ``python -i`` the prompt appears once, after the program, in its main module."""
     as_by_python(programs, ["exit.py", "3"], ["-i"], "print(sys.argv, __name__)\nraise SystemExit(4)\n")
