@@ -100,6 +100,7 @@ def test_a_client_that_ends_before_it_is_welcome(stack: VirtualPcsc) -> None:
     assert in_broker(child) == 0
 
 
+@pytest.mark.not_on_macos("a forked process can't establish a context there")
 @pytest.mark.parametrize("keeps", [True, False])
 def test_what_is_given_to_the_dead(stack: VirtualPcsc, keeps: bool) -> None:
     """A client that has ended gets no session: the session ends, unless the giver keeps it, too."""
