@@ -298,6 +298,7 @@ def interrupted() -> None:
     print(json.dumps([alarms, len(descriptors(os.getpid())) - before, children()]))
 
 
+@pytest.mark.not_on_macos("its simulation starts processes in Python, where a handler can raise")
 @pytest.mark.skipif(
     sys.version_info < (3, 11),
     reason="CPython 3.10 also runs signal handlers between the end of a function and its caller's next step",
