@@ -39,7 +39,6 @@ __all__ = [
 ARE_INHERITED = process.FORKS and sys.platform != "darwin"  # macOS' PC/SC talks over Mach ports
 _FDS = "/proc/self/fd"
 _SOCKET_NAME = "pcscd.comm"
-_MOST_NUMBERS = 65536  # to look at where they can't be listed
 
 _socket: Any = None
 _Borrowed: Any = None  # a socket that never closes its descriptor, whenever and however it is left
@@ -189,10 +188,7 @@ def open_numbers() -> set[str]:
 
 
 def _possible_numbers() -> set[str]:
-    if sys.platform == "win32":
-        return set()
-    limit = os.sysconf("SC_OPEN_MAX")  # negative if there is none
-    return {str(number) for number in range(limit if 0 < limit < _MOST_NUMBERS else _MOST_NUMBERS)}
+    return set(map(str, descriptors.possible_numbers()))
 
 
 def unguarded_sockets(numbers: Iterable[str]) -> list[tuple[bool, Descriptor]]:

@@ -9,6 +9,7 @@ now have a database connection with this number.
 from __future__ import annotations
 
 import os
+import sys
 from _thread import get_ident
 from collections.abc import Iterable, Sequence
 from typing import Any, Callable, NamedTuple, Optional
@@ -25,6 +26,7 @@ __all__ = [
     "is_dead",
     "kept_by_child",
     "of",
+    "possible_numbers",
     "prepare",
     "replace_guarded",
     "replace_with_dead",
@@ -57,6 +59,17 @@ def of(number: int) -> Descriptor:
     """
     status = os.fstat(number)
     return Descriptor(number, status.st_dev, status.st_ino)
+
+
+_MOST_NUMBERS = 65536
+
+
+def possible_numbers() -> range:
+    """The numbers to try where the open descriptors can't be listed; the limit can be a thousand million."""
+    if sys.platform == "win32":
+        return range(0)
+    limit = os.sysconf("SC_OPEN_MAX")  # negative if there is none
+    return range(limit if 0 < limit < _MOST_NUMBERS else _MOST_NUMBERS)
 
 
 guarded: dict[Descriptor, None] = {}

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Sequence
 from typing import Optional
 
+from .._core.descriptors import possible_numbers
 from .start import DOOR, IGNORED
 
 assert sys.platform != "win32"  # it has no broker
@@ -82,7 +83,7 @@ def _stand_alone() -> None:
     try:
         numbers = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:  # a chroot without one
-        numbers = list(range(DOOR + 1, os.sysconf("SC_OPEN_MAX")))
+        numbers = list(possible_numbers())
     for number in numbers:
         if number > DOOR:
             with contextlib.suppress(OSError):

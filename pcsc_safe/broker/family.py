@@ -104,16 +104,20 @@ def _start_one(for_family: bool) -> Broker:
             remedy="close file descriptors, or raise the limit (ulimit -n)",
             pid=os.getpid(),
         ) from error
+    helper: Optional[start.Helper] = None
     try:
         helper = start.spawn(theirs.fileno(), settings().broker_python)
-    except BaseException:
-        door.close()
-        raise
-    finally:
         theirs.close()
-    observer.record("broker", broker=helper.pid)
-    observer.process_started(helper.pid, "broker", "PC/SC broker")
-    return Broker(door, helper, epoch, for_family=for_family)
+        observer.record("broker", broker=helper.pid)
+        observer.process_started(helper.pid, "broker", "PC/SC broker")
+        return Broker(door, helper, epoch, for_family=for_family)
+    except BaseException:
+        theirs.close()
+        door.close()
+        if helper is not None:
+            helper.close_errors()
+            helper.kill()
+        raise
 
 
 _ATTEMPTS = 3

@@ -40,7 +40,7 @@ class Clients(Protocol):
     """All clients of a broker; the server is it."""
 
     def welcome(self, key: bytes, connection: Connection, /) -> Client:
-        """The client that this connection belongs to."""
+        """The client that this connection belongs to, and gets as its ``client``."""
 
     def give(self, taker: Client, key: bytes, handles: tuple[int, ...], keeps: bool, /) -> list[int]:
         """Give contexts and cards of another client to this one; return those that were given."""
@@ -84,6 +84,7 @@ class Connection:
     """One connection of a client; carries one call at a time.
 
     :ivar socket: the broker's end.
+    :ivar client: the client that it belongs to; None until the server has set it.
     :ivar unwatched: set when its end is no longer watched; until then its number must not be reused.
     """
 
@@ -131,7 +132,7 @@ class Connection:
         hello = wire.decode(self._receive(receiver))
         if not isinstance(hello, wire.Hello) or hello.version != wire.VERSION:
             raise wire.WireError("the first frame is not a greeting of this version")
-        client = self.client = self._server.welcome(hello.key, self)
+        client = self._server.welcome(hello.key, self)
         self.socket.sendall(wire.encode(wire.Welcome(wire.VERSION, os.getpid())))
         receive, send, feed, decode = self.socket.recv, self.socket.sendall, receiver.feed, wire.decode
         while True:

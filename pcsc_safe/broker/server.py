@@ -1,8 +1,9 @@
 """The broker's side: accepts clients, serves each connection in a thread, and detects when a client has ended.
 
 A client has ended when it has closed its first connection, or when its process has ended, even if copies of its file
-descriptors live on.  Then the broker releases its contexts, as pcscd would have done.  When the last client has ended
-and the door is closed, the broker ends immediately, whatever its threads are doing.
+descriptors live on.  Then the broker releases its contexts, as pcscd would have done.  The broker ends when no process
+has the other end of the door any more.  A broker for one process also ends when that process has ended, even if copies
+of the door live on.  It ends immediately, whatever its threads are doing.
 
 The main thread waits for the ends of connections and of processes (:mod:`watch`).  A separate thread does what follows,
 because it may take long.  Nothing here forks.
@@ -82,9 +83,10 @@ class Server:
         number = next((struct.unpack("i", rights[:_ONE_DESCRIPTOR])[0] for _, _, rights in control), -1)
         try:
             self._spare = os.dup(self._door.fileno())
-        except OSError:  # no descriptor is free: this connection is not served
+        except OSError:  # no descriptor is free: this connection, if it could be received at all, is not served
             self._spare, number = number, -1
-            _hang_up(self._spare)
+            if self._spare >= 0:
+                _hang_up(self._spare)
         if number >= 0:
             self._serve(number)
         return True
@@ -109,6 +111,7 @@ class Server:
 
     def welcome(self, key: bytes, connection: Connection) -> Client:
         """The client that this connection belongs to; called in the connection's thread."""
+        is_alive = True
         with self._clients_lock:
             client = self._clients.get(key)
             if client is None:
@@ -118,8 +121,13 @@ class Server:
                 # Not with the first one, which may have been made by the parent of the process that it is for.
                 if not client.is_watched:
                     client.is_watched = True
-                    self._watch_process(client, connection)
-            return client
+                    is_alive = self._watch_process(client, connection)
+            connection.client = client
+        if not is_alive:
+            self._remove_client(client)
+        if connection.unwatched.is_set():  # it ended before it had a client
+            self._clean_up(connection)
+        return client
 
     def give(self, taker: Client, key: bytes, handles: tuple[int, ...], keeps: bool) -> list[int]:
         """Give contexts and cards of one client to another.
@@ -131,19 +139,28 @@ class Server:
         giver = self._clients.get(key)
         if giver is None or giver is taker:
             return []
-        return [number for number in handles if sharing.share(giver, taker, number, keeps=keeps)]
+        given = [number for number in handles if sharing.share(giver, taker, number, keeps=keeps)]
+        if taker.has_ended:
+            taker.release()
+        return given
 
-    def _watch_process(self, client: Client, connection: Connection) -> None:
-        """Watch for the end of the client's process; a child of a fork without hooks may have its descriptors."""
+    def _watch_process(self, client: Client, connection: Connection) -> bool:
+        """Watch for the end of the client's process; a child of a fork without hooks may have its descriptors.
+
+        Called with the lock, so :meth:`_remove_process` can't miss the client.
+
+        :return: False if the process has already ended.
+        """
         client.process = watch.peer_pid(connection.socket)
-        if client.process:
-            self._processes.setdefault(client.process, []).append(client)
-            is_alive = self._watch.on_exit(client.process)
-            if not is_alive or client not in self._processes.get(client.process, []):
-                _run_in_thread(self._remove_client, client)
+        if not client.process:
+            return True
+        self._processes.setdefault(client.process, []).append(client)
+        return self._watch.on_exit(client.process)
 
     def _remove_process(self, pid: int) -> None:
-        for client in self._processes.pop(pid, []):
+        with self._clients_lock:
+            clients = self._processes.pop(pid, [])
+        for client in clients:
             _run_in_thread(self._remove_client, client)
 
     def _clean_up(self, connection: Connection) -> None:

@@ -14,9 +14,11 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import NamedTuple, Optional
 
-from .._core import descriptors, failures, python_path
+from .._core import descriptors, failures, one_step, python_path
 from .._core.failures import is_ours
 from ..errors import BrokerError
 
@@ -98,9 +100,7 @@ class Helper(NamedTuple):
         if ended is None and is_ready:
             return "it accepts no more clients"
         if ended is None:
-            with failures.suppress(OSError):
-                os.kill(self.pid, signal.SIGKILL)
-            self._wait_for_exit(_EXIT_TIMEOUT)
+            self.kill()
         lines = output.decode(errors="replace").strip().splitlines()
         return "; ".join(filter(None, [lines[-1] if lines else "", ended or "it was not ready in time"]))
 
@@ -126,6 +126,13 @@ class Helper(NamedTuple):
         """Stop reading its messages, which are no longer needed."""
         if self.errors is not None and self.errors.is_intact():
             os.close(self.errors.number)
+
+    def kill(self) -> None:
+        """End its process, if it has not ended, and wait for that."""
+        if sys.platform != "win32" and self._wait_for_exit(0) is None:
+            with failures.suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._wait_for_exit(_EXIT_TIMEOUT)
 
     def reap(self) -> None:
         """Wait for its process, which has ended or is about to end."""
@@ -165,24 +172,9 @@ def spawn(door: int, configured: str) -> Helper:
         raise NotImplementedError
     places = [] if configured else _import_directories()
     command = _command(configured, [place for place in places if _is_site_packages(place)])
-    opened: list[int] = []
+    variables = environment(os.environ, [place for place in places if not _is_site_packages(place)])
     try:
-        read_end, write_end = os.pipe()
-        opened += [read_end, write_end]
-        # Above those that the broker gets, so that none is overwritten before it is duplicated.
-        high_door = fcntl.fcntl(door, fcntl.F_DUPFD_CLOEXEC, _ABOVE_STANDARD)
-        opened.append(high_door)
-        high_errors = fcntl.fcntl(write_end, fcntl.F_DUPFD_CLOEXEC, _ABOVE_STANDARD)
-        opened.append(high_errors)
-        duplicates = [(high_errors, 0), (high_errors, 1), (high_errors, 2), (high_door, DOOR)]
-        pid = os.posix_spawn(
-            command[0],
-            command,
-            environment(os.environ, [place for place in places if not _is_site_packages(place)]),
-            file_actions=[(os.POSIX_SPAWN_DUP2, source, number) for source, number in duplicates],
-            setsigmask=IGNORED,  # until it ignores them itself
-        )
-        opened.remove(read_end)
+        return _start_process(door, command, variables)
     except (OSError, ValueError) as error:
         if not is_ours(error):
             raise
@@ -193,10 +185,50 @@ def spawn(door: int, configured: str) -> Helper:
             else "set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe",
             pid=os.getpid(),
         ) from error
-    finally:
-        for number in opened:
-            os.close(number)
-    return Helper(pid, os.getpid(), descriptors.of(read_end), _attempt(command))
+
+
+def _start_process(door: int, command: list[str], variables: dict[str, str]) -> Helper:
+    """Start a broker by this command.
+
+    :param door: the descriptor of its end of the door.
+    :param variables: its environment.
+    :raises OSError, ValueError: it can't be started.
+    """
+    if sys.platform == "win32":
+        raise NotImplementedError
+    # What is opened or started is recorded in the same step, so that a signal handler can't raise in between.
+    opened: list[int] = []
+    started: list[int] = []
+    try:
+        opened.extend(chain.from_iterable(one_step.call_each(((os.pipe,),))))
+        # Above those that the broker gets, so that none is overwritten before it is duplicated.
+        above = (fcntl.F_DUPFD_CLOEXEC, _ABOVE_STANDARD)
+        opened.extend(one_step.call_each([(fcntl.fcntl, number, *above) for number in (door, opened[1])]))
+        _, _, high_door, high_errors = opened
+        duplicates = [(high_errors, 0), (high_errors, 1), (high_errors, 2), (high_door, DOOR)]
+        start = partial(
+            os.posix_spawn,
+            file_actions=[(os.POSIX_SPAWN_DUP2, source, number) for source, number in duplicates],
+            setsigmask=IGNORED,  # until it ignores them itself
+        )
+        started.extend(one_step.call_each([(start, command[0], command, variables)]))
+        helper = Helper(started[0], os.getpid(), descriptors.of(opened[0]), _attempt(command))
+        _close_after(opened, 1)
+        return helper
+    except BaseException:
+        _close_after(opened, 0)
+        for pid in started:
+            Helper(pid, os.getpid(), None).kill()
+        raise
+
+
+def _close_after(opened: list[int], kept: int) -> None:
+    """Close descriptors and forget them, in one step.
+
+    :param kept: how many, at the beginning, are not closed.
+    """
+    close = (one_step.consumer.extend, map(os.close, opened[kept:]))
+    one_step.in_one_step(close, (opened.__delitem__, slice(kept, None)))
 
 
 def _attempt(command: Sequence[str]) -> str:

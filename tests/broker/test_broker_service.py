@@ -239,6 +239,25 @@ def test_it_gets_no_descriptor(stack: VirtualPcsc) -> None:
     assert end_of_file == b""
 
 
+def without_a_list_of_descriptors(limit: str) -> None:
+    """Become what a broker has to be in a chroot without /dev/fd, under a limit that no test can set."""
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+    os.dup2(1, 63)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "listdir", lambda path: os.open(f"/nowhere/{path}", os.O_RDONLY))
+        patch.setattr(os, "sysconf", lambda name: int(limit))
+        main._stand_alone()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(63)
+
+
+@pytest.mark.parametrize("limit", [-1, 1 << 30], ids=["none", "the highest"])
+def test_it_closes_descriptors_that_it_can_not_list(stack: VirtualPcsc, limit: int) -> None:
+    """Without /dev/fd a broker closes descriptors too, at the cost of some thousand numbers whatever the limit is."""
+    done = in_program(without_a_list_of_descriptors, str(limit), env=stack.env)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def _is_opened_by_the_broker(link: str) -> bool:
     # libffi 3.5, of Debian sid, keeps its own library open, from which it maps the code of callbacks
     return link in ("anon_inode:[eventpoll]", "anon_inode:[pidfd]") or os.path.basename(link).startswith("libffi.so.")

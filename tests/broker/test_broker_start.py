@@ -7,9 +7,13 @@ import json
 import multiprocessing
 import multiprocessing.spawn
 import os
+import random
 import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,7 @@ from brokers import (
 from calling import Calling
 from conftest import ECHO, Session
 from forking import in_child, in_program
+from interrupts import Alarm, raise_alarm
 from places import TESTS
 
 import pcsc_safe
@@ -267,6 +272,41 @@ def test_a_frozen_program_is_its_own_broker(stack: VirtualPcsc, tmp_path: Path) 
     done = subprocess.run([program], env=stack.env, capture_output=True, text=True, timeout=ENOUGH, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == [[ECHOED, "--pcsc-safe-broker"], []]
+
+
+def interrupted() -> None:
+    """Start brokers that signal handlers interrupt; print how many, and the descriptors and children that are left."""
+    pcsc_safe.configure(broker_python=shutil.which("true"))
+    family.prepare()
+
+    def start_one() -> Any:
+        return family._start_one(for_family=False)
+
+    signal.signal(signal.SIGALRM, raise_alarm)
+    start_one().discard()
+    before, alarms, began = len(descriptors(os.getpid())), 0, time.monotonic()
+    while alarms < 100 and time.monotonic() < began + 10:
+        started: list[Any] = []
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(50e-6, 2500e-6))
+            started.append(start_one())
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Alarm:
+            alarms += 1
+        for each in started:
+            each.discard()
+    print(json.dumps([alarms, len(descriptors(os.getpid())) - before, children()]))
+
+
+@pytest.mark.not_on_macos("its simulation starts processes in Python, where a handler can raise")
+@pytest.mark.skipif(
+    sys.version_info < (3, 11),
+    reason="CPython 3.10 also runs signal handlers between the end of a function and its caller's next step",
+)
+def test_a_handler_that_raises_during_the_start(stack: VirtualPcsc) -> None:
+    """Nothing is left of a broker whose start a signal handler has interrupted: no descriptor, and no process."""
+    alarms, descriptors_left, children_left = told(interrupted, env=stack.env)
+    assert (alarms >= 20, descriptors_left, children_left) == (True, 0, [])
 
 
 # A broker can't start.

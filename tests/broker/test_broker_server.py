@@ -1,0 +1,116 @@
+"""A broker's server in states that its clients cause only by chance: each one is made here, in a child of the test."""
+
+from __future__ import annotations
+
+import _socket
+import os
+import resource
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from brokers import module_stack, stack
+from calling import Calling
+from forking import in_child, start, wait_for
+
+from pcsc_safe import scard as safe
+from pcsc_safe._core import router
+from pcsc_safe.broker import served, server, watch, wire
+from pcsc_safe.broker import start as starting
+from pcsc_safe.testing import VirtualPcsc
+
+__all__ = ["module_stack", "stack"]
+
+pytestmark = pytest.mark.native  # the child is the broker
+
+OK = safe.SCARD_S_SUCCESS
+KEY, OTHER_KEY = bytes(16), bytes(range(16))
+
+
+def in_broker(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function(server, door, *arguments)`` in a child; the door is the end that clients have."""
+
+    def child() -> Any:
+        theirs, ours = _socket.socketpair()
+        return function(server.Server(ours), theirs, *arguments)
+
+    return in_child(child)
+
+
+def connection(of: server.Server) -> served.Connection:
+    """Return a connection whose client has sent its greeting, and has ended."""
+    ours, theirs = _socket.socketpair()
+    theirs.send(wire.encode(wire.Hello(wire.VERSION, KEY)))
+    theirs.close()
+    return served.Connection(of, ours)
+
+
+def test_it_survives_its_descriptor_limit(stack: VirtualPcsc) -> None:
+    """A connection for which no descriptor is free is not served; the next one is."""
+
+    def passes(door: Any) -> None:
+        ours, theirs = _socket.socketpair()
+        rights = struct.pack("i", theirs.fileno())
+        door.sendmsg([starting.FOR_FAMILY], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+        theirs.close()
+        ours.detach()
+
+    def child(broker: server.Server, door: Any) -> Any:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        passes(door)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        at_limit = broker._accept(), len(broker._connections)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        passes(door)
+        return at_limit, (broker._accept(), len(broker._connections))
+
+    assert in_broker(child) == ((True, 0), (True, 1))
+
+
+def test_a_process_that_has_ended_when_no_thread_can_be_started(
+    stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that finds out removes the client itself, and blocks nobody."""
+    dead = start(os.getpid)
+    pid = wait_for(dead)
+
+    def starts_none(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def child(broker: server.Server, door: Any) -> Any:
+        monkeypatch.setattr(watch, "peer_pid", lambda connection: pid)
+        monkeypatch.setattr(server, "start_new_thread", starts_none)
+        first, second = connection(broker), connection(broker)
+        broker.welcome(KEY, first)
+        return Calling(broker.welcome, KEY, second).answer().has_ended, len(broker._clients)
+
+    assert in_broker(child) == (True, 0)
+
+
+def test_a_client_that_ends_before_it_is_welcome(stack: VirtualPcsc) -> None:
+    """The broker doesn't keep it, although the end of its connection is noticed before its greeting is read."""
+
+    def child(broker: server.Server, door: Any) -> Any:
+        only = connection(broker)
+        broker._clean_up(only)
+        only.run()
+        return len(broker._clients)
+
+    assert in_broker(child) == 0
+
+
+@pytest.mark.not_on_macos("a forked process can't establish a context there")
+@pytest.mark.parametrize("keeps", [True, False])
+def test_what_is_given_to_the_dead(stack: VirtualPcsc, keeps: bool) -> None:
+    """A client that has ended gets no session: the session ends, unless the giver keeps it, too."""
+
+    def child(broker: server.Server, door: Any) -> Any:
+        giver = broker.welcome(KEY, connection(broker))
+        taker = broker.welcome(OTHER_KEY, connection(broker))
+        _, context = served._establish(giver, safe.SCARD_SCOPE_SYSTEM, os.environ.get(starting.SOCKET_NAME))
+        taker.release()
+        broker.give(taker, KEY, (int(context),), keeps)
+        return [*taker.handles], router.public["SCardIsValidContext"](context)
+
+    assert in_broker(child) == ([], OK if keeps else safe.SCARD_E_INVALID_HANDLE)
