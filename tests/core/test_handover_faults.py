@@ -24,6 +24,7 @@ from interrupts import Alarm, before_3_10, raise_alarm
 
 import pcsc_safe
 from pcsc_safe import scard as safe
+from pcsc_safe._core import transfer
 from pcsc_safe.errors import HandoverError
 from pcsc_safe.testing import VirtualPcsc
 
@@ -201,6 +202,40 @@ def swept(through: str, moments: str) -> None:
     del heap
     print(json.dumps([wrong, given, alarms]), flush=True)
     os._exit(0)
+
+
+@before_3_10
+def test_a_signal_at_the_end_of_a_block(stack: VirtualPcsc) -> None:
+    """A handler that raises while a block ends opens the gate all the same: other threads' calls go on."""
+
+    class Interrupted(dict[int, Any]):
+        def pop(self, *arguments: Any) -> Any:
+            if signals:
+                os.kill(os.getpid(), signals.pop())
+            return super().pop(*arguments)
+
+    def parent() -> Any:
+        signal.signal(signal.SIGUSR1, raise_alarm)
+        context = establish()
+        transfer.blocks = Interrupted()
+        with contextlib.suppress(Alarm), pcsc_safe.handover():
+            pass
+        return signals, dict(transfer.blocks), Calling(safe.SCardListReaders, context, []).answer()[0]
+
+    signals = [signal.SIGUSR1]
+    assert in_child(parent) == ([], {}, OK)
+
+
+def test_a_block_that_another_thread_ends(stack: VirtualPcsc) -> None:
+    """A block that ends in another thread than it began in, as a generator's can, opens the gate."""
+
+    def parent() -> Any:
+        context, block = establish(), pcsc_safe.handover()
+        block.__enter__()
+        Calling(block.__exit__, None, None, None).answer()
+        return Calling(safe.SCardListReaders, context, []).answer()[0]
+
+    assert in_child(parent) == OK
 
 
 # 3. Other faults.
