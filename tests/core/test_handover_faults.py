@@ -238,6 +238,50 @@ def test_a_block_that_another_thread_ends(stack: VirtualPcsc) -> None:
     assert in_child(parent) == OK
 
 
+@pytest.mark.parametrize("through", [NATIVE, "broker"])
+def test_a_signal_in_the_childs_hook(stack: VirtualPcsc, through: str) -> None:
+    """Whichever line of the child's hook a handler raises in, the child has the session, and its parent has not."""
+
+    def parent() -> Any:
+        sys.unraisablehook = lambda unraisable: None
+        wrong, line, left = list[Any](), 0, -1
+        while left < 0:
+            session, raises = opened(through, policy="raise"), RaisesInHook(line)
+            sys.settrace(raises)
+            child = start(lambda: (raises.left, has(session)), fork=handing_over)  # noqa: B023  # called immediately
+            sys.settrace(None)
+            left, given = wait_for(child)
+            if (given, has(session)) != (True, False):
+                wrong.append(line)
+            line += 1
+            until(lambda: is_free(session.reader), "the child is gone")  # noqa: B023  # called immediately
+        return wrong, line > 20
+
+    assert in_child(parent) == ([], True)
+
+
+class RaisesInHook:
+    """Trace function that raises at the start of a line of the hook that a forked child runs, or of what it calls."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self._hook: Any = None
+
+    def __call__(self, frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code.co_name == "_hook_in_child" and event == "call":
+            self._hook = frame
+        if self._hook is None or frame.f_code.co_name in ("replace_guarded", "replace_with_dead", "<listcomp>"):
+            return None  # they have more to do each time
+        if event == "return" and frame is self._hook:
+            self._hook = None
+            sys.settrace(None)
+        elif event == "line":
+            self.left -= 1
+            if self.left == -1:
+                raise Alarm
+        return self
+
+
 # 3. Other faults.
 
 
