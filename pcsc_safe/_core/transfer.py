@@ -148,7 +148,7 @@ def _plan_before_fork() -> None:
         handles.mark_gateway_lost(lost.gateway)
         _note_failure(plan, "the broker has ended, and its sessions with it", "establish new contexts")
     except BaseException as error:
-        ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
+        ours = isinstance(error, (PcscSafeError, OSError)) and failures.is_ours(error)
         if not plan.is_complete:
             _note_failure(plan, str(error) if ours else "a signal handler raised an exception")
         if not ours:  # the process forks anyway

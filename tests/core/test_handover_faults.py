@@ -6,6 +6,7 @@ Afterwards exactly one process has the session.  If anything failed before the f
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -236,6 +237,32 @@ def test_a_block_that_another_thread_ends(stack: VirtualPcsc) -> None:
         return Calling(safe.SCardListReaders, context, []).answer()[0]
 
     assert in_child(parent) == OK
+
+
+def test_a_signal_that_raises_a_system_error(stack: VirtualPcsc) -> None:
+    """An OSError of a handler that runs in the parent's hook is raised after the fork, and prevents the handover."""
+
+    def time_out(*_: Any) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "the application's")
+
+    def parent() -> Any:
+        def interrupted(plan: Any) -> None:
+            transfer._choose = choose
+            os.kill(os.getpid(), signal.SIGUSR1)
+            choose(plan)
+
+        def fork_and_wait() -> None:
+            os.waitpid(fork() or os._exit(0), 0)
+            until(lambda: False, "the exception has come")
+
+        session = opened(owner="child", policy="raise")
+        signal.signal(signal.SIGUSR1, time_out)
+        choose, transfer._choose = transfer._choose, interrupted
+        with pytest.raises(TimeoutError, match="the application's"):
+            fork_and_wait()
+        return has(session)
+
+    assert in_child(parent)
 
 
 @pytest.mark.parametrize("through", [NATIVE, "broker"])
