@@ -17,8 +17,9 @@ import time
 from typing import Any
 
 import pytest
-from brokers import ENOUGH, Client, Link, broker, held_card, module_stack, stack, until
+from brokers import ENOUGH, Client, Link, broker, held_card, module_stack, stack, until, watched
 from calling import HELD, Calling, establish, state_of, stays
+from conftest import Session
 from forking import fork, in_child, in_program, start, wait_for
 from handovers import BROKER, NATIVE, NOTHING, OK, handing_over, has, is_free, opened, through_both
 from interrupts import Alarm, before_3_10, raise_alarm
@@ -348,3 +349,22 @@ def test_nothing_can_be_given(stack: VirtualPcsc, through: str, fault: str) -> N
     else:
         (told, child), (told_too, here), next_one = in_child(parent)
         assert (told, "Too many open files" in told[0], child, here, next_one) == (told_too, True, False, True, True)
+
+
+def test_the_broker_of_the_family_has_ended(stack: VirtualPcsc) -> None:
+    """A child of a family whose broker has ended can enter and leave a block, and then uses a broker of its own."""
+
+    def child(session: Session, pid: int) -> Any:
+        with watched(pid) as watch:
+            os.kill(pid, signal.SIGKILL)
+            assert watch.ends(ENOUGH)
+        with pcsc_safe.handover():
+            pass
+        return safe.SCardListReaders(session.context, [])[0]
+
+    def parent() -> Any:
+        pcsc_safe.configure(broker="always")
+        session = Session()
+        return in_child(child, session, broker())
+
+    assert in_child(parent) == OK
