@@ -145,8 +145,8 @@ def _leave(ident: int, outer: tuple[transfer.Block, ...]) -> None:
 
 
 def _owned(handle: Any) -> Context:
-    record = handles.find(Kind.CONTEXT, handle)
-    if not isinstance(record, Context) or record.released or record.owner is not process.current():
+    record, here = handles.find(Kind.CONTEXT, handle), process.current()
+    if not isinstance(record, Context) or record.released or record.owner is not here:
         raise HandoverError(
             f"process {os.getpid()} doesn't own this context: it is released, inherited, or not a context",
             remedy="pass contexts that SCardEstablishContext returned in this process, or no argument, which hands "

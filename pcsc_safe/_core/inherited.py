@@ -154,7 +154,9 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
             return False
         handles.update(context, former_owner, gateway=broker)
         for card in cards:
-            handles.update(card, card.owner, transactions=0, owner=here)
+            session = card.session.taken_over(False)
+            if not handles.update(card, card.owner, transactions=0, session=session, owner=here):
+                session.end()
         if handles.update(context, former_owner, owner=here):
             observer.record("got", context=context.key, how="share")
         return True

@@ -342,8 +342,8 @@ def _make_disposition_route(call: Call) -> Callable[..., Any]:
         *most, wanted = arguments
         if wanted == LEAVE_CARD:
             return direct(handle, *most, wanted)
-        card = handles.find(Kind.CARD, handle)
-        if isinstance(card, Card) and isinstance(wanted, int) and card.owner is process.current():
+        card, here = handles.find(Kind.CARD, handle), process.current()  # first: it may be what makes the card ours
+        if isinstance(card, Card) and isinstance(wanted, int) and card.owner is here:
             wanted = sparing.disposition(call.name, card, wanted)
             if wanted != LEAVE_CARD:
                 card.session.end()  # before the call: from now on no other process may continue the session

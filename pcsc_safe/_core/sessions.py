@@ -133,14 +133,18 @@ class Session:
     def end(self) -> None:
         """Note that this process no longer has it; does nothing in a process that never had it."""
         self.is_open = False
-        self._unlock(_CONNECTED, _IN_TRANSACTION)
+        self._unlock(_CONNECTED, _IN_TRANSACTION, _CONTINUED)
         for other in self._predecessors():
             mine = _continued.get(other._number, {})
             if mine.pop(self, self) is None and not mine:
                 other._unlock(_CONTINUED)
 
+    def share(self) -> None:
+        """In the process that has it, before a fork: show the child, which gets it too, that this process uses it."""
+        self._lock(_CONTINUED, shared_lock=True)  # an exclusive session has no other lock
+
     def taken_over(self, in_transaction: bool) -> Session:
-        """In a child that it was handed over to: the session, as this process's own."""
+        """In a child that it was handed over to, or that shares it: the session, as this process's own."""
         session = Session(shared=self.is_shared, events=self.events, continued_from=self)
         if in_transaction:
             session.set_in_transaction(True)

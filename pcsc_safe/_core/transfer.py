@@ -237,6 +237,9 @@ def _reserve(plan: Plan) -> Optional[str]:
     handles.given.update(dict.fromkeys(plan.in_broker, threading.get_ident()))
     if broker is not None and (plan.in_broker or plan.shared):
         plan.inherited_connection = broker.prepare_child(_real_handles(plan.in_broker), _real_handles(plan.shared))
+    for context in plan.shared:
+        for card in list(context.cards.values()):
+            card.session.share()
     plan.start_signal = _socket.socketpair()
     if not process.sentinel[0] or any(context.owner is not here for context in plan.handed_over()):
         return "a signal handler has forked"
@@ -396,5 +399,5 @@ def _take_possession(epoch: process.Epoch) -> None:
         for card in list(context.cards.values()):
             if context in plan.shared:
                 card.transactions = 0  # what is open is its parent's
-            elif card.owner is epoch:
+            if card.owner is epoch:
                 card.session = card.session.taken_over(card.transactions > 0)
