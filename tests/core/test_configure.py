@@ -34,15 +34,18 @@ def test_a_block_puts_back_what_it_changed() -> None:
 
 def test_a_block_that_cannot_put_back_what_it_changed() -> None:
     """The end of a block raises an error if the former settings contradict what was changed in the block."""
-    process_settings.replace(Settings())
 
     def in_block() -> None:
         with configure(broker="always"):
             configure(policy="share")
 
-    with pytest.raises(SettingsError, match="policy cannot be 'share' while broker is 'on-fork'"):
-        in_block()
-    assert (settings().policy, settings().broker) == (Policy.SHARE, Broker.ALWAYS)
+    def child() -> Any:
+        process_settings.replace(Settings())
+        with pytest.raises(SettingsError, match="policy cannot be 'share' while broker is 'on-fork'"):
+            in_block()
+        return settings().policy, settings().broker
+
+    assert in_child(child) == (Policy.SHARE, Broker.ALWAYS)
 
 
 def test_two_threads_begin(monkeypatch: pytest.MonkeyPatch) -> None:
