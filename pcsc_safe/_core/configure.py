@@ -30,7 +30,10 @@ __all__ = ["Configured", "configure"]
 
 
 class Configured(Settings):
-    """The settings in force after :func:`configure`; as a context manager, it restores what that call has changed."""
+    """The settings in force after :func:`configure`; as a context manager, it restores what that call has changed.
+
+    It raises SettingsError, and changes nothing, if this contradicts what other calls have changed since.
+    """
 
     _restore: Callable[[], None]
 
@@ -55,7 +58,7 @@ if not TYPE_CHECKING:
         _check_share(changed)
         settings.replace(changed)
         before = {name: getattr(former, name) for name in given}
-        return _configured(changed, lambda: settings.replace(settings.settings()._replace(**before)))
+        return _configured(changed, lambda: settings.replace(settings.settings()._replace(**before).checked()))
 
     _rows = [f"{name}: {row.summary}" for name, row in SETTINGS.items()]
     configure.__doc__ = "\n    ".join(["Change settings of this process, or of one context.\n", *_rows])

@@ -360,8 +360,8 @@ def _make_disposition_route(call: Call) -> Callable[..., Any]:
         *most, wanted = arguments
         if wanted == LEAVE_CARD:
             return direct(handle, *most, wanted)
-        card = handles.find(Kind.CARD, handle)
-        if not isinstance(card, Card) or not isinstance(wanted, int) or card.owner is not process.current():
+        card, here = handles.find(Kind.CARD, handle), process.current()  # first: it may be what makes the card ours
+        if not isinstance(card, Card) or not isinstance(wanted, int) or card.owner is not here:
             return direct(handle, *most, wanted)
         wanted, session = sparing.disposition(call.name, card, wanted), card.session
         if wanted == LEAVE_CARD or not session.is_open:

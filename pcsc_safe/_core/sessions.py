@@ -14,7 +14,6 @@ ended.  A child closes nothing here: at a fork nothing changes.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 from collections.abc import Iterator
@@ -46,7 +45,7 @@ def prepare() -> None:
 
     _fcntl, _layout = fcntl, _LinuxLayout if hasattr(fcntl, "F_NOTIFY") else _BsdLayout
     if _file is None or not _file.is_intact():
-        with contextlib.suppress(OSError):  # also what tempfile raises
+        with failures.suppress(OSError):  # also what tempfile raises
             _file = descriptors.of(_empty_file())
 
 
@@ -108,14 +107,14 @@ class Session:
     :ivar is_open: whether this process has it.
     """
 
-    __slots__ = ("_number", "continued_from", "events", "is_open", "is_shared", "pcscd")
+    __slots__ = ("_is_given", "_number", "continued_from", "events", "is_open", "is_shared", "pcscd")
 
     def __init__(self, *, shared: bool, events: Optional[int] = None, continued_from: Optional[Session] = None) -> None:
         self._number = int.from_bytes(os.urandom(8), "big") % _LARGEST * 4
         self.pcscd = os.environ.get("PCSCLITE_CSOCK_NAME")  # libpcsclite looks at it each time
         self.events = events
         self.continued_from = continued_from
-        self.is_open, self.is_shared = True, shared
+        self.is_open, self.is_shared, self._is_given = True, shared, False
         if descriptor() is None:
             prepare()
         self.begin()
@@ -127,6 +126,8 @@ class Session:
             self._lock(_IN_TRANSACTION)
         if self.is_shared:
             self._lock(_CONNECTED)
+        if self._is_given:
+            self.share()
         for other in self._predecessors():
             _continued.setdefault(other._number, {})[self] = None
             other._lock(_CONTINUED, shared_lock=True)
@@ -141,14 +142,19 @@ class Session:
     def end(self) -> None:
         """Note that this process no longer has it; does nothing in a process that never had it."""
         self.is_open = False
-        self._unlock(_CONNECTED, _IN_TRANSACTION)
+        self._unlock(_CONNECTED, _IN_TRANSACTION, _CONTINUED)
         for other in self._predecessors():
             mine = _continued.get(other._number, {})
             if mine.pop(self, self) is None and not mine:
                 other._unlock(_CONTINUED)
 
+    def share(self) -> None:
+        """In the process that has it, before a fork: show the child, which gets it too, that this process uses it."""
+        self._is_given = True
+        self._lock(_CONTINUED, shared_lock=True)  # an exclusive session has no other lock
+
     def taken_over(self, in_transaction: bool) -> Session:
-        """In a child that it was handed over to: the session, as this process's own."""
+        """In a child that it was handed over to, or that shares it: the session, as this process's own."""
         session = Session(shared=self.is_shared, events=self.events, continued_from=self)
         if in_transaction:
             session.set_in_transaction(True)

@@ -30,14 +30,16 @@ _has_warned = False
 
 
 def _read_environment() -> Settings:
-    global _has_warned
+    global _has_warned, _settings
     found = from_environment()
     if not _has_warned:
         _has_warned = True
         unknown = misspelt()
         if unknown:
             _warn_of(unknown)
-    return replace(found)
+    if _settings is None:  # another thread may have set it: from this look to the next line no other thread runs
+        _settings = found
+    return _tell_listeners()
 
 
 def _warn_of(unknown: Mapping[str, str]) -> None:
@@ -74,6 +76,11 @@ def replace(new: Settings) -> Settings:
     """Replace the settings of this process."""
     global _settings
     _settings = new
+    return _tell_listeners()
+
+
+def _tell_listeners() -> Settings:
+    assert _settings is not None
     for listener in _listeners:
-        listener(new)
-    return new
+        listener(_settings)
+    return _settings

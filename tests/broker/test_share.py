@@ -50,6 +50,7 @@ from macos import OnMacos
 
 import pcsc_safe
 from pcsc_safe import scard as safe
+from pcsc_safe._core.calls import ByDefault
 from pcsc_safe.errors import SettingsError
 from pcsc_safe.testing import VirtualPcsc
 
@@ -151,6 +152,30 @@ def test_the_last_holder_ends_the_session(
         after = card.resets - before[0], card.power_offs - before[1], card.verified
         assert after[0] == resets
         assert share_mode == EXCLUSIVE or after == (resets, power_offs, not (resets or power_offs))
+
+
+@pytest.mark.parametrize("mode", [SHARED, EXCLUSIVE])
+def test_a_default_reset_spares_the_card(stack: VirtualPcsc, mode: int) -> None:
+    """A default reset of pyscard in one process leaves alone the card that another process uses in the same session."""
+
+    def head() -> Any:
+        session = Session(mode)
+
+        def reset() -> Any:
+            safe.SCardReconnect(session.card, mode, T1, ByDefault(safe.SCARD_RESET_CARD))
+            return session.transmit(IS_VERIFIED)
+
+        def child(link: Link) -> None:
+            link.say(reset())
+            link.hear()
+
+        with Client(child) as other:
+            answers = [other.hear(), reset()]
+            other.say("both have reset")
+            other.result()
+        return [*answers, reset()]
+
+    assert in_child(sharing(head)) == [VERIFIED, VERIFIED, [OK, [0, 0x90, 0x00]]]
 
 
 def test_what_comes_after_the_fork_is_of_one_alone(stack: VirtualPcsc) -> None:

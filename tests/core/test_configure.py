@@ -7,12 +7,15 @@ import re
 from typing import Any
 
 import pytest
+from calling import Calling
 from conftest import ECHO, Session
 from forking import in_child
 
 import pcsc_safe
 from pcsc_safe import Broker, Cards, Policy, SettingsError, configure, settings
 from pcsc_safe import scard as safe
+from pcsc_safe._core import settings as process_settings
+from pcsc_safe.policy import Settings
 
 
 def test_a_block_puts_back_what_it_changed() -> None:
@@ -27,6 +30,34 @@ def test_a_block_puts_back_what_it_changed() -> None:
         assert settings().policy is Policy.RAISE
         raise ZeroDivisionError
     assert (settings().policy, settings().cards, settings().quiesce_timeout) == (Policy.AUTO, Cards.RESET, 5.0)
+
+
+def test_a_block_that_cannot_put_back_what_it_changed() -> None:
+    """The end of a block raises an error if the former settings contradict what was changed in the block."""
+
+    def in_block() -> None:
+        with configure(broker="always"):
+            configure(policy="share")
+
+    def child() -> Any:
+        process_settings.replace(Settings())
+        with pytest.raises(SettingsError, match="policy cannot be 'share' while broker is 'on-fork'"):
+            in_block()
+        return settings().policy, settings().broker
+
+    assert in_child(child) == (Policy.SHARE, Broker.ALWAYS)
+
+
+def test_two_threads_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that reads the environment for the first time doesn't undo what another thread configures."""
+
+    def slowly() -> Settings:
+        monkeypatch.setattr(process_settings, "from_environment", Settings)
+        Calling(lambda: configure(policy="raise")).answer()
+        return Settings()
+
+    monkeypatch.setattr(process_settings, "from_environment", slowly)
+    assert settings().policy is settings().policy is Policy.RAISE
 
 
 def test_a_call_without_a_block_stays() -> None:

@@ -17,7 +17,6 @@ WITH_A_REASON = {
     "_core.descriptors.replace_with_dead": "in a hook, where it must not keep the rest from being done",
     "_core.log._write": "print() runs whatever the application has put in the place of sys.stderr",
     "_core.reconnecting.reconnecting": "it raises what it doesn't know",
-    "_core.sessions.prepare": "tempfile's own errors, once in a process",
     "_core.transfer._child_has_started": "a BlockingIOError ends a wait that is asked for again",
     "_native.interruptible.attempt": "on the way out of a handler's exception",
     "broker.start._path_of": "importlib's own errors, when a broker is started",
