@@ -13,7 +13,26 @@ from ..policy import Role
 from .descriptors import Descriptor
 from .process import Epoch
 
-__all__ = ["CALLS", "NO_HANDLE", "STALE", "ByDefault", "Call", "Gateway", "Keep", "KeepCard", "Kind", "LostError"]
+__all__ = [
+    "CALLS",
+    "NO_HANDLE",
+    "STALE",
+    "TRANSACTIONS_BEGUN",
+    "ByDefault",
+    "Call",
+    "FollowUp",
+    "Gateway",
+    "Keep",
+    "KeepCard",
+    "Kind",
+    "LostError",
+]
+
+TRANSACTIONS_BEGUN = {"SCardBeginTransaction": 1, "SCardEndTransaction": -1}
+"""By how many a successful call changes the number of the card's open transactions."""
+
+FollowUp = Callable[[Any, "tuple[Any, ...]", Any], Any]
+"""What follows a call, and updates the record; takes the record, the arguments after the handle, and the result."""
 
 
 class Kind(enum.Enum):

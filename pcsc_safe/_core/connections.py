@@ -168,23 +168,15 @@ def connections() -> list[Descriptor]:
 
 
 def open_numbers() -> set[str]:
-    """The open descriptors, by their names; without the one that is used to list them."""
-    if sys.platform == "win32" or not ARE_INHERITED:
+    """The open descriptors, by their names; also the one with which they were listed."""
+    if not ARE_INHERITED:
         return set()
     try:
-        listing = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
+        return set(os.listdir(_FDS))
     except OSError as error:  # no /proc, or no descriptor left to read it with
         if not is_ours(error):
             raise
         return _possible_numbers()
-    try:
-        return set(os.listdir(listing)) - {str(listing)}  # which takes another one
-    except OSError as error:
-        if not is_ours(error):
-            raise
-        return _possible_numbers()
-    finally:
-        os.close(listing)
 
 
 def _possible_numbers() -> set[str]:

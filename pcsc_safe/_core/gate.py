@@ -63,7 +63,8 @@ def wait_until_open(ident: int) -> bool:
     :return: whether the gate may be passed although it is closed: by the thread that closed it, or by anybody.
     """
     while in_flight.closers and ident not in in_flight.closers:
-        if all(until < monotonic() for until in list(in_flight.closers.values())):
+        ends = list(in_flight.closers.values())  # may just have become empty
+        if ends and max(ends) < monotonic():
             return True
         sleep(_PAUSE)
     return ident in in_flight.closers

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
-from .calls import Call, Gateway
+from .calls import Call, FollowUp, Gateway
 
 __all__ = ["BrokerGateway", "Brokers", "InheritedConnection", "NativeGateway", "brokers", "compose", "native"]
 
@@ -30,9 +30,11 @@ if TYPE_CHECKING:  # as in in_flight
         def prepare(self) -> None:
             """Import what it requires, so that a child need not import anything."""
 
-        def caller(self, call: Call) -> Callable[[Any, tuple[Any, ...]], Any]:
+        def caller(self, call: Call, follow_up: Optional[FollowUp] = None) -> Callable[[Any, tuple[Any, ...]], Any]:
             """The function that makes a call on a record that this process owns.
 
+            :param follow_up: is called after a call on a card, also if a signal handler raises when the call has been
+                made, and then perhaps twice.  The open transactions have been counted before.
             :return: takes the record and the arguments after the handle; returns pyscard's result, or ``calls.STALE``.
             """
 

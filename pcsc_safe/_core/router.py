@@ -29,7 +29,7 @@ from . import (
     sessions,
     sparing,
 )
-from .calls import CALLS, NO_HANDLE, STALE, Call, Gateway, Kind, LostError
+from .calls import CALLS, NO_HANDLE, STALE, TRANSACTIONS_BEGUN, Call, Gateway, Kind, LostError
 from .failures import is_ours
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
@@ -40,7 +40,7 @@ from .settings import settings, when_changed
 __all__ = ["public"]
 
 
-# What follows a native call: keeps the records as PC/SC keeps its handles.
+# What follows a native call: keeps the records as PC/SC keeps its handles.  The second time, it changes nothing more.
 
 
 def _after_release_context(context: Record, arguments: tuple[Any, ...], result: Any) -> Any:
@@ -70,15 +70,15 @@ def _after_reconnect(card: Record, arguments: tuple[Any, ...], result: Any) -> A
 
 def _after_begin_transaction(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     if result == SUCCESS and isinstance(card, Card):
-        card.transactions += 1
-        card.session.set_in_transaction(True)
+        card.session.set_in_transaction(card.transactions > 0)
     return result
 
 
 def _after_end_transaction(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
     if isinstance(card, Card) and result not in _REFUSED_CODES:
         # Any other failure means that the transaction has ended with the session, the card or pcscd.
-        card.transactions = max(0, card.transactions - 1) if result == SUCCESS else 0
+        if result != SUCCESS:
+            card.transactions = 0
         if result == SUCCESS and not card.session.is_open:  # the card was reset
             card.session = reestablish.new_session(card.context, card.reader, card.share_mode)
         card.session.set_in_transaction(card.transactions > 0)
@@ -209,7 +209,12 @@ def _make_route(call: Call) -> Callable[..., Any]:
 
 def _caller(call: Call) -> _Native:
     """The function that makes a call on a record of this process in its native library."""
-    return _connect_natively if call.name == "SCardConnect" else gateways.native.caller(call)
+    return _connect_natively if call.name == "SCardConnect" else gateways.native.caller(call, _noted(call))
+
+
+def _noted(call: Call) -> Optional[_FollowUp]:
+    """What follows a call on a card that changes its record, and must follow even if a signal handler raises."""
+    return _RECORDED_FOLLOW_UPS[call.name] if call.takes is Kind.CARD and call.name in _FOLLOW_UPS else None
 
 
 def _connect_natively(context: Any, arguments: tuple[Any, ...]) -> Any:
@@ -242,7 +247,8 @@ def _make_direct_route(call: Call, registry: dict[Any, Any], make: _Native) -> C
     :param registry: the records of the handles that the function takes.
     :param make: makes the call in this process's native library.
     """
-    after, discloses, is_bare = _RECORDED_FOLLOW_UPS[call.name], call.discloses, call.failed is None
+    after = _RECORDED_FOLLOW_UPS[call.name] if _noted(call) is None else None  # not twice
+    discloses, is_bare = call.discloses, call.failed is None
     sentinel, native = process.sentinel, gateways.native
     repeatable = recovery.REPEATABLE_CODES[call.name]
 
@@ -305,6 +311,8 @@ def _through_broker(
         result = call.failure(recovery.NO_SERVICE, arguments)
     if is_lost:
         return recovery.repeat(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
+    if hresult == SUCCESS and isinstance(record, Card):
+        record.transactions = max(0, record.transactions + TRANSACTIONS_BEGUN.get(name, 0))
     return after(record, arguments, result) if after else result
 
 

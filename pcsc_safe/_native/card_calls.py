@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import chain as all_of
 from itertools import compress, starmap, takewhile
-from operator import attrgetter, is_, itemgetter, not_
+from operator import add, attrgetter, is_, itemgetter, mul, not_
 from typing import Any, Callable, Optional
 
 from .._core import gate, in_flight, process
-from .._core.calls import STALE
+from .._core.calls import STALE, TRANSACTIONS_BEGUN, FollowUp
 from .._core.in_flight import CHECK_INTERVAL, GIVEN, RELEASED, WOKEN, Entry
 from .._core.library import SUCCESS
-from .._core.one_step import Operation, call_each, is_not_false
+from .._core.one_step import Operation, call_each, consumer, is_not_false
 from .._core.unpatched import get_ident, monotonic
 from .contexts import awaiting_release, discard, native_contexts_of, release_waiting
 from .native_context import NativeContext, wait_while_given
@@ -28,20 +28,58 @@ from .pyscard import raw
 
 __all__ = ["card_call"]
 
-_AfterCall = Callable[[Any, NativeContext], None]
+_Arguments = tuple[Any, ...]
+_Prepare = Callable[[Any, Any, _Arguments], Operation]
+_owner, _native, _state, _here, _transactions = map(attrgetter, ("owner", "native", "state", "here", "transactions"))
 
 
-def card_call(function: str) -> Callable[[Any, tuple[Any, ...]], Any]:
+def card_call(function: str, follow_up: Optional[FollowUp]) -> Callable[[Any, _Arguments], Any]:
     """The function that makes a call on a card that this process owns.
 
     :param function: PC/SC's name.
+    :param follow_up: see :meth:`pcsc_safe._core.gateways.NativeGateway.caller`.
     :return: takes the card's record and the arguments after the handle; returns pyscard's result, or :data:`STALE`.
     """
-    after = _after_disconnect if function == "SCardDisconnect" else None
-    return partial(_call, function, raw[function], after)
+    if follow_up is None:
+        return partial(_call, function, raw[function], None)
+    return partial(_call_and_note, function, raw[function], follow_up)
 
 
-def _call(function: str, native: Any, after: Optional[_AfterCall], card: Any, arguments: tuple[Any, ...]) -> Any:
+def _call_and_note(function: str, native: Any, follow_up: FollowUp, card: Any, arguments: _Arguments) -> Any:
+    """Make a call that changes the card's record; it is changed, too, if a signal handler raises after the call."""
+    made: list[Any] = []
+    note = partial(_note, function, follow_up, card, arguments)
+    try:
+        result = _call(function, native, partial(_noted, function, made), card, arguments)
+        for result in made:
+            note(result)
+        return result
+    except BaseException:
+        for result in made:
+            note(result)  # perhaps again, which changes nothing more
+        raise
+
+
+def _noted(function: str, made: list[Any], native: Any, card: Any, arguments: _Arguments) -> Operation:
+    """The operation that makes a call, adds its result to ``made``, and counts the transactions, which is done once."""
+    call = map(made.extend, (starmap(native, ((card.real, *arguments),)),))
+    begun = map(mul, map(not_, made), (TRANSACTIONS_BEGUN.get(function, 0),))
+    count = map(max, (0,), map(add, map(_transactions, (card,)), begun))
+    return consumer.extend, all_of(call, map(setattr, (card,), ("transactions",), count))
+
+
+def _note(function: str, follow_up: FollowUp, card: Any, arguments: _Arguments, result: Any) -> None:
+    if function == "SCardDisconnect" and result == SUCCESS:
+        card.forget()  # first: another thread that finds the card must find its native context
+        place = card.native
+        if place is not None:
+            discard(place.cards, card.real)
+        native_contexts_of(card.context).release_idle()
+    if not card.released:
+        follow_up(card, arguments, result)
+
+
+def _call(function: str, native: Any, prepare: Optional[_Prepare], card: Any, arguments: _Arguments) -> Any:
     sentinel, closers, may_pass = process.sentinel, in_flight.closers, False
     while True:
         place = card.native
@@ -51,7 +89,7 @@ def _call(function: str, native: Any, after: Optional[_AfterCall], card: Any, ar
             place.yield_to_waiters()
         entry = (function, get_ident(), monotonic(), None)
         steps: list[Any] = []
-        operation = (native, card.real, *arguments)
+        operation = (native, card.real, *arguments) if prepare is None else prepare(native, card, arguments)
         operations = ((place.acquire, False), (place.enter, entry), operation, (place.release,), (place.leave,))
         chain = takewhile(is_not_false, call_each(operations))
         # As in in_flight.attempt().
@@ -73,17 +111,9 @@ def _call(function: str, native: Any, after: Optional[_AfterCall], card: Any, ar
         if results:
             result = results[0]
             break
-    if after is not None and result == SUCCESS:
-        after(card, place)
     if awaiting_release:
         release_waiting()
     return result
-
-
-def _after_disconnect(card: Any, place: NativeContext) -> None:
-    card.forget()  # first: another thread that finds the card must find its native context
-    discard(place.cards, card.real)
-    native_contexts_of(card.context).release_idle()
 
 
 def _call_when_possible(
@@ -104,9 +134,6 @@ def _call_when_possible(
     else:
         return _call_in_turn(card, place, operation, entry, may_pass or ident in in_flight.closers), may_pass
     return [], may_pass
-
-
-_owner, _native, _state, _here = map(attrgetter, ("owner", "native", "state", "here"))
 
 
 def _conditions(card: Any, place: NativeContext, may_pass: bool) -> Iterator[Any]:

@@ -125,15 +125,14 @@ class NativeContexts:
             connected.clear()
             return [hresult, kept, protocol]
         finally:
-            self._finish_connect(connected, chosen)
+            self._finish_connect(owned, connected, chosen)
 
-    def _finish_connect(self, connected: list[Any], chosen: list[NativeContext]) -> None:
+    def _finish_connect(self, owned: Owned, connected: list[Any], chosen: list[NativeContext]) -> None:
         """The end of SCardConnect; disconnects a card that was not recorded because a signal handler raised."""
         for context in chosen:
             if connected and connected[0][0] == SUCCESS:
                 handle = connected[0][1]
-                context.wait_until_free()
-                attempt(context, context, "SCardDisconnect", (raw["SCardDisconnect"], handle, _LEAVE_CARD))
+                _disconnect(owned, context, handle)
                 context.cards[:] = [card for card in context.cards if card != handle]
             context.cards[:] = [card for card in context.cards if card is not connected]
             if not context.cards:
@@ -149,9 +148,10 @@ class NativeContexts:
         for wait in waits:
             wait.cancelled = True
         self._wake(waits)
-        if waits or thread is not None or not self.natives:
+        usable = self.usable()
+        if waits or thread is not None or not usable:
             return SUCCESS
-        return cancel_natively(owned, next(iter(self.natives)).handle)
+        return cancel_natively(owned, usable[0].handle)
 
     def has_spare(self, owned: Owned, context: NativeContext, may_pass: bool) -> bool:
         """Whether there is another native context without a wait; establishes one if necessary."""
@@ -397,16 +397,19 @@ class NativeContexts:
         for context in list(self.natives):
             if not context.handle:
                 context.settle()
-        natives, waits = [context for context in self.natives if context.handle], list(self.waits)
-        for wait in waits:
+        natives = [context for context in list(self.natives) if context.handle]
+        for wait in list(self.waits):
             wait.cancelled = True
         awaiting_release.extend(natives)
         for context in natives:
             context.released = True
             context.cards.clear()
         forget()
-        if waits:
-            self._wake(waits)
+        # Again, because a thread may have begun another one before that.
+        waits = list(self.waits)
+        for wait in waits:
+            wait.cancelled = True
+        self._wake(waits)
         # The others have lost their connections when their waits were ended.
         sound = [context for context in natives if context.state == OPEN]
         results = [result_of(steps) for context in sound if (steps := self._release(context, without_cards=False))]
@@ -416,8 +419,7 @@ class NativeContexts:
     def end_long_calls(self) -> None:
         """End long calls, as the death of the process would; SCardCancel ends waits for events."""
         for context in self.usable():
-            if not any(call[3] for call in list(context.calls)):
-                connections.shut_down(context.descriptor, both_directions=True)
+            context.end_long_call()
 
     def abandon(self) -> None:
         """Release native contexts that a thread has established here after this object was replaced."""
@@ -512,6 +514,18 @@ def native_contexts_of(context: Any) -> NativeContexts:
     """
     real = context.real
     return real if isinstance(real, NativeContexts) else NativeContexts(context.scope)
+
+
+def _disconnect(owned: Owned, context: NativeContext, handle: int) -> None:
+    """Disconnect a card that is not recorded; nothing, where its native context is released or another process's."""
+    call, may_pass = (raw["SCardDisconnect"], handle, _LEAVE_CARD), False
+    while not attempt(context, context, "SCardDisconnect", call, may_pass=may_pass):
+        if owned.owner is not process.current() or context.state in (WOKEN, RELEASED):
+            break
+        if context.state == GIVEN:
+            wait_while_given([context])
+        else:
+            may_pass = gate.wait_for(context, may_pass)
 
 
 def release_waiting() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Callable, Optional
 
 from .._core import connections, gate, process
-from .._core.calls import CALLS, STALE, Call, Keep, Kind
+from .._core.calls import CALLS, STALE, Call, FollowUp, Keep, Kind
 from .._core.descriptors import Descriptor
 from .._core.library import SUCCESS
 from . import pyscard, waits
@@ -76,10 +76,10 @@ class _Native:
         """Import what it requires, so that a child need not import anything."""
         connections.prepare()
 
-    def caller(self, call: Call) -> Callable[[Any, tuple[Any, ...]], Any]:
+    def caller(self, call: Call, follow_up: Optional[FollowUp] = None) -> Callable[[Any, tuple[Any, ...]], Any]:
         """The function that makes a call on a record; see :class:`pcsc_safe._core.gateways.NativeGateway`."""
         if call.takes is Kind.CARD:
-            return card_call(call.name)
+            return card_call(call.name, follow_up)
         special = {"SCardReleaseContext": _release, "SCardCancel": _cancel}
         return special.get(call.name) or _context_call(call.name)
 

@@ -77,12 +77,13 @@ def attempt(
             return call()
         return other.outcome()
     except BaseException:
-        try:
-            # The first call after the exception, so no handler comes before it: somebody does end the native call.
-            start_new_thread(_end, (place, wait))
-        except RuntimeError:
-            _end(place, wait)
-        other.join(_END_TIMEOUT)
+        if other.started and not other.has_ended:  # otherwise the call itself has failed
+            try:
+                # The first call after the exception, so no handler comes before it: somebody does end the native call.
+                start_new_thread(_end, (place, wait))
+            except RuntimeError:
+                _end(place, wait)
+            other.join(_END_TIMEOUT)
         raise
     finally:
         process.locks_to_release.pop(other, None)
@@ -92,29 +93,31 @@ class _OtherThread:
     """A thread that makes one call.
 
     :ivar done: a lock, held until it is over.
+    :ivar started: not empty if it was started.
+    :ivar has_ended: whether the call is over.
     """
 
     def __init__(self, call: Callable[[], list[Any]]) -> None:
         self.done = allocate_lock()
         self.done.acquire()
         self._call = call
-        self._started: list[Any] = []
+        self.started: list[Any] = []
         self._returned: list[list[Any]] = []
         self._raised: list[BaseException] = []
-        self._has_ended = False
+        self.has_ended = False
         self._native_id = 0
 
     def start(self) -> bool:
         """Start; False if no thread can be started: the limit is reached, or the interpreter ends."""
         start = map(start_new_thread, (self._run,), ((),))
         try:
-            self._started.extend(start)
+            self.started.extend(start)
         except RuntimeError as error:
             if not is_ours(error):
                 raise
-            if self._started:
+            if self.started:
                 raise  # a handler has
-        return bool(self._started)
+        return bool(self.started)
 
     def _run(self) -> None:
         try:
@@ -124,7 +127,7 @@ class _OtherThread:
         except BaseException as error:
             self._raised.append(error)
         finally:
-            self._has_ended = True
+            self.has_ended = True
             self.done.release()
 
     def outcome(self) -> list[Any]:
@@ -145,8 +148,8 @@ class _OtherThread:
             sleep(_REMOVAL_INTERVAL)
 
     def join(self, seconds: float) -> None:
-        """Wait until it has ended, if it was started."""
-        if self._started and not self._has_ended:
+        """Wait until it has ended."""
+        if not self.has_ended:
             self.done.acquire(True, seconds)
 
 

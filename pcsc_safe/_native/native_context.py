@@ -135,6 +135,16 @@ class NativeContext(Place):
         finally:
             self.wakers.pop(key, None)
 
+    def end_long_call(self) -> None:
+        """End the call that is here, unless it is a wait for events, by shutting the connection down."""
+        key = object()
+        try:
+            self.wakers[key] = None  # as in wake()
+            if not any(call[3] for call in list(self.calls)):
+                connections.shut_down(self.descriptor, both_directions=True)
+        finally:
+            self.wakers.pop(key, None)
+
     def is_dead(self) -> bool:
         """Whether pcscd has closed the connection."""
         # Checked before and after, because a release closes the connection, too.

@@ -168,7 +168,7 @@ def _after_end(after: Optional[_FollowUp]) -> _FollowUp:
     def ended(card: Any, arguments: tuple[Any, ...], result: Any) -> Any:
         was_in = card.transactions
         note(card, arguments, result)
-        if was_in and not card.transactions:
+        if (was_in or result == SUCCESS) and not card.transactions:  # it may have been counted before
             transactions.end(card.key, monotonic())
         return result
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import ECHO, Session
 from forking import fork, in_child, in_program
-from interrupts import Alarm, raise_alarm
+from interrupts import Alarm, before_3_10, raise_alarm
 from own_descriptors import descriptors, is_dead
 
 from pcsc_safe import scard as safe
@@ -50,6 +50,29 @@ def test_a_look_closes_nothing(session: Session) -> None:
         connections._call_on_socket(number, raise_alarm)
     gc.collect()
     assert session.transmit(ECHO)[0] == OK
+
+
+def looks() -> None:
+    """Program: alarms while it looks at its descriptors; print how many came and how many descriptors are left."""
+    signal.signal(signal.SIGALRM, raise_alarm)
+    before, alarms = len(os.listdir("/proc/self/fd")), 0
+    for number in range(1000):
+        with contextlib.suppress(Alarm):
+            try:
+                alarms += 1
+                signal.setitimer(signal.ITIMER_REAL, 0.000003 + number % 50 * 0.000001)
+                connections.open_numbers(), connections.open_numbers()
+                alarms -= 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    print(json.dumps([alarms > 10, len(os.listdir("/proc/self/fd")) - before]))
+
+
+@before_3_10
+def test_a_look_leaves_nothing_open() -> None:
+    """A signal handler that raises while all descriptors are listed leaves none open."""
+    done = in_program(looks)
+    assert (done.stdout, done.returncode) == ("[true, 0]\n", 0), done.stderr
 
 
 def test_the_connection_is_found(session: Session) -> None:

@@ -181,6 +181,19 @@ def test_newcomers_wait_for_the_fork(held: VirtualPcsc) -> None:
     assert hold.waiter.answer()[0] == CANCELLED
 
 
+def test_a_gate_that_opens_now_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the gate opens while a newcomer looks at it, the newcomer doesn't conclude that the fork takes too long."""
+    from pcsc_safe._core import gate, in_flight
+
+    class Opening(dict[int, float]):
+        def values(self) -> Any:
+            self.clear()
+            return super().values()
+
+    monkeypatch.setattr(in_flight, "closers", Opening({0: time.monotonic() + ENOUGH}))
+    assert not gate.wait_until_open(1)
+
+
 def test_a_cancel_during_the_fork_arrives_once(held: VirtualPcsc) -> None:
     """An SCardCancel during a fork ends the interrupted wait, after the fork, and no later one."""
     hold = Hold(held)

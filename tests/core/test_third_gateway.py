@@ -33,9 +33,9 @@ class Recording:
         self.seen.append("SCardConnect")
         return self.inner.connect(context, arguments, keep)
 
-    def caller(self, call: Any) -> Callable[..., Any]:
+    def caller(self, call: Any, *more: Any) -> Callable[..., Any]:
         """Return the native gateway's caller, or one that returns the fault."""
-        make = self.inner.caller(call)
+        make = self.inner.caller(call, *more)
 
         def called(record: Any, arguments: tuple[Any, ...]) -> Any:
             self.seen.append(call.name)

@@ -37,9 +37,10 @@ LEAVE, PRESENT = safe.SCARD_LEAVE_CARD, safe.SCARD_STATE_PRESENT
 RIGHT = [OK, [1, 2, 3, 0x90, 0x00]]
 
 
-def told(program: Callable[..., Any], *arguments: str, readers: int = 2, timeout: float = 60) -> Any:
+def told(program: Callable[..., Any], *arguments: str, cards: Any = None, timeout: float = 60) -> Any:
     """Return what a program of this module printed as JSON, on its own stack."""
-    with VirtualPcsc(readers, [EchoCard() for _ in range(readers)], activate=False) as stack:
+    cards = cards or [EchoCard(), EchoCard()]
+    with VirtualPcsc(len(cards), cards, activate=False) as stack:
         done = in_program(program, *arguments, env={**os.environ, **stack.env}, timeout=timeout)
         assert done.returncode == 0, done.stderr
         stack.wait_for_clients(0)
@@ -256,6 +257,8 @@ def held() -> dict[str, Any]:
 
 def interrupted(how_many: str, where: str) -> None:
     """Program: alarms at random moments in every function of the table; then print what is held and what works."""
+    from pcsc_safe._core import handles
+
     wanted = int(how_many)
     if where == "broker":
         pcsc_safe.configure(broker="always")
@@ -308,17 +311,19 @@ def interrupted(how_many: str, where: str) -> None:
             alarms += 1
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+    noted = handles.cards[card].transactions
+    if where != "broker":
+        assert [safe.SCardEndTransaction(card, LEAVE) for _ in range(noted)] == [OK] * noted
     for _ in range(100):
         if safe.SCardEndTransaction(card, LEAVE) != OK:
             break
+        assert where == "broker"
     works = [Calling(call, *arguments).answer()[0] for call, *arguments in (
         (safe.SCardListReaders, context, []), (transmit, card), (safe.SCardStatus, card),
     )]  # fmt: skip
     answers = None
     if waiter is not None:
         answers = [waiter.is_alive(), safe.SCardCancel(context), waiter.answer()[0]]
-    from pcsc_safe._core import handles
-
     for handle, record in list(handles.cards.items()):
         if record.reader == readers[1]:
             safe.SCardDisconnect(handle, LEAVE)
@@ -344,6 +349,95 @@ def test_handlers_that_raise(where: str, alarms: int) -> None:
 
 
 # 3. Handlers, finalizers and other threads' exceptions that use PC/SC, or wait for a thread that does.
+
+
+class SlowReset(EchoCard):
+    """An EchoCard that takes 0.4 s for a reset, and for INS 03."""
+
+    def power_on(self) -> None:
+        super().power_on()
+        time.sleep(0.4)
+
+    reset = power_on
+
+    def apdu(self, command: bytes) -> bytes:
+        if command[1] == 0x03:
+            time.sleep(0.4)
+        return super().apdu(command)
+
+
+def interrupted_after(function: str, turn: str) -> None:
+    """Program: a signal arrives during a call, and its handler raises when the call has been made."""
+    from pcsc_safe._core import handles
+    from pcsc_safe._native.contexts import native_contexts_of
+
+    signal.signal(signal.SIGALRM, raise_alarm)
+    context = establish()
+    reader = safe.SCardListReaders(context, [])[1][0]
+    card = connect(context, reader)
+    record = handles.cards[card]
+    session = record.session
+    assert safe.SCardBeginTransaction(card) == OK
+    arguments = (safe.SCARD_SHARE_SHARED, 3) if function == "SCardReconnect" else ()
+    other = Calling(safe.SCardTransmit, card, safe.SCARD_PCI_T1, [0x80, 3, 0, 0]) if turn == "waits" else None
+    if other is not None:
+        until(lambda: waits_on(other), "it waits")
+    signal.setitimer(signal.ITIMER_REAL, 0.2 if other is None else 0.6)
+    with contextlib.suppress(AlarmError):
+        print("not interrupted:", getattr(safe, function)(card, *arguments, safe.SCARD_RESET_CARD))
+    natives = len(native_contexts_of(record.context).natives)
+    print(
+        json.dumps(
+            [
+                card in handles.cards,
+                record.transactions,
+                record.session is session,
+                natives,
+                safe.SCardEndTransaction(card, LEAVE),
+            ]
+        )
+    )
+
+
+@pytest.mark.parametrize("turn", ["is free", "waits"])
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        ("SCardDisconnect", [False, 0, True, 1, safe.SCARD_E_INVALID_HANDLE]),
+        ("SCardEndTransaction", [True, 0, False, 1, safe.SCARD_W_RESET_CARD]),
+        ("SCardReconnect", [True, 1, False, 1, OK]),
+    ],
+)
+def test_a_handler_that_raises_after_a_call(function: str, turn: str, expected: list[Any]) -> None:
+    """What the call has changed in pcscd is known afterwards: the card, its session, and the open transactions."""
+    assert told(interrupted_after, function, turn, cards=[SlowReset()]) == expected
+
+
+def connects_beside_a_fork() -> None:
+    """Program: a signal handler raises when SCardConnect returns, and another thread is about to fork."""
+    from pcsc_safe._core import in_flight
+
+    def forks_and_raises(*_: object) -> None:
+        in_flight.closers[0] = time.monotonic() + 0.5  # what the other thread's hook does
+        raise AlarmError
+
+    signal.signal(signal.SIGALRM, forks_and_raises)
+    context = establish()
+    reader = safe.SCardListReaders(context, [])[1][0]
+    connecting = (context, reader, safe.SCARD_SHARE_EXCLUSIVE, safe.SCARD_PROTOCOL_T1)
+    # The card has power now, so only the last disconnection makes the next connection slow.
+    assert safe.SCardDisconnect(connect(context, reader), safe.SCARD_UNPOWER_CARD) == OK
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with contextlib.suppress(AlarmError):
+        print("not interrupted:", safe.SCardConnect(*connecting))
+    in_flight.closers.clear()
+    other = establish()
+    print(json.dumps(safe.SCardConnect(other, *connecting[1:])[0]))
+
+
+def test_a_connection_that_nobody_gets_is_ended_beside_a_fork() -> None:
+    """A card that was connected for nobody is disconnected, even if another thread's fork keeps all calls out."""
+    assert told(connects_beside_a_fork, cards=[SlowReset()]) == OK
 
 
 def worker_of(card: Any, stop: threading.Event) -> Calling:
@@ -525,6 +619,55 @@ def test_release_ends_waits(pcsc_stack: VirtualPcsc) -> None:
 
 
 @pytest.mark.native
+def test_release_ends_a_wait_that_begins_meanwhile(pcsc_stack: VirtualPcsc) -> None:
+    """A wait that begins just before SCardReleaseContext forgets the context is ended, too."""
+    from pcsc_safe._core import handles
+
+    context, waiters = establish(), []
+    native = next(iter(handles.contexts[context].real.natives))
+
+    class Cards(list[Any]):
+        def clear(self) -> None:  # a switch of threads, after the waits were listed
+            super().clear()
+            waiters.append(waiting(context, pcsc_stack.readers[0].name))
+
+    native.cards = Cards()
+    assert Calling(safe.SCardReleaseContext, context).answer() == OK
+    assert waiters[0].answer()[0] in (CANCELLED, safe.SCARD_E_INVALID_HANDLE)
+    pcsc_stack.wait_for_clients(0)
+
+
+@pytest.mark.native
+def test_a_cancel_uses_no_context_that_is_being_established(shared_stack: VirtualPcsc) -> None:
+    """SCardCancel needs the handle of a native context, which another thread's new one may not have yet."""
+    from pcsc_safe._core import handles
+    from pcsc_safe._native.native_context import NativeContext
+
+    context = establish()
+    real = handles.contexts[context].real
+    real.natives = {NativeContext(): None, **real.natives}
+    assert safe.SCardCancel(context) == OK
+    assert safe.SCardReleaseContext(context) == OK
+
+
+@pytest.mark.native
+def test_no_connection_is_closed_while_its_call_is_ended(
+    shared_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever shuts a connection down marks its native context, so that its number isn't reused meanwhile."""
+    from pcsc_safe._core import connections, handles
+
+    context = establish()
+    real = handles.contexts[context].real
+    (native,) = real.natives
+    marks: list[int] = []
+    monkeypatch.setattr(connections, "shut_down", lambda *_, **__: marks.append(len(native.wakers)))
+    real.end_long_calls()
+    assert (marks, len(native.wakers)) == ([1], 0)
+    assert safe.SCardReleaseContext(context) == OK
+
+
+@pytest.mark.native
 def test_where_pcscd_refuses_another_connection(
     pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -586,7 +729,7 @@ def at_the_limit(free: str) -> None:
     )
     assert other.stdout is not None
     most, refusal = map(int, other.stdout.readline().split())
-    time.sleep(0.5)  # pcscd notices a release a little later
+    time.sleep(0.4)  # pcscd notices a release a little later
     context = establish()
     readers = safe.SCardListReaders(context, [])[1]
     cards = [Calling(connect, context, reader).answer() for reader in readers[:2]]

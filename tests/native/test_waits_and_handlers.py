@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import forking
@@ -377,6 +378,26 @@ def forks_after_waits() -> None:
             os._exit(0)
         os.waitpid(pid, 0)
     print(json.dumps(threads))
+
+
+def test_a_call_that_fails_starts_no_other_thread(shared_stack: VirtualPcsc) -> None:
+    """A wait that pyscard refuses needs no thread that ends it: the thread would still exist after the call."""
+    assert told(refused, stack=shared_stack) == ["TypeError", 1]
+
+
+def refused() -> None:
+    from pcsc_safe._core import handles
+    from pcsc_safe._native import interruptible
+
+    session, started, start = Session(), [], interruptible.start_new_thread
+    interruptible.start_new_thread = lambda *arguments: (started.append(arguments), start(*arguments))
+    record = handles.contexts[session.context]
+    (native,) = record.real.natives
+    conditions = {"wait": SimpleNamespace(cancelled=False), "without_cards": False, "may_pass": False}
+    try:
+        interruptible.attempt(native, record, "SCardGetStatusChange", (abs, "not a number"), **conditions)
+    except Exception as error:
+        print(json.dumps([type(error).__name__, len(started)]))
 
 
 def test_where_no_thread_can_be_had(shared_stack: VirtualPcsc) -> None:
