@@ -9,12 +9,12 @@ now have a database connection with this number.
 from __future__ import annotations
 
 import os
-from _thread import get_ident
 from collections.abc import Iterable, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
 from . import failures, process
 from .failures import is_ours
+from .unpatched import get_ident
 
 __all__ = [
     "Descriptor",

@@ -7,7 +7,6 @@ moment nothing happens here.
 from __future__ import annotations
 
 import os
-import threading
 from types import TracebackType
 from typing import Any, Optional
 
@@ -15,6 +14,7 @@ from ..errors import HandoverError
 from . import gate, gateways, handles, inherited, log, process, sessions, transfer
 from .calls import Kind
 from .handles import Context
+from .unpatched import get_ident
 
 __all__ = ["files_to_preserve", "handover"]
 
@@ -51,7 +51,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         self._epoch = here = process.current()
         self._done, self.failure = False, None
         transfer.register_hooks()
-        if threading.get_ident() in transfer.blocks:
+        if get_ident() in transfer.blocks:
             _warn("its handover() block is inside another one; pass all contexts to one block")
         if self._chosen is None:
             for context in list(handles.contexts.values()):
@@ -63,7 +63,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             obstacle = transfer.obstacle(context)
             if obstacle:
                 raise _error(*obstacle)
-        ident = threading.get_ident()
+        ident = get_ident()
         try:
             if not gate.close_if_quiet():
                 raise _error(
@@ -80,7 +80,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
-        ident = threading.get_ident()
+        ident = get_ident()
         outer = transfer.blocks.pop(ident, ())[:-1]
         if outer:
             transfer.blocks[ident] = outer

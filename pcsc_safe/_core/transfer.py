@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import _socket  # the module that Python's own is made of: eventlet and gevent patch that one
 import os
-import threading
 from typing import Any, Optional, Protocol
 
 from ..errors import PcscSafeError
@@ -24,7 +23,7 @@ from ..policy import Owner, Policy, native_works_after_fork
 from . import descriptors, failures, gate, gateways, handles, log, observer, process, settings
 from .calls import LostError
 from .handles import Context
-from .unpatched import monotonic, sleep
+from .unpatched import get_ident, monotonic, sleep
 
 __all__ = ["FORK_AGAIN", "Block", "blocks", "has_intact_connections", "obstacle", "register_hooks"]
 
@@ -129,7 +128,7 @@ def register_hooks() -> None:
 
 
 def _plan_before_fork() -> None:
-    ident = threading.get_ident()
+    ident = get_ident()
     of_thread = blocks.get(ident, ())
     if not of_thread and not settings.gives_at_forks():
         return
@@ -159,7 +158,7 @@ FORK_AGAIN = "the parent is still the owner: fork again"
 
 
 def _note_failure(plan: Plan, why: str, remedy: str = FORK_AGAIN) -> None:
-    descriptors.kept_by_child.pop(threading.get_ident(), None)
+    descriptors.kept_by_child.pop(get_ident(), None)
     for block in plan.blocks:
         block.failure = (why, remedy)
     log.warning("no-handover", "process %(pid)d hands nothing over to the child that it forks: %(why)s", why=why)
@@ -233,7 +232,7 @@ def _reserve(plan: Plan) -> Optional[str]:
     for context in plan.native:
         context.real.give_latest()
     broker = gateways.brokers.existing()
-    handles.given.update(dict.fromkeys(plan.in_broker, threading.get_ident()))
+    handles.given.update(dict.fromkeys(plan.in_broker, get_ident()))
     if broker is not None and (plan.in_broker or plan.shared):
         plan.inherited_connection = broker.prepare_child(_real_handles(plan.in_broker), _real_handles(plan.shared))
     plan.start_signal = _socket.socketpair()
@@ -266,18 +265,18 @@ def _real_handles(contexts: list[Context]) -> list[int]:
 
 
 def _settle_in_parent() -> None:
-    plan = _plans.get(threading.get_ident())
+    plan = _plans.get(get_ident())
     if plan is None:
         return
     while True:
         try:
             _settle_once(plan)
-            _plans.pop(threading.get_ident(), None)
+            _plans.pop(get_ident(), None)
             break
         except BaseException as error:  # a signal handler's
             plan.raised.append(error)
     for raised in plan.raised[-1:]:
-        gate.raise_later(threading.get_ident(), raised)
+        gate.raise_later(get_ident(), raised)
 
 
 def _settle_once(plan: Plan) -> None:
@@ -285,7 +284,7 @@ def _settle_once(plan: Plan) -> None:
 
     If a signal handler raises during this function, it is called again from the beginning.
     """
-    descriptors.kept_by_child.pop(threading.get_ident(), None)
+    descriptors.kept_by_child.pop(get_ident(), None)
     if plan.has_child is None:
         plan.has_child = _child_has_started(plan)
     start_signal, plan.start_signal = plan.start_signal, ()
@@ -340,7 +339,7 @@ def _change_owner(context: Context, owner: process.Epoch) -> None:
 def _confirm_in_child() -> None:
     """In the child's hook: tell the parent that there is a child, and take over the connection to the broker."""
     global _received
-    plan, plans = _plans.get(threading.get_ident()), list(_plans.values())
+    plan, plans = _plans.get(get_ident()), list(_plans.values())
     _plans.clear()
     _received = None
     if plan is not None and plan.is_complete:
@@ -369,7 +368,7 @@ def _take_possession(epoch: process.Epoch) -> None:
     global _received
     received, _received = _received, None
     _plans.clear()
-    ident = threading.get_ident()
+    ident = get_ident()
     for other in [thread for thread in blocks if thread != ident]:
         del blocks[other]
     if received is None or received[0] != epoch.pid:
