@@ -162,7 +162,9 @@ def replace_with_dead(connections: Iterable[Optional[Descriptor]]) -> None:
         number, device, inode = connection
         try:
             status = os.fstat(number)
-        except OSError:
+        except OSError as error:
+            if not is_ours(error):
+                raise
             continue
         if status.st_ino != inode or status.st_dev != device:
             continue  # somebody else's by now
@@ -172,7 +174,9 @@ def replace_with_dead(connections: Iterable[Optional[Descriptor]]) -> None:
         try:
             dead = _make_dead_socket()
             os.dup2(dead.number, number, inheritable=False)
-        except OSError:
+        except OSError as error:
+            if not is_ours(error):
+                raise
             # No descriptor is free. The inherited one has to go anyway; it may become the dead socket itself.
             os.close(number)
             with failures.suppress(OSError):

@@ -23,6 +23,7 @@ from own_descriptors import descriptors, is_dead
 
 from pcsc_safe import scard as safe
 from pcsc_safe._core import connections, handles, process
+from pcsc_safe._core import descriptors as core
 from pcsc_safe._core.descriptors import Descriptor
 from pcsc_safe._core.one_step import Operation
 from pcsc_safe.testing import EchoCard, VirtualPcsc
@@ -234,6 +235,25 @@ def test_no_descriptor_is_free(session: Session, free: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for descriptor in (*filler, *pid_pipe):
             os.close(descriptor)
+
+
+@pytest.mark.parametrize("function", ["fstat", "dup2"])
+def test_a_handlers_exception_is_not_taken_for_a_failure(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """A TimeoutError that a signal handler raises during a replacement is raised, so that the caller can repeat it."""
+    core.prepare()
+    ours, theirs = socket.socketpair()
+    connection, real = core.of(ours.fileno()), getattr(os, function)
+
+    def times_out(*arguments: Any, **options: Any) -> Any:
+        if connection.number in arguments:
+            raise TimeoutError
+        return real(*arguments, **options)
+
+    with ours, theirs, monkeypatch.context() as patch:
+        patch.setattr(core, "_dead_socket", None)
+        patch.setattr(os, function, times_out)
+        with pytest.raises(TimeoutError):
+            core.replace_with_dead([connection])
 
 
 def is_dead_by_send(number: int) -> bool:
