@@ -42,6 +42,7 @@ __all__ = [
     "forked_by",
     "here",
     "locks_to_release",
+    "raise_later",
     "ran_hook",
     "sentinel",
 ]
@@ -167,6 +168,9 @@ forked_by = 0
 locks_to_release: dict[object, Any] = {}
 """Locks to release in a child: the main thread waits for them, and their holder doesn't exist in the child."""
 
+raise_later: Optional[Callable[[int, BaseException], None]] = None
+"""Raises an exception in a thread, after its fork; set by :mod:`gate`."""
+
 _turns: dict[int, Optional[Callable[[], None]]] = {}
 _before: list[Callable[[], None]] = []
 _in_child: list[Callable[[], None]] = []
@@ -264,7 +268,14 @@ def _hook_in_child() -> None:
 
 def _hook_before() -> None:
     for function in _before:
-        function()
+        try:
+            function()
+        except BaseException as error:
+            # An exception of a signal handler, such as KeyboardInterrupt.  A hook can't raise it, so the process forks,
+            # and the exception is raised after the fork.
+            if raise_later is None:
+                raise
+            raise_later(get_ident(), error)
 
 
 if sys.platform != "win32" and FORKS:
