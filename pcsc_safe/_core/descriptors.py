@@ -127,30 +127,12 @@ def replace_guarded() -> None:
         return
     kept = kept_by_child.get(get_ident(), ())
     replace_with_dead([connection for connection in list(guarded) if connection.number not in kept])
-    kept_by_child.clear()
-
-
-_ATTEMPTS = 3
 
 
 def _at_fork() -> None:
     replace_guarded()
     if find_others is not tuple:
-        _replace_others()
-
-
-def _replace_others() -> None:
-    raised: Optional[BaseException] = None
-    for _ in range(_ATTEMPTS):
-        try:
-            found = find_others()  # none that is kept: those are guarded
-            if found:
-                replace_with_dead(found)
-            break
-        except BaseException as error:  # a signal handler's: this can take milliseconds
-            raised = error
-    if raised is not None:
-        raise raised
+        replace_with_dead(find_others())  # none that is kept: those are guarded
 
 
 def replace_with_dead(connections: Iterable[Optional[Descriptor]]) -> None:

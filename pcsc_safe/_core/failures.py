@@ -13,7 +13,7 @@ from typing import Optional
 
 __all__ = ["is_ours", "suppress"]
 
-_OURS = frozenset((__name__.partition(".")[0], "gevent", "eventlet"))
+_OURS = frozenset((__name__.partition(".")[0], "gevent", "eventlet", "tempfile"))
 """Packages whose frames are not a handler's; gevent and eventlet replace some C functions by Python functions."""
 
 

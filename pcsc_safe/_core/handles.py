@@ -19,7 +19,7 @@ from typing import Any, Callable, Optional, Union
 
 from ..errors import PcscSafeError
 from ..policy import Settings
-from . import descriptors, in_flight, observer, one_step, process, sessions
+from . import gateways, in_flight, observer, one_step, process, sessions
 from .calls import Gateway, Kind
 from .unpatched import RLock, get_ident, monotonic, sleep
 
@@ -318,7 +318,7 @@ def mark_lost(record: Record, real: Any, how: str) -> None:
     :param how: LOST or SERVICE_LOST, of :mod:`process`.
     """
     context, here = record.context, process.current()
-    lost, behind, gateway = process.Epoch(here, how), context.real, context.gateway
+    lost, behind, is_native = process.Epoch(here, how), context.real, context.gateway is gateways.native
     cards_of_it = list(context.cards.values())
     sessions = [card.session for card in cards_of_it]
     steps = one_step.call_each([(setattr, each, "owner", lost) for each in (context, *cards_of_it)])
@@ -327,11 +327,10 @@ def mark_lost(record: Record, real: Any, how: str) -> None:
         return
     one_step.consumer.extend(steps)
     observer.record("lost", context=context.key)
-    for session in sessions:  # and the descriptors: another thread may have replaced them by now
+    for session in sessions:  # and what is behind it: another thread may have replaced them by now
         session.end()
-    for descriptor in gateway.descriptors(behind):
-        descriptors.replace_with_dead([descriptor])
-        descriptors.unguard(descriptor)
+    if is_native:
+        behind.cut_connections()
 
 
 def find(kind: Kind, handle: object) -> Optional[Record]:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Optional
 
 from ..errors import HandoverError
-from . import gate, gateways, handles, inherited, log, process, sessions, transfer
+from . import gate, gateways, handles, in_flight, inherited, log, one_step, process, sessions, transfer
 from .calls import Kind
 from .handles import Context
 from .unpatched import get_ident
@@ -45,6 +45,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         self._chosen = [_owned(context) for context in contexts] or None
         self._epoch: Optional[process.Epoch] = None
         self._done = False
+        self._thread = 0
         self.failure: Optional[tuple[str, str]] = None
 
     def __enter__(self) -> handover:
@@ -63,29 +64,29 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             obstacle = transfer.obstacle(context)
             if obstacle:
                 raise _error(*obstacle)
-        ident = get_ident()
+        ident = self._thread = get_ident()
+        outer = transfer.blocks.get(ident, ())
         try:
             if not gate.close_if_quiet():
                 raise _error(
                     "other threads are inside PC/SC calls",
                     "end these calls first, or configure a longer quiesce_timeout",
                 )
-            transfer.blocks[ident] = (*transfer.blocks.get(ident, ()), self)
+            transfer.blocks[ident] = (*outer, self)
         except BaseException:  # a signal handler's too
-            if ident not in transfer.blocks:
-                gate.reopen()
+            _leave(ident, outer)
             raise
         return self
 
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
-        ident = get_ident()
-        outer = transfer.blocks.pop(ident, ())[:-1]
-        if outer:
-            transfer.blocks[ident] = outer
-        else:
-            gate.reopen()
+        outer = transfer.blocks.get(self._thread, ())[:-1]
+        try:
+            _leave(self._thread, outer)
+        except BaseException:  # a signal handler's
+            _leave(self._thread, outer)
+            raise
         if kind is not None or self._done:
             return
         if self.failure is not None:
@@ -129,6 +130,18 @@ def files_to_preserve() -> list[int]:
     numbers = {descriptor.number for descriptor in found if descriptor is not None and descriptor.is_intact()}
     numbers.update(number for number in (sessions.descriptor(),) if number is not None and owned)
     return sorted(numbers | set(gateways.brokers.files_to_preserve()))
+
+
+def _leave(ident: int, outer: tuple[transfer.Block, ...]) -> None:
+    """Leave a block, and open the gate with the last one; a second time changes nothing.
+
+    :param ident: the thread that is in the block.
+    :param outer: the blocks around it.
+    """
+    if outer:
+        transfer.blocks[ident] = outer
+    else:
+        one_step.in_one_step((transfer.blocks.pop, ident, None), (in_flight.closers.pop, ident, None))
 
 
 def _owned(handle: Any) -> Context:

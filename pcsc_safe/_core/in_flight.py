@@ -13,6 +13,7 @@ from its copy of these lists whether its fork was quiet, so this works for a for
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from contextvars import ContextVar
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
@@ -205,6 +206,7 @@ def attempt(
     *more: Operation,
     wait: Any = None,
     without_cards: bool = False,
+    unless: Collection[object] = (),
     latest_state: int = OPEN,
     may_pass: bool = False,
 ) -> list[Any]:
@@ -216,6 +218,7 @@ def attempt(
     :param more: C calls that belong to the same step, after it.
     :param wait: the wait for events that it is part of; the call isn't made if the wait was cancelled.
     :param without_cards: the call isn't made if there is a card.
+    :param unless: the call isn't made if there is anything in it.
     :param latest_state: the call isn't made if the place is in a later state than this.
     :param may_pass: the call is made even if the gate is closed.
     :return: empty if the call wasn't made; otherwise :func:`result_of` returns its result.
@@ -230,6 +233,7 @@ def attempt(
             (may_pass or not closers)
             and place.state <= latest_state
             and not (without_cards and place.cards)
+            and not unless
             and not (wait is not None and wait.cancelled)
             and process.sentinel[0]
             and owned.owner is process.here

@@ -12,7 +12,7 @@ from typing import Any, Optional
 from ..errors import BrokerError, ForkedHandleError, PcscSafeError, join_pyscard
 from ..policy import Cards, Policy, Role, Verdict, decide
 from . import failures, gateways, handles, log, observer, one_step, process
-from .calls import CALLS, Call
+from .calls import CALLS, Call, LostError
 from .handles import Card, Context, Record
 from .library import SUCCESS
 from .reestablish import (
@@ -107,8 +107,11 @@ def adopt(context: Context) -> None:
             for other in list(handles.cards.values())
         )
         if verdict is Verdict.CONNECT and is_free and not card.released:
-            with failures.suppress(PcscSafeError):
-                replace(status, card)
+            try:
+                with failures.suppress(PcscSafeError):
+                    replace(status, card)
+            except LostError as lost:
+                handles.mark_gateway_lost(lost.gateway)
 
 
 def _forget(call: Call, record: Record) -> Optional[int]:

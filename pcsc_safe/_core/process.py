@@ -42,6 +42,7 @@ __all__ = [
     "forked_by",
     "here",
     "locks_to_release",
+    "process_key",
     "raise_later",
     "ran_hook",
     "sentinel",
@@ -95,10 +96,10 @@ class Epoch:
     def successor(self, noticed_by: str, forks: int) -> Epoch:
         """The one epoch that follows this one in this process, whichever thread asks first."""
         # dict.setdefault is atomic, so no lock is needed that a fork could have caught held.
-        return self._successors.setdefault(_process_key(), Epoch(self, noticed_by, forks))
+        return self._successors.setdefault(process_key(), Epoch(self, noticed_by, forks))
 
 
-def _process_key() -> tuple[int, int]:
+def process_key() -> tuple[int, int]:
     """A key that differs from that of every ancestor that could have left its own epoch half begun."""
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
@@ -112,7 +113,7 @@ def _process_key() -> tuple[int, int]:
 if TYPE_CHECKING:  # as in in_flight
 
     class _Sentinel(Protocol):
-        """Two values: whether :data:`here` describes this process, and whether it ran the at-fork hook."""
+        """Whether :data:`here` describes this process, whether it ran the at-fork hook, and all that this calls."""
 
         def __getitem__(self, index: int, /) -> int: ...
 
@@ -123,7 +124,7 @@ class _PidSentinel:
     """Layer 3, for systems that can't wipe a page."""
 
     def __init__(self) -> None:
-        self._set_by = [0, 0]
+        self._set_by = [0, 0, 0]
 
     def __getitem__(self, index: int, /) -> int:
         return self._set_by[index] == os.getpid()
@@ -156,7 +157,7 @@ def _wiped_page() -> Optional[_Sentinel]:
     return None  # an emulator that accepts any advice without following it
 
 
-_HERE, _HOOKED = 0, 1
+_HERE, _HOOKED, _CALLED = 0, 1, 2
 here = Epoch(None, "import")
 _page = _wiped_page()
 sentinel: _Sentinel = _page or _PidSentinel()
@@ -174,6 +175,7 @@ raise_later: Optional[Callable[[int, BaseException], None]] = None
 _turns: dict[int, Optional[Callable[[], None]]] = {}
 _before: list[Callable[[], None]] = []
 _in_child: list[Callable[[], None]] = []
+_ATTEMPTS = 3
 
 
 QUIESCE, TRANSFER, WARN = range(3)
@@ -211,7 +213,8 @@ def at_fork(
     """Add functions that are called in every forked child.
 
     :param in_child: called by the hook, or, after a fork that ran no hook, at the first use of PC/SC.  It may only
-        close file descriptors: most children exec immediately.
+        close file descriptors: most children exec immediately.  It is called again if a signal handler raises in it, or
+        directly after it.
     :param at_begin: called at the first use of PC/SC, with the epoch that begins; :data:`here` is then still the
         parent's epoch.  It may replace locks and tables, and must not wait for a lock.
     :param at_begin_last: the same, but called after all others, including those that are added later.
@@ -241,9 +244,7 @@ def ran_hook() -> bool:
 
 def _begin(epoch: Epoch) -> None:
     global here, _hooks_run, forked_by
-    if epoch.noticed_by != "hook":
-        for function in _in_child:
-            function()
+    _call_in_child()
     # A finalizer that runs in the middle also comes here.  It does what is left, and nothing twice.
     while epoch._pending:
         epoch._pending.pop(0)(epoch)
@@ -254,16 +255,34 @@ def _begin(epoch: Epoch) -> None:
 
 def _hook_in_child() -> None:
     global _hooks_run, forked_by
-    _hooks_run += 1
-    sentinel[_HERE] = 0
-    sentinel[_HOOKED] = 1
-    if _hooks_run == 1:  # its process had used PC/SC itself
-        forked_by = get_ident()
-        for lock in list(locks_to_release.values()):
-            if lock.locked():  # this process's copy, which no other process uses
-                lock.release()
-    for function in _in_child:
-        function()
+    try:
+        _hooks_run += 1
+        sentinel[_HERE] = 0
+        sentinel[_HOOKED] = 1
+        if _hooks_run == 1:  # its process had used PC/SC itself
+            forked_by = get_ident()
+            for lock in list(locks_to_release.values()):
+                if lock.locked():  # this process's copy, which no other process uses
+                    lock.release()
+    finally:
+        _call_in_child()
+
+
+def _call_in_child() -> None:
+    """Call each of these, whatever signal handlers raise; otherwise a session could be left without an owner."""
+    pending, raised = list(_in_child), list[BaseException]()
+    while not sentinel[_CALLED]:
+        try:
+            while pending:
+                pending[0]()
+                del pending[:1]
+            sentinel[_CALLED] = 1
+        except BaseException as error:
+            raised.append(error)
+            if len(raised) % _ATTEMPTS == 0:
+                del pending[:1]
+    if raised:
+        raise raised[-1]
 
 
 def _hook_before() -> None:

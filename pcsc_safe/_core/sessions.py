@@ -14,7 +14,6 @@ ended.  A child closes nothing here: at a fork nothing changes.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 from collections.abc import Iterator
@@ -46,7 +45,7 @@ def prepare() -> None:
 
     _fcntl, _layout = fcntl, _LinuxLayout if hasattr(fcntl, "F_NOTIFY") else _BsdLayout
     if _file is None or not _file.is_intact():
-        with contextlib.suppress(OSError):  # also what tempfile raises
+        with failures.suppress(OSError):  # also what tempfile raises
             _file = descriptors.of(_empty_file())
 
 

@@ -15,7 +15,6 @@ this is the parent.
 from __future__ import annotations
 
 import _socket  # the module that Python's own is made of: eventlet and gevent patch that one
-import os
 from typing import Any, Optional, Protocol
 
 from ..errors import PcscSafeError
@@ -112,7 +111,9 @@ _GIVEN_TIMEOUT = 1.0  # s; for what another thread's fork has given to be its ch
 _PAUSE = 0.001  # s
 _INTACT_CHECKS = 20
 _plans: dict[int, Plan] = {}
-_received: Optional[tuple[int, Plan]] = None  # in a child that has not begun yet: its PID, and what it gets
+_received: Optional[tuple[tuple[int, int], Plan]] = None
+"""In a child that has not begun yet: its ``process_key()``, and what it gets."""
+
 _is_registered = False
 
 
@@ -146,7 +147,7 @@ def _plan_before_fork() -> None:
         handles.mark_gateway_lost(lost.gateway)
         _note_failure(plan, "the broker has ended, and its sessions with it", "establish new contexts")
     except BaseException as error:
-        ours = isinstance(error, PcscSafeError) or getattr(error, "errno", None) is not None
+        ours = isinstance(error, (PcscSafeError, OSError)) and failures.is_ours(error)
         if not plan.is_complete:
             _note_failure(plan, str(error) if ours else "a signal handler raised an exception")
         if not ours:  # the process forks anyway
@@ -338,18 +339,22 @@ def _change_owner(context: Context, owner: process.Epoch) -> None:
 
 def _confirm_in_child() -> None:
     """In the child's hook: tell the parent that there is a child, and take over the connection to the broker."""
-    global _received
-    plan, plans = _plans.get(get_ident()), list(_plans.values())
-    _plans.clear()
-    _received = None
+    plan = _plans.get(get_ident())
     if plan is not None and plan.is_complete:
-        with failures.suppress(OSError):
-            plan.start_signal[1].send(b"\1")
-    for each in plans:
+        _receive(plan)
+    descriptors.kept_by_child.clear()
+    for each in list(_plans.values()):
         for end in each.start_signal:
             end.close()
-    if plan is None or not plan.is_complete:
-        return
+    _plans.clear()  # last: until then this function can be called again
+
+
+def _receive(plan: Plan) -> None:
+    global _received
+    # First: the parent gives up what the child gets even if it only finds the other end of the socket pair open.
+    _received = (process.process_key(), plan)
+    with failures.suppress(OSError):
+        plan.start_signal[1].send(b"\1")
     if plan.inherited_connection is not None:
         plan.inherited_connection.take_over()
         with failures.suppress(OSError):  # from a child of this one, if it is forked before this one begins
@@ -357,7 +362,6 @@ def _confirm_in_child() -> None:
     if plan.handed_over():
         for block in plan.blocks:
             block.note_handover()
-    _received = (os.getpid(), plan)
     for how, given in (("handover", plan.handed_over()), ("share", plan.shared)):
         for context in given:
             observer.record("got", context=context.key, how=how)
@@ -371,7 +375,7 @@ def _take_possession(epoch: process.Epoch) -> None:
     ident = get_ident()
     for other in [thread for thread in blocks if thread != ident]:
         del blocks[other]
-    if received is None or received[0] != epoch.pid:
+    if received is None or received[0] != process.process_key():
         return
     plan = received[1]
     broker = gateways.brokers.existing()

@@ -303,7 +303,7 @@ class NativeContexts:
     def _release(self, context: NativeContext, *, without_cards: bool = True, may_pass: bool = False) -> list[Any]:
         ident = get_ident()
         # At interpreter exit places are not locked, and a thread that is inside may be there for long.
-        if context.wakers or any(call[1] != ident for call in list(context.calls)):
+        if any(call[1] != ident for call in list(context.calls)):
             return []  # it is released with what is surplus next
         return attempt(
             context,
@@ -315,6 +315,7 @@ class NativeContexts:
             (in_flight.places.pop, context, None),
             (descriptors.guarded.pop, context.descriptor, None),
             without_cards=without_cards,
+            unless=context.wakers,
             latest_state=WOKEN,
             may_pass=may_pass or ident in in_flight.closers,
         )
@@ -440,6 +441,11 @@ class NativeContexts:
     def descriptors(self) -> list[Optional[Descriptor]]:
         """Their connections to pcscd; None for one that is not known."""
         return [context.descriptor for context in self.usable()]
+
+    def cut_connections(self) -> None:
+        """Replace the connections to pcscd by dead sockets, because pcscd has ended."""
+        for context in self.usable():
+            context.cut_connection()
 
     def give(self, by: object) -> bool:
         """Keep all threads out, while the child that gets them is being forked.

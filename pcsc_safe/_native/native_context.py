@@ -45,7 +45,8 @@ class NativeContext(Place):
     :ivar began: when the last call on a card there began, by ``monotonic()``.
     :ivar descriptor: its connection to pcscd, if it is known.
     :ivar woken: when its end was first requested, by ``monotonic()``.
-    :ivar wakers: one key for each thread that is ending a wait there.
+    :ivar wakers: one key for each thread that is ending a wait there, or is replacing the connection.  While there is
+        one, it isn't released.
     :ivar cards: the native handles of its cards, and an empty list for each SCardConnect in progress.
     """
 
@@ -120,6 +121,17 @@ class NativeContext(Place):
                 connections.shut_down(self.descriptor, both_directions=monotonic() - self.woken > _SHUTDOWN_TIMEOUT)
             else:
                 cancel_natively(wait, self.handle, may_pass)
+        finally:
+            self.wakers.pop(key, None)
+
+    def cut_connection(self) -> None:
+        """Replace its connection by a dead socket, unless it is being released."""
+        key = object()
+        try:
+            self.wakers[key] = None  # no release begins while there is a key
+            if not any(call[0] == "SCardReleaseContext" for call in list(self.calls)):
+                descriptors.replace_with_dead([self.descriptor])
+                descriptors.unguard(self.descriptor)
         finally:
             self.wakers.pop(key, None)
 

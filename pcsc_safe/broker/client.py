@@ -453,12 +453,16 @@ class InheritedConnection:
         return {self._connection.descriptor.number, *self._broker.files_to_preserve()}
 
     def take_over(self) -> None:
-        """In the child, in its hook: take the parent's place."""
+        """In the child, in its hook: take the parent's place; again, if a signal handler has raised."""
+        given = self._connection.descriptor
+        taken = given._replace(number=self.number)
         with failures.suppress(OSError):
-            os.dup2(self._connection.descriptor.number, self.number, inheritable=False)
-            os.close(self._connection.descriptor.number)
-            self.descriptor = descriptors.of(self.number)
-            self._broker._inherited_connection = (os.getpid(), self)
+            if given.is_intact():
+                os.dup2(given.number, self.number, inheritable=False)
+                os.close(given.number)
+            if taken.is_intact():
+                self.descriptor = taken
+                self._broker._inherited_connection = (os.getpid(), self)
 
     def settle(self, has_child: bool) -> None:
         """In the parent: leave it to the child; or, if there is no child, take back what was given."""

@@ -6,6 +6,7 @@ Afterwards exactly one process has the session.  If anything failed before the f
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -16,14 +17,16 @@ import time
 from typing import Any
 
 import pytest
-from brokers import ENOUGH, Client, Link, broker, held_card, module_stack, stack, until
+from brokers import ENOUGH, Client, Link, broker, held_card, module_stack, stack, until, watched
 from calling import HELD, Calling, establish, state_of, stays
+from conftest import Session
 from forking import fork, in_child, in_program, start, wait_for
 from handovers import BROKER, NATIVE, NOTHING, OK, handing_over, has, is_free, opened, through_both
 from interrupts import Alarm, before_3_10, raise_alarm
 
 import pcsc_safe
 from pcsc_safe import scard as safe
+from pcsc_safe._core import transfer
 from pcsc_safe.errors import HandoverError
 from pcsc_safe.testing import VirtualPcsc
 
@@ -203,6 +206,110 @@ def swept(through: str, moments: str) -> None:
     os._exit(0)
 
 
+@before_3_10
+def test_a_signal_at_the_end_of_a_block(stack: VirtualPcsc) -> None:
+    """A handler that raises while a block ends opens the gate all the same: other threads' calls go on."""
+
+    class Interrupted(dict[int, Any]):
+        def pop(self, *arguments: Any) -> Any:
+            if signals:
+                os.kill(os.getpid(), signals.pop())
+            return super().pop(*arguments)
+
+    def parent() -> Any:
+        signal.signal(signal.SIGUSR1, raise_alarm)
+        context = establish()
+        transfer.blocks = Interrupted()
+        with contextlib.suppress(Alarm), pcsc_safe.handover():
+            pass
+        return signals, dict(transfer.blocks), Calling(safe.SCardListReaders, context, []).answer()[0]
+
+    signals = [signal.SIGUSR1]
+    assert in_child(parent) == ([], {}, OK)
+
+
+def test_a_block_that_another_thread_ends(stack: VirtualPcsc) -> None:
+    """A block that ends in another thread than it began in, as a generator's can, opens the gate."""
+
+    def parent() -> Any:
+        context, block = establish(), pcsc_safe.handover()
+        block.__enter__()
+        Calling(block.__exit__, None, None, None).answer()
+        return Calling(safe.SCardListReaders, context, []).answer()[0]
+
+    assert in_child(parent) == OK
+
+
+def test_a_signal_that_raises_a_system_error(stack: VirtualPcsc) -> None:
+    """An OSError of a handler that runs in the parent's hook is raised after the fork, and prevents the handover."""
+
+    def time_out(*_: Any) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "the application's")
+
+    def parent() -> Any:
+        def interrupted(plan: Any) -> None:
+            transfer._choose = choose
+            os.kill(os.getpid(), signal.SIGUSR1)
+            choose(plan)
+
+        def fork_and_wait() -> None:
+            os.waitpid(fork() or os._exit(0), 0)
+            until(lambda: False, "the exception has come")
+
+        session = opened(owner="child", policy="raise")
+        signal.signal(signal.SIGUSR1, time_out)
+        choose, transfer._choose = transfer._choose, interrupted
+        with pytest.raises(TimeoutError, match="the application's"):
+            fork_and_wait()
+        return has(session)
+
+    assert in_child(parent)
+
+
+@pytest.mark.parametrize("through", [NATIVE, "broker"])
+def test_a_signal_in_the_childs_hook(stack: VirtualPcsc, through: str) -> None:
+    """Whichever line of the child's hook a handler raises in, the child has the session, and its parent has not."""
+
+    def parent() -> Any:
+        sys.unraisablehook = lambda unraisable: None
+        wrong, line, left = list[Any](), 0, -1
+        while left < 0:
+            session, raises = opened(through, policy="raise"), RaisesInHook(line)
+            sys.settrace(raises)
+            child = start(lambda: (raises.left, has(session)), fork=handing_over)  # noqa: B023  # called immediately
+            sys.settrace(None)
+            left, given = wait_for(child)
+            if (given, has(session)) != (True, False):
+                wrong.append(line)
+            line += 1
+            until(lambda: is_free(session.reader), "the child is gone")  # noqa: B023  # called immediately
+        return wrong, line > 20
+
+    assert in_child(parent) == ([], True)
+
+
+class RaisesInHook:
+    """Trace function that raises at the start of a line of the hook that a forked child runs, or of what it calls."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self._hook: Any = None
+
+    def __call__(self, frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code.co_name == "_hook_in_child" and event == "call":
+            self._hook = frame
+        if self._hook is None or frame.f_code.co_name in ("replace_guarded", "replace_with_dead", "<listcomp>"):
+            return None  # they have more to do each time
+        if event == "return" and frame is self._hook:
+            self._hook = None
+            sys.settrace(None)
+        elif event == "line":
+            self.left -= 1
+            if self.left == -1:
+                raise Alarm
+        return self
+
+
 # 3. Other faults.
 
 
@@ -242,3 +349,22 @@ def test_nothing_can_be_given(stack: VirtualPcsc, through: str, fault: str) -> N
     else:
         (told, child), (told_too, here), next_one = in_child(parent)
         assert (told, "Too many open files" in told[0], child, here, next_one) == (told_too, True, False, True, True)
+
+
+def test_the_broker_of_the_family_has_ended(stack: VirtualPcsc) -> None:
+    """A child of a family whose broker has ended can enter and leave a block, and then uses a broker of its own."""
+
+    def child(session: Session, pid: int) -> Any:
+        with watched(pid) as watch:
+            os.kill(pid, signal.SIGKILL)
+            assert watch.ends(ENOUGH)
+        with pcsc_safe.handover():
+            pass
+        return safe.SCardListReaders(session.context, [])[0]
+
+    def parent() -> Any:
+        pcsc_safe.configure(broker="always")
+        session = Session()
+        return in_child(child, session, broker())
+
+    assert in_child(parent) == OK

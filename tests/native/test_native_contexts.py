@@ -29,6 +29,7 @@ from forking import fork, in_child, in_program
 
 import pcsc_safe
 from pcsc_safe import scard as safe
+from pcsc_safe._core import handles, process
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 OK, CANCELLED, TIMED_OUT = safe.SCARD_S_SUCCESS, safe.SCARD_E_CANCELLED, safe.SCARD_E_TIMEOUT
@@ -191,6 +192,31 @@ def test_connections_in_the_order_of_their_numbers(pcsc_stack: VirtualPcsc) -> N
     assert all(descriptor.is_intact() for descriptor in found)
     for context in contexts:
         safe.SCardReleaseContext(context)
+
+
+@pytest.mark.native
+@pytest.mark.not_on_macos("its connections have no descriptors")
+def test_a_release_while_another_thread_cuts_the_connection(pcsc_stack: VirtualPcsc) -> None:
+    """A thread that finds pcscd ended puts no dead socket in the place of a file that another thread has opened."""
+
+    def client() -> Any:
+        record = establish()._self_record
+        contexts, files, dup2 = record.real, list[int](), os.dup2
+        contexts.establish(record)  # a surplus one, as after two calls at the same time
+
+        def after_another_thread(source: int, number: int, inheritable: bool = True) -> int:
+            if number == surplus.number:
+                Calling(contexts.release_idle).answer()
+                files.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(number))
+            return dup2(source, number, inheritable)
+
+        surplus = contexts.descriptors()[1]
+        os.dup2 = after_another_thread
+        handles.mark_lost(record, contexts, process.SERVICE_LOST)
+        os.dup2 = dup2
+        return {os.readlink(f"/proc/self/fd/{file}") for file in files}
+
+    assert in_child(client) == {os.devnull}
 
 
 # 2. Handlers that raise.
