@@ -370,14 +370,16 @@ def _receive(plan: Plan) -> None:
 def _take_possession(epoch: process.Epoch) -> None:
     """In the child, when its epoch begins: become the owner."""
     global _received
-    received, _received = _received, None
     _plans.clear()
     ident = get_ident()
     for other in [thread for thread in blocks if thread != ident]:
         del blocks[other]
-    if received is None or received[0] != process.process_key():
-        return
-    plan = received[1]
+    if _received is not None and _received[0] == process.process_key():
+        _take(_received[1], epoch)
+    _received = None  # last: until then this function can be called again
+
+
+def _take(plan: Plan, epoch: process.Epoch) -> None:
     broker = gateways.brokers.existing()
     for context in [*plan.handed_over(), *plan.shared]:
         if context in plan.native:

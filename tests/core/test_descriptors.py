@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any
 
 import pytest
 from conftest import ECHO, Session
-from forking import fork, in_child, in_program
-from interrupts import Alarm, raise_alarm
+from forking import fork, in_child, in_program, start, wait_for
+from interrupts import Alarm, RaisesInside, raise_alarm
 from own_descriptors import descriptors, is_dead
 
 from pcsc_safe import scard as safe
@@ -391,6 +392,21 @@ def test_many_threads_come_first(session: Session, shared_stack: VirtualPcsc) ->
         return set(answers)
 
     assert in_child(child) == {OK}
+
+
+def test_a_signal_in_the_hook(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child doesn't keep a connection of its parent, whichever line of its hook a handler raises in."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    number, line, left = connection_of(session.context).number, 0, -1
+    while left < 0:
+        raises = RaisesInside(process._hook_in_child, line)
+        sys.settrace(raises)
+        child = start(lambda: (raises.left, is_dead(number)))  # noqa: B023  # called immediately
+        sys.settrace(None)
+        left, dead = wait_for(child)
+        assert dead, line
+        line += 1
+    assert line > 20
 
 
 def test_the_first_stack_is_no_precondition(shared_stack: VirtualPcsc) -> None:

@@ -49,7 +49,7 @@ from calling import (
 from cforks import c_fork
 from conftest import ECHO, Session
 from forking import fork, in_child, in_program, start, wait_for
-from interrupts import Alarm, before_3_10, no_new_process, raise_alarm
+from interrupts import Alarm, RaisesInside, before_3_10, no_new_process, raise_alarm
 
 import pcsc_safe
 from pcsc_safe import scard as safe
@@ -711,6 +711,29 @@ def imports_after_an_interrupt() -> None:
     except Alarm:
         arrived = "Alarm"
     print(json.dumps([arrived, wait_for(first), second.answer(), len(warned)]))
+
+
+def test_a_signal_as_the_epoch_begins() -> None:
+    """An unquiet fork isn't taken for a quiet one, whichever line of the child's first call a handler raises in."""
+    pcsc_safe.configure(quiesce_timeout=0)
+    may_leave, line, left = threading.Event(), 0, -1
+    inside = Calling(gate.call_inside, "SCardTransmit", may_leave.wait)
+
+    def child() -> Any:
+        raises = RaisesInside(process._begin, line)
+        sys.settrace(raises)
+        with contextlib.suppress(Alarm):
+            process.current()
+        return raises.left, process.current().unquiet is not None, in_flight.calls()
+
+    until(in_flight.calls, "it is inside")
+    while left < 0:
+        left, unquiet, calls = in_child(child)
+        assert (unquiet, calls) == (True, []), line
+        line += 1
+    may_leave.set()
+    assert inside.answer()
+    assert line > 20
 
 
 @pytest.mark.long
