@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 ECHO, RIGHT = [0x80, 1, 0, 0, 1], [0x90, 0]
 LEAVE, PRESENT, SHARED, INFINITE = 0, 0x20, 2, 0xFFFFFFFF
-OK, CANCELLED, TIMED_OUT = 0, 0x80100002, 0x8010000A
+OK, CANCELLED, TIMED_OUT, RESET = 0, 0x80100002, 0x8010000A, 0x80100068
 
 
 class Gevent:
@@ -215,6 +215,21 @@ def forks(*how: str) -> None:
     went_on = busy()
     cancelled = safe.SCardCancel(context)
     _say([children, after, went_on, cancelled, _code(wait()), safe.SCardReleaseContext(context)])
+
+
+def hands_over(*how: str) -> None:
+    """Fork in a handover block; the child and the parent, in this order, ask for the card's status."""
+    green, safe, context, _, card = _set_up(*how)
+    import pcsc_safe
+
+    pcsc_safe.configure(cards="reset")
+
+    def forked() -> list[Any]:
+        with pcsc_safe.handover():
+            return _forked(lambda: [_code(safe.SCardStatus(card)), safe.SCardReleaseContext(context)])
+
+    child = green.spawn(forked)()
+    _say([child, _code(safe.SCardStatus(card)), safe.SCardReleaseContext(context)])
 
 
 def classes(*how: str) -> None:

@@ -43,6 +43,33 @@ def as_of_c(function: Any) -> Any:
     return FunctionType(function.__code__, {**function.__globals__, "__name__": "pcsc_safe"})
 
 
+class RaisesInside:
+    """A trace function that raises at the start of a line of a function, or of what it calls.
+
+    :ivar left: the number of lines before; negative if it has raised.
+    :param skipped: the names of functions whose lines don't count.
+    """
+
+    def __init__(self, function: Any, left: int, skipped: tuple[str, ...] = ()) -> None:
+        self.left = left
+        self._code, self._skipped = function.__code__, skipped
+        self._frame: Any = None
+
+    def __call__(self, frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code is self._code and event == "call":
+            self._frame = frame
+        if self._frame is None or frame.f_code.co_name in self._skipped:
+            return None
+        if event == "return" and frame is self._frame:
+            self._frame = None
+            sys.settrace(None)
+        elif event == "line":
+            self.left -= 1
+            if self.left == -1:
+                raise Alarm
+        return self
+
+
 class Alarm(Exception):  # noqa: N818  # not an error
     """What an application's signal handler raises."""
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import sys
-from _thread import get_ident
 from collections.abc import Iterable, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
 from . import failures, process
 from .failures import is_ours
+from .unpatched import get_ident
 
 __all__ = [
     "Descriptor",
@@ -157,7 +157,9 @@ def replace_with_dead(connections: Iterable[Optional[Descriptor]]) -> None:
         number, device, inode = connection
         try:
             status = os.fstat(number)
-        except OSError:
+        except OSError as error:
+            if not is_ours(error):
+                raise
             continue
         if status.st_ino != inode or status.st_dev != device:
             continue  # somebody else's by now
@@ -167,7 +169,9 @@ def replace_with_dead(connections: Iterable[Optional[Descriptor]]) -> None:
         try:
             dead = _make_dead_socket()
             os.dup2(dead.number, number, inheritable=False)
-        except OSError:
+        except OSError as error:
+            if not is_ours(error):
+                raise
             # No descriptor is free. The inherited one has to go anyway; it may become the dead socket itself.
             os.close(number)
             with failures.suppress(OSError):

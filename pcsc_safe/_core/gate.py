@@ -121,11 +121,22 @@ def _before_fork() -> None:
     # Usually no other thread is inside, and a fork costs only this check.
     if not (count_threads() or any(places.values()) or calls_without_place or unsettled):
         return
-    if count_threads() or in_flight.calls():
-        # If the child can't use the native library anyway, the fork needn't wait for native calls.
-        _close(include_native=_policy is not Policy.BROKER and native_works_after_fork())
-    for place in list(unsettled):
-        place.settle()
+    try:
+        if count_threads() or in_flight.calls():
+            # If the child can't use the native library anyway, the fork needn't wait for native calls.
+            _close(include_native=_policy is not Policy.BROKER and native_works_after_fork())
+    finally:
+        _settle()
+
+
+def _settle(attempts: int = 3) -> None:
+    try:
+        for place in list(unsettled):
+            place.settle()
+    except BaseException:  # a signal handler's; without this the child would keep a connection
+        if attempts > 1:
+            _settle(attempts - 1)
+        raise
 
 
 def _close(*, include_native: bool) -> None:
@@ -133,17 +144,13 @@ def _close(*, include_native: bool) -> None:
         return  # a child that never used PC/SC: the calls in the table are its parent's
     ident = get_ident()
     deadline = monotonic() + quiesce_timeout
-    while _is_another_forking(ident) and monotonic() < deadline:
-        sleep(_PAUSE)
     until = deadline + _GRACE
-    in_flight.closers[ident] = until
     try:
+        while _is_another_forking(ident) and monotonic() < deadline:
+            sleep(_PAUSE)
+        in_flight.closers[ident] = until
         _quiesce(ident, deadline, include_native=include_native)
-    except BaseException as error:
-        # An exception of a signal handler, such as KeyboardInterrupt.  A hook can't raise it, so the process forks
-        # immediately, and the exception is raised after the fork.
-        raise_later(ident, error)
-    finally:
+    finally:  # also if a signal handler raises
         in_flight.closers[ident] = until
         if in_flight.others_are_inside():
             _thread_names.update({thread.ident or 0: thread.name for thread in threading.enumerate()})
@@ -218,13 +225,17 @@ def raise_later(ident: int, error: BaseException) -> None:
 
 
 def _raise_later(ident: int, error: BaseException) -> None:
-    import ctypes  # rarely needed
-
-    while in_flight.closers:
-        sleep(_PAUSE)
+    _wait_for_forks()
+    ctypes = call_inside(in_flight.IMPORTS, __import__, "ctypes")  # rarely needed
+    _wait_for_forks()  # for the next one, too, which has waited for the import
     # What is raised in another thread is a class, without arguments: one that makes the very instance.
     carrier = type(type(error).__name__, (type(error),), {"__new__": lambda kind: error})
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(carrier))
+
+
+def _wait_for_forks() -> None:
+    while in_flight.closers:
+        sleep(_PAUSE)
 
 
 def _begin(epoch: process.Epoch) -> None:
@@ -239,6 +250,7 @@ def _begin(epoch: process.Epoch) -> None:
 
 
 # A C function opens the gate, so nothing can interrupt this.  A signal handler could raise in a hook in Python.
+process.raise_later = raise_later
 process.before_fork(process.QUIESCE, _before_fork)
 process.after_fork_in_parent(in_flight.closers.clear)
 process.at_fork(at_begin=_begin)

@@ -7,7 +7,6 @@ moment nothing happens here.
 from __future__ import annotations
 
 import os
-import threading
 from types import TracebackType
 from typing import Any, Optional
 
@@ -15,6 +14,7 @@ from ..errors import HandoverError
 from . import gate, gateways, handles, in_flight, inherited, log, one_step, process, sessions, transfer
 from .calls import Kind
 from .handles import Context
+from .unpatched import get_ident
 
 __all__ = ["files_to_preserve", "handover"]
 
@@ -52,7 +52,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         self._epoch = here = process.current()
         self._done, self.failure = False, None
         transfer.register_hooks()
-        if threading.get_ident() in transfer.blocks:
+        if get_ident() in transfer.blocks:
             _warn("its handover() block is inside another one; pass all contexts to one block")
         if self._chosen is None:
             for context in list(handles.contexts.values()):
@@ -64,7 +64,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             obstacle = transfer.obstacle(context)
             if obstacle:
                 raise _error(*obstacle)
-        ident = self._thread = threading.get_ident()
+        ident = self._thread = get_ident()
         outer = transfer.blocks.get(ident, ())
         try:
             if not gate.close_if_quiet():

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from .failures import is_ours
@@ -43,6 +44,7 @@ __all__ = [
     "here",
     "locks_to_release",
     "process_key",
+    "raise_later",
     "ran_hook",
     "sentinel",
 ]
@@ -54,8 +56,10 @@ _MADV_RANDOM, _MADV_SEQUENTIAL = 1, 2
 _MARK = (_MADV_RANDOM, _MADV_SEQUENTIAL, _MADV_RANDOM, _MADV_SEQUENTIAL)  # what the doctor looks for, page by page
 
 
+_in_child: dict[Callable[[], None], None] = {}
 _at_begin: list[Callable[[Epoch], None]] = []
 _at_begin_last: list[Callable[[Epoch], None]] = []
+_left_in_hook: dict[Callable[[], None], None] = {}  # what the hook of this process has not done yet
 
 LOST = "loss"
 """``noticed_by`` of an epoch that belongs to no process: the owner of what this process had, and has lost."""
@@ -77,7 +81,7 @@ class Epoch:
     :ivar unquiet: the call that was inside when this process, or an ancestor, was forked; None after quiet forks.
     """
 
-    __slots__ = ("_pending", "_successors", "_turn", "noticed_by", "number", "parent", "pid", "unquiet")
+    __slots__ = ("_left", "_left_in_child", "_successors", "_turn", "noticed_by", "number", "parent", "pid", "unquiet")
 
     def __init__(self, parent: Optional[Epoch], noticed_by: str, forks: int = 0) -> None:
         self.pid = os.getpid()
@@ -86,7 +90,8 @@ class Epoch:
         self.parent = parent
         self.unquiet: Any = parent.unquiet if parent else None
         self._turn = RLock()
-        self._pending = [*_at_begin, *_at_begin_last]
+        self._left_in_child = _left_in_hook if noticed_by == "hook" else dict.fromkeys(_in_child)
+        self._left = dict.fromkeys((*_at_begin, *_at_begin_last))
         self._successors: dict[tuple[int, int], Epoch] = {}
 
     def __repr__(self) -> str:
@@ -112,7 +117,7 @@ def process_key() -> tuple[int, int]:
 if TYPE_CHECKING:  # as in in_flight
 
     class _Sentinel(Protocol):
-        """Whether :data:`here` describes this process, whether it ran the at-fork hook, and all that this calls."""
+        """Two values: whether :data:`here` describes this process, and whether it ran the at-fork hook."""
 
         def __getitem__(self, index: int, /) -> int: ...
 
@@ -123,7 +128,7 @@ class _PidSentinel:
     """Layer 3, for systems that can't wipe a page."""
 
     def __init__(self) -> None:
-        self._set_by = [0, 0, 0]
+        self._set_by = [0, 0]
 
     def __getitem__(self, index: int, /) -> int:
         return self._set_by[index] == os.getpid()
@@ -156,7 +161,7 @@ def _wiped_page() -> Optional[_Sentinel]:
     return None  # an emulator that accepts any advice without following it
 
 
-_HERE, _HOOKED, _CALLED = 0, 1, 2
+_HERE, _HOOKED = 0, 1
 here = Epoch(None, "import")
 _page = _wiped_page()
 sentinel: _Sentinel = _page or _PidSentinel()
@@ -168,9 +173,11 @@ forked_by = 0
 locks_to_release: dict[object, Any] = {}
 """Locks to release in a child: the main thread waits for them, and their holder doesn't exist in the child."""
 
+raise_later: Optional[Callable[[int, BaseException], None]] = None
+"""Raises an exception in a thread, after its fork; set by :mod:`gate`."""
+
 _turns: dict[int, Optional[Callable[[], None]]] = {}
 _before: list[Callable[[], None]] = []
-_in_child: list[Callable[[], None]] = []
 _ATTEMPTS = 3
 
 
@@ -210,13 +217,14 @@ def at_fork(
 
     :param in_child: called by the hook, or, after a fork that ran no hook, at the first use of PC/SC.  It may only
         close file descriptors: most children exec immediately.  (The recorder, which runs only if asked for, also
-        begins the child's record.)  It is called again if a signal handler raises in it, or directly after it.
+        begins the child's record.)  It is called again if a signal handler raises in it.
     :param at_begin: called at the first use of PC/SC, with the epoch that begins; :data:`here` is then still the
-        parent's epoch.  It may replace locks and tables, and must not wait for a lock.
+        parent's epoch.  It may replace locks and tables, and must not wait for a lock.  It is called again if a signal
+        handler raises in it.
     :param at_begin_last: the same, but called after all others, including those that are added later.
     """
     if in_child is not None:
-        _in_child.append(in_child)
+        _in_child[in_child] = None
     if at_begin is not None:
         _at_begin.append(at_begin)
     if at_begin_last is not None:
@@ -240,51 +248,65 @@ def ran_hook() -> bool:
 
 def _begin(epoch: Epoch) -> None:
     global here, _hooks_run, forked_by
-    _call_in_child()
-    # A finalizer that runs in the middle also comes here.  It does what is left, and nothing twice.
-    while epoch._pending:
-        epoch._pending.pop(0)(epoch)
+    _call(epoch._left_in_child)
+    _call(epoch._left, epoch)
+    _left_in_hook.clear()
     _hooks_run = forked_by = 0
     here = epoch
     sentinel[_HERE] = 1
 
 
-def _hook_in_child() -> None:
+def _call(left: dict[Callable[..., None], None], *arguments: Any) -> None:
+    """Call each of these, and remove it when it has returned, so that what is interrupted is called again."""
+    for function in list(left):
+        if function in left:  # a signal handler or finalizer that runs in the middle also comes here, and does the rest
+            function(*arguments)
+            left.pop(function, None)
+
+
+def _note_fork() -> None:
     global _hooks_run, forked_by
-    try:
-        _hooks_run += 1
-        sentinel[_HERE] = 0
-        sentinel[_HOOKED] = 1
-        if _hooks_run == 1:  # its process had used PC/SC itself
-            forked_by = get_ident()
-            for lock in list(locks_to_release.values()):
-                if lock.locked():  # this process's copy, which no other process uses
-                    lock.release()
-    finally:
-        _call_in_child()
+    sentinel[_HERE] = 0
+    sentinel[_HOOKED] = 1
+    if not _hooks_run:  # its process had used PC/SC itself
+        forked_by = get_ident()
+        for lock in list(locks_to_release.values()):
+            if lock.locked():  # this process's copy, which no other process uses
+                lock.release()
+    _hooks_run += 1  # last, because this function can be called again
 
 
-def _call_in_child() -> None:
-    """Call each of these, whatever signal handlers raise; otherwise a session could be left without an owner."""
-    pending, raised = list(_in_child), list[BaseException]()
-    while not sentinel[_CALLED]:
+def _hook_in_child() -> None:
+    """Do what is left, whatever signal handlers raise; otherwise a session could be left without an owner."""
+    raised: list[BaseException] = []
+    while _left_in_hook and len(raised) < _ATTEMPTS:
         try:
-            while pending:
-                pending[0]()
-                del pending[:1]
-            sentinel[_CALLED] = 1
+            _call(_left_in_hook)
         except BaseException as error:
             raised.append(error)
-            if len(raised) % _ATTEMPTS == 0:
-                del pending[:1]
     if raised:
         raise raised[-1]
 
 
 def _hook_before() -> None:
     for function in _before:
-        function()
+        try:
+            function()
+        except BaseException as error:
+            # An exception of a signal handler, such as KeyboardInterrupt.  A hook can't raise it, so the process forks,
+            # and the exception is raised after the fork.
+            if raise_later is None:
+                raise
+            raise_later(get_ident(), error)
 
 
 if sys.platform != "win32" and FORKS:
-    os.register_at_fork(before=_hook_before, after_in_child=_hook_in_child)
+    os.register_at_fork(before=_hook_before)
+    for _function in (
+        _left_in_hook.clear,  # C functions, which nothing can interrupt
+        partial(_left_in_hook.setdefault, _note_fork),
+        partial(_left_in_hook.update, _in_child),
+        _hook_in_child,
+        _hook_in_child,  # in case that a signal handler raises before its first line, or in the middle of its except
+    ):
+        os.register_at_fork(after_in_child=_function)

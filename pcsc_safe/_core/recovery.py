@@ -20,7 +20,6 @@ At a fork: a child counts its own attempts.  It inherits what its parent has los
 from __future__ import annotations
 
 import time
-from _thread import get_ident
 from typing import Any, Callable, Optional
 
 from ..policy import Role
@@ -30,6 +29,7 @@ from .handles import Context, Record
 from .library import SUCCESS, constant
 from .reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, is_for_new_readers
 from .settings import settings
+from .unpatched import get_ident
 
 __all__ = [
     "NO_SERVICE",

@@ -15,7 +15,6 @@ this is the parent.
 from __future__ import annotations
 
 import _socket  # the module that Python's own is made of: eventlet and gevent patch that one
-import threading
 from typing import Any, Optional, Protocol
 
 from ..errors import PcscSafeError
@@ -23,7 +22,7 @@ from ..policy import Owner, Policy, native_works_after_fork
 from . import descriptors, failures, gate, gateways, handles, log, observer, process, settings
 from .calls import LostError
 from .handles import Context
-from .unpatched import monotonic, sleep
+from .unpatched import get_ident, monotonic, sleep
 
 __all__ = ["FORK_AGAIN", "Block", "blocks", "has_intact_connections", "obstacle", "register_hooks"]
 
@@ -130,7 +129,7 @@ def register_hooks() -> None:
 
 
 def _plan_before_fork() -> None:
-    ident = threading.get_ident()
+    ident = get_ident()
     of_thread = blocks.get(ident, ())
     if not of_thread and not settings.gives_at_forks():
         return
@@ -160,7 +159,7 @@ FORK_AGAIN = "the parent is still the owner: fork again"
 
 
 def _note_failure(plan: Plan, why: str, remedy: str = FORK_AGAIN) -> None:
-    descriptors.kept_by_child.pop(threading.get_ident(), None)
+    descriptors.kept_by_child.pop(get_ident(), None)
     for block in plan.blocks:
         block.failure = (why, remedy)
     log.warning("no-handover", "process %(pid)d hands nothing over to the child that it forks: %(why)s", why=why)
@@ -234,7 +233,7 @@ def _reserve(plan: Plan) -> Optional[str]:
     for context in plan.native:
         context.real.give_latest()
     broker = gateways.brokers.existing()
-    handles.given.update(dict.fromkeys(plan.in_broker, threading.get_ident()))
+    handles.given.update(dict.fromkeys(plan.in_broker, get_ident()))
     if broker is not None and (plan.in_broker or plan.shared):
         plan.inherited_connection = broker.prepare_child(_real_handles(plan.in_broker), _real_handles(plan.shared))
     for context in plan.shared:
@@ -270,18 +269,18 @@ def _real_handles(contexts: list[Context]) -> list[int]:
 
 
 def _settle_in_parent() -> None:
-    plan = _plans.get(threading.get_ident())
+    plan = _plans.get(get_ident())
     if plan is None:
         return
     while True:
         try:
             _settle_once(plan)
-            _plans.pop(threading.get_ident(), None)
+            _plans.pop(get_ident(), None)
             break
         except BaseException as error:  # a signal handler's
             plan.raised.append(error)
     for raised in plan.raised[-1:]:
-        gate.raise_later(threading.get_ident(), raised)
+        gate.raise_later(get_ident(), raised)
 
 
 def _settle_once(plan: Plan) -> None:
@@ -289,7 +288,7 @@ def _settle_once(plan: Plan) -> None:
 
     If a signal handler raises during this function, it is called again from the beginning.
     """
-    descriptors.kept_by_child.pop(threading.get_ident(), None)
+    descriptors.kept_by_child.pop(get_ident(), None)
     if plan.has_child is None:
         plan.has_child = _child_has_started(plan)
     start_signal, plan.start_signal = plan.start_signal, ()
@@ -342,7 +341,7 @@ def _change_owner(context: Context, owner: process.Epoch) -> None:
 
 def _confirm_in_child() -> None:
     """In the child's hook: tell the parent that there is a child, and take over the connection to the broker."""
-    plan = _plans.get(threading.get_ident())
+    plan = _plans.get(get_ident())
     if plan is not None and plan.is_complete:
         _receive(plan)
     descriptors.kept_by_child.clear()
@@ -373,14 +372,16 @@ def _receive(plan: Plan) -> None:
 def _take_possession(epoch: process.Epoch) -> None:
     """In the child, when its epoch begins: become the owner."""
     global _received
-    received, _received = _received, None
     _plans.clear()
-    ident = threading.get_ident()
+    ident = get_ident()
     for other in [thread for thread in blocks if thread != ident]:
         del blocks[other]
-    if received is None or received[0] != process.process_key():
-        return
-    plan = received[1]
+    if _received is not None and _received[0] == process.process_key():
+        _take(_received[1], epoch)
+    _received = None  # last: until then this function can be called again
+
+
+def _take(plan: Plan, epoch: process.Epoch) -> None:
     broker = gateways.brokers.existing()
     for context in [*plan.handed_over(), *plan.shared]:
         if context in plan.native:

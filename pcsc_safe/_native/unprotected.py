@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from sys import getrefcount, modules
 from typing import Any
 
-from .._core import connections, gate, log, process
-from .._core.unpatched import get_ident
+from .._core import connections, log, process
 
 __all__ = ["opened"]
 
@@ -69,12 +68,8 @@ def _singleton() -> Any:
 
 
 def _before_fork() -> None:
-    if len(modules) == _count_of_modules and _reference_count() == _last_reference_count:
-        return
-    try:
+    if len(modules) != _count_of_modules or _reference_count() != _last_reference_count:
         _warn_if_new()
-    except BaseException as error:  # a signal handler's; a hook can't raise
-        gate.raise_later(get_ident(), error)
 
 
 def _reference_count() -> int:

@@ -168,7 +168,7 @@ def prepare() -> None:
 def _begin(epoch: process.Epoch) -> None:
     global _broker, _starting
     _starting = threading.RLock()
-    if _broker is not None:
+    if _broker is not None and _broker.epoch is not epoch:
         _broker = _broker.after_fork_in_child(epoch)
 
 

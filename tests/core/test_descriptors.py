@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import Any
 
 import pytest
 from conftest import ECHO, Session
-from forking import fork, in_child, in_program
-from interrupts import Alarm, before_3_10, raise_alarm
+from forking import fork, in_child, in_program, start, wait_for
+from interrupts import Alarm, RaisesInside, before_3_10, raise_alarm
 from own_descriptors import descriptors, is_dead
 
 from pcsc_safe import scard as safe
 from pcsc_safe._core import connections, handles, process
+from pcsc_safe._core import descriptors as core
 from pcsc_safe._core.descriptors import Descriptor
 from pcsc_safe._core.one_step import Operation
 from pcsc_safe.testing import EchoCard, VirtualPcsc
@@ -259,6 +261,25 @@ def test_no_descriptor_is_free(session: Session, free: int) -> None:
             os.close(descriptor)
 
 
+@pytest.mark.parametrize("function", ["fstat", "dup2"])
+def test_a_handlers_exception_is_not_taken_for_a_failure(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """A TimeoutError that a signal handler raises during a replacement is raised, so that the caller can repeat it."""
+    core.prepare()
+    ours, theirs = socket.socketpair()
+    connection, real = core.of(ours.fileno()), getattr(os, function)
+
+    def times_out(*arguments: Any, **options: Any) -> Any:
+        if connection.number in arguments:
+            raise TimeoutError
+        return real(*arguments, **options)
+
+    with ours, theirs, monkeypatch.context() as patch:
+        patch.setattr(core, "_dead_socket", None)
+        patch.setattr(os, function, times_out)
+        with pytest.raises(TimeoutError):
+            core.replace_with_dead([connection])
+
+
 def is_dead_by_send(number: int) -> bool:
     """Like :func:`is_dead`, but without another descriptor."""
     connection = socket.socket(fileno=number)
@@ -394,6 +415,21 @@ def test_many_threads_come_first(session: Session, shared_stack: VirtualPcsc) ->
         return set(answers)
 
     assert in_child(child) == {OK}
+
+
+def test_a_signal_in_the_hook(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child doesn't keep a connection of its parent, whichever line of its hook a handler raises in."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    number, line, left = connection_of(session.context).number, 0, -1
+    while left < 0:
+        raises = RaisesInside(process._hook_in_child, line)
+        sys.settrace(raises)
+        child = start(lambda: (raises.left, is_dead(number)))  # noqa: B023  # called immediately
+        sys.settrace(None)
+        left, dead = wait_for(child)
+        assert dead, line
+        line += 1
+    assert line > 20
 
 
 def test_the_first_stack_is_no_precondition(shared_stack: VirtualPcsc) -> None:

@@ -18,10 +18,12 @@ from green import (
     CANCELLED,
     LIBRARIES,
     OK,
+    RESET,
     TIMED_OUT,
     classes,
     forks,
     greenlets,
+    hands_over,
     pool,
     releases_beside_a_wait,
     reports_again,
@@ -80,6 +82,12 @@ def test_a_fork(how: tuple[str, ...]) -> None:
     """Parent and child continue after a fork; a wait in the pool neither ends nor delays the fork."""
     child = [[OK, 10, 10, TIMED_OUT, OK], 0]
     assert told(forks, how) == [[child] * 3, 10, True, OK, CANCELLED, OK]
+
+
+@pytest.mark.parametrize("order", ["patched first", "patched later"])
+def test_a_handover(library: str, gateway: str, order: str) -> None:
+    """A greenlet that forks in a handover block hands over, whether the library has patched before or after import."""
+    assert told(hands_over, (library, gateway, order)) == [[[OK, OK], 0], RESET, OK]
 
 
 def test_the_classes_of_pyscard(how: tuple[str, ...]) -> None:

@@ -14,7 +14,6 @@ IN_THE_BROKER = {"served", "server", "sharing", "watch", "__init__", "__main__"}
 """Modules that run in a broker, where no handler raises."""
 
 WITH_A_REASON = {
-    "_core.descriptors.replace_with_dead": "in a hook, where it must not keep the rest from being done",
     "_core.log._write": "print() runs whatever the application has put in the place of sys.stderr",
     "_core.reconnecting.reconnecting": "it raises what it doesn't know",
     "_core.transfer._child_has_started": "a BlockingIOError ends a wait that is asked for again",
