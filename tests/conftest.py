@@ -5,6 +5,7 @@ Every fork of the tests uses :mod:`forking`: its own session, a watchdog that du
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
@@ -22,7 +23,7 @@ from macos import OnMacos
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import settings
+from pcsc_safe._core import handles, process, settings
 from pcsc_safe.policy import Broker, Settings
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
@@ -107,6 +108,16 @@ def shared_stack() -> Iterator[VirtualPcsc]:
         pytest.skip(f"{found.problem}; {found.remedy}")
     with VirtualPcsc(2, [EchoCard(), EchoCard()]) as stack:
         yield stack
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_what_is_left() -> Iterator[None]:
+    """Release the contexts of this process after each module: a test's children see that it still has its sessions."""
+    yield
+    for context in list(handles.contexts.values()):
+        if context.owner is process.here and not context.released:
+            with contextlib.suppress(pcsc_safe.PcscSafeError):
+                safe.SCardReleaseContext(context.safe)
 
 
 @pytest.fixture(autouse=True)
