@@ -297,6 +297,8 @@ def _settle_once(plan: Plan) -> None:
     if plan.has_child and plan.handed_over():
         # Before another thread can re-establish the contexts that were handed over.
         descriptors.replace_with_dead(plan.connections)
+        for connection in plan.connections:
+            descriptors.unguard(connection)
         child_epoch = process.Epoch(process.here, process.HANDED_OVER)
         for context in plan.handed_over():
             _change_owner(context, child_epoch)

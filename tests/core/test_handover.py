@@ -46,6 +46,7 @@ from macos import OnMacos
 
 import pcsc_safe
 from pcsc_safe import scard as safe
+from pcsc_safe._core.descriptors import guarded
 from pcsc_safe.errors import HandoverError
 from pcsc_safe.testing import VirtualPcsc
 
@@ -360,7 +361,7 @@ def test_again_and_again(stack: VirtualPcsc, through: str) -> None:
             assert safe.SCardListReaders(context, [])[0] == OK
             if number:
                 stack.wait_for_clients(1)
-                counts.add(len(descriptors(os.getpid())))
+                counts.add((len(descriptors(os.getpid())), len(guarded)))
         return len(counts)
 
     assert in_child(parent) == 1
