@@ -25,7 +25,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from .failures import is_ours
-from .one_step import call_in_turn
+from .one_step import call_in_turn, in_one_step
 from .unpatched import RLock, get_ident
 
 __all__ = [
@@ -247,13 +247,15 @@ def ran_hook() -> bool:
 
 
 def _begin(epoch: Epoch) -> None:
-    global here, _hooks_run, forked_by
+    global _hooks_run, forked_by
     _call(epoch._left_in_child)
     _call(epoch._left, epoch)
     _left_in_hook.clear()
     _hooks_run = forked_by = 0
-    here = epoch
-    sentinel[_HERE] = 1
+    # In one step, because a signal handler in between would begin another epoch.
+    set_by: Any = sentinel._set_by if isinstance(sentinel, _PidSentinel) else sentinel
+    value = 1 if set_by is sentinel else epoch.pid
+    in_one_step((globals().__setitem__, "here", epoch), (set_by.__setitem__, _HERE, value))
 
 
 def _call(left: dict[Callable[..., None], None], *arguments: Any) -> None:

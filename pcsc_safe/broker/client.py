@@ -24,7 +24,7 @@ from .._core.calls import STALE, Keep, KeepCard, LostError
 from .._core.failures import is_ours
 from ..errors import BrokerError
 from . import start, wire
-from .connection import Connection, adopt, pair
+from .connection import Connection, adopt, from_numbers, pair
 
 __all__ = ["Broker", "InheritedConnection"]
 
@@ -387,7 +387,7 @@ class Broker:
             if not self.for_family:
                 descriptors.guard(self._door.descriptor)
             if inherited_connection.descriptor is not None and inherited_connection.descriptor.is_intact():
-                presence = _Presence(adopt(inherited_connection.number, guarded=True), inherited_connection.key)
+                presence = _Presence(inherited_connection.adopt(), inherited_connection.key)
                 return Broker(self._door, self._helper, epoch, for_family=self.for_family, presence=presence)
         elif self.for_family and not self.lost:
             return Broker(self._door, self._helper, epoch, for_family=True)
@@ -447,6 +447,7 @@ class InheritedConnection:
         self.descriptor: Optional[descriptors.Descriptor] = None
         self._connection = connection
         self._given = given
+        self._adopted: list[Any] = []
 
     def descriptors(self) -> set[int]:
         """The descriptors that the child keeps."""
@@ -463,6 +464,13 @@ class InheritedConnection:
             if taken.is_intact():
                 self.descriptor = taken
                 self._broker._inherited_connection = (os.getpid(), self)
+
+    def adopt(self) -> Connection:
+        """In the child, at its first use of PC/SC: the connection; again, if a signal handler has raised."""
+        if not self._adopted:
+            self._adopted.extend(from_numbers((self.number,)))
+        self._adopted[0].settimeout(None)
+        return adopt(self._adopted[0], guarded=True)
 
     def settle(self, has_child: bool) -> None:
         """In the parent: leave it to the child; or, if there is no child, take back what was given."""

@@ -17,7 +17,7 @@ from .._core import descriptors, failures, one_step
 from .._core.failures import is_ours
 from . import wire
 
-__all__ = ["Connection", "adopt", "keep_open_at_exit", "pair"]
+__all__ = ["Connection", "adopt", "from_numbers", "keep_open_at_exit", "pair"]
 
 _READ_SIZE = 1 << 16  # bytes
 _PAUSE = 0.002  # s
@@ -157,7 +157,9 @@ class Connection:
 
 
 _detached = partial(map, _socket.socket.detach)
-_from_numbers = partial(map, partial(_Socket, -1, -1, -1))
+from_numbers = partial(map, partial(_Socket, -1, -1, -1))
+"""The sockets with these descriptors.  Each must be recorded in the step that makes it: one that nothing refers to is
+closed."""
 
 
 def pair(*, guarded: bool) -> tuple[Connection, Any]:
@@ -167,7 +169,7 @@ def pair(*, guarded: bool) -> tuple[Connection, Any]:
     :raises OSError: no file descriptor is free.
     """
     # In one step of C, so that no signal handler can raise in between.
-    ours, theirs = _from_numbers(_detached(_socket.socketpair()))
+    ours, theirs = from_numbers(_detached(_socket.socketpair()))
     try:
         for end in (ours, theirs):
             end.settimeout(None)  # whatever socket.setdefaulttimeout() says: the flag would go with the descriptor
@@ -179,10 +181,7 @@ def pair(*, guarded: bool) -> tuple[Connection, Any]:
 
 
 def adopt(ours: Any, *, guarded: bool) -> Connection:
-    """The connection whose near end is this socket or descriptor."""
-    if isinstance(ours, int):
-        ours = _Socket(fileno=ours)
-        ours.settimeout(None)
+    """The connection whose near end is this socket."""
     connection = Connection(ours)
     if guarded:
         descriptors.guard(connection.descriptor)

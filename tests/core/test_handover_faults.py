@@ -267,16 +267,13 @@ def test_a_signal_that_raises_a_system_error(stack: VirtualPcsc) -> None:
     assert in_child(parent)
 
 
-unadopted = pytest.mark.xfail(reason="a connection to a broker is closed if a handler raises as the child adopts it")
-
-
 @pytest.mark.parametrize(
     ("through", "where"),
     [
         pytest.param("native", process._hook_in_child, marks=NATIVE.marks),
         pytest.param("native", process._begin, marks=NATIVE.marks),
         ("broker", process._hook_in_child),
-        pytest.param("broker", process._begin, marks=unadopted),
+        ("broker", process._begin),
     ],
 )
 def test_a_signal_in_the_child(stack: VirtualPcsc, through: str, where: Any) -> None:
