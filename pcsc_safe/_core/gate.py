@@ -224,6 +224,11 @@ def raise_later(ident: int, error: BaseException) -> None:
     start_new_thread(_raise_later, (ident, error))
 
 
+def _raise_after_fork(ident: int, error: BaseException) -> None:
+    in_flight.closers.setdefault(ident, monotonic() + _GRACE)  # until the fork is over: the thread waits for that
+    raise_later(ident, error)
+
+
 def _raise_later(ident: int, error: BaseException) -> None:
     _wait_for_forks()
     ctypes = call_inside(in_flight.IMPORTS, __import__, "ctypes")  # rarely needed
@@ -250,7 +255,7 @@ def _begin(epoch: process.Epoch) -> None:
 
 
 # A C function opens the gate, so nothing can interrupt this.  A signal handler could raise in a hook in Python.
-process.raise_later = raise_later
+process.raise_later = _raise_after_fork
 process.before_fork(process.QUIESCE, _before_fork)
 process.after_fork_in_parent(in_flight.closers.clear)
 process.at_fork(at_begin=_begin)

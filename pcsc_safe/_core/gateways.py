@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # as in in_flight
         def caller(self, call: Call, follow_up: Optional[FollowUp] = None) -> Callable[[Any, tuple[Any, ...]], Any]:
             """The function that makes a call on a record that this process owns.
 
-            :param follow_up: is called after a call on a card, also if a signal handler raises when the call has been
-                made, and then perhaps twice.  The open transactions have been counted before.
+            :param follow_up: is called after a call on a card that remains connected, also if a signal handler raises
+                when the call has been made, and then perhaps twice.  The open transactions have been counted before.
             :return: takes the record and the arguments after the handle; returns pyscard's result, or ``calls.STALE``.
             """
 

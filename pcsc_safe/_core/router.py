@@ -40,7 +40,7 @@ from .settings import settings, when_changed
 __all__ = ["public"]
 
 
-# What follows a native call: keeps the records as PC/SC keeps its handles.  The second time, it changes nothing more.
+# What follows a native call: keeps the records as PC/SC keeps its handles.  It may be called twice for one call.
 
 
 def _after_release_context(context: Record, arguments: tuple[Any, ...], result: Any) -> Any:

@@ -4,7 +4,7 @@ A process that is connected to a card, shared, locks one byte of a file that it 
 while it is in a transaction.  These locks (fcntl(2)) belong to the process: a child doesn't inherit them, and they end
 with the process, however it ends.  So a child that inherits a card can check whether its owner still has the session
 that the child knows.  No PID is compared, and a fork costs nothing.  A process that continues in another one's session
-locks the third byte.
+locks the third byte; so does the owner of a session that its children share.
 
 The file is empty.  Each session has bytes at a random offset, so no offset is used twice.
 
@@ -142,7 +142,9 @@ class Session:
     def end(self) -> None:
         """Note that this process no longer has it; does nothing in a process that never had it."""
         self.is_open = False
-        self._unlock(_CONNECTED, _IN_TRANSACTION, _CONTINUED)
+        self._unlock(_CONNECTED, _IN_TRANSACTION)
+        if not _continued.get(self._number):  # otherwise this process continues it
+            self._unlock(_CONTINUED)
         for other in self._predecessors():
             mine = _continued.get(other._number, {})
             if mine.pop(self, self) is None and not mine:

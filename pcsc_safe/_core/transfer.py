@@ -378,7 +378,8 @@ def _take_possession(epoch: process.Epoch) -> None:
     ident = get_ident()
     for other in [thread for thread in blocks if thread != ident]:
         del blocks[other]
-    if _received is not None and _received[0] == process.process_key():
+    pid, namespace = process.process_key()
+    if _received is not None and _received[0] in ((pid, namespace), (pid, namespace or _received[0][1])):
         _take(_received[1], epoch)
     _received = None  # last: until then this function can be called again
 

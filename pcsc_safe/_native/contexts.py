@@ -520,7 +520,7 @@ def _disconnect(owned: Owned, context: NativeContext, handle: int) -> None:
     """Disconnect a card that is not recorded; nothing, where its native context is released or another process's."""
     call, may_pass = (raw["SCardDisconnect"], handle, _LEAVE_CARD), False
     while not attempt(context, context, "SCardDisconnect", call, may_pass=may_pass):
-        if owned.owner is not process.current() or context.state in (WOKEN, RELEASED):
+        if not context.is_ours() or owned.owner is not process.current() or context.state in (WOKEN, RELEASED):
             break
         if context.state == GIVEN:
             wait_while_given([context])

@@ -167,4 +167,11 @@ def _end(place: NativeContext, wait: Any) -> None:
         pause *= 2
 
 
-process.at_fork(at_begin=lambda epoch: process.locks_to_release.clear())
+def _begin(epoch: process.Epoch) -> None:
+    for lock in list(process.locks_to_release.values()):
+        if lock.locked():
+            lock.release()
+    process.locks_to_release.clear()
+
+
+process.at_fork(at_begin=_begin)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import struct
 import sys
 from _thread import get_native_id
@@ -243,8 +242,12 @@ def _program(words: Sequence[str]) -> str:
 
 
 def _what_python_runs(rest: Iterator[str]) -> Sequence[str]:
+    import re  # used once, and only where there is a record
+
+    # Python's options: those without an argument, then one with an argument, then the rest of the word.
+    options = re.compile("-[bBdEhiIOPqRsStuvVx?]*([cmWX]?)(.*)", re.DOTALL)
     for word in rest:
-        found = _OPTIONS.fullmatch(word)
+        found = options.fullmatch(word)
         if found is None or word == "-":
             return [os.path.basename(word)]
         option, argument = found.groups()
@@ -260,8 +263,6 @@ def _what_python_runs(rest: Iterator[str]) -> Sequence[str]:
 
 
 _PYTHONS = ("python", "pypy")
-_OPTIONS = re.compile("-[bBdEhiIOPqRsStuvVx?]*([cmWX]?)(.*)", re.DOTALL)
-"""Python's options: those without an argument, then one with an argument, then the rest of the word."""
 
 
 def _command_line() -> Sequence[str]:

@@ -134,7 +134,8 @@ def pcsc_context(module: Any) -> list[Patch]:
     renew = singleton.renewContext
 
     def in_child() -> None:
-        if singleton.instance is not None and type(singleton.instance.hcontext) is int:
+        old = singleton.instance
+        if old is not None and type(old.hcontext) is int and singleton.instance is old:
             singleton.instance = None  # established before install(), so this process doesn't own it
 
     def renew_context() -> Any:

@@ -12,6 +12,7 @@ fork nothing happens here: a child renews what it must at its first use.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any, Callable, Optional
@@ -127,7 +128,8 @@ class _Finder:
         if fullname in PATCHES and _applied.wanted and fullname not in sys.modules:
             from wrapt import register_post_import_hook
 
-            register_post_import_hook(_imported, fullname)
+            with suppress(KeyError):  # wrapt 1.14 reports only the first import of a module
+                register_post_import_hook(_imported, fullname)
         return None
 
 

@@ -24,8 +24,8 @@ from . import EchoCard, PcscStackError, VirtualCard, VirtualPcsc
 __all__ = ["main"]
 
 _CARDS = ("echo", "piv", "none")
-_FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+_FORWARDED = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+_FROM_TERMINAL = ("SIGINT", "SIGQUIT")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,10 +63,10 @@ def _run(command: Sequence[str], stack: VirtualPcsc) -> int:
     def forward(number: int, frame: object) -> None:
         if not started:
             early.append(number)
-        elif number not in _FROM_TERMINAL or not _have_terminal():
+        elif signal.Signals(number).name not in _FROM_TERMINAL or not _have_terminal():
             _send(started[0], number)
 
-    for number in _FORWARDED:
+    for number in (getattr(signal, name) for name in _FORWARDED):
         # What is ignored because of nohup, or in the background of a script, stays ignored in the command, too.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, forward)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["pcsc_card", "pcsc_stack", "pcsc_stack_factory"]
 
 _LOG_TAIL = 2000  # characters
-_stacks = pytest.StashKey["list[VirtualPcsc]"]()
+_STACKS = "_pcsc_safe_stacks"  # an attribute of the test's item: before pytest 7 it has no stash
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,7 +50,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
     outcome = yield
     report = outcome.get_result()
     if report.when == "call" and report.failed:
-        for stack in item.stash.get(_stacks, ()):
+        for stack in getattr(item, _STACKS, ()):
             with contextlib.suppress(Exception):  # it would end the whole run; the test may have closed the stack
                 report.sections.append(("pcscd's log", stack.log[-_LOG_TAIL:]))
 
@@ -78,7 +78,7 @@ def pcsc_stack_factory(request: pytest.FixtureRequest) -> Iterator[StackFactory]
             count = readers if readers is not None else 2 if cards is None else len(cards)
             made = [_card(source) for source in (["echo"] * count if cards is None else cards)]
             stack = stacks.enter_context(VirtualPcsc(count, made, activate=activate))
-            request.node.stash.setdefault(_stacks, []).append(stack)
+            vars(request.node).setdefault(_STACKS, []).append(stack)
             return stack
 
         yield start

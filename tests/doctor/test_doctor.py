@@ -136,7 +136,6 @@ def test_a_well_machine_and_an_untouched_card() -> None:
 
 
 @on_linux
-@on_linux
 def test_where_sigchld_is_ignored(path: str) -> None:
     """A process that inherits an ignored SIGCHLD can't wait for a child; the doctor works there, too."""
     ignore = (
@@ -148,6 +147,7 @@ def test_where_sigchld_is_ignored(path: str) -> None:
     assert "Forks" in done.stdout
 
 
+@on_linux
 def test_a_session_of_another_process_goes_on(session: Session) -> None:
     """The session of another process continues, PIN included, even with ``--touch-cards``."""
     told = doctor("--touch-cards")
