@@ -155,6 +155,7 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
         handles.update(context, former_owner, gateway=broker)
         for card in cards:
             session = card.session.taken_over(False)
+            session.is_joint = True
             if not handles.update(card, card.owner, transactions=0, session=session, owner=here):
                 session.end()
         if handles.update(context, former_owner, owner=here):

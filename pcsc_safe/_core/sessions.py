@@ -105,16 +105,17 @@ class Session:
     :ivar continued_from: the session of another process that this one continues, if any.
     :ivar is_shared: whether the card is connected shared; other processes can continue only a shared session.
     :ivar is_open: whether this process has it.
+    :ivar is_joint: whether other processes have the same connection, through a broker.
     """
 
-    __slots__ = ("_is_given", "_number", "continued_from", "events", "is_open", "is_shared", "pcscd")
+    __slots__ = ("_number", "continued_from", "events", "is_joint", "is_open", "is_shared", "pcscd")
 
     def __init__(self, *, shared: bool, events: Optional[int] = None, continued_from: Optional[Session] = None) -> None:
         self._number = int.from_bytes(os.urandom(8), "big") % _LARGEST * 4
         self.pcscd = os.environ.get("PCSCLITE_CSOCK_NAME")  # libpcsclite looks at it each time
         self.events = events
         self.continued_from = continued_from
-        self.is_open, self.is_shared, self._is_given = True, shared, False
+        self.is_open, self.is_shared, self.is_joint = True, shared, False
         if descriptor() is None:
             prepare()
         self.begin()
@@ -126,7 +127,7 @@ class Session:
             self._lock(_IN_TRANSACTION)
         if self.is_shared:
             self._lock(_CONNECTED)
-        if self._is_given:
+        if self.is_joint:
             self.share()
         for other in self._predecessors():
             _continued.setdefault(other._number, {})[self] = None
@@ -152,12 +153,13 @@ class Session:
 
     def share(self) -> None:
         """In the process that has it, before a fork: show the child, which gets it too, that this process uses it."""
-        self._is_given = True
+        self.is_joint = True
         self._lock(_CONTINUED, shared_lock=True)  # an exclusive session has no other lock
 
     def taken_over(self, in_transaction: bool) -> Session:
         """In a child that it was handed over to, or that shares it: the session, as this process's own."""
         session = Session(shared=self.is_shared, events=self.events, continued_from=self)
+        session.is_joint = self.is_joint
         if in_transaction:
             session.set_in_transaction(True)
         return session

@@ -25,6 +25,8 @@ def disposition(function: str, card: Card, wanted: int) -> int:
     """
     if wanted == LEAVE_CARD or not settings().spare_cards or not card.session.is_used_by_others():
         return int(wanted)
+    if card.session.is_joint and function == "SCardDisconnect":
+        return int(wanted)  # the broker does it when the last of these processes disconnects
     if isinstance(wanted, ByDefault):
         return LEAVE_CARD
     here = process.current()
