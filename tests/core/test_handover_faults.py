@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -374,6 +375,26 @@ def test_nothing_can_be_given(stack: VirtualPcsc, through: str, fault: str) -> N
     else:
         (told, child), (told_too, here), next_one = in_child(parent)
         assert (told, "Too many open files" in told[0], child, here, next_one) == (told_too, True, False, True, True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the root")
+@through_both
+def test_a_child_without_proc(stack: VirtualPcsc, tmp_path: Path, through: str) -> None:
+    """A child that changes its root before its first call gets the session all the same."""
+
+    def jailing() -> int:
+        with pcsc_safe.handover():
+            pid = fork()
+            if pid == 0:
+                os.chroot(tmp_path)
+                os.chdir("/")
+        return pid
+
+    def parent() -> Any:
+        session = opened(through, policy="raise")
+        return in_child(has, session, fork=jailing), has(session)
+
+    assert in_child(parent) == (True, False)
 
 
 def test_the_broker_of_the_family_has_ended(stack: VirtualPcsc) -> None:

@@ -738,6 +738,40 @@ def imports_after_an_interrupt() -> None:
     print(json.dumps([arrived, wait_for(first), second.answer(), len(warned)]))
 
 
+def test_an_interrupted_fork_of_one_thread(shared_stack: VirtualPcsc) -> None:
+    """The import of ctypes waits for a fork without other threads, too: the fork is quiet, and its child can import."""
+    assert run(shared_stack, raises_in_the_hook) == ["Alarm", [True, True]]
+
+
+def raises_in_the_hook() -> None:
+    """Raise at the start of the hook; give the import time to begin before the process forks."""
+    del sys.modules["ctypes"]
+    importing, arrived = threading.Event(), ""
+
+    class Slow:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            if name == "ctypes":
+                importing.set()
+                time.sleep(0.2)
+
+    def child() -> Any:
+        signal.alarm(5)
+        sys.meta_path.pop(0)
+        return process.current().unquiet is None, bool(importlib.import_module("ctypes"))
+
+    sys.meta_path.insert(0, Slow())
+    process.before_fork(process.WARN, lambda: importing.wait(0.1) and None)
+    try:
+        sys.settrace(RaisesInside(gate._before_fork, 0))
+        forked = start(child)
+        for _ in range(5000):
+            time.sleep(0.001)
+    except Alarm:
+        arrived = "Alarm"
+    print(json.dumps([arrived, wait_for(forked)]))
+
+
 def test_a_signal_as_the_epoch_begins() -> None:
     """An unquiet fork isn't taken for a quiet one, whichever line of the child's first call a handler raises in."""
     pcsc_safe.configure(quiesce_timeout=0)

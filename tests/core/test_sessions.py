@@ -16,6 +16,7 @@ from forking import in_child, start, wait_for
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe._core import sessions
+from pcsc_safe._core.calls import ByDefault
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 REESTABLISH = pytest.mark.not_on_macos("policy 'reestablish' has no library there to re-establish anything in")
@@ -124,6 +125,28 @@ def test_the_owner_is_killed(pcsc_stack: VirtualPcsc) -> None:
     os.write(go, b".")
     assert os.read(answer_end, 100).decode() == repr([RESET, []])
     for end in (ready_end, ready, go_end, go, answer_end, answer):
+        os.close(end)
+
+
+def test_a_child_drops_the_inherited_handle(pcsc_stack: VirtualPcsc) -> None:
+    """The child's own connection to the card still keeps its parent's default from powering the card off."""
+    session = Session()
+    ready_end, ready = os.pipe()
+    go_end, go = os.pipe()
+
+    def child() -> Any:
+        own = Session()
+        assert safe.SCardDisconnect(session.card, LEAVE) == OK
+        os.write(ready, b".")
+        os.read(go_end, 1)
+        return own.transmit(ECHO)
+
+    waiting = start(child)
+    os.read(ready_end, 1)
+    assert safe.SCardDisconnect(session.card, ByDefault(safe.SCARD_UNPOWER_CARD)) == OK
+    os.write(go, b".")
+    assert wait_for(waiting) == ECHOED
+    for end in (ready_end, ready, go_end, go):
         os.close(end)
 
 

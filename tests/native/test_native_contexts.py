@@ -30,6 +30,7 @@ from forking import fork, in_child, in_program
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe._core import handles, process
+from pcsc_safe._native import pyscard
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
 OK, CANCELLED, TIMED_OUT = safe.SCARD_S_SUCCESS, safe.SCARD_E_CANCELLED, safe.SCARD_E_TIMEOUT
@@ -438,6 +439,33 @@ def connects_beside_a_fork() -> None:
 def test_a_connection_that_nobody_gets_is_ended_beside_a_fork() -> None:
     """A card that was connected for nobody is disconnected, even if another thread's fork keeps all calls out."""
     assert told(connects_beside_a_fork, cards=[SlowReset()]) == OK
+
+
+def forks_as_it_connects() -> None:
+    """Program: a fork as SCardConnect returns; the child uses the context before the call goes on."""
+    context, pids = establish(), list[int]()
+    reader = safe.SCardListReaders(context, [])[1][0]
+    native = pyscard.raw["SCardConnect"]
+
+    def connects(*arguments: Any) -> Any:
+        answer = native(*arguments)
+        if not pids:
+            pids.append(fork())
+            if pids == [0]:
+                signal.alarm(5)
+                assert safe.SCardListReaders(context, [])[0] == OK
+        return answer
+
+    pyscard.raw["SCardConnect"] = connects
+    answer = safe.SCardConnect(context, reader, safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_T1)[0]
+    if pids == [0]:
+        os._exit(answer != OK)
+    print(json.dumps([answer, os.waitpid(pids[0], 0)[1]]))
+
+
+def test_a_fork_as_a_card_is_connected() -> None:
+    """SCardConnect returns in a child that has used the context already: it doesn't try to end its parent's card."""
+    assert told(forks_as_it_connects) == [OK, 0]
 
 
 def worker_of(card: Any, stop: threading.Event) -> Calling:

@@ -181,11 +181,12 @@ def handled(what: str, gateway: str) -> None:
         ("returns", "os.fork"),
         # No hook tells such a child that it is another process; it checks every five seconds.
         pytest.param("returns", "C", marks=pytest.mark.long),
+        ("uses PC/SC", "C"),
     ],
 )
 def test_a_handler_that_forks(shared_stack: VirtualPcsc, then: str, how: str) -> None:
     """The wait continues in the parent. A child that returns from the handler waits on its own context."""
-    expected = [0, TIMED_OUT if then == "returns" else None, OK]
+    expected = [0, None if then == "exits" else TIMED_OUT, OK]
     assert told(forks, then, how, stack=shared_stack) == [[expected] * 3, [TIMED_OUT] * 3, True, NOTHING]
 
 
@@ -244,6 +245,10 @@ def forked_in_handler(session: Session, then: str, how: str, writes: int) -> int
     pid = fork() if how == "os.fork" else c_fork()
     if pid == 0 and then == "exits":
         report(session, None, writes)
+    if pid == 0 and then == "uses PC/SC":
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)
+        assert safe.SCardListReaders(session.context, [])[0] == OK
     return pid
 
 
