@@ -380,7 +380,7 @@ def test_nothing_can_be_given(stack: VirtualPcsc, through: str, fault: str) -> N
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the root")
 @through_both
 def test_a_child_without_proc(stack: VirtualPcsc, tmp_path: Path, through: str) -> None:
-    """A child that changes its root before its first call gets the session all the same."""
+    """A child that changes its root before its first call still gets the session."""
 
     def jailing() -> int:
         with pcsc_safe.handover():

@@ -442,7 +442,7 @@ def test_a_connection_that_nobody_gets_is_ended_beside_a_fork() -> None:
 
 
 def forks_as_it_connects() -> None:
-    """Program: a fork as SCardConnect returns; the child uses the context before the call goes on."""
+    """Program: a fork as SCardConnect returns; the child uses the context before it continues the call."""
     context, pids = establish(), list[int]()
     reader = safe.SCardListReaders(context, [])[1][0]
     native = pyscard.raw["SCardConnect"]
@@ -464,7 +464,7 @@ def forks_as_it_connects() -> None:
 
 
 def test_a_fork_as_a_card_is_connected() -> None:
-    """SCardConnect returns in a child that has used the context already: it doesn't try to end its parent's card."""
+    """SCardConnect also returns in the child, which has already used the context."""
     assert told(forks_as_it_connects) == [OK, 0]
 
 
