@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from brokers import until
 from conftest import ECHO, Session
 from forking import fork, in_child, in_program, start, wait_for
+from handovers import is_free
 from interrupts import Alarm, RaisesInside, before_3_10, raise_alarm
 from own_descriptors import descriptors, is_dead
 
@@ -338,6 +340,7 @@ def test_the_owners_death_frees_the_card(pcsc_stack: VirtualPcsc) -> None:
     os.kill(owner, signal.SIGKILL)
     os.waitpid(owner, 0)
     pcsc_stack.wait_for_clients(0)
+    until(lambda: is_free(pcsc_stack.readers[0].name), "pcscd has released the card, which it does after that")
     os.kill(idle, 0)
     session = Session(safe.SCARD_SHARE_EXCLUSIVE)
     session.close()
