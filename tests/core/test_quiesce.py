@@ -22,6 +22,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -821,7 +822,6 @@ def swept(threads: str) -> None:
 
     threading.Thread(target=call, daemon=True).start()
     heap = bytearray(b"x") * (64 << 20)  # a fork that copies more page tables takes longer, so alarms hit it more often
-    signal.signal(signal.SIGALRM, raise_alarm)
     alarms = calls = 0
     others = len(os.listdir("/proc/self/task"))  # _thread._count() counts only those that already run
     began = time.monotonic()
@@ -829,6 +829,7 @@ def swept(threads: str) -> None:
         os._exit(0)
     longest = 1.5 * (time.monotonic() - began)
     for number in range(400):
+        signal.signal(signal.SIGALRM, raise_alarm)
         try:
             signal.setitimer(signal.ITIMER_REAL, longest * (number + 1) / 400)
             if os.fork() == 0:
@@ -840,7 +841,13 @@ def swept(threads: str) -> None:
             time.sleep(0.0005)
         except Alarm:
             alarms += 1
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        # The signal may have been sent to another thread, which has not run since.
+        for end in (
+            partial(signal.setitimer, signal.ITIMER_REAL, 0),
+            partial(signal.signal, signal.SIGALRM, signal.SIG_IGN),
+        ):
+            with contextlib.suppress(Alarm):
+                end()
         with contextlib.suppress(ChildProcessError):
             os.wait()
         go.release()
