@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +43,23 @@ def as_of_c(function: Any) -> Any:
     pcsc_safe would take a frame of a test for a signal handler's.
     """
     return FunctionType(function.__code__, {**function.__globals__, "__name__": "pcsc_safe"})
+
+
+def signalled_while_it_starts(module: Any) -> list[subprocess.Popen[bytes]]:
+    """Have this process get SIGTERM when the module has started a process, and Popen hasn't returned.
+
+    :param module: uses nothing else of subprocess.
+    :return: gets the process that it starts.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_and_signal(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(*arguments, **more))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[0]
+
+    module.subprocess = SimpleNamespace(Popen=start_and_signal)
+    return started
 
 
 class RaisesInside:

@@ -238,7 +238,7 @@ _GIVEN_TIMEOUT = 1.0  # s; a signal handler in the thread that forks may wait fo
 
 
 settled = object()
-"""Replaced when it is known of a fork whether its child has got what was given, before that is no longer in `given`."""
+"""Another object after each handover, once it is known whether there is a child; contexts leave `given` later."""
 
 
 def note_settled(contexts: list[Context]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from forking import in_program
+from interrupts import signalled_while_it_starts
 
 from pcsc_safe.testing import __main__ as command_line
 
@@ -26,14 +26,7 @@ def run(*command: str) -> int:
 
 def end_while_it_starts() -> None:
     """Program: get SIGTERM when the command runs, and subprocess hasn't returned; print how both ended."""
-    started = []
-
-    def start_and_signal(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
-        started.append(subprocess.Popen(*arguments, **more))
-        os.kill(os.getpid(), signal.SIGTERM)
-        return started[0]
-
-    command_line.subprocess = SimpleNamespace(Popen=start_and_signal)  # type: ignore[attr-defined, assignment]
+    started = signalled_while_it_starts(command_line)
     try:
         status = run("sleep", "60")
     except SystemExit as error:

@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, Union
 from xml.etree import ElementTree
 
 import pytest
 from browser import browser
 from forking import ChildFailedError, in_program
+from interrupts import signalled_while_it_starts
 from places import EXAMPLES
 
 from pcsc_safe._trace import events, records, timeline, watch
@@ -726,14 +726,7 @@ def test_the_page_in_a_browser(family: Ran, browser: Any, tmp_path: Path) -> Non
 
 def end_while_it_starts() -> None:
     """Program: get SIGTERM when the program runs, and subprocess hasn't returned; print how both ended."""
-    started = []
-
-    def start_and_signal(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
-        started.append(subprocess.Popen(*arguments, **more))
-        os.kill(os.getpid(), signal.SIGTERM)
-        return started[0]
-
-    watch.subprocess = SimpleNamespace(Popen=start_and_signal)  # type: ignore[attr-defined, assignment]
+    started = signalled_while_it_starts(watch)
     print(json.dumps([watch.run(["sleep", "60"], os.environ), started[0].poll()]))
 
 
