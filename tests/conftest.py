@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import forking
 import macos
@@ -41,10 +41,19 @@ GATEWAYS = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--gateway``: how the tests of the contract reach PC/SC.  ``--darwin``: run the tests on a simulated macOS."""
+    """``--gateway``: how the tests of the contract reach PC/SC.  ``--darwin``: run the tests on a simulated macOS.
+
+    ``--claims``: share the test files with another pytest.
+    """
     told = "; ".join(f"{name}: {text}" for name, text in GATEWAYS.items())
     parser.addoption("--gateway", choices=GATEWAYS, default="native", help=f"how tests reach PC/SC ({told})")
     parser.addoption("--darwin", action="store_true", help="run the tests on a simulated macOS (tests/macos.py)")
+    parser.addoption(
+        "--claims",
+        metavar="DIRECTORY",
+        type=Path,
+        help="leave out the test files that another pytest with the same directory has begun",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -91,6 +100,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         about_native = [item for item in items if item.get_closest_marker("native")]
         config.hook.pytest_deselected(items=about_native)
         items[:] = [item for item in items if item not in about_native]
+
+
+_is_claimed: dict[Path, bool] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Optional[bool]:
+    """With ``--claims``: run the tests of the files that this process is the first to begin.
+
+    pytest-xdist would do the same, but its processes have a second thread: a fork there is no longer the fork of a
+    process with one thread, which most of the tests are about.
+
+    :return: True for the test of another process: nothing else runs it here.
+    """
+    claims = item.config.getoption("claims")
+    if claims is None:
+        return None
+    if item.path not in _is_claimed:
+        claim = claims / str(item.path.relative_to(item.config.rootpath)).replace(os.sep, "-")
+        try:
+            claim.touch(exist_ok=False)
+            _is_claimed[item.path] = True
+        except FileExistsError:
+            _is_claimed[item.path] = False
+    return None if _is_claimed[item.path] else True
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
