@@ -14,8 +14,8 @@ from typing import Any, Optional
 from .. import policy
 from ..errors import BrokerError, ForkUnsafeError
 from ..policy import Policy, Role, Settings, Way, choose_way, native_works_after_fork
-from . import gateways, handles, in_flight, log, observer, one_step, process, recovery
-from .calls import CALLS, STALE, Call, Gateway, Keep
+from . import failures, gateways, handles, in_flight, log, observer, one_step, process, recovery
+from .calls import CALLS, STALE, Call, Gateway, Keep, LostError
 from .failures import is_ours
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
@@ -36,6 +36,7 @@ __all__ = [
     "replace",
     "replace_context",
     "settings_of",
+    "undo_establish",
     "unsafe_error",
 ]
 
@@ -331,6 +332,15 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
         return through.establish(scope, keep)
     log.info("outgrown", "process %(pid)d needs a broker, because pcscd had more readers before it was restarted")
     return gateways.brokers.get().establish(scope, keep, OUTGROWN)
+
+
+def undo_establish(context: Context) -> None:
+    """Release a new context that the application doesn't get, unless the gateway has released it already."""
+    try:
+        with failures.suppress(LostError, BrokerError):
+            _call(CALLS["SCardReleaseContext"], context, ())
+    finally:
+        context.forget()
 
 
 def gateway(function: str, context: Optional[Context]) -> Gateway:

@@ -153,7 +153,7 @@ def _establish(scope: Any) -> Any:
         return _retry_in_new_broker(call, lambda: reestablish.establish(call.name, scope, keep), ())
     except BaseException:  # an exception of a signal handler: the application doesn't get the context
         for context in established:
-            context.forget()
+            reestablish.undo_establish(context)
         raise
 
 

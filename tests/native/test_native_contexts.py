@@ -26,10 +26,11 @@ import pytest
 from calling import Calling, connect, establish, until, waits_on
 from conftest import ECHO
 from forking import fork, in_child, in_program
+from interrupts import Alarm, RaisesInside, before_3_10
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import handles, process
+from pcsc_safe._core import handles, process, router
 from pcsc_safe._native import pyscard
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
@@ -347,6 +348,29 @@ def test_handlers_that_raise(where: str, alarms: int) -> None:
     assert works == [OK, OK, OK]
     assert answers == ([True, OK, CANCELLED] if where == "beside a wait" else None)
     assert (lost, held, contexts, cards) == (0, NOTHING, 0, 0)
+
+
+@before_3_10
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # a connection to the broker is closed by its finalizer
+@pytest.mark.parametrize("broker", ["on-fork", "always"])
+def test_a_signal_at_any_line_of_an_establishment(broker: str, shared_stack: VirtualPcsc) -> None:
+    """A context that the application doesn't get is released, whichever line a handler raises in."""
+    pcsc_safe.configure(broker=broker)
+    context = establish()
+    clients, line, left = shared_stack.clients(), 0, -1
+    while left < 0:
+        raises = RaisesInside(router._establish, line)
+        sys.settrace(raises)
+        with contextlib.suppress(Alarm):
+            _, another = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+            assert safe.SCardReleaseContext(another) == OK
+        sys.settrace(None)
+        left = raises.left
+        assert list(handles.contexts) == [context], line
+        shared_stack.wait_for_clients(clients)
+        line += 1
+    assert line > 20
+    assert safe.SCardReleaseContext(context) == OK
 
 
 # 3. Handlers, finalizers and other threads' exceptions that use PC/SC, or wait for a thread that does.
