@@ -75,9 +75,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Check that the options have taken effect, and that SIGINT is not ignored in the programs that tests start."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell makes background processes ignore it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Check that the options have taken effect, and that the programs that tests start ignore no signal."""
+    # A shell makes background processes ignore these two.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     asked = config.getoption("gateway") == "always"
     if asked != (os.environ.get("PCSC_SAFE_BROKER") == "always"):
         raise pytest.UsageError("--gateway always and PCSC_SAFE_BROKER=always go together")
