@@ -93,17 +93,17 @@ def sign(message):
     return ssl.DER_cert_to_PEM_cert(card.certificate), signature.hex()
 
 
-def signed(message, fingerprint="", patience=4 * REDELIVER_AFTER):
+def signed(message, fingerprint="", timeout=4 * REDELIVER_AFTER):
     """Call `sign` in a worker, and return what it returns.
 
     A task can be lost if a host dies just after it has taken the task, or if Redis restarts without its data.
-    So a task that has no result after `patience` seconds is sent again, with the same ID.
+    So a task that has no result after `timeout` seconds is sent again, with the same ID.
     """
     queue = f"sign.{fingerprint}" if fingerprint else "sign"
     task = sign.apply_async((message,), queue=queue)
     while True:
         try:
-            return task.get(timeout=patience)
+            return task.get(timeout=timeout)
         except TimeoutError:
             sign.apply_async((message,), queue=queue, task_id=task.id)
 

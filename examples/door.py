@@ -39,7 +39,7 @@ import pcsc_safe
 
 CARD_AUTHENTICATION_KEY = 0x9E
 CERTIFICATE = bytes.fromhex("5C035FC101")
-PATIENCE = 20  # seconds; how long a card may take
+TIMEOUT = 20  # seconds; how long a card may take
 
 
 class NotAdmittedError(Exception):
@@ -72,7 +72,7 @@ class Door(CardObserver):
             return
         status = 1
         try:
-            signal.alarm(PATIENCE)
+            signal.alarm(TIMEOUT)
             log(card, decision(connection, self.admitted))
             status = 0
         finally:

@@ -37,7 +37,7 @@ def use(card, times):
 
 
 def work(context, card):
-    """In a forked worker: give the inherited card a connection of this process."""
+    """In a forked worker: connect by SCardReconnect, because the parent may be in a transaction at this moment."""
     hresult, _ = scard.SCardReconnect(card, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1, scard.SCARD_LEAVE_CARD)
     check(hresult)
     use(card, 4)

@@ -29,7 +29,7 @@ import sys
 
 WORKERS = 3
 TASKS = 50  # after so many tasks a worker is replaced
-PATIENCE = 5  # seconds without any signature
+TIMEOUT = 5  # seconds without any signature
 
 
 def sign(message):
@@ -51,7 +51,7 @@ def by_pool(how, messages):
             results = pool.imap_unordered(sign, list(missing))
             with contextlib.suppress(StopIteration, multiprocessing.TimeoutError):
                 while True:
-                    message, signature = results.next(PATIENCE)
+                    message, signature = results.next(TIMEOUT)
                     missing.discard(message)
                     yield message, signature
 

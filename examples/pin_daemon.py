@@ -31,7 +31,7 @@ import piv
 import pcsc_safe
 from pcsc_safe import scard
 
-PATIENCE = 60  # seconds; how long a client may take
+TIMEOUT = 60  # seconds; how long a client may take
 
 
 def main(path):
@@ -110,7 +110,7 @@ def fork_handler(listener):
     try:
         listener.close()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(PATIENCE)
+        signal.alarm(TIMEOUT)
         handle(client, its)
     finally:
         os._exit(0)

@@ -34,7 +34,7 @@ class CardError(Exception):
 
 
 class SessionLostError(Exception):
-    """The session is gone: another application reset the card, or this process was forked."""
+    """The session is gone: another application reset the card, or the session that this process inherited has ended."""
 
 
 class Signer:

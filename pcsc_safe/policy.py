@@ -73,7 +73,8 @@ class Cards(str, enum.Enum):
 class Broker(str, enum.Enum):
     """When a helper process makes the PC/SC calls.
 
-    :cvar ON_FORK: in a forked process that can't use PC/SC itself, or has policy ``broker``; the default.
+    :cvar ON_FORK: the default: in a forked process that can't use PC/SC itself, or has policy ``broker``; and, with
+        ``recover``, in a process that can't list readers after a restart of pcscd.
     :cvar ALWAYS: for all contexts that are established from now on.
     """
 
@@ -137,7 +138,7 @@ class Settings(NamedTuple):
     """All settings; :func:`pcsc_safe.configure` explains them."""
 
     policy: Policy = _setting(
-        Policy.AUTO, "what a process gets when it first uses a context that it inherited", of_context=True
+        Policy.AUTO, "what happens when a process first uses a context that it inherited", of_context=True
     )
     cards: Cards = _setting(Cards.AUTO, "what calls on an inherited card handle do", of_context=True)
     quiesce_timeout: float = _setting(
@@ -149,7 +150,7 @@ class Settings(NamedTuple):
     )
     owner: Owner = _setting(Owner.PARENT, "which process owns the sessions after a fork")
     guard_native: bool = _setting(
-        False, "whether children are kept from using the sessions of PKCS#11 modules and other native code"
+        False, "whether children lose the parent's connections of PKCS#11 modules and other native code"
     )
     spare_cards: bool = _setting(
         True, "whether pyscard's defaults leave a card alone if a parent or child also uses it"

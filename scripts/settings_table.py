@@ -42,7 +42,7 @@ def _row(name: str) -> list[str]:
     return [names, values, default, setting.summary, of_context, PAGES.get(name, "[Policies](policies.md)")]
 
 
-_KINDS = {bool: "`0`, `1`", float: "a number", str: 'a path, or `""`'}
+_KINDS = {bool: "`0`, `1`", float: "a number from 0 to 86400", str: 'a path, or `""`'}
 
 
 def in_page(text: str) -> str:

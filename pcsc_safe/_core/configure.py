@@ -88,7 +88,7 @@ else:  # what type checkers and the documentation know
 
         Each enumeration is also a string: ``policy="raise"`` and ``policy=Policy.RAISE`` are the same.
 
-        :param policy: what a process gets when it first uses a context that it inherited: ``auto`` (default),
+        :param policy: what happens when a process first uses a context that it inherited: ``auto`` (default),
             ``reestablish``, ``broker``, ``share``, ``raise`` or ``invalid``.
         :param cards: what calls on an inherited card handle do.  ``auto`` (default): if the owner's session continues,
             the first call connects again and continues it; otherwise it returns SCARD_W_RESET_CARD.
@@ -96,9 +96,10 @@ else:  # what type checkers and the documentation know
             connects again, unless the owner was in a transaction when the process forked.
         :param quiesce_timeout: the longest time that a fork waits for PC/SC calls of other threads to return, in
             seconds from 0 to 86400; 1 by default.
-        :param broker: when a broker, a helper process, makes the PC/SC calls: ``on-fork`` (default), in a forked
-            process that can't use PC/SC itself; ``always``, for all contexts that are established from now on.  Set
-            ``always`` before you import :mod:`pcsc_safe.scard` to keep the native library out of the process.
+        :param broker: when a broker, a helper process, makes the PC/SC calls.  ``on-fork`` (default): in a forked
+            process that can't use PC/SC itself, or has policy ``broker``; and, with ``recover``, in a process that
+            can't list readers after a restart of pcscd.  ``always``: for all contexts that are established from now on.
+            Set ``always`` before you import :mod:`pcsc_safe.scard` to keep the native library out of the process.
         :param broker_python: the path of the Python interpreter that runs brokers; ``""`` (default) is the one that
             runs this program.
         :param owner: which process owns the sessions after a fork: the ``parent`` (default), or the ``child``, as in

@@ -28,10 +28,11 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     The next ``os.fork()`` of this thread hands over.  If the child is still in the block, its next fork hands over,
     too.  A block around a daemon's double fork therefore hands over to the daemon.
 
-    Sessions that this process has inherited are first connected again, as with ``cards="reconnect"``.  PC/SC calls
-    of other threads block from the beginning of the block until the fork; those through a broker may return earlier.
+    Without arguments, sessions that this process has inherited are first connected again, as with
+    ``cards="reconnect"``.  PC/SC calls of other threads block from the beginning of the block until the fork; those
+    through a broker may return earlier.
 
-    A block logs a warning if it does nothing: if it is inside another block, if this process has no context, or if
+    A block logs a warning if it is inside another block, or if it does nothing: if this process has no context, or if
     nothing was forked.
 
     :param contexts: the contexts to hand over, as SCardEstablishContext returned them; if none are given, all contexts
@@ -53,7 +54,11 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         self._done, self.failure = False, None
         transfer.register_hooks()
         if get_ident() in transfer.blocks:
-            _warn("its handover() block is inside another one; pass all contexts to one block")
+            log.warning(
+                "nested-handover",
+                "process %(pid)d has a handover() block inside another one, and a fork there hands over the contexts "
+                "of both: pass all contexts to one block",
+            )
         if self._chosen is None:
             for context in list(handles.contexts.values()):
                 if context.owner is not here:

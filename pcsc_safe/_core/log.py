@@ -45,12 +45,12 @@ def debug(event: str, text: str, **fields: Any) -> None:
 
 
 def info(event: str, text: str, **fields: Any) -> None:
-    """Log what a fork changed; arguments as for :func:`warning`."""
+    """Log that a context, a connection or a broker replaces another; arguments as for :func:`warning`."""
     _write("info", event, text, fields)
 
 
 def warning(event: str, text: str, **fields: Any) -> None:
-    """Log what a user could mistake for a fault of the card or the reader, with the remedy.
+    """Log what a user should know or change, with the remedy.
 
     :param event: what happened, the same word from version to version.
     :param text: the message, with ``%(name)s`` for a field; ``pid`` is this process's.

@@ -35,6 +35,7 @@ class _SafeHandle(_IntegerProxy):
     @property
     def owner_pid(self) -> int:
         """The PID of the process that owns it."""
+        process.current()  # first: it may be what makes the handle this process's own
         return int(self._self_record.owner.pid)
 
     @property
@@ -43,6 +44,7 @@ class _SafeHandle(_IntegerProxy):
         return str(self._self_record.established_at)
 
     def __repr__(self) -> str:
+        process.current()  # as in owner_pid
         record = self._self_record
         of = f"context={record.context.number} reader={record.reader!r} " if isinstance(record, handles.Card) else ""
         return f"<{record.kind.value} {record.number} {of}owner_pid={record.owner.pid} state={_state(record)!r}>"

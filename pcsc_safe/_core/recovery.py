@@ -55,7 +55,7 @@ SERVICE_LOST_CODES = (NO_SERVICE, _RESET, _COMM_ERROR)
 
 def _repeatable_after(call: Call) -> tuple[int, ...]:
     if call.name == "SCardReleaseContext":
-        return ()  # libpcsclite has dropped its context all the same
+        return ()  # libpcsclite has dropped its context anyway
     if call.name == "SCardGetStatusChange":
         return ()  # only continue_wait() continues waits
     if call.name == "SCardConnect":

@@ -13,10 +13,9 @@ from typing import Any, Optional
 
 from .. import policy
 from ..errors import BrokerError, ForkUnsafeError
-from ..policy import Policy, Role, Settings, Way, choose_way, native_works_after_fork
+from ..policy import Policy, Settings, Way, choose_way, native_works_after_fork
 from . import failures, gateways, handles, in_flight, log, observer, one_step, process, recovery
 from .calls import CALLS, STALE, Call, Gateway, Keep, LostError
-from .failures import is_ours
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
 from .sessions import Session
@@ -72,14 +71,7 @@ def replace(call: Call, record: Record, *, continuing: Optional[Session] = None)
     :param continuing: do nothing if this session of another process has ended.
     :return: SCARD_S_SUCCESS, or the code of the failure; the next call tries again.
     """
-    try:
-        hresult = replace_context(call.name, record.context)
-    except (BrokerError, ForkUnsafeError) as error:
-        if not is_ours(error):
-            raise
-        if call.role is Role.VALIDITY:
-            return INVALID_HANDLE
-        raise
+    hresult = replace_context(call.name, record.context)
     if isinstance(record, Context) or hresult != SUCCESS:
         return hresult
     former_owner = record.owner

@@ -119,7 +119,7 @@ def _call(function: str, native: Any, prepare: Optional[_Prepare], card: Any, ar
 def _call_when_possible(
     card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool
 ) -> tuple[list[Any], bool]:
-    """Make a call that couldn't be made at once, or wait until it can be attempted again.
+    """Make a call that couldn't be made immediately, or wait until it can be attempted again.
 
     :return: its result or :data:`STALE` in a list, which is empty if it wasn't made; and whether the next attempt may
         pass a closed gate.

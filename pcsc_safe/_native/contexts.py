@@ -462,7 +462,7 @@ class NativeContexts:
         return True
 
     def give_latest(self) -> None:
-        """The same for those that were established meanwhile; called when no thread is inside any more."""
+        """The same for those that were established in the meantime; called when no thread is inside any more."""
         for context in self.usable():
             context.state = GIVEN
 

@@ -64,7 +64,7 @@ def attempt(
 ) -> list[Any]:
     """:func:`in_flight.attempt`, made by another thread.
 
-    :return: the same; also empty in a child that was forked meanwhile.
+    :return: the same; also empty in a child that was forked in the meantime.
     """
     if place.calls or (in_flight.closers and not may_pass):
         return []  # without a thread for it

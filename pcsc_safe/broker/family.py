@@ -124,7 +124,7 @@ _ATTEMPTS = 3
 
 
 def _retry_in_new_broker(request: Callable[[Broker], Any]) -> Any:
-    """Ask the broker of this process for something that needs no session; ask another one if it dies meanwhile."""
+    """Ask the broker of this process for something that needs no session; if it dies before it replies, ask another."""
     for _ in range(_ATTEMPTS):
         with failures.suppress(LostError):
             return request(get())

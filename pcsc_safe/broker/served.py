@@ -64,7 +64,7 @@ class Client:
         self.has_ended = False
 
     def release(self) -> None:
-        """End the sessions that no other client has, including one that it gets meanwhile."""
+        """End the sessions that no other client has, including one that it gets in the meantime."""
         self.has_ended = True
         contexts = [handle for handle in list(self.handles.values()) if isinstance(handle.record, handles.Context)]
         ended = [handle for handle in contexts if sharing.drop(self, handle)]

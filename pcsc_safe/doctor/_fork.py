@@ -111,7 +111,7 @@ def _broker(reported: TaskResult) -> Finding:
     task, python = reported.of(), os.environ.get(_PYTHON) or sys.executable
     data = {"seconds": task.get("seconds"), "python": python, "establish": task.get("establish")}
     if "seconds" in task and "problem" not in task:
-        took = f"starts, and answers in {1000 * task['seconds']:.0f} ms"
+        took = f"starts, and replies after {1000 * task['seconds']:.0f} ms"
         code = task.get("establish", reported.failure)
         if code in ("", "SCARD_S_SUCCESS"):
             return Finding("broker", Status.OK, "broker", took, data=data)

@@ -169,7 +169,7 @@ def _origin(listener: Optional[int]) -> str:
 
 
 def _response_finding(response: str, reported: dict[str, Any], program: _Program) -> Finding:
-    what, data = "pcscd answers", {"answer": response, "protocol": reported.get("protocol")}
+    what, data = "pcscd responds", {"answer": response, "protocol": reported.get("protocol")}
     if response == "ok" and not reported.get("result"):
         return Finding("pcscd.answer", Status.OK, what, f"yes, protocol {reported['protocol']}", data=data)
     if response == "ok":

@@ -29,7 +29,9 @@ The program runs as with "python program". Options of Python itself go before th
   python -X dev -m pcsc_safe run -m my.server --port 80
 
 Python programs that the program starts also run on pcsc_safe, unless they are started with -E, -I or -S, or
-without PYTHONPATH in their environment, or by a Python that has no pcsc_safe."""
+without PYTHONPATH in their environment, or by a Python that has no pcsc_safe.
+
+exit status: that of the program; 2 if an option or a setting is wrong"""
 _SETTINGS = {policy.option(name): name for name in policy.SETTINGS}
 _SWITCHES = {option for option, name in _SETTINGS.items() if isinstance(policy.SETTINGS[name].default, bool)}
 _TIMELINE = "--timeline"

@@ -9,8 +9,8 @@
 
 For pytest the fixtures ``pcsc_stack`` and ``pcsc_card`` are in `pcsc_safe.testing.plugin`.
 
-It needs Linux, pcscd and vpcd (Debian: pcscd, vsmartcard-vpcd), but no root, no system service and no network.  It
-makes no PC/SC call in this process.
+It needs Linux, pcscd and vpcd (Debian: pcscd, vsmartcard-vpcd), but no system service, no network, and no root if the
+directory /run/pcscd exists.  It makes no PC/SC call in this process.
 
 Invariant: a stack leaves nothing behind, whatever happens to the process that started it.
 

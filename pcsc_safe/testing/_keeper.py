@@ -35,7 +35,7 @@ SOCKET_NAME = "pcscd.comm"
 LOG_NAME = "pcscd.log"
 PID_NAME = "pcscd.pid"
 PRIVATE_NAME = "system"
-PATIENCE = 5.0  # seconds that pcscd may take to write its process id
+TIMEOUT = 5.0  # seconds that pcscd may take to write its process id
 
 
 def main(home: str, link: str, system: str, parent: str, *command: str) -> None:
@@ -73,9 +73,9 @@ def watch(control: socket.socket, ending: int, keeper: Keeper, parent: int) -> N
     poller = select.poll()
     poller.register(control, select.POLLIN)
     poller.register(ending, select.POLLIN)
-    patience = watch_parent(poller, parent)
+    timeout = watch_parent(poller, parent)
     while os.getppid() == parent:
-        ready = [fd for fd, _ in poller.poll(patience)]
+        ready = [fd for fd, _ in poller.poll(timeout)]
         if ending in ready:
             return
         if control.fileno() not in ready:
@@ -162,7 +162,7 @@ class Keeper:
             fcntl.flock(lock, fcntl.LOCK_EX)
             before = content(path)
             self.fork_pcscd(listener)
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + TIMEOUT
             while not names(path, self.pid) and not self.has_ended() and time.monotonic() < deadline:
                 time.sleep(0.001)
             if names(path, self.pid) or (self.has_ended() and content(path) is None):

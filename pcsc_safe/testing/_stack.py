@@ -105,9 +105,9 @@ class Reader:
 class VirtualPcsc:
     """A private pcscd with virtual readers; a context manager.
 
-    It needs no hardware, no root and no system pcscd, and several can run at the same time.  The cards run in threads
-    of this process.  Inside the block, PC/SC calls of this process and its children use this stack, unless
-    ``activate=False``; see `activated`.
+    It needs no hardware, no system pcscd, and no root if the directory /run/pcscd exists.  Several can run at the same
+    time.  The cards run in threads of this process.  Inside the block, PC/SC calls of this process and its children use
+    this stack, unless ``activate=False``; see `activated`.
 
     :param readers: the number of readers, 1 to 16.  vpcd's readers come in pairs: for an odd number pcscd lists one
         more, which is always empty.

@@ -165,7 +165,7 @@ class VirtualCard:
     def _guard(self, code: Callable[[], Optional[bytes]], otherwise: Optional[bytes]) -> Optional[bytes]:
         try:
             return code()
-        # pytest.fail() and the like are no Exceptions; the test shall see them all the same
+        # pytest.fail() and the like are no Exceptions; the test shall see them anyway
         except BaseException as error:
             self.errors.append(error)
             return otherwise

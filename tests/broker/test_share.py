@@ -387,6 +387,17 @@ def test_it_needs_a_broker_always(stack: VirtualPcsc) -> None:
     assert in_child(head) == ("ForkedHandleError", ECHOED)
 
 
+@pytest.mark.not_on_macos("a forked process has a broker there whatever was configured")
+def test_validity_is_a_code_without_a_broker(stack: VirtualPcsc) -> None:
+    """Where sharing needs a broker and none can be started, SCardIsValidContext returns a code, and others raise."""
+
+    def child(session: Session) -> Any:
+        pcsc_safe.configure(broker="always", policy="share", broker_python="/nonexistent")
+        return [called(session, *asked) for asked in (("SCardIsValidContext",), ("SCardListReaders", []))]
+
+    assert in_child(lambda: in_child(child, Session())) == [INVALID, "BrokerError"]
+
+
 # What a new process needs.
 
 

@@ -109,23 +109,24 @@ def test_a_pcscd_that_stops_is_told_once(
     safe.SCardReleaseContext(session.context)
 
 
+def lines_of(event: str, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the log lines of an event."""
+    return [record.getMessage() for record in caplog.records if getattr(record, "pcsc_event", "") == event]
+
+
 def no_handovers(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return the log lines about blocks that do nothing."""
-    lines = [record.getMessage() for record in caplog.records if getattr(record, "pcsc_event", "") == "no-handover"]
+    lines = lines_of("no-handover", caplog)
     caplog.clear()
     return [line.rpartition(": ")[2] for line in lines]
 
 
 @pytest.mark.not_on_macos("there handover() needs broker='always'")
 def test_a_handover_that_does_nothing(session: Session, caplog: pytest.LogCaptureFixture) -> None:
-    """A line says that a block is inside another, has no fork or has no context. A correct block logs nothing."""
+    """A line says that a block has no fork or no context. A correct block logs nothing."""
     with pcsc_safe.handover():
         pass
     assert no_handovers(caplog) == ["this thread has not forked in its handover() block"]
-    with pcsc_safe.handover(), pcsc_safe.handover():
-        pass
-    nested = "its handover() block is inside another one; pass all contexts to one block"
-    assert no_handovers(caplog)[0] == nested
 
     def child() -> tuple[list[str], list[str]]:
         caplog.clear()
@@ -150,6 +151,33 @@ def test_a_handover_that_does_nothing(session: Session, caplog: pytest.LogCaptur
             "this thread has not forked in its handover() block",
         ],
     )
+
+
+@pytest.mark.not_on_macos("there handover() needs broker='always'")
+def test_a_handover_inside_another(caplog: pytest.LogCaptureFixture, shared_stack: VirtualPcsc) -> None:
+    """One line says that a block is inside another, and the fork hands over the contexts of both."""
+
+    def parent() -> tuple[Any, ...]:
+        caplog.clear()
+        first, second = Session(), Session()
+        pid, sessions = os.getpid(), (first, second)
+        pcsc_safe.configure(policy="invalid")
+
+        def forking() -> int:
+            with pcsc_safe.handover(first.context), pcsc_safe.handover(second.context):
+                return fork()
+
+        in_its_child = in_child(lambda: [session.transmit(ECHO)[0] for session in sessions], fork=forking)
+        left = [session.transmit(ECHO)[0] for session in sessions]
+        return pid, in_its_child, left, lines_of("nested-handover", caplog), lines_of("no-handover", caplog)
+
+    pid, in_its_child, left, nested, nothing = in_child(parent)
+    assert (in_its_child, left) == ([safe.SCARD_S_SUCCESS] * 2, [safe.SCARD_E_INVALID_HANDLE] * 2)
+    assert nested == [
+        f"process {pid} has a handover() block inside another one, and a fork there hands over the contexts of both: "
+        "pass all contexts to one block"
+    ]
+    assert nothing == []
 
 
 @pytest.mark.native

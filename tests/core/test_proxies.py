@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import Session
 from forking import in_child
+from handovers import handing_over
 from places import ROOT
 from rawscard import raw
 
@@ -23,6 +24,7 @@ from pcsc_safe import scard as safe
 from pcsc_safe._core import handles
 from pcsc_safe._core.calls import Kind
 from pcsc_safe.errors import PcscSafeError
+from pcsc_safe.testing import VirtualPcsc
 
 
 @pytest.fixture(params=["context", "card"])
@@ -104,6 +106,19 @@ def test_repr_tells_what_it_is(session: Session) -> None:
     _, other = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
     safe.SCardReleaseContext(other)
     assert repr(other).endswith("state='released'>")
+
+
+@pytest.mark.not_on_macos("there handover() needs broker='always'")
+@pytest.mark.parametrize("first", ["repr", "owner_pid"])
+def test_a_child_that_was_given_it_owns_it(shared_stack: VirtualPcsc, first: str) -> None:
+    """In the child of a handover, the first repr() and the first owner_pid already have the child as the owner."""
+
+    def child(own: Session) -> Any:
+        if first == "owner_pid":
+            return own.context.owner_pid == os.getpid()
+        return f"owner_pid={os.getpid()} state='open'" in repr(own.context)
+
+    assert in_child(lambda: in_child(child, Session(), fork=handing_over))
 
 
 def test_json_and_pyscard_name_the_page(handle: Any) -> None:

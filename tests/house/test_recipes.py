@@ -72,7 +72,7 @@ def test_a_setting_is_a_row(copy: Copy) -> None:
     assert copy.run("-m", "pcsc_safe", "run", "--patience", "9", "-c", SAYS.format("pass")) == "9.0\n"
     table = copy.run(str(SCRIPTS / "settings_table.py"))
     names = "`patience`<br>`PCSC_SAFE_PATIENCE`<br>`--patience`"
-    assert f"| {names} | a number | `2.5` | seconds that somebody waits | no |" in table
+    assert f"| {names} | a number from 0 to 86400 | `2.5` | seconds that somebody waits | no |" in table
 
 
 IN_A_CHILD = """

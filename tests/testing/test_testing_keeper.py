@@ -89,7 +89,7 @@ def test_a_pcscd_that_ends_or_writes_nothing(tmp_path: Path, monkeypatch: pytest
     home.mkdir()
     file = tmp_path / _keeper.PID_NAME
     file.write_bytes(b"1\n\0")
-    monkeypatch.setattr(_keeper, "PATIENCE", 0.05)
+    monkeypatch.setattr(_keeper, "TIMEOUT", 0.05)
     for body in ("exit 1", "exec sleep 60"):
         keeper = _keeper.Keeper(str(home), str(tmp_path / "link"), str(tmp_path), fake_pcscd(tmp_path, body))
         keeper.start()

@@ -1,6 +1,6 @@
 """The hazards that the demo shows: one module for each.  A module in this directory is found without registration.
 
-A module ``hNN_name`` has ``NUMBER`` (as in the README), ``NAME``, ``SECONDS`` (that a run may take),
+A module ``hNN_name`` has ``NUMBER`` (as in docs/survives.md), ``NAME``, ``SECONDS`` (that a run may take),
 ``program(stage)``, which runs in a disposable process and reports what it sees, and ``judge(run)``, a pure function of
 what was reported.
 Importing one uses no PC/SC.
