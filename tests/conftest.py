@@ -104,29 +104,42 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in about_native]
 
 
-_is_claimed: dict[Path, bool] = {}
+def claimed(items: list[pytest.Item], claims: Path) -> Iterator[pytest.Item]:
+    """The tests of the files that this process is the first to begin; each file is claimed when it is reached."""
+    mine: set[Path] = set()
+    for item in items:
+        if item.path not in mine:
+            try:
+                claims.joinpath(str(item.path.relative_to(item.config.rootpath)).replace(os.sep, "-")).touch(
+                    exist_ok=False
+                )
+            except FileExistsError:
+                continue
+            mine.add(item.path)
+        yield item
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Optional[bool]:
-    """With ``--claims``: run the tests of the files that this process is the first to begin.
+def pytest_runtestloop(session: pytest.Session) -> Optional[bool]:
+    """With ``--claims``: leave out the test files that another process has begun.
 
-    pytest-xdist would do the same, but its processes have a second thread: a fork there is no longer the fork of a
+    pytest-xdist does something similar, but its processes have a second thread: a fork there is no longer the fork of a
     process with one thread, which most of the tests are about.
-
-    :return: True for the test of another process: nothing else runs it here.
     """
-    claims = item.config.getoption("claims")
-    if claims is None:
-        return None
-    if item.path not in _is_claimed:
-        claim = claims / str(item.path.relative_to(item.config.rootpath)).replace(os.sep, "-")
-        try:
-            claim.touch(exist_ok=False)
-            _is_claimed[item.path] = True
-        except FileExistsError:
-            _is_claimed[item.path] = False
-    return None if _is_claimed[item.path] else True
+    claims = session.config.getoption("claims")
+    if claims is None or session.testsfailed or session.config.getoption("collectonly"):
+        return None  # pytest's own loop
+    mine = claimed(session.items, claims)
+    item = next(mine, None)
+    while item is not None:
+        following = next(mine, None)  # pytest must know the next test, to end the fixtures that it doesn't need
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
+        item = following
+    return True
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from .. import policy
-from ..errors import BrokerError, ForkUnsafeError
+from ..errors import ForkUnsafeError
 from ..policy import Policy, Settings, Way, choose_way, native_works_after_fork
-from . import failures, gateways, handles, in_flight, log, observer, one_step, process, recovery
-from .calls import CALLS, STALE, Call, Gateway, Keep, LostError
+from . import gateways, handles, in_flight, log, observer, one_step, process, recovery
+from .calls import CALLS, STALE, Call, Gateway, Keep
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
 from .sessions import Session
@@ -35,7 +35,6 @@ __all__ = [
     "replace",
     "replace_context",
     "settings_of",
-    "undo_establish",
     "unsafe_error",
 ]
 
@@ -324,15 +323,6 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
         return through.establish(scope, keep)
     log.info("outgrown", "process %(pid)d needs a broker, because pcscd had more readers before it was restarted")
     return gateways.brokers.get().establish(scope, keep, OUTGROWN)
-
-
-def undo_establish(context: Context) -> None:
-    """Release a new context that the application doesn't get, unless the gateway has released it already."""
-    try:
-        with failures.suppress(LostError, BrokerError):
-            _call(CALLS["SCardReleaseContext"], context, ())
-    finally:
-        context.forget()
 
 
 def gateway(function: str, context: Optional[Context]) -> Gateway:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, Callable, Optional
 
+from ..errors import BrokerError
 from ..policy import Role, Way, choose_way, native_works_after_fork
 from . import (
     descriptors,
+    failures,
     gate,
     gateways,
     handles,
@@ -34,7 +36,6 @@ from .failures import is_ours
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
 from .reestablish import INVALID_HANDLE, LEAVE_CARD
-from .sessions import Session
 from .settings import settings, when_changed
 
 __all__ = ["public"]
@@ -153,7 +154,7 @@ def _establish(scope: Any) -> Any:
         return _retry_in_new_broker(call, lambda: reestablish.establish(call.name, scope, keep), ())
     except BaseException:  # an exception of a signal handler: the application doesn't get the context
         for context in established:
-            reestablish.undo_establish(context)
+            _undo(context)
         raise
 
 
@@ -222,23 +223,39 @@ def _connect_natively(context: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def _connect(gateway: Gateway, context: Context, arguments: tuple[Any, ...]) -> Any:
-    keep, session = _keep_card(context, arguments)
-    result = None
+    reader, share_mode, preferred = arguments
+    # The family can see the session from before the connection is made.
+    session = reestablish.new_session(context, reader, share_mode)
+    connected: list[Card] = []
+
+    def keep(real: int, native: Any, protocol: int) -> Any:
+        connected.append(Card(real, native, context, reader, share_mode, protocol or preferred, session))
+        return handles.register(connected[-1])
+
     try:
         result = gateway.connect(context, arguments, keep)
-        return result
-    finally:
-        if result is None or result is STALE or result[0] != SUCCESS:
+        if result is STALE or result[0] != SUCCESS:
             session.end()
+        return result
+    except BaseException:  # as in _establish()
+        for card in connected:
+            _undo(card)
+        session.end()
+        raise
 
 
-def _keep_card(context: Context, arguments: tuple[Any, ...]) -> tuple[Callable[[int, Any, int], Any], Session]:
-    """The function that records a card; the family can see its session from before the connection is made."""
-    reader, share_mode, preferred = arguments
-    session = reestablish.new_session(context, reader, share_mode)
-    return lambda real, native, protocol: handles.register(
-        Card(real, native, context, reader, share_mode, protocol or preferred, session)
-    ), session
+def _undo(record: Record) -> None:
+    """Give up a new context or card that the application doesn't get, unless its gateway has done so."""
+    name, arguments = ("SCardDisconnect", (LEAVE_CARD,)) if isinstance(record, Card) else ("SCardReleaseContext", ())
+    try:
+        gateway, real = handles.reach(record) or (None, None)
+        with failures.suppress(LostError, BrokerError):
+            if gateway is gateways.native:
+                _caller(CALLS[name])(record, arguments)
+            elif gateway is not None:
+                _send(name, gateway, record, real, arguments)
+    finally:
+        record.forget()
 
 
 def _make_direct_route(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[..., Any]:

@@ -113,19 +113,26 @@ class NativeContexts:
 
         try:
             result = self._use(owned, "SCardConnect", call, without_cards=True)
-            if result is STALE or not connected:
-                return result
-            hresult, handle, protocol = connected[0]
-            if hresult != SUCCESS:
-                return [hresult, 0, 0]
-            if self._is_outdated(owned):
-                return STALE  # _finish_connect() undoes it
-            chosen[0].cards.append(handle)
-            kept = keep(handle, chosen[0], protocol)
-            connected.clear()
-            return [hresult, kept, protocol]
-        finally:
+            if result is not STALE and connected:
+                result = self._keep_connected(owned, connected, chosen[0], keep)
             self._finish_connect(owned, connected, chosen)
+            return result
+        except BaseException:
+            self._finish_connect(owned, connected, chosen)  # again, if it was interrupted; nothing is done twice
+            raise
+
+    def _keep_connected(
+        self, owned: Owned, connected: list[Any], context: NativeContext, keep: Callable[[int, NativeContext, int], Any]
+    ) -> Any:
+        hresult, handle, protocol = connected[0]
+        if hresult != SUCCESS:
+            return [hresult, 0, 0]
+        if self._is_outdated(owned):
+            return STALE  # _finish_connect() undoes it
+        context.cards.append(handle)
+        kept = keep(handle, context, protocol)
+        connected.clear()
+        return [hresult, kept, protocol]
 
     def _finish_connect(self, owned: Owned, connected: list[Any], chosen: list[NativeContext]) -> None:
         """The end of SCardConnect; disconnects a card that was not recorded because a signal handler raised."""

@@ -34,7 +34,7 @@ from lives import AGAIN, USES, outcome
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import handles, router
+from pcsc_safe._core import handles, reestablish, router
 from pcsc_safe._core.calls import CALLS, NO_HANDLE, Kind
 from pcsc_safe.broker import client, family, served, wire
 from pcsc_safe.broker.client import Broker
@@ -270,18 +270,18 @@ def test_a_call_under_way_is_a_communication_error(stack: VirtualPcsc, row: Row)
 
 def test_another_thread_has_re_established_the_context(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
     """SCardConnect is made in the new broker: nothing was sent to the one that has ended."""
-    keep_card = router._keep_card
+    new_session = reestablish.new_session
 
-    def meanwhile(context: Any, arguments: Any) -> Any:
-        monkeypatch.setattr(router, "_keep_card", keep_card)
-        kept = keep_card(context, arguments)
+    def meanwhile(context: Any, reader: str, share_mode: int) -> Any:
+        monkeypatch.setattr(reestablish, "new_session", new_session)
+        session = new_session(context, reader, share_mode)
         kill(broker())
         assert safe.SCardListReaders(context.safe, [])[0] == OK
-        return kept
+        return session
 
     def child() -> Any:
         context = establish()
-        monkeypatch.setattr(router, "_keep_card", meanwhile)
+        monkeypatch.setattr(reestablish, "new_session", meanwhile)
         hresult, card, _ = safe.SCardConnect(context, READER, safe.SCARD_SHARE_SHARED, 3)
         return hresult, safe.SCardStatus(card)[0]
 

@@ -353,24 +353,42 @@ def test_handlers_that_raise(where: str, alarms: int) -> None:
 @before_3_10
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # a connection to the broker is closed by its finalizer
 @pytest.mark.parametrize("broker", ["on-fork", "always"])
-def test_a_signal_at_any_line_of_an_establishment(broker: str, shared_stack: VirtualPcsc) -> None:
-    """A context that the application doesn't get is released, whichever line a handler raises in."""
-    pcsc_safe.configure(broker=broker)
-    context = establish()
-    clients, line, left = shared_stack.clients(), 0, -1
-    while left < 0:
-        raises = RaisesInside(router._establish, line)
-        sys.settrace(raises)
-        with contextlib.suppress(Alarm):
-            _, another = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
-            assert safe.SCardReleaseContext(another) == OK
-        sys.settrace(None)
-        left = raises.left
-        assert list(handles.contexts) == [context], line
-        shared_stack.wait_for_clients(clients)
-        line += 1
-    assert line > 20
-    assert safe.SCardReleaseContext(context) == OK
+@pytest.mark.parametrize("function", ["SCardEstablishContext", "SCardConnect"])
+def test_a_signal_at_any_line_leaves_no_handle(function: str, broker: str, shared_stack: VirtualPcsc) -> None:
+    """A context or card that the application doesn't get is given up, whichever line a handler raises in."""
+
+    def child() -> int:
+        pcsc_safe.configure(broker=broker)
+        context = establish()
+        reader = safe.SCardListReaders(context, [])[1][0]
+        inside, call, give_up = {
+            "SCardEstablishContext": (
+                router._establish,
+                lambda: safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM),
+                safe.SCardReleaseContext,
+            ),
+            "SCardConnect": (
+                router._connect,
+                lambda: safe.SCardConnect(context, reader, safe.SCARD_SHARE_EXCLUSIVE, 3),
+                lambda card: safe.SCardDisconnect(card, LEAVE),
+            ),
+        }[function]
+        known, clients = (set(handles.contexts), set(handles.cards)), shared_stack.clients()
+        line, left = 0, -1
+        while left < 0:
+            raises = RaisesInside(inside, line)
+            sys.settrace(raises)
+            with contextlib.suppress(Alarm):
+                hresult, handle, *_ = call()
+                assert (hresult, give_up(handle)) == (OK, OK), line
+            sys.settrace(None)
+            left = raises.left
+            assert (set(handles.contexts), set(handles.cards)) == known, line
+            shared_stack.wait_for_clients(clients)
+            line += 1
+        return line
+
+    assert in_child(child) > 20
 
 
 # 3. Handlers, finalizers and other threads' exceptions that use PC/SC, or wait for a thread that does.
