@@ -114,30 +114,35 @@ class NativeContexts:
         try:
             result = self._use(owned, "SCardConnect", call, without_cards=True)
             if result is not STALE and connected:
-                result = self._keep_connected(owned, connected, chosen[0], keep)
-            self._finish_connect(owned, connected, chosen)
+                result = self._keep_connected(owned, connected[0], chosen[0], keep)
+            self._finish_connect(owned, connected, chosen, keeps=result is not STALE)
             return result
         except BaseException:
-            self._finish_connect(owned, connected, chosen)  # again, if it was interrupted; nothing is done twice
+            self._finish_connect(owned, connected, chosen, keeps=False)
             raise
 
     def _keep_connected(
-        self, owned: Owned, connected: list[Any], context: NativeContext, keep: Callable[[int, NativeContext, int], Any]
+        self,
+        owned: Owned,
+        connected: Sequence[int],
+        context: NativeContext,
+        keep: Callable[[int, NativeContext, int], Any],
     ) -> Any:
-        hresult, handle, protocol = connected[0]
+        hresult, handle, protocol = connected
         if hresult != SUCCESS:
             return [hresult, 0, 0]
         if self._is_outdated(owned):
-            return STALE  # _finish_connect() undoes it
+            return STALE
         context.cards.append(handle)
-        kept = keep(handle, context, protocol)
-        connected.clear()
-        return [hresult, kept, protocol]
+        return [hresult, keep(handle, context, protocol), protocol]
 
-    def _finish_connect(self, owned: Owned, connected: list[Any], chosen: list[NativeContext]) -> None:
-        """The end of SCardConnect; disconnects a card that was not recorded because a signal handler raised."""
+    def _finish_connect(self, owned: Owned, connected: list[Any], chosen: list[NativeContext], *, keeps: bool) -> None:
+        """The end of SCardConnect; it can be called again if a signal handler has interrupted it.
+
+        :param keeps: whether a new card stays connected.
+        """
         for context in chosen:
-            if connected and connected[0][0] == SUCCESS:
+            if not keeps and connected and connected[0][0] == SUCCESS:
                 handle = connected[0][1]
                 _disconnect(owned, context, handle)
                 context.cards[:] = [card for card in context.cards if card != handle]
