@@ -1,6 +1,6 @@
 """``scripts/stacks``: how it reads the tests' output, what it reports where it can't run, and the pages' tables.
 
-And ``scripts/all-pythons --help``.
+And ``scripts/all-pythons --help``, and the option of pytest by which ``scripts/test`` runs two processes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import claimed
 from places import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -163,3 +165,17 @@ except NotPossible as error:
     assert (tmp_path / "kept").exists()
     system.throw_away(tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
+
+
+def test_two_processes_share_the_test_files(tmp_path: Path) -> None:
+    """With ``--claims`` each file is run by one of them, as a whole, even if they take turns."""
+    config = SimpleNamespace(rootpath=ROOT)
+    items: Any = [SimpleNamespace(path=ROOT / "tests" / f"{name}.py", config=config) for name in "aabcccdee"]
+    mine, theirs = claimed(items, tmp_path), claimed(items, tmp_path)
+    ran: list[list[str]] = [[], []]
+    for _ in items:
+        for number, process in enumerate((mine, theirs)):
+            ran[number] += [item.path.stem for item in (next(process, None),) if item]
+    assert sorted(ran[0] + ran[1]) == sorted("aabcccdee")
+    assert set(ran[0]).isdisjoint(ran[1])
+    assert all(ran)
