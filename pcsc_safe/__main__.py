@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
+from .testing._command_line import Parser, exit_status
+
 __all__ = ["COMMANDS", "Command", "main"]
 
 
@@ -49,11 +51,14 @@ COMMANDS = {
 _WANTS_ALL = "completion"
 
 
+def _program() -> str:
+    name_of_file = os.path.basename(sys.argv[0])
+    return name_of_file if name_of_file.startswith("pcsc-safe") else "python -m pcsc_safe"
+
+
 def _parser(asked: str) -> argparse.ArgumentParser:
     """A parser with the summary of every command, and with the arguments of the requested one."""
-    name_of_file = os.path.basename(sys.argv[0])
-    prog = name_of_file if name_of_file.startswith("pcsc-safe") else "python -m pcsc_safe"
-    parser = argparse.ArgumentParser(prog=prog, description="PC/SC smart cards that survive fork().")
+    parser = Parser(prog=_program(), description="PC/SC smart cards that survive fork().")
     parser.set_defaults(tree=parser)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in COMMANDS.items():
@@ -63,6 +68,7 @@ def _parser(asked: str) -> argparse.ArgumentParser:
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        added.set_defaults(refuse=added.error)
         if asked in (name, _WANTS_ALL):
             home = command.load()
             added.epilog = getattr(home, "EPILOG", "")
@@ -77,23 +83,25 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if split is not None:
         own, program = split(arguments[1:])
         arguments = [asked, *own]
-    return _parser(asked).parse_args(arguments, argparse.Namespace(program=program))
+    options, unknown = _parser(asked).parse_known_args(arguments, argparse.Namespace(program=program))
+    if unknown:  # argparse itself would print the usage of the whole command line
+        kind = "option" if unknown[0].startswith("-") else "argument"
+        options.refuse(f"{options.command} has no {kind} {unknown[0]}")
+    return options
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options = _parse(arguments)
+    return int(COMMANDS[options.command].load().main(options))
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run one command.
 
     :param arguments: those of the command line if None.
-    :return: the exit status: the command's own; 130 after Ctrl-C, 141 after a broken pipe.
+    :return: the exit status: the command's own, or that of :func:`exit_status`.
     """
-    try:
-        options = _parse(sys.argv[1:] if arguments is None else arguments)
-        return int(COMMANDS[options.command].load().main(options))
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes it once more
-        return 141
+    return exit_status(_program(), lambda: _run(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

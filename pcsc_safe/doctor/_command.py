@@ -61,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=_seconds, default=10.0, metavar="S", help="seconds to wait for pcscd (default: 10)"
     )
-    parser.set_defaults(refuse=parser.error)
 
 
 def _pid(text: str) -> int:

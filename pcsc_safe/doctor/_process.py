@@ -20,6 +20,10 @@ __all__ = ["examine"]
 _USUAL = "pcscd.comm"
 _RUN = "run the program with `python -m pcsc_safe run ...`, or import pcsc_safe.scard instead of smartcard.scard"
 _NOT_PYTHON = "let it fork before it first uses PC/SC"
+_OUTSIDE = (
+    "in a container, run the doctor on its host; elsewhere, see whether a security module (SELinux, AppArmor) protects "
+    "the process"
+)
 _HAZARDS = {
     "2": "both read each other's replies",
     "3": "its cleanup ends the owner's session",
@@ -59,7 +63,7 @@ def examine(pid: int) -> tuple[list[Finding], bool]:
     """
     root = _proc.look(pid)
     if root.network and root.network != os.stat("/proc/self/ns/net").st_ino:
-        remedy = f"sudo nsenter -t {pid} -n {sys.executable} -m pcsc_safe doctor --pid {pid}"
+        remedy = f"{'' if _is_root() else 'sudo '}nsenter -t {pid} -n {_command(pid)}"
         detail = f"process {pid} ({root.name}) is in another network namespace, so the doctor can't see where its "
         detail += "sockets lead"
         return [Finding("family", Status.UNKNOWN, "processes", detail, remedy, {"pid": pid})], False
@@ -67,6 +71,14 @@ def examine(pid: int) -> tuple[list[Finding], bool]:
     findings = [_summary(pid, family)]
     findings += [_finding(each, process, family) for each, process in family.processes.items()]
     return findings, root.sockets is not None or root.is_broker
+
+
+def _is_root() -> bool:
+    return os.geteuid() == 0
+
+
+def _command(pid: int) -> str:
+    return f"{sys.executable} -m pcsc_safe doctor --pid {pid}"
 
 
 def _gather(pid: int, root: Process) -> _Family:
@@ -145,7 +157,7 @@ def _summary(pid: int, family: _Family) -> Finding:
     detail += f", {shared} of them held by several processes"
     unsure = not family.ends_known and any(each and each.libpcsclite for each in family.processes.values())
     if unsure and not connections:
-        remedy = f"sudo modprobe unix_diag, or sudo {sys.executable} -m pcsc_safe doctor --pid {pid}"
+        remedy = "modprobe unix_diag" if _is_root() else f"sudo modprobe unix_diag, or sudo {_command(pid)}"
         text = "the doctor can't see where their sockets lead"
         return Finding("family", Status.UNKNOWN, "processes", text, remedy, data)
     if family.unseen:
@@ -173,7 +185,7 @@ def _finding(pid: int, process: Optional[Process], family: _Family) -> Finding:
     if process.state in "ZX":
         return Finding("process", Status.OK, what, "has ended, but its parent has not yet waited for it", data=data)
     if process.sockets is None:
-        remedy = f"sudo {sys.executable} -m pcsc_safe doctor --pid {pid}"
+        remedy = _OUTSIDE if _is_root() else f"sudo {_command(pid)}"
         detail = "this user may not examine it: it belongs to another user, or is protected"
         return Finding("process", Status.UNKNOWN, what, detail, remedy, data)
     inherited = [each for each in _held(process, family) if each.owner != pid]

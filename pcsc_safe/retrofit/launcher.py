@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ _SETTINGS = {policy.option(name): name for name in policy.SETTINGS}
 _SWITCHES = {option for option, name in _SETTINGS.items() if isinstance(policy.SETTINGS[name].default, bool)}
 _TIMELINE = "--timeline"
 _MEANING_PROGRAM = ("-m", "-c")
+_OF_PYTHON = re.compile("-([bBdiOPqsuv]*)(?:([XW])(.*)|([mc].*))?")
+_KEEP_OUT = re.compile("-[^XWmc]*[EIS]")
+_LEAVE_OUT = "python -E, -I and -S keep pcsc_safe out of the program: leave them out"
 _VALUES = {float: "SECONDS", str: "PATH"}
 
 
@@ -78,7 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="draw the sessions of each process over time; FILE ends in .svg or .html (default: no drawing)",
     )
-    parser.set_defaults(refuse=parser.error)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -90,11 +93,9 @@ def main(options: argparse.Namespace) -> int:
     if not program:
         options.refuse("name a program to run: script.py, -m module, -c code, or - for standard input")
     if program[0].startswith("-") and program[0] not in ("-", "--") and program[0][:2] not in _MEANING_PROGRAM:
-        options.refuse(
-            f"run has no option {program[0]}; options of Python go first: python {program[0]} -m pcsc_safe run ..."
-        )
+        options.refuse(_why_no_option(program))
     if sys.flags.ignore_environment or sys.flags.no_site:
-        options.refuse("python -E, -I and -S keep pcsc_safe out of the program: leave them out")
+        options.refuse(_LEAVE_OUT)
     try:
         environment = _environment(os.environ, options)
     except SettingsError as error:
@@ -109,6 +110,20 @@ def main(options: argparse.Namespace) -> int:
     if sys.flags.inspect:
         os._exit(watch.exit_as(status))  # it is the program that is to be inspected
     return watch.exit_as(status)
+
+
+def _why_no_option(program: Sequence[str]) -> str:
+    """Why the first word is not an option of run, and, if it is one of Python, where to put it."""
+    given, of_python = program[0], _OF_PYTHON.fullmatch(program[0])
+    if _KEEP_OUT.match(given):
+        return _LEAVE_OUT
+    if of_python is None:
+        return f"run has no option {given}"
+    flags, takes_value, value, meaning_program = of_python.groups()
+    if meaning_program:
+        return f"run has no option {given}; write: python -{flags} -m pcsc_safe run -{meaning_program} ..."
+    before = " ".join([*program, "..."][:2]) if takes_value and not value else given
+    return f"run has no option {given}; options of Python go first: python {before} -m pcsc_safe run ..."
 
 
 def _checked(options: argparse.Namespace) -> Path:

@@ -20,17 +20,19 @@ from collections.abc import Sequence
 from typing import Optional
 
 from . import EchoCard, PcscStackError, VirtualCard, VirtualPcsc
+from ._command_line import Parser, exit_status
 
 __all__ = ["main"]
 
+_PROGRAM = "python -m pcsc_safe.testing"
 _CARDS = ("echo", "piv", "none")
 _FORWARDED = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 _FROM_TERMINAL = ("SIGINT", "SIGQUIT")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pcsc_safe.testing",
+    parser = Parser(
+        prog=_PROGRAM,
         usage="%(prog)s [-h] [--card CARD] -- command [argument ...]",
         description="Run a command on a private PC/SC stack with virtual readers and cards.",
         epilog="exit status: that of the command; 2 if the stack or the command can't be started",
@@ -97,17 +99,19 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     :param arguments: those of the command line if None.
     :return: the exit status.
     """
+    return exit_status(_PROGRAM, lambda: _main(arguments))
+
+
+def _main(arguments: Optional[Sequence[str]]) -> int:
     options = _parser().parse_args(arguments)
     try:
         cards = [_card(kind) for kind in options.card or ["echo"]]
         with VirtualPcsc(readers=len(cards), cards=cards, activate=False) as stack:
             return _run(options.command, stack)
-    except PcscStackError as error:
-        print(f"python -m pcsc_safe.testing: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"python -m pcsc_safe.testing: {options.command[0]}: {error.strerror}", file=sys.stderr)
-    except ValueError as error:
-        print(f"python -m pcsc_safe.testing: {error}", file=sys.stderr)
+        print(f"{_PROGRAM}: {options.command[0]}: {error.strerror}", file=sys.stderr)
+    except (PcscStackError, ValueError) as error:
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
     return 2
 
 

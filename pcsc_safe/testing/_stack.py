@@ -22,7 +22,7 @@ from ._errors import PcscStackError
 from ._nudge import nudge
 from ._vpcd import PortPair, Slot
 from ._wire import MAX_READERS, Probe, ReaderState
-from .cards import VirtualCard
+from .cards import VirtualCard, check_card
 
 __all__ = ["Reader", "VirtualPcsc"]
 
@@ -57,8 +57,9 @@ class Reader:
         While pcscd is down (after `VirtualPcsc.kill`), the card stays in the reader until pcscd is up again.
 
         :param card: a card that is in no reader.
-        :raises PcscStackError: there is a card in the reader, or pcscd does not detect this one.
+        :raises PcscStackError: it is not a card, there is a card in the reader, or pcscd does not detect this one.
         """
+        check_card(card)
         with self._stack._exclusive() as stack:
             if self.card is not None:
                 raise PcscStackError(f"there is a card in {self.name!r}", remedy="remove() it first")
@@ -111,12 +112,13 @@ class VirtualPcsc:
 
     :param readers: the number of readers, 1 to 16.  vpcd's readers come in pairs: for an odd number pcscd lists one
         more, which is always empty.
-    :param cards: the cards in the first readers; None leaves a reader empty.
+    :param cards: the cards in the first readers, for example ``[EchoCard()]``; None leaves a reader empty.
     :param activate: whether PC/SC calls in this process use this stack.
     :param timeout: seconds that pcscd may take for each request.
     :raises ValueError: ``readers`` is not 1 to 16, or there are more cards than readers.
-    :raises PcscStackError: on entry: pcscd or vpcd is not installed, or does not start; the error says what to do.  On
-        exit: the code of a card raised an exception, and the block did not; the card's exception is the error's cause.
+    :raises PcscStackError: an item of ``cards`` is not a card.  On entry: pcscd or vpcd is not installed, or does not
+        start; the error says what to do.  On exit: the code of a card raised an exception, and the block did not; the
+        card's exception is the error's cause.
     """
 
     def __init__(
@@ -127,6 +129,9 @@ class VirtualPcsc:
         activate: bool = True,
         timeout: float = 20.0,
     ) -> None:
+        for card in cards:
+            if card is not None:
+                check_card(card)
         if not 1 <= readers <= MAX_READERS:
             raise ValueError(f"pcscd serves 1 to {MAX_READERS} readers, not {readers}; start several stacks for more")
         if len(cards) > readers:

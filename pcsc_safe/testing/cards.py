@@ -25,6 +25,7 @@ DEFAULT_ATR = bytes.fromhex("3B80800101")
 # vpcd's messages carry their length in two bytes
 LONGEST_MESSAGE = 0xFFFF
 _FAILED = b"\x6f\x00"
+_WRONG_LENGTH = b"\x67\x00"
 
 
 class CardEvent(Enum):
@@ -50,8 +51,9 @@ class VirtualCard:
     If the card's code raises, the reader gets the status word 6F00, and `errors` gets the exception.
 
     vpcd carries at most 65,535 bytes in each direction, status word included.  A command of one byte doesn't reach the
-    card, because it is a control message of vpcd.  pcscd powers a card off that no application has used for about
-    400 ms.
+    card: the reader gets the status word 6700.  But vpcd takes the bytes 00, 01, 02 and 04 for its control messages:
+    after 00, 01 and 02 SCardTransmit never returns, and after 04 it returns the ATR.  pcscd powers a card off that no
+    application has used for about 400 ms.
     """
 
     def __init__(self, atr: bytes = DEFAULT_ATR, apdu: Optional[Callable[[bytes], bytes]] = None) -> None:
@@ -146,6 +148,8 @@ class VirtualCard:
         elif message == b"\x02":
             self._guard(self.reset, None)
             self._happened(CardEvent.RESET)
+        else:
+            return _WRONG_LENGTH
         return None
 
     def _lose_power(self) -> None:
@@ -216,6 +220,17 @@ class EchoCard(VirtualCard):
         self.verified = False
 
     power_off = reset = power_on
+
+
+def check_card(card: object) -> None:
+    """Refuse what can't be put into a reader.
+
+    :raises PcscStackError: it is not a card, or its class doesn't call ``VirtualCard.__init__()``.
+    """
+    if not isinstance(card, VirtualCard):
+        raise PcscStackError(f"{card!r} is not a card", remedy="pass a VirtualCard, for example EchoCard()")
+    if not hasattr(card, "_powered"):
+        raise PcscStackError(f"this {type(card).__name__} is no card yet", remedy="call super().__init__() first")
 
 
 def _counting(length: int) -> bytes:

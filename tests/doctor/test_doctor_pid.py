@@ -430,7 +430,18 @@ def test_another_network_namespace() -> None:
         process.stdout.readline()
         status, (finding,) = doctor(process.pid)
     assert (status, finding["status"]) == (2, "unknown")
-    assert finding["remedy"].startswith(f"sudo nsenter -t {process.pid} -n {sys.executable} ")
+    assert finding["remedy"].startswith(f"nsenter -t {process.pid} -n {sys.executable} ")
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_root_is_not_told_to_become_root(monkeypatch: pytest.MonkeyPatch, user: int) -> None:
+    """A remedy is sudo only for other users; root gets one that can help, also in a container."""
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    hidden = _proc.look(os.getpid())._replace(sockets=None, libpcsclite=True)
+    family = _process._Family({hidden.pid: hidden}, {}, False, 0, frozenset())
+    for finding in (_process._summary(hidden.pid, family), _process._finding(hidden.pid, hidden, family)):
+        assert finding.remedy
+        assert ("sudo" in finding.remedy) is (user != 0)
 
 
 def test_it_is_for_linux(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

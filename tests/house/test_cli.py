@@ -133,6 +133,53 @@ def test_a_wrong_call_is_refused(arguments: list[str], capsys: pytest.CaptureFix
     assert "usage:" in capsys.readouterr().err
 
 
+def test_a_wrong_option_is_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """An option that a command doesn't have is refused with the command's own usage, not that of the command line."""
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([name, *(["bash"] if name == "completion" else []), "--no-such-option"])
+        usage, error = capsys.readouterr().err.rsplit("\n", 2)[:2]
+        assert usage.startswith(f"usage: python -m pcsc_safe {name} ")
+        assert error == f"python -m pcsc_safe {name}: error: {name} has no option --no-such-option"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "pcsc_safe version",
+        "pcsc_safe version --help",
+        "pcsc_safe --help",
+        "pcsc_safe completion bash",
+        f"pcsc_safe doctor --json --pid {os.getpid()}",
+        f"pcsc_safe doctor --pid {os.getpid()}",
+        "pcsc_safe.testing --help",
+    ],
+)
+def test_a_full_disk(arguments: str, unbuffered: str) -> None:
+    """What can't be written ends a command with one line and 2, which isn't the doctor's "found a problem"."""
+    command = [sys.executable, "-m", *arguments.split()]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=env, text=True, timeout=30, check=False)
+        silent = subprocess.run(command, stdout=full, stderr=full, env=env, timeout=30, check=False)
+    assert done.stderr == f"python -m {command[2]}: [Errno 28] No space left on device\n"
+    assert (done.returncode, silent.returncode) == (2, 2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it needs a Unix shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_output(closed: str) -> None:
+    """If stdout or stderr is closed, a command ends as if it were /dev/null, and writes nothing to the other one."""
+    for arguments, status in (("version", 0), ("doctor --pid $$", 0), ("--help", 0), ("demo --only 99", 2)):
+        script = f"{sys.executable} -m pcsc_safe {arguments} {closed}; exit $?"
+        done = subprocess.run(["sh", "-c", script], capture_output=True, timeout=30, check=False)
+        assert done.returncode == status, done.stderr
+        assert bool(done.stdout) == (status == 0 and ">&-" not in closed.split())
+        assert bool(done.stderr) == (status == 2 and "2>&-" not in closed.split())
+
+
 def test_a_reader_that_reads_no_further() -> None:
     """``| head`` ends a command without a traceback."""
     command = [sys.executable, "-m", "pcsc_safe", "version"]

@@ -255,8 +255,16 @@ def test_what_keeps_the_retrofit_out_is_refused(programs: Path, flag: str) -> No
         (["--policy=share", "who.py"], "set broker='always' as well"),
         (["--guard-native=perhaps", "who.py"], "--guard-native cannot be 'perhaps'; use one of '1', 'true'"),
         (["--recover=maybe", "who.py"], "--recover cannot be 'maybe'; use one of '1', 'true'"),
-        (["--no-such", "who.py"], "unrecognized arguments: --no-such"),
+        (["--no-such", "who.py"], "python -m pcsc_safe run: error: run has no option --no-such"),
+        (["-z", "who.py"], "error: run has no option -z"),
         (["-u", "who.py"], "python -u -m pcsc_safe run"),
+        (["-X", "dev", "who.py"], "python -X dev -m pcsc_safe run"),
+        (["-uWerror", "who.py"], "python -uWerror -m pcsc_safe run"),
+        (["-X"], "python -X ... -m pcsc_safe run"),
+        (["-um", "who"], "python -u -m pcsc_safe run -m ..."),
+        (["-E", "who.py"], "leave them out"),
+        (["-uI", "who.py"], "leave them out"),
+        (["-S", "who.py"], "leave them out"),
     ],
 )
 def test_a_wrong_call_is_refused(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

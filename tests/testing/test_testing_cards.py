@@ -81,6 +81,15 @@ def test_echo_card_commands(command: list[int], answer: list[int]) -> None:
     assert list(EchoCard().apdu(bytes(command))) == answer
 
 
+@pytest.mark.parametrize("command", [0x03, 0x80, 0xFF])
+def test_a_command_of_one_byte(connection: Connection, pcsc_card: VirtualCard, command: int) -> None:
+    """A command of one byte gets "wrong length", except for vpcd's control messages; the card continues to work."""
+    assert pcsc_card._respond(bytes([command])) == bytes([0x67, 0x00])  # if not, SCardTransmit would never return
+    assert connection.transmit(command) == [0x67, 0x00]
+    assert connection.transmit(0, 1, 0, 0, 1, 7) == [7, *OK]
+    assert pcsc_card.apdus == 1
+
+
 @pytest.mark.parametrize("length", [254, 255, 256, 257, 0x7FFF, 65533])
 def test_extended_answers(connection: Connection, length: int) -> None:
     """Responses of up to 65,533 bytes and a status word arrive complete."""

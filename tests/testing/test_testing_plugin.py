@@ -84,9 +84,14 @@ def test_fewer_cards_than_readers(pcsc_stack):
 @pytest.mark.pcsc(cards=[EchoCard()])
 def test_a_card_that_others_would_share(pcsc_stack):
     pass
+
+@pytest.mark.pcsc(cards=[lambda: "echo"])
+def test_a_function_that_makes_no_card(pcsc_stack):
+    pass
 """
     output = run_pytest(tmp_path, source)
-    assert "3 passed, 1 error" in output
+    assert "3 passed, 2 errors" in output
+    assert "'echo' is not a card; pass a VirtualCard" in output
     assert "doesn't make a card; use 'echo', 'piv', None, or a class or function" in output
 
 

@@ -125,6 +125,27 @@ def test_impossible_numbers(readers: int) -> None:
         VirtualPcsc(1, [None, None])
 
 
+class Uninitialized(EchoCard):
+    """A card whose author forgot to call ``super().__init__()``."""
+
+    def __init__(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("wrong", ["echo", EchoCard, 5, Uninitialized()], ids=["name", "class", "number", "bare"])
+def test_what_is_no_card_is_refused(wrong: Any, pcsc_stack: VirtualPcsc) -> None:
+    """What is not a card, or not yet one, is refused before anything starts, with the remedy."""
+    remedy = r"is not a card; pass a VirtualCard, for example EchoCard\(\)|call super\(\).__init__\(\) first"
+    with pytest.raises(PcscStackError, match=remedy):
+        VirtualPcsc(cards=[wrong])
+    reader = pcsc_stack.readers[1]
+    card = reader.remove()
+    with pytest.raises(PcscStackError, match=remedy):
+        reader.insert(wrong)
+    reader.insert(card)
+    assert echo(reader.name, 5) == [5, 0x90, 0]
+
+
 def test_remove_and_insert(pcsc_stack: VirtualPcsc) -> None:
     """When remove and insert return, PC/SC reports the new state; the other reader is not affected."""
     context = establish()
