@@ -12,7 +12,7 @@ from typing import Any, Optional
 from ..errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, join_pyscard
 from ..policy import Cards, Policy, Role, Verdict, decide
 from . import failures, gateways, handles, log, observer, one_step, process
-from .calls import CALLS, Call, LostError
+from .calls import CALLS, KEEP_FILES, LOST_REASON, Call, LostError
 from .failures import is_ours
 from .handles import Card, Context, Record
 from .library import SUCCESS
@@ -179,10 +179,8 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
 def _lost_share(function: str, record: Record) -> BrokerError:
     here = process.current()
     return BrokerError(
-        f"process {here.pid} has lost the session of this {_kind_in_words(record)}: the broker has ended, or the file "
-        "descriptors of the connection to it were closed",
-        remedy="establish a new context; a program that closes all file descriptors must keep those of "
-        "pcsc_safe.files_to_preserve()",
+        f"process {here.pid} has lost the session of this {_kind_in_words(record)}: {LOST_REASON}",
+        remedy=f"establish a new context; {KEEP_FILES}",
         function=function,
         pid=here.pid,
         established_at=record.established_at,
@@ -258,7 +256,7 @@ def _reset_reason(card: Card) -> str:
     if card.owner.noticed_by is process.SERVICE_LOST:
         return "pcscd was restarted"
     if card.owner.noticed_by is process.LOST:
-        return "the broker of this process has ended"
+        return LOST_REASON
     if card.owner.noticed_by is process.HANDED_OVER:
         return f"process {card.owner.pid} has handed this session over to its child"
     if settings_of(card).cards is Cards.RESET:

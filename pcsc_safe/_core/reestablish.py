@@ -155,7 +155,7 @@ def _former_in_words(owner: process.Epoch) -> str:
     """What was replaced, in words."""
     if owner.noticed_by is process.HANDED_OVER:
         return f"the one that process {owner.pid} has handed over"
-    return "the one that ended with its broker" if owner.noticed_by is process.LOST else f"process {owner.pid}'s"
+    return "the one that was lost with its broker" if owner.noticed_by is process.LOST else f"process {owner.pid}'s"
 
 
 def connect(
