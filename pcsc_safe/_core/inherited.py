@@ -20,6 +20,7 @@ from .reestablish import (
     INVALID_HANDLE,
     LEAVE_CARD,
     RESET_CARD,
+    SHARE_EXCLUSIVE,
     connect,
     release_dead,
     replace,
@@ -241,12 +242,13 @@ def _warn_of_reset(call: Call, card: Record) -> None:
     card.warned = here, card.owner
     log.warning(
         "reset",
-        "%(function)s returns SCARD_W_RESET_CARD to process %(pid)d for the card in %(reader)s, because %(why)s: call "
-        "SCardReconnect (pcsc_safe.reconnecting() does), or configure cards='reconnect'",
+        "%(function)s returns SCARD_W_RESET_CARD to process %(pid)d for the card in %(reader)s, because %(why)s: "
+        "%(remedy)s",
         function=call.name,
         reader=card.reader,
         owner_pid=card.owner.pid,
         why=_reset_reason(card),
+        remedy=_reset_remedy(card),
     )
 
 
@@ -260,7 +262,29 @@ def _reset_reason(card: Card) -> str:
     if card.owner.noticed_by is process.HANDED_OVER:
         return f"process {card.owner.pid} has handed this session over to its child"
     if settings_of(card).cards is Cards.RESET:
-        return f"{owner} keeps its session (cards='reset')"
-    if card.session.is_alive() or settings_of(card).cards is Cards.RECONNECT:
-        return f"{owner} is in a transaction"
-    return f"{owner} has ended its session, or holds the card exclusively"
+        return f"the session is that of process {card.owner.pid}, from which it was forked (cards='reset')"
+    if settings_of(card).cards is Cards.RECONNECT:
+        return f"{owner} was in a transaction when it forked (SCardReconnect waits for its end)"
+    if card.share_mode == SHARE_EXCLUSIVE:
+        return f"{owner} held the card exclusively when it forked"
+    if not card.session.is_visible():
+        return f"the file descriptor that shows it the session of {owner} is not open ({KEEP_FILES})"
+    if card.session.is_in_transaction():
+        return f"{owner} is in a transaction (SCardReconnect waits for its end)"
+    if card.session.is_alive():
+        return f"the card was removed, or pcscd was restarted or replaced, after {owner} connected"
+    return (
+        f"{owner} has ended its session, has closed a file descriptor of pcsc_safe.files_to_preserve(), or is not "
+        "connected shared (SCardReconnect fails while it holds the card exclusively)"
+    )
+
+
+def _reset_remedy(card: Card) -> str:
+    is_lost = card.owner.noticed_by in (process.LOST, process.SERVICE_LOST)
+    if card.share_mode == SHARE_EXCLUSIVE and not is_lost:
+        return (
+            "use pcsc_safe.handover() or policy 'share', or call SCardReconnect when the other process has "
+            "disconnected from the card"
+        )
+    remedy = "call SCardReconnect (pcsc_safe.reconnecting() does)"
+    return remedy if card.transactions else f"{remedy}, or configure cards='reconnect'"

@@ -25,6 +25,7 @@ __all__ = [
     "INVALID_HANDLE",
     "LEAVE_CARD",
     "RESET_CARD",
+    "SHARE_EXCLUSIVE",
     "SHARE_SHARED",
     "connect",
     "establish",
@@ -42,6 +43,7 @@ __all__ = [
 INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
 LEAVE_CARD = constant("SCARD_LEAVE_CARD")
 RESET_CARD = constant("SCARD_W_RESET_CARD")
+SHARE_EXCLUSIVE = constant("SCARD_SHARE_EXCLUSIVE")
 SHARE_SHARED = constant("SCARD_SHARE_SHARED")
 UNAWARE, IN_USE = constant("SCARD_STATE_UNAWARE"), constant("SCARD_STATE_INUSE")
 _STATES = CALLS["SCardGetStatusChange"]
