@@ -56,7 +56,7 @@ class PcscSafeError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.function}: {self.problem}" if self.function else self.problem
-        return f"{text}; {self.remedy}" if self.remedy else text
+        return f"{text.rstrip('.')}; {self.remedy}" if self.remedy else text  # PC/SC's texts are sentences
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load, (type(self), self.problem, dict(vars(self)))

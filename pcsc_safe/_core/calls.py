@@ -15,6 +15,8 @@ from .process import Epoch
 
 __all__ = [
     "CALLS",
+    "KEEP_FILES",
+    "LOST_REASON",
     "NO_HANDLE",
     "STALE",
     "TRANSACTIONS_BEGUN",
@@ -208,8 +210,15 @@ STALE = object()
 """The result of a call that was not made, or was undone, because its handle no longer belongs to this process."""
 
 
+LOST_REASON = "the broker has ended, or the file descriptors of the connection to it were closed"
+"""Why a gateway is lost."""
+
+KEEP_FILES = "a program that closes all file descriptors must keep those of pcsc_safe.files_to_preserve()"
+"""A remedy."""
+
+
 class LostError(Exception):
-    """A gateway has ended, and with it every context that was established through it.
+    """A gateway is lost, and with it every context that was established through it.
 
     :ivar in_progress: whether the call may have been executed.
     """

@@ -97,11 +97,13 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         if self.failure is not None:
             raise _error(*self.failure)
         here = process.current()
+        if not self._owned_by(self._epoch):
+            return
         if here is self._epoch:
-            _warn("this thread has not forked in its handover() block")
-        elif self._owned_by(self._epoch):
-            if here.noticed_by == "hook":
-                raise _error("a signal handler raised an exception during the fork", transfer.FORK_AGAIN)
+            _warn("this thread has not called os.fork() in its handover() block")
+        elif here.noticed_by == "hook":
+            raise _error("a signal handler raised an exception during the fork", transfer.FORK_AGAIN)
+        else:
             raise _error(
                 "the fork in this block ran none of Python's at-fork hooks",
                 "use os.fork(); the parent is still the owner",

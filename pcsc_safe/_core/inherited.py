@@ -12,7 +12,7 @@ from typing import Any, Optional
 from ..errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, join_pyscard
 from ..policy import Cards, Policy, Role, Verdict, decide
 from . import failures, gateways, handles, log, observer, one_step, process
-from .calls import CALLS, Call, LostError
+from .calls import CALLS, KEEP_FILES, LOST_REASON, Call, LostError
 from .failures import is_ours
 from .handles import Card, Context, Record
 from .library import SUCCESS
@@ -20,6 +20,7 @@ from .reestablish import (
     INVALID_HANDLE,
     LEAVE_CARD,
     RESET_CARD,
+    SHARE_EXCLUSIVE,
     connect,
     release_dead,
     replace,
@@ -179,10 +180,8 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
 def _lost_share(function: str, record: Record) -> BrokerError:
     here = process.current()
     return BrokerError(
-        f"process {here.pid} has lost the session of this {_kind_in_words(record)}: the broker has ended, or the file "
-        "descriptors of the connection to it were closed",
-        remedy="establish a new context; a program that closes all file descriptors must keep those of "
-        "pcsc_safe.files_to_preserve()",
+        f"process {here.pid} has lost the session of this {_kind_in_words(record)}: {LOST_REASON}",
+        remedy=f"establish a new context; {KEEP_FILES}",
         function=function,
         pid=here.pid,
         established_at=record.established_at,
@@ -243,12 +242,13 @@ def _warn_of_reset(call: Call, card: Record) -> None:
     card.warned = here, card.owner
     log.warning(
         "reset",
-        "%(function)s returns SCARD_W_RESET_CARD to process %(pid)d for the card in %(reader)s, because %(why)s: call "
-        "SCardReconnect (pcsc_safe.reconnecting() does), or configure cards='reconnect'",
+        "%(function)s returns SCARD_W_RESET_CARD to process %(pid)d for the card in %(reader)s, because %(why)s: "
+        "%(remedy)s",
         function=call.name,
         reader=card.reader,
         owner_pid=card.owner.pid,
         why=_reset_reason(card),
+        remedy=_reset_remedy(card),
     )
 
 
@@ -258,11 +258,33 @@ def _reset_reason(card: Card) -> str:
     if card.owner.noticed_by is process.SERVICE_LOST:
         return "pcscd was restarted"
     if card.owner.noticed_by is process.LOST:
-        return "the broker of this process has ended"
+        return LOST_REASON
     if card.owner.noticed_by is process.HANDED_OVER:
         return f"process {card.owner.pid} has handed this session over to its child"
     if settings_of(card).cards is Cards.RESET:
-        return f"{owner} keeps its session (cards='reset')"
-    if card.session.is_alive() or settings_of(card).cards is Cards.RECONNECT:
-        return f"{owner} is in a transaction"
-    return f"{owner} has ended its session, or holds the card exclusively"
+        return f"the session is that of process {card.owner.pid}, from which it was forked (cards='reset')"
+    if settings_of(card).cards is Cards.RECONNECT:
+        return f"{owner} was in a transaction when it forked (SCardReconnect waits for its end)"
+    if card.share_mode == SHARE_EXCLUSIVE:
+        return f"{owner} held the card exclusively when it forked"
+    if not card.session.is_visible():
+        return f"the file descriptor that shows it the session of {owner} is not open ({KEEP_FILES})"
+    if card.session.is_in_transaction():
+        return f"{owner} is in a transaction (SCardReconnect waits for its end)"
+    if card.session.is_alive():
+        return f"the card was removed, or pcscd was restarted or replaced, after {owner} connected"
+    return (
+        f"{owner} has ended its session, has closed a file descriptor of pcsc_safe.files_to_preserve(), or is not "
+        "connected shared (SCardReconnect fails while it holds the card exclusively)"
+    )
+
+
+def _reset_remedy(card: Card) -> str:
+    is_lost = card.owner.noticed_by in (process.LOST, process.SERVICE_LOST)
+    if card.share_mode == SHARE_EXCLUSIVE and not is_lost:
+        return (
+            "use pcsc_safe.handover() or policy 'share', or call SCardReconnect when the other process has "
+            "disconnected from the card"
+        )
+    remedy = "call SCardReconnect (pcsc_safe.reconnecting() does)"
+    return remedy if card.transactions else f"{remedy}, or configure cards='reconnect'"

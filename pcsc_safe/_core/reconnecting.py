@@ -127,6 +127,16 @@ def _is_lost(card: Any, outcome: Any) -> bool:
     return record is not None and bool(code == _constant("SCARD_W_RESET_CARD"))
 
 
+_INSERT = "put the card in the reader and try again"
+_REMEDIES = {
+    "SCARD_E_SHARING_VIOLATION": "an exclusive connection excludes all others: disconnect the other process, or, if it "
+    "is the parent, use pcsc_safe.handover() or policy 'share'",
+    "SCARD_E_NO_SMARTCARD": _INSERT,
+    "SCARD_W_REMOVED_CARD": _INSERT,
+}
+"""What to do if SCardReconnect returns one of these codes."""
+
+
 def _reconnect(card: Any) -> None:
     from .router import public  # needs the gateways, which exist if there is a card
 
@@ -136,7 +146,7 @@ def _reconnect(card: Any) -> None:
     if hresult != public["SCARD_S_SUCCESS"]:
         raise _error(
             f"the card in {record.reader!r} can't be connected again: {public['SCardGetErrorMessage'](hresult)}",
-            "put the card in the reader and call SCardConnect, or see the return code",
+            next((remedy for name, remedy in _REMEDIES.items() if _constant(name) == hresult), "see the return code"),
             hresult,
         )
     log.info("reconnected", "process %(pid)d has connected again to the card in %(reader)s", reader=record.reader)

@@ -25,6 +25,7 @@ __all__ = [
     "INVALID_HANDLE",
     "LEAVE_CARD",
     "RESET_CARD",
+    "SHARE_EXCLUSIVE",
     "SHARE_SHARED",
     "connect",
     "establish",
@@ -41,6 +42,7 @@ __all__ = [
 INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
 LEAVE_CARD = constant("SCARD_LEAVE_CARD")
 RESET_CARD = constant("SCARD_W_RESET_CARD")
+SHARE_EXCLUSIVE = constant("SCARD_SHARE_EXCLUSIVE")
 SHARE_SHARED = constant("SCARD_SHARE_SHARED")
 UNAWARE, IN_USE = constant("SCARD_STATE_UNAWARE"), constant("SCARD_STATE_INUSE")
 _STATES = CALLS["SCardGetStatusChange"]
@@ -154,7 +156,7 @@ def _former_in_words(owner: process.Epoch) -> str:
     """What was replaced, in words."""
     if owner.noticed_by is process.HANDED_OVER:
         return f"the one that process {owner.pid} has handed over"
-    return "the one that ended with its broker" if owner.noticed_by is process.LOST else f"process {owner.pid}'s"
+    return "the one that was lost with its broker" if owner.noticed_by is process.LOST else f"process {owner.pid}'s"
 
 
 def connect(

@@ -108,7 +108,7 @@ class Session:
     :ivar is_joint: whether other processes have the same connection, through a broker.
     """
 
-    __slots__ = ("_number", "continued_from", "events", "is_joint", "is_open", "is_shared", "pcscd")
+    __slots__ = ("_file", "_number", "continued_from", "events", "is_joint", "is_open", "is_shared", "pcscd")
 
     def __init__(self, *, shared: bool, events: Optional[int] = None, continued_from: Optional[Session] = None) -> None:
         self._number = int.from_bytes(os.urandom(8), "big") % _LARGEST * 4
@@ -122,7 +122,7 @@ class Session:
 
     def begin(self, *, in_transaction: bool = False) -> None:
         """Note that this process has it; after :meth:`end`, that it has not ended."""
-        self.is_open = True
+        self.is_open, self._file = True, _file
         if in_transaction:
             self._lock(_IN_TRANSACTION)
         if self.is_shared:
@@ -171,13 +171,21 @@ class Session:
         else:
             self._unlock(_IN_TRANSACTION)
 
+    def is_visible(self) -> bool:
+        """Whether this process still has the descriptor of the file in which another process has locked its bytes."""
+        return self._file is _file and descriptor() is not None
+
     def is_alive(self) -> bool:
         """Whether another process has it, shared."""
         return self._is_locked(_CONNECTED)
 
     def can_continue(self) -> bool:
         """Whether another process has it, shared, and is not in a transaction."""
-        return self.is_alive() and not self._is_locked(_IN_TRANSACTION)
+        return self.is_alive() and not self.is_in_transaction()
+
+    def is_in_transaction(self) -> bool:
+        """Whether another process has it, and is in a transaction."""
+        return self._is_locked(_IN_TRANSACTION)
 
     def is_used_by_others(self) -> bool:
         """Whether another process also has it: the one whose session it continues, or one that continues either."""

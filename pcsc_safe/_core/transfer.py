@@ -20,7 +20,7 @@ from typing import Any, Optional, Protocol
 from ..errors import PcscSafeError
 from ..policy import Owner, Policy, native_works_after_fork
 from . import descriptors, failures, gate, gateways, handles, log, observer, process, settings
-from .calls import LostError
+from .calls import KEEP_FILES, LOST_REASON, LostError
 from .handles import Context
 from .unpatched import get_ident, monotonic, sleep
 
@@ -145,7 +145,7 @@ def _plan_before_fork() -> None:
             _note_failure(plan, reason)
     except LostError as lost:
         handles.mark_gateway_lost(lost.gateway)
-        _note_failure(plan, "the broker has ended, and its sessions with it", "establish new contexts")
+        _note_failure(plan, LOST_REASON, f"establish a new context; {KEEP_FILES}")
     except BaseException as error:
         ours = isinstance(error, (PcscSafeError, OSError)) and failures.is_ours(error)
         if not plan.is_complete:

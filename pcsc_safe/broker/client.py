@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Callable, NamedTuple, Optional
 
 from .._core import descriptors, failures, gate, in_flight, log, one_step, process
-from .._core.calls import STALE, Keep, KeepCard, LostError
+from .._core.calls import KEEP_FILES, LOST_REASON, STALE, Keep, KeepCard, LostError
 from .._core.failures import is_ours
 from ..errors import BrokerError
 from . import start, wire
@@ -56,7 +56,7 @@ class Broker:
 
     :ivar epoch: of the process.
     :ivar for_family: whether forked children inherit the door.
-    :ivar lost: whether it has ended.
+    :ivar lost: whether this process has lost it.
     """
 
     def __init__(
@@ -342,7 +342,7 @@ class Broker:
         )
 
     def _mark_lost(self, *, in_progress: bool, warn: bool = True) -> LostError:
-        """Note that this broker has ended.
+        """Note that this process has lost this broker.
 
         :param warn: whether to log it.
         :return: the error to raise.
@@ -353,9 +353,11 @@ class Broker:
         if warn and not was_lost:
             log.warning(
                 "broker-lost",
-                "broker %(broker_pid)d of process %(pid)d has ended, and its sessions with it: the next PC/SC call "
-                "starts another broker",
+                "process %(pid)d has lost its sessions in broker %(broker_pid)d, because %(why)s: pcsc_safe "
+                "re-establishes the contexts, but under policy 'share' you must establish new ones; %(keep_files)s",
                 broker_pid=self.helper_pid,
+                why=LOST_REASON,
+                keep_files=KEEP_FILES,
             )
         for connection in [*self._idle, *self._lasting()]:
             connection.close()

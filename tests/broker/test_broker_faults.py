@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -99,6 +100,37 @@ def test_after_its_death_the_next_use_starts_another(stack: VirtualPcsc, cards: 
         assert at_first[0] == OK
     assert then[0] == OK
     assert again == (True, True, True)
+
+
+@pytest.mark.parametrize("how", ["killed", "closed"])
+@pytest.mark.parametrize("policy", ["auto", "share"])
+def test_what_the_log_says(stack: VirtualPcsc, caplog: pytest.LogCaptureFixture, policy: str, how: str) -> None:
+    """One line says why the sessions are lost and what helps. It is true if the broker lives, and under ``share``."""
+
+    def loses_it(session: Session, number: int) -> Any:
+        caplog.clear()
+        if how == "killed":
+            kill(number)
+        for file in pcsc_safe.files_to_preserve() if how == "closed" else ():
+            os.close(file)
+        with contextlib.suppress(BrokerError):
+            session.transmit(ECHO)
+        lines = [record for record in caplog.records if getattr(record, "pcsc_event", "") == "broker-lost"]
+        return os.getpid(), [line.getMessage() for line in lines], Session().transmit(ECHO)
+
+    def parent() -> Any:
+        pcsc_safe.configure(broker="always", policy=policy)
+        session, number = Session(), broker()
+        return number, in_child(loses_it, session, number), number in brokers()
+
+    number, (pid, lines, then), lives = in_child(parent)
+    assert lines == [
+        f"process {pid} has lost its sessions in broker {number}, because the broker has ended, or the file "
+        "descriptors of the connection to it were closed: pcsc_safe re-establishes the contexts, but under policy "
+        "'share' you must establish new ones; a program that closes all file descriptors must keep those of "
+        "pcsc_safe.files_to_preserve()"
+    ]
+    assert (then, lives) == (ECHOED, how == "closed")
 
 
 def test_in_a_transaction_a_card_does_not_go_on(stack: VirtualPcsc) -> None:

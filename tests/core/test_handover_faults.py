@@ -28,6 +28,7 @@ from interrupts import Alarm, RaisesInside, before_3_10, raise_alarm
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe._core import handles, process, transfer
+from pcsc_safe._core.calls import KEEP_FILES, LOST_REASON
 from pcsc_safe.broker.client import InheritedConnection
 from pcsc_safe.errors import HandoverError
 from pcsc_safe.testing import VirtualPcsc
@@ -369,7 +370,7 @@ def test_nothing_can_be_given(stack: VirtualPcsc, through: str, fault: str) -> N
         child = in_child(lambda: (errors, has(session)), fork=forking)
         return child, (errors, has(session)), in_child(has, session, fork=handing_over)
 
-    died = [f"{NOTHING}the broker has ended, and its sessions with it; establish new contexts"]
+    died = [f"{NOTHING}{LOST_REASON}; establish a new context; {KEEP_FILES}"]
     if fault == "no broker":
         assert in_child(parent) == (died, died)
     else:

@@ -122,12 +122,44 @@ def test_a_wrong_pin_is_sent_once(own: Session, stack: VirtualPcsc) -> None:
 def test_a_card_that_is_gone(own: Session, stack: VirtualPcsc) -> None:
     """The error says that the card can't be connected, and has the code."""
     card = stack.readers[0].remove()
-    with pytest.raises(ReconnectError, match="can't be connected again: ") as caught:
+    with pytest.raises(
+        ReconnectError, match=r"can't be connected again: .*[^.]; put the card in the reader and try again$"
+    ) as caught:
         pcsc_safe.reconnecting(own.card, send(ECHO))
     assert caught.value.hresult in NO_CARD
     assert isinstance(caught.value, pcsc_safe.PcscSafeError)
     stack.readers[0].insert(card)
     assert pcsc_safe.reconnecting(own.card, send(ECHO)) == ECHOED
+
+
+def refusal(card: Any) -> str:
+    """Return the text of the error in a process that can't connect to the card again."""
+    with pytest.raises(ReconnectError) as caught:
+        pcsc_safe.reconnecting(card, send(ECHO))
+    return str(caught.value)
+
+
+def test_a_card_that_another_process_holds(own: Session) -> None:
+    """The error of a child whose parent holds the card exclusively says so, and what helps."""
+    assert safe.SCardReconnect(own.card, safe.SCARD_SHARE_EXCLUSIVE, 3, safe.SCARD_LEAVE_CARD)[0] == OK
+    assert in_child(refusal, own.card) == (
+        f"the card in {own.reader!r} can't be connected again: Sharing violation; an exclusive connection excludes all "
+        "others: disconnect the other process, or, if it is the parent, use pcsc_safe.handover() or policy 'share'"
+    )
+
+
+def test_a_pcscd_that_has_ended(own: Session, stack: VirtualPcsc) -> None:
+    """The error names no remedy that doesn't fit the code."""
+    stack.readers[0].reset()
+
+    def work(card: Any) -> Any:
+        answer = send(ECHO)(card)
+        stack.kill()
+        return answer
+
+    with pytest.raises(ReconnectError, match=r"can't be connected again: .*[^.]; see the return code$"):
+        pcsc_safe.reconnecting(own.card, work)
+    stack.start()
 
 
 @pytest.mark.parametrize("cards", ["auto", "reset", "reconnect"])

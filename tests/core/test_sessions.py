@@ -203,13 +203,14 @@ def test_an_exclusive_hold(shared_stack: VirtualPcsc) -> None:
 
 
 @pytest.mark.not_on_macos("macOS has no counter of a card's insertions")
-def test_the_card_was_changed(pcsc_stack: VirtualPcsc) -> None:
+def test_the_card_was_changed(pcsc_stack: VirtualPcsc, caplog: pytest.LogCaptureFixture) -> None:
     """If the card was removed and inserted while the owner was idle, the child doesn't continue the session."""
+    removed = "the card was removed, or pcscd was restarted or replaced, after process "
     session = Session()
     reader = pcsc_stack.readers[0]
     card = reader.remove()
     reader.insert(card)
-    assert in_child(session.transmit, ECHO) == [RESET, []]
+    assert in_child(reset_line, session, caplog).startswith(removed)
     assert session.transmit(ECHO)[0] == safe.SCARD_W_REMOVED_CARD
     session.close()
 
@@ -269,6 +270,99 @@ def test_the_log_says_it_once(session: Session, caplog: pytest.LogCaptureFixture
 
     (line,) = in_child(child)
     assert f"continues process {os.getpid()}'s session with the card in {session.reader}" in line
+
+
+def reset_line(session: Session, caplog: pytest.LogCaptureFixture) -> str:
+    """In a child: make a call that returns SCARD_W_RESET_CARD, and return why it does, and the remedy, from the log."""
+    caplog.clear()
+    assert session.transmit(ECHO) == [RESET, []]
+    (line,) = [each.getMessage() for each in caplog.records if getattr(each, "pcsc_event", "") == "reset"]
+    return line.partition(f"{os.getpid()} for the card in {session.reader}, because ")[2]
+
+
+def nothing(session: Session) -> None:
+    """Do nothing."""
+
+
+def closes_and_connects(session: Session) -> None:
+    closes_all_descriptors(session)
+    Session()  # opens another file
+
+
+RECONNECT = "call SCardReconnect (pcsc_safe.reconnecting() does)"
+EITHER = f"{RECONNECT}, or configure cards='reconnect'"
+NOT_ALONE = (
+    "use pcsc_safe.handover() or policy 'share', or call SCardReconnect when the other process has disconnected from "
+    "the card"
+)
+KEPT = "OWNER, from which it was forked (cards='reset')"
+WAS_BUSY = "OWNER, from which it was forked, was in a transaction when it forked (SCardReconnect waits for its end)"
+IS_BUSY = "OWNER, from which it was forked, is in a transaction (SCardReconnect waits for its end)"
+HELD_ALONE = "OWNER, from which it was forked, held the card exclusively when it forked"
+CLOSED = (
+    "the file descriptor that shows it the session of OWNER, from which it was forked, is not open (a program that "
+    "closes all file descriptors must keep those of pcsc_safe.files_to_preserve())"
+)
+ENDED = (
+    "OWNER, from which it was forked, has ended its session, has closed a file descriptor of "
+    "pcsc_safe.files_to_preserve(), or is not connected shared (SCardReconnect fails while it holds the card "
+    "exclusively)"
+)
+
+
+@pytest.mark.parametrize(
+    ("cards", "share_mode", "before", "after", "by_child", "expected"),
+    [
+        ("reset", SHARED, nothing, nothing, nothing, f"the session is that of {KEPT}: {EITHER}"),
+        ("reset", EXCLUSIVE, nothing, nothing, nothing, f"the session is that of {KEPT}: {NOT_ALONE}"),
+        ("reset", SHARED, begins_a_transaction, nothing, nothing, f"the session is that of {KEPT}: {RECONNECT}"),
+        ("reconnect", SHARED, begins_a_transaction, nothing, nothing, f"{WAS_BUSY}: {RECONNECT}"),
+        ("reconnect", SHARED, begins_a_transaction, ends_by_disconnecting, nothing, f"{WAS_BUSY}: {RECONNECT}"),
+        ("reconnect", EXCLUSIVE, begins_a_transaction, nothing, nothing, f"{WAS_BUSY}: {NOT_ALONE}"),
+        ("auto", SHARED, begins_a_transaction, nothing, nothing, f"{IS_BUSY}: {RECONNECT}"),
+        ("auto", SHARED, nothing, begins_a_transaction, nothing, f"{IS_BUSY}: {EITHER}"),
+        ("auto", EXCLUSIVE, nothing, nothing, nothing, f"{HELD_ALONE}: {NOT_ALONE}"),
+        ("auto", SHARED, nothing, nothing, closes_all_descriptors, f"{CLOSED}: {EITHER}"),
+        ("auto", SHARED, nothing, nothing, closes_and_connects, f"{CLOSED}: {EITHER}"),
+        ("auto", SHARED, closes_all_descriptors, nothing, nothing, f"{CLOSED}: {EITHER}"),
+        ("auto", SHARED, nothing, closes_all_descriptors, nothing, f"{ENDED}: {EITHER}"),
+        ("auto", SHARED, nothing, becomes_exclusive, nothing, f"{ENDED}: {EITHER}"),
+        ("auto", SHARED, nothing, ends_by_disconnecting, nothing, f"{ENDED}: {EITHER}"),
+        ("auto", safe.SCARD_SHARE_DIRECT, nothing, nothing, nothing, f"{ENDED}: {EITHER}"),
+    ],
+    ids=lambda value: getattr(value, "__name__", "") or ("" if isinstance(value, str) and " " in value else None),
+)
+def test_the_log_says_why_and_what_helps(
+    pcsc_stack: VirtualPcsc,
+    caplog: pytest.LogCaptureFixture,
+    cards: str,
+    share_mode: int,
+    before: Callable[[Session], None],
+    after: Callable[[Session], None],
+    by_child: Callable[[Session], None],
+    expected: str,
+) -> None:
+    """The reason is true, and the remedy helps, whatever the owner does before and after the fork, and its child."""
+    go_end, go = os.pipe()
+
+    def child(session: Session) -> str:
+        os.read(go_end, 1)
+        by_child(session)
+        return reset_line(session, caplog)
+
+    def owner() -> str:
+        pcsc_safe.configure(cards=cards)
+        session = Session()
+        assert safe.SCardReconnect(session.card, share_mode, 3, LEAVE)[0] == OK
+        before(session)
+        waiting = start(child, session)
+        after(session)
+        os.write(go, b".")
+        return str(wait_for(waiting)).replace(f"process {os.getpid()}", "OWNER")
+
+    assert in_child(owner) == expected
+    os.close(go_end)
+    os.close(go)
 
 
 def powered(card: Any) -> int:
