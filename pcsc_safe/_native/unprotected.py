@@ -34,8 +34,8 @@ _count_of_modules = 0
 
 def opened() -> list[str]:
     """The objects of pyscard that have their own context: the class of each, and the reader if there is one."""
-    classes = tuple(_classes())
-    found = [each for each in gc.get_objects() if issubclass(type(each), classes)]
+    classes = set(map(id, _classes()))  # issubclass() calls code of a metaclass: pyscard's, and the application's
+    found = [each for each in gc.get_objects() if id(type(each)) in classes]
     open_objects = [_described(each) for each in found if _has_context(each)]
     return open_objects or ([_SINGLETON[1]] if _has_context(_singleton()) else [])
 
@@ -81,7 +81,7 @@ def _reference_count() -> int:
 def _warn_if_new() -> None:
     global _count_of_modules, _last_reference_count, _watched
     _count_of_modules, watched = len(modules), tuple(_classes())
-    if watched == _watched and _reference_count() == _last_reference_count:
+    if [*map(id, watched)] == [*map(id, _watched)] and _reference_count() == _last_reference_count:
         return
     _watched = watched
     del watched  # which refers to them

@@ -164,7 +164,7 @@ def test_what_a_signal_handler_raises_ends_a_call(stack: VirtualPcsc) -> None:
             lambda: safe.SCardGetStatusChange(session.context, safe.INFINITE, [(session.reader, 0x22)]),
         ):
             in_call.set()
-            threading.Timer(0.05, signals).start()
+            threading.Timer(0.5, signals).start()  # a busy machine may take long to get into the call
             with pytest.raises(ComesInBetweenError):
                 call()
         link.say("ended")

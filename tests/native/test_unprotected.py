@@ -81,11 +81,26 @@ def a_request() -> Any:
     return CardRequest(timeout=1)
 
 
+class Incomparable(type):
+    """A metaclass whose classes can't be compared or hashed."""
+
+    def __eq__(cls, other: object) -> bool:
+        raise AttributeError(other)
+
+    def __hash__(cls) -> int:
+        raise RuntimeError(cls)
+
+
+def a_connection_and_an_object_of_any_class() -> Any:
+    return a_connection(), Incomparable("Any", (list,), {})([1])
+
+
 OPENED: dict[str, tuple[Callable[[], Any], str]] = {
     "a connection": (a_connection, "PCSCCardConnection to Virtual PCD 0 00 01 is open, "),
     "three": (three_connections, "PCSCCardConnection to Virtual PCD 0 00 00 is open (and 2 more), "),
     "one of a derived class": (a_derived_connection, "Mine to Virtual PCD 0 00 00 is open, "),
     "a request": (a_request, "PCSCCardRequest is open, "),
+    "another": (a_connection_and_an_object_of_any_class, "PCSCCardConnection to Virtual PCD 0 00 01 is open, "),
 }
 
 
