@@ -118,6 +118,7 @@ class Settings:
     """
 
     _files = ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
+    _certificates = Path("/usr/local/share/ca-certificates")  # what an update of Debian's certificates adds to them
     _passed = re.compile(r"PIP_.*|.*_CERT(_.*)?|.*_CERTS(_.*)?|.*_CA_?(BUNDLE|INFO)|SSL_.*|(https?|no|all)_proxy", re.I)
     _apt = re.compile(r"Acquire::(https?|Check-|Retries|ForceIPv|Languages|Max-)")
 
@@ -128,10 +129,10 @@ class Settings:
 
     def copy_to(self, system: Path) -> None:
         """Copy the files of the settings to a system."""
-        certificates = [value for name, value in self.env.items() if "CERT" in name or "CA" in name]
-        for name in [*self._files, *map(str, self._configurations()), *certificates]:
-            if Path(name).is_file():
-                self._copy(Path(name), system / self._place(Path(name)).relative_to("/"))
+        named = [Path(value) for name, value in self.env.items() if "CERT" in name or "CA" in name]
+        for file in [*map(Path, self._files), *self._configurations(), *self._certificates.glob("*.crt"), *named]:
+            if file.is_file():
+                self._copy(file, system / self._place(file).relative_to("/"))
         (system / "etc/apt/apt.conf.d/99this-machine").write_text(self._settings_of_apt())
 
     @staticmethod
