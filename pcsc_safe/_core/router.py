@@ -163,7 +163,7 @@ COMM_ERROR = constant("SCARD_F_COMM_ERROR")
 
 
 def _retry_in_new_broker(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
-    """The result of ``attempt``, even if a broker ends before that.
+    """The result of ``attempt``, even if a broker ends during it.
 
     A call that was in progress then may have been executed, so it is not repeated: it returns SCARD_F_COMM_ERROR, as
     libpcsclite does when pcscd ends.  Any other call is repeated, in a new broker.

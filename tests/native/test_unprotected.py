@@ -100,7 +100,10 @@ OPENED: dict[str, tuple[Callable[[], Any], str]] = {
     "three": (three_connections, "PCSCCardConnection to Virtual PCD 0 00 00 is open (and 2 more), "),
     "one of a derived class": (a_derived_connection, "Mine to Virtual PCD 0 00 00 is open, "),
     "a request": (a_request, "PCSCCardRequest is open, "),
-    "another": (a_connection_and_an_object_of_any_class, "PCSCCardConnection to Virtual PCD 0 00 01 is open, "),
+    "one beside any object": (
+        a_connection_and_an_object_of_any_class,
+        "PCSCCardConnection to Virtual PCD 0 00 01 is open, ",
+    ),
 }
 
 
