@@ -57,6 +57,9 @@ if TYPE_CHECKING:  # as in in_flight
         def descriptors(self) -> set[int]:
             """The descriptors that the child keeps."""
 
+        def give(self, given: list[int], shared: list[int], /) -> None:
+            """In the parent: give the child these contexts and cards; keep the shared ones, too."""
+
         def take_over(self) -> None:
             """In the child, in its hook: take the parent's place."""
 
@@ -76,8 +79,8 @@ if TYPE_CHECKING:  # as in in_flight
         def inherit(self, key: bytes, handles: list[int], *, keeps: bool) -> Any:
             """Get contexts and cards of another client; return those that the broker gave."""
 
-        def prepare_child(self, given: list[int], shared: list[int]) -> Any:
-            """Prepare a client for the child that is about to be forked, with these contexts and cards."""
+        def prepare_child(self) -> InheritedConnection:
+            """Create a client for the child that is about to be forked."""
 
     class Brokers(Protocol):
         """The brokers of this process and its family."""

@@ -235,7 +235,8 @@ def _reserve(plan: Plan) -> Optional[str]:
     broker = gateways.brokers.existing()
     handles.given.update(dict.fromkeys(plan.in_broker, get_ident()))
     if broker is not None and (plan.in_broker or plan.shared):
-        plan.inherited_connection = broker.prepare_child(_real_handles(plan.in_broker), _real_handles(plan.shared))
+        plan.inherited_connection = broker.prepare_child()  # first: a signal handler may raise while it gives
+        plan.inherited_connection.give(_real_handles(plan.in_broker), _real_handles(plan.shared))
     for context in plan.shared:
         for card in list(context.cards.values()):
             card.session.share()

@@ -147,8 +147,8 @@ class Broker:
         """Give this broker up, because this process has another one."""
         self._mark_lost(in_progress=False, warn=False)
 
-    def _call(self, number: int, *arguments: Any) -> Any:
-        return self._exchange(_frame_of(number, arguments))
+    def _call(self, number: int, *arguments: Any, made: Optional[list[Any]] = None) -> Any:
+        return self._exchange(_frame_of(number, arguments), made=made)
 
     def request_catalogue(self) -> Any:
         """The names of its pyscard; see :func:`library.catalogue`."""
@@ -164,11 +164,21 @@ class Broker:
         """
         return self._exchange(wire.encode(wire.Inherit(key, tuple(handles), keeps)))
 
-    def _exchange(self, frame: bytes, keep: Optional[_KeepResult] = None) -> Any:
+    def take_back(self, key: bytes) -> None:
+        """Get everything that another client has, which no process has become, and end that client.
+
+        :param key: of the other client.
+        """
+        self._exchange(wire.encode(wire.TakeBack(key)))
+
+    def _exchange(self, frame: bytes, keep: Optional[_KeepResult] = None, made: Optional[list[Any]] = None) -> Any:
         """The result of one request, on a connection that no other thread is using.
 
         :param keep: called with the result; if it raises, or is never called, the broker undoes the call.
+        :param made: gets the result, unless the broker undoes the call; also if a signal handler raises then.
         """
+        if made is None:
+            made = []
         connection: Optional[Connection] = None
         sent: list[int] = []
         undone: list[int] = []
@@ -181,7 +191,7 @@ class Broker:
             result = _result_of(reply)
             if keep is not None:
                 result = self._keep(keep, result, connection, undone)
-            is_reusable = True
+            made[:], is_reusable = (result,), True  # nothing comes between
             return result
         except (OSError, EOFError) as error:
             if not is_ours(error):
@@ -397,32 +407,17 @@ class Broker:
         self._close_errors()
         return None
 
-    def prepare_child(self, given: list[int], shared: list[int]) -> InheritedConnection:
-        """Create a client for the child that is about to be forked, and give contexts and cards to it.
+    def prepare_child(self) -> InheritedConnection:
+        """Create a client for the child that is about to be forked.
 
-        :param given: those that this process then no longer has.
-        :param shared: those that this process keeps, too.
         :raises LostError, BrokerError: this is not possible.
         """
         if self._presence is None:
             self._idle.append(self._connect())
-        key = os.urandom(16)
-        connection = self._open_connection(key)
-        try:
-            for handles, keeps in ((given, False), (shared, True)):
-                if handles:
-                    connection.send(wire.encode(wire.Inherit(self.key, tuple(handles), keeps)))
-                    _result_of(wire.decode(connection.receive()))
-        except (OSError, EOFError) as error:
-            if not is_ours(error):
-                raise
-            connection.close()
-            raise self._mark_lost(in_progress=False) from error
-        except BaseException:
-            connection.close()
-            raise
         assert self._presence is not None
-        return InheritedConnection(self, key, connection, self._presence.connection.descriptor.number, given)
+        key = os.urandom(16)
+        number = self._presence.connection.descriptor.number
+        return InheritedConnection(self, key, self._open_connection(key), number)
 
     def files_to_preserve(self) -> list[int]:
         """The descriptors without which this process loses the broker."""
@@ -442,14 +437,30 @@ class InheritedConnection:
     :ivar descriptor: the same descriptor, as it is in the child.
     """
 
-    def __init__(self, broker: Broker, key: bytes, connection: Connection, number: int, given: list[int]) -> None:
+    def __init__(self, broker: Broker, key: bytes, connection: Connection, number: int) -> None:
         self.key = key
         self.number = number
         self._broker = broker
         self.descriptor: Optional[descriptors.Descriptor] = None
         self._connection = connection
-        self._given = given
         self._adopted: list[Any] = []
+
+    def give(self, given: list[int], shared: list[int]) -> None:
+        """In the parent: give the client contexts and cards; :meth:`settle` takes back what an interrupted call gave.
+
+        :param given: those that this process then no longer has.
+        :param shared: those that this process keeps, too.
+        :raises LostError, BrokerError: this is not possible.
+        """
+        try:
+            for handles, keeps in ((given, False), (shared, True)):
+                if handles:
+                    self._connection.send(wire.encode(wire.Inherit(self._broker.key, tuple(handles), keeps)))
+                    _result_of(wire.decode(self._connection.receive()))
+        except (OSError, EOFError) as error:
+            if not is_ours(error):
+                raise
+            raise self._broker._mark_lost(in_progress=False) from error
 
     def descriptors(self) -> set[int]:
         """The descriptors that the child keeps."""
@@ -476,9 +487,9 @@ class InheritedConnection:
 
     def settle(self, has_child: bool) -> None:
         """In the parent: leave it to the child; or, if there is no child, take back what was given."""
-        if self._given and not has_child:
+        if not has_child:
             with failures.suppress(LostError, BrokerError):
-                self._broker.inherit(self.key, self._given, keeps=False)
+                self._broker.take_back(self.key)
         self._connection.close()
 
 

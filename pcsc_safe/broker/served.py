@@ -45,6 +45,9 @@ class Clients(Protocol):
     def give(self, taker: Client, key: bytes, handles: tuple[int, ...], keeps: bool, /) -> list[int]:
         """Give contexts and cards of another client to this one; return those that were given."""
 
+    def take_back(self, giver: Client, key: bytes, /) -> None:
+        """End another client, and give this one what it has."""
+
 
 class Client:
     """A process that is served.
@@ -64,8 +67,8 @@ class Client:
         self.has_ended = False
 
     def release(self) -> None:
-        """End the sessions that no other client has, including one that it gets in the meantime."""
-        self.has_ended = True
+        """End the sessions that no other client has, including one that is being established."""
+        sharing.end(self)
         contexts = [handle for handle in list(self.handles.values()) if isinstance(handle.record, handles.Context)]
         ended = [handle for handle in contexts if sharing.drop(self, handle)]
         # pcscd detects this immediately, as it detects the death of a process, so a long call delays no other context.
@@ -182,6 +185,8 @@ class Connection:
             result = library.catalogue()
         elif isinstance(request, wire.Inherit):
             result = self._server.give(client, *request)
+        elif isinstance(request, wire.TakeBack):
+            self._server.take_back(client, *request)
         elif isinstance(request, wire.Undo):
             self._undo_last(client)
         else:

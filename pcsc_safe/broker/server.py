@@ -139,10 +139,21 @@ class Server:
         giver = self._clients.get(key)
         if giver is None or giver is taker:
             return []
-        given = [number for number in handles if sharing.share(giver, taker, number, keeps=keeps)]
-        if taker.has_ended:
-            taker.release()
-        return given
+        return [number for number in handles if sharing.share(giver, taker, number, keeps=keeps)]
+
+    def take_back(self, giver: Client, key: bytes) -> None:
+        """End a client that no process has become, and give another client what it has.
+
+        The request by which it gets this may still arrive, on a connection of its own, and then gives it nothing.
+
+        :param giver: the client that gave it this.
+        :param key: of the client.
+        """
+        taker = self._clients.get(key)
+        if taker is not None and taker is not giver:
+            sharing.end(taker)
+            for number in list(taker.handles):
+                sharing.share(taker, giver, number, keeps=False)
 
     def _watch_process(self, client: Client, connection: Connection) -> bool:
         """Watch for the end of the client's process; a child of a fork without hooks may have its descriptors.

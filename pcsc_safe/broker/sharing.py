@@ -14,7 +14,7 @@ from typing import Any, Callable, Optional, Protocol
 
 from .._core import handles, library, router
 
-__all__ = ["Client", "Handle", "call_on_card", "drop", "share"]
+__all__ = ["Client", "Handle", "call_on_card", "drop", "end", "share"]
 
 _CHECK_INTERVAL = 1.0  # s; whether the client that waits is still there
 _REFUSED = frozenset(("SCardControl", "SCardEndTransaction"))  # PC/SC doesn't wait in these
@@ -73,17 +73,17 @@ _holders_lock = threading.Lock()
 
 
 def share(giver: Client, taker: Client, number: int, *, keeps: bool) -> bool:
-    """Give a context or a card to a client, without waiting for any call.
+    """Give a context or a card to a client that has not ended, without waiting for any call.
 
     :param giver: the client that has it.
     :param taker: the client that gets it.
     :param number: of the handle.
     :param keeps: whether the giver keeps it, too; if not, its transaction is transferred with it.
-    :return: whether the giver had it.
+    :return: whether the giver had it, and the other client has not ended.
     """
     with _holders_lock:
         handle = giver.handles.get(number)
-        if handle is None:
+        if handle is None or taker.has_ended:
             return False
         taker.handles[number] = handle
         if keeps:
@@ -96,6 +96,12 @@ def share(giver: Client, taker: Client, number: int, *, keeps: bool) -> bool:
             if handle.transaction is giver:
                 handle.transaction = taker
     return True
+
+
+def end(client: Client) -> None:
+    """Note that a client has ended; from now on :func:`share` gives it nothing."""
+    with _holders_lock:
+        client.has_ended = True
 
 
 def call_on_card(client: Client, name: str, handle: Handle, function: Callable[..., Any], arguments: Any) -> Any:

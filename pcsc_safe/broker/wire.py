@@ -53,6 +53,7 @@ __all__ = [
     "Refused",
     "Request",
     "Result",
+    "TakeBack",
     "Undo",
     "Welcome",
     "WireError",
@@ -63,7 +64,7 @@ __all__ = [
     "opaque",
 ]
 
-VERSION: int = 2
+VERSION: int = 3
 HEADER: int = 4
 """The length of a frame's head, in bytes; the head is the length of the body."""
 
@@ -123,6 +124,18 @@ class Inherit(NamedTuple):
         return f"Inherit(key=..., handles={self.handles!r}, keeps={self.keeps!r})"
 
 
+class TakeBack(NamedTuple):
+    """Asks to end a client that no process has become, and for all contexts and cards that it has.
+
+    :ivar key: of that client.
+    """
+
+    key: bytes
+
+    def __repr__(self) -> str:
+        return "TakeBack(key=...)"
+
+
 class Undo(NamedTuple):
     """Asks to undo the last call on this connection, because its result is not kept.  It has no fields."""
 
@@ -149,7 +162,7 @@ class Refused(NamedTuple):
     text: str
 
 
-Message = Union[Hello, Welcome, Request, Describe, Inherit, Undo, Result, Raised, Refused]
+Message = Union[Hello, Welcome, Request, Describe, Inherit, TakeBack, Undo, Result, Raised, Refused]
 
 
 class _Kind(NamedTuple):
@@ -179,6 +192,7 @@ _KINDS = (
     _Kind(b"Q", Request, 2, lambda function, arguments: _is_in(function, _NUMBERS) and isinstance(arguments, tuple)),
     _Kind(b"D", Describe, 0, lambda: True),
     _Kind(b"I", Inherit, 3, lambda key, handles, keeps: _is_key(key) and _are_handles(handles) and type(keeps) is bool),
+    _Kind(b"B", TakeBack, 1, lambda key: _is_key(key)),
     _Kind(b"U", Undo, 0, lambda: True),
     _Kind(b"R", Result, 1, lambda value: True),
     _Kind(b"E", Raised, 2, lambda kind, text: isinstance(kind, str) and kind in RAISABLE and isinstance(text, str)),

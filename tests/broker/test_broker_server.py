@@ -16,7 +16,7 @@ from forking import in_child, start, wait_for
 
 from pcsc_safe import scard as safe
 from pcsc_safe._core import router
-from pcsc_safe.broker import served, server, watch, wire
+from pcsc_safe.broker import served, server, sharing, watch, wire
 from pcsc_safe.broker import start as starting
 from pcsc_safe.testing import VirtualPcsc
 
@@ -100,17 +100,42 @@ def test_a_client_that_ends_before_it_is_welcome(stack: VirtualPcsc) -> None:
     assert in_broker(child) == 0
 
 
+def two_clients(broker: server.Server) -> tuple[served.Client, served.Client, sharing.Handle]:
+    """Two clients of a broker, and a context that the first has."""
+    giver, taker = (broker.welcome(key, connection(broker)) for key in (KEY, OTHER_KEY))
+    _, context = served._establish(giver, safe.SCARD_SCOPE_SYSTEM, os.environ.get(starting.SOCKET_NAME))
+    return giver, taker, context
+
+
 @pytest.mark.not_on_macos("a forked process can't establish a context there")
 @pytest.mark.parametrize("keeps", [True, False])
 def test_what_is_given_to_the_dead(stack: VirtualPcsc, keeps: bool) -> None:
-    """A client that has ended gets no session: the session ends, unless the giver keeps it, too."""
+    """A client that has ended gets no session: the giver keeps it."""
 
     def child(broker: server.Server, door: Any) -> Any:
-        giver = broker.welcome(KEY, connection(broker))
-        taker = broker.welcome(OTHER_KEY, connection(broker))
-        _, context = served._establish(giver, safe.SCARD_SCOPE_SYSTEM, os.environ.get(starting.SOCKET_NAME))
+        giver, taker, context = two_clients(broker)
         taker.release()
-        broker.give(taker, KEY, (int(context),), keeps)
-        return [*taker.handles], router.public["SCardIsValidContext"](context)
+        given = broker.give(taker, KEY, (int(context),), keeps)
+        return given, [*taker.handles], router.public["SCardIsValidContext"](context), [*giver.handles] == [context]
 
-    assert in_broker(child) == ([], OK if keeps else safe.SCARD_E_INVALID_HANDLE)
+    assert in_broker(child) == ([], [], OK, True)
+
+
+@pytest.mark.not_on_macos("a forked process can't establish a context there")
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("order", ["in order", "too late"])
+def test_what_is_taken_back(stack: VirtualPcsc, order: str, keeps: bool) -> None:
+    """A client takes back what it gave to one that no process has become, even if the giving arrives later."""
+
+    def child(broker: server.Server, door: Any) -> Any:
+        giver, taker, context = two_clients(broker)
+        steps = [
+            lambda: broker.give(taker, KEY, (int(context),), keeps),
+            lambda: broker.take_back(giver, OTHER_KEY),
+        ]
+        for step in steps if order == "in order" else reversed(steps):
+            step()
+        taker.release()
+        return [*taker.handles], router.public["SCardIsValidContext"](context), [*giver.handles] == [context]
+
+    assert in_broker(child) == ([], OK, True)

@@ -135,13 +135,8 @@ def test_threads_go_on(stack: VirtualPcsc, through: str) -> None:
 # 2. Signals.
 
 
-unsettled = pytest.mark.xfail(
-    strict=False, reason="an interrupted Broker.prepare_child ends the session that it should transfer"
-)
-
-
 @before_3_10
-@pytest.mark.parametrize("through", [NATIVE, pytest.param("broker", marks=unsettled)])
+@through_both
 def test_a_signal_at_any_moment(stack: VirtualPcsc, through: str) -> None:
     """Handlers raise at 150 moments of a handover: one process has the session, and no thread is locked out."""
     done = in_program(swept, through, "150", env=stack.env)
