@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from ..errors import BrokerError, ForkedHandleError, ForkUnsafeError, PcscSafeError, join_pyscard
-from ..policy import Cards, Policy, Role, Verdict, decide
+from ..errors import BrokerError, ForkedHandleError, PcscSafeError, join_pyscard
+from ..policy import Cards, Policy, Verdict, decide
 from . import failures, gateways, handles, log, observer, one_step, process
 from .calls import CALLS, KEEP_FILES, LOST_REASON, Call, LostError
-from .failures import is_ours
 from .handles import Card, Context, Record
 from .library import SUCCESS
 from .reestablish import (
@@ -38,22 +37,12 @@ def apply_policy(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     :param call: the function.
     :param record: of an object that another process owns.
     :param arguments: those after the handle.
-    :return: the result; None if this process now owns the record, so that the call can be made.  SCardIsValidContext
-        returns SCARD_E_INVALID_HANDLE where other functions raise one of the first three errors.
+    :return: the result; None if this process now owns the record, so that the call can be made.
     :raises ForkedHandleError: policy ``raise``, or policy ``share`` and the session is not shared.
     :raises ForkUnsafeError: this process cannot use PC/SC, and may not use a broker.
     :raises BrokerError: this process needs a broker, and can't have one.
     :raises LostError: the broker died during the call.
     """
-    try:
-        return _follow_policy(call, record, arguments)
-    except (ForkedHandleError, ForkUnsafeError, BrokerError) as error:
-        if call.role is not Role.VALIDITY or not is_ours(error):
-            raise
-        return INVALID_HANDLE
-
-
-def _follow_policy(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
     verdict = decide(
         settings_of(record),
         call.role,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any, Callable, Optional
 
-from ..errors import BrokerError
+from ..errors import BrokerError, ForkedHandleError, ForkUnsafeError
 from ..policy import Role, Way, choose_way, native_works_after_fork
 from . import (
     descriptors,
@@ -51,7 +51,9 @@ def _after_release_context(context: Record, arguments: tuple[Any, ...], result: 
 
 
 def _after_disconnect(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
-    if result == SUCCESS:
+    # Through a broker, a signal handler may have raised before the result of the first attempt was there.
+    is_in_broker = isinstance(card, Card) and card.native is None
+    if result == SUCCESS or (result == INVALID_HANDLE and is_in_broker):
         card.forget()  # natively, card_calls has done this, before it released the native context
     return result
 
@@ -308,12 +310,12 @@ def _through_broker(
         settled = handles.settled
         reached: tuple[Gateway, Any] = handles.reach(record) or (gateways.native, None)
         gateway, real = reached
-        result: Any = STALE if gateway is gateways.native else _send(name, gateway, record, real, arguments)
+        result: Any = STALE if gateway is gateways.native else _send(name, gateway, record, real, arguments, after)
         if result is STALE:
             return _route_slowly(call, route, handle, arguments)  # another thread has re-established the context
         hresult = result if call.failed is None else result[0]
-        if hresult == SUCCESS and after is None:
-            return result  # most calls are such ones
+        if hresult == SUCCESS:
+            return result
         if hresult != INVALID_HANDLE:
             break
         handles.wait_while_given(record.context)
@@ -328,24 +330,59 @@ def _through_broker(
         result = call.failure(recovery.NO_SERVICE, arguments)
     if is_lost:
         return recovery.repeat(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
-    if hresult == SUCCESS and isinstance(record, Card):
-        record.transactions = max(0, record.transactions + TRANSACTIONS_BEGUN.get(name, 0))
     return after(record, arguments, result) if after else result
 
 
-def _send(name: str, gateway: Gateway, record: Record, real: Any, arguments: tuple[Any, ...]) -> Any:
+def _send(
+    name: str,
+    gateway: Gateway,
+    record: Record,
+    real: Any,
+    arguments: tuple[Any, ...],
+    after: Optional[_FollowUp] = None,
+) -> Any:
+    """The result of a call through a broker.
+
+    :param after: follows the call if it succeeds.
+    """
     if name == "SCardConnect" and isinstance(record, Context):
         return _connect(gateway, record, arguments)
+    make = gateway.functions[name]
     try:
-        return gateway.functions[name](real, *arguments)
+        return _send_and_note(name, make, record, real, arguments, after) if after else make(real, *arguments)
     except LostError as lost:
         if lost.in_progress and name == "SCardReleaseContext":
             record.forget()  # like libpcsclite, whatever the call returns
         raise
 
 
+def _send_and_note(
+    name: str, make: Callable[..., Any], record: Record, real: Any, arguments: tuple[Any, ...], after: _FollowUp
+) -> Any:
+    """A call that changes the record; it is changed, too, if a signal handler raises after the call."""
+    made: list[Any] = []
+    counted: list[bool] = []
+
+    def note() -> None:
+        for result in made:
+            hresult = result if CALLS[name].failed is None else result[0]
+            if hresult == SUCCESS:
+                if isinstance(record, Card) and not counted:
+                    count = max(0, record.transactions + TRANSACTIONS_BEGUN.get(name, 0))
+                    record.transactions, counted[:] = count, (True,)  # nothing comes between
+                after(record, arguments, result)
+
+    try:
+        result = make(real, *arguments, made=made)
+        note()
+        return result
+    except BaseException:
+        note()  # perhaps again, which changes nothing more
+        raise
+
+
 def _make_validity_route(call: Call) -> Callable[..., Any]:
-    """SCardIsValidContext: like libpcsclite, it only looks at its own table."""
+    """SCardIsValidContext: like libpcsclite, it only looks at its own table, and always returns a code."""
     sentinel, contexts_by_handle, native = process.sentinel, handles.contexts, gateways.native
 
     def route(handle: Any) -> Any:
@@ -355,13 +392,17 @@ def _make_validity_route(call: Call) -> Callable[..., Any]:
             if not is_ours(error):
                 raise
             context = None
-        if context is None or context.safe is not handle or not sentinel[0] or context.owner is not process.here:
-            return _route_slowly(call, route, handle, ())
-        if context.gateway is not native:
-            return through_broker(handle)
-        return SUCCESS
+        is_own = context is not None and context.safe is handle and sentinel[0] and context.owner is process.here
+        if context is not None and is_own and context.gateway is native:
+            return SUCCESS
+        try:
+            return look(handle)
+        except (ForkedHandleError, ForkUnsafeError, BrokerError) as error:
+            if not is_ours(error):
+                raise
+            return INVALID_HANDLE
 
-    through_broker = _make_direct_route(call, contexts_by_handle, lambda context, arguments: SUCCESS)
+    look = _make_direct_route(call, contexts_by_handle, lambda context, arguments: SUCCESS)
     return route
 
 

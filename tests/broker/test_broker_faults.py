@@ -420,6 +420,22 @@ def test_killed_again_and_again_under_load(stack: VirtualPcsc) -> None:
     assert leaked <= 8  # connections kept for the next calls
 
 
+def test_validity_while_brokers_die(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SCardIsValidContext returns a code although no new broker lives. Other functions raise BrokerError."""
+
+    def child() -> Any:
+        context = establish()
+        for pid in brokers():
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: not brokers(), "it has ended")
+        monkeypatch.setattr(router, "_ATTEMPTS", 0)  # as if that many had ended
+        with pytest.raises(BrokerError, match="ended as soon as they had started"):
+            safe.SCardListReaders(context, [])
+        return safe.SCardIsValidContext(context)
+
+    assert in_child(by_broker(child)) == INVALID
+
+
 # pcscd ends.
 
 

@@ -391,6 +391,53 @@ def test_a_signal_at_any_line_leaves_no_handle(function: str, broker: str, share
     assert in_child(child) > 20
 
 
+@before_3_10
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize(
+    "function",
+    ["SCardBeginTransaction", "SCardEndTransaction", "SCardReconnect", "SCardDisconnect", "SCardReleaseContext"],
+)
+def test_a_signal_at_any_line_of_a_call_through_a_broker(function: str, shared_stack: VirtualPcsc) -> None:
+    """What pcsc_safe notes agrees with what the broker has, whichever line of the call a handler raises in."""
+
+    def child() -> int:
+        pcsc_safe.configure(broker="always")
+        other, known = establish(), set(handles.contexts)
+        clients, reader = shared_stack.clients(), safe.SCardListReaders(other, [])[1][0]
+        line, left = 0, -1
+        while left < 0:
+            context = establish()
+            card = connect(context, reader)
+            if function == "SCardEndTransaction":
+                assert safe.SCardBeginTransaction(card) == OK
+            raises = RaisesInside(router._through_broker, line)
+            sys.settrace(raises)
+            with contextlib.suppress(Alarm):
+                {
+                    "SCardBeginTransaction": lambda: safe.SCardBeginTransaction(card),  # noqa: B023
+                    "SCardEndTransaction": lambda: safe.SCardEndTransaction(card, LEAVE),  # noqa: B023
+                    "SCardReconnect": lambda: safe.SCardReconnect(card, safe.SCARD_SHARE_SHARED, 3, LEAVE),  # noqa: B023
+                    "SCardDisconnect": lambda: safe.SCardDisconnect(card, LEAVE),  # noqa: B023
+                    "SCardReleaseContext": lambda: safe.SCardReleaseContext(context),  # noqa: B023
+                }[function]()
+            sys.settrace(None)
+            left = raises.left
+            # What has begun ends, and what remains is released.
+            for _ in range(handles.cards[card].transactions if card in handles.cards else 0):
+                assert safe.SCardEndTransaction(card, LEAVE) == OK or function == "SCardEndTransaction", line
+            rival = connect(other, reader)  # waits as long as a transaction is open
+            safe.SCardDisconnect(rival, LEAVE)
+            safe.SCardDisconnect(card, LEAVE)
+            assert not handles.cards, line
+            safe.SCardReleaseContext(context)
+            assert set(handles.contexts) == known, line
+            shared_stack.wait_for_clients(clients)
+            line += 1
+        return line
+
+    assert in_child(child) > 20
+
+
 # 3. Handlers, finalizers and other threads' exceptions that use PC/SC, or wait for a thread that does.
 
 
