@@ -11,157 +11,36 @@ from time import monotonic
 from typing import Any, Callable, Optional
 
 from ..errors import BrokerError, ForkedHandleError, ForkUnsafeError
-from ..policy import Role, Way, choose_way, native_works_after_fork
+from ..policy import Role
 from . import (
-    descriptors,
-    failures,
-    gate,
+    first_call,
+    follow_ups,
     gateways,
     handles,
-    in_flight,
     inherited,
     library,
-    log,
+    new_handles,
     observer,
     process,
     reader_states,
     readiness,
     recovery,
     reestablish,
-    sessions,
     sparing,
 )
-from .calls import CALLS, NO_HANDLE, STALE, TRANSACTIONS_BEGUN, Call, Gateway, Kind, LostError
+from .calls import CALLS, NO_HANDLE, STALE, TRANSACTIONS_BEGUN, Call, FollowUp, Gateway, Kind, LostError
 from .failures import is_ours
+from .follow_ups import FOLLOW_UPS, INVALID_VALUE, REFUSED_CODES
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
 from .reestablish import INVALID_HANDLE, LEAVE_CARD
-from .settings import settings, when_changed
+from .settings import when_changed
 
 __all__ = ["public"]
 
 
-# What follows a native call: keeps the records as PC/SC keeps its handles.  It may be called twice for one call.
-
-
-def _after_release_context(context: Record, arguments: tuple[Any, ...], result: Any) -> Any:
-    # libpcsclite drops its context whatever pcscd answers.
-    context.forget()
-    return SUCCESS if result in recovery.SERVICE_LOST_CODES and recovery.recovers(context) else result
-
-
-def _after_disconnect(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
-    # Through a broker, a signal handler may have raised before the result of the first attempt was there.
-    is_in_broker = isinstance(card, Card) and card.native is None
-    if result == SUCCESS or (result == INVALID_HANDLE and is_in_broker):
-        card.forget()  # natively, card_calls has done this, before it released the native context
-    return result
-
-
-def _after_reconnect(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
-    hresult, protocol = result
-    if hresult == SUCCESS and isinstance(card, Card):
-        share_mode, preferred, initialization = arguments
-        if initialization != LEAVE_CARD or share_mode != card.share_mode or not card.session.is_open:
-            card.session.end()
-            session = reestablish.new_session(card.context, card.reader, share_mode)
-            session.set_in_transaction(card.transactions > 0)  # a transaction outlasts a reset
-            card.session = session
-        card.share_mode, card.protocol = share_mode, protocol or preferred
-    return result
-
-
-def _after_begin_transaction(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
-    if result == SUCCESS and isinstance(card, Card):
-        card.session.set_in_transaction(card.transactions > 0)
-    return result
-
-
-def _after_end_transaction(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
-    if isinstance(card, Card) and result not in _REFUSED_CODES:
-        # Any other failure means that the transaction has ended with the session, the card or pcscd.
-        if result != SUCCESS:
-            card.transactions = 0
-        if result == SUCCESS and not card.session.is_open:  # the card was reset
-            card.session = reestablish.new_session(card.context, card.reader, card.share_mode)
-        card.session.set_in_transaction(card.transactions > 0)
-    return result
-
-
-def _after_failure(function: str, record: Record, hresult: int) -> None:
-    if hresult in _SESSION_ENDED_CODES and isinstance(record, Card):
-        record.session.end()
-    if hresult == recovery.NO_SERVICE:
-        recovery.warn_of_no_service(function)
-
-
-_SESSION_ENDED_CODES = tuple(
-    constant(f"SCARD_W_{name}") for name in ("RESET_CARD", "REMOVED_CARD", "UNPOWERED_CARD", "UNRESPONSIVE_CARD")
-)
-"""The codes that say that the session has ended; SCardReconnect begins another session."""
-
-_INVALID_VALUE = constant("SCARD_E_INVALID_VALUE")
-_REFUSED_CODES = (_INVALID_VALUE, constant("SCARD_E_SHARING_VIOLATION"))
-_FollowUp = Callable[[Record, "tuple[Any, ...]", Any], Any]
-_Native = Callable[[Any, "tuple[Any, ...]"], Any]
-
-_FOLLOW_UPS: dict[str, _FollowUp] = {
-    "SCardReleaseContext": _after_release_context,
-    "SCardDisconnect": _after_disconnect,
-    "SCardReconnect": _after_reconnect,
-    "SCardBeginTransaction": _after_begin_transaction,
-    "SCardEndTransaction": _after_end_transaction,
-}
-
-
-_RECORDED_FOLLOW_UPS: dict[str, Optional[_FollowUp]] = {
-    name: observer.wrap_follow_up(name, _FOLLOW_UPS.get(name)) for name in CALLS
-}
-"""For each function, what is called after it, recording included."""
-
-
-# The way of a call.
-
-
-_is_prepared = False
-
-
-def _prepare() -> None:
-    """Import what PC/SC requires, so that a child need not import anything."""
-    global _is_prepared
-    if not handles.has_proxies():
-        from . import proxies  # wrapt takes longer to import than all the rest, and a broker needs none
-
-        handles.set_proxies(proxies.SafeContext, proxies.SafeCard)
-    for part in (descriptors, sessions, gateways.native, readiness):
-        part.prepare()
-    _is_prepared = True
-
-
-def _establish(scope: Any) -> Any:
-    here = _current_epoch()
-    settings()
-    if not _is_prepared and here.unquiet is not None and here.unquiet.function == in_flight.IMPORTS:
-        raise reestablish.unsafe_error("SCardEstablishContext", None)
-    if not _is_prepared or descriptors.any_open() is None:
-        gate.call_inside(in_flight.IMPORTS, _prepare)
-    established: list[Context] = []
-
-    def keep(real: Any, number: int, owner: process.Epoch, gateway: Gateway) -> Any:
-        established.append(Context(real, number, scope, owner, gateway))
-        return handles.register(established[-1])
-
-    call = CALLS["SCardEstablishContext"]
-    try:
-        return _retry_in_new_broker(call, lambda: reestablish.establish(call.name, scope, keep), ())
-    except BaseException:  # an exception of a signal handler: the application doesn't get the context
-        for context in established:
-            _undo(context)
-        raise
-
-
 _ATTEMPTS = 3
-COMM_ERROR = constant("SCARD_F_COMM_ERROR")
+_COMM_ERROR = constant("SCARD_F_COMM_ERROR")
 
 
 def _retry_in_new_broker(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
@@ -176,7 +55,7 @@ def _retry_in_new_broker(call: Call, attempt: Callable[[], Any], arguments: tupl
         except LostError as lost:
             handles.mark_gateway_lost(lost.gateway)
             if lost.in_progress:
-                return call.failure(COMM_ERROR, arguments)
+                return call.failure(_COMM_ERROR, arguments)
     raise gateways.brokers.repeated_death_error()
 
 
@@ -185,18 +64,19 @@ def _repeat_after_loss(
 ) -> Any:
     handles.mark_gateway_lost(lost.gateway)
     if lost.in_progress:
-        return call.failure(COMM_ERROR, arguments)
+        return call.failure(_COMM_ERROR, arguments)
     return _route_slowly(call, route, handle, arguments)
 
 
 _NEEDS_NO_GATEWAY = (Role.VALIDITY, Role.CLEANUP, Role.CANCEL)
 _C_INFINITE = 0xFFFFFFFF  # winscard.h's; pyscard's is 0x7FFFFFFF
+_Native = Callable[[Any, "tuple[Any, ...]"], Any]
 
 
 def _make_route(call: Call) -> Callable[..., Any]:
     """The function that the application calls."""
     special: dict[str, Callable[[Call], Callable[..., Any]]] = {
-        "SCardEstablishContext": lambda call: _establish,
+        "SCardEstablishContext": _make_establish_route,
         "SCardGetStatusChange": _make_wait_route,
         "SCardIsValidContext": _make_validity_route,
         "SCardCancel": _make_cancel_route,
@@ -212,52 +92,15 @@ def _make_route(call: Call) -> Callable[..., Any]:
 
 def _caller(call: Call) -> _Native:
     """The function that makes a call on a record of this process in its native library."""
-    return _connect_natively if call.name == "SCardConnect" else gateways.native.caller(call, _noted(call))
-
-
-def _noted(call: Call) -> Optional[_FollowUp]:
-    """What follows a call on a card that changes its record, and must follow even if a signal handler raises."""
-    return _RECORDED_FOLLOW_UPS[call.name] if call.takes is Kind.CARD and call.name in _FOLLOW_UPS else None
+    return _connect_natively if call.name == "SCardConnect" else gateways.native.caller(call, follow_ups.noted(call))
 
 
 def _connect_natively(context: Any, arguments: tuple[Any, ...]) -> Any:
-    return _connect(gateways.native, context, arguments)
+    return new_handles.connect(gateways.native, context, arguments)
 
 
-def _connect(gateway: Gateway, context: Context, arguments: tuple[Any, ...]) -> Any:
-    reader, share_mode, preferred = arguments
-    # The family can see the session from before the connection is made.
-    session = reestablish.new_session(context, reader, share_mode)
-    connected: list[Card] = []
-
-    def keep(real: int, native: Any, protocol: int) -> Any:
-        connected.append(Card(real, native, context, reader, share_mode, protocol or preferred, session))
-        return handles.register(connected[-1])
-
-    try:
-        result = gateway.connect(context, arguments, keep)
-        if result is STALE or result[0] != SUCCESS:
-            session.end()
-        return result
-    except BaseException:  # as in _establish()
-        for card in connected:
-            _undo(card)
-        session.end()
-        raise
-
-
-def _undo(record: Record) -> None:
-    """Give up a new context or card that the application doesn't get, unless its gateway has done so."""
-    name, arguments = ("SCardDisconnect", (LEAVE_CARD,)) if isinstance(record, Card) else ("SCardReleaseContext", ())
-    try:
-        gateway, real = handles.reach(record) or (None, None)
-        with failures.suppress(LostError, BrokerError):
-            if gateway is gateways.native:
-                _caller(CALLS[name])(record, arguments)
-            elif gateway is not None:
-                _send(name, gateway, record, real, arguments)
-    finally:
-        record.forget()
+def _make_establish_route(call: Call) -> Callable[..., Any]:
+    return lambda scope: _retry_in_new_broker(call, lambda: new_handles.establish(scope), ())
 
 
 def _make_direct_route(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[..., Any]:
@@ -266,7 +109,7 @@ def _make_direct_route(call: Call, registry: dict[Any, Any], make: _Native) -> C
     :param registry: the records of the handles that the function takes.
     :param make: makes the call in this process's native library.
     """
-    after = _RECORDED_FOLLOW_UPS[call.name] if _noted(call) is None else None  # not twice
+    after = FOLLOW_UPS[call.name] if follow_ups.noted(call) is None else None  # not twice
     discloses, is_bare = call.discloses, call.failed is None
     sentinel, native = process.sentinel, gateways.native
     repeatable = recovery.REPEATABLE_CODES[call.name]
@@ -293,7 +136,7 @@ def _make_direct_route(call: Call, registry: dict[Any, Any], make: _Native) -> C
         if hresult != SUCCESS:
             if hresult in repeatable and recovery.note_loss(record, real, hresult):
                 return recovery.repeat(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
-            _after_failure(call.name, record, hresult)
+            follow_ups.note_failure(call.name, record, hresult)
             if discloses:
                 return call.failure(hresult)
         return after(record, arguments, result) if after else result
@@ -305,7 +148,7 @@ def _through_broker(
     call: Call, route: Callable[..., Any], record: Record, handle: Any, arguments: tuple[Any, ...]
 ) -> Any:
     """A call on a handle that this process has in a broker."""
-    name, after = call.name, _RECORDED_FOLLOW_UPS[call.name]
+    name, after = call.name, FOLLOW_UPS[call.name]
     while True:
         settled = handles.settled
         reached: tuple[Gateway, Any] = handles.reach(record) or (gateways.native, None)
@@ -323,7 +166,7 @@ def _through_broker(
             return _route_slowly(call, route, handle, arguments)  # handed over before this call came there
         if handles.settled is settled:
             break  # otherwise a fork that failed had given it away
-    _after_failure(name, record, hresult)
+    follow_ups.note_failure(name, record, hresult)
     is_lost = hresult in recovery.REPEATABLE_CODES[name] and recovery.note_loss(record, real, hresult)
     if hresult == INVALID_HANDLE and recovery.was_lost_since(record, real):
         is_lost = name != "SCardGetStatusChange"
@@ -339,14 +182,14 @@ def _send(
     record: Record,
     real: Any,
     arguments: tuple[Any, ...],
-    after: Optional[_FollowUp] = None,
+    after: Optional[FollowUp] = None,
 ) -> Any:
     """The result of a call through a broker.
 
     :param after: follows the call if it succeeds.
     """
     if name == "SCardConnect" and isinstance(record, Context):
-        return _connect(gateway, record, arguments)
+        return new_handles.connect(gateway, record, arguments)
     make = gateway.functions[name]
     try:
         return _send_and_note(name, make, record, real, arguments, after) if after else make(real, *arguments)
@@ -357,7 +200,7 @@ def _send(
 
 
 def _send_and_note(
-    name: str, make: Callable[..., Any], record: Record, real: Any, arguments: tuple[Any, ...], after: _FollowUp
+    name: str, make: Callable[..., Any], record: Record, real: Any, arguments: tuple[Any, ...], after: FollowUp
 ) -> Any:
     """A call that changes the record; it is changed, too, if a signal handler raises after the call."""
     made: list[Any] = []
@@ -446,7 +289,7 @@ def _is_refused(call: Call, result: Any) -> bool:
     """Whether the result of a call with a disposition says that the card was not touched."""
     hresult = result if call.failed is None else result[0]
     # SCardReconnect resets the card before it looks whether the card can be exclusive.
-    return hresult == _INVALID_VALUE or (hresult in _REFUSED_CODES and call.name != "SCardReconnect")
+    return hresult == INVALID_VALUE or (hresult in REFUSED_CODES and call.name != "SCardReconnect")
 
 
 def _make_wait_route(call: Call) -> Callable[..., Any]:
@@ -514,7 +357,7 @@ def _route_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments:
 
 def _route_slowly_once(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
     assert call.takes is not None
-    here = _current_epoch()
+    here = first_call.current_epoch()
     record = handles.find(call.takes, handle)
     if record is None:
         if call.role in _NEEDS_NO_GATEWAY and isinstance(handle, int) and not reestablish.has_gateway():
@@ -544,42 +387,6 @@ def _route_slowly_once(call: Call, route: Callable[..., Any], handle: Any, argum
             return _caller(call)(record, arguments)
         return through.enter(call.name, through.functions[call.name], record.real, *arguments)
     return route(record.safe, *arguments)
-
-
-_logged_epoch: Optional[process.Epoch] = None
-
-
-def _current_epoch() -> process.Epoch:
-    """The epoch of this process; logs once which layer detected its beginning."""
-    global _logged_epoch
-    here = process.current()
-    if here is not _logged_epoch:
-        _logged_epoch = here
-        if here.parent is not None and handles.contexts:
-            observer.record("fork", parent=here.parent.pid)
-            log.debug(
-                "fork",
-                "process %(pid)d was forked from process %(owner_pid)d, detected by %(layer)s",
-                owner_pid=here.parent.pid,
-                layer=here.noticed_by,
-            )
-            if here.unquiet is not None and native_works_after_fork():
-                _warn_of_unquiet(here)
-    return here
-
-
-def _warn_of_unquiet(here: process.Epoch) -> None:
-    """Log why a process can't use the native library, and what it uses instead."""
-    is_served = choose_way(settings(), forked=True, native_works=False) is Way.BROKER
-    without = "a broker makes its PC/SC calls" if is_served else "use policy 'auto', which uses a broker here"
-    log.warning(
-        "unquiet-fork",
-        "process %(pid)d was forked while thread %(thread)s was inside %(function)s, and can't use the native PC/SC "
-        "library: %(without)s",
-        function=here.unquiet.function,
-        thread=here.unquiet.thread,
-        without=without,
-    )
 
 
 # The names of the drop-in.

@@ -159,9 +159,9 @@ def test_a_hazard_is_a_module(copy: Copy) -> None:
 def test_an_event_is_a_call_of_record(copy: Copy, shared_stack: VirtualPcsc, tmp_path: Path) -> None:
     """A call of record() puts an event in the report and in the drawing."""
     copy.change(
-        "_core/router.py",
-        '    call = CALLS["SCardEstablishContext"]\n',
-        '    observer.record("sunrise", hour=6)\n    call = CALLS["SCardEstablishContext"]\n',
+        "_core/first_call.py",
+        "    here = current_epoch()\n",
+        '    observer.record("sunrise", hour=6)\n    here = current_epoch()\n',
     )
     picture = tmp_path / "drawn.svg"
     code = "import smartcard.scard as scard; scard.SCardEstablishContext(0)"

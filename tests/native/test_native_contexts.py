@@ -30,7 +30,7 @@ from interrupts import Alarm, RaisesInside, before_3_10
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import handles, process, router
+from pcsc_safe._core import handles, new_handles, process, router
 from pcsc_safe._native import pyscard
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
@@ -363,12 +363,12 @@ def test_a_signal_at_any_line_leaves_no_handle(function: str, broker: str, share
         reader = safe.SCardListReaders(context, [])[1][0]
         inside, call, give_up = {
             "SCardEstablishContext": (
-                router._establish,
+                new_handles.establish,
                 lambda: safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM),
                 safe.SCardReleaseContext,
             ),
             "SCardConnect": (
-                router._connect,
+                new_handles.connect,
                 lambda: safe.SCardConnect(context, reader, safe.SCARD_SHARE_EXCLUSIVE, 3),
                 lambda card: safe.SCardDisconnect(card, LEAVE),
             ),
