@@ -34,7 +34,6 @@ from .pyscard import raw
 __all__ = ["NativeContexts", "awaiting_release", "discard", "native_contexts_of", "release_waiting"]
 
 NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
-_LEAVE_CARD: int = constant("SCARD_LEAVE_CARD")
 _32_BITS = 0xFFFFFFFF
 _SHORT = 100  # ms; a wait for events that has to use the native context of a card, because pcscd refuses another one
 _WAIT = "SCardGetStatusChange"
@@ -78,7 +77,7 @@ class NativeContexts:
         :return: pyscard's result, or :data:`STALE`.
         """
         native = raw[function]
-        return self._use(owned, function, lambda context, _: ((native, context.handle, *arguments),))
+        return self.use(owned, function, lambda context, _: ((native, context.handle, *arguments),))
 
     def wait(self, owned: Owned, wait: Any, timeout: int, states: Any) -> Any:
         """SCardGetStatusChange, on a native context without a card.
@@ -93,62 +92,7 @@ class NativeContexts:
             limit = timeout if is_bare else min(timeout, _SHORT)
             return ((native, context.handle, limit, states),)
 
-        return self._use(owned, _WAIT, call, wait=wait, without_cards=True, lasts=interruptible.is_wanted(timeout))
-
-    def connect(self, owned: Owned, arguments: Sequence[Any], keep: Callable[[int, NativeContext, int], Any]) -> Any:
-        """SCardConnect.
-
-        :param arguments: reader, share mode, protocols.
-        :param keep: records a new card; called with its native handle, its native context, and its protocol.
-        :return: pyscard's result, with what ``keep`` returned instead of the card; or :data:`STALE`.
-        """
-        native, connected, chosen = raw["SCardConnect"], list[Any](), list[NativeContext]()
-        operands = [(argument,) for argument in arguments]
-
-        def call(context: NativeContext, is_bare: bool) -> tuple[Operation, ...]:
-            chosen[:] = [context]
-            # Counts as a card from now on, so that a thread that needs a context without a card doesn't use this one.
-            count = (context.cards.append, connected)
-            return (connected.extend, map(native, (context.handle,), *operands)), count
-
-        try:
-            result = self._use(owned, "SCardConnect", call, without_cards=True)
-            if result is not STALE and connected:
-                result = self._keep_connected(owned, connected[0], chosen[0], keep)
-            self._finish_connect(owned, connected, chosen, keeps=result is not STALE)
-            return result
-        except BaseException:
-            self._finish_connect(owned, connected, chosen, keeps=False)
-            raise
-
-    def _keep_connected(
-        self,
-        owned: Owned,
-        connected: Sequence[int],
-        context: NativeContext,
-        keep: Callable[[int, NativeContext, int], Any],
-    ) -> Any:
-        hresult, handle, protocol = connected
-        if hresult != SUCCESS:
-            return [hresult, 0, 0]
-        if self._is_outdated(owned):
-            return STALE
-        context.cards.append(handle)
-        return [hresult, keep(handle, context, protocol), protocol]
-
-    def _finish_connect(self, owned: Owned, connected: list[Any], chosen: list[NativeContext], *, keeps: bool) -> None:
-        """The end of SCardConnect; it can be called again if a signal handler has interrupted it.
-
-        :param keeps: whether a new card stays connected.
-        """
-        for context in chosen:
-            if not keeps and connected and connected[0][0] == SUCCESS:
-                handle = connected[0][1]
-                _disconnect(owned, context, handle)
-                context.cards[:] = [card for card in context.cards if card != handle]
-            context.cards[:] = [card for card in context.cards if card is not connected]
-            if not context.cards:
-                self.release_idle()
+        return self.use(owned, _WAIT, call, wait=wait, without_cards=True, lasts=interruptible.is_wanted(timeout))
 
     def cancel(self, owned: Owned, thread: Optional[int] = None) -> Any:
         """SCardCancel: ends every wait for events on the PC/SC context, even one that is between two native calls.
@@ -191,7 +135,7 @@ class NativeContexts:
 
     # Which native context.
 
-    def _use(
+    def use(
         self,
         owned: Owned,
         function: str,
@@ -272,7 +216,7 @@ class NativeContexts:
         """Whether these are still the native contexts of the PC/SC context in this process."""
         return not owned.released and owned.owner is process.current() and owned.real is self
 
-    def _is_outdated(self, owned: Any) -> bool:
+    def is_outdated(self, owned: Any) -> bool:
         """Whether the PC/SC context is released, or has other native contexts now, perhaps of another pcscd."""
         return owned.owner is process.current() and not self.is_current(owned)
 
@@ -356,7 +300,7 @@ class NativeContexts:
                 break
             # Its connection is unknown, because other threads have opened or closed files.
             self._release(context, may_pass=may_pass)
-        if self._is_outdated(owned):
+        if self.is_outdated(owned):
             self.abandon()
         return SUCCESS
 
@@ -526,18 +470,6 @@ def native_contexts_of(context: Any) -> NativeContexts:
     """
     real = context.real
     return real if isinstance(real, NativeContexts) else NativeContexts(context.scope)
-
-
-def _disconnect(owned: Owned, context: NativeContext, handle: int) -> None:
-    """Disconnect a card that is not recorded; nothing, where its native context is released or another process's."""
-    call, may_pass = (raw["SCardDisconnect"], handle, _LEAVE_CARD), False
-    while not attempt(context, context, "SCardDisconnect", call, may_pass=may_pass):
-        if not context.is_ours() or owned.owner is not process.current() or context.state in (WOKEN, RELEASED):
-            break
-        if context.state == GIVEN:
-            wait_while_given([context])
-        else:
-            may_pass = gate.wait_for(context, may_pass)
 
 
 def release_waiting() -> None:

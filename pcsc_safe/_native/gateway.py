@@ -12,7 +12,7 @@ from .._core import connections, gate, process
 from .._core.calls import CALLS, STALE, Call, FollowUp, Keep, Kind
 from .._core.descriptors import Descriptor
 from .._core.library import SUCCESS
-from . import pyscard, waits
+from . import connecting, pyscard, waits
 from .card_calls import card_call
 from .contexts import NativeContexts, native_contexts_of
 from .pyscard import raw
@@ -120,7 +120,7 @@ class _Native:
 
     def connect(self, context: Any, arguments: Sequence[Any], keep: Callable[..., Any]) -> Any:
         """SCardConnect; see :class:`calls.Gateway`."""
-        return native_contexts_of(context).connect(context, arguments, keep)
+        return connecting.connect(native_contexts_of(context), context, arguments, keep)
 
     def descriptors(self, real: Any) -> Sequence[Optional[Descriptor]]:
         """The connections of its native contexts; see :class:`calls.Gateway`."""
