@@ -162,7 +162,9 @@ if TYPE_CHECKING:  # as in in_flight
     class Gateway(Protocol):
         """A way to reach PC/SC.
 
-        :ivar functions: by PC/SC's name; they take real handles and return what pyscard's functions return.
+        :ivar functions: by PC/SC's name; they take real handles and return what pyscard's functions return.  Those of
+            another gateway than the native one also take ``made``, a list that gets the result as soon as the call
+            stands; so the caller has it even if a signal handler raises then.
         """
 
         @property

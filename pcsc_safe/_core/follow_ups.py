@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from . import observer, recovery, reestablish
+from . import handles, observer, recovery, reestablish
 from .calls import CALLS, Call, FollowUp, Kind
 from .handles import Card, Record
 from .library import SUCCESS, constant
@@ -27,8 +27,8 @@ def _after_release_context(context: Record, arguments: tuple[Any, ...], result: 
 
 
 def _after_disconnect(card: Record, arguments: tuple[Any, ...], result: Any) -> Any:
-    # Through a broker, a signal handler may have raised before the result of the first attempt was there.
-    is_in_broker = isinstance(card, Card) and card.native is None
+    # In a broker an earlier call may have disconnected it, if a signal handler raised before its result arrived.
+    is_in_broker = isinstance(card, Card) and card.native is None and card.context not in handles.given
     if result == SUCCESS or (result == INVALID_HANDLE and is_in_broker):
         card.forget()  # natively, card_calls has done this, before it released the native context
     return result

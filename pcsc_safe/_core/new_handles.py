@@ -22,7 +22,6 @@ def establish(scope: Any) -> Any:
     """SCardEstablishContext.
 
     :return: pyscard's result, with the proxy of the context.
-    :raises LostError: the broker that should have established it has ended.
     """
     settings()  # before anything is imported, because it may raise SettingsError
     first_call.prepare()
@@ -32,8 +31,9 @@ def establish(scope: Any) -> Any:
         established.append(Context(real, number, scope, owner, gateway))
         return handles.register(established[-1])
 
+    call = CALLS["SCardEstablishContext"]
     try:
-        return reestablish.establish("SCardEstablishContext", scope, keep)
+        return reestablish.retry_in_new_broker(call, lambda: reestablish.establish(call.name, scope, keep), ())
     except BaseException:  # an exception of a signal handler: the application doesn't get the context
         for context in established:
             _undo(context)

@@ -9,19 +9,20 @@ At a fork nothing changes here: a child comes here at its first use of an inheri
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from .. import policy
 from ..errors import ForkUnsafeError
 from ..policy import Policy, Settings, Way, choose_way, native_works_after_fork
 from . import gateways, handles, in_flight, log, observer, one_step, process, recovery
-from .calls import CALLS, STALE, Call, Gateway, Keep
+from .calls import CALLS, STALE, Call, Gateway, Keep, LostError
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
 from .sessions import Session
 from .settings import settings
 
 __all__ = [
+    "COMM_ERROR",
     "INVALID_HANDLE",
     "LEAVE_CARD",
     "RESET_CARD",
@@ -35,10 +36,12 @@ __all__ = [
     "release_dead",
     "replace",
     "replace_context",
+    "retry_in_new_broker",
     "settings_of",
     "unsafe_error",
 ]
 
+COMM_ERROR = constant("SCARD_F_COMM_ERROR")
 INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
 LEAVE_CARD = constant("SCARD_LEAVE_CARD")
 RESET_CARD = constant("SCARD_W_RESET_CARD")
@@ -325,6 +328,25 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
         return through.establish(scope, keep)
     log.info("outgrown", "process %(pid)d needs a broker, because pcscd had more readers before it was restarted")
     return gateways.brokers.get().establish(scope, keep, OUTGROWN)
+
+
+_ATTEMPTS = 3
+
+
+def retry_in_new_broker(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
+    """The result of ``attempt``, even if a broker ends during it.
+
+    A call that was in progress then may have been executed, so it is not repeated: it returns SCARD_F_COMM_ERROR, as
+    libpcsclite does when pcscd ends.  Any other call is repeated, in a new broker.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            return attempt()
+        except LostError as lost:
+            handles.mark_gateway_lost(lost.gateway)
+            if lost.in_progress:
+                return call.failure(COMM_ERROR, arguments)
+    raise gateways.brokers.repeated_death_error()
 
 
 def gateway(function: str, context: Optional[Context]) -> Gateway:

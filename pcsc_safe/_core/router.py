@@ -32,31 +32,11 @@ from .calls import CALLS, NO_HANDLE, STALE, TRANSACTIONS_BEGUN, Call, FollowUp, 
 from .failures import is_ours
 from .follow_ups import FOLLOW_UPS, INVALID_VALUE, REFUSED_CODES
 from .handles import Card, Context, Record
-from .library import SUCCESS, constant
+from .library import SUCCESS
 from .reestablish import INVALID_HANDLE, LEAVE_CARD
 from .settings import when_changed
 
 __all__ = ["public"]
-
-
-_ATTEMPTS = 3
-_COMM_ERROR = constant("SCARD_F_COMM_ERROR")
-
-
-def _retry_in_new_broker(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
-    """The result of ``attempt``, even if a broker ends during it.
-
-    A call that was in progress then may have been executed, so it is not repeated: it returns SCARD_F_COMM_ERROR, as
-    libpcsclite does when pcscd ends.  Any other call is repeated, in a new broker.
-    """
-    for _ in range(_ATTEMPTS):
-        try:
-            return attempt()
-        except LostError as lost:
-            handles.mark_gateway_lost(lost.gateway)
-            if lost.in_progress:
-                return call.failure(_COMM_ERROR, arguments)
-    raise gateways.brokers.repeated_death_error()
 
 
 def _repeat_after_loss(
@@ -64,7 +44,7 @@ def _repeat_after_loss(
 ) -> Any:
     handles.mark_gateway_lost(lost.gateway)
     if lost.in_progress:
-        return call.failure(_COMM_ERROR, arguments)
+        return call.failure(reestablish.COMM_ERROR, arguments)
     return _route_slowly(call, route, handle, arguments)
 
 
@@ -76,7 +56,7 @@ _Native = Callable[[Any, "tuple[Any, ...]"], Any]
 def _make_route(call: Call) -> Callable[..., Any]:
     """The function that the application calls."""
     special: dict[str, Callable[[Call], Callable[..., Any]]] = {
-        "SCardEstablishContext": _make_establish_route,
+        "SCardEstablishContext": lambda call: new_handles.establish,
         "SCardGetStatusChange": _make_wait_route,
         "SCardIsValidContext": _make_validity_route,
         "SCardCancel": _make_cancel_route,
@@ -97,10 +77,6 @@ def _caller(call: Call) -> _Native:
 
 def _connect_natively(context: Any, arguments: tuple[Any, ...]) -> Any:
     return new_handles.connect(gateways.native, context, arguments)
-
-
-def _make_establish_route(call: Call) -> Callable[..., Any]:
-    return lambda scope: _retry_in_new_broker(call, lambda: new_handles.establish(scope), ())
 
 
 def _make_direct_route(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[..., Any]:
@@ -206,26 +182,29 @@ def _send_and_note(
     made: list[Any] = []
     counted: list[bool] = []
 
-    def note() -> None:
+    def note(is_final: bool) -> None:
         for result in made:
             hresult = result if CALLS[name].failed is None else result[0]
-            if hresult == SUCCESS:
+            if hresult == SUCCESS or (is_final and hresult != INVALID_HANDLE):
                 if isinstance(record, Card) and not counted:
-                    count = max(0, record.transactions + TRANSACTIONS_BEGUN.get(name, 0))
+                    begun = TRANSACTIONS_BEGUN.get(name, 0) if hresult == SUCCESS else 0
+                    count = max(0, record.transactions + begun)
                     record.transactions, counted[:] = count, (True,)  # nothing comes between
                 after(record, arguments, result)
 
     try:
         result = make(real, *arguments, made=made)
-        note()
+        note(is_final=False)
         return result
-    except BaseException:
-        note()  # perhaps again, which changes nothing more
+    except BaseException as error:
+        if not made and name == "SCardEndTransaction" and not isinstance(error, (LostError, BrokerError)):
+            made.append(SUCCESS)  # the broker ends it, unless the request was not sent; ending it again does no harm
+        note(is_final=True)  # perhaps again, which changes nothing more
         raise
 
 
 def _make_validity_route(call: Call) -> Callable[..., Any]:
-    """SCardIsValidContext: like libpcsclite, it only looks at its own table, and always returns a code."""
+    """SCardIsValidContext: always returns a code; in the owner of a native context, it only looks at the registry."""
     sentinel, contexts_by_handle, native = process.sentinel, handles.contexts, gateways.native
 
     def route(handle: Any) -> Any:
@@ -243,7 +222,8 @@ def _make_validity_route(call: Call) -> Callable[..., Any]:
         except (ForkedHandleError, ForkUnsafeError, BrokerError) as error:
             if not is_ours(error):
                 raise
-            return INVALID_HANDLE
+            # Not lost: the broker can't be asked, for example because no descriptor is free.
+            return SUCCESS if context is not None and is_own and context.owner is process.here else INVALID_HANDLE
 
     look = _make_direct_route(call, contexts_by_handle, lambda context, arguments: SUCCESS)
     return route
@@ -352,7 +332,7 @@ def _owned(handle: Any) -> Optional[Context]:
 
 def _route_slowly(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:
     """For plain integers, handles that are not ours, inherited handles, and handles in a broker."""
-    return _retry_in_new_broker(call, lambda: _route_slowly_once(call, route, handle, arguments), arguments)
+    return reestablish.retry_in_new_broker(call, lambda: _route_slowly_once(call, route, handle, arguments), arguments)
 
 
 def _route_slowly_once(call: Call, route: Callable[..., Any], handle: Any, arguments: tuple[Any, ...]) -> Any:

@@ -164,18 +164,20 @@ class Broker:
         """
         return self._exchange(wire.encode(wire.Inherit(key, tuple(handles), keeps)))
 
-    def take_back(self, key: bytes) -> None:
-        """Get everything that another client has, which no process has become, and end that client.
+    def take_back(self, key: bytes, handles: list[int]) -> None:
+        """End another client, which no process has become, and get contexts and cards of it.
 
         :param key: of the other client.
+        :param handles: real handles.
         """
-        self._exchange(wire.encode(wire.TakeBack(key)))
+        self._exchange(wire.encode(wire.TakeBack(key, tuple(handles))))
 
     def _exchange(self, frame: bytes, keep: Optional[_KeepResult] = None, made: Optional[list[Any]] = None) -> Any:
         """The result of one request, on a connection that no other thread is using.
 
         :param keep: called with the result; if it raises, or is never called, the broker undoes the call.
-        :param made: gets the result, unless the broker undoes the call; also if a signal handler raises then.
+        :param made: gets the result in the step from which on the broker doesn't undo the call; so the caller has it
+            even if a signal handler raises then.
         """
         if made is None:
             made = []
@@ -443,6 +445,7 @@ class InheritedConnection:
         self._broker = broker
         self.descriptor: Optional[descriptors.Descriptor] = None
         self._connection = connection
+        self._given: list[int] = []
         self._adopted: list[Any] = []
 
     def give(self, given: list[int], shared: list[int]) -> None:
@@ -452,6 +455,7 @@ class InheritedConnection:
         :param shared: those that this process keeps, too.
         :raises LostError, BrokerError: this is not possible.
         """
+        self._given = given  # first: a signal handler may raise
         try:
             for handles, keeps in ((given, False), (shared, True)):
                 if handles:
@@ -487,9 +491,9 @@ class InheritedConnection:
 
     def settle(self, has_child: bool) -> None:
         """In the parent: leave it to the child; or, if there is no child, take back what was given."""
-        if not has_child:
+        if self._given and not has_child:
             with failures.suppress(LostError, BrokerError):
-                self._broker.take_back(self.key)
+                self._broker.take_back(self.key, self._given)
         self._connection.close()
 
 

@@ -45,8 +45,8 @@ class Clients(Protocol):
     def give(self, taker: Client, key: bytes, handles: tuple[int, ...], keeps: bool, /) -> list[int]:
         """Give contexts and cards of another client to this one; return those that were given."""
 
-    def take_back(self, giver: Client, key: bytes, /) -> None:
-        """End another client, and give this one what it has."""
+    def take_back(self, giver: Client, key: bytes, handles: tuple[int, ...], /) -> None:
+        """End another client, and give this one contexts and cards of it."""
 
 
 class Client:

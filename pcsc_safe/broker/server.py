@@ -141,18 +141,19 @@ class Server:
             return []
         return [number for number in handles if sharing.share(giver, taker, number, keeps=keeps)]
 
-    def take_back(self, giver: Client, key: bytes) -> None:
-        """End a client that no process has become, and give another client what it has.
+    def take_back(self, giver: Client, key: bytes, handles: tuple[int, ...]) -> None:
+        """End a client that no process has become, and give back to another client what it gave.
 
-        The request by which it gets this may still arrive, on a connection of its own, and then gives it nothing.
+        The request by which it gave this may still arrive, on a connection of its own, and then does nothing.
 
-        :param giver: the client that gave it this.
-        :param key: of the client.
+        :param giver: the client that gets it.
+        :param key: of the client that ends.
+        :param handles: what the giver did not keep.
         """
         taker = self._clients.get(key)
         if taker is not None and taker is not giver:
             sharing.end(taker)
-            for number in list(taker.handles):
+            for number in handles:
                 sharing.share(taker, giver, number, keeps=False)
 
     def _watch_process(self, client: Client, connection: Connection) -> bool:

@@ -125,15 +125,17 @@ class Inherit(NamedTuple):
 
 
 class TakeBack(NamedTuple):
-    """Asks to end a client that no process has become, and for all contexts and cards that it has.
+    """Asks to end a client that no process has become, and to get contexts and cards of it.
 
     :ivar key: of that client.
+    :ivar handles: of the contexts and cards.
     """
 
     key: bytes
+    handles: tuple[int, ...]
 
     def __repr__(self) -> str:
-        return "TakeBack(key=...)"
+        return f"TakeBack(key=..., handles={self.handles!r})"
 
 
 class Undo(NamedTuple):
@@ -192,7 +194,7 @@ _KINDS = (
     _Kind(b"Q", Request, 2, lambda function, arguments: _is_in(function, _NUMBERS) and isinstance(arguments, tuple)),
     _Kind(b"D", Describe, 0, lambda: True),
     _Kind(b"I", Inherit, 3, lambda key, handles, keeps: _is_key(key) and _are_handles(handles) and type(keeps) is bool),
-    _Kind(b"B", TakeBack, 1, lambda key: _is_key(key)),
+    _Kind(b"B", TakeBack, 2, lambda key, handles: _is_key(key) and _are_handles(handles)),
     _Kind(b"U", Undo, 0, lambda: True),
     _Kind(b"R", Result, 1, lambda value: True),
     _Kind(b"E", Raised, 2, lambda kind, text: isinstance(kind, str) and kind in RAISABLE and isinstance(text, str)),

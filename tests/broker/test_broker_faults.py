@@ -428,7 +428,7 @@ def test_validity_while_brokers_die(stack: VirtualPcsc, monkeypatch: pytest.Monk
         for pid in brokers():
             os.kill(pid, signal.SIGKILL)
         until(lambda: not brokers(), "it has ended")
-        monkeypatch.setattr(router, "_ATTEMPTS", 0)  # as if that many had ended
+        monkeypatch.setattr(reestablish, "_ATTEMPTS", 0)  # as if that many had ended
         with pytest.raises(BrokerError, match="ended as soon as they had started"):
             safe.SCardListReaders(context, [])
         return safe.SCardIsValidContext(context)

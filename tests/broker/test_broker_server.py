@@ -131,7 +131,7 @@ def test_what_is_taken_back(stack: VirtualPcsc, order: str, keeps: bool) -> None
         giver, taker, context = two_clients(broker)
         steps = [
             lambda: broker.give(taker, KEY, (int(context),), keeps),
-            lambda: broker.take_back(giver, OTHER_KEY),
+            lambda: broker.take_back(giver, OTHER_KEY, () if keeps else (int(context),)),
         ]
         for step in steps if order == "in order" else reversed(steps):
             step()
@@ -139,3 +139,18 @@ def test_what_is_taken_back(stack: VirtualPcsc, order: str, keeps: bool) -> None
         return [*taker.handles], router.public["SCardIsValidContext"](context), [*giver.handles] == [context]
 
     assert in_broker(child) == ([], OK, True)
+
+
+@pytest.mark.not_on_macos("a forked process can't establish a context there")
+def test_what_was_shared_is_not_taken_back(stack: VirtualPcsc) -> None:
+    """A context that its client has released since it was shared ends with the other client."""
+
+    def child(broker: server.Server, door: Any) -> Any:
+        giver, taker, context = two_clients(broker)
+        broker.give(taker, KEY, (int(context),), keeps=True)
+        sharing.drop(giver, context)
+        broker.take_back(giver, OTHER_KEY, ())
+        taker.release()
+        return [*giver.handles], [*taker.handles], router.public["SCardIsValidContext"](context)
+
+    assert in_broker(child) == ([], [], safe.SCARD_E_INVALID_HANDLE)

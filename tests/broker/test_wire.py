@@ -54,7 +54,7 @@ MESSAGES: list[tuple[Message, bytes]] = [
     (Welcome(1, 4711), b"W" b"i\1\0\0\0\0\0\0\0" b"i\x67\x12\0\0\0\0\0\0"),
     (Describe(), b"D"),
     (Undo(), b"U"),
-    (TakeBack(KEY), b"B" b"b\x10\0\0\0" + KEY),
+    (TakeBack(KEY, (7,)), b"B" b"b\x10\0\0\0" + KEY + b"t\1\0\0\0" b"i\7\0\0\0\0\0\0\0"),
     (Request(0, (2,)), b"Q" b"i\0\0\0\0\0\0\0\0" b"t\1\0\0\0" b"i\2\0\0\0\0\0\0\0"),
     (Request(3, ()), b"Q" b"i\3\0\0\0\0\0\0\0" b"t\0\0\0\0"),
     (COMMAND, b"Q" b"i\x15\0\0\0\0\0\0\0" b"t\3\0\0\0" b"i\x78\x56\x34\x12\0\0\0\0" b"i\2\0\0\0\0\0\0\0"
@@ -462,7 +462,8 @@ def test_a_list_that_contains_itself_ends() -> None:
     "message",
     [
         Hello(1, KEY[:-1]),
-        TakeBack(KEY[:-1]),
+        TakeBack(KEY[:-1], (7,)),
+        TakeBack(KEY, [7]),  # type: ignore[arg-type]
         Inherit(KEY[:-1], (7,), True),
         Inherit(KEY, (7, "8"), True),  # type: ignore[arg-type]
         Inherit(KEY, [7], True),  # type: ignore[arg-type]
@@ -792,7 +793,7 @@ def test_no_repr_shows_what_a_message_carries() -> None:
     assert repr(Request(TRANSMIT, (SECRET,))) == "Request(function=21, arguments=...)"
     assert repr(Result(SECRET)) == "Result(value=...)"
     assert repr(Hello(1, KEY)) == "Hello(version=1, key=...)"
-    assert repr(TakeBack(KEY)) == "TakeBack(key=...)"
+    assert repr(TakeBack(KEY, (7,))) == "TakeBack(key=..., handles=(7,))"
     assert repr(Inherit(KEY, (7,), True)) == "Inherit(key=..., handles=(7,), keeps=True)"
 
 
