@@ -153,7 +153,7 @@ class Settings(NamedTuple):
         False, "whether children lose the parent's connections of PKCS#11 modules and other native code"
     )
     spare_cards: bool = _setting(
-        True, "whether pyscard's defaults leave a card alone if a parent or child also uses it"
+        True, "whether pyscard's defaults leave a card alone if a parent, child or sibling also uses it"
     )
     recover: bool = _setting(False, "whether contexts are re-established after a restart of pcscd", of_context=True)
 

@@ -106,7 +106,7 @@ else:  # what type checkers and the documentation know
             :class:`pcsc_safe.handover`.
         :param guard_native: whether children that are forked from now on lose this process's connections to pcscd,
             including those of PKCS#11 modules and other native code; False by default.
-        :param spare_cards: whether a card that a parent or child also uses is left alone by pyscard's defaults
+        :param spare_cards: whether a card that a parent, child or sibling also uses is left alone by pyscard's defaults
             (disconnect() powers a card off, reconnect() resets it); True by default.
         :param recover: whether contexts are re-established after a restart of pcscd; False by default.  Their cards are
             treated like inherited cards; see ``cards``.

@@ -39,10 +39,10 @@ def _after_reconnect(card: Record, arguments: tuple[Any, ...], result: Any) -> A
     if hresult == SUCCESS and isinstance(card, Card):
         share_mode, preferred, initialization = arguments
         if initialization != LEAVE_CARD or share_mode != card.share_mode or not card.session.is_open:
-            card.session.end()
-            session = reestablish.new_session(card.context, card.reader, share_mode)
+            former, session = card.session, reestablish.new_session(card.context, card.reader, share_mode)
             session.set_in_transaction(card.transactions > 0)  # a transaction outlasts a reset
             card.session = session
+            former.end()
         card.share_mode, card.protocol = share_mode, protocol or preferred
     return result
 

@@ -212,17 +212,6 @@ class Card:
             self.context.cards.pop(self.number, None)
 
 
-def inherited_session(reader: str) -> Optional[sessions.Session]:
-    """The inherited session with the card in a reader, if another process still has it."""
-    pcscd = os.environ.get("PCSCLITE_CSOCK_NAME")
-    of_this_reader = [session for name, session in _inherited if name == reader and session.pcscd == pcscd]
-    return next((session for session in of_this_reader if session.is_alive()), None)
-
-
-_inherited: list[tuple[str, sessions.Session]] = []
-"""The sessions that other processes had when this process was forked, by reader; the parent's first."""
-
-
 Record = Union[Context, Card]
 
 # Keyed by the proxy, which hashes and compares as its number: a proxy is found by identity, a plain integer by value.
@@ -405,8 +394,6 @@ def _is_library(module: str) -> bool:
 
 def _begin(epoch: process.Epoch) -> None:
     given.clear()
-    known = [*[(card.reader, card.session) for card in list(cards.values())], *_inherited]
-    _inherited[:] = [(reader, session) for reader, session in known if session.is_alive()]
     for context in list(contexts.values()):
         context.turn = RLock()
         context.continued_waits.clear()

@@ -107,6 +107,7 @@ def adopt(context: Context) -> None:
             other.transactions and other.owner is process.here and other.reader == card.reader
             for other in list(handles.cards.values())
         )
+        is_free = is_free and not card.session.is_in_transaction()
         if verdict is Verdict.CONNECT and is_free and not card.released:
             try:
                 with failures.suppress(PcscSafeError):
@@ -124,7 +125,7 @@ def _forget(call: Call, record: Record) -> Optional[int]:
     if former_owner is process.current():
         return None
     if call.name == "SCardEndTransaction":
-        return SUCCESS if handles.update(record, former_owner, transactions=0) else None
+        return SUCCESS  # the record remembers the owner's transaction, which the child did not get
     if not handles.update(record, former_owner, released=True):
         return None
     if isinstance(record, Context) and release_dead(former_owner, record.real, record.gateway):
@@ -188,7 +189,9 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     if hresult != SUCCESS:
         return call.failure(hresult)
     share_mode, protocols, initialization = arguments
-    if settings().spare_cards and card.session.is_alive():
+    # A child to which this process has handed the session over may not have made a call yet.
+    is_given = card.owner.noticed_by is process.HANDED_OVER
+    if settings().spare_cards and (is_given or card.session.is_used_by_others()):
         initialization = LEAVE_CARD  # the card itself was not reset
     connected = connect(card, share_mode, protocols, initialization)
     if connected is None:

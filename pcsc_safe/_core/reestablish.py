@@ -245,8 +245,7 @@ def new_session(context: Context, reader: str, share_mode: Any) -> Session:
 
 
 def _session(reader: str, share_mode: Any, before: _ReaderState) -> Session:
-    is_shared = share_mode == SHARE_SHARED
-    return Session(shared=is_shared, events=before.events, continued_from=handles.inherited_session(reader))
+    return Session(reader, shared=share_mode == SHARE_SHARED, events=before.events)
 
 
 class _ReaderState:

@@ -1,10 +1,12 @@
-"""Shows the other processes of a fork family which sessions with cards continue.
+"""Shows the other processes of a fork family which sessions with cards continue, and which readers are in use.
 
 A process that is connected to a card, shared, locks one byte of a file that it had before it forked, and the next byte
 while it is in a transaction.  These locks (fcntl(2)) belong to the process: a child doesn't inherit them, and they end
 with the process, however it ends.  So a child that inherits a card can check whether its owner still has the session
-that the child knows.  No PID is compared, and a fork costs nothing.  A process that continues in another one's session
-locks the third byte; so does the owner of a session that its children share.
+that the child knows.  No PID is compared, and a fork costs nothing.
+
+Each process that is connected to a card also has a lock on the byte of the reader, which several processes can have at
+the same time.  So a process can check whether another one uses the card.
 
 The file is empty.  Each session has bytes at a random offset, so no offset is used twice.
 
@@ -16,7 +18,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
 from typing import Any, Optional
 
 from . import descriptors, failures, process
@@ -24,8 +25,9 @@ from .failures import is_ours
 
 __all__ = ["Session", "descriptor", "prepare"]
 
-_CONNECTED, _IN_TRANSACTION, _CONTINUED = range(3)  # bytes of a session
+_CONNECTED, _IN_TRANSACTION = range(2)  # bytes of a session
 _LARGEST = 1 << 60
+_READERS = 1 << 62  # the readers' bytes begin here
 
 is_on = True
 """Whether other processes can see this process's sessions; a broker has no children."""
@@ -33,7 +35,7 @@ is_on = True
 _file: Optional[descriptors.Descriptor] = None
 _fcntl: Any = None
 _layout: Any = None
-_continued: dict[int, dict[Session, None]] = {}  # what this process has in others' sessions, by their numbers
+_mine: dict[int, dict[Session, None]] = {}  # the sessions that this process has, by the byte of the reader
 
 
 def prepare() -> None:
@@ -100,21 +102,22 @@ def descriptor() -> Optional[int]:
 class Session:
     """A session with a card.
 
+    :ivar reader: the reader's name.
     :ivar pcscd: the socket of its pcscd, if the environment names one: readers of two pcscds can have the same name.
     :ivar events: how often a card was inserted or removed in the reader before it began; None if that is not known.
-    :ivar continued_from: the session of another process that this one continues, if any.
     :ivar is_shared: whether the card is connected shared; other processes can continue only a shared session.
     :ivar is_open: whether this process has it.
     :ivar is_joint: whether other processes have the same connection, through a broker.
     """
 
-    __slots__ = ("_file", "_number", "continued_from", "events", "is_joint", "is_open", "is_shared", "pcscd")
+    __slots__ = ("_byte_of_reader", "_file", "_number", "events", "is_joint", "is_open", "is_shared", "pcscd", "reader")
 
-    def __init__(self, *, shared: bool, events: Optional[int] = None, continued_from: Optional[Session] = None) -> None:
-        self._number = int.from_bytes(os.urandom(8), "big") % _LARGEST * 4
+    def __init__(self, reader: Any, *, shared: bool, events: Optional[int] = None) -> None:
+        self._number = int.from_bytes(os.urandom(8), "big") % _LARGEST * 2
+        self.reader = reader if isinstance(reader, str) else ""  # otherwise pyscard refuses it
         self.pcscd = os.environ.get("PCSCLITE_CSOCK_NAME")  # libpcsclite looks at it each time
+        self._byte_of_reader = _READERS + hash((self.pcscd, self.reader)) % _LARGEST  # a fork keeps the seed of hash()
         self.events = events
-        self.continued_from = continued_from
         self.is_open, self.is_shared, self.is_joint = True, shared, False
         if descriptor() is None:
             prepare()
@@ -124,41 +127,26 @@ class Session:
         """Note that this process has it; after :meth:`end`, that it has not ended."""
         self.is_open, self._file = True, _file
         if in_transaction:
-            self._lock(_IN_TRANSACTION)
+            self._lock(self._number + _IN_TRANSACTION)
         if self.is_shared:
-            self._lock(_CONNECTED)
-        if self.is_joint:
-            self.share()
-        for other in self._predecessors():
-            _continued.setdefault(other._number, {})[self] = None
-            other._lock(_CONTINUED, shared_lock=True)
-
-    def _predecessors(self) -> Iterator[Session]:
-        """The sessions of other processes that this session continues."""
-        other = self.continued_from
-        while other is not None:
-            yield other
-            other = other.continued_from
+            self._lock(self._number + _CONNECTED)
+        _mine.setdefault(self._byte_of_reader, {})[self] = None
+        self._lock(self._byte_of_reader, shared_lock=True)
 
     def end(self) -> None:
         """Note that this process no longer has it; does nothing in a process that never had it."""
         self.is_open = False
-        self._unlock(_CONNECTED, _IN_TRANSACTION)
-        if not _continued.get(self._number):  # otherwise this process continues it
-            self._unlock(_CONTINUED)
-        for other in self._predecessors():
-            mine = _continued.get(other._number, {})
-            if mine.pop(self, self) is None and not mine:
-                other._unlock(_CONTINUED)
-
-    def share(self) -> None:
-        """In the process that has it, before a fork: show the child, which gets it too, that this process uses it."""
-        self.is_joint = True
-        self._lock(_CONTINUED, shared_lock=True)  # an exclusive session has no other lock
+        self._unlock(self._number + _CONNECTED)
+        self._unlock(self._number + _IN_TRANSACTION)
+        mine = _mine.get(self._byte_of_reader, {})
+        if mine.pop(self, self) is None and not mine:
+            self._unlock(self._byte_of_reader)
+            if mine:  # another thread has just begun one
+                self._lock(self._byte_of_reader, shared_lock=True)
 
     def taken_over(self, in_transaction: bool) -> Session:
         """In a child that it was handed over to, or that shares it: the session, as this process's own."""
-        session = Session(shared=self.is_shared, events=self.events, continued_from=self)
+        session = Session(self.reader, shared=self.is_shared, events=self.events)
         session.is_joint = self.is_joint
         if in_transaction:
             session.set_in_transaction(True)
@@ -167,9 +155,9 @@ class Session:
     def set_in_transaction(self, is_in: bool) -> None:
         """Note the beginning or the end of a transaction."""
         if is_in:
-            self._lock(_IN_TRANSACTION)
+            self._lock(self._number + _IN_TRANSACTION)
         else:
-            self._unlock(_IN_TRANSACTION)
+            self._unlock(self._number + _IN_TRANSACTION)
 
     def is_visible(self) -> bool:
         """Whether this process still has the descriptor of the file in which another process has locked its bytes."""
@@ -177,7 +165,7 @@ class Session:
 
     def is_alive(self) -> bool:
         """Whether another process has it, shared."""
-        return self._is_locked(_CONNECTED)
+        return self._is_locked(self._number + _CONNECTED)
 
     def can_continue(self) -> bool:
         """Whether another process has it, shared, and is not in a transaction."""
@@ -185,20 +173,17 @@ class Session:
 
     def is_in_transaction(self) -> bool:
         """Whether another process has it, and is in a transaction."""
-        return self._is_locked(_IN_TRANSACTION)
+        return self._is_locked(self._number + _IN_TRANSACTION)
 
     def is_used_by_others(self) -> bool:
-        """Whether another process also has it: the one whose session it continues, or one that continues either."""
-        return self._is_locked(_CONTINUED) or any(
-            other.is_alive() or other._is_locked(_CONTINUED) for other in self._predecessors()
-        )
+        """Whether another process of the family is connected to the card in this reader."""
+        return self._is_locked(self._byte_of_reader)
 
     def _lock(self, byte: int, *, shared_lock: bool = False) -> None:
         self._lock_command("F_SETLK", "F_RDLCK" if shared_lock else "F_WRLCK", byte)
 
-    def _unlock(self, *all_bytes: int) -> None:
-        for byte in all_bytes:
-            self._lock_command("F_SETLK", "F_UNLCK", byte)
+    def _unlock(self, byte: int) -> None:
+        self._lock_command("F_SETLK", "F_UNLCK", byte)
 
     def _is_locked(self, byte: int) -> bool:
         found = self._lock_command("F_GETLK", "F_WRLCK", byte)
@@ -208,7 +193,7 @@ class Session:
         number = descriptor()
         if number is None:
             return None
-        wanted = _layout.pack(getattr(_fcntl, kind), self._number + byte)
+        wanted = _layout.pack(getattr(_fcntl, kind), byte)
         try:
             return _fcntl.fcntl(number, getattr(_fcntl, command), wanted)
         except OSError as error:
@@ -218,7 +203,7 @@ class Session:
 
 
 def _begin(epoch: process.Epoch) -> None:
-    _continued.clear()
+    _mine.clear()
 
 
 process.at_fork(at_begin=_begin)

@@ -2,8 +2,8 @@
 
 By default pyscard powers a card off when it disconnects, and resets it when it reconnects.  In a family of processes
 this ends the session of every other process that is connected: the PIN has to be verified again.  So pyscard's defaults
-leave such a card alone.  A reset that the application asks for is done, and logged once.  At a fork nothing changes
-here.
+leave such a card alone, whichever process connected first, and whether before or after the fork.  A reset that the
+application asks for is done, and logged once.  At a fork nothing changes here.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def disposition(function: str, card: Card, wanted: int) -> int:
         observer.record("interferes", function=function, context=card.context.key)
         log.warning(
             "interference",
-            "process %(pid)d resets or powers off the card in %(reader)s, which its parent or child uses too, because "
-            "the application passes this disposition to %(function)s: pass SCARD_LEAVE_CARD to leave the card alone",
+            "process %(pid)d resets or powers off the card in %(reader)s, which its parent, a child or a sibling uses "
+            "too, because the application passes this disposition to %(function)s: pass SCARD_LEAVE_CARD to leave the "
+            "card alone",
             function=function,
             reader=card.reader,
         )

@@ -239,7 +239,7 @@ def _reserve(plan: Plan) -> Optional[str]:
         plan.inherited_connection.give(_real_handles(plan.in_broker), _real_handles(plan.shared))
     for context in plan.shared:
         for card in list(context.cards.values()):
-            card.session.share()
+            card.session.is_joint = True
     plan.start_signal = _socket.socketpair()
     if not process.sentinel[0] or any(context.owner is not here for context in plan.handed_over()):
         return "a signal handler has forked"

@@ -69,7 +69,7 @@ _SENTENCES = {
     "recovered": "established a new context after pcscd had ended",
     "broker": "started the broker {broker}",
     "handover": "handed {contexts} context(s) over to a forked child",
-    "interferes": "reset or powered off a card that its parent or child uses: its application called {function}",
+    "interferes": "reset or powered off a card that another process uses: its application called {function}",
     "share": "shared {contexts} context(s) with a forked child",
 }
 _COUNTED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -236,3 +237,76 @@ def a_brother_disconnects() -> None:
 def test_a_child_leaves_its_brothers_card_alone(shared_stack: VirtualPcsc) -> None:
     """Two children can continue in the session of their parent, even if the parent has disconnected since."""
     assert outcome(a_brother_disconnects, shared_stack) == [True, "verified"]
+
+
+def signals() -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Two functions for two processes: one waits until the other has called the other one."""
+    end, start = os.pipe()
+    return lambda: os.read(end, 1), lambda: os.write(start, b".")
+
+
+def another_process_ends(how: str) -> None:
+    """A child's PIN stays verified whatever another process of its family does by pyscard's defaults."""
+    pcsc_safe.install()
+    from smartcard.System import readers
+
+    connection = connected() if how != "each connects for itself" else None
+    readers()  # a family knows only what has used PC/SC before the fork
+    until_ready, ready = signals()
+    until_go, go = signals()
+
+    def in_child() -> bool:
+        mine = connection or connected()
+        verified(mine)
+        mine.transmit(VERIFY)
+        ready()
+        until_go()
+        return verified(mine)
+
+    with pcsc_safe.handover() if how.startswith("after a handover") else contextlib.nullcontext():
+        waiting = start_child(in_child)
+    until_ready()
+    OTHERS[how](connection)
+    gc.collect()
+    go()
+    say(wait_for(waiting))
+
+
+def a_sibling_reconnects(connection: Any) -> None:
+    until_disconnected, disconnected = signals()
+
+    def sibling() -> None:
+        until_disconnected()
+        with contextlib.suppress(Exception):  # the card was reset, says pcsc_safe
+            verified(connection)
+        connection.reconnect()
+
+    waiting = start_child(sibling)
+    connection.disconnect()
+    disconnected()
+    wait_for(waiting)
+
+
+def its_own_is_closed(_: Any) -> None:
+    connected().disconnect()
+
+
+def it_reconnects_and_drops(connection: Any) -> None:
+    pcsc_safe.reconnecting(connection, lambda connection: connection.transmit([0x80, 1, 0, 0, 0]))
+    connection.disconnect()
+
+
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "each connects for itself": its_own_is_closed,
+    "a second connection": its_own_is_closed,
+    "a sibling reconnects": a_sibling_reconnects,
+    "after a handover: it reconnects": lambda connection: connection.reconnect(),
+    "after a handover: it reconnects and disconnects": it_reconnects_and_drops,
+    "after a handover: another connection": its_own_is_closed,
+}
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_whoever_connected_first(shared_stack: VirtualPcsc, how: str) -> None:
+    """A child keeps its PIN, whichever process connected first, before the fork or after it."""
+    assert outcome(another_process_ends, shared_stack, how) is True
