@@ -12,6 +12,7 @@ from .calls import CALLS, Call, FollowUp, Kind
 from .handles import Card, Record
 from .library import SUCCESS, constant
 from .reestablish import INVALID_HANDLE, LEAVE_CARD
+from .sessions import Session
 
 __all__ = ["FOLLOW_UPS", "INVALID_VALUE", "REFUSED_CODES", "note_failure", "noted"]
 
@@ -64,10 +65,14 @@ def _after_end_transaction(card: Record, arguments: tuple[Any, ...], result: Any
     return result
 
 
-def note_failure(function: str, record: Record, hresult: int) -> None:
-    """Note what a code says about the session with a card, or about pcscd."""
-    if hresult in _SESSION_ENDED_CODES and isinstance(record, Card):
-        record.session.end()
+def note_failure(function: str, session: Optional[Session], hresult: int) -> None:
+    """Note what a code says about the session with a card, or about pcscd.
+
+    :param session: of the card before the call, because another thread may have connected again since; None for a
+        context.
+    """
+    if hresult in _SESSION_ENDED_CODES and session is not None:
+        session.end()
     if hresult == recovery.NO_SERVICE:
         recovery.warn_of_no_service(function)
 

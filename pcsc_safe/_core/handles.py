@@ -65,6 +65,7 @@ class Context:
     """
 
     kind = Kind.CONTEXT
+    session: None = None  # it has none
     __slots__ = (
         "cancels",
         "cards",

@@ -125,7 +125,10 @@ def _forget(call: Call, record: Record) -> Optional[int]:
     if former_owner is process.current():
         return None
     if call.name == "SCardEndTransaction":
-        return SUCCESS  # the record remembers the owner's transaction, which the child did not get
+        is_own = former_owner.noticed_by in (process.LOST, process.SERVICE_LOST)
+        if is_own and former_owner.parent is process.current():
+            return SUCCESS if handles.update(record, former_owner, transactions=0) else None
+        return SUCCESS  # the record remembers the transaction of another process
     if not handles.update(record, former_owner, released=True):
         return None
     if isinstance(record, Context) and release_dead(former_owner, record.real, record.gateway):
@@ -155,7 +158,7 @@ def _join(call: Call, record: Record, arguments: tuple[Any, ...]) -> Any:
         handles.update(context, former_owner, gateway=broker)
         for card in cards:
             session = card.session.taken_over(False)
-            session.is_joint = True
+            session.join()
             if not handles.update(card, card.owner, transactions=0, session=session, owner=here):
                 session.end()
         if handles.update(context, former_owner, owner=here):

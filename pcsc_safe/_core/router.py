@@ -104,7 +104,7 @@ def _make_direct_route(call: Call, registry: dict[Any, Any], make: _Native) -> C
                 return _through_broker(call, route, record, handle, arguments)
             except LostError as lost:
                 return _repeat_after_loss(call, route, handle, arguments, lost)
-        real = record.real
+        real, session = record.real, record.session
         result = make(record, arguments)
         if result is STALE:
             return _route_slowly(call, route, handle, arguments)
@@ -112,7 +112,7 @@ def _make_direct_route(call: Call, registry: dict[Any, Any], make: _Native) -> C
         if hresult != SUCCESS:
             if hresult in repeatable and recovery.note_loss(record, real, hresult):
                 return recovery.repeat(call, lambda: _route_slowly(call, route, handle, arguments), arguments)
-            follow_ups.note_failure(call.name, record, hresult)
+            follow_ups.note_failure(call.name, session, hresult)
             if discloses:
                 return call.failure(hresult)
         return after(record, arguments, result) if after else result
@@ -126,7 +126,7 @@ def _through_broker(
     """A call on a handle that this process has in a broker."""
     name, after = call.name, FOLLOW_UPS[call.name]
     while True:
-        settled = handles.settled
+        settled, session = handles.settled, record.session
         reached: tuple[Gateway, Any] = handles.reach(record) or (gateways.native, None)
         gateway, real = reached
         result: Any = STALE if gateway is gateways.native else _send(name, gateway, record, real, arguments, after)
@@ -142,7 +142,7 @@ def _through_broker(
             return _route_slowly(call, route, handle, arguments)  # handed over before this call came there
         if handles.settled is settled:
             break  # otherwise a fork that failed had given it away
-    follow_ups.note_failure(name, record, hresult)
+    follow_ups.note_failure(name, session, hresult)
     is_lost = hresult in recovery.REPEATABLE_CODES[name] and recovery.note_loss(record, real, hresult)
     if hresult == INVALID_HANDLE and recovery.was_lost_since(record, real):
         is_lost = name != "SCardGetStatusChange"
@@ -252,13 +252,15 @@ def _make_disposition_route(call: Call) -> Callable[..., Any]:
         card, here = handles.find(Kind.CARD, handle), process.current()  # first: it may be what makes the card ours
         if not isinstance(card, Card) or not isinstance(wanted, int) or card.owner is not here:
             return direct(handle, *most, wanted)
-        wanted, session = sparing.disposition(call.name, card, wanted), card.session
-        if wanted == LEAVE_CARD or not session.is_open:
-            return direct(handle, *most, wanted)
-        session.end()  # before the call: from now on no other process may continue the session
+        session, was_open = card.session, card.session.is_open
+        if call.name == "SCardDisconnect":
+            session.end()  # first: of several processes that disconnect at the same time, one finds no other
+        wanted = sparing.disposition(call.name, card, wanted)
+        if wanted != LEAVE_CARD:
+            session.end()  # before the call: from now on no other process may continue the session
         result = direct(handle, *most, wanted)
         is_same = card.session is session and card.owner is process.current() and not card.released
-        if is_same and _is_refused(call, result):
+        if is_same and was_open and not session.is_open and _is_refused(call, result):
             session.begin(in_transaction=card.transactions > 0)
         return result
 

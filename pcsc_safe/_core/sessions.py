@@ -5,8 +5,9 @@ while it is in a transaction.  These locks (fcntl(2)) belong to the process: a c
 with the process, however it ends.  So a child that inherits a card can check whether its owner still has the session
 that the child knows.  No PID is compared, and a fork costs nothing.
 
-Each process that is connected to a card also has a lock on the byte of the reader, which several processes can have at
-the same time.  So a process can check whether another one uses the card.
+Each process that is connected to a card also has a lock on a byte of the reader, which several processes can have at
+the same time.  So a process can check whether another one uses the card.  Processes that have the same connection, in a
+broker, lock another byte of the reader: the broker knows which of them is the last one.
 
 The file is empty.  Each session has bytes at a random offset, so no offset is used twice.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import os
 import struct
+import weakref
 from typing import Any, Optional
 
 from . import descriptors, failures, process
@@ -35,7 +37,8 @@ is_on = True
 _file: Optional[descriptors.Descriptor] = None
 _fcntl: Any = None
 _layout: Any = None
-_mine: dict[int, dict[Session, None]] = {}  # the sessions that this process has, by the byte of the reader
+_mine: dict[int, dict[weakref.ref[Session], None]] = {}
+"""The sessions that this process has, by the byte of the reader.  A session that a signal handler loses disappears."""
 
 
 def prepare() -> None:
@@ -110,18 +113,38 @@ class Session:
     :ivar is_joint: whether other processes have the same connection, through a broker.
     """
 
-    __slots__ = ("_byte_of_reader", "_file", "_number", "events", "is_joint", "is_open", "is_shared", "pcscd", "reader")
+    __slots__ = (
+        "__weakref__",
+        "_byte_of_reader",
+        "_file",
+        "_number",
+        "events",
+        "is_joint",
+        "is_open",
+        "is_shared",
+        "pcscd",
+        "reader",
+    )
 
-    def __init__(self, reader: Any, *, shared: bool, events: Optional[int] = None) -> None:
+    def __init__(
+        self,
+        reader: Any,
+        *,
+        shared: bool,
+        events: Optional[int] = None,
+        joint: bool = False,
+        in_transaction: bool = False,
+    ) -> None:
         self._number = int.from_bytes(os.urandom(8), "big") % _LARGEST * 2
         self.reader = reader if isinstance(reader, str) else ""  # otherwise pyscard refuses it
         self.pcscd = os.environ.get("PCSCLITE_CSOCK_NAME")  # libpcsclite looks at it each time
-        self._byte_of_reader = _READERS + hash((self.pcscd, self.reader)) % _LARGEST  # a fork keeps the seed of hash()
+        # A fork keeps the seed of hash().
+        self._byte_of_reader = _READERS + hash((self.pcscd, self.reader)) % _LARGEST * 2
         self.events = events
-        self.is_open, self.is_shared, self.is_joint = True, shared, False
+        self.is_open, self.is_shared, self.is_joint = True, shared, joint
         if descriptor() is None:
             prepare()
-        self.begin()
+        self.begin(in_transaction=in_transaction)
 
     def begin(self, *, in_transaction: bool = False) -> None:
         """Note that this process has it; after :meth:`end`, that it has not ended."""
@@ -130,27 +153,49 @@ class Session:
             self._lock(self._number + _IN_TRANSACTION)
         if self.is_shared:
             self._lock(self._number + _CONNECTED)
-        _mine.setdefault(self._byte_of_reader, {})[self] = None
-        self._lock(self._byte_of_reader, shared_lock=True)
+        self._enter()
 
     def end(self) -> None:
         """Note that this process no longer has it; does nothing in a process that never had it."""
         self.is_open = False
         self._unlock(self._number + _CONNECTED)
         self._unlock(self._number + _IN_TRANSACTION)
-        mine = _mine.get(self._byte_of_reader, {})
-        if mine.pop(self, self) is None and not mine:
-            self._unlock(self._byte_of_reader)
+        self._leave(self._byte_of_reader + self.is_joint)
+
+    def join(self) -> None:
+        """Note that other processes have the same connection, through a broker."""
+        if not self.is_joint:
+            self.is_joint = True
+            if self.is_open:
+                self._enter()
+            self._leave(self._byte_of_reader)
+
+    def show_use(self) -> None:
+        """Show that this process uses the card; in a child that gets the session, before the child's first call."""
+        self._lock(self._byte_of_reader + self.is_joint, shared_lock=True)
+
+    def _enter(self) -> None:
+        mine = _mine.setdefault(self._byte_of_reader + self.is_joint, {})
+        mine[weakref.ref(self, mine.pop)] = None
+        self.show_use()
+
+    def _leave(self, byte: int) -> None:
+        mine = _mine.get(byte, {})
+        mine.pop(weakref.ref(self), None)
+        if not mine:
+            self._unlock(byte)
             if mine:  # another thread has just begun one
-                self._lock(self._byte_of_reader, shared_lock=True)
+                self._lock(byte, shared_lock=True)
 
     def taken_over(self, in_transaction: bool) -> Session:
         """In a child that it was handed over to, or that shares it: the session, as this process's own."""
-        session = Session(self.reader, shared=self.is_shared, events=self.events)
-        session.is_joint = self.is_joint
-        if in_transaction:
-            session.set_in_transaction(True)
-        return session
+        return Session(
+            self.reader,
+            shared=self.is_shared,
+            events=self.events,
+            joint=self.is_joint,
+            in_transaction=in_transaction,
+        )
 
     def set_in_transaction(self, is_in: bool) -> None:
         """Note the beginning or the end of a transaction."""
@@ -177,6 +222,10 @@ class Session:
 
     def is_used_by_others(self) -> bool:
         """Whether another process of the family is connected to the card in this reader."""
+        return self.is_used_apart() or self._is_locked(self._byte_of_reader + True)
+
+    def is_used_apart(self) -> bool:
+        """The same, without processes that have one connection through a broker."""
         return self._is_locked(self._byte_of_reader)
 
     def _lock(self, byte: int, *, shared_lock: bool = False) -> None:

@@ -23,10 +23,13 @@ def disposition(function: str, card: Card, wanted: int) -> int:
     :param function: PC/SC's name of the call.
     :param wanted: SCARD_*_CARD, from the application or by default.
     """
-    if wanted == LEAVE_CARD or not settings().spare_cards or not card.session.is_used_by_others():
+    session = card.session
+    # What processes with one connection ask for, the broker does when the last of them disconnects.
+    is_last_asked = session.is_joint and function == "SCardDisconnect"
+    if wanted == LEAVE_CARD or not settings().spare_cards:
         return int(wanted)
-    if card.session.is_joint and function == "SCardDisconnect":
-        return int(wanted)  # the broker does it when the last of these processes disconnects
+    if not (session.is_used_apart() if is_last_asked else session.is_used_by_others()):
+        return int(wanted)
     if isinstance(wanted, ByDefault):
         return LEAVE_CARD
     here = process.current()

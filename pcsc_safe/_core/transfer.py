@@ -239,7 +239,7 @@ def _reserve(plan: Plan) -> Optional[str]:
         plan.inherited_connection.give(_real_handles(plan.in_broker), _real_handles(plan.shared))
     for context in plan.shared:
         for card in list(context.cards.values()):
-            card.session.is_joint = True
+            card.session.join()
     plan.start_signal = _socket.socketpair()
     if not process.sentinel[0] or any(context.owner is not here for context in plan.handed_over()):
         return "a signal handler has forked"
@@ -369,6 +369,8 @@ def _receive(plan: Plan) -> None:
             block.note_handover()
     for how, given in (("handover", plan.handed_over()), ("share", plan.shared)):
         for context in given:
+            for card in list(context.cards.values()):
+                card.session.show_use()  # this child may make its first call much later
             observer.record("got", context=context.key, how=how)
 
 
@@ -400,6 +402,8 @@ def _take(plan: Plan, epoch: process.Epoch) -> None:
         _change_owner(context, epoch if is_there else process.Epoch(epoch, process.LOST))
         if not is_there:
             observer.record("lost", context=context.key)
+            for card in list(context.cards.values()):
+                card.session.end()
         for card in list(context.cards.values()):
             if context in plan.shared:
                 card.transactions = 0  # what is open is its parent's

@@ -271,7 +271,10 @@ class Connection:
         if name in ("SCardDisconnect", "SCardReleaseContext"):
             if not sharing.drop(client, handle):
                 return library.SUCCESS  # the other clients continue
-            return function(handle, *arguments)
+            result = function(handle, *arguments)
+            if not handle.record.released:  # refused
+                client.handles[int(handle)] = handle
+            return result
         if handle.record.kind is calls.Kind.CONTEXT:
             return function(handle, *arguments)
 

@@ -420,6 +420,23 @@ def test_killed_again_and_again_under_load(stack: VirtualPcsc) -> None:
     assert leaked <= 8  # connections kept for the next calls
 
 
+def test_it_dies_in_a_transaction(stack: VirtualPcsc) -> None:
+    """With ``cards="reconnect"`` the calls after the end of the lost transaction succeed."""
+
+    def child() -> Any:
+        pcsc_safe.configure(cards="reconnect")
+        session = Session()
+        assert safe.SCardBeginTransaction(session.card) == OK
+        for pid in brokers():
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: not brokers(), "it has ended")
+        for _ in range(2):  # the first one may return SCARD_F_COMM_ERROR
+            lost = session.transmit(ECHO)[0]
+        return lost, safe.SCardEndTransaction(session.card, safe.SCARD_LEAVE_CARD), session.transmit(ECHO)
+
+    assert in_child(by_broker(child)) == (RESET, OK, ECHOED)
+
+
 def test_validity_while_brokers_die(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
     """SCardIsValidContext returns a code although no new broker lives. Other functions raise BrokerError."""
 

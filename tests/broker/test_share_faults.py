@@ -476,6 +476,18 @@ def test_a_fork_that_fails_leaves_everything_as_it_was(stack: VirtualPcsc) -> No
     assert in_child(sharing(head)) == (5, True, ((0, VERIFIED), VERIFIED), OK)
 
 
+def test_a_disconnection_that_is_refused(stack: VirtualPcsc) -> None:
+    """The last process keeps the card, and can disconnect."""
+
+    def head() -> Any:
+        session = Session(EXCLUSIVE)
+        in_child(lambda: called(session, "SCardDisconnect", safe.SCARD_LEAVE_CARD))
+        refused = called(session, "SCardDisconnect", 7)
+        return refused, called(session, "SCardDisconnect", safe.SCARD_LEAVE_CARD)
+
+    assert in_child(sharing(head)) == (safe.SCARD_E_INVALID_VALUE, OK)
+
+
 @pytest.mark.parametrize("left", range(5))
 def test_a_fork_for_which_there_are_no_descriptors(stack: VirtualPcsc, left: int) -> None:
     """The fork succeeds, nothing is lost, and the child joins the session as soon as it has a descriptor."""

@@ -252,18 +252,20 @@ def another_process_ends(how: str) -> None:
 
     connection = connected() if how != "each connects for itself" else None
     readers()  # a family knows only what has used PC/SC before the fork
+    if connection is not None:
+        connection.transmit(VERIFY)
     until_ready, ready = signals()
     until_go, go = signals()
 
     def in_child() -> bool:
         mine = connection or connected()
-        verified(mine)
-        mine.transmit(VERIFY)
+        if "before its first call" not in how:
+            mine.transmit(VERIFY)
         ready()
         until_go()
         return verified(mine)
 
-    with pcsc_safe.handover() if how.startswith("after a handover") else contextlib.nullcontext():
+    with pcsc_safe.handover() if "after a handover" in how else contextlib.nullcontext():
         waiting = start_child(in_child)
     until_ready()
     OTHERS[how](connection)
@@ -303,10 +305,73 @@ OTHERS: dict[str, Callable[[Any], Any]] = {
     "after a handover: it reconnects": lambda connection: connection.reconnect(),
     "after a handover: it reconnects and disconnects": it_reconnects_and_drops,
     "after a handover: another connection": its_own_is_closed,
+    "after a handover, before its first call: another connection": its_own_is_closed,
+    "shared, before its first call: another connection": its_own_is_closed,
 }
 
 
 @pytest.mark.parametrize("how", OTHERS)
 def test_whoever_connected_first(shared_stack: VirtualPcsc, how: str) -> None:
     """A child keeps its PIN, whichever process connected first, before the fork or after it."""
-    assert outcome(another_process_ends, shared_stack, how) is True
+    env = {"PCSC_SAFE_BROKER": "always", "PCSC_SAFE_POLICY": "share"} if "shared" in how else {}
+    assert outcome(another_process_ends, shared_stack, how, **env) is True
+
+
+def all_disconnect_at_once() -> None:
+    pcsc_safe.install()
+    from smartcard.System import readers
+
+    readers()
+    told = []
+    for _ in range(10):
+        pairs = [(*signals(), *signals()) for _ in range(2)]
+
+        def in_child(ready: Callable[[], Any], until_go: Callable[[], Any]) -> None:
+            mine = connected()
+            mine.transmit(VERIFY)
+            ready()
+            until_go()
+            mine.disconnect()
+
+        waiting = [start_child(in_child, ready, until_go) for _, ready, until_go, _ in pairs]
+        for until_ready, _, _, _ in pairs:
+            until_ready()
+        for _, _, _, go in pairs:
+            go()
+        for each in waiting:
+            wait_for(each)
+        told.append(child(lambda: verified(connected())))
+    say(told)
+
+
+def test_the_last_one_powers_the_card_off(shared_stack: VirtualPcsc) -> None:
+    """If several processes disconnect at the same time, the next one finds no verified PIN, as without pcsc_safe."""
+    assert outcome(all_disconnect_at_once, shared_stack) == [False] * 10
+
+
+def its_own_outlives_a_shared_one(_: str) -> None:
+    pcsc_safe.install()
+    shared = connected()
+    shared.transmit(VERIFY)
+    until_ready, ready = signals()
+    until_go, go = signals()
+
+    def in_child() -> bool:
+        shared.disconnect()
+        own = connected()
+        own.transmit(VERIFY)
+        ready()
+        until_go()
+        return verified(own)
+
+    waiting = start_child(in_child)
+    until_ready()
+    shared.disconnect()
+    go()
+    say(wait_for(waiting))
+
+
+def test_a_shared_session_and_another_one(shared_stack: VirtualPcsc) -> None:
+    """The last process of a shared session leaves the card alone that another one uses by a connection of its own."""
+    env = {"PCSC_SAFE_BROKER": "always", "PCSC_SAFE_POLICY": "share"}
+    assert outcome(its_own_outlives_a_shared_one, shared_stack, "", **env) is True
