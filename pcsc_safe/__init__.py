@@ -3,6 +3,8 @@
 Import :mod:`pcsc_safe.scard` instead of ``smartcard.scard``; a program that uses pyscard's classes calls
 :func:`install`.  The names of this package are loaded when they are first used, so ``import pcsc_safe`` is quick and
 loads no native library.  If the environment has ``PCSC_SAFE_GUARD_NATIVE``, this setting applies from the import on.
+
+For pytest, whose plugins are imported later than this under ``run``: PYTEST_DONT_REWRITE
 """
 
 from __future__ import annotations

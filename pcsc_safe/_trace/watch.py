@@ -126,12 +126,13 @@ class Ends:
         self._program_has_ended = True
         if not self._all_ended.wait(_MESSAGE_AFTER):
             pids = ", ".join(sorted(name.partition("-")[0] for name in list(self._alive.values())))
-            print(
-                f"pcsc_safe: the program has ended, but process {pids} still runs: recording continues "
-                "until it ends or you press Ctrl-C",
-                file=sys.stderr,
-                flush=True,
-            )
+            with contextlib.suppress(OSError):  # the program's exit status is more important
+                print(
+                    f"pcsc_safe: the program has ended, but process {pids} still runs: recording continues "
+                    "until it ends or you press Ctrl-C",
+                    file=sys.stderr,
+                    flush=True,
+                )
             while not self._all_ended.wait(_MESSAGE_AFTER):
                 pass
 

@@ -6,11 +6,10 @@ never uses PC/SC.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Mapping
 
-from ..testing._disposable import Stopped, run_disposable
+from ..testing._disposable import Stopped, command_of, run_disposable
 from ._judge import Run, Verdict, conclude
 from ._stage import PCSCD
 from .hazards import Hazard
@@ -41,5 +40,5 @@ def judged(hazard: Hazard, module: str, stop: threading.Event) -> tuple[Run, Ver
 
 
 def _run_disposable(hazard: Hazard, module: str, env: Mapping[str, str], stop: threading.Event) -> Run:
-    command = [sys.executable, "-m", "pcsc_safe.demo._stage", hazard.__name__, module, f"{hazard.SECONDS + 5}"]
+    command = [*command_of("pcsc_safe.demo._stage"), hazard.__name__, module, f"{hazard.SECONDS + 5}"]
     return Run(module, *run_disposable(command, env, hazard.SECONDS, stop))

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable, Optional
 
 from ..demo._judge import signal_name
-from ..testing._disposable import Ended, run_disposable
+from ..testing._disposable import Ended, command_of, run_disposable
 
 __all__ = ["TaskResult", "plain_environment", "run_task", "tasks_at_once"]
 
@@ -70,7 +69,7 @@ def run_task(
     :param home: the module of the doctor that has the task.
     :param stop: set it to end the task immediately; then Stopped is raised.
     """
-    command = [sys.executable, "-m", f"pcsc_safe.doctor.{home}", task, module, f"{seconds + 2 * _START}", *arguments]
+    command = [*command_of(f"pcsc_safe.doctor.{home}"), task, module, f"{seconds + 2 * _START}", *arguments]
     return TaskResult(run_disposable(command, plain_environment() if env is None else env, seconds + _START, stop))
 
 

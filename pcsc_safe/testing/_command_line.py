@@ -9,6 +9,7 @@ Nothing here forks.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from typing import Any, Callable
@@ -35,6 +36,8 @@ def exit_status(program: str, command: Callable[[], int]) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed, in a shell by >&-
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until this process ends
+        if isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # a path may have any character
     try:
         try:
             return command()

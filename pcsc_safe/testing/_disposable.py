@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any, NamedTuple, Optional
 
-__all__ = ["Ended", "Stopped", "default_sigchld", "run_disposable"]
+__all__ = ["Ended", "Stopped", "command_of", "default_sigchld", "run_disposable"]
 
 _POLL = 0.01
 _LAST_WORDS = 0.5  # seconds that a process gets to dump its stacks after it was given up
@@ -52,6 +52,22 @@ def default_sigchld() -> None:
     """Undo what this process may have inherited: where SIGCHLD is ignored, no child can be waited for."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def command_of(module: str) -> list[str]:
+    """The command that runs a module of this package with this interpreter.
+
+    ``python -m`` looks for modules in the current directory first.  This command does that only if this process does:
+    a file there could have the name of a module that the package imports.
+    """
+    try:
+        looks_here = os.getcwd() in [os.path.abspath(path) for path in sys.path]
+    except OSError:  # the current directory was removed
+        looks_here = False
+    without = "" if looks_here else "sys.path[0] or sys.path.pop(0); "  # with -c it is the first one, and empty
+    flags = ["-I"] if sys.flags.isolated else ["-E"] if sys.flags.ignore_environment else []
+    code = f"import sys; {without}import runpy; runpy.run_module({module!r}, None, '__main__', True)"
+    return [sys.executable, *flags, "-c", code]
 
 
 def run_disposable(

@@ -56,10 +56,14 @@ class Installed:
 
 @dataclass(frozen=True)
 class Missing:
-    """Why there can't be a virtual stack here, and what to do about it."""
+    """Why there can't be a virtual stack here, and what to do about it.
+
+    :param is_installed: whether everything is installed, but can't be run, perhaps only now.
+    """
 
     problem: str
     remedy: str
+    is_installed: bool = False
 
 
 @cache
@@ -78,7 +82,8 @@ def look() -> Union[Installed, Missing]:
             [pcscd, "--version"], capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False
         )
     except (OSError, subprocess.SubprocessError) as error:
-        return Missing(f"pcscd, which the virtual PC/SC stack needs, can't be run ({error})", f"try {pcscd} --version")
+        problem = f"pcscd, which the virtual PC/SC stack needs, can't be run ({error})"
+        return Missing(problem, f"try {pcscd} --version", is_installed=True)
     words = said.stdout.split()
     version = words[2].rstrip(".") if len(words) > 2 else "of unknown version"
     directory = next((word[7:] for word in words if word.startswith("ipcdir=")), "/run/pcscd")

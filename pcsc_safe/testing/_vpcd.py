@@ -101,6 +101,7 @@ class Slot:
 
     def _connect(self) -> None:
         connection = socket.create_connection((_LOCALHOST, self.port))
+        connection.settimeout(None)  # whatever socket.setdefaulttimeout() says: pcscd may ask nothing for long
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = connection
 

@@ -25,6 +25,7 @@ from typing import Any, Optional
 import macos
 import pytest
 from conftest import Session
+from places import ROOT
 
 from pcsc_safe import policy
 from pcsc_safe import scard as safe
@@ -347,6 +348,17 @@ def test_every_protocol_that_a_client_can_agree_on(path: str, oldest: int, newes
     assert told == {"answer": "ok", "protocol": f"4.{newest}", "result": 0}
     finding = _pcscd._response_finding("ok", told, POLKIT)
     assert (finding.status, finding.detail) == (OK, f"yes, protocol 4.{newest}")
+
+
+def test_a_file_in_the_current_directory(tmp_path: Path) -> None:
+    """The doctor's processes import nothing from there, unless the doctor itself does."""
+    (tmp_path / "wrapt.py").write_text("open('was_imported', 'w')")
+    code = "import sys; sys.path.pop(0); from pcsc_safe.__main__ import main; sys.exit(main(['doctor', '--no-probe']))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=60, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    assert not (tmp_path / "was_imported").exists()
 
 
 @on_linux

@@ -171,6 +171,26 @@ def test_it(pcsc_stack):
     assert "apt-get install pcscd vsmartcard-vpcd" in output.replace("\n", " ")
 
 
+def test_a_pcscd_that_does_not_run(tmp_path: Path) -> None:
+    """It fails the tests, which would otherwise be skipped. If it was only too slow once, they run."""
+    (tmp_path / "conftest.py").write_text("from pcsc_safe.testing import _install\n_install._SECONDS = 1\n")
+    again, pcscd = tmp_path / "again", tmp_path / "pcscd"
+    for runs, outcome in ((f"test -e {again}", "1 passed"), ("false", "1 error")):
+        pcscd.write_text(f'#!/bin/sh\n{runs} && exec /usr/sbin/pcscd "$@"\n>{again}\nexec sleep 60\n')
+        pcscd.chmod(0o755)
+        output = run_pytest(tmp_path, "def test_it(pcsc_stack): pass\n", PATH=f"{tmp_path}:{os.environ['PATH']}")
+        assert outcome in output
+
+
+def test_under_run(tmp_path: Path) -> None:
+    """``run -m pytest`` works although warnings are errors."""
+    (tmp_path / "test_it.py").write_text("def test_it(pcsc_stack): pass\n")
+    command = [sys.executable, "-m", "pcsc_safe", "run", "-m", "pytest", "-W", "error::pytest.PytestWarning"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PCSCLITE"))}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
 def test_errors_of_a_card_fail_the_test(tmp_path: Path) -> None:
     """A bug in a card is an error of the test that used it."""
     source = "def test_it(pcsc_stack, pcsc_card):\n    pcsc_card.errors.append(ValueError('my bug'))\n"
