@@ -403,7 +403,8 @@ def test_a_signal_at_any_line_of_a_call_through_a_broker(function: str, shared_s
 
     def child() -> int:
         pcsc_safe.configure(broker="always")
-        other, known = establish(), set(handles.contexts)
+        other = establish()
+        known, known_cards = set(handles.contexts), set(handles.cards)
         clients, reader = shared_stack.clients(), safe.SCardListReaders(other, [])[1][0]
         line, left = 0, -1
         while left < 0:
@@ -439,7 +440,7 @@ def test_a_signal_at_any_line_of_a_call_through_a_broker(function: str, shared_s
             rival = connect(other, reader)  # waits as long as a transaction is open
             safe.SCardDisconnect(rival, LEAVE)
             disconnect()
-            assert not handles.cards, line
+            assert set(handles.cards) == known_cards, line
             release()
             assert set(handles.contexts) == known, line
             shared_stack.wait_for_clients(clients)
