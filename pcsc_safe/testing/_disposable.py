@@ -64,10 +64,11 @@ def command_of(module: str) -> list[str]:
         looks_here = os.getcwd() in [os.path.abspath(path) for path in sys.path]
     except OSError:  # the current directory was removed
         looks_here = False
-    without = "" if looks_here else "sys.path[0] or sys.path.pop(0); "  # with -c it is the first one, and empty
+    # With -c, the current directory is the first one, and empty.
+    forget = "" if looks_here else "import sys; sys.path[0] or sys.path.pop(0); "
     flags = ["-I"] if sys.flags.isolated else ["-E"] if sys.flags.ignore_environment else []
-    code = f"import sys; {without}import runpy; runpy.run_module({module!r}, None, '__main__', True)"
-    return [sys.executable, *flags, "-c", code]
+    code = f"import runpy; runpy.run_module({module!r}, None, '__main__', True)"
+    return [sys.executable, *flags, "-c", forget + code]
 
 
 def run_disposable(
