@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from forking import in_child, start, wait_for
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import sessions
+from pcsc_safe._core import handles, sessions
 from pcsc_safe._core.calls import ByDefault
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
@@ -24,6 +24,16 @@ OK, RESET = safe.SCARD_S_SUCCESS, safe.SCARD_W_RESET_CARD
 LEAVE, SHARED, EXCLUSIVE = safe.SCARD_LEAVE_CARD, safe.SCARD_SHARE_SHARED, safe.SCARD_SHARE_EXCLUSIVE
 ECHOED = [OK, [1, 2, 3, 0x90, 0x00]]
 VERIFIED = [OK, [1, 0x90, 0x00]]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_open() -> Iterator[None]:
+    """What other tests have left connected would count as a use of the reader."""
+    for context in list(handles.contexts):
+        safe.SCardReleaseContext(context)
+    yield
+    for context in list(handles.contexts):
+        safe.SCardReleaseContext(context)
 
 
 @pytest.mark.parametrize("fork", [os.fork, c_fork], ids=["fork", "fork-in-c"])
