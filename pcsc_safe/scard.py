@@ -10,5 +10,5 @@ import sys as _sys
 from ._gateways import public as _public
 
 globals().update(_public)
-scard = _sys.modules[__name__]  # some programs import the module smartcard.scard.scard from smartcard.scard
-__all__ = list(_public)
+scard = _sys.modules[__name__]  # some programs use the module smartcard.scard.scard, also after "import *"
+__all__ = [*_public, "scard"]

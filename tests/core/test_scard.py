@@ -22,11 +22,12 @@ FUNCTIONS = [name for name in NAMES if inspect.isfunction(getattr(raw, name))]
 
 
 def test_every_public_name_is_exported() -> None:
-    """Functions, constants and ``error``, and nothing else, also by ``import *``."""
+    """Functions, constants, ``error`` and the module itself as ``scard``, and nothing else, also by ``import *``."""
     namespace: dict[str, Any] = {}
     exec("from pcsc_safe.scard import *", namespace)
     del namespace["__builtins__"]
-    assert sorted(namespace) == sorted(NAMES) == sorted(safe.__all__)
+    assert sorted(namespace) == sorted([*NAMES, "scard"]) == sorted(safe.__all__)
+    assert namespace["scard"] is safe
 
 
 def test_constants_are_the_same_objects() -> None:
