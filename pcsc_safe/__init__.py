@@ -4,7 +4,7 @@ Import :mod:`pcsc_safe.scard` instead of ``smartcard.scard``; a program that use
 :func:`install`.  The names of this package are loaded when they are first used, so ``import pcsc_safe`` is quick and
 loads no native library.  If the environment has ``PCSC_SAFE_GUARD_NATIVE``, this setting applies from the import on.
 
-For pytest, whose plugins are imported later than this under ``run``: PYTEST_DONT_REWRITE
+PYTEST_DONT_REWRITE: under ``run``, this package is imported before pytest could rewrite its assertions.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def _reconnect(call: Call, card: Record, arguments: tuple[Any, ...]) -> Any:
     if hresult != SUCCESS:
         return call.failure(hresult)
     share_mode, protocols, initialization = arguments
-    # A child to which this process has handed the session over may not have made a call yet.
+    # A child to which this process has handed the session over may not have run its hook yet.
     is_given = card.owner.noticed_by is process.HANDED_OVER
     if settings().spare_cards and (is_given or card.session.is_used_by_others()):
         initialization = LEAVE_CARD  # the card itself was not reset

@@ -21,7 +21,7 @@ is_on = True
 def prepare_for(settings: Settings) -> None:
     """Import what this process, or a child, needs in any case according to these settings."""
     if settings.owner is Owner.CHILD or settings.policy is Policy.SHARE:
-        from . import transfer  # may need much that this process otherwise imports only for its first context
+        from . import transfer  # imports much that a process otherwise imports for its first context
 
         transfer.register_hooks()
     always = settings.broker is Broker.ALWAYS or settings.policy is Policy.BROKER

@@ -41,7 +41,7 @@ DOOR = 3
 FOR_FAMILY, FOR_ONE = b"f", b"1"
 """The message with each connection that is passed through the door: whether other clients may follow."""
 
-# POSIX has these numbers in kill(1).  To import signal, which makes enums, takes a quarter of the time of this module.
+# POSIX has these numbers in kill(1).  Importing signal, which makes enums, would take another 0.7 ms.
 _SIGHUP, _SIGINT, _SIGQUIT, _SIGKILL, _SIGTERM = 1, 2, 3, 9, 15
 IGNORED = [_SIGINT, _SIGQUIT, _SIGTERM, _SIGHUP]
 """Signals that are for its client, which may still need the broker; end of file ends a broker."""

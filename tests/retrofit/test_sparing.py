@@ -349,7 +349,7 @@ def test_the_last_one_powers_the_card_off(shared_stack: VirtualPcsc) -> None:
     assert outcome(all_disconnect_at_once, shared_stack) == [False] * 10
 
 
-def its_own_outlives_a_shared_one(_: str) -> None:
+def its_own_outlives_a_shared_one() -> None:
     pcsc_safe.install()
     shared = connected()
     shared.transmit(VERIFY)
@@ -374,4 +374,4 @@ def its_own_outlives_a_shared_one(_: str) -> None:
 def test_a_shared_session_and_another_one(shared_stack: VirtualPcsc) -> None:
     """The last process of a shared session leaves the card alone that another one uses by a connection of its own."""
     env = {"PCSC_SAFE_BROKER": "always", "PCSC_SAFE_POLICY": "share"}
-    assert outcome(its_own_outlives_a_shared_one, shared_stack, "", **env) is True
+    assert outcome(its_own_outlives_a_shared_one, shared_stack, **env) is True
