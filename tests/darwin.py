@@ -147,11 +147,18 @@ def _darwins(base: Any) -> Any:
 
     class Socket(base):  # type: ignore[misc]
         def sendmsg(self, buffers: Any, ancdata: Any = (), *more: Any) -> int:
+            sent = []
             for level, kind, rights in ancdata:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     (number,) = struct.unpack("i", rights)  # one descriptor per message
-                    _in_flight[_identity(number)] = self.fileno()
-            return int(base.sendmsg(self, buffers, ancdata, *more))
+                    sent.append(_identity(number))
+                    _in_flight[sent[-1]] = self.fileno()
+            try:
+                return int(base.sendmsg(self, buffers, ancdata, *more))
+            except BaseException:  # nothing was sent: this socket can be closed, and then has no number
+                for identity in sent:
+                    _in_flight.pop(identity, None)
+                raise
 
         def send(self, *arguments: Any) -> int:
             sent = int(base.send(self, *arguments))
