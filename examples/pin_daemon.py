@@ -130,5 +130,5 @@ if __name__ == "__main__":
         sys.exit("usage: pin_daemon.py SOCKET")
     try:
         main(os.path.abspath(sys.argv[1]))
-    except (piv.CardError, OSError) as error:
+    except (piv.CardError, pcsc_safe.HandoverError, OSError) as error:
         sys.exit(f"pin_daemon.py: {error}")

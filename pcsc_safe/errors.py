@@ -26,7 +26,7 @@ class PcscSafeError(Exception):
     """The base of all errors of pcsc_safe.
 
     Its text is ``FUNCTION: PROBLEM; REMEDY``.  These parts and the facts are attributes, which pickling keeps.  An
-    attribute is None if it doesn't apply.
+    attribute that doesn't apply is None, or ``""`` for ``remedy``.
 
     :param problem: which object is in which state.
     :param remedy: what to do about it.

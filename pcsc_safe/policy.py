@@ -124,6 +124,12 @@ class Setting:
         value = int(self.default) if isinstance(self.default, bool) else self.default
         return str(getattr(value, "value", value)) or '""'
 
+    def description(self) -> str:
+        """What it is for, the words that are allowed, and the default, for ``--help`` and ``help()``."""
+        words = ", ".join(self.choices())
+        summary = f"{self.summary}: {words}" if words else self.summary
+        return f"{summary} (default: {self.default_as_text()})"
+
 
 _rows: list[Setting] = []
 _Value = TypeVar("_Value")

@@ -1,8 +1,9 @@
 """``smartcard.scard``, safe to use on both sides of a fork.
 
 Import it instead of ``smartcard.scard``.  It has the same functions, constants and ``error``, with the same results.
-In a process that never forks only one thing differs: if SCardTransmit, SCardControl or another call fails, the data
-that it returns is ``[]``.  pyscard returns uninitialised memory instead (hazard 11 of ``python -m pcsc_safe demo``).
+In a process that never forks, one result differs: if SCardTransmit, SCardControl or another call fails, the data that
+it returns is ``[]``.  pyscard returns uninitialised memory instead (hazard 11 of ``python -m pcsc_safe demo``).
+Contexts and cards are proxies of integers; pass ``int(context)`` to C code.
 """
 
 import sys as _sys

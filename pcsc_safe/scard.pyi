@@ -15,6 +15,8 @@ Handles are ints to a type checker, as they are to ``isinstance``.  pyscard's na
 
 from typing import Union
 
+from pcsc_safe import scard as scard
+
 _State = tuple[str, int]
 _StateWithAtr = tuple[str, int, list[int]]
 # list is invariant: programs have each of these types, and none is a subtype of another.

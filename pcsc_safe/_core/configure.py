@@ -60,8 +60,13 @@ if not TYPE_CHECKING:
         before = {name: getattr(former, name) for name in given}
         return _configured(changed, lambda: settings.replace(settings.settings()._replace(**before).checked()))
 
-    _rows = [f"{name}: {row.summary}" for name, row in SETTINGS.items()]
-    configure.__doc__ = "\n    ".join(["Change settings of this process, or of one context.\n", *_rows])
+    _rows = [f":param {name}: {row.description()}" for name, row in SETTINGS.items()]
+    _rows += [
+        ":param context: a context: the settings then apply only to it and its cards",
+        ":return: the settings that are now in force; a ``with`` statement restores the former ones at its end",
+        ":raises SettingsError: a setting can't have this value, alone or together with the others",
+    ]
+    configure.__doc__ = "\n".join(["Change settings of this process, or of one context.\n", *_rows])
 else:  # what type checkers and the documentation know
 
     def configure(

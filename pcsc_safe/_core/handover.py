@@ -129,7 +129,7 @@ def files_to_preserve() -> list[int]:
     ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  The numbers stay the same when sessions are handed
     over or shared.
 
-    :return: their numbers, in ascending order; an empty list if this process has no session.
+    :return: their numbers, in ascending order; an empty list if this process has neither a context nor a broker.
     """
     here = process.current()  # first: it may be what makes contexts this process's own
     owned = [context for context in list(handles.contexts.values()) if context.owner is here]

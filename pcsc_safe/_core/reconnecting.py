@@ -41,6 +41,9 @@ def reconnecting(
     If an Exception ends ``work`` after a reset, ``reconnecting`` drops it, even if a signal handler has raised it.  So
     a handler that should end ``work`` must raise another BaseException, such as KeyboardInterrupt.
 
+    A card that was pulled out and put back counts as reset, and so does another card that was put in instead: identify
+    the card in ``on_reset`` before it sends a PIN.
+
     ``work`` may have been carried out in part before it is called again: let it begin its own transaction, and don't
     use it for commands that must not be sent twice, such as one that changes a counter.  One thread at a time may use
     the card.

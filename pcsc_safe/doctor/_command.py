@@ -59,7 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="examine the running program with process ID N, and its children (Linux; default: examine this machine)",
     )
     parser.add_argument(
-        "--timeout", type=_seconds, default=10.0, metavar="S", help="seconds to wait for pcscd (default: 10)"
+        "--timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="S",
+        help="seconds to wait for pcscd, and for a broker (default: 10)",
     )
 
 

@@ -63,8 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} [options] script.py | -m module | -c code | -  [argument ...]"
     for option, setting in _SETTINGS.items():
         row = policy.SETTINGS[setting]
-        help_text = ": ".join(filter(None, [row.summary, ", ".join(row.choices())]))
-        help_text = f"{help_text} (default: {row.default_as_text()})"
+        help_text = row.description()
         if option in _SWITCHES:
             parser.add_argument(option, nargs="?", const="1", metavar="=0", help=help_text)
         else:

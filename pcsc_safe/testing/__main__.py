@@ -35,7 +35,8 @@ def _parser() -> argparse.ArgumentParser:
         prog=_PROGRAM,
         usage="%(prog)s [-h] [--card CARD] -- command [argument ...]",
         description="Run a command on a private PC/SC stack with virtual readers and cards.",
-        epilog="exit status: that of the command; 2 if the stack or the command can't be started",
+        epilog="exit status: that of the command; 128 plus the number of the signal that ended it; 2 if the stack or "
+        "the command can't be started",
     )
     parser.add_argument(
         "--card",

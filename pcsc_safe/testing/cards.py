@@ -230,7 +230,8 @@ def check_card(card: object) -> None:
     if not isinstance(card, VirtualCard):
         raise PcscStackError(f"{card!r} is not a card", remedy="pass a VirtualCard, for example EchoCard()")
     if not hasattr(card, "_powered"):
-        raise PcscStackError(f"this {type(card).__name__} is no card yet", remedy="call super().__init__() first")
+        problem = f"this {type(card).__name__} has not been initialized"
+        raise PcscStackError(problem, remedy="call super().__init__() first")
 
 
 def _counting(length: int) -> bytes:
