@@ -125,11 +125,16 @@ def _identity(number: int) -> _Identity:
     return status.st_dev, status.st_ino
 
 
+def _note_sent(sender: Any) -> None:
+    with contextlib.suppress(OSError):  # another thread has closed it
+        _have_sent.add(_identity(sender.fileno()))
+
+
 def _flush_if_in_flight(number: int) -> None:
     """If a socket that was sent and not received yet is about to be closed, shut it down."""
     with contextlib.suppress(OSError):
         door = _in_flight.pop(_identity(number), None) if _in_flight and number >= 0 else None
-        if door is None or not _asked(door, _SIOCOUTQ):
+        if door is None or door < 0 or not _asked(door, _SIOCOUTQ):
             return  # everything that was sent has been received
         is_read = _other_ends.get(_identity(number)) in _have_sent and not _asked(number, termios.FIONREAD)
         if not is_read:
@@ -162,12 +167,12 @@ def _darwins(base: Any) -> Any:
 
         def send(self, *arguments: Any) -> int:
             sent = int(base.send(self, *arguments))
-            _have_sent.add(_identity(self.fileno()))
+            _note_sent(self)
             return sent
 
         def sendall(self, *arguments: Any) -> None:
             base.sendall(self, *arguments)
-            _have_sent.add(_identity(self.fileno()))
+            _note_sent(self)
 
         def close(self) -> None:
             _flush_if_in_flight(self.fileno())

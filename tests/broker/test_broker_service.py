@@ -164,9 +164,11 @@ def test_what_a_signal_handler_raises_ends_a_call(stack: VirtualPcsc) -> None:
             lambda: safe.SCardGetStatusChange(session.context, safe.INFINITE, [(session.reader, 0x22)]),
         ):
             in_call.set()
-            threading.Timer(0.5, signals).start()  # a busy machine may take long to get into the call
+            timer = threading.Timer(0.5, signals)  # a busy machine may take long to get into the call
+            timer.start()
             with pytest.raises(ComesInBetweenError):
                 call()
+            timer.join()  # before in_call is set again
         link.say("ended")
         link.hear()
         return session.transmit(ECHO), session.transmit(ECHO)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from brokers import ENOUGH, Client, Link, broker, brokers, until, watched
-from calling import Calling
+from calling import Calling, stays
 from cforks import c_fork
 from conftest import ECHO, IS_VERIFIED, Session
 from families import (
@@ -219,8 +219,9 @@ def test_a_cancel_is_for_the_waits_of_one_process(stack: VirtualPcsc) -> None:
         name = safe.SCardListReaders(session.context, [])[1][1]
         state = safe.SCardGetStatusChange(session.context, 0, [(name, 0)])[1][0][1]
         waits = [Calling(called, session, "SCardGetStatusChange", safe.INFINITE, [(name, state)]) for _ in range(2)]
+        until(lambda: stays(lambda: all(wait.waits for wait in waits)), "they wait")
         with Member(session) as child:
-            child.say(("SCardGetStatusChange", 1000, [(name, state)]))
+            child.say(("SCardGetStatusChange", 3000, [(name, state)]))
             silent, exchanged = child.is_silent(), called(session, *TRANSMIT)
             cancelled = called(session, "SCardCancel"), [wait.answer()[0] for wait in waits]
             return silent, exchanged, cancelled, child.is_silent(), child.hear()[0]

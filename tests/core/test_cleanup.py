@@ -169,7 +169,7 @@ def test_the_parents_own_exit_is_clean(shared_stack: VirtualPcsc) -> None:
     before = shared_stack.clients()
     done = in_program(ends, "os._exit", env=shared_stack.env)
     assert (done.returncode, done.stderr) == (0, "")
-    assert shared_stack.clients() == before
+    shared_stack.wait_for_clients(before)
 
 
 def test_finalizers_at_interpreter_exit_find_everything_they_need(shared_stack: VirtualPcsc) -> None:

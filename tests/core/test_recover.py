@@ -69,7 +69,9 @@ def stack(module_stack: VirtualPcsc) -> Iterator[VirtualPcsc]:
 def kill_in_an_exchange(stack: VirtualPcsc) -> None:
     card: Any = stack.readers[0].card
     assert card.reached.wait(ENOUGH)
-    threading.Timer(0.05, card.go.set).start()  # because kill() waits for the card
+    os.kill(stack.pid, signal.SIGKILL)
+    until(lambda: has_ended(stack.pid), "pcscd has ended")
+    card.go.set()  # because kill() waits for the card
     stack.kill()
     card.reached.clear()
     card.go.clear()

@@ -19,8 +19,8 @@ from places import ROOT
 
 from pcsc_safe.testing import VirtualPcsc
 
-TIMEOUT = 30  # s
-NOTICED = 5  # s; Django polls once a second
+TIMEOUT = 60  # s
+NOTICED = 15  # s; Django polls once a second
 ASKED = 50
 
 PROJECT = """
@@ -57,9 +57,11 @@ class Site:
     def __init__(self, directory: Path, how: str, stack: VirtualPcsc) -> None:
         self.file, self._log = directory / "project.py", directory / "log"
         self.file.write_text(PROJECT.format(imports=IMPORTS[how]))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        # Keeps the port for Django, which also sets SO_REUSEADDR.
+        self.held = socket.socket()
+        self.held.bind(("127.0.0.1", 0))
+        self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.port = self.held.getsockname()[1]
         launcher = ["-m", "pcsc_safe", "run"] if how == "run" else []
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         command = [sys.executable, *launcher, str(self.file), "runserver", "--nothreading", f"127.0.0.1:{self.port}"]
@@ -116,6 +118,7 @@ def site(request: pytest.FixtureRequest, shared_stack: VirtualPcsc, tmp_path: Pa
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.process.pid, signal.SIGKILL)
         running.process.wait()
+        running.held.close()
 
 
 def test_every_answer_is_right(site: Site, shared_stack: VirtualPcsc) -> None:

@@ -479,17 +479,17 @@ def test_a_signal_when_a_transaction_ends_in_a_broker(shared_stack: VirtualPcsc)
 
 
 class SlowReset(EchoCard):
-    """An EchoCard that takes 0.4 s for a reset, and for INS 03."""
+    """An EchoCard that takes 1.2 s for a reset, and for INS 03."""
 
     def power_on(self) -> None:
         super().power_on()
-        time.sleep(0.4)
+        time.sleep(1.2)
 
     reset = power_on
 
     def apdu(self, command: bytes) -> bytes:
         if command[1] == 0x03:
-            time.sleep(0.4)
+            time.sleep(1.2)
         return super().apdu(command)
 
 
@@ -509,7 +509,7 @@ def interrupted_after(function: str, turn: str) -> None:
     other = Calling(safe.SCardTransmit, card, safe.SCARD_PCI_T1, [0x80, 3, 0, 0]) if turn == "waits" else None
     if other is not None:
         until(lambda: waits_on(other), "it waits")
-    signal.setitimer(signal.ITIMER_REAL, 0.2 if other is None else 0.6)
+    signal.setitimer(signal.ITIMER_REAL, 0.6 if other is None else 1.8)
     with contextlib.suppress(AlarmError):
         print("not interrupted:", getattr(safe, function)(card, *arguments, safe.SCARD_RESET_CARD))
     # The other two calls may use another native context, which a handler can keep from being released until the next.
@@ -934,4 +934,4 @@ def test_at_the_limit_of_pcscd(free: int) -> None:
     assert codes == [OK, TIMED_OUT, OK]
     assert (same, goes_on, ended, released, last_ended) == (True, True, [OK, CANCELLED], OK, True)
     # Once, and once more each time after pcscd has accepted one; not at every attempt.
-    assert 1 <= sum("refuses more connections" in line for line in said) <= 3
+    assert 1 <= sum("refuses more connections" in line for line in said) <= 6

@@ -346,7 +346,9 @@ def two_signals() -> None:
     signal.signal(signal.SIGUSR2, handler)
     me = os.getpid()
     for _ in range(20):
-        with subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -USR1 {me}; kill -USR2 {me}"]):
+        # The wait is a second thread's.
+        begun = f"until [ $(ls /proc/{me}/task | wc -l) -gt 1 ]; do :; done; sleep 0.1"
+        with subprocess.Popen(["sh", "-c", f"{begun}; kill -USR1 {me}; kill -USR2 {me}"]):
             ended.append(session.wait(FOR_EVER))
     print(json.dumps(ended))
 

@@ -382,7 +382,7 @@ def returned_before_a_fork() -> None:
         time.sleep(timeout)
 
     def work() -> None:
-        waits.SCardGetStatusChange(1, 0.3, None)
+        waits.SCardGetStatusChange(1, 1, None)
         wait_of_application(1, 5, None)
 
     from pcsc_safe._core import in_flight
@@ -392,7 +392,7 @@ def returned_before_a_fork() -> None:
     time.sleep(0.1)
     scard._note_threads_inside()
     (call,) = in_flight.calls_without_place
-    time.sleep(0.5)
+    time.sleep(1.5)
     call.interrupt()
     say(list(map(str, in_flight.calls_without_place)))
 

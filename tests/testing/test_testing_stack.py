@@ -718,6 +718,7 @@ def test_forked_child_uses_the_stack(pcsc_stack: VirtualPcsc) -> None:
     assert card is not None
     assert forking.in_child(lambda: (reader_names(), echo(names[0], 7))) == (names, [7, 0x90, 0])
     assert card.apdus == 1
+    pcsc_stack.wait_for_clients(0)
     assert forking.in_child(pcsc_stack.clients) == 0
 
 
