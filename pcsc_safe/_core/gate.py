@@ -60,8 +60,11 @@ def wait_until_open(ident: int) -> bool:
     A signal handler in that thread may be waiting for this thread, so this function returns after a while even if the
     gate is still closed; at worst the fork is then unquiet.
 
-    :return: whether the gate may be passed although it is closed: by the thread that closed it, or by anybody.
+    :return: whether the gate may be passed although it is closed: by the thread that closed it; by a thread that is
+        inside, for which the fork waits; or by anybody.
     """
+    if any(call[1] == ident for call in in_flight.calls()):
+        return True
     while in_flight.closers and ident not in in_flight.closers:
         ends = list(in_flight.closers.values())  # may just have become empty
         if ends and max(ends) < monotonic():

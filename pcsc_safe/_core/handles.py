@@ -120,9 +120,9 @@ class Context:
 
     def forget(self) -> None:
         """Drop it, and its cards, from this process's registry."""
+        self.released = True  # first: a card that another thread records from now on is forgotten by that thread
         for card in list(self.cards.values()):
             card.forget()
-        self.released = True
         _drop(contexts, self)
 
 

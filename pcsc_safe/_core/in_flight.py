@@ -212,7 +212,7 @@ def attempt(
 ) -> list[Any]:
     """Make a native call, in one step of C, if the place is free and nothing is in the way.
 
-    :param owned: what the call is on; the call isn't made if this process no longer owns it.
+    :param owned: what the call is on; the call isn't made if this process no longer owns it, or has released it.
     :param function: PC/SC's name.
     :param call: the call.
     :param more: C calls that belong to the same step, after it.
@@ -225,24 +225,25 @@ def attempt(
     """
     entry = (function, get_ident(), monotonic(), wait)
     steps: list[Any] = []
-    operations = ((place.acquire, False), (place.enter, entry), call, *more, (place.release,), (place.leave,))
+    operations = ((place.acquire, False), (place.enter, entry), call, *more, (place.leave,), (place.release,))
     chain = takewhile(is_not_false, call_each(operations))
     try:
         # From the first of these looks to the call of extend() no other code runs, of this thread or of any other.
         if (
-            (may_pass or not closers)
+            process.sentinel[0]
+            and owned.owner is process.here
+            and not owned.released
+            and (may_pass or not closers)
             and place.state <= latest_state
             and not (without_cards and place.cards)
             and not unless
             and not (wait is not None and wait.cancelled)
-            and process.sentinel[0]
-            and owned.owner is process.here
         ):
             steps.extend(chain)
     except BaseException:
         # Raised by the call itself (TypeError), or by a handler after the last step.  Each of the calls below is the
         # first in its block, so no handler comes before it.
-        if steps and steps[-1] is not entry:
+        if 0 < len(steps) < len(operations):
             try:
                 place.leave()
             finally:

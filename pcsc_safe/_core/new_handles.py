@@ -55,7 +55,10 @@ def connect(gateway: Gateway, context: Context, arguments: tuple[Any, ...]) -> A
 
     def keep(real: int, native: Any, protocol: int) -> Any:
         connected.append(Card(real, native, context, reader, share_mode, protocol or preferred, session))
-        return handles.register(connected[-1])
+        proxy = handles.register(connected[-1])
+        if context.released:  # by another thread, since the connection was made
+            connected[-1].forget()
+        return proxy
 
     try:
         result = gateway.connect(context, arguments, keep)

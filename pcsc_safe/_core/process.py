@@ -21,7 +21,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from functools import partial
+from itertools import starmap
+from operator import eq, itemgetter
 from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from .failures import is_ours
@@ -42,6 +45,7 @@ __all__ = [
     "current",
     "forked_by",
     "here",
+    "is_here",
     "locks_to_release",
     "process_key",
     "raise_later",
@@ -125,16 +129,19 @@ if TYPE_CHECKING:  # as in in_flight
 
 
 class _PidSentinel:
-    """Layer 3, for systems that can't wipe a page."""
+    """Layer 3, for systems that can't wipe a page.
+
+    :ivar set_by: the PID of the process that set each value; 0 if none has.
+    """
 
     def __init__(self) -> None:
-        self._set_by = [0, 0]
+        self.set_by = [0, 0]
 
     def __getitem__(self, index: int, /) -> int:
-        return self._set_by[index] == os.getpid()
+        return self.set_by[index] == os.getpid()
 
     def __setitem__(self, index: int, value: int, /) -> None:
-        self._set_by[index] = os.getpid() if value else 0
+        self.set_by[index] = os.getpid() if value else 0
 
 
 def _wiped_page() -> Optional[_Sentinel]:
@@ -166,6 +173,15 @@ here = Epoch(None, "import")
 _page = _wiped_page()
 sentinel: _Sentinel = _page or _PidSentinel()
 sentinel[_HERE] = 1
+
+
+def is_here() -> Iterator[Any]:
+    """An iterator of C functions, whose item says whether :data:`here` describes this process then."""
+    if isinstance(sentinel, _PidSentinel):
+        return map(eq, starmap(os.getpid, ((),)), (sentinel.set_by[_HERE],))
+    return map(itemgetter(_HERE), (sentinel,))
+
+
 _hooks_run = 0  # since here began
 forked_by = 0
 """In a child that ran a hook and whose epoch has not begun: the thread that forked."""
@@ -253,7 +269,7 @@ def _begin(epoch: Epoch) -> None:
     _left_in_hook.clear()
     _hooks_run = forked_by = 0
     # In one step, because a signal handler in between would begin another epoch.
-    set_by: Any = sentinel._set_by if isinstance(sentinel, _PidSentinel) else sentinel
+    set_by: Any = sentinel.set_by if isinstance(sentinel, _PidSentinel) else sentinel
     value = 1 if set_by is sentinel else epoch.pid
     in_one_step((globals().__setitem__, "here", epoch), (set_by.__setitem__, _HERE, value))
 

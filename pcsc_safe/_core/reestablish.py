@@ -205,6 +205,8 @@ def _connect(card: Card, share_mode: Any, protocols: Any, continuing: Optional[S
         kept.append(real)
         if continuing is not None and not _continues(continuing, session, before):
             raise _EndedError
+        if context.owner is not owner:  # a signal handler has handed it over
+            raise _SupersededError
         connection = {"real": real, "native": native, "share_mode": share_mode, "protocol": protocol or protocols}
         if not handles.update(card, former_owner, **connection, session=session, transactions=0, owner=owner):
             raise _SupersededError

@@ -346,19 +346,20 @@ def _route_slowly_once(call: Call, route: Callable[..., Any], handle: Any, argum
             return INVALID_HANDLE  # nothing is behind it here
         through = reestablish.gateway(call.name, None)
         return through.enter(call.name, through.functions[call.name], handle, *arguments)
-    if record.owner is here and (record.released or record.kind is not call.takes):
+    released = record.released or record.context.released
+    if record.owner is here and (released or record.kind is not call.takes):
         through = record.context.gateway
         try:
             return through.enter(call.name, through.functions[call.name], NO_HANDLE, *arguments)
         except LostError:
             return call.failure(INVALID_HANDLE, arguments)
-    if record.kind is not call.takes or record.released:
+    if record.kind is not call.takes or released:
         return call.failure(INVALID_HANDLE, arguments)
     if record.owner is not here:
         result = inherited.apply_policy(call, record, arguments)
         if result is not None:
             return result
-        if record.released:
+        if record.released or record.context.released:
             return call.failure(INVALID_HANDLE, arguments)
     through = record.context.gateway
     if through is not gateways.native:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import chain as all_of
 from itertools import compress, starmap, takewhile
-from operator import add, attrgetter, is_, itemgetter, mul, not_
+from operator import add, attrgetter, is_, mul, not_
 from typing import Any, Callable, Optional
 
 from .._core import gate, in_flight, process
@@ -81,39 +81,39 @@ def _note(function: str, follow_up: FollowUp, card: Any, arguments: _Arguments, 
 
 def _call(function: str, native: Any, prepare: Optional[_Prepare], card: Any, arguments: _Arguments) -> Any:
     sentinel, closers, may_pass = process.sentinel, in_flight.closers, False
-    while True:
-        place = card.native
-        if place is None:  # as in native_contexts_of()
-            return STALE
-        if place.waiting:
-            place.yield_to_waiters()
-        entry = (function, get_ident(), monotonic(), None)
-        steps: list[Any] = []
-        operation = (native, card.real, *arguments) if prepare is None else prepare(native, card, arguments)
-        operations = ((place.acquire, False), (place.enter, entry), operation, (place.release,), (place.leave,))
-        chain = takewhile(is_not_false, call_each(operations))
-        # As in in_flight.attempt().
-        try:
-            if not place.state and sentinel[0] and card.owner is process.here and card.native is place:  # noqa: SIM102
-                if may_pass or not closers:
-                    steps.extend(chain)
-        except BaseException:
-            if steps and steps[-1] is not entry:
-                try:
-                    place.leave()
-                finally:
-                    place.release()
-            raise
-        if steps:
-            result, place.began = steps[2], entry[2]
-            break
-        results, may_pass = _call_when_possible(card, place, operation, entry, may_pass)
-        if results:
-            result = results[0]
-            break
-    if awaiting_release:
-        release_waiting()
-    return result
+    try:
+        while True:
+            place = card.native
+            if place is None:  # as in native_contexts_of()
+                return STALE
+            if place.waiting:
+                place.yield_to_waiters()
+            entry = (function, get_ident(), monotonic(), None)
+            steps: list[Any] = []
+            operation = (native, card.real, *arguments) if prepare is None else prepare(native, card, arguments)
+            operations = ((place.acquire, False), (place.enter, entry), operation, (place.leave,), (place.release,))
+            chain = takewhile(is_not_false, call_each(operations))
+            # As in in_flight.attempt().
+            try:
+                if sentinel[0] and card.owner is process.here and card.native is place and not place.state:  # noqa: SIM102
+                    if may_pass or not closers:
+                        steps.extend(chain)
+            except BaseException:
+                if 0 < len(steps) < len(operations):
+                    try:
+                        place.leave()
+                    finally:
+                        place.release()
+                raise
+            if steps:
+                place.began = entry[2]
+                return steps[2]
+            results, may_pass = _call_when_possible(card, place, operation, entry, may_pass)
+            if results:
+                return results[0]
+    finally:
+        if awaiting_release:
+            release_waiting()
 
 
 def _call_when_possible(
@@ -141,7 +141,7 @@ def _conditions(card: Any, place: NativeContext, may_pass: bool) -> Iterator[Any
     return all_of(
         (may_pass,) if may_pass else map(not_, (in_flight.closers,)),
         map(not_, map(_state, (place,))),
-        map(itemgetter(0), (process.sentinel,)),
+        process.is_here(),
         map(is_, map(_owner, (card,)), map(_here, (process,))),
         map(is_, map(_native, (card,)), (place,)),
     )
@@ -164,7 +164,7 @@ def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: 
     # Not place.acquire and place.release, which are replaced at interpreter exit.
     lock = place.lock
     free = (lock.acquire, True, CHECK_INTERVAL)
-    operations = (free, (place.enter, entry), now, make_call, (lock.release,), (place.leave,))
+    operations = (free, (place.enter, entry), now, make_call, (place.leave,), (lock.release,))
     steps: list[Any] = []
     chain = takewhile(is_not_false, call_each(operations))
     try:
@@ -172,7 +172,7 @@ def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: 
         steps.extend(chain)
     except BaseException:
         # As in in_flight.attempt().
-        if steps and steps[-1] is not entry:
+        if 0 < len(steps) < len(operations):
             try:
                 place.leave()
             finally:

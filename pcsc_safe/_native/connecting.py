@@ -1,7 +1,8 @@
 """SCardConnect on one of the native contexts behind a PC/SC context.
 
-The step of C that connects to the card also enters the connection in the list of its native context.  A signal handler
-can interrupt what follows; the connection is then ended, because the application doesn't get it.
+The step of C that connects to the card also enters the connection in the list of its native context, and the call in
+:data:`in_flight.calls_without_place`: for a fork, the call lasts until the card is recorded.  A signal handler can
+interrupt what follows; the connection is then ended, because the application doesn't get it.
 
 At a fork nothing changes here.
 """
@@ -11,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Callable
 
-from .._core import gate, process
+from .._core import gate, in_flight, process
 from .._core.calls import STALE
 from .._core.in_flight import GIVEN, RELEASED, WOKEN, Owned, attempt
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation
+from .._core.unpatched import get_ident, monotonic
 from .contexts import NativeContexts
 from .native_context import NativeContext, wait_while_given
 from .pyscard import raw
@@ -36,12 +38,15 @@ def connect(contexts: NativeContexts, owned: Owned, arguments: Sequence[Any], ke
     """
     native, connected, chosen = raw["SCardConnect"], list[Any](), list[NativeContext]()
     operands = [(argument,) for argument in arguments]
+    recording, inside = object(), in_flight.calls_without_place
+    entry = ("SCardConnect", get_ident(), monotonic(), None)
 
     def call(context: NativeContext, is_bare: bool) -> tuple[Operation, ...]:
         chosen[:] = [context]
         # Counts as a card from now on, so that a thread that needs a context without a card doesn't use this one.
         count = (context.cards.append, connected)
-        return (connected.extend, map(native, (context.handle,), *operands)), count
+        record = (inside.__setitem__, recording, entry)
+        return (connected.extend, map(native, (context.handle,), *operands)), count, record
 
     try:
         result = contexts.use(owned, "SCardConnect", call, without_cards=True)
@@ -52,6 +57,8 @@ def connect(contexts: NativeContexts, owned: Owned, arguments: Sequence[Any], ke
     except BaseException:
         _finish(contexts, owned, connected, chosen, keeps=False)
         raise
+    finally:
+        inside.pop(recording, None)
 
 
 def _keep(contexts: NativeContexts, owned: Owned, connected: Sequence[int], context: NativeContext, keep: _Keep) -> Any:
@@ -83,7 +90,7 @@ def _finish(
 
 def _disconnect(owned: Owned, context: NativeContext, handle: int) -> None:
     """Disconnect a card that is not recorded, unless its native context is released or belongs to another process."""
-    call, may_pass = (raw["SCardDisconnect"], handle, _LEAVE_CARD), False
+    call, may_pass = (raw["SCardDisconnect"], handle, _LEAVE_CARD), True  # a fork waits for this thread
     while not attempt(context, context, "SCardDisconnect", call, may_pass=may_pass):
         if not context.is_ours() or owned.owner is not process.current() or context.state in (WOKEN, RELEASED):
             break

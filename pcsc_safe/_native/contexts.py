@@ -23,7 +23,7 @@ from .._core import connections, descriptors, failures, gate, in_flight, log, pr
 from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import is_ours
-from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, result_of
+from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, Place, attempt, result_of
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation, in_one_step
 from .._core.unpatched import get_ident, monotonic, sleep
@@ -45,7 +45,11 @@ _ATTEMPTS_TO_FIND = 10  # the connection of a new native context
 _CANCEL_TIMEOUT = 1.0  # s
 _RELEASE_TIMEOUT = 1.0  # s
 _CANCEL_INTERVAL = 0.002  # s
-awaiting_release: list[NativeContext] = []  # to be released when no thread is in them
+awaiting_release: dict[NativeContext, Optional[Owned]] = {}
+"""Native contexts to be released when no thread is in them; each with the PC/SC context that was released.
+
+If there is None instead, it is released when it has no card any more.
+"""
 
 
 class NativeContexts:
@@ -57,14 +61,14 @@ class NativeContexts:
     :ivar waits: the waits for events on the PC/SC context, each over all its native calls.
     """
 
-    __slots__ = ("_given_by", "_is_refused", "natives", "owner", "released", "scope", "waits")
+    __slots__ = ("_given_by", "_is_refused", "natives", "owner", "scope", "waits")
+    released = False  # these are in no call any more when they are
 
     def __init__(self, scope: Any) -> None:
         self.scope = scope
         self.owner: Optional[process.Epoch] = process.current()
         self._given_by: object = None
         self._is_refused = False  # whether pcscd has refused the last one
-        self.released = False
         self.natives: dict[NativeContext, Any] = {}  # in the order in which they were established
         self.waits: dict[Any, None] = {}
 
@@ -344,11 +348,11 @@ class NativeContexts:
                 code=hex(hresult & _32_BITS),
             )
 
-    def release(self, owned: Owned, forget: Callable[[], None]) -> int:
+    def release(self, owned: Owned, forget: Callable[[], None]) -> Any:
         """SCardReleaseContext: end the waits, and release every native context; a busy one when it is free.
 
-        :param forget: forgets the PC/SC context.
-        :return: pyscard's result.
+        :param forget: forgets the PC/SC context, after it was marked as released.
+        :return: pyscard's result, or :data:`STALE`.
         """
         for context in list(self.natives):
             if not context.handle:
@@ -356,11 +360,14 @@ class NativeContexts:
         natives = [context for context in list(self.natives) if context.handle]
         for wait in list(self.waits):
             wait.cancelled = True
-        awaiting_release.extend(natives)
+        try:
+            if not _mark_released(owned, natives):
+                return STALE
+        finally:
+            if owned.released:
+                forget()
         for context in natives:
-            context.released = True
             context.cards.clear()
-        forget()
         # Again, because a thread may have begun another one before that.
         waits = list(self.waits)
         for wait in waits:
@@ -368,9 +375,18 @@ class NativeContexts:
         self._wake(waits)
         # The others have lost their connections when their waits were ended.
         sound = [context for context in natives if context.state == OPEN]
-        results = [result_of(steps) for context in sound if (steps := self._release(context, without_cards=False))]
+        results = [result_of(steps) for context in sound if (steps := self._release_when_open(context))]
         release_waiting()
         return int(results[0]) if results else SUCCESS
+
+    def _release_when_open(self, context: NativeContext) -> list[Any]:
+        """Release a native context that nobody needs, when no thread is about to fork; not if a thread is in it."""
+        may_pass = False
+        while not (steps := self._release(context, without_cards=False, may_pass=may_pass)):
+            if context.calls or context.wakers or context.state != OPEN or not context.is_ours():
+                break  # whoever is there releases it
+            may_pass = gate.wait_for(context, may_pass)
+        return steps
 
     def end_long_calls(self) -> None:
         """End long calls, as the death of the process would; SCardCancel ends waits for events."""
@@ -385,7 +401,7 @@ class NativeContexts:
         # release_dead() releases those that have lost their connections.
         unreleased = [one for one in ours if one.handle and (one.descriptor is None or one.descriptor.is_intact())]
         if unreleased:
-            awaiting_release.extend(unreleased)
+            awaiting_release.update(dict.fromkeys(unreleased))
             self._wake(list(self.waits))
             release_waiting()
 
@@ -451,7 +467,7 @@ class NativeContexts:
         :return: whether libpcsclite has forgotten all of them.
         """
         self.abandon()
-        natives = [context for context in self.natives if context.handle and context.state != RELEASED]
+        natives = [context for context in list(self.natives) if context.handle and context.state != RELEASED]
         for context in natives:
             if context.descriptor is not None and descriptors.is_dead(context.descriptor.number):
                 if context.is_ours():  # otherwise its lock belongs to the parent
@@ -472,13 +488,29 @@ def native_contexts_of(context: Any) -> NativeContexts:
     return real if isinstance(real, NativeContexts) else NativeContexts(context.scope)
 
 
+def _mark_released(owned: Owned, natives: Sequence[NativeContext]) -> bool:
+    """Mark a PC/SC context as released, and its native contexts as to be released, in one step.
+
+    No thread can connect there afterwards, and a fork sees it either as it was before, or released.
+
+    :return: False if another thread has released it, or this process no longer owns it.
+    """
+    may_pass, due = False, dict.fromkeys(natives, owned)
+    mark = (setattr, owned, "released", True), (awaiting_release.update, due)
+    while not attempt(Place(), owned, "SCardReleaseContext", *mark, may_pass=may_pass):
+        if owned.released or owned.owner is not process.current():
+            return False
+        may_pass = gate.wait_until_open(get_ident())
+    return True
+
+
 def release_waiting() -> None:
     """Release the native contexts that are no longer needed, and that no thread is in."""
-    for context in list(awaiting_release):
+    for context, owned in list(awaiting_release.items()):
         if context.state != RELEASED:
-            NativeContexts(None)._release(context, without_cards=not context.released)
+            NativeContexts(None)._release(context, without_cards=owned is None or not owned.released)
         if context.state == RELEASED or not context.is_ours():
-            discard(awaiting_release, context)
+            awaiting_release.pop(context, None)
 
 
 def discard(items: list[Any], item: Any) -> None:

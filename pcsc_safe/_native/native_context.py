@@ -40,7 +40,6 @@ class NativeContext(Place):
     """A context of libpcsclite.
 
     :ivar owner: the process that established it, or that it was handed over to; only this process may release it.
-    :ivar released: whether the PC/SC context is released; then no one owns what lives here.
     :ivar handle: libpcsclite's handle; 0 until it is known.
     :ivar began: when the last call on a card there began, by ``monotonic()``.
     :ivar descriptor: its connection to pcscd, if it is known.
@@ -57,15 +56,14 @@ class NativeContext(Place):
         "established",
         "handle",
         "owner",
-        "released",
         "wakers",
         "woken",
     )
+    released = False  # what is called for a native context itself is its release, and what precedes it
 
     def __init__(self) -> None:
         super().__init__()
         self.owner = process.current()
-        self.released = False
         self.handle = 0
         self.began = self.woken = 0.0
         self.descriptor: Optional[Descriptor] = None
@@ -159,7 +157,7 @@ def cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
     result: list[Any] = []
     call = (result.extend, map(raw["SCardCancel"], (handle,)))
     while not attempt(establishing, owned, "SCardCancel", connections.FORGET_LATEST, call, may_pass=may_pass):
-        if owned.owner is not process.current():
+        if owned.released or owned.owner is not process.current():
             return STALE
         may_pass = gate.wait_for(establishing, may_pass)
     return result[0]

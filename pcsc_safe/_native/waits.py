@@ -33,6 +33,8 @@ class Wait:
     :ivar was_ended: whether a fork ended its native call early.
     """
 
+    released = False  # a native SCardCancel for it is also made when its context is released
+
     def __init__(self, context: Any, contexts: NativeContexts, timeout: int, states: Any) -> None:
         self.thread = get_ident()
         self.cancelled = self.was_ended = False
@@ -47,11 +49,6 @@ class Wait:
     def owner(self) -> Any:
         """The owner of the context; a native SCardCancel for this wait is made for the context."""
         return self._context.owner
-
-    @property
-    def released(self) -> bool:
-        """Whether its context is released."""
-        return self._context.released
 
     def has_spare(self, native: Any, may_pass: bool) -> bool:
         """Whether there is another native context on which the wait can continue."""

@@ -169,6 +169,22 @@ def unhooked_by_pid(fork_name: str) -> None:
     test_detection.unhooked(fork_name, "as it is")
 
 
+def test_no_python_runs_where_a_step_of_c_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of C that holds a lock compares PIDs in C, so that no signal handler can run in the middle."""
+    process.current()  # begins this process's epoch
+    sentinel = process._PidSentinel()
+    monkeypatch.setattr(process, "sentinel", sentinel)
+    events: list[str] = []
+    for is_set in (0, 1):
+        sentinel[0] = is_set
+        look, found = process.is_here(), list[Any]()
+        sys.setprofile(lambda _, event, __: events.append(event))
+        found.extend(look)
+        sys.setprofile(None)
+        assert found == [bool(is_set)]
+    assert "call" not in events
+
+
 def same_pid() -> None:
     """Process 1 of one PID namespace forks process 1 of another, with no hook."""
     assert os.getpid() == 1

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from calling import Calling, connect, establish, until, waits_on
+from calling import Calling, connect, establish, stays, until, waits_on
 from conftest import ECHO
 from forking import fork, in_child, in_program
 from interrupts import Alarm, RaisesInside, before_3_10
@@ -774,22 +774,108 @@ def test_release_ends_waits(pcsc_stack: VirtualPcsc) -> None:
 
 
 @pytest.mark.native
-def test_release_ends_a_wait_that_begins_meanwhile(pcsc_stack: VirtualPcsc) -> None:
-    """A wait that begins just before SCardReleaseContext forgets the context is ended, too."""
-    from pcsc_safe._core import handles
+def test_release_ends_a_wait_that_begins_meanwhile(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait that begins just before SCardReleaseContext marks the context as released is ended, too."""
+    from pcsc_safe._native import contexts
 
-    context, waiters = establish(), []
-    native = next(iter(handles.contexts[context].real.natives))
+    context, waiters, mark_released = establish(), [], contexts._mark_released
 
-    class Cards(list[Any]):
-        def clear(self) -> None:  # a switch of threads, after the waits were listed
-            super().clear()
-            waiters.append(waiting(context, pcsc_stack.readers[0].name))
+    def after_another_thread(*arguments: Any) -> bool:  # a switch of threads, after the waits were listed
+        waiters.append(waiting(context, pcsc_stack.readers[0].name))
+        return mark_released(*arguments)
 
-    native.cards = Cards()
+    monkeypatch.setattr(contexts, "_mark_released", after_another_thread)
     assert Calling(safe.SCardReleaseContext, context).answer() == OK
     assert waiters[0].answer()[0] in (CANCELLED, safe.SCARD_E_INVALID_HANDLE)
     pcsc_stack.wait_for_clients(0)
+
+
+@pytest.mark.native
+def test_a_release_waits_for_a_fork(pcsc_stack: VirtualPcsc) -> None:
+    """SCardReleaseContext of another thread waits for the end of a handover() block. Nothing is left afterwards."""
+    context, other = establish(), establish()
+    connect(context, pcsc_stack.readers[0].name)
+    with pcsc_safe.handover(other):
+        release = Calling(safe.SCardReleaseContext, context)
+        assert stays(release.is_alive)
+        assert in_child(int) == 0
+    assert release.answer() == OK
+    pcsc_stack.wait_for_clients(0)
+
+
+@pytest.mark.native
+def test_a_release_that_a_handler_interrupts(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that raises in SCardReleaseContext leaves it released, with its cards. Nothing is left in pcscd."""
+    context = establish()
+    card = connect(context, pcsc_stack.readers[0].name)
+    record = handles.contexts[context]
+
+    def interrupted() -> None:
+        monkeypatch.setattr(handles.Context, "forget", forget)
+        raise Alarm
+
+    forget = handles.Context.forget
+    monkeypatch.setattr(handles.Context, "forget", lambda _: interrupted())
+    with pytest.raises(Alarm):
+        safe.SCardReleaseContext(context)
+    assert record.released
+    assert safe.SCardReleaseContext(establish()) == OK  # any call releases what is left
+    assert safe.SCardStatus(card)[0] == safe.SCARD_E_INVALID_HANDLE
+    assert safe.SCardListReaders(context, [])[0] == safe.SCARD_E_INVALID_HANDLE
+    pcsc_stack.wait_for_clients(0)
+    record.forget()
+
+
+def recording(monkeypatch: pytest.MonkeyPatch, context: Any, reader: str) -> tuple[Calling, threading.Event]:
+    """Start a thread that has connected to a card, and records it as soon as the event is set."""
+    reached, go_on, card_of = threading.Event(), threading.Event(), handles.Card.__init__
+
+    def stopped(*arguments: Any) -> None:
+        reached.set()
+        go_on.wait(20)
+        card_of(*arguments)
+
+    monkeypatch.setattr(handles.Card, "__init__", stopped)
+    connecting = Calling(safe.SCardConnect, context, reader, safe.SCARD_SHARE_EXCLUSIVE, 3)
+    assert reached.wait(20)
+    return connecting, go_on
+
+
+@pytest.mark.native
+def test_a_handover_while_another_thread_connects(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fork waits until the card is recorded: the child gets it, and the parent's calls say so."""
+    context, reader = establish(), pcsc_stack.readers[0].name
+    connecting, go_on = recording(monkeypatch, context, reader)
+    threading.Timer(0.2, go_on.set).start()
+
+    def handing_over() -> int:
+        with pcsc_safe.handover(context):
+            return fork()
+
+    def child() -> Any:
+        (card,) = handles.contexts[context].cards.values()
+        return card.native is not None, safe.SCardReleaseContext(context)
+
+    assert in_child(child, fork=handing_over) == (True, OK)
+    hresult, card, _ = connecting.answer()
+    assert (hresult, safe.SCardStatus(card)[0]) == (OK, safe.SCARD_W_RESET_CARD)
+    assert safe.SCardReleaseContext(context) == OK
+    pcsc_stack.wait_for_clients(0)
+
+
+@pytest.mark.native
+def test_a_release_while_another_thread_connects(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card ends with its context, and calls on it say so."""
+    context, reader = establish(), pcsc_stack.readers[0].name
+    connecting, go_on = recording(monkeypatch, context, reader)
+    assert safe.SCardReleaseContext(context) == OK
+    go_on.set()
+    hresult, card, _ = connecting.answer()
+    assert hresult in (OK, safe.SCARD_E_INVALID_HANDLE)
+    if hresult == OK:
+        assert safe.SCardStatus(card)[0] == safe.SCARD_E_INVALID_HANDLE
+    pcsc_stack.wait_for_clients(0)
+    assert card not in handles.cards
 
 
 @pytest.mark.native
