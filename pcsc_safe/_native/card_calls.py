@@ -22,9 +22,10 @@ from .._core.in_flight import CHECK_INTERVAL, GIVEN, RELEASED, WOKEN, Entry
 from .._core.library import SUCCESS
 from .._core.one_step import Operation, call_each, consumer, is_not_false
 from .._core.unpatched import get_ident, monotonic
-from .contexts import awaiting_release, discard, native_contexts_of, release_waiting
+from .contexts import native_contexts_of
 from .native_context import NativeContext, wait_while_given
 from .pyscard import raw
+from .releasing import awaiting_release, release_waiting
 
 __all__ = ["card_call"]
 
@@ -73,7 +74,7 @@ def _note(function: str, follow_up: FollowUp, card: Any, arguments: _Arguments, 
         card.forget()  # first: another thread that finds the card must find its native context
         place = card.native
         if place is not None:
-            discard(place.cards, card.real)
+            place.forget_card(card.real)
         native_contexts_of(card.context).release_idle()
     if not card.released:
         follow_up(card, arguments, result)

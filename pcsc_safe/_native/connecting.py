@@ -82,8 +82,8 @@ def _finish(
         if not keeps and connected and connected[0][0] == SUCCESS:
             handle = connected[0][1]
             _disconnect(owned, context, handle)
-            context.cards[:] = [card for card in context.cards if card != handle]
-        context.cards[:] = [card for card in context.cards if card is not connected]
+            context.forget_card(handle)
+        context.forget_card(connected)
         if not context.cards:
             contexts.release_idle()
 

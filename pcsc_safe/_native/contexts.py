@@ -23,15 +23,16 @@ from .._core import connections, descriptors, failures, gate, in_flight, log, pr
 from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import is_ours
-from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, Place, attempt, result_of
+from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, result_of
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation, in_one_step
-from .._core.unpatched import get_ident, monotonic, sleep
+from .._core.unpatched import monotonic, sleep
 from . import interruptible
 from .native_context import NativeContext, cancel_natively, establishing, is_waiting_in, wait_while_given
 from .pyscard import raw
+from .releasing import awaiting_release, mark_released, release_native, release_waiting, release_when_open
 
-__all__ = ["NativeContexts", "awaiting_release", "discard", "native_contexts_of", "release_waiting"]
+__all__ = ["NativeContexts", "native_contexts_of"]
 
 NO_SERVICE: int = constant("SCARD_E_NO_SERVICE")
 _32_BITS = 0xFFFFFFFF
@@ -45,11 +46,6 @@ _ATTEMPTS_TO_FIND = 10  # the connection of a new native context
 _CANCEL_TIMEOUT = 1.0  # s
 _RELEASE_TIMEOUT = 1.0  # s
 _CANCEL_INTERVAL = 0.002  # s
-awaiting_release: dict[NativeContext, Optional[Owned]] = {}
-"""Native contexts to be released when no thread is in them; each with the PC/SC context that was released.
-
-If there is None instead, it is released when it has no card any more.
-"""
 
 
 class NativeContexts:
@@ -243,7 +239,7 @@ class NativeContexts:
     def _after_use(self, context: NativeContext) -> None:
         """After a call: release what is no longer needed."""
         if context.state == WOKEN:
-            self._release(context)
+            release_native(context, self.natives)
         if len(self.natives) > 1:
             self.release_idle()
         if awaiting_release:
@@ -258,27 +254,7 @@ class NativeContexts:
         woken = [context for context in idle if context.state == WOKEN]
         usable = sorted([context for context in idle if context.state == OPEN], key=lambda one: one.descriptor is None)
         for context in [*woken, *usable[1:]]:
-            self._release(context)
-
-    def _release(self, context: NativeContext, *, without_cards: bool = True, may_pass: bool = False) -> list[Any]:
-        ident = get_ident()
-        # At interpreter exit places are not locked, and a thread that is inside may be there for long.
-        if any(call[1] != ident for call in list(context.calls)):
-            return []  # it is released with what is surplus next
-        return attempt(
-            context,
-            context,
-            "SCardReleaseContext",
-            (raw["SCardReleaseContext"], context.handle),
-            (setattr, context, "state", RELEASED),
-            (self.natives.pop, context, None),
-            (in_flight.places.pop, context, None),
-            (descriptors.guarded.pop, context.descriptor, None),
-            without_cards=without_cards,
-            unless=context.wakers,
-            latest_state=WOKEN,
-            may_pass=may_pass or ident in in_flight.closers,
-        )
+            release_native(context, self.natives)
 
     # The life of a PC/SC context.
 
@@ -303,7 +279,7 @@ class NativeContexts:
             if is_known or not context.is_ours() or not attempts_left:
                 break
             # Its connection is unknown, because other threads have opened or closed files.
-            self._release(context, may_pass=may_pass)
+            release_native(context, self.natives, may_pass=may_pass)
         if self.is_outdated(owned):
             self.abandon()
         return SUCCESS
@@ -361,7 +337,7 @@ class NativeContexts:
         for wait in list(self.waits):
             wait.cancelled = True
         try:
-            if not _mark_released(owned, natives):
+            if not mark_released(owned, natives):
                 return STALE
         finally:
             if owned.released:
@@ -375,18 +351,9 @@ class NativeContexts:
         self._wake(waits)
         # The others have lost their connections when their waits were ended.
         sound = [context for context in natives if context.state == OPEN]
-        results = [result_of(steps) for context in sound if (steps := self._release_when_open(context))]
+        results = [result_of(steps) for context in sound if (steps := release_when_open(context, self.natives))]
         release_waiting()
         return int(results[0]) if results else SUCCESS
-
-    def _release_when_open(self, context: NativeContext) -> list[Any]:
-        """Release a native context that nobody needs, when no thread is about to fork; not if a thread is in it."""
-        may_pass = False
-        while not (steps := self._release(context, without_cards=False, may_pass=may_pass)):
-            if context.calls or context.wakers or context.state != OPEN or not context.is_ours():
-                break  # whoever is there releases it
-            may_pass = gate.wait_for(context, may_pass)
-        return steps
 
     def end_long_calls(self) -> None:
         """End long calls, as the death of the process would; SCardCancel ends waits for events."""
@@ -401,7 +368,8 @@ class NativeContexts:
         # release_dead() releases those that have lost their connections.
         unreleased = [one for one in ours if one.handle and (one.descriptor is None or one.descriptor.is_intact())]
         if unreleased:
-            awaiting_release.update(dict.fromkeys(unreleased))
+            for context in unreleased:
+                awaiting_release.setdefault(context, None)
             self._wake(list(self.waits))
             release_waiting()
 
@@ -488,38 +456,7 @@ def native_contexts_of(context: Any) -> NativeContexts:
     return real if isinstance(real, NativeContexts) else NativeContexts(context.scope)
 
 
-def _mark_released(owned: Owned, natives: Sequence[NativeContext]) -> bool:
-    """Mark a PC/SC context as released, and its native contexts as to be released, in one step.
-
-    No thread can connect there afterwards, and a fork sees it either as it was before, or released.
-
-    :return: False if another thread has released it, or this process no longer owns it.
-    """
-    may_pass, due = False, dict.fromkeys(natives, owned)
-    mark = (setattr, owned, "released", True), (awaiting_release.update, due)
-    while not attempt(Place(), owned, "SCardReleaseContext", *mark, may_pass=may_pass):
-        if owned.released or owned.owner is not process.current():
-            return False
-        may_pass = gate.wait_until_open(get_ident())
-    return True
-
-
-def release_waiting() -> None:
-    """Release the native contexts that are no longer needed, and that no thread is in."""
-    for context, owned in list(awaiting_release.items()):
-        if context.state != RELEASED:
-            NativeContexts(None)._release(context, without_cards=owned is None or not owned.released)
-        if context.state == RELEASED or not context.is_ours():
-            awaiting_release.pop(context, None)
-
-
-def discard(items: list[Any], item: Any) -> None:
-    if item in items:
-        items.remove(item)
-
-
 def _begin(epoch: process.Epoch) -> None:
-    awaiting_release.clear()
     establishing.renew()
     in_flight.places[establishing] = establishing.calls
 

@@ -17,6 +17,7 @@ from typing import Any, Optional
 from .._core import connections, descriptors, gate, in_flight, process
 from .._core.calls import STALE
 from .._core.descriptors import Descriptor
+from .._core.failures import suppress
 from .._core.in_flight import OPEN, WOKEN, Owned, Place, attempt
 from .._core.library import SUCCESS
 from .._core.unpatched import get_ident, monotonic, sleep
@@ -91,6 +92,11 @@ class NativeContext(Place):
     def is_ours(self) -> bool:
         """Whether this process owns it: not in a child, and not if a finalizer forked while it was established."""
         return self.owner is process.current()
+
+    def forget_card(self, card: Any) -> None:
+        """Take a card off the list, if it is there."""
+        with suppress(ValueError):
+            self.cards.remove(card)
 
     def wake(self, wait: Any, *, may_pass: bool = False) -> None:
         """End the native call of a wait for events that is here; if there is none, do nothing.

@@ -246,7 +246,7 @@ def raise_alarm(*_: object) -> None:
 def held() -> dict[str, Any]:
     """Return what is held in this process now: nothing, if no call is in progress."""
     from pcsc_safe._core import in_flight
-    from pcsc_safe._native import contexts
+    from pcsc_safe._native import contexts, releasing
 
     free = [place.acquire(False) for place in in_flight.places]
     for place in in_flight.places:
@@ -254,7 +254,7 @@ def held() -> dict[str, Any]:
     return {
         "in flight": len(in_flight.calls()),
         "locked": free.count(False),
-        "doomed": len(contexts.awaiting_release),
+        "doomed": len(releasing.awaiting_release),
         "natives": sum(isinstance(place, contexts.NativeContext) for place in in_flight.places),
     }
 
@@ -778,13 +778,13 @@ def test_release_ends_a_wait_that_begins_meanwhile(pcsc_stack: VirtualPcsc, monk
     """A wait that begins just before SCardReleaseContext marks the context as released is ended, too."""
     from pcsc_safe._native import contexts
 
-    context, waiters, mark_released = establish(), [], contexts._mark_released
+    context, waiters, mark_released = establish(), [], contexts.mark_released
 
     def after_another_thread(*arguments: Any) -> bool:  # a switch of threads, after the waits were listed
         waiters.append(waiting(context, pcsc_stack.readers[0].name))
         return mark_released(*arguments)
 
-    monkeypatch.setattr(contexts, "_mark_released", after_another_thread)
+    monkeypatch.setattr(contexts, "mark_released", after_another_thread)
     assert Calling(safe.SCardReleaseContext, context).answer() == OK
     assert waiters[0].answer()[0] in (CANCELLED, safe.SCARD_E_INVALID_HANDLE)
     pcsc_stack.wait_for_clients(0)

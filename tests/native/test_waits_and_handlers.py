@@ -74,14 +74,14 @@ def at_alarm(function: Callable[[], Any], seconds: float = SOON) -> list[Any]:
 def left_behind() -> list[Any]:
     """Release all contexts; return how many native contexts and calls are left. No threads may be."""
     from pcsc_safe._core import handles, in_flight
-    from pcsc_safe._native import contexts
+    from pcsc_safe._native import contexts, releasing
 
     for handle in list(handles.contexts):
         safe.SCardReleaseContext(handle)
     # After an exception a thread may still exist that has just ended the wait.
     until(lambda: len(os.listdir("/proc/self/task")) == 1, "there are no threads")
     natives = [place for place in in_flight.places if isinstance(place, contexts.NativeContext)]
-    return [len(natives), len(in_flight.calls()), len(contexts.awaiting_release)]
+    return [len(natives), len(in_flight.calls()), len(releasing.awaiting_release)]
 
 
 NOTHING = [0, 0, 0]

@@ -1,0 +1,96 @@
+"""The release of native contexts: at once, or as soon as no thread is in them.
+
+SCardReleaseContext marks the PC/SC context as released, and its native contexts as due, in one step of C.  Then it
+releases those that are free.  Whoever is in one of the others releases it afterwards, however the call ends; so does
+the next call, if a signal handler has interrupted something here.
+
+At a fork nothing that is due stays so in the child, whose parent releases it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+from .._core import descriptors, gate, in_flight, process
+from .._core.in_flight import OPEN, RELEASED, WOKEN, Owned, Place, attempt
+from .._core.unpatched import get_ident
+from .native_context import NativeContext
+from .pyscard import raw
+
+__all__ = ["awaiting_release", "mark_released", "release_native", "release_waiting", "release_when_open"]
+
+_Natives = dict[NativeContext, Any]
+
+awaiting_release: dict[NativeContext, Optional[Owned]] = {}
+"""Native contexts to be released when no thread is in them; each with the PC/SC context that was released.
+
+If there is None instead, it is released when it has no card any more.
+"""
+
+
+def mark_released(owned: Owned, natives: Sequence[NativeContext]) -> bool:
+    """Mark a PC/SC context as released, and its native contexts as due, in one step.
+
+    No thread can connect there afterwards, and a fork sees it either as it was before, or released.
+
+    :return: False if another thread has released it, or this process no longer owns it.
+    """
+    may_pass, due = False, dict.fromkeys(natives, owned)
+    mark = (setattr, owned, "released", True), (awaiting_release.update, due)
+    while not attempt(Place(), owned, "SCardReleaseContext", *mark, may_pass=may_pass):
+        if owned.released or owned.owner is not process.current():
+            return False
+        may_pass = gate.wait_until_open(get_ident())
+    return True
+
+
+def release_native(
+    context: NativeContext, natives: _Natives, *, without_cards: bool = True, may_pass: bool = False
+) -> list[Any]:
+    """Release a native context, if no thread is in it.
+
+    :param natives: from which it is removed.
+    :param without_cards: not if it has a card.
+    :return: as of :func:`in_flight.attempt`.
+    """
+    ident = get_ident()
+    # At interpreter exit places are not locked, and a thread that is inside may be there for long.
+    if any(call[1] != ident for call in list(context.calls)):
+        return []  # it is released with what is surplus next
+    return attempt(
+        context,
+        context,
+        "SCardReleaseContext",
+        (raw["SCardReleaseContext"], context.handle),
+        (setattr, context, "state", RELEASED),
+        (natives.pop, context, None),
+        (in_flight.places.pop, context, None),
+        (descriptors.guarded.pop, context.descriptor, None),
+        without_cards=without_cards,
+        unless=context.wakers,
+        latest_state=WOKEN,
+        may_pass=may_pass or ident in in_flight.closers,
+    )
+
+
+def release_when_open(context: NativeContext, natives: _Natives) -> list[Any]:
+    """Release a native context that nobody needs, when no thread is about to fork; not if a thread is in it."""
+    may_pass = False
+    while not (steps := release_native(context, natives, without_cards=False, may_pass=may_pass)):
+        if context.calls or context.wakers or context.state != OPEN or not context.is_ours():
+            break  # whoever is there releases it
+        may_pass = gate.wait_for(context, may_pass)
+    return steps
+
+
+def release_waiting() -> None:
+    """Release the native contexts that are no longer needed, and that no thread is in."""
+    for context, owned in list(awaiting_release.items()):
+        if context.state != RELEASED:
+            release_native(context, {}, without_cards=owned is None or not owned.released)
+        if context.state == RELEASED or not context.is_ours():
+            awaiting_release.pop(context, None)
+
+
+process.at_fork(at_begin=lambda epoch: awaiting_release.clear())
