@@ -49,11 +49,11 @@ class PairsCard(HeldCard):
 
 @pytest.fixture(scope="module")
 def module_stack() -> Iterator[VirtualPcsc]:
-    """A stack with a PairsCard in its first reader; only the tests of one module have contexts there."""
+    """A stack with a PairsCard; the third reader is another device.  Only one module's tests have contexts there."""
     found = look()
     if isinstance(found, Missing):
         pytest.skip(f"{found.problem}; {found.remedy}")
-    with VirtualPcsc(2, [PairsCard(), EchoCard()]) as stack:
+    with VirtualPcsc(4, [PairsCard(), EchoCard(), EchoCard(), EchoCard()]) as stack:
         yield stack
 
 

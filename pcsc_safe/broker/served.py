@@ -10,13 +10,14 @@ import _socket  # as in __main__
 import contextlib
 import os
 import threading
-from typing import Any, Optional, Protocol
+from _thread import start_new_thread  # as in server
+from typing import Any, Callable, Optional, Protocol
 
 from .._core import calls, gateways, handles, in_flight, library, router
 from . import sharing, start, wire
 from .sharing import Handle
 
-__all__ = ["Client", "Connection"]
+__all__ = ["Client", "Connection", "run_in_thread"]
 
 _READ_SIZE = 1 << 16  # bytes
 _SHARING_VIOLATION = library.constant("SCARD_E_SHARING_VIOLATION")
@@ -70,7 +71,8 @@ class Client:
         """End the sessions that no other client has, including one that is being established."""
         sharing.end(self)
         contexts = [handle for handle in list(self.handles.values()) if isinstance(handle.record, handles.Context)]
-        ended = [handle for handle in contexts if sharing.drop(self, handle)]
+        left = [sharing.drop(self, handle) for handle in contexts]
+        ended = [handle for handle, cards in zip(contexts, left) if cards is None]
         # pcscd detects this immediately, as it detects the death of a process, so a long call delays no other context.
         for handle in ended:
             handle.record.context.real.end_long_calls()
@@ -81,6 +83,9 @@ class Client:
             router.public["SCardReleaseContext"](handle)
         for connection in list(self.connections):  # waits on contexts that other clients also have
             connection.hang_up()
+        for cards in left:
+            for card in cards or ():  # each may wait for a long call of this client
+                run_in_thread(sharing.leave, self, *card)
 
 
 class Connection:
@@ -269,8 +274,11 @@ class Connection:
                 connection.cancel_wait(handle.record)
             return library.SUCCESS
         if name in ("SCardDisconnect", "SCardReleaseContext"):
-            if not sharing.drop(client, handle):
-                return library.SUCCESS  # the other clients continue
+            left = sharing.drop(client, handle)
+            if left is not None:  # the other clients continue
+                for card in left:
+                    sharing.leave(client, *card)
+                return library.SUCCESS
             result = function(handle, *arguments)
             if not handle.record.released:  # refused
                 client.handles[int(handle)] = handle
@@ -327,6 +335,14 @@ def _establish(client: Client, scope: Any, socket_name: Any) -> Any:
         if client.has_ended:
             client.release()
     return result
+
+
+def run_in_thread(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function that may take long, in a thread."""
+    try:
+        start_new_thread(function, arguments)
+    except RuntimeError:  # no more threads
+        function(*arguments)
 
 
 def _forget_released(client: Client, handle: Handle) -> None:

@@ -19,11 +19,10 @@ import struct
 import sys
 import threading
 from _thread import start_new_thread  # threading's own waits until the thread runs, which costs a client as long
-from typing import Any, Callable
 
 from .._core import descriptors, gateways, handles
 from . import sharing, start, watch
-from .served import Client, Connection
+from .served import Client, Connection, run_in_thread
 from .sharing import Handle
 
 assert sys.platform != "win32"  # it has no broker
@@ -64,7 +63,7 @@ class Server:
                 elif ready < 0:
                     self._remove_process(-ready)
                 else:
-                    _run_in_thread(self._clean_up, self._connections.pop(ready))
+                    run_in_thread(self._clean_up, self._connections.pop(ready))
 
     def _accept(self) -> bool:
         """Accept a connection from the door; False if no process has the other end of the door any more."""
@@ -173,7 +172,7 @@ class Server:
         with self._clients_lock:
             clients = self._processes.pop(pid, [])
         for client in clients:
-            _run_in_thread(self._remove_client, client)
+            run_in_thread(self._remove_client, client)
 
     def _clean_up(self, connection: Connection) -> None:
         connection.unwatched.set()
@@ -195,14 +194,6 @@ class Server:
         if known is not None:
             client.presence.hang_up()
             client.release()
-
-
-def _run_in_thread(function: Callable[[Any], None], subject: Any) -> None:
-    """Call a function that may take long, in a thread."""
-    try:
-        start_new_thread(function, (subject,))
-    except RuntimeError:  # no more threads
-        function(subject)
 
 
 def _hang_up(number: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Callable, Optional, Protocol
 
 from .._core import handles, library, router
 
-__all__ = ["Client", "Handle", "call_on_card", "drop", "end", "share"]
+__all__ = ["Client", "Handle", "call_on_card", "drop", "end", "leave", "share"]
 
 _CHECK_INTERVAL = 1.0  # s; whether the client that waits is still there
 _REFUSED = frozenset(("SCardControl", "SCardEndTransaction"))  # PC/SC doesn't wait in these
@@ -145,31 +145,38 @@ def _end_transaction(client: Client, handle: Handle) -> None:
         _update_transaction(client, handle)
 
 
-def drop(client: Client, handle: Handle) -> bool:
-    """A client releases a context or card.
+def drop(client: Client, handle: Handle) -> Optional[list[tuple[Handle, bool]]]:
+    """Note that a client no longer has a context, with its cards, or a card; never waits for a call.
 
-    Its transaction ends.  The cards of a context are released with it.
-
-    :return: whether no other client has it, so that the session must be ended.
+    :return: None if no other client has it, so that the session must be ended; otherwise the arguments for
+        :func:`leave`.
     """
-    ended = []
+    dropped = [handle]
     if isinstance(handle.record, handles.Context):
         mine = [other for other in list(client.handles.values()) if other.record.context is handle.record]
-        ended = [other for other in mine if other is not handle and handle.holders and drop(client, other)]
+        dropped += [other for other in mine if other is not handle]
     with _holders_lock:
-        client.handles.pop(int(handle), None)
-        handle.holders.discard(client)
-        is_last = not handle.holders
-    if is_last:  # then the cards and the transaction end with the session
-        return True
-    for other in ended:
-        router.public["SCardDisconnect"](other, _disposition(other.record))
-    if handle.transaction is client:
+        for each in dropped:
+            client.handles.pop(int(each), None)
+            each.holders.discard(client)
+        if not handle.holders:  # then the cards and the transaction end with the session
+            return None
+        return [(each, not each.holders) for each in dropped if not each.holders or each.transaction is client]
+
+
+def leave(client: Client, card: Handle, is_last: bool) -> None:
+    """End what a client had in a session that other clients continue; waits for a call that is in progress on the card.
+
+    :param card: one that the client has dropped.
+    :param is_last: whether no other client has it: it is disconnected.  Otherwise the client's transaction ends.
+    """
+    if is_last:
+        router.public["SCardDisconnect"](card, _disposition(card.record))
+    elif card.transaction is client:
         # Only then, because the thread that has the lock may wait for a transaction that this client has elsewhere.  If
         # the client begins a transaction at this moment, the thread that begins it also ends it.
-        with handle.free:
-            _end_transaction(client, handle)
-    return False
+        with card.free:
+            _end_transaction(client, card)
 
 
 def _disposition(record: handles.Record) -> int:

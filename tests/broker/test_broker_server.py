@@ -80,7 +80,7 @@ def test_a_process_that_has_ended_when_no_thread_can_be_started(
 
     def child(broker: server.Server, door: Any) -> Any:
         monkeypatch.setattr(watch, "peer_pid", lambda connection: pid)
-        monkeypatch.setattr(server, "start_new_thread", starts_none)
+        monkeypatch.setattr(served, "start_new_thread", starts_none)
         first, second = connection(broker), connection(broker)
         broker.welcome(KEY, first)
         return Calling(broker.welcome, KEY, second).answer().has_ended, len(broker._clients)

@@ -166,6 +166,43 @@ def test_what_the_dead_waited_for_is_not_done(stack: VirtualPcsc, asked: Any) ->
     assert in_child(sharing(head)) == (OK, ECHOED, OK, [OK, [0x69, 0x85]])
 
 
+def test_the_long_call_of_the_dead_delays_only_its_card(stack: VirtualPcsc) -> None:
+    """What a killed process had alone is free while the shared card is in its call, in other contexts and in this one.
+
+    Its transaction on the shared card ends after the call.
+    """
+
+    def connects(context: Any, reader: str) -> bool:
+        return bool(safe.SCardConnect(context, reader, EXCLUSIVE, T1)[0] == OK)
+
+    def child(link: Link, session: Session, held: list[int], others: list[str]) -> None:
+        context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1]
+        link.say([called(session, *BEGIN), *map(connects, (context, session.context), others)])
+        called(session, "SCardTransmit", safe.SCARD_PCI_T1, held)
+
+    def head(link: Link) -> Any:
+        session = Session()
+        others = safe.SCardListReaders(session.context, [])[1][2:]
+        with Client(child, session, HELD, others) as client:
+            link.say(client.hear())
+            link.hear()
+            client.kill()
+            until(lambda: connects(session.context, others[0]), "the card of its own context is free")
+            until(lambda: connects(session.context, others[1]), "the card of the shared context is free")
+            waiting = Calling(called, session, *TRANSMIT)
+            link.say("both are free")
+            return waiting.answer()
+
+    with Client(sharing(head)) as client:
+        assert client.hear() == [OK, True, True]
+        assert card_of(stack).reached.wait(ENOUGH)
+        client.say("it is held")
+        assert client.hear() == "both are free"
+        assert not card_of(stack).errors, "the card is no longer held"
+        card_of(stack).go.set()
+        assert client.result() == ECHOED
+
+
 def behind_another(stack: VirtualPcsc, head: Callable[[Link, Session], Any]) -> Any:
     """Return what a family's head gets that needs the card while another application has a transaction.
 
