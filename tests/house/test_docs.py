@@ -236,7 +236,8 @@ NOT_MESSAGES = re.compile(
     r"FRIENDLYNAME .*|LIBPATH .*|Virtual PCD .*|[0-9A-F… ]+|A card holder|of unknown version|cannot create …:|"
     r"failed to map segment|the broker's door|pcsc_safe virtual card on port .*|\w+\(key=.*|pyscard's functions and .*|"
     r"import \w+; .*|sys\.path \+= .*|configure\(\) got an .*|"
-    r"Change settings .*|mount --bind .*|(usage|The program runs|python -m pcsc_safe).*",
+    r"Change settings .*|:(param|return|raises)\b.*|… \(default: …\)|"
+    r"mount --bind .*|(usage|The program runs|python -m pcsc_safe).*",
     re.DOTALL,
 )
 
