@@ -60,7 +60,7 @@ class Context:
     :ivar cards: the cards connected through it and not yet disconnected, by number.
     :ivar turn: the lock of threads that re-establish it; see :func:`one_step.call_in_turn`.
     :ivar cancels: how often the application has called SCardCancel.
-    :ivar continued_waits: the threads whose waits continue over an end of pcscd.
+    :ivar continued_waits: the threads whose waits continue over an end of pcscd, by a key for each wait.
     :ivar context: itself, so that a context and a card have the same interface.
     """
 
@@ -103,7 +103,7 @@ class Context:
         self.cards: dict[int, Card] = {}
         self.turn = RLock()
         self.cancels = 0
-        self.continued_waits: list[int] = []
+        self.continued_waits: dict[object, int] = {}
         self.context = self
         self.key = os.urandom(8)
         self.released = False

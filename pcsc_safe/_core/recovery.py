@@ -165,14 +165,14 @@ def continue_wait(
     :param cancels: how often waits on the context had been cancelled by then.
     :return: the result.
     """
-    safe, ident, here = context.safe, get_ident(), process.current()
+    safe, here = context.safe, process.current()
 
     def remaining() -> int:
         return INFINITE if timeout == INFINITE else max(0, timeout - round((time.monotonic() - began) * 1000))
 
-    refusals = 0
-    context.continued_waits.append(ident)
+    refusals, key = 0, object()
     try:
+        context.continued_waits[key] = get_ident()
         while not context.released and here is process.current():
             hresult = list_readers(safe, [])[0]
             refusals = refusals + 1 if hresult == _RESET else 0
@@ -192,8 +192,7 @@ def continue_wait(
             time.sleep(_POLL)
         return wait(safe, remaining() or 1, states)  # the context was released, or this is a child
     finally:
-        if ident in context.continued_waits:
-            context.continued_waits.remove(ident)
+        context.continued_waits.pop(key, None)
 
 
 def _with_new_readers(states: list[Any]) -> Any:
@@ -212,14 +211,15 @@ def cancel(context: Context, cancel_once: Callable[[], Any]) -> Any:
     :param cancel_once: cancels the waits that are in pcscd now.
     """
     context.cancels += 1
-    waits = [thread for thread in context.continued_waits if thread != get_ident()]
+    ident = get_ident()
+    waits = [key for key, thread in list(context.continued_waits.items()) if thread != ident]
     result = cancel_once()
     if result == _INVALID_HANDLE and not context.released and recovers(context):
         result = SUCCESS  # the code of another pcscd than the context's; the waits check the count of cancels
     # Again, because a wait that is about to enter PC/SC can't be cancelled yet.  With a time limit, because if this is
     # a signal handler, the wait may need the code that this handler has interrupted.
     deadline = time.monotonic() + _CANCEL_TIMEOUT
-    while any(thread in context.continued_waits for thread in waits) and time.monotonic() < deadline:
+    while any(key in context.continued_waits for key in waits) and time.monotonic() < deadline:
         time.sleep(_POLL / 10)
         cancel_once()
     return result

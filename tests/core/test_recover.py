@@ -25,11 +25,12 @@ from brokers import ENOUGH, Client, Link, descriptors, until
 from calling import Calling, HeldCard, waits_on
 from conftest import ECHO, IS_VERIFIED, VERIFY, Session
 from forking import in_child, start, wait_for
+from interrupts import Alarm, RaisesInside
 from rawscard import raw
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import recovery
+from pcsc_safe._core import handles, recovery
 from pcsc_safe._core.calls import CALLS
 from pcsc_safe.errors import ForkedHandleError
 from pcsc_safe.testing import VirtualPcsc
@@ -564,6 +565,31 @@ def test_a_cancel_before_the_loss_is_noticed(stack: VirtualPcsc, recover: bool, 
     context = establish()
     assert recovery.cancel(context._self_record, lambda: INVALID) == expected
     assert safe.SCardReleaseContext(context) == OK
+
+
+def test_a_signal_as_a_wait_begins_to_continue(stack: VirtualPcsc) -> None:
+    """Whichever line a handler raises in, another thread's SCardCancel does not look for this wait afterwards."""
+
+    def client() -> Any:
+        record, line, reached, cancelled = handles.contexts[establish()], 0, list[bool](), list[int]()
+
+        def list_readers(*_: Any) -> None:
+            sys.settrace(None)
+            reached.append(True)
+            raise Alarm
+
+        def cancel_once() -> int:
+            cancelled.append(OK)
+            return OK
+
+        while not reached:
+            sys.settrace(RaisesInside(recovery.continue_wait, line))
+            with contextlib.suppress(Alarm):
+                recovery.continue_wait(CALLS["SCardGetStatusChange"], abs, list_readers, record, 0, [], 0.0, 0)
+            line += 1
+        return Calling(recovery.cancel, record, cancel_once).answer(), cancelled, line > 5
+
+    assert in_child(client) == (OK, [OK], True)
 
 
 @by_either_way
