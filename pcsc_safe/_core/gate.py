@@ -14,9 +14,8 @@ import threading
 from typing import Any, Callable
 
 from ..policy import Policy, Settings, native_works_after_fork
-from . import in_flight, process
+from . import in_flight, process, settings
 from .in_flight import calls_without_place, places, unsettled
-from .settings import when_changed
 from .unpatched import count_threads, get_ident, monotonic, sleep, start_new_thread
 
 __all__ = ["call_inside", "close_if_quiet", "raise_later", "reopen", "wait_for", "wait_until_open", "wait_until_quiet"]
@@ -33,12 +32,12 @@ _policy = Policy.AUTO
 _thread_names: dict[int, str] = {}
 
 
-def _configured(settings: Settings) -> None:
+def _configured(now: Settings) -> None:
     global quiesce_timeout, _policy
-    quiesce_timeout, _policy = settings.quiesce_timeout, settings.policy
+    quiesce_timeout, _policy = now.quiesce_timeout, now.policy
 
 
-when_changed(_configured)
+settings.when_changed(_configured)
 
 
 def wait_for(place: in_flight.Place, may_pass: bool = False) -> bool:
@@ -127,7 +126,8 @@ def _before_fork() -> None:
     try:
         if count_threads() or in_flight.calls():
             # If the child can't use the native library anyway, the fork needn't wait for native calls.
-            _close(include_native=_policy is not Policy.BROKER and native_works_after_fork())
+            may_use_native = _policy is not Policy.BROKER or settings.for_contexts
+            _close(include_native=may_use_native and native_works_after_fork())
     finally:
         _settle()
 

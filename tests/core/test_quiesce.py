@@ -130,6 +130,23 @@ def test_a_finite_wait_has_the_time_that_was_left(session: Session) -> None:
     safe.SCardReleaseContext(context)
 
 
+@pytest.mark.native
+@pytest.mark.not_on_macos("a forked process has no native contexts")
+def test_a_context_with_a_policy_of_its_own(session: Session) -> None:
+    """A fork under policy broker is quiet if a context has another policy, although a thread waits for events."""
+
+    def parent() -> Any:
+        context = establish()
+        pcsc_safe.configure(policy="broker", quiesce_timeout=ENOUGH)
+        pcsc_safe.configure(policy="reestablish", context=context)
+        waiter = wait(context, session.reader)
+        answer = in_child(safe.SCardListReaders, context, [])[0]
+        until(lambda: waits_on(waiter), "the wait goes on")
+        return answer, safe.SCardCancel(context), waiter.answer()[0]
+
+    assert in_child(parent) == (OK, OK, CANCELLED)
+
+
 class Hold:
     """A fork that waits for a call in flight, and a thread whose wait for events the fork has interrupted."""
 
