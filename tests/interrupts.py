@@ -1,4 +1,4 @@
-"""What can disturb a fork or a call: a signal handler that raises, and a user that can't start another process."""
+"""What can disturb a fork or a call: a signal handler that raises, and a limit of processes or threads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -29,6 +30,16 @@ def no_new_process() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
         if privileged:
             os.setresuid(0, 0, 0)
+
+
+@contextlib.contextmanager
+def no_new_thread() -> Iterator[None]:
+    """Python can start no thread, because no address space has room for its stack."""
+    before = threading.stack_size(1 << 60)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
 
 
 before_3_10 = pytest.mark.skipif(

@@ -15,6 +15,7 @@ from typing import Any, Callable
 
 from ..policy import Policy, Settings, native_works_after_fork
 from . import in_flight, process, settings
+from .failures import suppress
 from .in_flight import calls_without_place, places, unsettled
 from .unpatched import count_threads, get_ident, monotonic, sleep, start_new_thread
 
@@ -190,7 +191,8 @@ def _wait_for_others(ident: int, deadline: float, include_native: bool, interrup
             return
         if not interrupters and any(call[3] is not None for place in busy for call in list(place.calls)):
             interrupters.append(_WaitInterrupter(ident))
-            start_new_thread(interrupters[0].run, ())
+            with suppress(RuntimeError):  # no thread can be started: at worst the fork is unquiet
+                start_new_thread(interrupters[0].run, ())
         for call in others:
             if call[3] is not None:
                 call[3].interrupt()

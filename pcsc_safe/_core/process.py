@@ -192,8 +192,7 @@ locks_to_release: dict[object, Any] = {}
 raise_later: Optional[Callable[[int, BaseException], None]] = None
 """Raises an exception in a thread, after its fork; set by :mod:`gate`."""
 
-_turns: dict[int, Optional[Callable[[], None]]] = {}
-_before: list[Callable[[], None]] = []
+_before: dict[int, Optional[Callable[[], None]]] = {}
 _ATTEMPTS = 3
 
 
@@ -210,8 +209,7 @@ def before_fork(turn: int, function: Optional[Callable[[], None]]) -> None:
     :param turn: when it is called: QUIESCE, TRANSFER or WARN.
     :param function: replaces the one that had this turn; None for no function.
     """
-    _turns[turn] = function
-    _before[:] = [each for _, each in sorted(_turns.items()) if each is not None]
+    _before[turn] = function
 
 
 def after_fork_in_parent(function: Callable[[], None]) -> None:
@@ -306,20 +304,22 @@ def _hook_in_child() -> None:
         raise raised[-1]
 
 
-def _hook_before() -> None:
-    for function in _before:
-        try:
+def _hook_before(turn: int) -> None:
+    try:
+        function = _before.get(turn)
+        if function is not None:
             function()
-        except BaseException as error:
-            # An exception of a signal handler, such as KeyboardInterrupt.  A hook can't raise it, so the process forks,
-            # and the exception is raised after the fork.
-            if raise_later is None:
-                raise
-            raise_later(get_ident(), error)
+    except BaseException as error:
+        # An exception of a signal handler, such as KeyboardInterrupt.  A hook can't raise it, so the process forks, and
+        # the exception is raised after the fork.
+        if raise_later is None:
+            raise
+        raise_later(get_ident(), error)
 
 
 if sys.platform != "win32" and FORKS:
-    os.register_at_fork(before=_hook_before)
+    for _turn in (WARN, TRANSFER, QUIESCE):  # Python calls the last one first, whatever the others raise
+        os.register_at_fork(before=partial(_hook_before, _turn))
     for _function in (
         _left_in_hook.clear,  # C functions, which nothing can interrupt
         partial(_left_in_hook.setdefault, _note_fork),

@@ -23,7 +23,7 @@ from calling import HELD, Calling, establish, state_of, stays
 from conftest import IS_VERIFIED, Session
 from forking import fork, in_child, in_program, start, wait_for
 from handovers import BROKER, NATIVE, NOTHING, OK, handing_over, has, is_free, opened, through_both
-from interrupts import Alarm, RaisesInside, before_3_10, raise_alarm
+from interrupts import Alarm, RaisesInside, before_3_10, no_new_thread, raise_alarm
 
 import pcsc_safe
 from pcsc_safe import scard as safe
@@ -262,6 +262,22 @@ def test_a_signal_that_raises_a_system_error(stack: VirtualPcsc) -> None:
         return has(session)
 
     assert in_child(parent)
+
+
+@through_both
+def test_a_signal_when_no_thread_can_be_started(stack: VirtualPcsc, through: str) -> None:
+    """An exception in the parent's first hook that can't be raised later is printed, and the child has the session."""
+
+    def parent() -> Any:
+        unraisable: list[Any] = []
+        sys.unraisablehook = lambda each: unraisable.append(type(each.exc_value.__context__))
+        session = opened(through, policy="raise")
+        process.before_fork(process.QUIESCE, raise_alarm)
+        with no_new_thread():
+            child = start(has, session, fork=handing_over)
+        return wait_for(child), has(session), unraisable
+
+    assert in_child(parent) == (True, False, [Alarm])
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ from calling import (
 from cforks import c_fork
 from conftest import ECHO, Session
 from forking import fork, in_child, in_program, start, wait_for
-from interrupts import Alarm, RaisesInside, before_3_10, no_new_process, raise_alarm
+from interrupts import Alarm, RaisesInside, before_3_10, no_new_process, no_new_thread, raise_alarm
 
 import pcsc_safe
 from pcsc_safe import scard as safe
@@ -580,6 +580,23 @@ def test_how_long_a_fork_waits(held: VirtualPcsc) -> None:
     until(lambda: waits_on(waiter), "the wait goes on")
     held.readers[2].remove()
     assert flags(waiter.answer()) == (OK, [(reader, CHANGED | EMPTY, [])])
+
+
+@pytest.mark.native
+def test_a_fork_that_can_start_no_thread(session: Session) -> None:
+    """A fork that can't interrupt a wait, because no thread can be started, is unquiet, and nothing else."""
+
+    def parent() -> Any:
+        unraisable: list[Any] = []
+        sys.unraisablehook = unraisable.append
+        pcsc_safe.configure(quiesce_timeout=0.1)
+        context = establish()
+        waiter = wait(context, session.reader)
+        with no_new_thread():
+            function = in_child(lambda: process.current().unquiet.function)
+        return unraisable, function, safe.SCardCancel(context), waiter.answer()[0]
+
+    assert in_child(parent) == ([], "SCardGetStatusChange", OK, CANCELLED)
 
 
 BLOCKED = {"auto": "a broker makes its PC/SC calls", "reestablish": "use policy 'auto', which uses a broker here"}
