@@ -21,6 +21,7 @@ from ..errors import PcscSafeError
 from ..policy import Owner, Policy, native_works_after_fork
 from . import descriptors, failures, gate, gateways, handles, log, observer, process, settings
 from .calls import KEEP_FILES, LOST_REASON, LostError
+from .failures import is_ours
 from .handles import Context
 from .unpatched import get_ident, monotonic, sleep
 
@@ -109,6 +110,7 @@ class Plan:
 
 _GIVEN_TIMEOUT = 1.0  # s; for what another thread's fork has given to be its child's, or this process's again
 _PAUSE = 0.001  # s
+_ATTEMPTS = 3
 _INTACT_CHECKS = 20
 _plans: dict[int, Plan] = {}
 _received: Optional[tuple[tuple[int, int], Plan]] = None
@@ -147,7 +149,7 @@ def _plan_before_fork() -> None:
         handles.mark_gateway_lost(lost.gateway)
         _note_failure(plan, LOST_REASON, f"establish a new context; {KEEP_FILES}")
     except BaseException as error:
-        ours = isinstance(error, (PcscSafeError, OSError)) and failures.is_ours(error)
+        ours = isinstance(error, (PcscSafeError, OSError)) and is_ours(error)
         if not plan.is_complete:
             _note_failure(plan, str(error) if ours else "a signal handler raised an exception")
         if not ours:  # the process forks anyway
@@ -241,6 +243,8 @@ def _reserve(plan: Plan) -> Optional[str]:
         for card in list(context.cards.values()):
             card.session.join()
     plan.start_signal = _socket.socketpair()
+    for end in plan.start_signal:
+        end.settimeout(None)  # whatever socket.setdefaulttimeout() says
     if not process.sentinel[0] or any(context.owner is not here for context in plan.handed_over()):
         return "a signal handler has forked"
     return None
@@ -273,13 +277,13 @@ def _settle_in_parent() -> None:
     plan = _plans.get(get_ident())
     if plan is None:
         return
-    while True:
+    for _ in range(_ATTEMPTS):
         try:
             _settle_once(plan)
-            _plans.pop(get_ident(), None)
             break
         except BaseException as error:  # a signal handler's
             plan.raised.append(error)
+    _plans.pop(get_ident(), None)
     for raised in plan.raised[-1:]:
         gate.raise_later(get_ident(), raised)
 
@@ -292,9 +296,7 @@ def _settle_once(plan: Plan) -> None:
     descriptors.kept_by_child.pop(get_ident(), None)
     if plan.has_child is None:
         plan.has_child = _child_has_started(plan)
-    start_signal, plan.start_signal = plan.start_signal, ()
-    for end in start_signal:
-        end.close()
+    _close(plan.start_signal)
     if plan.has_child and plan.handed_over():
         # Before another thread can re-establish the contexts that were handed over.
         descriptors.replace_with_dead(plan.connections)
@@ -322,15 +324,22 @@ def _child_has_started(plan: Plan) -> bool:
     """Whether there is a child: it has said so, or still has its end of the socket pair."""
     if not plan.is_complete:
         return False
-    ours, *theirs = plan.start_signal
-    plan.start_signal = (ours,)
-    for end in theirs:
-        end.close()
+    ours, theirs = plan.start_signal
+    _close((theirs,))
     # Not select.poll or os.read, which set errno to 0: until Python 3.10 it is read after this, where fork() failed.
     try:
         return bool(ours.recv(1, _socket.MSG_DONTWAIT | _socket.MSG_PEEK))
-    except BlockingIOError:
-        return True
+    except OSError as error:
+        if not is_ours(error):
+            raise
+        return True  # nothing is there yet; or a hook has closed it, and two processes must not have one session
+
+
+def _close(ends: tuple[Any, ...]) -> None:
+    """Close these, unless they are closed."""
+    for end in ends:
+        with failures.suppress(OSError):  # the application has closed the descriptor
+            end.close()
 
 
 def _change_owner(context: Context, owner: process.Epoch) -> None:
@@ -349,8 +358,7 @@ def _confirm_in_child() -> None:
         _receive(plan)
     descriptors.kept_by_child.clear()
     for each in list(_plans.values()):
-        for end in each.start_signal:
-            end.close()
+        _close(each.start_signal)
     _plans.clear()  # last: until then this function can be called again
 
 

@@ -10,7 +10,9 @@ import errno
 import json
 import os
 import resource
+import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,7 +29,7 @@ from interrupts import Alarm, RaisesInside, before_3_10, no_new_thread, raise_al
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import handles, process, transfer
+from pcsc_safe._core import gate, handles, process, transfer
 from pcsc_safe._core.calls import KEEP_FILES, LOST_REASON
 from pcsc_safe.broker.client import InheritedConnection
 from pcsc_safe.errors import HandoverError
@@ -349,6 +351,48 @@ def test_a_fork_that_fails(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, 
         return calling.answer()
 
     assert in_child(parent) == [OK, [1, 0x90, 0x00]]
+
+
+@pytest.mark.parametrize("now", ["closed", "another file"])
+@through_both
+def test_a_hook_that_closes_descriptors(stack: VirtualPcsc, through: str, now: str) -> None:
+    """The child has the session even if a hook in the parent closes the descriptor over which the child confirms."""
+
+    def parent() -> Any:
+        def disturbed(plan: Any) -> bool:
+            number = plan.start_signal[0].fileno()
+            os.close(number) if now == "closed" else os.dup2(other, number)
+            return has_started(plan)
+
+        session, other = opened(through, policy="raise"), os.open(os.devnull, os.O_RDONLY)
+        has_started, transfer._child_has_started = transfer._child_has_started, disturbed
+        return wait_for(start(has, session, fork=handing_over)), has(session)
+
+    assert in_child(parent) == (True, False)
+
+
+@through_both
+def test_a_default_timeout(stack: VirtualPcsc, through: str) -> None:
+    """The timeout of socket.setdefaulttimeout() ends no handover, even if the child confirms after it."""
+
+    def parent() -> Any:
+        raised, (read_end, write_end), receive = list[Any](), os.pipe(), transfer._receive
+
+        def receives_late(plan: Any) -> None:
+            select.select([read_end], [], [], 1)
+            receive(plan)
+
+        def forking() -> int:
+            pid = handing_over()
+            os.write(write_end, b"the parent has settled")
+            return pid
+
+        transfer._receive, gate.raise_later = receives_late, lambda *each: raised.append(each)
+        session = opened(through, policy="raise")
+        socket.setdefaulttimeout(0.001)
+        return wait_for(start(has, session, fork=forking)), has(session), raised
+
+    assert in_child(parent) == (True, False, [])
 
 
 @pytest.mark.parametrize("fault", ["no descriptor", "no broker"])

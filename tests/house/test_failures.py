@@ -16,7 +16,6 @@ IN_THE_BROKER = {"served", "server", "sharing", "watch", "__init__", "__main__"}
 WITH_A_REASON = {
     "_core.log._write": "print() runs whatever the application has put in the place of sys.stderr",
     "_core.reconnecting.reconnecting": "it raises what it doesn't know",
-    "_core.transfer._child_has_started": "a BlockingIOError ends a wait that is asked for again",
     "_native.interruptible.attempt": "on the way out of a handler's exception",
     "broker.start._path_of": "importlib's own errors, when a broker is started",
     "broker.values._read_text": "a UnicodeDecodeError is nobody else's",
