@@ -70,27 +70,25 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             if obstacle:
                 raise _error(*obstacle)
         ident = self._thread = get_ident()
-        outer = transfer.blocks.get(ident, ())
         try:
             if not gate.close_if_quiet():
                 raise _error(
                     "other threads are inside PC/SC calls",
                     "end these calls first, or configure a longer quiesce_timeout",
                 )
-            transfer.blocks[ident] = (*outer, self)
+            transfer.blocks[ident] = (*transfer.blocks.get(ident, ()), self)
         except BaseException:  # a signal handler's too
-            _leave(ident, outer)
+            self._leave()
             raise
         return self
 
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
-        outer = transfer.blocks.get(self._thread, ())[:-1]
-        try:
-            _leave(self._thread, outer)
+        try:  # first: no signal handler may come before it
+            self._leave()
         except BaseException:  # a signal handler's
-            _leave(self._thread, outer)
+            self._leave()
             raise
         if kind is not None or self._done:
             return
@@ -108,6 +106,17 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
                 "the fork in this block ran none of Python's at-fork hooks",
                 "use os.fork(); the parent is still the owner",
             )
+
+    def _leave(self) -> None:
+        """Leave the block, and open the gate with the last one; a second time changes nothing."""
+        ident = self._thread
+        others = list(transfer.blocks.get(ident, ()))
+        if self in others:
+            others.remove(self)  # once: a block can be inside itself
+        if others:
+            transfer.blocks[ident] = tuple(others)
+        else:
+            one_step.in_one_step((transfer.blocks.pop, ident, None), (in_flight.closers.pop, ident, None))
 
     def contexts(self) -> list[Context]:
         """The contexts to hand over that this process owns."""
@@ -137,18 +146,6 @@ def files_to_preserve() -> list[int]:
     numbers = {descriptor.number for descriptor in found if descriptor is not None and descriptor.is_intact()}
     numbers.update(number for number in (sessions.descriptor(),) if number is not None and owned)
     return sorted(numbers | set(gateways.brokers.files_to_preserve()))
-
-
-def _leave(ident: int, outer: tuple[transfer.Block, ...]) -> None:
-    """Leave a block, and open the gate with the last one; a second time changes nothing.
-
-    :param ident: the thread that is in the block.
-    :param outer: the blocks around it.
-    """
-    if outer:
-        transfer.blocks[ident] = outer
-    else:
-        one_step.in_one_step((transfer.blocks.pop, ident, None), (in_flight.closers.pop, ident, None))
 
 
 def _owned(handle: Any) -> Context:

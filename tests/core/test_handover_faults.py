@@ -207,24 +207,33 @@ def swept(through: str, moments: str) -> None:
 
 
 @before_3_10
-def test_a_signal_at_the_end_of_a_block(stack: VirtualPcsc) -> None:
+@pytest.mark.parametrize("when", ["get", "pop"])
+def test_a_signal_at_the_end_of_a_block(stack: VirtualPcsc, when: str) -> None:
     """A handler that raises while a block ends opens the gate all the same: other threads' calls go on."""
 
     class Interrupted(dict[int, Any]):
+        def get(self, *arguments: Any) -> Any:
+            interrupt("get")
+            return super().get(*arguments)
+
         def pop(self, *arguments: Any) -> Any:
-            if signals:
-                os.kill(os.getpid(), signals.pop())
+            interrupt("pop")
             return super().pop(*arguments)
+
+    def interrupt(now: str) -> None:
+        if now in moments:
+            moments.remove(now)
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     def parent() -> Any:
         signal.signal(signal.SIGUSR1, raise_alarm)
         context = establish()
         transfer.blocks = Interrupted()
         with contextlib.suppress(Alarm), pcsc_safe.handover():
-            pass
-        return signals, dict(transfer.blocks), Calling(safe.SCardListReaders, context, []).answer()[0]
+            moments.append(when)
+        return moments, dict(transfer.blocks), Calling(safe.SCardListReaders, context, []).answer()[0]
 
-    signals = [signal.SIGUSR1]
+    moments: list[str] = []
     assert in_child(parent) == ([], {}, OK)
 
 
