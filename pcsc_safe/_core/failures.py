@@ -22,6 +22,8 @@ def is_ours(error: BaseException) -> bool:
 
     :param error: just caught; the ``try`` called only modules of this package and C functions.
     """
+    if not error.args:
+        return False
     step = error.__traceback__
     while step is not None:
         if step.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS:

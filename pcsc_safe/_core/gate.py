@@ -10,6 +10,7 @@ or locked.
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any, Callable
 
@@ -238,8 +239,14 @@ def _raise_later(ident: int, error: BaseException) -> None:
     _wait_for_forks()
     ctypes = call_inside(in_flight.IMPORTS, __import__, "ctypes")  # rarely needed
     _wait_for_forks()  # for the next one, too, which has waited for the import
-    # What is raised in another thread is a class, without arguments: one that makes the very instance.
-    carrier = type(type(error).__name__, (type(error),), {"__new__": lambda kind: error})
+
+    def the_very_instance(kind: type[BaseException]) -> BaseException:
+        if sys.version_info < (3, 12):
+            raise error  # returned, it would lose its traceback, and so the frame that shows that it is not ours
+        return error
+
+    # What is raised in another thread is a class, without arguments.
+    carrier = type(type(error).__name__, (type(error),), {"__new__": the_very_instance})
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(carrier))
 
 

@@ -78,7 +78,7 @@ class Connection:
         while True:
             data = receive(_READ_SIZE)
             if not data:
-                raise EOFError
+                raise EOFError("the broker has closed the connection")
             body = feed(data)
             if body is not None:
                 return body
@@ -101,7 +101,7 @@ class Connection:
                     if not is_ours(error):
                         raise
                     if not door.is_alive(0):
-                        raise EOFError from None
+                        raise EOFError("the broker has ended") from None
                     if time.monotonic() >= deadline:
                         raise
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import logging
 import os
@@ -37,11 +38,13 @@ from brokers import (
 from calling import HELD, Calling
 from conftest import ECHO, Session
 from forking import in_child, in_program
+from interrupts import as_of_c
 
 import pcsc_safe
 from pcsc_safe import scard as safe
+from pcsc_safe._core import gate
 from pcsc_safe.broker import __main__ as main
-from pcsc_safe.broker import start
+from pcsc_safe.broker import start, wire
 from pcsc_safe.testing import DEFAULT_ATR, VirtualPcsc
 
 __all__ = ["module_stack", "stack"]
@@ -180,6 +183,47 @@ def test_what_a_signal_handler_raises_ends_a_call(stack: VirtualPcsc) -> None:
         held_card(stack).go.set()
         client.say("the card has answered")
         assert client.result() == (ECHOED, ECHOED)
+
+
+FEED = wire.Receiver.feed
+
+
+def raised_by_a_handler() -> TimeoutError:
+    try:
+        raise TimeoutError(errno.ETIMEDOUT, "the application's")
+    except TimeoutError as error:
+        return error
+
+
+RAISED = raised_by_a_handler()
+
+
+def sends_a_class(receiver: wire.Receiver, data: bytes) -> Any:
+    """What runs when a reply has arrived."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.get_ident()), ctypes.py_object(TimeoutError))
+    return FEED(receiver, data)
+
+
+def sends_what_a_handler_raised(receiver: wire.Receiver, data: bytes) -> Any:
+    """The same, with an exception that a handler has raised during a fork."""
+    gate._raise_later(threading.get_ident(), RAISED)
+    return FEED(receiver, data)
+
+
+@pytest.mark.parametrize("sends", [sends_a_class, sends_what_a_handler_raised])
+def test_what_another_thread_sends_ends_a_call(stack: VirtualPcsc, sends: Any) -> None:
+    """A TimeoutError that arrives in a thread together with the broker's reply is no failure of the broker."""
+
+    def child() -> Any:
+        session = Session()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(wire.Receiver, "feed", as_of_c(sends))
+            with pytest.raises(TimeoutError):
+                session.transmit(ECHO)
+        session.assert_untouched()
+        return session.transmit(ECHO)
+
+    assert in_child(by_broker(child)) == ECHOED
 
 
 # broker="always".

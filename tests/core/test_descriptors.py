@@ -272,7 +272,7 @@ def test_a_handlers_exception_is_not_taken_for_a_failure(monkeypatch: pytest.Mon
 
     def times_out(*arguments: Any, **options: Any) -> Any:
         if connection.number in arguments:
-            raise TimeoutError
+            raise TimeoutError("a handler's")
         return real(*arguments, **options)
 
     with ours, theirs, monkeypatch.context() as patch:

@@ -52,3 +52,15 @@ def test_who_catches_asks_whose_it_is() -> None:
         if isinstance(function, ast.FunctionDef) and any(catching(function))
     }
     assert found == set(WITH_A_REASON)
+
+
+def test_what_it_raises_itself_has_a_text() -> None:
+    """No ``raise`` of a class of Python alone: such an exception would be taken for one that another thread sends."""
+    bare = {
+        f"{name}:{node.lineno}"
+        for name, file in modules().items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Name) and node.exc.id in vars(builtins)
+        if node.exc.id != "NotImplementedError"
+    }
+    assert bare == set()
