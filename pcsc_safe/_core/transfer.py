@@ -110,7 +110,7 @@ class Plan:
 
 _GIVEN_TIMEOUT = 1.0  # s; for what another thread's fork has given to be its child's, or this process's again
 _PAUSE = 0.001  # s
-_ATTEMPTS = 3
+_ATTEMPTS = 100  # to settle: a signal handler can raise in each, but not for ever
 _INTACT_CHECKS = 20
 _plans: dict[int, Plan] = {}
 _received: Optional[tuple[tuple[int, int], Plan]] = None
