@@ -21,6 +21,7 @@ from .._core.unpatched import get_ident, monotonic
 from .contexts import NativeContexts
 from .native_context import NativeContext, wait_while_given
 from .pyscard import raw
+from .releasing import awaiting_release, release_waiting
 
 __all__ = ["connect"]
 
@@ -59,6 +60,8 @@ def connect(contexts: NativeContexts, owned: Owned, arguments: Sequence[Any], ke
         raise
     finally:
         inside.pop(recording, None)
+        if awaiting_release:
+            release_waiting()
 
 
 def _keep(contexts: NativeContexts, owned: Owned, connected: Sequence[int], context: NativeContext, keep: _Keep) -> Any:

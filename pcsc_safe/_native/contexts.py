@@ -152,29 +152,35 @@ class NativeContexts:
         """
         may_pass, refused = False, SUCCESS
         avoided: list[NativeContext] = []
-        while self.is_current(owned) and not (wait is not None and wait.cancelled):
-            insists = without_cards and refused == SUCCESS
-            for context in self._candidates(avoided, without_cards=insists):
-                context.yield_to_waiters()
-                # A wait beside a card must be short; any other must find no card there.
-                is_bare = insists or (wait is not None and not context.cards)
-                make = interruptible.attempt if lasts and is_bare else attempt
-                operations = call(context, is_bare)
-                steps = make(context, owned, function, *operations, wait=wait, without_cards=is_bare, may_pass=may_pass)
-                if steps:
-                    self._after_use(context)
-                    result = self._check_result(owned, function, result_of(steps), context, avoided, may_pass)
-                    if result is not _RETRY:
-                        return result
-            if given := [context for context in list(self.natives) if context.state == GIVEN]:
-                wait_while_given(given)
-            elif in_flight.closers and not may_pass:
-                may_pass = gate.wait_for(establishing)
-            else:
-                refused = self.establish(owned, may_pass=may_pass)
-                if refused != SUCCESS and not self._wait_for_one() and self.is_current(owned):
-                    return CALLS[function].failure(refused, ([],))
-        return STALE
+        try:
+            while self.is_current(owned) and not (wait is not None and wait.cancelled):
+                insists = without_cards and refused == SUCCESS
+                for context in self._candidates(avoided, without_cards=insists):
+                    context.yield_to_waiters()
+                    # A wait beside a card must be short; any other must find no card there.
+                    is_bare = insists or (wait is not None and not context.cards)
+                    make = interruptible.attempt if lasts and is_bare else attempt
+                    operations = call(context, is_bare)
+                    steps = make(
+                        context, owned, function, *operations, wait=wait, without_cards=is_bare, may_pass=may_pass
+                    )
+                    if steps:
+                        self._after_use(context)
+                        result = self._check_result(owned, function, result_of(steps), context, avoided, may_pass)
+                        if result is not _RETRY:
+                            return result
+                if given := [context for context in list(self.natives) if context.state == GIVEN]:
+                    wait_while_given(given)
+                elif in_flight.closers and not may_pass:
+                    may_pass = gate.wait_for(establishing)
+                else:
+                    refused = self.establish(owned, may_pass=may_pass)
+                    if refused != SUCCESS and not self._wait_for_one() and self.is_current(owned):
+                        return CALLS[function].failure(refused, ([],))
+            return STALE
+        finally:
+            if awaiting_release:
+                release_waiting()
 
     def _candidates(self, avoided: Sequence[NativeContext], *, without_cards: bool) -> Iterator[NativeContext]:
         """The native contexts that a call may use, each looked at just before it is used."""
@@ -242,8 +248,6 @@ class NativeContexts:
             release_native(context, self.natives)
         if len(self.natives) > 1:
             self.release_idle()
-        if awaiting_release:
-            release_waiting()
 
     def release_idle(self) -> None:
         """Release all native contexts but one that are idle and without a card.
@@ -330,19 +334,17 @@ class NativeContexts:
         :param forget: forgets the PC/SC context, after it was marked as released.
         :return: pyscard's result, or :data:`STALE`.
         """
-        for context in list(self.natives):
-            if not context.handle:
-                context.settle()
-        natives = [context for context in list(self.natives) if context.handle]
         for wait in list(self.waits):
             wait.cancelled = True
         try:
-            if not mark_released(owned, natives):
+            if not mark_released(owned, self._established()):
                 return STALE
         finally:
             if owned.released:
                 forget()
+        natives = self._established()
         for context in natives:
+            awaiting_release.setdefault(context, owned)  # one that another thread has established since
             context.cards.clear()
         # Again, because a thread may have begun another one before that.
         waits = list(self.waits)
@@ -373,12 +375,16 @@ class NativeContexts:
             self._wake(list(self.waits))
             release_waiting()
 
-    def usable(self) -> list[NativeContext]:
-        """The native contexts that are in use or can be used."""
+    def _established(self) -> list[NativeContext]:
+        """The native contexts that libpcsclite has made, and not released."""
         for context in list(self.natives):
             if not context.handle:
                 context.settle()
-        return [context for context in list(self.natives) if context.handle and context.state in (OPEN, GIVEN)]
+        return [context for context in list(self.natives) if context.handle]
+
+    def usable(self) -> list[NativeContext]:
+        """The native contexts that are in use or can be used."""
+        return [context for context in self._established() if context.state in (OPEN, GIVEN)]
 
     def descriptors(self) -> list[Optional[Descriptor]]:
         """Their connections to pcscd; None for one that is not known."""

@@ -14,13 +14,15 @@ from typing import Any, Optional
 
 from .._core import descriptors, gate, in_flight, process
 from .._core.in_flight import OPEN, RELEASED, WOKEN, Owned, Place, attempt
-from .._core.unpatched import get_ident
+from .._core.unpatched import get_ident, monotonic, sleep
 from .native_context import NativeContext
 from .pyscard import raw
 
 __all__ = ["awaiting_release", "mark_released", "release_native", "release_waiting", "release_when_open"]
 
 _Natives = dict[NativeContext, Any]
+_WAKE_TIMEOUT = 1.0  # s; that another thread has to end a wait there
+_PAUSE = 0.001  # s
 
 awaiting_release: dict[NativeContext, Optional[Owned]] = {}
 """Native contexts to be released when no thread is in them; each with the PC/SC context that was released.
@@ -76,19 +78,25 @@ def release_native(
 
 def release_when_open(context: NativeContext, natives: _Natives) -> list[Any]:
     """Release a native context that nobody needs, when no thread is about to fork; not if a thread is in it."""
-    may_pass = False
+    may_pass, deadline = False, monotonic() + _WAKE_TIMEOUT
     while not (steps := release_native(context, natives, without_cards=False, may_pass=may_pass)):
-        if context.calls or context.wakers or context.state != OPEN or not context.is_ours():
+        if context.calls or context.state not in (OPEN, WOKEN) or not context.is_ours() or monotonic() > deadline:
             break  # whoever is there releases it
-        may_pass = gate.wait_for(context, may_pass)
+        if context.wakers:
+            sleep(_PAUSE)
+        else:
+            may_pass = gate.wait_for(context, may_pass)
+            deadline = monotonic() + _WAKE_TIMEOUT
     return steps
 
 
 def release_waiting() -> None:
     """Release the native contexts that are no longer needed, and that no thread is in."""
     for context, owned in list(awaiting_release.items()):
-        if context.state != RELEASED:
-            release_native(context, {}, without_cards=owned is None or not owned.released)
+        if owned is not None and owned.released:
+            release_when_open(context, {})
+        elif context.state != RELEASED:
+            release_native(context, {})
         if context.state == RELEASED or not context.is_ours():
             awaiting_release.pop(context, None)
 

@@ -73,6 +73,8 @@ class Client:
         contexts = [handle for handle in list(self.handles.values()) if isinstance(handle.record, handles.Context)]
         left = [sharing.drop(self, handle) for handle in contexts]
         ended = [handle for handle, cards in zip(contexts, left) if cards is None]
+        for card in [card for cards in left for card in cards or ()]:  # each may wait for a long call of this client
+            run_in_thread(sharing.leave, self, *card)
         # pcscd detects this immediately, as it detects the death of a process, so a long call delays no other context.
         for handle in ended:
             handle.record.context.real.end_long_calls()
@@ -83,9 +85,6 @@ class Client:
             router.public["SCardReleaseContext"](handle)
         for connection in list(self.connections):  # waits on contexts that other clients also have
             connection.hang_up()
-        for cards in left:
-            for card in cards or ():  # each may wait for a long call of this client
-                run_in_thread(sharing.leave, self, *card)
 
 
 class Connection:
