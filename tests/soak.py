@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 
 from soak_report import Report, judge_end, lines
 
-from pcsc_safe.testing import EchoCard, VirtualPcsc
+from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc
 
 PR_SET_CHILD_SUBREAPER = 36
 READERS = 4
@@ -241,6 +241,16 @@ class Director:
         return str(pid)
 
 
+def where_threads_sleep(pid: int) -> str:
+    """For each thread of a process: its system call, and the functions of the kernel that it is in."""
+    found = []
+    for thread in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        for name in ("syscall", "wchan", "stack"):
+            with contextlib.suppress(OSError):
+                found.append(f"{thread.name} {name}: {(thread / name).read_text().strip()}")
+    return "\n".join(found)
+
+
 def direct(seconds: float, seed: int, directory: str) -> dict[str, Any]:
     """Run a soak test.
 
@@ -251,7 +261,11 @@ def direct(seconds: float, seed: int, directory: str) -> dict[str, Any]:
         descriptors = len(os.listdir("/proc/self/fd"))
         director = Director(seconds, seed, directory, stack)
         began = time.monotonic()
-        director.run()
+        try:
+            director.run()
+        except PcscStackError:
+            print(where_threads_sleep(stack.pid), file=sys.stderr)
+            raise
         try:
             stack.wait_for_clients(0)
         except TimeoutError as error:
