@@ -58,7 +58,7 @@ class NativeContexts:
     """
 
     __slots__ = ("_given_by", "_is_refused", "natives", "owner", "scope", "waits")
-    released = False  # these are in no call any more when they are
+    released = False  # for attempt(); what is established for a released PC/SC context is given up afterwards
 
     def __init__(self, scope: Any) -> None:
         self.scope = scope

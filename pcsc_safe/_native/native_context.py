@@ -60,7 +60,7 @@ class NativeContext(Place):
         "wakers",
         "woken",
     )
-    released = False  # what is called for a native context itself is its release, and what precedes it
+    released = False  # for attempt(); a native context of a released PC/SC context is still to be released itself
 
     def __init__(self) -> None:
         super().__init__()
