@@ -2,7 +2,9 @@
 
 Python can run a signal handler in the middle of any function, so a ``try`` also catches what the handler raises.  A
 handler's TimeoutError, which is an OSError, would look like a failed system call, and the application would never get
-it.  But the traceback of such an exception has the handler's frame, which is not a frame of this package.
+it.  But the traceback of such an exception has the handler's frame, which is not a frame of this package.  An exception
+that another thread has sent (PyThreadState_SetAsyncExc) has no such frame, but it is made without arguments; those of C
+functions and of this package have some.
 Nothing here changes at a fork.
 """
 

@@ -116,8 +116,10 @@ def reopen() -> None:
 
 
 def wait_until_quiet() -> bool:
-    """Whether no other thread is inside."""
-    _quiesce(get_ident(), monotonic() + quiesce_timeout, include_native=True)
+    """Wait before a fork, with the gate closed; return whether no other thread is inside."""
+    ident, deadline = get_ident(), monotonic() + quiesce_timeout
+    in_flight.closers.setdefault(ident, deadline + _GRACE)  # a signal handler may have kept the first hook from it
+    _quiesce(ident, deadline, include_native=True)
     return not in_flight.others_are_inside()
 
 

@@ -48,6 +48,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         self._done = False
         self._thread = 0
         self.failure: Optional[tuple[str, str]] = None
+        self._depths: list[int] = []  # the number of blocks around it; several, because a block can be inside itself
 
     def __enter__(self) -> handover:
         self._epoch = here = process.current()
@@ -70,6 +71,7 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
             if obstacle:
                 raise _error(*obstacle)
         ident = self._thread = get_ident()
+        self._depths.append(len(transfer.blocks.get(ident, ())))
         try:
             if not gate.close_if_quiet():
                 raise _error(
@@ -78,7 +80,10 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
                 )
             transfer.blocks[ident] = (*transfer.blocks.get(ident, ()), self)
         except BaseException:  # a signal handler's too
-            self._leave()
+            try:
+                self._leave()
+            finally:
+                self._depths.pop()
             raise
         return self
 
@@ -90,6 +95,8 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
         except BaseException:  # a signal handler's
             self._leave()
             raise
+        finally:
+            self._depths.pop()
         if kind is not None or self._done:
             return
         if self.failure is not None:
@@ -110,11 +117,9 @@ class handover:  # noqa: N801  # used as a function is, as contextlib.suppress
     def _leave(self) -> None:
         """Leave the block, and open the gate with the last one; a second time changes nothing."""
         ident = self._thread
-        others = list(transfer.blocks.get(ident, ()))
-        if self in others:
-            others.remove(self)  # once: a block can be inside itself
-        if others:
-            transfer.blocks[ident] = tuple(others)
+        outer = transfer.blocks.get(ident, ())[: self._depths[-1]]
+        if outer:
+            transfer.blocks[ident] = outer
         else:
             one_step.in_one_step((transfer.blocks.pop, ident, None), (in_flight.closers.pop, ident, None))
 

@@ -54,14 +54,16 @@ def connect(contexts: NativeContexts, owned: Owned, arguments: Sequence[Any], ke
         if result is not STALE and connected:
             result = _keep(contexts, owned, connected[0], chosen[0], keep)
         _finish(contexts, owned, connected, chosen, keeps=result is not STALE)
-        return result
-    except BaseException:
-        _finish(contexts, owned, connected, chosen, keeps=False)
-        raise
-    finally:
         inside.pop(recording, None)
         if awaiting_release:
             release_waiting()
+        return result  # after the last call, which a signal handler could interrupt: the card is kept, or it is ended
+    except BaseException:
+        try:
+            _finish(contexts, owned, connected, chosen, keeps=False)
+        finally:
+            inside.pop(recording, None)
+        raise
 
 
 def _keep(contexts: NativeContexts, owned: Owned, connected: Sequence[int], context: NativeContext, keep: _Keep) -> Any:

@@ -285,7 +285,7 @@ class NativeContexts:
             # Its connection is unknown, because other threads have opened or closed files.
             release_native(context, self.natives, may_pass=may_pass)
         if self.is_outdated(owned):
-            self.abandon()
+            self.abandon(owned)
         return SUCCESS
 
     def _establish_one(self, owned: Owned, may_pass: bool, *, thoroughly: bool) -> Optional[NativeContext]:
@@ -334,22 +334,19 @@ class NativeContexts:
         :param forget: forgets the PC/SC context, after it was marked as released.
         :return: pyscard's result, or :data:`STALE`.
         """
-        for wait in list(self.waits):
-            wait.cancelled = True
         try:
-            if not mark_released(owned, self._established()):
+            if not mark_released(owned, lambda: self.is_current(owned), self._established):
                 return STALE
         finally:
             if owned.released:
+                waits = list(self.waits)  # no other begins
+                for wait in waits:
+                    wait.cancelled = True
                 forget()
         natives = self._established()
         for context in natives:
             awaiting_release.setdefault(context, owned)  # one that another thread has established since
             context.cards.clear()
-        # Again, because a thread may have begun another one before that.
-        waits = list(self.waits)
-        for wait in waits:
-            wait.cancelled = True
         self._wake(waits)
         # The others have lost their connections when their waits were ended.
         sound = [context for context in natives if context.state == OPEN]
@@ -362,8 +359,11 @@ class NativeContexts:
         for context in self.usable():
             context.end_long_call()
 
-    def abandon(self) -> None:
-        """Release native contexts that a thread has established here after this object was replaced."""
+    def abandon(self, owned: Optional[Owned] = None) -> None:
+        """Release native contexts that a thread has established here after this object was replaced.
+
+        :param owned: the PC/SC context, if it may also have been released.
+        """
         ours = [context for context in list(self.natives) if context.is_ours()]
         for context in ours:
             context.settle()
@@ -371,7 +371,7 @@ class NativeContexts:
         unreleased = [one for one in ours if one.handle and (one.descriptor is None or one.descriptor.is_intact())]
         if unreleased:
             for context in unreleased:
-                awaiting_release.setdefault(context, None)
+                awaiting_release.setdefault(context, owned if owned is not None and owned.released else None)
             self._wake(list(self.waits))
             release_waiting()
 

@@ -9,13 +9,12 @@ At a fork nothing that is due stays so in the child, whose parent releases it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from .._core import descriptors, gate, in_flight, process
-from .._core.in_flight import OPEN, RELEASED, WOKEN, Owned, Place, attempt
+from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, Place, attempt
 from .._core.unpatched import get_ident, monotonic, sleep
-from .native_context import NativeContext
+from .native_context import NativeContext, wait_while_given
 from .pyscard import raw
 
 __all__ = ["awaiting_release", "mark_released", "release_native", "release_waiting", "release_when_open"]
@@ -31,20 +30,26 @@ If there is None instead, it is released when it has no card any more.
 """
 
 
-def mark_released(owned: Owned, natives: Sequence[NativeContext]) -> bool:
+def mark_released(owned: Owned, is_current: Callable[[], bool], established: Callable[[], list[NativeContext]]) -> bool:
     """Mark a PC/SC context as released, and its native contexts as due, in one step.
 
     No thread can connect there afterwards, and a fork sees it either as it was before, or released.
 
-    :return: False if another thread has released it, or this process no longer owns it.
+    :param is_current: whether it is not released, and this process owns it, with these native contexts.
+    :param established: its native contexts.
+    :return: False if ``is_current`` does.
     """
-    may_pass, due = False, dict.fromkeys(natives, owned)
-    mark = (setattr, owned, "released", True), (awaiting_release.update, due)
-    while not attempt(Place(), owned, "SCardReleaseContext", *mark, may_pass=may_pass):
-        if owned.released or owned.owner is not process.current():
-            return False
+    may_pass = False
+    while is_current():
+        due = established()
+        if given := [context for context in due if context.state == GIVEN]:
+            wait_while_given(given)
+            continue
+        mark = (setattr, owned, "released", True), (awaiting_release.update, dict.fromkeys(due, owned))
+        if attempt(Place(), owned, "SCardReleaseContext", *mark, may_pass=may_pass):
+            return True
         may_pass = gate.wait_until_open(get_ident())
-    return True
+    return False
 
 
 def release_native(
@@ -81,7 +86,7 @@ def release_when_open(context: NativeContext, natives: _Natives) -> list[Any]:
     may_pass, deadline = False, monotonic() + _WAKE_TIMEOUT
     while not (steps := release_native(context, natives, without_cards=False, may_pass=may_pass)):
         if context.calls or context.state not in (OPEN, WOKEN) or not context.is_ours() or monotonic() > deadline:
-            break  # whoever is there releases it
+            break  # the thread that is there releases it, or the next call of this process
         if context.wakers:
             sleep(_PAUSE)
         else:
@@ -90,10 +95,20 @@ def release_when_open(context: NativeContext, natives: _Natives) -> list[Any]:
     return steps
 
 
+def _end_waits(context: NativeContext) -> None:
+    """End the waits for events there, unless SCardReleaseContext itself has ended them."""
+    for *_, wait in list(context.calls):
+        if wait is not None:
+            context.cards.clear()
+            wait.cancelled = True
+            context.wake(wait)
+
+
 def release_waiting() -> None:
     """Release the native contexts that are no longer needed, and that no thread is in."""
     for context, owned in list(awaiting_release.items()):
         if owned is not None and owned.released:
+            _end_waits(context)
             release_when_open(context, {})
         elif context.state != RELEASED:
             release_native(context, {})

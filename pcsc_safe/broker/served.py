@@ -73,8 +73,8 @@ class Client:
         contexts = [handle for handle in list(self.handles.values()) if isinstance(handle.record, handles.Context)]
         left = [sharing.drop(self, handle) for handle in contexts]
         ended = [handle for handle, cards in zip(contexts, left) if cards is None]
-        for card in [card for cards in left for card in cards or ()]:  # each may wait for a long call of this client
-            run_in_thread(sharing.leave, self, *card)
+        shared = [card for cards in left for card in cards or ()]  # each may wait for a long call of this client
+        last = [card for card in shared if not _starts_in_thread(sharing.leave, self, *card)]
         # pcscd detects this immediately, as it detects the death of a process, so a long call delays no other context.
         for handle in ended:
             handle.record.context.real.end_long_calls()
@@ -85,6 +85,8 @@ class Client:
             router.public["SCardReleaseContext"](handle)
         for connection in list(self.connections):  # waits on contexts that other clients also have
             connection.hang_up()
+        for card in last:
+            sharing.leave(self, *card)
 
 
 class Connection:
@@ -337,11 +339,18 @@ def _establish(client: Client, scope: Any, socket_name: Any) -> Any:
 
 
 def run_in_thread(function: Callable[..., Any], *arguments: Any) -> None:
-    """Call a function that may take long, in a thread."""
+    """Call a function that may take long, in a thread if one can be started."""
+    if not _starts_in_thread(function, *arguments):
+        function(*arguments)
+
+
+def _starts_in_thread(function: Callable[..., Any], *arguments: Any) -> bool:
+    """Call a function in a thread; False if no more threads can be started."""
     try:
         start_new_thread(function, arguments)
-    except RuntimeError:  # no more threads
-        function(*arguments)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _forget_released(client: Client, handle: Handle) -> None:

@@ -25,13 +25,13 @@ from typing import Any
 
 import pytest
 from calling import Calling, connect, establish, stays, until, waits_on
-from conftest import ECHO
+from conftest import ECHO, Session
 from forking import fork, in_child, in_program
 from interrupts import Alarm, RaisesInside, before_3_10
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import handles, new_handles, process, router
+from pcsc_safe._core import handles, in_flight, new_handles, process, router
 from pcsc_safe._native import pyscard
 from pcsc_safe.broker.connection import Connection
 from pcsc_safe.testing import EchoCard, VirtualPcsc
@@ -826,6 +826,49 @@ def test_a_release_that_a_handler_interrupts(pcsc_stack: VirtualPcsc, monkeypatc
     record.forget()
 
 
+@pytest.mark.native
+def test_a_release_that_a_handler_interrupts_beside_a_wait(
+    pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next call of the process ends the wait of the other thread."""
+    from pcsc_safe._native.contexts import NativeContexts
+
+    def interrupted(*_: object) -> None:
+        monkeypatch.undo()
+        raise Alarm
+
+    context = establish()
+    waiter = waiting(context, pcsc_stack.readers[0].name)
+    monkeypatch.setattr(NativeContexts, "_wake", interrupted)
+    with pytest.raises(Alarm):
+        safe.SCardReleaseContext(context)
+    assert safe.SCardReleaseContext(establish()) == OK
+    assert waiter.answer()[0] in (CANCELLED, safe.SCARD_E_INVALID_HANDLE)
+    pcsc_stack.wait_for_clients(0)
+
+
+@pytest.mark.native
+def test_a_handler_as_a_card_is_connected_again(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that raises at the end of a child's implicit SCardConnect leaves no connection that nobody knows."""
+
+    class Calls(dict[Any, Any]):
+        def pop(self, key: Any, *default: Any) -> Any:
+            entry = super().pop(key, *default)
+            if entry and entry[0] == "SCardConnect":
+                monkeypatch.undo()
+                raise Alarm
+            return entry
+
+    def child() -> Any:
+        monkeypatch.setattr(in_flight, "calls_without_place", Calls())
+        with pytest.raises(Alarm):
+            session.transmit(ECHO)
+        left = [list(context.cards) for context in handles.contexts[session.context].real.natives]
+        return left, session.transmit(ECHO)
+
+    assert in_child(child) == ([[]], RIGHT)
+
+
 def recording(monkeypatch: pytest.MonkeyPatch, context: Any, reader: str) -> tuple[Calling, threading.Event]:
     """Start a thread that has connected to a card, and records it as soon as the event is set."""
     reached, go_on, card_of = threading.Event(), threading.Event(), handles.Card.__init__
@@ -844,6 +887,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, context: Any, reader: str) -> tup
 @pytest.mark.native
 def test_a_handover_while_another_thread_connects(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fork waits until the card is recorded: the child gets it, and the parent's calls say so."""
+    pcsc_safe.configure(quiesce_timeout=20)
     context, reader = establish(), pcsc_stack.readers[0].name
     connecting, go_on = recording(monkeypatch, context, reader)
     threading.Timer(0.2, go_on.set).start()
