@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import builtins
 import os
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any, Callable, NamedTuple, Optional
 from .._core import descriptors, failures, gate, in_flight, log, one_step, process
 from .._core.calls import KEEP_FILES, LOST_REASON, STALE, Keep, KeepCard, LostError
 from .._core.failures import is_ours
+from .._core.unpatched import RLock
 from ..errors import BrokerError
 from . import start, wire
 from .connection import Connection, adopt, from_numbers, pair
@@ -77,7 +77,7 @@ class Broker:
         self._door = door
         self._helper = helper
         self._presence = presence
-        self._presence_turn = threading.RLock()
+        self._presence_turn = RLock()
         self._idle: list[Connection] = []
         self._connections: dict[weakref.ref[Connection], None] = {}
         for lasting, _ in filter(None, [presence]):

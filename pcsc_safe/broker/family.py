@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import threading
 from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
@@ -16,6 +15,7 @@ from .._core import descriptors, failures, gate, in_flight, observer, one_step, 
 from .._core.calls import CALLS, LostError
 from .._core.failures import is_ours
 from .._core.settings import settings
+from .._core.unpatched import RLock
 from ..errors import BrokerError
 from ..policy import Broker as When
 from . import connection, start
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _broker: Optional[Broker] = None
-_starting = threading.RLock()
+_starting = RLock()
 
 
 def get() -> Broker:
@@ -160,14 +160,14 @@ def prepare() -> None:
     """Import what a broker requires, so that nothing need be imported in a child or at interpreter exit."""
     global _is_prepared
     if not _is_prepared:
-        _is_prepared = True
         descriptors.prepare()
         atexit.register(connection.keep_open_at_exit)
+        _is_prepared = True
 
 
 def _begin(epoch: process.Epoch) -> None:
     global _broker, _starting
-    _starting = threading.RLock()
+    _starting = RLock()
     if _broker is not None and _broker.epoch is not epoch:
         _broker = _broker.after_fork_in_child(epoch)
 
