@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from importlib.machinery import PathFinder
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,7 @@ def interrupted_import() -> None:
     say([function.__module__ for function in (_scard.SCardConnect, CardMonitor.__getattribute__, CardService.__del__)])
 
 
+@pytest.mark.skipif(version("wrapt").startswith("1.14."), reason="wrapt 1.14 reports only a module's first import")
 def test_a_module_is_imported_again(shared_stack: VirtualPcsc) -> None:
     """A module of pyscard is patched at each import: also if a signal handler has raised in the first one."""
     patched = [f"pcsc_safe.retrofit.{name}" for name in ("scard", "monitors", "framework")]
