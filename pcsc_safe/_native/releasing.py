@@ -1,10 +1,10 @@
 """The release of native contexts: at once, or as soon as no thread is in them.
 
 SCardReleaseContext marks the PC/SC context as released, and its native contexts as due, in one step of C.  Then it
-releases those that are free.  Whoever is in one of the others releases it afterwards, however the call ends; so does
-the next call, if a signal handler has interrupted something here.
+releases those that are free.  A thread that is in one of the others releases it after its call, however the call ends.
+If a signal handler interrupts that, the next call of any thread does it.
 
-At a fork nothing that is due stays so in the child, whose parent releases it.
+A forked child forgets what is due when its epoch begins: its parent releases it.
 """
 
 from __future__ import annotations
