@@ -28,6 +28,7 @@ def main(path):
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may close before the daemon has detached from it
     pid = os.fork()
     if pid:
         print(pid, flush=True)

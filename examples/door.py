@@ -25,6 +25,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 
 import piv
 from cryptography import x509
@@ -60,7 +61,7 @@ class Door(CardObserver):
         for card in added:
             try:
                 self.handle(card)
-            except (OSError, SmartcardException) as error:  # which would end the monitor's thread
+            except (OSError, RuntimeError, SmartcardException) as error:  # which would end the monitor's thread
                 log(card, f"closed: no handler ({error})")
 
     def handle(self, card):
@@ -75,6 +76,8 @@ class Door(CardObserver):
             signal.alarm(TIMEOUT)
             log(card, decision(connection, self.admitted))
             status = 0
+        except Exception:
+            traceback.print_exc()  # os._exit() would discard it
         finally:
             os._exit(status)
 
@@ -134,7 +137,7 @@ def log(card, text):
 def main(path):
     pcsc_safe.install()
     with open(path) as file:
-        admitted = dict(line.split(maxsplit=1) for line in file.read().splitlines())
+        admitted = dict(line.strip().split(maxsplit=1) for line in file if line.strip())
     the_end = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, the_end)  # in all threads and handlers
     monitor, door = CardMonitor(), Door(admitted)

@@ -57,11 +57,15 @@ def main():
     for _ in range(2):
         workers.append(os.fork())
         if workers[-1] == 0:
-            work(context, card)
-            os._exit(0)
+            try:
+                work(context, card)
+                os._exit(0)
+            except SystemExit as error:
+                print(error, file=sys.stderr, flush=True)
+            finally:
+                os._exit(1)
         use(card, 2)
-    for pid in workers:
-        os.waitpid(pid, 0)
+    failed = any([os.waitpid(pid, 0)[1] for pid in workers])
 
     with pcsc_safe.handover():
         successor = os.fork()
@@ -71,8 +75,9 @@ def main():
         check(scard.SCardReleaseContext(context))
         os._exit(0)
     _, status = os.waitpid(successor, 0)
+    if failed or status:
+        sys.exit("a process of the family has failed")
     print("all done", flush=True)
-    sys.exit(os.waitstatus_to_exitcode(status))
 
 
 if __name__ == "__main__":

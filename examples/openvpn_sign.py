@@ -46,6 +46,7 @@ def main(path, reader, exclusive, keep_pin):
         certificate = ssl.DER_cert_to_PEM_cert(signer.certificate())
         log = os.open(f"{path}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         listener = listen(path)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may close before the daemon has detached from it
         pid = 0
         try:
             with pcsc_safe.handover():

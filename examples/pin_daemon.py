@@ -44,8 +44,13 @@ def main(path):
     listener.listen()
     background = daemon.DaemonContext(umask=0o177, files_preserve=[listener, *pcsc_safe.files_to_preserve()])
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal may close before this process has detached from it
-    with pcsc_safe.handover():
-        background.open()
+    try:
+        with pcsc_safe.handover():
+            background.open()
+    except (pcsc_safe.HandoverError, OSError) as error:
+        os.unlink(path)
+        syslog.syslog(syslog.LOG_ERR, f"not started: {error}")  # the terminal may be closed already
+        raise
     # Outside of the handover block, so that the forks of handlers hand nothing over.
     with background:
         try:
@@ -68,7 +73,7 @@ def serve(listener, signer):
         while True:
             for key, _ in selector.select():
                 if key.fileobj is listener:
-                    pid, handler = fork_handler(listener)
+                    pid, handler = fork_handler(listener, selector)
                     selector.register(handler, selectors.EVENT_READ, pid)
                 elif not answer(key.fileobj, signer):
                     selector.unregister(key.fileobj)
@@ -98,7 +103,7 @@ def tell(whom, line):
         whom.sendall(f"{line}\n".encode())
 
 
-def fork_handler(listener):
+def fork_handler(listener, selector):
     """Fork a handler for the next client; return its PID and a socket to it."""
     client, _ = listener.accept()
     ours, its = socket.socketpair()
@@ -108,7 +113,9 @@ def fork_handler(listener):
         its.close()
         return pid, ours
     try:
-        listener.close()
+        ours.close()  # otherwise the handler would not notice the end of the daemon
+        for key in selector.get_map().values():  # the listener, and the daemon's sockets to other handlers
+            key.fileobj.close()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(TIMEOUT)
         handle(client, its)

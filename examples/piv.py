@@ -8,7 +8,8 @@ Sign a file with the card in the first reader.  The program prints the certifica
 
     python examples/piv.py file
 
-It asks for the PIN, or takes it from the environment variable PIV_PIN.  On a virtual card, whose PIN is 123456::
+It asks for the PIN, or takes it from the environment variable PIV_PIN.  The key in slot 9A must be P-256, and the card
+must support the protocol T=1.  On a virtual card, whose PIN is 123456::
 
     pip install 'pcsc-safe[piv]'
     python -m pcsc_safe.testing --card piv -- python examples/piv.py file
@@ -47,7 +48,7 @@ class Signer:
     """
 
     def __init__(self, pin, reader="", share_mode=scard.SCARD_SHARE_SHARED):
-        self._pin = pin
+        self._pin, self._first_certificate = pin, None
         self._how = share_mode, scard.SCARD_PROTOCOL_T1
         (self._context,) = done("SCardEstablishContext", scard.SCARD_SCOPE_SYSTEM)
         try:
@@ -117,6 +118,10 @@ class Signer:
         if self._pin is None:
             raise CardError(self._no_pin)
         self._transmit(SELECT)
+        certificate = self._command(0xCB, 0x3F, 0xFF, CERTIFICATE)  # which needs no PIN
+        if self._first_certificate not in (None, certificate):
+            raise CardError("another card is in the reader; it doesn't get the PIN of the first one")
+        self._first_certificate = certificate
         _, sw = self._transmit(apdu(0x20, 0x00, 0x80, self._pin.encode().ljust(8, b"\xff")))
         if sw >> 8 == 0x63 or sw == 0x6983:  # wrong, or blocked
             self._pin = None

@@ -16,6 +16,7 @@ import pcsc_safe
 from pcsc_safe import __main__ as command_line
 from pcsc_safe import policy
 
+_ARGUMENTS = {"run": '.RI [ options "] " program', "completion": ".IR bash | fish | zsh"}
 PAGE = Path(__file__).resolve().parent.parent / "man" / "pcsc-safe.1"
 
 
@@ -32,7 +33,7 @@ def _head() -> Iterator[str]:
     yield ".SH SYNOPSIS"
     for name in command_line.COMMANDS:
         yield f".B pcsc\\-safe {_roff(name)}"
-        yield '.RI [ options "] " program' if name == "run" else ".RI [ options ]"
+        yield _ARGUMENTS.get(name, ".RI [ options ]")
         yield ".br"
     yield ".SH DESCRIPTION"
     yield _roff("A process that uses PC/SC through pyscard must not fork. With pcsc_safe it may.")

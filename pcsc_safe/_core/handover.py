@@ -143,13 +143,14 @@ def files_to_preserve() -> list[int]:
     ``DaemonContext(files_preserve=pcsc_safe.files_to_preserve())``.  The numbers stay the same when sessions are handed
     over or shared.
 
-    :return: their numbers, in ascending order; an empty list if this process has neither a context nor a broker.
+    :return: their numbers, in ascending order; an empty list if this process has no context, not even an inherited one,
+        and no broker.
     """
     here = process.current()  # first: it may be what makes contexts this process's own
     owned = [context for context in list(handles.contexts.values()) if context.owner is here]
     found = [descriptor for context in owned for descriptor in context.gateway.descriptors(context.real)]
     numbers = {descriptor.number for descriptor in found if descriptor is not None and descriptor.is_intact()}
-    numbers.update(number for number in (sessions.descriptor(),) if number is not None and owned)
+    numbers.update(number for number in (sessions.descriptor(),) if number is not None and handles.contexts)
     return sorted(numbers | set(gateways.brokers.files_to_preserve()))
 
 

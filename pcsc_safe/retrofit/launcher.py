@@ -23,7 +23,7 @@ from ..errors import SettingsError
 
 __all__ = ["EPILOG", "add_arguments", "main", "split"]
 
-EPILOG = """The options that are listed with [=0] turn a setting on (1). To turn it off (0), add =0:
+EPILOG = """The options that are listed with [=0] turn a setting on (1). To turn it off (0), add =0, without a space:
   python -m pcsc_safe run --recover --spare-cards=0 program.py
 
 The program runs as with "python program". Options of Python itself go before the first -m:
