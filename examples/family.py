@@ -65,7 +65,7 @@ def main():
             finally:
                 os._exit(1)
         use(card, 2)
-    failed = any([os.waitpid(pid, 0)[1] for pid in workers])
+    failed = [pid for pid in workers if os.waitpid(pid, 0)[1]]
 
     with pcsc_safe.handover():
         successor = os.fork()

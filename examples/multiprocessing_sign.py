@@ -5,7 +5,8 @@ connects again at its first signature, and the PIN is still verified.  Some work
 messages that these workers had.  A program notices the death of a worker in three different ways, depending on the kind
 of its workers: see the functions below.
 
-The program signs each line of standard input; equal lines are signed once.  It prints the signature in hex and then the line, in any order::
+The program signs each line of standard input; equal lines are signed once.  It prints the signature in hex and then
+the line, in any order::
 
     seq 1000 | python examples/multiprocessing_sign.py executor           # or pool, or process
     seq 1000 | PYTHONPATH=examples python examples/multiprocessing_sign.py executor forkserver

@@ -43,27 +43,22 @@ class _Brokers:
 
     def existing(self) -> Optional[gateways.BrokerGateway]:
         """The broker of this process, if it has one."""
-        of_family = self._loaded("existing")
-        return of_family() if of_family else None
+        broker: Optional[gateways.BrokerGateway] = self._ask("existing")
+        return broker
 
     def as_broker(self, gateway: object) -> Optional[gateways.BrokerGateway]:
         """The gateway, if it is a broker."""
-        of_family = self._loaded("as_broker")
-        return of_family(gateway) if of_family else None
+        broker: Optional[gateways.BrokerGateway] = self._ask("as_broker", gateway)
+        return broker
 
     def files_to_preserve(self) -> Sequence[int]:
         """The descriptors without which this process loses its broker."""
-        of_family = self._loaded("files_to_preserve")
-        return of_family() if of_family else ()
+        return self._ask("files_to_preserve") or ()
 
-    def repeated_death_error(self) -> Exception:
-        """The error to raise if new brokers die, too."""
-        error: Exception = self._loaded("repeated_death_error")()
-        return error
-
-    def _loaded(self, function: str) -> Any:
-        """A function of that module; None if it isn't imported, or another thread is importing it."""
-        return getattr(sys.modules.get(f"{__package__}.broker.family"), function, None)
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        """Call a function of that module; return None if it isn't imported, or another thread is importing it."""
+        of_family = getattr(sys.modules.get(f"{__package__}.broker.family"), function, None)
+        return of_family(*arguments) if of_family else None
 
 
 if settings().broker is not Broker.ALWAYS or "smartcard.scard._scard" in sys.modules:

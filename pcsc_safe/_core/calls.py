@@ -170,11 +170,8 @@ if TYPE_CHECKING:  # as in in_flight
         @property
         def functions(self) -> Mapping[str, Callable[..., Any]]: ...
 
-        def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
-            """Return ``call(*arguments)``, a call that uses :attr:`functions`.
-
-            :param function: PC/SC's name for what it does.
-            """
+        def enter(self, function: str, *arguments: Any) -> Any:
+            """Call one of :attr:`functions`; a fork waits for it if it is inside the native library."""
 
         def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
             """SCardEstablishContext.

@@ -43,13 +43,18 @@ class Descriptor(NamedTuple):
 
     def is_intact(self) -> bool:
         """Whether the number still stands for the same file."""
-        try:
-            now = os.fstat(self.number)
-        except OSError as error:
-            if not is_ours(error):
-                raise
-            return False
-        return now.st_ino == self.inode and now.st_dev == self.device
+        return _identity(self.number) == self[1:]
+
+
+def _identity(number: int) -> Optional[tuple[int, int]]:
+    """The device and the inode that a number stands for; None if it is not open."""
+    try:
+        status = os.fstat(number)
+    except OSError as error:
+        if not is_ours(error):
+            raise
+        return None
+    return status.st_dev, status.st_ino
 
 
 def of(number: int) -> Descriptor:
@@ -96,7 +101,7 @@ def unguard(connection: Optional[Descriptor]) -> None:
 
 _socket: Any = None
 _dead_socket: Optional[Descriptor] = None
-_dead_sockets: set[tuple[int, int]] = set()
+_dead_sockets: set[Optional[tuple[int, int]]] = set()
 
 
 def prepare() -> None:
@@ -105,7 +110,7 @@ def prepare() -> None:
     import _socket as socket  # the module that Python's own is made of: eventlet and gevent patch that one
 
     _socket = socket
-    if process.FORKS and hasattr(socket, "AF_UNIX") and (_dead_socket is None or not _dead_socket.is_intact()):
+    if process.FORKS and hasattr(socket, "AF_UNIX") and _intact_dead_socket() is None:
         _make_dead_socket()
 
 
@@ -113,24 +118,23 @@ def _make_dead_socket() -> Descriptor:
     """A socket that was never connected: it can neither send nor receive."""
     global _dead_socket
     _dead_socket = of(int(_socket.socket(_socket.AF_UNIX).detach()))
-    _dead_sockets.add((_dead_socket.device, _dead_socket.inode))
+    _dead_sockets.add(_dead_socket[1:])
     return _dead_socket
+
+
+def _intact_dead_socket() -> Optional[Descriptor]:
+    return _dead_socket if _dead_socket is not None and _dead_socket.is_intact() else None
 
 
 def any_open() -> Optional[int]:
     """The number of any open descriptor, to be duplicated."""
-    return _dead_socket.number if _dead_socket is not None and _dead_socket.is_intact() else None
+    dead = _intact_dead_socket()
+    return dead.number if dead is not None else None
 
 
 def is_dead(number: int) -> bool:
     """Whether a dead socket has replaced this descriptor."""
-    try:
-        status = os.fstat(number)
-    except OSError as error:
-        if not is_ours(error):
-            raise
-        return False
-    return (status.st_dev, status.st_ino) in _dead_sockets
+    return _identity(number) in _dead_sockets
 
 
 def replace_guarded() -> None:
@@ -150,24 +154,13 @@ def _at_fork() -> None:
 
 def replace_with_dead(connections: Iterable[Optional[Descriptor]]) -> None:
     """Replace each of these that is still intact by a dead socket."""
-    dead = _dead_socket if _dead_socket is not None and _dead_socket.is_intact() else None
+    dead = _intact_dead_socket()
     for connection in connections:
-        if connection is None:
-            continue
-        number, device, inode = connection
-        try:
-            status = os.fstat(number)
-        except OSError as error:
-            if not is_ours(error):
-                raise
-            continue
-        if status.st_ino != inode or status.st_dev != device:
+        if connection is None or not connection.is_intact():
             continue  # somebody else's by now
-        if dead is not None:
-            os.dup2(dead.number, number, inheritable=False)
-            continue
+        number = connection.number
         try:
-            dead = _make_dead_socket()
+            dead = dead or _make_dead_socket()
             os.dup2(dead.number, number, inheritable=False)
         except OSError as error:
             if not is_ours(error):

@@ -20,7 +20,7 @@ from .failures import suppress
 from .in_flight import calls_without_place, places, unsettled
 from .unpatched import count_threads, get_ident, monotonic, sleep, start_new_thread
 
-__all__ = ["call_inside", "close_if_quiet", "raise_later", "reopen", "wait_for", "wait_until_open", "wait_until_quiet"]
+__all__ = ["call_inside", "close_if_quiet", "raise_later", "wait_for", "wait_until_open", "wait_until_quiet"]
 
 _PAUSE = 0.001  # s
 _WAKE_INTERVAL = 0.01  # s; a wait that can't be ended for good may have begun since
@@ -95,7 +95,7 @@ def call_inside(function: str, call: Callable[..., Any], *arguments: Any) -> Any
 
 
 def close_if_quiet() -> bool:
-    """Close the gate until the next fork, or :func:`reopen`.
+    """Close the gate until the next fork.
 
     If another thread is forking, its fork comes first, and does not wait for ours: it may already hold locks that we
     need to get there, such as logging's.  It opens the gate, and ours closes it again.
@@ -104,15 +104,10 @@ def close_if_quiet() -> bool:
     """
     _close(include_native=True)
     if in_flight.others_are_inside():
-        reopen()
+        in_flight.closers.pop(get_ident(), None)
         return False
     in_flight.closers[get_ident()] = _FOREVER
     return True
-
-
-def reopen() -> None:
-    """Open the gate, if this thread has closed it."""
-    in_flight.closers.pop(get_ident(), None)
 
 
 def wait_until_quiet() -> bool:

@@ -6,12 +6,24 @@ difference.  At a fork nothing changes: :mod:`inherited` decides at the first us
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
+from ..errors import BrokerError
 from .calls import Call, FollowUp, Gateway
 
-__all__ = ["BrokerGateway", "Brokers", "InheritedConnection", "NativeGateway", "brokers", "compose", "native"]
+__all__ = [
+    "BROKER_ATTEMPTS",
+    "BrokerGateway",
+    "Brokers",
+    "InheritedConnection",
+    "NativeGateway",
+    "brokers",
+    "compose",
+    "native",
+    "repeated_death_error",
+]
 
 
 if TYPE_CHECKING:  # as in in_flight
@@ -103,27 +115,28 @@ if TYPE_CHECKING:  # as in in_flight
         def files_to_preserve(self) -> Sequence[int]:
             """The descriptors without which this process loses its broker."""
 
-        def repeated_death_error(self) -> Exception:
-            """The error to raise if new brokers die, too."""
-
 else:
     NativeGateway = InheritedConnection = BrokerGateway = Brokers = object
 
 
-class _NotComposed:
-    """Stands for the gateways until :mod:`pcsc_safe._gateways` is imported."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(name)
-
-
-_not_composed: Any = _NotComposed()
-
-native: NativeGateway = _not_composed
+native: NativeGateway
 """The :class:`NativeGateway` of this process."""
 
-brokers: Brokers = _not_composed
+brokers: Brokers
 """Its :class:`Brokers`."""
+
+
+BROKER_ATTEMPTS = 3
+"""How many brokers are tried, one after the other, if each dies."""
+
+
+def repeated_death_error() -> BrokerError:
+    """The error to raise if new brokers die, too."""
+    return BrokerError(
+        f"{BROKER_ATTEMPTS} brokers of process {os.getpid()} ended as soon as they had started",
+        remedy="see the system log for what kills them",
+        pid=os.getpid(),
+    )
 
 
 def compose(of_process: NativeGateway, of_family: Brokers) -> None:

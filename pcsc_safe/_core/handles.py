@@ -37,6 +37,7 @@ __all__ = [
     "note_settled",
     "reach",
     "register",
+    "registry",
     "set_proxies",
     "settled",
     "update",
@@ -123,7 +124,7 @@ class Context:
         self.released = True  # first: a card that another thread records from now on is forgotten by that thread
         for card in list(self.cards.values()):
             card.forget()
-        _drop(contexts, self)
+        _drop(self)
 
 
 class Card:
@@ -208,7 +209,7 @@ class Card:
     def forget(self) -> None:
         """Drop it from this process's registry."""
         self.mark_released()
-        _drop(cards, self)
+        _drop(self)
         if self.context.cards.get(self.number) is self:
             self.context.cards.pop(self.number, None)
 
@@ -246,19 +247,23 @@ def wait_while_given(context: Context) -> None:
         sleep(_PAUSE)
 
 
-def _drop(registry: dict[Any, Any], record: Record) -> None:
-    if registry.get(record.number) is record:
-        registry.pop(record.number, None)
+def _drop(record: Record) -> None:
+    if registry(record.kind).get(record.number) is record:
+        registry(record.kind).pop(record.number, None)
+
+
+def registry(kind: Optional[Kind]) -> dict[Any, Any]:
+    """The records of the handles of a kind, by handle."""
+    return cards if kind is Kind.CARD else contexts
 
 
 _Proxy = Callable[[Any], Any]
-_context_proxy: Optional[_Proxy] = None
-_card_proxy: Optional[_Proxy] = None
+_proxies: dict[Kind, _Proxy] = {}
 
 
 def has_proxies() -> bool:
     """Whether it is known what applications get instead of integers."""
-    return _context_proxy is not None
+    return bool(_proxies)
 
 
 def set_proxies(context: _Proxy, card: _Proxy) -> None:
@@ -267,8 +272,7 @@ def set_proxies(context: _Proxy, card: _Proxy) -> None:
     :param context: makes it from the record of a context.
     :param card: makes it from the record of a card.
     """
-    global _context_proxy, _card_proxy
-    _context_proxy, _card_proxy = context, card
+    _proxies.update({Kind.CONTEXT: context, Kind.CARD: card})
     atexit.register(in_flight.stop_locking)
 
 
@@ -277,17 +281,12 @@ def register(record: Record) -> Any:
 
     :return: the proxy, for the application.
     """
-    assert _context_proxy is not None
-    assert _card_proxy is not None
-    if isinstance(record, Context):
-        record.safe = _context_proxy(record)
-        contexts.pop(record.number, None)  # keys are kept when a value is replaced, and the key is the proxy
-        contexts[record.safe] = record
-    else:
-        record.safe = _card_proxy(record)
+    record.safe = _proxies[record.kind](record)
+    if isinstance(record, Card):
         record.context.cards[record.number] = record  # first: what a signal handler interrupts goes with its context
-        cards.pop(record.number, None)
-        cards[record.safe] = record
+    of_its_kind = registry(record.kind)
+    of_its_kind.pop(record.number, None)  # keys are kept when a value is replaced, and the key is the proxy
+    of_its_kind[record.safe] = record
     return record.safe
 
 
@@ -359,7 +358,7 @@ def find(kind: Kind, handle: object) -> Optional[Record]:
         return record
     if not isinstance(handle, int):
         return None
-    return contexts.get(handle) if kind is Kind.CONTEXT else cards.get(handle)
+    return registry(kind).get(handle)
 
 
 def load(from_family: bytes, kind: Kind, key: bytes, description: str) -> Any:
@@ -367,9 +366,8 @@ def load(from_family: bytes, kind: Kind, key: bytes, description: str) -> Any:
 
     :raises PcscSafeError: this process was not forked from the process that had the handle, or no longer has it.
     """
-    registry: dict[Any, Any] = contexts if kind is Kind.CONTEXT else cards
     if from_family == family:
-        for record in list(registry.values()):
+        for record in list(registry(kind).values()):
             if record.key == key:
                 return record.safe
         state = f"is unknown in process {os.getpid()}: it was released, or this process did not inherit it"

@@ -27,7 +27,6 @@ __all__ = [
     "LEAVE_CARD",
     "RESET_CARD",
     "SHARE_EXCLUSIVE",
-    "SHARE_SHARED",
     "connect",
     "establish",
     "gateway",
@@ -46,11 +45,11 @@ INVALID_HANDLE = constant("SCARD_E_INVALID_HANDLE")
 LEAVE_CARD = constant("SCARD_LEAVE_CARD")
 RESET_CARD = constant("SCARD_W_RESET_CARD")
 SHARE_EXCLUSIVE = constant("SCARD_SHARE_EXCLUSIVE")
-SHARE_SHARED = constant("SCARD_SHARE_SHARED")
-UNAWARE, IN_USE = constant("SCARD_STATE_UNAWARE"), constant("SCARD_STATE_INUSE")
+_SHARE_SHARED = constant("SCARD_SHARE_SHARED")
+_UNAWARE, _IN_USE = constant("SCARD_STATE_UNAWARE"), constant("SCARD_STATE_INUSE")
 _STATES = CALLS["SCardGetStatusChange"]
 _EVENTS_AT = 16  # bits; above the state, pcsc-lite counts the events of a reader
-OUTGROWN = constant("SCARD_E_UNSUPPORTED_FEATURE")
+_OUTGROWN = constant("SCARD_E_UNSUPPORTED_FEATURE")
 """What SCardListReaders returns on a new context if libpcsclite has seen a pcscd with more readers than this one.
 
 Since pcsc-lite 2.5 it keeps one array of readers for the whole process, which grows and never shrinks.
@@ -247,7 +246,7 @@ def new_session(context: Context, reader: str, share_mode: Any) -> Session:
 
 
 def _session(reader: str, share_mode: Any, before: _ReaderState) -> Session:
-    return Session(reader, shared=share_mode == SHARE_SHARED, events=before.events)
+    return Session(reader, shared=share_mode == _SHARE_SHARED, events=before.events)
 
 
 class _ReaderState:
@@ -263,13 +262,13 @@ class _ReaderState:
 
 
 def _read_reader_state(context: Context, reader: str, share_mode: Any) -> _ReaderState:
-    if share_mode != SHARE_SHARED or not isinstance(reader, str):
+    if share_mode != _SHARE_SHARED or not isinstance(reader, str):
         return _ReaderState()
-    result = _call(_STATES, context, (0, [(reader, UNAWARE)]))
+    result = _call(_STATES, context, (0, [(reader, _UNAWARE)]))
     if result is STALE or result[0] != SUCCESS:
         return _ReaderState()
     state = result[1][0][1]
-    return _ReaderState(state >> _EVENTS_AT, bool(state & IN_USE))
+    return _ReaderState(state >> _EVENTS_AT, bool(state & _IN_USE))
 
 
 def release_dead(owner: process.Epoch, real: Any, gateway: Gateway) -> bool:
@@ -314,11 +313,11 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
     """
     effective = settings() if context is None else settings_of(context)
     through = gateway(function, context)
-    result = through.establish(scope, keep, OUTGROWN if effective.recover else None)
+    result = through.establish(scope, keep, _OUTGROWN if effective.recover else None)
     # After success no function is called, because a signal handler could raise in it, and the context would be lost.
     if result[0] == recovery.NO_SERVICE:
         recovery.warn_of_no_service(function)
-    if result[0] != OUTGROWN:
+    if result[0] != _OUTGROWN:
         return result
     if effective.policy is Policy.REESTABLISH:
         log.warning(
@@ -328,10 +327,10 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
         )
         return through.establish(scope, keep)
     log.info("outgrown", "process %(pid)d needs a broker, because pcscd had more readers before it was restarted")
-    return gateways.brokers.get().establish(scope, keep, OUTGROWN)
+    return gateways.brokers.get().establish(scope, keep, _OUTGROWN)
 
 
-_ATTEMPTS = 3
+_ATTEMPTS = gateways.BROKER_ATTEMPTS
 
 
 def retry_in_new_broker(call: Call, attempt: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
@@ -347,7 +346,7 @@ def retry_in_new_broker(call: Call, attempt: Callable[[], Any], arguments: tuple
             handles.mark_gateway_lost(lost.gateway)
             if lost.in_progress:
                 return call.failure(COMM_ERROR, arguments)
-    raise gateways.brokers.repeated_death_error()
+    raise gateways.repeated_death_error()
 
 
 def gateway(function: str, context: Optional[Context]) -> Gateway:

@@ -30,10 +30,10 @@ from . import (
 )
 from .calls import CALLS, NO_HANDLE, STALE, TRANSACTIONS_BEGUN, Call, FollowUp, Gateway, Kind, LostError
 from .failures import is_ours
-from .follow_ups import FOLLOW_UPS, INVALID_VALUE, REFUSED_CODES
+from .follow_ups import FOLLOW_UPS
 from .handles import Card, Context, Record
 from .library import SUCCESS
-from .reestablish import INVALID_HANDLE, LEAVE_CARD
+from .reestablish import INVALID_HANDLE
 from .settings import when_changed
 
 __all__ = ["public"]
@@ -53,23 +53,6 @@ _C_INFINITE = 0xFFFFFFFF  # winscard.h's; pyscard's is 0x7FFFFFFF
 _Native = Callable[[Any, "tuple[Any, ...]"], Any]
 
 
-def _make_route(call: Call) -> Callable[..., Any]:
-    """The function that the application calls."""
-    special: dict[str, Callable[[Call], Callable[..., Any]]] = {
-        "SCardEstablishContext": lambda call: new_handles.establish,
-        "SCardGetStatusChange": _make_wait_route,
-        "SCardIsValidContext": _make_validity_route,
-        "SCardCancel": _make_cancel_route,
-        "SCardDisconnect": _make_disposition_route,
-        "SCardReconnect": _make_disposition_route,
-        "SCardEndTransaction": _make_disposition_route,
-    }
-    if call.name in special:
-        return special[call.name](call)
-    registry: dict[Any, Any] = handles.cards if call.takes is Kind.CARD else handles.contexts
-    return _make_direct_route(call, registry, _caller(call))
-
-
 def _caller(call: Call) -> _Native:
     """The function that makes a call on a record of this process in its native library."""
     return _connect_natively if call.name == "SCardConnect" else gateways.native.caller(call, follow_ups.noted(call))
@@ -79,12 +62,12 @@ def _connect_natively(context: Any, arguments: tuple[Any, ...]) -> Any:
     return new_handles.connect(gateways.native, context, arguments)
 
 
-def _make_direct_route(call: Call, registry: dict[Any, Any], make: _Native) -> Callable[..., Any]:
+def _make_direct_route(call: Call, make: Optional[_Native] = None) -> Callable[..., Any]:
     """In the owner: make the call and note the outcome, in as few steps as possible.
 
-    :param registry: the records of the handles that the function takes.
-    :param make: makes the call in this process's native library.
+    :param make: makes the call in this process's native library; :func:`_caller` by default.
     """
+    registry, make = handles.registry(call.takes), make or _caller(call)
     after = FOLLOW_UPS[call.name] if follow_ups.noted(call) is None else None  # not twice
     discloses, is_bare = call.discloses, call.failed is None
     sentinel, native = process.sentinel, gateways.native
@@ -225,12 +208,12 @@ def _make_validity_route(call: Call) -> Callable[..., Any]:
             # Not lost: the broker can't be asked, for example because no descriptor is free.
             return SUCCESS if context is not None and is_own and context.owner is process.here else INVALID_HANDLE
 
-    look = _make_direct_route(call, contexts_by_handle, lambda context, arguments: SUCCESS)
+    look = _make_direct_route(call, lambda context, arguments: SUCCESS)
     return route
 
 
 def _make_cancel_route(call: Call) -> Callable[..., Any]:
-    direct = _make_direct_route(call, handles.contexts, _caller(call))
+    direct = _make_direct_route(call)
 
     def route(handle: Any) -> Any:
         record = handles.find(Kind.CONTEXT, handle)
@@ -241,41 +224,8 @@ def _make_cancel_route(call: Call) -> Callable[..., Any]:
     return route
 
 
-def _make_disposition_route(call: Call) -> Callable[..., Any]:
-    """A call that resets a card or powers it off if its last argument says so."""
-    direct = _make_direct_route(call, handles.cards, _caller(call))
-
-    def route(handle: Any, *arguments: Any) -> Any:
-        *most, wanted = arguments
-        if wanted == LEAVE_CARD:
-            return direct(handle, *most, wanted)
-        card, here = handles.find(Kind.CARD, handle), process.current()  # first: it may be what makes the card ours
-        if not isinstance(card, Card) or not isinstance(wanted, int) or card.owner is not here:
-            return direct(handle, *most, wanted)
-        session, was_open = card.session, card.session.is_open
-        if call.name == "SCardDisconnect":
-            session.end()  # first: of several processes that disconnect at the same time, one finds no other
-        wanted = sparing.disposition(call.name, card, wanted)
-        if wanted != LEAVE_CARD:
-            session.end()  # before the call: from now on no other process may continue the session
-        result = direct(handle, *most, wanted)
-        is_same = card.session is session and card.owner is process.current() and not card.released
-        if is_same and was_open and not session.is_open and _is_refused(call, result):
-            session.begin(in_transaction=card.transactions > 0)
-        return result
-
-    return route
-
-
-def _is_refused(call: Call, result: Any) -> bool:
-    """Whether the result of a call with a disposition says that the card was not touched."""
-    hresult = result if call.failed is None else result[0]
-    # SCardReconnect resets the card before it looks whether the card can be exclusive.
-    return hresult == INVALID_VALUE or (hresult in REFUSED_CODES and call.name != "SCardReconnect")
-
-
 def _make_wait_route(call: Call) -> Callable[..., Any]:
-    direct = _make_direct_route(call, handles.contexts, _caller(call))
+    direct = _make_direct_route(call)
     wait = _make_wait(call, direct)
 
     def route(handle: Any, timeout: Any, states: Any) -> Any:
@@ -345,12 +295,12 @@ def _route_slowly_once(call: Call, route: Callable[..., Any], handle: Any, argum
         if call.role in _NEEDS_NO_GATEWAY and isinstance(handle, int) and not reestablish.has_gateway():
             return INVALID_HANDLE  # nothing is behind it here
         through = reestablish.gateway(call.name, None)
-        return through.enter(call.name, through.functions[call.name], handle, *arguments)
+        return through.enter(call.name, handle, *arguments)
     released = record.released or record.context.released
     if record.owner is here and (released or record.kind is not call.takes):
         through = record.context.gateway
         try:
-            return through.enter(call.name, through.functions[call.name], NO_HANDLE, *arguments)
+            return through.enter(call.name, NO_HANDLE, *arguments)
         except LostError:
             return call.failure(INVALID_HANDLE, arguments)
     if record.kind is not call.takes or released:
@@ -364,22 +314,35 @@ def _route_slowly_once(call: Call, route: Callable[..., Any], handle: Any, argum
     through = record.context.gateway
     if through is not gateways.native:
         return _through_broker(call, route, record, handle, arguments)
-    if (handles.contexts if record.kind is Kind.CONTEXT else handles.cards).get(record.number) is not record:
+    registered: Any = handles.registry(record.kind).get(record.number)
+    if registered is not record:
         # pcscd was restarted, and has since used the number for another handle.
         if record.kind is Kind.CONTEXT:
             return _caller(call)(record, arguments)
-        return through.enter(call.name, through.functions[call.name], record.real, *arguments)
+        return through.enter(call.name, record.real, *arguments)
     return route(record.safe, *arguments)
 
 
 # The names of the drop-in.
+
+_ROUTES: dict[str, Callable[[Call], Callable[..., Any]]] = {
+    "SCardEstablishContext": lambda call: new_handles.establish,
+    "SCardGetStatusChange": _make_wait_route,
+    "SCardIsValidContext": _make_validity_route,
+    "SCardCancel": _make_cancel_route,
+    **dict.fromkeys(
+        ("SCardDisconnect", "SCardReconnect", "SCardEndTransaction"),
+        lambda call: sparing.make_route(call, _make_direct_route(call)),
+    ),
+}
 
 
 def _exported(name: str, value: Any) -> Any:
     call = CALLS.get(name)
     if call is None or not process.FORKS or (call.takes is None and name != "SCardEstablishContext"):
         return value
-    return library.with_signature(observer.wrap_call(call, _make_route(call)), library.signatures[name])
+    route = _ROUTES.get(name, _make_direct_route)(call)
+    return library.with_signature(observer.wrap_call(call, route), library.signatures[name])
 
 
 public: dict[str, Any] = {name: _exported(name, value) for name, value in library.public.items()}

@@ -8,16 +8,54 @@ application asks for is done, and logged once.  At a fork nothing changes here.
 
 from __future__ import annotations
 
-from . import log, observer, process
-from .calls import ByDefault
+from typing import Any, Callable
+
+from . import handles, log, observer, process
+from .calls import ByDefault, Call, Kind
+from .follow_ups import INVALID_VALUE, REFUSED_CODES
 from .handles import Card
 from .reestablish import LEAVE_CARD
 from .settings import settings
 
-__all__ = ["disposition"]
+__all__ = ["make_route"]
 
 
-def disposition(function: str, card: Card, wanted: int) -> int:
+def make_route(call: Call, direct: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that the application calls; its last argument says what happens to the card.
+
+    :param direct: makes the call with the arguments that it gets.
+    """
+
+    def route(handle: Any, *arguments: Any) -> Any:
+        *most, wanted = arguments
+        if wanted == LEAVE_CARD:
+            return direct(handle, *most, wanted)
+        card, here = handles.find(Kind.CARD, handle), process.current()  # first: it may be what makes the card ours
+        if not isinstance(card, Card) or not isinstance(wanted, int) or card.owner is not here:
+            return direct(handle, *most, wanted)
+        session, was_open = card.session, card.session.is_open
+        if call.name == "SCardDisconnect":
+            session.end()  # first: of several processes that disconnect at the same time, one finds no other
+        wanted = _disposition(call.name, card, wanted)
+        if wanted != LEAVE_CARD:
+            session.end()  # before the call: from now on no other process may continue the session
+        result = direct(handle, *most, wanted)
+        is_same = card.session is session and card.owner is process.current() and not card.released
+        if is_same and was_open and not session.is_open and _is_refused(call, result):
+            session.begin(in_transaction=card.transactions > 0)
+        return result
+
+    return route
+
+
+def _is_refused(call: Call, result: Any) -> bool:
+    """Whether the result of a call with a disposition says that the card was not touched."""
+    hresult = result if call.failed is None else result[0]
+    # SCardReconnect resets the card before it looks whether the card can be exclusive.
+    return hresult == INVALID_VALUE or (hresult in REFUSED_CODES and call.name != "SCardReconnect")
+
+
+def _disposition(function: str, card: Card, wanted: int) -> int:
     """What a call should do to a card that this process is connected to.
 
     :param function: PC/SC's name of the call.

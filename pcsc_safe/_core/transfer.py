@@ -15,7 +15,7 @@ this is the parent.
 from __future__ import annotations
 
 import _socket  # the module that Python's own is made of: eventlet and gevent patch that one
-from typing import Any, Optional, Protocol
+from typing import TYPE_CHECKING, Any, Optional
 
 from ..errors import PcscSafeError
 from ..policy import Owner, Policy, native_works_after_fork
@@ -25,25 +25,13 @@ from .failures import is_ours
 from .handles import Context
 from .unpatched import get_ident, monotonic, sleep
 
-__all__ = ["FORK_AGAIN", "Block", "blocks", "has_intact_connections", "obstacle", "register_hooks"]
+if TYPE_CHECKING:
+    from .handover import handover
+
+__all__ = ["FORK_AGAIN", "blocks", "obstacle", "register_hooks"]
 
 
-class Block(Protocol):
-    """A ``with handover():`` block that a thread is in.
-
-    :ivar failure: why the fork in it handed nothing over, and what to do.
-    """
-
-    failure: Optional[tuple[str, str]]
-
-    def contexts(self) -> list[Context]:
-        """The contexts to hand over that this process owns."""
-
-    def note_handover(self) -> None:
-        """Note that a fork has handed over."""
-
-
-blocks: dict[int, tuple[Any, ...]] = {}
+blocks: dict[int, tuple[handover, ...]] = {}
 """The blocks that each thread is in, the innermost last."""
 
 
@@ -90,7 +78,7 @@ class Plan:
     :ivar raised: the exceptions of signal handlers, which are raised again when all is settled.
     """
 
-    def __init__(self, blocks: tuple[Block, ...]) -> None:
+    def __init__(self, blocks: tuple[handover, ...]) -> None:
         self.blocks = blocks
         self.native: list[Context] = []
         self.given: list[Context] = []
@@ -167,7 +155,7 @@ def _note_failure(plan: Plan, why: str, remedy: str = FORK_AGAIN) -> None:
     log.warning("no-handover", "process %(pid)d hands nothing over to the child that it forks: %(why)s", why=why)
 
 
-def _contexts_to_give(of_thread: tuple[Block, ...], owner: Owner) -> list[Context]:
+def _contexts_to_give(of_thread: tuple[handover, ...], owner: Owner) -> list[Context]:
     if of_thread:
         return list(dict.fromkeys(context for block in of_thread for context in block.contexts()))
     if owner is not Owner.CHILD:

@@ -109,11 +109,7 @@ class NativeContexts:
             return SUCCESS
         return cancel_natively(owned, usable[0].handle)
 
-    def has_spare(self, owned: Owned, context: NativeContext, may_pass: bool) -> bool:
-        """Whether there is another native context without a wait; establishes one if necessary."""
-        return self._spare(owned, context, may_pass) == SUCCESS
-
-    def _spare(self, owned: Owned, context: NativeContext, may_pass: bool) -> int:
+    def ensure_spare(self, owned: Owned, context: NativeContext, may_pass: bool) -> int:
         """Ensure that there is another native context without a wait.
 
         :return: SCARD_S_SUCCESS, or the code of the failure.
@@ -234,7 +230,7 @@ class NativeContexts:
 
         :return: SCARD_S_SUCCESS if there is another native context to use, or the code of the failure.
         """
-        hresult = self._spare(owned, context, may_pass)
+        hresult = self.ensure_spare(owned, context, may_pass)
         if hresult != SUCCESS:
             return hresult
         # In one step, because another thread may be connecting there.  Its cards stay there, as on raw pyscard.

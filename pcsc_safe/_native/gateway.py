@@ -17,7 +17,7 @@ from .card_calls import card_call
 from .contexts import NativeContexts, native_contexts_of
 from .pyscard import raw
 
-__all__ = ["functions", "gateway"]
+__all__ = ["gateway"]
 
 
 def _without_disclosure(call: Call, native: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,7 +30,7 @@ def _without_disclosure(call: Call, native: Callable[..., Any]) -> Callable[...,
     return checked
 
 
-functions: dict[str, Callable[..., Any]] = {
+_functions: dict[str, Callable[..., Any]] = {
     name: _without_disclosure(CALLS[name], native) if CALLS[name].discloses else native for name, native in raw.items()
 }
 """The functions of the native gateway: those of pyscard, except that a failed call discloses no memory."""
@@ -66,7 +66,7 @@ def _cancel(context: Any, arguments: tuple[Any, ...]) -> Any:
 class _Native:
     """The gateway to the native library in this process."""
 
-    functions: Mapping[str, Callable[..., Any]] = functions
+    functions: Mapping[str, Callable[..., Any]] = _functions
 
     def is_loaded(self) -> bool:
         """Whether the native library is loaded in this process."""
@@ -89,9 +89,9 @@ class _Native:
         """SCardGetStatusChange; see :func:`waits.await_change`."""
         return waits.await_change(context, is_owned, timeout, states, cancelled)
 
-    def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """``call(*arguments)``, inside the native library."""
-        return gate.call_inside(function, call, *arguments)
+    def enter(self, function: str, *arguments: Any) -> Any:
+        """Make a call of the native library; see :class:`calls.Gateway`."""
+        return gate.call_inside(function, self.functions[function], *arguments)
 
     def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
         """SCardEstablishContext; see :class:`calls.Gateway`."""

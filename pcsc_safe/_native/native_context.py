@@ -29,11 +29,9 @@ _SHUTDOWN_TIMEOUT = 0.1  # s; that pcscd has to end a conversation
 _PAUSE = 0.001  # s
 
 
-class _Establishing(Place):
-    """Where native contexts are established: one at a time, so that the descriptor of each can be identified."""
+establishing = Place()
+"""Where native contexts are established: one at a time, so that the descriptor of each can be identified."""
 
-
-establishing = _Establishing()
 in_flight.places[establishing] = establishing.calls
 
 

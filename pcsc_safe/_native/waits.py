@@ -54,7 +54,7 @@ class Wait:
         """Whether there is another native context on which the wait can continue."""
         if not self._contexts.is_current(self._context):
             return True  # if it continues, then on other native contexts
-        return self._contexts.has_spare(self._context, native, may_pass)
+        return self._contexts.ensure_spare(self._context, native, may_pass) == SUCCESS
 
     def begin(self) -> None:
         """Note the readers, if this wait is for changes of their list; libpcsclite counts them again at each call."""

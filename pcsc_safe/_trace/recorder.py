@@ -9,6 +9,7 @@ it begins, too.
 
 from __future__ import annotations
 
+from functools import partial
 from time import monotonic
 from typing import Any, Callable, Optional
 
@@ -70,26 +71,17 @@ def connected(kind: str, card: Card) -> None:
     )
 
 
-def _wrap_establish(call: Call, route: _Route) -> _Route:
-    def establish(scope: Any) -> Any:
-        result = route(scope)
+def _wrap_new(report: Callable[[Any], None], call: Call, route: _Route) -> _Route:
+    """A function that calls ``route``, which makes a context or a connection to a card, and reports it."""
+
+    def make(*arguments: Any) -> Any:
+        result = route(*arguments)
         record = getattr(result[1], "_self_record", None) if result[0] == SUCCESS else None
-        if isinstance(record, Context):
-            established("established", record)
+        if record is not None:
+            report(record)
         return result
 
-    return establish
-
-
-def _wrap_connect(call: Call, route: _Route) -> _Route:
-    def connect(handle: Any, *arguments: Any) -> Any:
-        result = route(handle, *arguments)
-        record = getattr(result[1], "_self_record", None) if result[0] == SUCCESS else None
-        if isinstance(record, Card):
-            connected("connected", record)
-        return result
-
-    return connect
+    return make
 
 
 def _wrap_reconnect(call: Call, route: _Route) -> _Route:
@@ -193,9 +185,9 @@ def _wrap_wait(call: Call, route: _Route) -> _Route:
 exchanges, transactions, waits = (events.Activity(name) for name in ("apdu", "begun", "wait"))
 
 _WRAPPERS: dict[str, Callable[[Call, _Route], _Route]] = {
-    "SCardEstablishContext": _wrap_establish,
+    "SCardEstablishContext": partial(_wrap_new, partial(established, "established")),
     "SCardReleaseContext": _wrap_end,
-    "SCardConnect": _wrap_connect,
+    "SCardConnect": partial(_wrap_new, partial(connected, "connected")),
     "SCardReconnect": _wrap_reconnect,
     "SCardDisconnect": _wrap_end,
     "SCardGetStatusChange": _wrap_wait,

@@ -84,9 +84,9 @@ class Broker:
             self._register(lasting)
         self._inherited_connection: Optional[tuple[int, InheritedConnection]] = None
 
-    def enter(self, function: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Return ``call(*arguments)``; the call is not inside the native library, so no fork needs to wait for it."""
-        return call(*arguments)
+    def enter(self, function: str, *arguments: Any) -> Any:
+        """Make a call through the broker: not inside the native library, so no fork needs to wait for it."""
+        return self.functions[function](*arguments)
 
     def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
         """SCardEstablishContext; see :class:`calls.Gateway`."""

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
-from .._core import descriptors, failures, gate, in_flight, observer, one_step, process
+from .._core import descriptors, failures, gate, gateways, in_flight, observer, one_step, process
 from .._core.calls import CALLS, LostError
 from .._core.failures import is_ours
 from .._core.settings import settings
@@ -29,7 +29,6 @@ __all__ = [
     "get",
     "prepare",
     "prestart",
-    "repeated_death_error",
     "request_catalogue",
 ]
 
@@ -120,24 +119,12 @@ def _start_one(for_family: bool) -> Broker:
         raise
 
 
-_ATTEMPTS = 3
-
-
 def _retry_in_new_broker(request: Callable[[Broker], Any]) -> Any:
     """Ask the broker of this process for something that needs no session; if it dies before it replies, ask another."""
-    for _ in range(_ATTEMPTS):
+    for _ in range(gateways.BROKER_ATTEMPTS):
         with failures.suppress(LostError):
             return request(get())
-    raise repeated_death_error()
-
-
-def repeated_death_error() -> BrokerError:
-    """The error to raise if new brokers die, too."""
-    return BrokerError(
-        f"{_ATTEMPTS} brokers of process {os.getpid()} ended as soon as they had started",
-        remedy="see the system log for what kills them",
-        pid=os.getpid(),
-    )
+    raise gateways.repeated_death_error()
 
 
 def _function(name: str) -> Callable[..., Any]:

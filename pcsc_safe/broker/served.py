@@ -11,11 +11,14 @@ import contextlib
 import os
 import threading
 from _thread import start_new_thread  # as in server
-from typing import Any, Callable, Optional, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from .._core import calls, gateways, handles, in_flight, library, router
 from . import sharing, start, wire
 from .sharing import Handle
+
+if TYPE_CHECKING:
+    from .server import Server
 
 __all__ = ["Client", "Connection", "run_in_thread"]
 
@@ -35,19 +38,6 @@ _UNDOING = {
 _BRACKETS = frozenset(("SCardBeginTransaction", "SCardEndTransaction"))
 _32_BITS = 0xFFFFFFFF
 _LONG_BITS = 64
-
-
-class Clients(Protocol):
-    """All clients of a broker; the server is it."""
-
-    def welcome(self, key: bytes, connection: Connection, /) -> Client:
-        """The client that this connection belongs to, and gets as its ``client``."""
-
-    def give(self, taker: Client, key: bytes, handles: tuple[int, ...], keeps: bool, /) -> list[int]:
-        """Give contexts and cards of another client to this one; return those that were given."""
-
-    def take_back(self, giver: Client, key: bytes, handles: tuple[int, ...], /) -> None:
-        """End another client, and give this one contexts and cards of it."""
 
 
 class Client:
@@ -97,7 +87,7 @@ class Connection:
     :ivar unwatched: set when its end is no longer watched; until then its number must not be reused.
     """
 
-    def __init__(self, server: Clients, ours: _socket.socket) -> None:
+    def __init__(self, server: Server, ours: _socket.socket) -> None:
         self._server = server
         self.socket = ours
         self.client: Optional[Client] = None
@@ -175,7 +165,7 @@ class Connection:
             result = self._transmit_if_idle(client, request)
             if result is None:
                 name = wire.FUNCTIONS[request.function]
-                result = self._call(client, calls.CALLS[name], name, request.arguments)
+                result = self._call(client, calls.CALLS[name], request.arguments)
         except Exception as error:
             kind = next(kind for kind in type(error).__mro__ if kind is Exception or kind.__name__ in wire.RAISABLE)
             text = str(error) if kind is not Exception else f"{type(error).__name__}: {error}"
@@ -212,14 +202,14 @@ class Connection:
             return
         if isinstance(result, list):
             call = calls.CALLS[undoing]
-            self._call(client, call, undoing, (result[1], *([_LEAVE_CARD] if call.takes is _CARD else [])))
+            self._call(client, call, (result[1], *([_LEAVE_CARD] if call.takes is _CARD else [])))
             return
         handle = client.handles.get(arguments[0])
         if handle is not None:
             with handle.free:
                 # Not if another thread of the client has ended that transaction, and may have begun the next one.
                 if handle.transactions_ended == self._ended_before:
-                    self._call(client, calls.CALLS[undoing], undoing, (handle, _LEAVE_CARD))
+                    self._call(client, calls.CALLS[undoing], (handle, _LEAVE_CARD))
 
     def _transmit_if_idle(self, client: Client, request: wire.Request) -> Any:
         """Transmit to a card whose context is idle, in as few steps as possible; None if this is another call."""
@@ -239,7 +229,8 @@ class Connection:
             return None
         return result if result[0] == library.SUCCESS else call.failure(result[0])
 
-    def _call(self, client: Client, call: calls.Call, name: str, arguments: Any) -> Any:
+    def _call(self, client: Client, call: calls.Call, arguments: Any) -> Any:
+        name = call.name
         if name == "SCardEstablishContext":
             return _establish(client, *arguments)
         function = router.public.get(name)

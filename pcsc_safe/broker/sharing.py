@@ -10,11 +10,14 @@ Nothing here forks: this runs in brokers.
 from __future__ import annotations
 
 import threading
-from typing import Any, Callable, Optional, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from .._core import handles, library, router
 
-__all__ = ["Client", "Handle", "call_on_card", "drop", "end", "leave", "share"]
+if TYPE_CHECKING:
+    from .served import Client
+
+__all__ = ["Handle", "call_on_card", "drop", "end", "leave", "share"]
 
 _CHECK_INTERVAL = 1.0  # s; whether the client that waits is still there
 _REFUSED = frozenset(("SCardControl", "SCardEndTransaction"))  # PC/SC doesn't wait in these
@@ -24,17 +27,6 @@ _WAITING = frozenset(
     ("SCardBeginTransaction", "SCardConnect", "SCardDisconnect", "SCardReconnect", "SCardStatus", "SCardTransmit")
 )
 _EXCLUSIVE = library.constant("SCARD_SHARE_EXCLUSIVE")
-
-
-class Client(Protocol):
-    """A process that is served.
-
-    :ivar handles: the handles that it has, by number.
-    :ivar has_ended: whether it has ended.
-    """
-
-    handles: dict[int, Handle]
-    has_ended: bool
 
 
 class Handle(int):

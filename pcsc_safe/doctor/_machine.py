@@ -154,7 +154,7 @@ def settings(environment: Mapping[str, str] = os.environ) -> Finding:
     """The settings of the environment, where each comes from, and what is wrong with them."""
     what, wrong, data, remedies = "settings", [], {}, []
     for name, default in policy.Settings()._asdict().items():
-        variable = f"PCSC_SAFE_{name.upper()}"
+        variable = policy.variable(name)
         given = environment.get(variable)
         data[name] = {"value": _plain(default), "from": variable if given else "default"}
         try:

@@ -23,18 +23,12 @@ from .patches import MISSING, Patch
 __all__ = [
     "SharedLock",
     "card_service",
-    "here",
     "pcsc_card_connection",
     "pcsc_card_request",
     "pcsc_context",
     "renew_pcsc_context",
     "synchronization",
 ]
-
-
-def here() -> process.Epoch:
-    """The epoch of this process; quick after the first use."""
-    return process.here if process.sentinel[0] else process.current()
 
 
 def _held_here(lock: Any) -> bool:
@@ -56,7 +50,7 @@ class _PerProcessAttribute:
         self._name = name
         self._of = f"_pcsc_safe_epoch_of_{name}"
         self._make = make
-        self._since = here()
+        self._since = process.current()
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         if instance is None:
@@ -64,13 +58,13 @@ class _PerProcessAttribute:
         values = vars(instance)
         if self._name not in values:
             raise AttributeError(f"{type(instance).__name__!r} object has no attribute {self._name!r}")
-        if values.get(self._of, self._since) is not here():
+        if values.get(self._of, self._since) is not process.current():
             self._renew(values)
         return values[self._name]
 
     def __set__(self, instance: Any, value: Any) -> None:
         values = vars(instance)
-        values[self._of] = here()
+        values[self._of] = process.current()
         values[self._name] = value
 
     def __delete__(self, instance: Any) -> None:
@@ -79,7 +73,7 @@ class _PerProcessAttribute:
             raise AttributeError(self._name)
 
     def _renew(self, values: dict[str, Any]) -> None:
-        epoch = here()
+        epoch = process.current()
         old = values[self._name]
         new = old if _held_here(old) else self._make()
         # dict.setdefault is atomic: of several threads, or a thread and its signal handler, the first decides.
@@ -99,16 +93,16 @@ class SharedLock:
         self._lock = lock
         self._make = make
         self._in_child = in_child
-        self._epoch = here()
+        self._epoch = process.current()
         self._renewed: dict[process.Epoch, Any] = {}
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        if self._epoch is not here():
+        if self._epoch is not process.current():
             self._renew()
         return self._lock
 
     def _renew(self) -> None:
-        epoch = here()
+        epoch = process.current()
         new = self._lock if _held_here(self._lock) else self._make()
         self._lock = self._renewed.setdefault(epoch, new)  # the first decides, as above
         self._in_child()
@@ -203,13 +197,13 @@ def _finalizer(owner: Any) -> list[Patch]:
     finalize = vars(owner).get("__del__")
     if finalize is None:
         return []
-    process_here = here  # at the end of the interpreter a module's globals may be None
+    current = process.current  # at the end of the interpreter a module's globals may be None
 
     def __del__(self: Any) -> None:  # noqa: N807  # it is one
         try:
             finalize(self)
         except Exception:
-            if process_here().parent is None:
+            if current().parent is None:
                 raise
             # In a forked process: what was opened before install() refuses to be closed, and needn't be.
 

@@ -22,7 +22,7 @@ from .._core import process
 from .._core.one_step import call_in_turn
 from .._core.settings import settings
 from .._core.unpatched import RLock
-from .framework import SharedLock, here
+from .framework import SharedLock
 from .patches import Patch
 
 __all__ = ["card_monitoring", "reader_monitoring"]
@@ -41,18 +41,18 @@ class _Renewal:
 
     def __init__(self, find: Callable[[], _Found], drop: Callable[[Any, Any, list[Any]], None]) -> None:
         self._find, self._drop = find, drop
-        self._epoch = here()
+        self._epoch = process.current()
         self._turns: dict[process.Epoch, Any] = {}
         self._found: dict[process.Epoch, _Found] = {}
         self.inherited: list[Any] = []
 
     def is_due(self) -> bool:
         """Whether this process still has something to drop."""
-        return self._epoch is not here()
+        return self._epoch is not process.current()
 
     def __call__(self) -> None:
         if self.is_due():
-            epoch = here()
+            epoch = process.current()
             call_in_turn(self._turns.setdefault(epoch, RLock()), lambda: self._drop_once(epoch))
 
     def _drop_once(self, epoch: process.Epoch) -> None:

@@ -26,7 +26,6 @@ from .._core.calls import CALLS, Call
 from .._core.settings import settings
 from .._core.unpatched import monotonic
 from ..policy import Broker
-from .framework import here
 from .patches import Patch
 
 __all__ = ["begin", "end", "functions", "guard_earlier", "stand_in", "still_needed", "unguard_earlier"]
@@ -96,7 +95,7 @@ def _replacement(name: str, native: Any) -> _Function:
         library.replaced.setdefault(name, original)
     if name == _ESTABLISH:
         return _with_name(name, _establishing(native, original), original)
-    call, kind, since = CALLS[name], CALLS[name].takes, here()
+    call, kind, since = CALLS[name], CALLS[name].takes, process.current()
     assert kind is not None
     find = handles.find
 
@@ -132,7 +131,7 @@ def _load() -> dict[str, Any]:
 
 def _call_on_earlier_handle(call: Call, original: Optional[_Function], since: process.Epoch, *arguments: Any) -> Any:
     """For a number that pcsc_safe has not returned."""
-    if original is None or (_in_force and here() is not since):
+    if original is None or (_in_force and process.current() is not since):
         return call.failure((_public or _load())["SCARD_E_INVALID_HANDLE"], arguments[1:])
     result = gate.call_inside(call.name, original, *arguments)
     return call.failure(result[0]) if call.discloses and result[0] != library.SUCCESS else result

@@ -270,7 +270,7 @@ def test_numbers_that_are_not_the_clients(stack: VirtualPcsc, monkeypatch: pytes
     client = served.Client(bytes(16), cast("served.Connection", None))
     call = CALLS["SCardReleaseContext"]
     for number in (7, -1, 0xFFFFFFFF, (1 << 32) + 7, 0, 1 << 63):
-        served.Connection._call(cast("served.Connection", None), client, call, call.name, (number,))
+        served.Connection._call(cast("served.Connection", None), client, call, (number,))
     assert passed == [NO_HANDLE] * 4 + [0, 1 << 63]
 
 

@@ -305,7 +305,7 @@ def test_a_signal_in_the_child(stack: VirtualPcsc, through: str, where: Any) -> 
 
     A descriptor that the child replaces has a few lines of its own; how many there are differs each time.
     """
-    skipped = ("replace_guarded", "replace_with_dead", "<listcomp>")
+    skipped = ("replace_guarded", "replace_with_dead", "is_intact", "_identity", "<listcomp>")
 
     def child(raises: RaisesInside, session: Any) -> Any:
         with contextlib.suppress(Alarm):
