@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import random
@@ -264,7 +265,8 @@ def direct(seconds: float, seed: int, directory: str) -> dict[str, Any]:
         try:
             director.run()
         except PcscStackError:
-            print(where_threads_sleep(stack.pid), file=sys.stderr)
+            faulthandler.dump_traceback()  # the threads of the cards are in this process
+            print(where_threads_sleep(stack.pid), Path("/proc/self/net/tcp").read_text(), stack.readers, file=sys.stderr)
             raise
         try:
             stack.wait_for_clients(0)
