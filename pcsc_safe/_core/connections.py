@@ -1,6 +1,6 @@
 """Finds out which of this process's file descriptors are connections to pcscd, whichever library opened them.
 
-libpcsclite has one Unix socket to pcscd for each context, and doesn't report its number.  :mod:`gateway` finds the
+libpcsclite has one Unix socket to pcscd for each context, and doesn't report its number.  The native gateway finds the
 sockets of our contexts with this module.  By default the sockets of other libraries in this process, such as a PKCS#11
 module, are left alone.  With ``guard_native=True`` a forked child must not have them either.
 
@@ -113,7 +113,7 @@ FORGET_LATEST: Operation = (setattr, ConnectionFinder, "latest", None)
 """Comes, in the same step, before any other call in which libpcsclite opens a connection to pcscd."""
 
 
-def shut_down(connection: Optional[Descriptor], *, both_directions: bool) -> bool:
+def shut_down(connection: Optional[Descriptor], *, both_directions: bool) -> None:
     """Shut a connection to pcscd down, and leave the descriptor to libpcsclite.
 
     Every read from it, now and later, returns end of file, so it can't be too early to end a call in this way.
@@ -121,14 +121,10 @@ def shut_down(connection: Optional[Descriptor], *, both_directions: bool) -> boo
     :param both_directions: also end reading, and don't leave this to pcscd, which may not respond.  pcscd 2.5 continues
         to send events to the number of a client that it could not respond to: the next client with that number reads
         one as the response to its call.
-    :return: whether the connection was there.
     """
-    if connection is None or not connection.is_intact():
-        return False
-    _call_on_socket(
-        connection.number, methodcaller("shutdown", _socket.SHUT_RDWR if both_directions else _socket.SHUT_WR)
-    )
-    return True
+    if connection is not None and connection.is_intact():
+        how = _socket.SHUT_RDWR if both_directions else _socket.SHUT_WR
+        _call_on_socket(connection.number, methodcaller("shutdown", how))
 
 
 def is_hung_up(connection: Optional[Descriptor]) -> bool:

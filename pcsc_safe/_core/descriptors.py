@@ -139,11 +139,10 @@ def is_dead(number: int) -> bool:
 
 def replace_guarded() -> None:
     """In the child: replace each guarded connection by a dead socket."""
-    if not kept_by_child:
-        replace_with_dead(list(guarded))
-        return
     kept = kept_by_child.get(get_ident(), ())
-    replace_with_dead([connection for connection in list(guarded) if connection.number not in kept])
+    inherited = [connection for connection in list(guarded) if connection.number not in kept]
+    if not process.sentinel[0]:  # otherwise a signal handler's call has done this, and some are the child's own
+        replace_with_dead(inherited)
 
 
 def _at_fork() -> None:
@@ -171,9 +170,5 @@ def replace_with_dead(connections: Iterable[Optional[Descriptor]]) -> None:
                 dead = _make_dead_socket()
 
 
-def _begin(epoch: process.Epoch) -> None:
-    guarded.clear()
-    kept_by_child.clear()
-
-
-process.at_fork(in_child=_at_fork, at_begin=_begin)
+process.at_fork(in_child=_at_fork)
+process.clear_at_begin(guarded, kept_by_child)

@@ -25,6 +25,7 @@ __all__ = ["call_inside", "close_if_quiet", "raise_later", "wait_for", "wait_unt
 _PAUSE = 0.001  # s
 _WAKE_INTERVAL = 0.01  # s; a wait that can't be ended for good may have begun since
 _FOREVER = float("inf")
+_INTERRUPTION = "the end of a wait for events"  # used like a function's name
 _GRACE = 1.0  # s; longer than a fork takes that waited for quiesce_timeout
 
 quiesce_timeout = 1.0
@@ -173,6 +174,8 @@ def _quiesce(ident: int, deadline: float, *, include_native: bool) -> None:
     finally:
         for interrupter in interrupters:
             interrupter.stopped = True
+    if interrupters:  # for what it is doing
+        _wait_for_others(ident, deadline, include_native, interrupters)
 
 
 def _wait_for_others(ident: int, deadline: float, include_native: bool, interrupters: list[_WaitInterrupter]) -> None:
@@ -217,9 +220,19 @@ class _WaitInterrupter:
         while not self.stopped:
             for place in list(places):
                 for call in list(place.calls):
-                    if call[3] is not None and call[1] != self._forking and not self.stopped:
-                        place.wake(call[3], may_pass=True)
+                    if call[3] is not None and call[1] != self._forking:
+                        self._wake(place, call[3])
             sleep(_WAKE_INTERVAL)
+
+    def _wake(self, place: in_flight.Place, wait: Any) -> None:
+        """End the native call of a wait, as a call that the fork waits for: this may establish a native context."""
+        key = object()
+        try:
+            calls_without_place[key] = (_INTERRUPTION, get_ident(), monotonic(), None)
+            if not self.stopped:
+                place.wake(wait, may_pass=True)
+        finally:
+            calls_without_place.pop(key, None)
 
 
 def raise_later(ident: int, error: BaseException) -> None:
@@ -253,14 +266,15 @@ def _wait_for_forks() -> None:
 
 
 def _begin(epoch: process.Epoch) -> None:
-    """Decide whether the fork was quiet, and open the gate."""
+    """Decide whether the fork was quiet."""
     # The thread that forked can be inside itself, if a finalizer forked in the middle of a call.  All other calls in
     # the table count, even if a thread of this process has the number of one of the parent's threads.
-    for function, thread, since, _ in in_flight.calls():
+    calls = in_flight.calls()
+    if process.here is epoch:  # a signal handler's call has begun it in the middle of that
+        return
+    for function, thread, since, _ in calls:
         if thread != process.forked_by and (epoch.unquiet is None or function == in_flight.IMPORTS):
             epoch.unquiet = in_flight.Unquiet(function, _thread_names.get(thread, str(thread)), monotonic() - since)
-    for table in (places, unsettled, calls_without_place, in_flight.closers, _thread_names):
-        table.clear()
 
 
 # A C function opens the gate, so nothing can interrupt this.  A signal handler could raise in a hook in Python.
@@ -268,3 +282,4 @@ process.raise_later = _raise_after_fork
 process.before_fork(process.QUIESCE, _before_fork)
 process.after_fork_in_parent(in_flight.closers.clear)
 process.at_fork(at_begin=_begin)
+process.clear_at_begin(places, unsettled, calls_without_place, in_flight.closers, _thread_names)

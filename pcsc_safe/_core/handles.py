@@ -392,8 +392,9 @@ def _is_library(module: str) -> bool:
 
 
 def _begin(epoch: process.Epoch) -> None:
-    given.clear()
     for context in list(contexts.values()):
+        if process.here is epoch:  # a signal handler's call has begun it in the middle of this
+            return
         context.turn = RLock()
         context.continued_waits.clear()
         for card in list(context.cards.values()):
@@ -401,3 +402,4 @@ def _begin(epoch: process.Epoch) -> None:
 
 
 process.at_fork(at_begin=_begin)
+process.clear_at_begin(given)

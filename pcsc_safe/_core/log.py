@@ -1,9 +1,10 @@
 """Log lines of ``logging.getLogger("pcsc_safe")``, where one can be written.
 
-Each record also has the facts of its text as attributes: :data:`FIELDS`.  At-fork hooks never log.  ``logging`` is
-never imported here: it would slow down a program that reads one card; in a child, another thread may have held an
-import lock at the fork; and at interpreter exit nothing can be imported.  A program that has not imported ``logging``
-has not configured it, so warnings go to standard error, as logging would write them, and other lines are dropped.
+Each record also has the facts of its text as attributes: :data:`FIELDS`.  A child's at-fork hooks never log.
+``logging`` is never imported here: it would slow down a program that reads one card; in a child, another thread may
+have held an import lock at the fork; and at interpreter exit nothing can be imported.  A program that has not imported
+``logging`` has not configured it, so warnings go to standard error, as logging would write them, and other lines are
+dropped.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Between two steps of Python a signal handler, a finalizer or another thread's exception can run.  A C function that goes
 through an iterator of C functions doesn't return to the interpreter in between, so none of them can run there
-(finalizers: from Python 3.12).  A lock that one step takes and releases is therefore never locked while code of the
-application runs.  Nothing here changes at a fork.
+(finalizers: from Python 3.12).  Only acquiring a lock with a timeout runs signal handlers while it waits, so it comes
+first in its step.  A lock that one step takes and releases is therefore never locked while code of the application
+runs.  Nothing here changes at a fork.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ __all__ = [
     "after_fork_in_parent",
     "at_fork",
     "before_fork",
+    "clear_at_begin",
     "current",
     "forked_by",
     "here",
@@ -229,12 +230,12 @@ def at_fork(
 ) -> None:
     """Add functions that are called in every forked child.
 
-    :param in_child: called by the hook, or, after a fork that ran no hook, at the first use of PC/SC.  It may only
-        close file descriptors: most children exec immediately.  (The recorder, which runs only if asked for, also
-        begins the child's record.)  It is called again if a signal handler raises in it.
+    :param in_child: called by the hook, or, after a fork that ran no hook, at the first use of PC/SC.  It should do
+        little more than close file descriptors: most children exec immediately.  (The recorder, which runs only if
+        asked for, also begins the child's record.)  It is called again if a signal handler raises in it.
     :param at_begin: called at the first use of PC/SC, with the epoch that begins; :data:`here` is then still the
         parent's epoch.  It may replace locks and tables, and must not wait for a lock.  It is called again if a signal
-        handler raises in it.
+        handler raises in it; and if a handler uses PC/SC in the middle of it, the epoch has begun when it continues.
     :param at_begin_last: the same, but called after all others, including those that are added later.
     """
     if in_child is not None:
@@ -243,6 +244,18 @@ def at_fork(
         _at_begin.append(at_begin)
     if at_begin_last is not None:
         _at_begin_last.append(at_begin_last)
+
+
+def clear_at_begin(*tables: Any) -> None:
+    """Clear tables of the parent in a child, when the child first uses PC/SC."""
+
+    def clear(epoch: Epoch) -> None:
+        for table in tables:
+            # Not if the call of a signal handler has begun the epoch in the middle of this: it is the child's by now.
+            if here is not epoch:
+                table.clear()
+
+    at_fork(at_begin=clear)
 
 
 def current() -> Epoch:

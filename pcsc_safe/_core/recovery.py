@@ -225,8 +225,4 @@ def cancel(context: Context, cancel_once: Callable[[], Any]) -> Any:
     return result
 
 
-def _begin(epoch: process.Epoch) -> None:
-    _attempts.clear()
-
-
-process.at_fork(at_begin=_begin)
+process.clear_at_begin(_attempts)

@@ -14,7 +14,7 @@ from typing import Any, Callable, Optional
 from .. import policy
 from ..errors import ForkUnsafeError
 from ..policy import Policy, Settings, Way, choose_way, native_works_after_fork
-from . import gateways, handles, in_flight, log, observer, one_step, process, recovery
+from . import gateways, handles, in_flight, log, observer, one_step, process, recovery, sessions
 from .calls import CALLS, STALE, Call, Gateway, Keep, LostError
 from .handles import Card, Context, Record
 from .library import SUCCESS, constant
@@ -262,7 +262,7 @@ class _ReaderState:
 
 
 def _read_reader_state(context: Context, reader: str, share_mode: Any) -> _ReaderState:
-    if share_mode != _SHARE_SHARED or not isinstance(reader, str):
+    if share_mode != _SHARE_SHARED or not isinstance(reader, str) or not sessions.is_on:
         return _ReaderState()
     result = _call(_STATES, context, (0, [(reader, _UNAWARE)]))
     if result is STALE or result[0] != SUCCESS:

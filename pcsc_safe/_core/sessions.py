@@ -34,6 +34,7 @@ _READERS = 1 << 62  # the readers' bytes begin here
 is_on = True
 """Whether other processes can see this process's sessions; a broker has no children."""
 
+_pcscd: Optional[str] = None
 _file: Optional[descriptors.Descriptor] = None
 _fcntl: Any = None
 _layout: Any = None
@@ -43,11 +44,13 @@ _mine: dict[int, dict[weakref.ref[Session], None]] = {}
 
 def prepare() -> None:
     """Import and open what sessions require, in the process that establishes the first context of its family."""
-    global _file, _fcntl, _layout
+    global _file, _fcntl, _layout, _pcscd
     if not process.FORKS or not is_on:
         return
     import fcntl  # a process that exits imports nothing
 
+    if _fcntl is None:
+        _pcscd = os.environ.get("PCSCLITE_CSOCK_NAME")  # libpcsclite, too, reads it once, at the first context
     _fcntl, _layout = fcntl, _LinuxLayout if hasattr(fcntl, "F_NOTIFY") else _BsdLayout
     if _file is None or not _file.is_intact():
         with failures.suppress(OSError):  # also what tempfile raises
@@ -135,15 +138,15 @@ class Session:
         joint: bool = False,
         in_transaction: bool = False,
     ) -> None:
+        if descriptor() is None:
+            prepare()
         self._number = int.from_bytes(os.urandom(8), "big") % _LARGEST * 2
         self.reader = reader if isinstance(reader, str) else ""  # otherwise pyscard refuses it
-        self.pcscd = os.environ.get("PCSCLITE_CSOCK_NAME")  # libpcsclite looks at it each time
+        self.pcscd = _pcscd
         # A fork keeps the seed of hash().
         self._byte_of_reader = _READERS + hash((self.pcscd, self.reader)) % _LARGEST * 2
         self.events = events
         self.is_open, self.is_shared, self.is_joint = True, shared, joint
-        if descriptor() is None:
-            prepare()
         self.begin(in_transaction=in_transaction)
 
     def begin(self, *, in_transaction: bool = False) -> None:
@@ -180,7 +183,7 @@ class Session:
         self.show_use()
 
     def _leave(self, byte: int) -> None:
-        mine = _mine.get(byte, {})
+        mine = _mine.setdefault(byte, {})  # the one to which another thread adds a session
         mine.pop(weakref.ref(self), None)
         if not mine:
             self._unlock(byte)
@@ -251,8 +254,4 @@ class Session:
             return None
 
 
-def _begin(epoch: process.Epoch) -> None:
-    _mine.clear()
-
-
-process.at_fork(at_begin=_begin)
+process.clear_at_begin(_mine)

@@ -39,7 +39,12 @@ def make_route(call: Call, direct: Callable[..., Any]) -> Callable[..., Any]:
         wanted = _disposition(call.name, card, wanted)
         if wanted != LEAVE_CARD:
             session.end()  # before the call: from now on no other process may continue the session
-        result = direct(handle, *most, wanted)
+        try:
+            result = direct(handle, *most, wanted)
+        except BaseException:
+            if call.name == "SCardDisconnect" and was_open and card.session is session and not card.released:
+                session.begin(in_transaction=card.transactions > 0)  # a signal handler has raised before the call
+            raise
         is_same = card.session is session and card.owner is process.current() and not card.released
         if is_same and was_open and not session.is_open and _is_refused(call, result):
             session.begin(in_transaction=card.transactions > 0)

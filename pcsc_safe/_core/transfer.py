@@ -110,12 +110,12 @@ _is_registered = False
 def register_hooks() -> None:
     """Register this module's functions for forks; until then a fork costs nothing more."""
     global _is_registered
-    if not _is_registered:
-        _is_registered = True
+    if not _is_registered:  # if a signal handler raises here, they are registered again, which does no harm
         process.before_fork(process.TRANSFER, _plan_before_fork)
         process.at_fork(in_child=_confirm_in_child, at_begin_last=_take_possession)
         for _ in range(2):  # twice: an exception of a signal handler can prevent one of them from running
             process.after_fork_in_parent(_settle_in_parent)
+        _is_registered = True
 
 
 def _plan_before_fork() -> None:

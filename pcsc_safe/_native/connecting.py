@@ -50,7 +50,7 @@ def connect(contexts: NativeContexts, owned: Owned, arguments: Sequence[Any], ke
         return (connected.extend, map(native, (context.handle,), *operands)), count, record
 
     try:
-        result = contexts.use(owned, "SCardConnect", call, without_cards=True)
+        result = contexts.use(owned, "SCardConnect", tuple(arguments), call, without_cards=True)
         if result is not STALE and connected:
             result = _keep(contexts, owned, connected[0], chosen[0], keep)
         _finish(contexts, owned, connected, chosen, keeps=result is not STALE)

@@ -77,7 +77,7 @@ class NativeContexts:
         :return: pyscard's result, or :data:`STALE`.
         """
         native = raw[function]
-        return self.use(owned, function, lambda context, _: ((native, context.handle, *arguments),))
+        return self.use(owned, function, arguments, lambda context, _: ((native, context.handle, *arguments),))
 
     def wait(self, owned: Owned, wait: Any, timeout: int, states: Any) -> Any:
         """SCardGetStatusChange, on a native context without a card.
@@ -92,7 +92,8 @@ class NativeContexts:
             limit = timeout if is_bare else min(timeout, _SHORT)
             return ((native, context.handle, limit, states),)
 
-        return self.use(owned, _WAIT, call, wait=wait, without_cards=True, lasts=interruptible.is_wanted(timeout))
+        lasts = interruptible.is_wanted(timeout)
+        return self.use(owned, _WAIT, (timeout, states), call, wait=wait, without_cards=True, lasts=lasts)
 
     def cancel(self, owned: Owned, thread: Optional[int] = None) -> Any:
         """SCardCancel: ends every wait for events on the PC/SC context, even one that is between two native calls.
@@ -135,6 +136,7 @@ class NativeContexts:
         self,
         owned: Owned,
         function: str,
+        arguments: tuple[Any, ...],
         call: Callable[[NativeContext, bool], tuple[Operation, ...]],
         *,
         wait: Any = None,
@@ -143,6 +145,7 @@ class NativeContexts:
     ) -> Any:
         """Make a call on any free native context, or on a new one.
 
+        :param arguments: those after the handle, of the application's call.
         :param call: the operations, in a native context; and whether it certainly has no card.
         :param lasts: signal handlers must be able to run during the call.
         """
@@ -172,7 +175,7 @@ class NativeContexts:
                 else:
                     refused = self.establish(owned, may_pass=may_pass)
                     if refused != SUCCESS and not self._wait_for_one() and self.is_current(owned):
-                        return CALLS[function].failure(refused, ([],))
+                        return CALLS[function].failure(refused, arguments)
             return STALE
         finally:
             if awaiting_release:
@@ -368,6 +371,7 @@ class NativeContexts:
         if unreleased:
             for context in unreleased:
                 awaiting_release.setdefault(context, owned if owned is not None and owned.released else None)
+                context.cards.clear()  # they are on another one by now
             self._wake(list(self.waits))
             release_waiting()
 
@@ -459,7 +463,8 @@ def native_contexts_of(context: Any) -> NativeContexts:
 
 
 def _begin(epoch: process.Epoch) -> None:
-    establishing.renew()
+    if process.here is not epoch:  # as in process.clear_at_begin()
+        establishing.renew()
     in_flight.places[establishing] = establishing.calls
 
 

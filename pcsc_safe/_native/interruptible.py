@@ -169,9 +169,9 @@ def _end(place: NativeContext, wait: Any) -> None:
 
 def _begin(epoch: process.Epoch) -> None:
     for lock in list(process.locks_to_release.values()):
-        if lock.locked():
+        if process.here is not epoch and lock.locked():
             lock.release()
-    process.locks_to_release.clear()
 
 
 process.at_fork(at_begin=_begin)
+process.clear_at_begin(process.locks_to_release)

@@ -45,7 +45,7 @@ class NativeContext(Place):
     :ivar woken: when its end was first requested, by ``monotonic()``.
     :ivar wakers: one key for each thread that is ending a wait there, or is replacing the connection.  While there is
         one, it isn't released.
-    :ivar cards: the native handles of its cards, and an empty list for each SCardConnect in progress.
+    :ivar cards: the native handles of its cards, and the results of SCardConnect that are not recorded yet.
     """
 
     __slots__ = (
@@ -142,7 +142,7 @@ class NativeContext(Place):
         key = object()
         try:
             self.wakers[key] = None  # as in wake()
-            if not any(call[3] for call in list(self.calls)):
+            if not any(call[3] or call[0] == "SCardReleaseContext" for call in list(self.calls)):
                 connections.shut_down(self.descriptor, both_directions=True)
         finally:
             self.wakers.pop(key, None)

@@ -1,6 +1,6 @@
 """pyscard, whose functions reach libpcsclite in this process.
 
-This is the only untyped module.  Loading it loads the native library.  If every context is to live in a broker
+This is the only untyped module.  :func:`load` loads the native library.  If every context is to live in a broker
 (``broker="always"``), the broker's functions replace the C functions, and the library is not loaded.  Nothing here
 changes at a fork.
 """

@@ -116,4 +116,4 @@ def release_waiting() -> None:
             awaiting_release.pop(context, None)
 
 
-process.at_fork(at_begin=lambda epoch: awaiting_release.clear())
+process.clear_at_begin(awaiting_release)

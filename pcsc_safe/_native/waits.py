@@ -119,7 +119,7 @@ class Wait:
         if result is STALE or result[0] != TIMED_OUT:
             return result
         counters = _counters(result[1])
-        changed = [None not in (before, now) and before != now for before, now in zip(seen or [], counters)]
+        changed = [None not in (before, now) and before != now for before, now in zip(seen or counters, counters)]
         if self._readers is not None and self._readers != self._list_readers():
             changed = [is_for_new_readers(name) or was for (name, *_), was in zip(self._states, changed)]
         if not any(changed):

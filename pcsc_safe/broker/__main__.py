@@ -72,7 +72,7 @@ def _is_socket(number: int) -> bool:
 
 
 def _stand_alone() -> None:
-    for ignored in IGNORED:
+    for ignored in (*IGNORED, signal.SIGUSR1, signal.SIGUSR2):  # a service manager may send these to all processes
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     with contextlib.suppress(OSError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -32,6 +33,7 @@ _READY_TIMEOUT = 30.0  # s; from its start
 _MOST_IDLE = 16  # connections that are kept for the next calls
 _DEATH_TIMEOUT = 0.1  # s
 _UNDO = wire.encode(wire.Undo())
+_BEGIN = wire.NUMBERS["SCardBeginTransaction"]
 _KeepResult = Callable[[Any], Any]
 _LONGEST_APDU = 65544  # bytes; MAX_BUFFER_SIZE_EXTENDED of pcsc-lite's reader.h
 
@@ -90,7 +92,7 @@ class Broker:
 
     def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
         """SCardEstablishContext; see :class:`calls.Gateway`."""
-        # libpcsclite looks at the environment each time, and the broker's is that of its start.
+        # The broker's environment is that of its start.  Its libpcsclite reads the variable at the first context.
         where = os.environ.get(start.SOCKET_NAME)
         if where and not os.path.isabs(where):
             where = os.path.abspath(where)
@@ -148,7 +150,7 @@ class Broker:
         self._mark_lost(in_progress=False, warn=False)
 
     def _call(self, number: int, *arguments: Any, made: Optional[list[Any]] = None) -> Any:
-        return self._exchange(_frame_of(number, arguments), made=made)
+        return self._exchange(_frame_of(number, arguments), made=made, can_be_undone=number == _BEGIN)
 
     def request_catalogue(self) -> Any:
         """The names of its pyscard; see :func:`library.catalogue`."""
@@ -172,12 +174,19 @@ class Broker:
         """
         self._exchange(wire.encode(wire.TakeBack(key, tuple(handles))))
 
-    def _exchange(self, frame: bytes, keep: Optional[_KeepResult] = None, made: Optional[list[Any]] = None) -> Any:
+    def _exchange(
+        self,
+        frame: bytes,
+        keep: Optional[_KeepResult] = None,
+        made: Optional[list[Any]] = None,
+        can_be_undone: bool = False,
+    ) -> Any:
         """The result of one request, on a connection that no other thread is using.
 
         :param keep: called with the result; if it raises, or is never called, the broker undoes the call.
         :param made: gets the result in the step from which on the broker doesn't undo the call; so the caller has it
             even if a signal handler raises then.
+        :param can_be_undone: whether the broker can undo the call; otherwise it completes a call that was sent.
         """
         if made is None:
             made = []
@@ -207,8 +216,9 @@ class Broker:
             if is_reusable and not self.lost:
                 idle += [connection]  # type: ignore[list-item]  # there is one
             elif connection is not None:
-                is_undue = is_reusable or undone or sum(sent) < len(frame) or not self._is_mine(connection)
-                connection.close(b"" if is_undue else _UNDO)
+                is_due = (keep is not None or can_be_undone) and not (is_reusable or undone)
+                is_due = is_due and sum(sent) == len(frame) and self._is_mine(connection)
+                connection.close(_UNDO if is_due else b"")
 
     def _keep(self, keep: _KeepResult, result: Any, connection: Connection, undone: list[int]) -> Any:
         """What ``keep`` returns; if it raises, undo the call."""
@@ -280,6 +290,8 @@ class Broker:
         try:
             hello = wire.encode(wire.Hello(wire.VERSION, key))
             connection, far_end = gate.call_inside(in_flight.DOOR, self._pass_far_end, hello)
+            if sys.platform != "darwin":  # then a broker that can't accept the connection ends it
+                far_end.close()
             reply = wire.decode(connection.receive_first(self._door, _READY_TIMEOUT))
             is_welcome = isinstance(reply, wire.Welcome) and reply.version == wire.VERSION
         except (OSError, EOFError) as error:
@@ -303,8 +315,8 @@ class Broker:
     def _pass_far_end(self, hello: bytes) -> tuple[Connection, Connection]:
         """A connection, and a copy of its far end, which was passed through the door with a message already in it.
 
-        The copy is kept until the broker has replied: macOS can flush a socket that is being passed if no process has
-        it open.  No child may keep the copy, so it is guarded, too.
+        On macOS the copy is kept until the broker has replied, because macOS can flush a socket that is being passed if
+        no process has it open.  No child may keep the copy, so it is guarded, too.
         """
         ours, theirs = pair(guarded=True)
         mine = [ours]
@@ -330,10 +342,10 @@ class Broker:
         """The error if the broker accepts no connection: it never started, has ended, or has no free resources."""
         if self.epoch is not process.current():
             return LostError(self, in_progress=False)
-        is_ours = isinstance(error, OSError) and not isinstance(error, ConnectionError)
-        timeout = 0.0 if is_ours else _DEATH_TIMEOUT
+        is_local = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+        timeout = 0.0 if is_local else _DEATH_TIMEOUT
         if self._presence is not None and not self.lost and self._presence.connection.is_alive(timeout):
-            reason = (is_ours and getattr(error, "strerror", None)) or "the broker accepts no more connections"
+            reason = (is_local and getattr(error, "strerror", None)) or "the broker accepts no more connections"
             return BrokerError(
                 f"process {os.getpid()} can't make another connection to its broker: {reason}",
                 remedy="each PC/SC call in progress needs a connection, and a file descriptor in both processes: raise "
@@ -345,7 +357,7 @@ class Broker:
         lost = self._mark_lost(in_progress=False, warn=not never_started)
         if not never_started:
             return lost
-        if is_ours:
+        if is_local:
             why = getattr(error, "strerror", None) or why
         return BrokerError(
             f"the broker of process {os.getpid()} doesn't start: {why}",
@@ -417,9 +429,11 @@ class Broker:
         if self._presence is None:
             self._idle.append(self._connect())
         assert self._presence is not None
+        lasting = self._presence.connection.descriptor
+        if not lasting.is_intact():  # the application has closed it; the number may be another file's in the child
+            raise self._mark_lost(in_progress=False)
         key = os.urandom(16)
-        number = self._presence.connection.descriptor.number
-        return InheritedConnection(self, key, self._open_connection(key), number)
+        return InheritedConnection(self, key, self._open_connection(key), lasting.number)
 
     def files_to_preserve(self) -> list[int]:
         """The descriptors without which this process loses the broker."""

@@ -81,17 +81,23 @@ def _get_or_start(for_family: bool) -> Broker:
         former = _broker
         if former is not None and not former.lost and former.epoch is here:
             return former
-        broker: Broker = gate.call_inside(in_flight.START, _start_one, for_family)
-        if _broker is former:  # nothing comes between this look and the next line
-            _broker = broker
-            return broker
-        broker.discard()
+        started: list[Broker] = []
+        try:
+            gate.call_inside(in_flight.START, _start_one, for_family, started)
+            if _broker is former:  # nothing comes between this look and the next line
+                _broker = started[0]
+                return started[0]
+        finally:  # also if a signal handler raises
+            for broker in started:
+                if broker is not _broker:
+                    broker.discard()
         return _get_or_start(for_family)
 
     return one_step.call_in_turn(_starting, start_once)
 
 
-def _start_one(for_family: bool) -> Broker:
+def _start_one(for_family: bool, started: list[Broker]) -> None:
+    """Start a broker, and append it to a list."""
     epoch = process.current()
     try:
         door, theirs = connection.pair(guarded=not for_family)
@@ -109,7 +115,7 @@ def _start_one(for_family: bool) -> Broker:
         theirs.close()
         observer.record("broker", broker=helper.pid)
         observer.process_started(helper.pid, "broker", "PC/SC broker")
-        return Broker(door, helper, epoch, for_family=for_family)
+        started.append(Broker(door, helper, epoch, for_family=for_family))
     except BaseException:
         theirs.close()
         door.close()

@@ -28,6 +28,7 @@ _EXCHANGES = {
     wire.NUMBERS[name]: (gateways.native.caller(calls.CALLS[name]), calls.CALLS[name])
     for name in ("SCardTransmit", "SCardControl")
 }
+_INVALID_HANDLE = library.constant("SCARD_E_INVALID_HANDLE")
 _CARD = calls.Kind.CARD
 _LEAVE_CARD = library.constant("SCARD_LEAVE_CARD")
 _UNDOING = {
@@ -35,6 +36,8 @@ _UNDOING = {
     "SCardConnect": "SCardDisconnect",
     "SCardBeginTransaction": "SCardEndTransaction",
 }
+_NOTHING: tuple[wire.Message, bytes] = (wire.Describe(), b"")
+"""In place of a call that can be undone, and its reply."""
 _BRACKETS = frozenset(("SCardBeginTransaction", "SCardEndTransaction"))
 _32_BITS = 0xFFFFFFFF
 _LONG_BITS = 64
@@ -93,7 +96,7 @@ class Connection:
         self.client: Optional[Client] = None
         self._waits_on: Optional[handles.Context] = None
         self._thread = 0
-        self._last: tuple[wire.Message, bytes] = (wire.Describe(), b"")
+        self._last = _NOTHING
         self._ended_before = 0  # how many transactions of the card had ended at its latest call
         self._has_hung_up = False
         self.unwatched = threading.Event()
@@ -133,21 +136,20 @@ class Connection:
             raise wire.WireError("the first frame is not a greeting of this version")
         client = self._server.welcome(hello.key, self)
         self.socket.sendall(wire.encode(wire.Welcome(wire.VERSION, os.getpid())))
-        receive, send, feed, decode = self.socket.recv, self.socket.sendall, receiver.feed, wire.decode
         while True:
-            data = receive(_READ_SIZE)
-            if not data:
-                return
-            body = feed(data)
-            if body is not None:
-                message = decode(body)
-                reply = self._reply_to(client, message)
-                self._last = message, reply
-                try:
-                    send(reply)
-                except OSError:
-                    self._undo_last(client)
-                    raise
+            self._serve_one(client, receiver)
+
+    def _serve_one(self, client: Client, receiver: wire.Receiver) -> None:
+        """Serve one request; nothing of it is kept while the connection is idle, because it may contain a PIN."""
+        message = wire.decode(self._receive(receiver))
+        reply = self._reply_to(client, message)
+        is_undoable = isinstance(message, wire.Request) and wire.FUNCTIONS[message.function] in _UNDOING
+        self._last = (message, reply) if is_undoable else _NOTHING
+        try:
+            self.socket.sendall(reply)
+        except OSError:
+            self._undo_last(client)
+            raise
 
     def _receive(self, receiver: wire.Receiver) -> bytes:
         while True:
@@ -254,6 +256,10 @@ class Connection:
             result = function(handle, *rest)
         if name == "SCardConnect" and result[0] == library.SUCCESS:
             client.handles[int(result[1])] = result[1]
+            if int(handle) not in client.handles:  # another process has the context by now
+                client.handles.pop(int(result[1]), None)
+                router.public["SCardDisconnect"](result[1], _LEAVE_CARD)
+                return call.failure(_INVALID_HANDLE, rest)
         elif name in ("SCardDisconnect", "SCardReleaseContext") and type(handle) is Handle:
             _forget_released(client, handle)
         return result

@@ -87,6 +87,9 @@ def share(giver: Client, taker: Client, number: int, *, keeps: bool) -> bool:
                 handle.holders.add(taker)
             if handle.transaction is giver:
                 handle.transaction = taker
+    if not keeps and isinstance(handle.record, handles.Context):
+        for card in list(handle.record.cards):  # also those that the giver has connected to since
+            share(giver, taker, card, keeps=False)
     return True
 
 

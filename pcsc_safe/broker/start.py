@@ -53,12 +53,12 @@ FROZEN_BROKER = "--pcsc-safe-broker"
 # Without -P or PYTHONSAFEPATH, which older Pythons don't know, python -m looks for modules in the current directory
 # first; so does python -c, and says so by an empty entry.
 _WITHOUT_CWD = "import sys; sys.path[0] or sys.path.pop(0); "
-_BY_ANY_PYTHON = _WITHOUT_CWD + f"import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
+# Where this process has pcsc_safe and pyscard comes last: what else is there must not replace Python's own modules.
+_WITH_PLACES = _WITHOUT_CWD + "sys.path += sys.argv[1:]; del sys.argv[1:]; "
+_BY_ANY_PYTHON = _WITH_PLACES + f"import runpy; runpy.run_module({_MODULE!r}, None, '__main__', True)"
 # python -S runs no .pth file and no sitecustomize: that is faster, and no tool that they load sees a PIN. Nothing that
 # is imported is garbage, so main() is where the collector begins.
-_BY_THIS_PYTHON = (
-    f"import gc; gc.disable(); {_WITHOUT_CWD}sys.path += sys.argv[1:]; from {_MODULE}.__main__ import main; main([])"
-)
+_BY_THIS_PYTHON = f"import gc; gc.disable(); {_WITH_PLACES}from {_MODULE}.__main__ import main; main([])"
 SOCKET_NAME = "PCSCLITE_CSOCK_NAME"
 _NEEDED = {
     *("HOME", "LANG", "LANGUAGE", "PATH", "TMPDIR", "TZ"),
@@ -170,11 +170,9 @@ def spawn(door: int, configured: str) -> Helper:
     """
     if sys.platform == "win32":
         raise NotImplementedError
-    places = [] if configured else _import_directories()
-    command = _command(configured, [place for place in places if _is_site_packages(place)])
-    variables = environment(os.environ, [place for place in places if not _is_site_packages(place)])
+    command = _command(configured)
     try:
-        return _start_process(door, command, variables)
+        return _start_process(door, command, environment(os.environ))
     except (OSError, ValueError) as error:
         if not is_ours(error):
             raise
@@ -238,11 +236,10 @@ def _attempt(command: Sequence[str]) -> str:
     return " ".join(repr(word) if " " in word else word for word in words)
 
 
-def _command(configured: str, places: Sequence[str]) -> list[str]:
+def _command(configured: str) -> list[str]:
     """The command that runs a broker.
 
     :param configured: the interpreter that the settings name, if any.
-    :param places: where this interpreter has modules that are not Python's own.
     """
     if configured:
         return [configured, "-c", _BY_ANY_PYTHON]  # of whatever version it is
@@ -263,21 +260,20 @@ def _command(configured: str, places: Sequence[str]) -> list[str]:
             remedy="set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe, for example "
             + os.path.join(sys.exec_prefix, "bin", "python3"),
         )
-    if python == sys.executable:
-        return [python, "-S", "-c", _BY_THIS_PYTHON, *places]
-    return [python, "-c", _BY_ANY_PYTHON]
+    options = ["-S", "-c", _BY_THIS_PYTHON] if python == sys.executable else ["-c", _BY_ANY_PYTHON]
+    return [python, *options, *_import_directories()]
 
 
-def environment(mine: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
+def environment(mine: Mapping[str, str]) -> dict[str, str]:
     """The part of this process's environment for a broker: no secret that it does not need, and none of our settings.
 
     :param mine: this process's environment.
-    :param path: PYTHONPATH for the broker; if empty, that of the environment.
     """
     kept = {name: value for name, value in mine.items() if name in _NEEDED or name.startswith(_NEEDED_PREFIXES)}
     if sys.flags.ignore_environment:  # python -I and -E: what this process doesn't trust is not for its broker either
         kept = {name: value for name, value in kept.items() if not name.startswith("PYTHON")}
-    places = [*path, *filter(None, [python_path.remove_from(kept.pop("PYTHONPATH", ""))])]
+    path = python_path.remove_from(kept.pop("PYTHONPATH", "")).split(os.pathsep)
+    places = [place for place in path if os.path.isabs(place)]  # to others this process's directory may have changed
     given = {"PYTHONPATH": os.pathsep.join(places)} if places else {}
     no_user_site = {"PYTHONNOUSERSITE": "1"} if sys.flags.no_user_site else {}
     return {**kept, **given, **no_user_site, "PYTHONSAFEPATH": "1"}
@@ -297,11 +293,6 @@ def _import_directories() -> list[str]:
             if os.pathsep not in place and "\0" not in place and place not in found:
                 found.append(place)
     return found
-
-
-def _is_site_packages(place: str) -> bool:
-    """Whether an interpreter looks there anyway, after Python's own modules."""
-    return os.path.basename(place) in ("site-packages", "dist-packages") and place.startswith(sys.prefix)
 
 
 def _path_of(name: str) -> Optional[Sequence[str]]:

@@ -12,6 +12,8 @@ At a fork: nothing to do.
 
 import struct
 from collections.abc import Iterable
+from itertools import repeat
+from operator import is_
 from typing import Any, Callable, Optional
 
 from .._core.failures import is_ours
@@ -131,7 +133,7 @@ def octets_of(value: list[Any]) -> Optional[bytes]:
     """The bytes of a list; None if it contains anything but plain ints from 0 to 255, or is too long."""
     # The types are checked first, because bytes() also accepts other objects than ints, such as True.
     octets = tuple(value)  # a copy: another thread may change the list
-    if len(octets) > MAX_OCTETS or {*map(id, map(type, octets))} - _INT:
+    if len(octets) > MAX_OCTETS or not all(map(is_, map(type, octets), repeat(int))):
         return None
     try:
         return bytes(octets)
@@ -190,7 +192,6 @@ _BY_TYPE: dict[type, Callable[[Any, int], bytes]] = {
 
 # By the identity of the type, because a metaclass may prevent hashing or comparing it.
 _ENCODERS = {id(kind): encoder for kind, encoder in _BY_TYPE.items()}
-_INT = {id(int)}
 
 # The plain value of an object of a subclass, as C code sees it, even if the subclass overrides methods.
 _PLAIN: dict[type, Callable[[Any], Any]] = {

@@ -111,7 +111,7 @@ def test_what_the_log_says(stack: VirtualPcsc, caplog: pytest.LogCaptureFixture,
         caplog.clear()
         if how == "killed":
             kill(number)
-        for file in pcsc_safe.files_to_preserve() if how == "closed" else ():
+        for file in family.files_to_preserve() if how == "closed" else ():
             os.close(file)
         with contextlib.suppress(BrokerError):
             session.transmit(ECHO)

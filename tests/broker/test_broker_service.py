@@ -398,3 +398,17 @@ def test_it_imports_no_planted_pyscard(stack: VirtualPcsc, tmp_path: Path, optio
     command = [sys.executable, *options, "-c", program]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=ENOUGH, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+def test_it_imports_nothing_of_a_relative_pythonpath(stack: VirtualPcsc, tmp_path: Path) -> None:
+    """PYTHONPATH=. means the directory in which the client was started, not the one in which it starts its broker."""
+    planted, program = tmp_path / "planted", tmp_path / "program.py"
+    planted.mkdir()
+    for name in ("pcsc_safe", "signal"):
+        (planted / f"{name}.py").write_text("raise SystemExit('planted')")
+    program.write_text("import os, pcsc_safe.scard as s; os.chdir('planted'); print(s.SCardEstablishContext(0)[0])")
+    path = os.pathsep.join([".", *start._import_directories()])
+    env = {**stack.env, "PCSC_SAFE_BROKER": "always", "PYTHONPATH": path}
+    command = [sys.executable, str(program)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=ENOUGH, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")

@@ -280,7 +280,9 @@ def interrupted() -> None:
     family.prepare()
 
     def start_one() -> Any:
-        return family._start_one(for_family=False)
+        started: list[Any] = []
+        family._start_one(False, started)
+        return started[0]
 
     signal.signal(signal.SIGALRM, raise_alarm)
     start_one().discard()

@@ -17,11 +17,11 @@ import cforks
 import pytest
 from cforks import SYS_CLONE, c_fork
 from conftest import ECHO, Session
-from forking import ChildFailedError, in_child, in_program
+from forking import ChildFailedError, fork, in_child, in_program
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import process
+from pcsc_safe._core import descriptors, in_flight, process
 from pcsc_safe.testing import VirtualPcsc
 
 CLONE_NEWPID = 0x20000000
@@ -259,3 +259,36 @@ def test_the_helper_sees_a_child_that_dies() -> None:
         in_child(os._exit, 7)
     with pytest.raises(ChildFailedError, match="status -9"):
         in_child(lambda: os.kill(os.getpid(), 9))
+
+
+@pytest.mark.parametrize("forks", [fork, c_fork], ids=["hooks", "page"])
+@pytest.mark.parametrize("function", ["replace_guarded", "calls", "clear", "_begin"])
+def test_a_handler_that_uses_pcsc_while_the_epoch_begins(shared_stack: VirtualPcsc, function: str, forks: Any) -> None:
+    """What a signal handler of the child establishes in the middle stays usable, and the next fork knows it."""
+    _, inherited = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)
+    parent, established = os.getpid(), list[Any]()
+
+    def as_a_handler(frame: Any, event: str, _: Any) -> None:
+        if os.getpid() != parent and frame.f_code.co_name == function:
+            sys.settrace(None)
+            established.append(safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1])
+
+    def forks_traced() -> int:
+        sys.settrace(as_a_handler)
+        try:
+            return int(forks())
+        finally:
+            if os.getpid() == parent:
+                sys.settrace(None)
+
+    def child() -> Any:
+        process.current()
+        sys.settrace(None)
+        (context,) = established
+        safe.SCardListReaders(inherited, [])
+        places, guarded = len(in_flight.places), len(descriptors.guarded)
+        grandchild = in_child(lambda: safe.SCardListReaders(context, [])[0])
+        return safe.SCardListReaders(context, [])[0], places, guarded, grandchild
+
+    assert in_child(child, fork=forks_traced) == (safe.SCARD_S_SUCCESS, 3, 2, safe.SCARD_S_SUCCESS)
+    safe.SCardReleaseContext(inherited)
