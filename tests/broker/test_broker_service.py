@@ -406,7 +406,9 @@ def test_it_imports_nothing_of_a_relative_pythonpath(stack: VirtualPcsc, tmp_pat
     planted.mkdir()
     for name in ("pcsc_safe", "signal"):
         (planted / f"{name}.py").write_text("raise SystemExit('planted')")
-    program.write_text("import os, pcsc_safe.scard as s; os.chdir('planted'); print(s.SCardEstablishContext(0)[0])")
+    program.write_text(
+        "import os, pcsc_safe; os.chdir('planted'); from pcsc_safe.scard import *; print(SCardEstablishContext(0)[0])"
+    )
     path = os.pathsep.join([".", *start._import_directories()])
     env = {**stack.env, "PCSC_SAFE_BROKER": "always", "PYTHONPATH": path}
     command = [sys.executable, str(program)]
