@@ -466,6 +466,17 @@ def test_the_exit_status_without_a_report(tmp_path: Path, option: str) -> None:
     assert re.fullmatch(r"pcsc_safe: no report: .*No such file or directory.*\n", done.err)
 
 
+@pytest.mark.parametrize("options", [[], ["--report"], ["--timeline=drawn.svg"]], ids=" ".join)
+def test_the_exit_status_where_sigchld_is_ignored(tmp_path: Path, options: list[str]) -> None:
+    """An inherited, ignored SIGCHLD doesn't hide how the program ends, and the program inherits it, too."""
+    ignore = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    )
+    code = "import signal, sys; sys.exit(3 + signal.getsignal(signal.SIGCHLD))"
+    done = run("-c", ignore, sys.executable, *RUN, *options, "-c", code, cwd=tmp_path)
+    assert (done.status, done.out) == (3 + signal.SIG_IGN, "")
+
+
 def test_no_timeline_on_this_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where processes can't be recorded, the option is refused, and the message says where it works."""
     refused: list[str] = []
