@@ -100,23 +100,32 @@ def hazards() -> Iterator[Finding]:
     from ..demo._judge import Outcome  # only the probe needs the demo
     from ..demo._run import judged  # as above
     from ..demo.hazards import load  # as above
+    from ..testing import PcscStackError  # as above
 
-    every, shown, let_through = load(), 0, 0
+    every, shown, let_through, untried = load(), 0, 0, 0
     stop = threading.Event()
     with ThreadPoolExecutor(2) as pool:
         try:
             for hazard in every:
                 runs = [pool.submit(judged, hazard, module, stop) for module in (RAW, SAFE)]
-                (_, raw), (_, safe) = (run.result() for run in runs)
+                try:
+                    (_, raw), (_, safe) = (run.result() for run in runs)
+                except PcscStackError as error:
+                    untried += 1
+                    detail = f"{hazard.NAME}. Not tried: {error.problem}"
+                    yield Finding("hazard", Status.UNKNOWN, f"hazard {hazard.NUMBER}", detail, error.remedy)
+                    continue
                 shown += raw.outcome is Outcome.HAZARD
                 let_through += safe.outcome is not Outcome.SAFE
                 yield _hazard_finding(hazard, raw, safe)
         finally:
             stop.set()
-    data = {"hazards": len(every), "seen_raw": shown, "let_through": let_through}
+    data = {"hazards": len(every), "seen_raw": shown, "let_through": let_through, "untried": untried}
     detail = f"{shown} of {len(every)} seen on raw pyscard, {let_through} on pcsc_safe; on virtual cards"
     if let_through:
         yield Finding("hazards", Status.PROBLEM, "hazards", detail, _REPORT, data)
+    elif untried:
+        yield Finding("hazards", Status.UNKNOWN, "hazards", f"{detail}; {untried} not tried", data=data)
     else:
         yield Finding("hazards", Status.OK, "hazards", detail, data=data)
 

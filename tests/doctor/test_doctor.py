@@ -33,7 +33,7 @@ from pcsc_safe.__main__ import main
 from pcsc_safe.doctor import _command, _fork, _machine, _pcscd, _probe, _tasks, _view
 from pcsc_safe.doctor._ask import TaskResult
 from pcsc_safe.doctor._findings import KEYS, NEEDS, Finding, Ledger, Status
-from pcsc_safe.testing import CardEvent, EchoCard, VirtualPcsc, _activation, _install, _versions
+from pcsc_safe.testing import CardEvent, EchoCard, PcscStackError, VirtualPcsc, _activation, _install, _versions
 from pcsc_safe.testing._daemon import Daemon, short_temporary_path
 from pcsc_safe.testing._disposable import Ended
 
@@ -688,6 +688,26 @@ def test_hazards(monkeypatch: pytest.MonkeyPatch, shared_stack: VirtualPcsc) -> 
     found = list(_probe.hazards())
     assert [(each.key, each.status) for each in found] == [("hazard", PROBLEM), ("hazards", PROBLEM)]
     assert _command._status(found) == 1
+
+
+@on_linux
+def test_hazards_whose_stack_does_not_start(monkeypatch: pytest.MonkeyPatch, shared_stack: VirtualPcsc) -> None:
+    """If the virtual stack of a hazard can't be started, this hazard is unknown, and the others are still tried."""
+    from pcsc_safe.demo import _run, hazards
+
+    tried = hazards.load(["9", "10"])
+    judged = _run.judged
+
+    def fails(hazard: Any, module: str, stop: threading.Event) -> Any:
+        if hazard.NUMBER == tried[0].NUMBER:
+            raise PcscStackError("no more memory", remedy="free some")
+        return judged(hazard, module, stop)
+
+    monkeypatch.setattr(hazards, "load", lambda: tried)
+    monkeypatch.setattr(_run, "judged", fails)
+    found = list(_probe.hazards())
+    assert [(each.key, each.status) for each in found] == [("hazard", UNKNOWN), ("hazard", OK), ("hazards", UNKNOWN)]
+    assert ("no more memory" in found[0].detail, found[0].remedy) == (True, "free some")
 
 
 def test_hazards_where_there_is_no_virtual_stack(monkeypatch: pytest.MonkeyPatch) -> None:
