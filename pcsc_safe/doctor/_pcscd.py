@@ -20,9 +20,9 @@ from ._ask import TaskResult, plain_environment, run_task
 from ._findings import Finding, Status
 from ._machine import in_container, library
 
-__all__ = ["Service", "service"]
+__all__ = ["LOG", "POLKIT", "Service", "service"]
 
-_LOG = "see the log of pcscd: journalctl -u pcscd"
+LOG = "see the log of pcscd: journalctl -u pcscd"
 _LIMIT = 200  # PCSC_MAX_CONTEXT_THREADS of pcsc-lite
 _MANY = 0.9
 _UNITS = [f"{place}/systemd/system/pcscd.socket" for place in ("/etc", "/usr/lib", "/lib")]
@@ -30,7 +30,7 @@ _INSTALL = "install pcscd (Debian, Ubuntu: sudo apt-get install pcscd; Fedora, A
 _MOUNT = "give the container pcscd's socket: docker run -v /run/pcscd:/run/pcscd ..., with pcscd running outside"
 _BUS = "/run/dbus/system_bus_socket"
 _VERSIONS = "install pcscd and libpcsclite of the same version of pcsc-lite (a container and its host often differ)"
-_POLKIT = (
+POLKIT = (
     "polkit may allow PC/SC only to users who are logged in at the machine: run as root, log in there, or "
     "add a rule to /etc/polkit-1/rules.d for the actions org.debian.pcsc-lite.access_pcsc and .access_card"
 )
@@ -195,7 +195,7 @@ def _refusal(listener: Optional[int], clients: Optional[int], program: _Program)
         remedy = "see its log on the system where it runs; polkit must run there, and must allow this user to use PC/SC"
         return "it refuses this user; its process is not visible here", remedy
     if program.path and not program.asks_polkit:
-        return "it accepts no more clients, or fails", _LOG
+        return "it accepts no more clients, or fails", LOG
     missing = _missing_for_polkit()
     if missing:
         remedy = (
@@ -204,8 +204,8 @@ def _refusal(listener: Optional[int], clients: Optional[int], program: _Program)
         remedy += "use the readers, as in most containers, start pcscd with --disable-polkit (pcsc-lite 2.0 and later)"
         return f"it can't ask polkit who may use PC/SC, because no {missing} runs here", remedy
     if os.geteuid() == 0:
-        return "it can't ask polkit, which would allow root, or it accepts no more clients", _LOG
-    return "polkit refuses this user, or pcscd accepts no more clients", _POLKIT
+        return "it can't ask polkit, which would allow root, or it accepts no more clients", LOG
+    return "polkit refuses this user, or pcscd accepts no more clients", POLKIT
 
 
 def _missing_for_polkit() -> str:
@@ -255,7 +255,7 @@ def _access(look: TaskResult) -> Finding:
         detail = f"SCardEstablishContext returns {code}: PC/SC is not running for this process"
         remedy = _NO_SERVICE.get(policy.PLATFORM, "start pcscd")
     else:
-        detail, remedy = f"SCardEstablishContext returns {code}", _LOG
+        detail, remedy = f"SCardEstablishContext returns {code}", LOG
     return Finding(key, Status.PROBLEM, what, detail, remedy, data)
 
 
@@ -271,20 +271,24 @@ def _readers(look: TaskResult) -> Iterator[Finding]:
         return
     if "list" not in reported:
         detail = f"SCardListReaders never returned: the process {look.failure}"
-        yield Finding("readers", Status.PROBLEM, "readers", detail, _RESTART if look.timed_out else _LOG)
+        yield Finding("readers", Status.PROBLEM, "readers", detail, _RESTART if look.timed_out else LOG)
         return
     readers, code = reported["readers"], reported["list"]
     data = {"readers": readers, "list": code}
+    if code not in ("SCARD_E_NO_READERS_AVAILABLE", "SCARD_S_SUCCESS"):
+        yield Finding("readers", Status.PROBLEM, "readers", f"SCardListReaders returns {code}", LOG, data)
+        return
     if not readers:
-        known = code in ("SCARD_E_NO_READERS_AVAILABLE", "SCARD_S_SUCCESS")
-        detail = "there is none" if known else f"SCardListReaders returns {code}"
         remedy = "plug one in; if lsusb lists it already, install its driver (Debian, Ubuntu: libccid)"
-        yield Finding("readers", Status.WARNING, "readers", detail, remedy, data)
+        yield Finding("readers", Status.WARNING, "readers", "there is none", remedy, data)
         return
     yield Finding("readers", Status.OK, "readers", f"{len(readers)}", data=data)
     if "states" not in reported:
         detail = f"SCardGetStatusChange never returned: the process {look.failure}"
-        yield Finding("reader", Status.PROBLEM, "cards", detail, _RESTART if look.timed_out else _LOG)
+        yield Finding("reader", Status.PROBLEM, "cards", detail, _RESTART if look.timed_out else LOG)
+        return
+    if reported["status"] != "SCARD_S_SUCCESS":
+        yield Finding("reader", Status.PROBLEM, "cards", f"SCardGetStatusChange returns {reported['status']}", LOG)
         return
     for name, flags, atr in reported["states"]:
         yield _reader(name, flags, atr)

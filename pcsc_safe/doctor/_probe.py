@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Optional
 from ..demo._judge import signal_name
 from ._ask import TaskResult, run_task, tasks_at_once
 from ._findings import Finding, Status
+from ._pcscd import LOG, POLKIT
 
 __all__ = ["KEYS", "hazards", "probes", "touches"]
 
@@ -158,6 +159,12 @@ def _hazard_finding(hazard: Any, raw: Any, safe: Any) -> Finding:
 _NOT = {"safe": "not seen", "unknown": "not known"}
 
 
+_REFUSED = {
+    "SCARD_E_SHARING_VIOLATION": "another application may hold the card: have it disconnect",
+    "SCARD_W_SECURITY_VIOLATION": POLKIT,
+}
+
+
 def touches(readers: list[str]) -> Iterator[Finding]:
     """Connect to the user's cards, as --touch-cards allows: shared, no APDU, left as they are."""
     for reader in readers:
@@ -172,7 +179,7 @@ def _touched(reader: str, result: TaskResult) -> Finding:
         return Finding("probe.card", Status.PROBLEM, what, f"the process {result.failure}", remedy, data)
     if parent.get("connect") != _OK:
         detail = f"a shared connection is refused: {parent.get('connect')}"
-        remedy = "another application may hold the card: have it disconnect"
+        remedy = _REFUSED.get(str(parent.get("connect")), LOG)
         return Finding("probe.card", Status.WARNING, what, detail, remedy, data)
     connected = f"connected by {parent['protocol']}"
     expected = (_OK, "SCARD_W_RESET_CARD")  # as the setting cards says

@@ -383,7 +383,12 @@ def test_no_readers() -> None:
     [
         ({}, [], ""),
         (
-            {"list": "SCARD_S_SUCCESS", "readers": ["r"], "states": [["r", ["empty"], ""]]},
+            {
+                "list": "SCARD_S_SUCCESS",
+                "readers": ["r"],
+                "status": "SCARD_S_SUCCESS",
+                "states": [["r", ["empty"], ""]],
+            },
             ["readers", "reader"],
             "no card",
         ),
@@ -400,6 +405,32 @@ def test_readers_as_far_as_they_were_told(reported: Any, keys: list[str], words:
     assert not found or words in found[-1].detail
     never = list(_pcscd._readers(TaskResult(Ended({"task": {"establish": "SCARD_S_SUCCESS"}}, timed_out=9.0))))
     assert [(each.key, each.status) for each in never] == [("readers", PROBLEM)]
+
+
+def test_a_call_about_readers_that_fails() -> None:
+    """If a call fails, that is a problem, and its remedy is the log: the reader may be there."""
+    listed = {"establish": "SCARD_S_SUCCESS", "list": "SCARD_S_SUCCESS", "readers": ["r"]}
+    for reported, keys in (
+        ({**listed, "list": "SCARD_F_COMM_ERROR", "readers": []}, ["readers"]),
+        ({**listed, "status": "SCARD_E_NO_SERVICE", "states": []}, ["readers", "reader"]),
+    ):
+        found = list(_pcscd._readers(TaskResult(Ended({"task": reported}, 0))))
+        assert [each.key for each in found] == keys
+        assert (found[-1].status, found[-1].remedy) == (PROBLEM, _pcscd.LOG)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        ("SCARD_E_SHARING_VIOLATION", "another application may hold the card: have it disconnect"),
+        ("SCARD_W_SECURITY_VIOLATION", _pcscd.POLKIT),
+        ("SCARD_E_NO_SERVICE", _pcscd.LOG),
+    ],
+)
+def test_why_a_card_is_refused(code: str, remedy: str) -> None:
+    """Only a sharing violation means that another application holds the card."""
+    finding = _probe._touched("a reader", TaskResult(Ended({"parent": {"connect": code}}, 0)))
+    assert (finding.status, finding.remedy) == (WARNING, remedy)
 
 
 @pytest.mark.parametrize(
