@@ -51,9 +51,9 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     index = 0
     while index < len(arguments) and (arguments[index] == "-h" or arguments[index][:2] == "--" != arguments[index]):
-        option, _, value = arguments[index].partition("=")
+        option, equals, _ = arguments[index].partition("=")
         taking = (*(_SETTINGS.keys() - _SWITCHES), _TIMELINE)
-        takes_next = not value and any(name.startswith(option) for name in taking)
+        takes_next = not equals and any(name.startswith(option) for name in taking)
         index += 2 if takes_next else 1
     return list(arguments[:index]), list(arguments[index:])
 

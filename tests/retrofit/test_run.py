@@ -290,6 +290,7 @@ def test_options_end_where_the_program_begins() -> None:
     assert launcher.split(["--", "--report"]) == ([], ["--", "--report"])
     assert launcher.split(["--recover", "x.py", "--recover=0"]) == (["--recover"], ["x.py", "--recover=0"])
     assert launcher.split(["--broker-python", "-c"]) == (["--broker-python", "-c"], [])
+    assert launcher.split(["--broker-python=", "x.py"]) == (["--broker-python="], ["x.py"])
     assert launcher.split(["--guard-native", "x.py", "no"]) == (["--guard-native"], ["x.py", "no"])
     assert launcher.split(["--guard-native=no", "x.py"]) == (["--guard-native=no"], ["x.py"])
 
