@@ -18,7 +18,7 @@ from .. import policy
 from . import _proc
 from ._ask import TaskResult, plain_environment, run_task
 from ._findings import Finding, Status
-from ._machine import in_container, library
+from ._machine import library, surroundings
 
 __all__ = ["LOG", "POLKIT", "Service", "service"]
 
@@ -27,7 +27,15 @@ _LIMIT = 200  # PCSC_MAX_CONTEXT_THREADS of pcsc-lite
 _MANY = 0.9
 _UNITS = [f"{place}/systemd/system/pcscd.socket" for place in ("/etc", "/usr/lib", "/lib")]
 _INSTALL = "install pcscd (Debian, Ubuntu: sudo apt-get install pcscd; Fedora, Arch, Alpine: pcsc-lite)"
-_MOUNT = "give the container pcscd's socket: docker run -v /run/pcscd:/run/pcscd ..., with pcscd running outside"
+_FROM_OUTSIDE = {
+    "container": (
+        "give the container pcscd's socket: docker run -v /run/pcscd:/run/pcscd ..., with pcscd running outside; or "
+        "run one inside: {start}"
+    ),
+    "Flatpak app": "run pcscd outside, and flatpak override --user --socket=pcsc {FLATPAK_ID}",
+    "snap": "run pcscd outside, and sudo snap connect {SNAP_INSTANCE_NAME}:pcscd; if the snap is not confined: {start}",
+}
+"""What gives a process pcscd's socket, by what the process runs in."""
 _BUS = "/run/dbus/system_bus_socket"
 _VERSIONS = "install pcscd and libpcsclite of the same version of pcsc-lite (a container and its host often differ)"
 POLKIT = (
@@ -101,8 +109,9 @@ def _installed(program: _Program) -> Finding:
     if program.path:
         detail = f"pcsc-lite {program.version or 'of unknown version'}, {program.path}"
         return Finding("pcscd.program", Status.OK, what, detail, data=data)
-    if in_container():
-        detail = "not installed in this container, which needs none if the socket comes from outside"
+    inside = surroundings()
+    if inside:
+        detail = f"not installed in this {inside}, which needs none if the socket comes from outside"
         return Finding("pcscd.program", Status.OK, what, detail, data=data)
     return Finding("pcscd.program", Status.WARNING, what, "not installed on this machine", _INSTALL, data)
 
@@ -127,15 +136,18 @@ def _socket(path: str, program: _Program, seconds: float) -> tuple[list[Finding]
 
 
 def _not_connected(shown: str, why: str, program: _Program, named: bool) -> tuple[str, str]:
-    start = _how_to_start(program)
+    start, inside = _how_to_start(program), surroundings()
+    names = {"FLATPAK_ID": "APP", "SNAP_INSTANCE_NAME": "NAME", **os.environ, "start": start}
     if why == "ENOENT" and named:
         return f"there is no {shown}", f"start the program that creates it, or unset PCSCLITE_CSOCK_NAME; {start}"
     if why == "ENOENT":
-        if in_container():
-            return f"there is no {shown}: no pcscd runs in this container", f"{_MOUNT}; or run one inside: {start}"
+        if inside:
+            return f"there is no {shown}: no pcscd runs in this {inside}", _FROM_OUTSIDE[inside].format_map(names)
         return f"there is no {shown}: pcscd doesn't run, and no socket activation starts it", start
     if why == "ECONNREFUSED":
         return f"{shown} exists, but no process listens on it: a pcscd that has died left it behind", start
+    if why == "EACCES" and inside == "snap":
+        return f"this snap may not connect to {shown}", _FROM_OUTSIDE[inside].format_map(names)
     if why == "EACCES":
         return f"this user may not connect to {shown}", "check the permissions of the socket and its directories"
     if why in ("EAGAIN", "timeout"):

@@ -452,26 +452,53 @@ def test_states_of_a_reader(flags: list[str], status: Status, words: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("why", "container", "program", "words", "remedy"),
+    ("why", "inside", "program", "words", "remedy"),
     [
-        ("ENOENT", False, "/usr/sbin/pcscd", "doesn't run", "pcscd"),
-        ("ENOENT", False, None, "doesn't run", "install pcscd"),
-        ("ENOENT", True, None, "in this container", "docker run -v"),
-        ("EACCES", False, "/usr/sbin/pcscd", "may not connect", "permissions"),
-        ("EAGAIN", False, "/usr/sbin/pcscd", "hangs", "restart"),
-        ("ENOTSOCK", False, "/usr/sbin/pcscd", "ENOTSOCK", "pcscd"),
+        ("ENOENT", "", "/usr/sbin/pcscd", "doesn't run", "pcscd"),
+        ("ENOENT", "", None, "doesn't run", "install pcscd"),
+        ("ENOENT", "container", None, "in this container", "docker run -v"),
+        ("ENOENT", "Flatpak app", None, "in this Flatpak app", "flatpak override --user --socket=pcsc org.x.App"),
+        ("ENOENT", "snap", None, "in this snap", "snap connect NAME:pcscd"),
+        ("EACCES", "snap", None, "this snap may not connect", "snap connect NAME:pcscd"),
+        ("EACCES", "", "/usr/sbin/pcscd", "may not connect", "permissions"),
+        ("EACCES", "container", "/usr/sbin/pcscd", "may not connect", "permissions"),
+        ("EAGAIN", "", "/usr/sbin/pcscd", "hangs", "restart"),
+        ("ENOTSOCK", "", "/usr/sbin/pcscd", "ENOTSOCK", "pcscd"),
     ],
 )
 def test_why_pcscd_is_not_reached(
-    monkeypatch: pytest.MonkeyPatch, why: str, container: bool, program: Any, words: str, remedy: str
+    monkeypatch: pytest.MonkeyPatch, why: str, inside: str, program: Any, words: str, remedy: str
 ) -> None:
     """Each reason why pcscd can't be reached has its own sentence and remedy."""
-    monkeypatch.setattr(_pcscd, "in_container", lambda: container)
+    monkeypatch.setattr(_pcscd, "surroundings", lambda: inside)
+    monkeypatch.setenv("FLATPAK_ID", "org.x.App")
+    monkeypatch.delenv("SNAP_INSTANCE_NAME", raising=False)
     said = _pcscd._not_connected(
         "/run/pcscd/pcscd.comm", why, _pcscd._Program(program, "2.0.0", "/run/pcscd", True), False
     )
     assert words in said[0]
     assert remedy in said[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "variables", "inside"),
+    [
+        ("", {}, ""),
+        ("/.dockerenv", {}, "container"),
+        ("/run/systemd/container", {}, "container"),
+        ("", {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "container"),
+        ("/.flatpak-info", {"container": "flatpak"}, "Flatpak app"),
+        ("", {"SNAP": "/snap/app/1"}, "snap"),
+    ],
+)
+def test_what_the_doctor_runs_in(
+    monkeypatch: pytest.MonkeyPatch, file: str, variables: dict[str, str], inside: str
+) -> None:
+    """Containers of every kind, Flatpak apps and snaps are recognised."""
+    monkeypatch.setattr(os.path, "exists", lambda path: path == file)
+    monkeypatch.setattr(os, "environ", variables)
+    assert _machine.surroundings() == inside
+    assert not inside or inside in _pcscd._FROM_OUTSIDE
 
 
 def test_who_made_the_socket() -> None:
