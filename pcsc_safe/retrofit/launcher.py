@@ -1,10 +1,10 @@
 """``python -m pcsc_safe run``: runs a program that the user can't edit on pcsc_safe.
 
-This process becomes the program, by exec.  Only the environment of the program differs: it has the settings, and on
-PYTHONPATH a directory whose sitecustomize calls ``pcsc_safe.install()``.  The Python processes that the program starts
-inherit this environment.
+This process becomes the program, by exec; with ``--report`` and ``--timeline`` it starts and watches the program.  Only
+the environment of the program differs: it has the settings, and on PYTHONPATH a directory whose sitecustomize calls
+``pcsc_safe.install()``.  The Python processes that the program starts inherit this environment.
 
-Nothing here forks: the program replaces this process.
+Nothing here forks; see :mod:`pcsc_safe._trace.watch` for the program that is watched.
 """
 
 from __future__ import annotations
