@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
+from . import __version__
 from .testing._command_line import Parser, exit_status
 
 __all__ = ["COMMANDS", "Command", "main"]
@@ -59,6 +60,7 @@ def _program() -> str:
 def _parser(asked: str) -> argparse.ArgumentParser:
     """A parser with the summary of every command, and with the arguments of the requested one."""
     parser = Parser(prog=_program(), description="PC/SC smart cards that survive fork().")
+    parser.add_argument("--version", action="version", version=f"pcsc_safe {__version__}")
     parser.set_defaults(tree=parser)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in COMMANDS.items():

@@ -35,6 +35,9 @@ def _head() -> Iterator[str]:
         yield f".B pcsc\\-safe {_roff(name)}"
         yield _ARGUMENTS.get(name, ".RI [ options ]")
         yield ".br"
+    yield ".B pcsc\\-safe \\-\\-help"
+    yield ".br"
+    yield ".B pcsc\\-safe \\-\\-version"
     yield ".SH DESCRIPTION"
     yield _roff("A process that uses PC/SC through pyscard must not fork. With pcsc_safe it may.")
     yield "This command shows the hazards, examines a machine or a program, and runs a program on pcsc_safe."

@@ -43,7 +43,7 @@ def duration(ns: float) -> str:
     """A duration for people: 3 digits and a unit."""
     for unit, size in (("s", 1e9), ("ms", 1e6)):
         if ns >= size:
-            return f"{ns / size:.3g} {unit}" if ns < 1000 * size else f"{ns / size:.0f} {unit}"
+            return f"{ns / size:.3g} {unit}" if ns < 999.5 * size else f"{ns / size:.0f} {unit}"
     return f"{ns / 1e3:.0f} µs"
 
 

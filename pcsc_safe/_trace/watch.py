@@ -1,7 +1,8 @@
 """Runs a program as a child, and detects when it, and the other processes that write records, end.
 
 The watcher forwards signals to the program, and ends as the program did.  It detects the end of other processes by a
-pidfd, which Linux has, and for which it need not be their parent.  Nothing here forks Python code.
+pidfd, which Linux has, and for which it need not be their parent.  Nothing here forks Python code, but to restore an
+ignored SIGCHLD in the program.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from . import events, records
 
@@ -55,7 +56,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[E
         if number not in ignored:
             signal.signal(number, forward)
     # The program inherits the same descriptors as without this process.
-    started.append(subprocess.Popen(command, env=environment, close_fds=False))  # noqa: S603  # it is the user's
+    started.append(subprocess.Popen(command, env=environment, close_fds=False, preexec_fn=_default_sigchld()))  # noqa: S603  # it is the user's
     process = started[0]
     for number in early:
         _send(process, number)
@@ -67,6 +68,17 @@ def run(command: Sequence[str], environment: Mapping[str, str], ends: Optional[E
     status = process.wait()
     ends.wait_for_the_rest()
     return status
+
+
+def _default_sigchld() -> Optional[Callable[[], object]]:
+    """Make it possible to wait for the program, although SIGCHLD may be ignored.
+
+    :return: what the program's process has to call before its exec, to ignore SIGCHLD again.
+    """
+    if not hasattr(signal, "SIGCHLD") or signal.getsignal(signal.SIGCHLD) is not signal.SIG_IGN:
+        return None
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 def _send(process: subprocess.Popen[bytes], number: int) -> None:

@@ -179,7 +179,7 @@ def _examine(options: argparse.Namespace) -> int:
     try:
         findings, could_examine = _process.examine(options.pid)
     except ProcessLookupError:
-        print(f"the doctor can't examine it: there is no process {options.pid}", file=sys.stderr)
+        print(f"the doctor can't examine it: {_process.why_invisible(options.pid)}", file=sys.stderr)
         return 2
     _show([(f"Process {options.pid} and its children", iter(findings))], options.json, Ledger())
     return _status(findings) if could_examine else 2

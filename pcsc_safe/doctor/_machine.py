@@ -39,7 +39,15 @@ class _Needed(NamedTuple):
 
 
 _NEEDED = {"pyscard": _Needed((2, 0, 5), "smartcard.scard", _LIBRARY), "wrapt": _Needed((1, 14), "wrapt")}
-_CONTAINERS, _SYSTEMDS = ("/.dockerenv", "/run/.containerenv"), "container"
+_SIGNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "Flatpak app": (("/.flatpak-info",), ()),
+    "snap": ((), ("SNAP",)),
+    "container": (
+        ("/.dockerenv", "/run/.containerenv", "/run/systemd/container"),
+        ("container", "KUBERNETES_SERVICE_HOST"),
+    ),
+}
+"""What a process may run in, with the files and the variables that show it.  Flatpak also sets $container."""
 
 
 def installation() -> Iterator[Finding]:
@@ -52,10 +60,10 @@ def installation() -> Iterator[Finding]:
         f"{installed['python']}, {sys.executable}",
         data={"version": installed["python"], "executable": sys.executable},
     )
-    container = in_container()
-    detail = f"{installed['platform']}, in a container" if container else installed["platform"]
+    inside = surroundings()
+    detail = f"{installed['platform']}, in a {inside}" if inside else installed["platform"]
     yield Finding(
-        "platform", Status.OK, "platform", detail, data={"platform": installed["platform"], "container": container}
+        "platform", Status.OK, "platform", detail, data={"platform": installed["platform"], "container": bool(inside)}
     )
     for name, needed in _NEEDED.items():
         yield _package(name, installed[name], needed.least, _imported(load, needed.module))
@@ -77,9 +85,12 @@ def _pcsc_safe(version: str, imported: str) -> Finding:
     return Finding("pcsc_safe", Status.PROBLEM, "pcsc_safe", f"{version}; can't be imported: {imported}", remedy, data)
 
 
-def in_container() -> bool:
-    """Whether this looks like a container, where pcscd is usually outside."""
-    return any(map(os.path.exists, _CONTAINERS)) or bool(os.environ.get(_SYSTEMDS))
+def surroundings() -> str:
+    """What this process seems to run in, with pcscd usually outside: one of :data:`_SIGNS`, or nothing."""
+    for name, (files, variables) in _SIGNS.items():
+        if any(map(os.path.exists, files)) or any(map(os.environ.get, variables)):
+            return name
+    return ""
 
 
 def _package(name: str, version: str, least: tuple[int, ...], imported: str) -> Finding:

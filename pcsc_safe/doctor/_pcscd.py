@@ -18,19 +18,27 @@ from .. import policy
 from . import _proc
 from ._ask import TaskResult, plain_environment, run_task
 from ._findings import Finding, Status
-from ._machine import in_container, library
+from ._machine import library, surroundings
 
-__all__ = ["Service", "service"]
+__all__ = ["LOG", "POLKIT", "Service", "service"]
 
-_LOG = "see the log of pcscd: journalctl -u pcscd"
+LOG = "see the log of pcscd: journalctl -u pcscd"
 _LIMIT = 200  # PCSC_MAX_CONTEXT_THREADS of pcsc-lite
 _MANY = 0.9
 _UNITS = [f"{place}/systemd/system/pcscd.socket" for place in ("/etc", "/usr/lib", "/lib")]
 _INSTALL = "install pcscd (Debian, Ubuntu: sudo apt-get install pcscd; Fedora, Arch, Alpine: pcsc-lite)"
-_MOUNT = "give the container pcscd's socket: docker run -v /run/pcscd:/run/pcscd ..., with pcscd running outside"
+_FROM_OUTSIDE = {
+    "container": (
+        "give the container pcscd's socket: docker run -v /run/pcscd:/run/pcscd ..., with pcscd running outside; or "
+        "run one inside: {start}"
+    ),
+    "Flatpak app": "run pcscd outside, and flatpak override --user --socket=pcsc {FLATPAK_ID}",
+    "snap": "run pcscd outside, and sudo snap connect {SNAP_INSTANCE_NAME}:pcscd; if the snap is not confined: {start}",
+}
+"""What gives a process pcscd's socket, by what the process runs in."""
 _BUS = "/run/dbus/system_bus_socket"
 _VERSIONS = "install pcscd and libpcsclite of the same version of pcsc-lite (a container and its host often differ)"
-_POLKIT = (
+POLKIT = (
     "polkit may allow PC/SC only to users who are logged in at the machine: run as root, log in there, or "
     "add a rule to /etc/polkit-1/rules.d for the actions org.debian.pcsc-lite.access_pcsc and .access_card"
 )
@@ -101,8 +109,9 @@ def _installed(program: _Program) -> Finding:
     if program.path:
         detail = f"pcsc-lite {program.version or 'of unknown version'}, {program.path}"
         return Finding("pcscd.program", Status.OK, what, detail, data=data)
-    if in_container():
-        detail = "not installed in this container, which needs none if the socket comes from outside"
+    inside = surroundings()
+    if inside:
+        detail = f"not installed in this {inside}, which needs none if the socket comes from outside"
         return Finding("pcscd.program", Status.OK, what, detail, data=data)
     return Finding("pcscd.program", Status.WARNING, what, "not installed on this machine", _INSTALL, data)
 
@@ -127,15 +136,18 @@ def _socket(path: str, program: _Program, seconds: float) -> tuple[list[Finding]
 
 
 def _not_connected(shown: str, why: str, program: _Program, named: bool) -> tuple[str, str]:
-    start = _how_to_start(program)
+    start, inside = _how_to_start(program), surroundings()
+    names = {"FLATPAK_ID": "APP", "SNAP_INSTANCE_NAME": "NAME", **os.environ, "start": start}
     if why == "ENOENT" and named:
         return f"there is no {shown}", f"start the program that creates it, or unset PCSCLITE_CSOCK_NAME; {start}"
     if why == "ENOENT":
-        if in_container():
-            return f"there is no {shown}: no pcscd runs in this container", f"{_MOUNT}; or run one inside: {start}"
+        if inside:
+            return f"there is no {shown}: no pcscd runs in this {inside}", _FROM_OUTSIDE[inside].format_map(names)
         return f"there is no {shown}: pcscd doesn't run, and no socket activation starts it", start
     if why == "ECONNREFUSED":
         return f"{shown} exists, but no process listens on it: a pcscd that has died left it behind", start
+    if why == "EACCES" and inside == "snap":
+        return f"this snap may not connect to {shown}", _FROM_OUTSIDE[inside].format_map(names)
     if why == "EACCES":
         return f"this user may not connect to {shown}", "check the permissions of the socket and its directories"
     if why in ("EAGAIN", "timeout"):
@@ -195,7 +207,7 @@ def _refusal(listener: Optional[int], clients: Optional[int], program: _Program)
         remedy = "see its log on the system where it runs; polkit must run there, and must allow this user to use PC/SC"
         return "it refuses this user; its process is not visible here", remedy
     if program.path and not program.asks_polkit:
-        return "it accepts no more clients, or fails", _LOG
+        return "it accepts no more clients, or fails", LOG
     missing = _missing_for_polkit()
     if missing:
         remedy = (
@@ -204,8 +216,8 @@ def _refusal(listener: Optional[int], clients: Optional[int], program: _Program)
         remedy += "use the readers, as in most containers, start pcscd with --disable-polkit (pcsc-lite 2.0 and later)"
         return f"it can't ask polkit who may use PC/SC, because no {missing} runs here", remedy
     if os.geteuid() == 0:
-        return "it can't ask polkit, which would allow root, or it accepts no more clients", _LOG
-    return "polkit refuses this user, or pcscd accepts no more clients", _POLKIT
+        return "it can't ask polkit, which would allow root, or it accepts no more clients", LOG
+    return "polkit refuses this user, or pcscd accepts no more clients", POLKIT
 
 
 def _missing_for_polkit() -> str:
@@ -255,7 +267,7 @@ def _access(look: TaskResult) -> Finding:
         detail = f"SCardEstablishContext returns {code}: PC/SC is not running for this process"
         remedy = _NO_SERVICE.get(policy.PLATFORM, "start pcscd")
     else:
-        detail, remedy = f"SCardEstablishContext returns {code}", _LOG
+        detail, remedy = f"SCardEstablishContext returns {code}", LOG
     return Finding(key, Status.PROBLEM, what, detail, remedy, data)
 
 
@@ -271,20 +283,24 @@ def _readers(look: TaskResult) -> Iterator[Finding]:
         return
     if "list" not in reported:
         detail = f"SCardListReaders never returned: the process {look.failure}"
-        yield Finding("readers", Status.PROBLEM, "readers", detail, _RESTART if look.timed_out else _LOG)
+        yield Finding("readers", Status.PROBLEM, "readers", detail, _RESTART if look.timed_out else LOG)
         return
     readers, code = reported["readers"], reported["list"]
     data = {"readers": readers, "list": code}
+    if code not in ("SCARD_E_NO_READERS_AVAILABLE", "SCARD_S_SUCCESS"):
+        yield Finding("readers", Status.PROBLEM, "readers", f"SCardListReaders returns {code}", LOG, data)
+        return
     if not readers:
-        known = code in ("SCARD_E_NO_READERS_AVAILABLE", "SCARD_S_SUCCESS")
-        detail = "there is none" if known else f"SCardListReaders returns {code}"
         remedy = "plug one in; if lsusb lists it already, install its driver (Debian, Ubuntu: libccid)"
-        yield Finding("readers", Status.WARNING, "readers", detail, remedy, data)
+        yield Finding("readers", Status.WARNING, "readers", "there is none", remedy, data)
         return
     yield Finding("readers", Status.OK, "readers", f"{len(readers)}", data=data)
     if "states" not in reported:
         detail = f"SCardGetStatusChange never returned: the process {look.failure}"
-        yield Finding("reader", Status.PROBLEM, "cards", detail, _RESTART if look.timed_out else _LOG)
+        yield Finding("reader", Status.PROBLEM, "cards", detail, _RESTART if look.timed_out else LOG)
+        return
+    if reported["status"] != "SCARD_S_SUCCESS":
+        yield Finding("reader", Status.PROBLEM, "cards", f"SCardGetStatusChange returns {reported['status']}", LOG)
         return
     for name, flags, atr in reported["states"]:
         yield _reader(name, flags, atr)

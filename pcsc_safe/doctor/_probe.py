@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Optional
 from ..demo._judge import signal_name
 from ._ask import TaskResult, run_task, tasks_at_once
 from ._findings import Finding, Status
+from ._pcscd import LOG, POLKIT
 
 __all__ = ["KEYS", "hazards", "probes", "touches"]
 
@@ -100,23 +101,32 @@ def hazards() -> Iterator[Finding]:
     from ..demo._judge import Outcome  # only the probe needs the demo
     from ..demo._run import judged  # as above
     from ..demo.hazards import load  # as above
+    from ..testing import PcscStackError  # as above
 
-    every, shown, let_through = load(), 0, 0
+    every, shown, let_through, untried = load(), 0, 0, 0
     stop = threading.Event()
     with ThreadPoolExecutor(2) as pool:
         try:
             for hazard in every:
                 runs = [pool.submit(judged, hazard, module, stop) for module in (RAW, SAFE)]
-                (_, raw), (_, safe) = (run.result() for run in runs)
+                try:
+                    (_, raw), (_, safe) = (run.result() for run in runs)
+                except PcscStackError as error:
+                    untried += 1
+                    detail = f"{hazard.NAME}. Not tried: {error.problem}"
+                    yield Finding("hazard", Status.UNKNOWN, f"hazard {hazard.NUMBER}", detail, error.remedy)
+                    continue
                 shown += raw.outcome is Outcome.HAZARD
                 let_through += safe.outcome is not Outcome.SAFE
                 yield _hazard_finding(hazard, raw, safe)
         finally:
             stop.set()
-    data = {"hazards": len(every), "seen_raw": shown, "let_through": let_through}
+    data = {"hazards": len(every), "seen_raw": shown, "let_through": let_through, "untried": untried}
     detail = f"{shown} of {len(every)} seen on raw pyscard, {let_through} on pcsc_safe; on virtual cards"
     if let_through:
         yield Finding("hazards", Status.PROBLEM, "hazards", detail, _REPORT, data)
+    elif untried:
+        yield Finding("hazards", Status.UNKNOWN, "hazards", f"{detail}; {untried} not tried", data=data)
     else:
         yield Finding("hazards", Status.OK, "hazards", detail, data=data)
 
@@ -149,6 +159,12 @@ def _hazard_finding(hazard: Any, raw: Any, safe: Any) -> Finding:
 _NOT = {"safe": "not seen", "unknown": "not known"}
 
 
+_REFUSED = {
+    "SCARD_E_SHARING_VIOLATION": "another application may hold the card: have it disconnect",
+    "SCARD_W_SECURITY_VIOLATION": POLKIT,
+}
+
+
 def touches(readers: list[str]) -> Iterator[Finding]:
     """Connect to the user's cards, as --touch-cards allows: shared, no APDU, left as they are."""
     for reader in readers:
@@ -163,7 +179,7 @@ def _touched(reader: str, result: TaskResult) -> Finding:
         return Finding("probe.card", Status.PROBLEM, what, f"the process {result.failure}", remedy, data)
     if parent.get("connect") != _OK:
         detail = f"a shared connection is refused: {parent.get('connect')}"
-        remedy = "another application may hold the card: have it disconnect"
+        remedy = _REFUSED.get(str(parent.get("connect")), LOG)
         return Finding("probe.card", Status.WARNING, what, detail, remedy, data)
     connected = f"connected by {parent['protocol']}"
     expected = (_OK, "SCARD_W_RESET_CARD")  # as the setting cards says

@@ -15,7 +15,7 @@ from . import _proc, _sockets
 from ._findings import Finding, Status
 from ._proc import Process
 
-__all__ = ["examine"]
+__all__ = ["examine", "why_invisible"]
 
 _USUAL = "pcscd.comm"
 _RUN = "run the program with `python -m pcsc_safe run ...`, or import pcsc_safe.scard instead of smartcard.scard"
@@ -71,6 +71,17 @@ def examine(pid: int) -> tuple[list[Finding], bool]:
     findings = [_summary(pid, family)]
     findings += [_finding(each, process, family) for each, process in family.processes.items()]
     return findings, root.sockets is not None or root.is_broker
+
+
+def why_invisible(pid: int) -> str:
+    """Why /proc doesn't show a process: there is none, or /proc is mounted with hidepid."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        pass
+    except (OSError, OverflowError):
+        return f"there is no process {pid}"
+    return f"this user may not see process {pid}: {_OUTSIDE if _is_root() else f'sudo {_command(pid)}'}"
 
 
 def _is_root() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Callable, NamedTuple
 
@@ -33,6 +34,7 @@ _REPORTED_KEYS = (
     "probe.c-fork",
 )
 """The beginnings of the keys of other findings that the report contains, besides those of this module."""
+_DIRECTORIES = re.compile(r"""(?:~|/[^/\n"':;,]+)+/""")
 _PATHS = ("executable", "path", "place", "python")
 
 
@@ -146,7 +148,7 @@ def exchanges(readers: list[str]) -> Iterator[Finding]:
 
 
 def report(findings: Iterable[Finding]) -> str:
-    """The report to paste into an issue: the findings, without the names of files and devices."""
+    """The report to paste into an issue: the findings, without the names of directories and devices."""
     rule = "-" * 72
     installed = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = []
@@ -156,5 +158,6 @@ def report(findings: Iterable[Finding]) -> str:
             facts = json.dumps(data, sort_keys=True)
             lines.append(f"{each.status.value:<8} {each.key}: {each.what}: {each.detail} {facts}")
     text = "\n".join(["", rule, "pcsc_safe doctor --self-test", installed, *lines, rule])
-    home = os.path.expanduser("~")  # in what a process said as it failed
-    return text.replace(home, "~") if len(home) > 1 else text
+    # A process that failed may have named files, perhaps the user's own directory.
+    text = re.sub(rf"{re.escape(os.path.expanduser('~'))}(?![\w.-])", "~", text)
+    return _DIRECTORIES.sub("", text)

@@ -125,8 +125,11 @@ def _flags(scard: Any, state: int) -> list[str]:
 
 
 def load(stage: Stage) -> None:
-    """Import what an application imports, and before that what this needs."""
-    for name in ("smartcard.scard", "wrapt", "pcsc_safe.scard"):
+    """Import what an application imports, and before that what this needs.
+
+    pyscard may crash as it loads the PC/SC library: wrapt is first, so that it isn't blamed for that.
+    """
+    for name in ("wrapt", "smartcard.scard", "pcsc_safe.scard"):
         stage.report("task", **{name: _import(name)[1]})
 
 

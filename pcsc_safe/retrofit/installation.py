@@ -101,8 +101,9 @@ def uninstall() -> None:
     """Undo :func:`install`.
 
     Open contexts and cards continue to work: pyscard's own C functions are restored when the last of them has been
-    released.  Its classes are restored immediately.  If pyscard was imported without its native library, the library is
-    loaded now.  Settings stay as they are.
+    released.  Only the PCSCContext that pyscard's classes share before pyscard 2.3 is released now.  Its classes are
+    restored immediately.  If pyscard was imported without its native library, the library is loaded now.  Settings stay
+    as they are.
     """
     process.current()
     call_in_turn(_installing, _uninstall)

@@ -1,10 +1,10 @@
 """``python -m pcsc_safe run``: runs a program that the user can't edit on pcsc_safe.
 
-This process becomes the program, by exec.  Only the environment of the program differs: it has the settings, and on
-PYTHONPATH a directory whose sitecustomize calls ``pcsc_safe.install()``.  The Python processes that the program starts
-inherit this environment.
+This process becomes the program, by exec; with ``--report`` and ``--timeline`` it starts and watches the program.  Only
+the environment of the program differs: it has the settings, and on PYTHONPATH a directory whose sitecustomize calls
+``pcsc_safe.install()``.  The Python processes that the program starts inherit this environment.
 
-Nothing here forks: the program replaces this process.
+Nothing here forks; see :mod:`pcsc_safe._trace.watch` for the program that is watched.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     index = 0
     while index < len(arguments) and (arguments[index] == "-h" or arguments[index][:2] == "--" != arguments[index]):
-        option, _, value = arguments[index].partition("=")
+        option, equals, _ = arguments[index].partition("=")
         taking = (*(_SETTINGS.keys() - _SWITCHES), _TIMELINE)
-        takes_next = not value and any(name.startswith(option) for name in taking)
+        takes_next = not equals and any(name.startswith(option) for name in taking)
         index += 2 if takes_next else 1
     return list(arguments[:index]), list(arguments[index:])
 

@@ -233,8 +233,8 @@ def reader_monitoring(module: Any) -> list[Patch]:
         return renewal.deleting(functools.partial(delete_observer, self))(observer)
 
     @functools.wraps(module.ReaderMonitoringThread.__init__)
-    def __init_of_thread(self: Any, observable: Any, list_readers: Any, period: Any) -> None:
-        construct_thread(self, observable, _recovering_list_readers(list_readers), period)
+    def __init_of_thread(self: Any, observable: Any, readerProc: Any, period: Any) -> None:  # noqa: N803  # pyscard's
+        construct_thread(self, observable, _recovering_list_readers(readerProc), period)
 
     add_observer, delete_observer = monitor.addObserver, monitor.deleteObserver
     construct_thread = module.ReaderMonitoringThread.__init__

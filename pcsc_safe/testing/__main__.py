@@ -5,7 +5,7 @@ command leaves processes running.
 
 Invariant: the exit status is the command's own, or 128 plus the number of the signal that ended it, as in a shell.
 
-At a fork: nothing here forks; the command is a subprocess.
+At a fork: nothing here forks; the command is a subprocess, which runs Python code only to ignore an inherited SIGCHLD.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Optional
 
 from . import EchoCard, PcscStackError, VirtualCard, VirtualPcsc
 from ._command_line import Parser, exit_status
+from ._disposable import default_sigchld
 
 __all__ = ["main"]
 
@@ -73,7 +74,7 @@ def _run(command: Sequence[str], stack: VirtualPcsc) -> int:
         # What is ignored because of nohup, or in the background of a script, stays ignored in the command, too.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, forward)
-    started.append(subprocess.Popen(command, env=stack.env))  # noqa: S603  # the user's command
+    started.append(subprocess.Popen(command, env=stack.env, preexec_fn=default_sigchld()))  # noqa: S603  # the user's
     for noted in early:
         _send(started[0], noted)
     status = started[0].wait()

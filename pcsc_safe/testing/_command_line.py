@@ -18,11 +18,10 @@ __all__ = ["Parser", "exit_status"]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that doesn't suppress the error if its help can't be written."""
+    """A parser that doesn't suppress the error if its help, or the version, can't be written."""
 
-    def print_help(self, file: Any = None) -> None:
-        """Print the help to a file, or to stdout."""
-        print(self.format_help(), end="", file=file)
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file or sys.stderr)
 
 
 def exit_status(program: str, command: Callable[[], int]) -> int:

@@ -96,7 +96,7 @@ def _bash(commands: list[_Command]) -> str:
     return f"""_pcsc_safe() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} offered=
     if [ "$COMP_CWORD" -eq 1 ]; then
-        offered="{" ".join(command.name for command in commands)} --help"
+        offered="{" ".join(command.name for command in commands)} --help --version"
     else
         case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD - 1]}}" in
         {lines}

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import IO, Any, NamedTuple, Optional
+from typing import IO, Any, Callable, NamedTuple, Optional
 
 __all__ = ["Ended", "Stopped", "command_of", "default_sigchld", "run_disposable"]
 
@@ -48,10 +48,15 @@ class Ended(NamedTuple):
     log: str = ""
 
 
-def default_sigchld() -> None:
-    """Undo what this process may have inherited: where SIGCHLD is ignored, no child can be waited for."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def default_sigchld() -> Optional[Callable[[], object]]:
+    """Undo what this process may have inherited: where SIGCHLD is ignored, no child can be waited for.
+
+    :return: the ``preexec_fn`` of a subprocess that is to ignore SIGCHLD again; None if it wasn't ignored.
+    """
+    if not hasattr(signal, "SIGCHLD") or signal.getsignal(signal.SIGCHLD) is not signal.SIG_IGN:
+        return None
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 def command_of(module: str) -> list[str]:

@@ -183,7 +183,7 @@ class VirtualPcsc:
 
     @property
     def pid(self) -> int:
-        """The process ID of pcscd; 0 while it is down."""
+        """The process ID of pcscd: 0 after `kill`; still the old one after pcscd has died by itself."""
         return self._running().pid
 
     @property

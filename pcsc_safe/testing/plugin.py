@@ -1,6 +1,7 @@
 """The pytest plugin: ``pcsc_stack``, ``pcsc_card``, ``pcsc_stack_factory``, the marker ``pcsc``, a line in the header.
 
-Invariant: a test run that doesn't use the plugin imports only this module; the fixtures import everything else.
+Invariant: a test run that doesn't use the plugin imports only this module and `_install`, which runs
+``pcscd --version`` for the header; the fixtures import everything else.
 
 At a fork: see `VirtualPcsc`.
 """

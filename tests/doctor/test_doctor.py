@@ -33,7 +33,7 @@ from pcsc_safe.__main__ import main
 from pcsc_safe.doctor import _command, _fork, _machine, _pcscd, _probe, _tasks, _view
 from pcsc_safe.doctor._ask import TaskResult
 from pcsc_safe.doctor._findings import KEYS, NEEDS, Finding, Ledger, Status
-from pcsc_safe.testing import CardEvent, EchoCard, VirtualPcsc, _activation, _install, _versions
+from pcsc_safe.testing import CardEvent, EchoCard, PcscStackError, VirtualPcsc, _activation, _install, _versions
 from pcsc_safe.testing._daemon import Daemon, short_temporary_path
 from pcsc_safe.testing._disposable import Ended
 
@@ -383,7 +383,12 @@ def test_no_readers() -> None:
     [
         ({}, [], ""),
         (
-            {"list": "SCARD_S_SUCCESS", "readers": ["r"], "states": [["r", ["empty"], ""]]},
+            {
+                "list": "SCARD_S_SUCCESS",
+                "readers": ["r"],
+                "status": "SCARD_S_SUCCESS",
+                "states": [["r", ["empty"], ""]],
+            },
             ["readers", "reader"],
             "no card",
         ),
@@ -400,6 +405,32 @@ def test_readers_as_far_as_they_were_told(reported: Any, keys: list[str], words:
     assert not found or words in found[-1].detail
     never = list(_pcscd._readers(TaskResult(Ended({"task": {"establish": "SCARD_S_SUCCESS"}}, timed_out=9.0))))
     assert [(each.key, each.status) for each in never] == [("readers", PROBLEM)]
+
+
+def test_a_call_about_readers_that_fails() -> None:
+    """If a call fails, that is a problem, and its remedy is the log: the reader may be there."""
+    listed = {"establish": "SCARD_S_SUCCESS", "list": "SCARD_S_SUCCESS", "readers": ["r"]}
+    for reported, keys in (
+        ({**listed, "list": "SCARD_F_COMM_ERROR", "readers": []}, ["readers"]),
+        ({**listed, "status": "SCARD_E_NO_SERVICE", "states": []}, ["readers", "reader"]),
+    ):
+        found = list(_pcscd._readers(TaskResult(Ended({"task": reported}, 0))))
+        assert [each.key for each in found] == keys
+        assert (found[-1].status, found[-1].remedy) == (PROBLEM, _pcscd.LOG)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        ("SCARD_E_SHARING_VIOLATION", "another application may hold the card: have it disconnect"),
+        ("SCARD_W_SECURITY_VIOLATION", _pcscd.POLKIT),
+        ("SCARD_E_NO_SERVICE", _pcscd.LOG),
+    ],
+)
+def test_why_a_card_is_refused(code: str, remedy: str) -> None:
+    """Only a sharing violation means that another application holds the card."""
+    finding = _probe._touched("a reader", TaskResult(Ended({"parent": {"connect": code}}, 0)))
+    assert (finding.status, finding.remedy) == (WARNING, remedy)
 
 
 @pytest.mark.parametrize(
@@ -421,26 +452,53 @@ def test_states_of_a_reader(flags: list[str], status: Status, words: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("why", "container", "program", "words", "remedy"),
+    ("why", "inside", "program", "words", "remedy"),
     [
-        ("ENOENT", False, "/usr/sbin/pcscd", "doesn't run", "pcscd"),
-        ("ENOENT", False, None, "doesn't run", "install pcscd"),
-        ("ENOENT", True, None, "in this container", "docker run -v"),
-        ("EACCES", False, "/usr/sbin/pcscd", "may not connect", "permissions"),
-        ("EAGAIN", False, "/usr/sbin/pcscd", "hangs", "restart"),
-        ("ENOTSOCK", False, "/usr/sbin/pcscd", "ENOTSOCK", "pcscd"),
+        ("ENOENT", "", "/usr/sbin/pcscd", "doesn't run", "pcscd"),
+        ("ENOENT", "", None, "doesn't run", "install pcscd"),
+        ("ENOENT", "container", None, "in this container", "docker run -v"),
+        ("ENOENT", "Flatpak app", None, "in this Flatpak app", "flatpak override --user --socket=pcsc org.x.App"),
+        ("ENOENT", "snap", None, "in this snap", "snap connect NAME:pcscd"),
+        ("EACCES", "snap", None, "this snap may not connect", "snap connect NAME:pcscd"),
+        ("EACCES", "", "/usr/sbin/pcscd", "may not connect", "permissions"),
+        ("EACCES", "container", "/usr/sbin/pcscd", "may not connect", "permissions"),
+        ("EAGAIN", "", "/usr/sbin/pcscd", "hangs", "restart"),
+        ("ENOTSOCK", "", "/usr/sbin/pcscd", "ENOTSOCK", "pcscd"),
     ],
 )
 def test_why_pcscd_is_not_reached(
-    monkeypatch: pytest.MonkeyPatch, why: str, container: bool, program: Any, words: str, remedy: str
+    monkeypatch: pytest.MonkeyPatch, why: str, inside: str, program: Any, words: str, remedy: str
 ) -> None:
     """Each reason why pcscd can't be reached has its own sentence and remedy."""
-    monkeypatch.setattr(_pcscd, "in_container", lambda: container)
+    monkeypatch.setattr(_pcscd, "surroundings", lambda: inside)
+    monkeypatch.setenv("FLATPAK_ID", "org.x.App")
+    monkeypatch.delenv("SNAP_INSTANCE_NAME", raising=False)
     said = _pcscd._not_connected(
         "/run/pcscd/pcscd.comm", why, _pcscd._Program(program, "2.0.0", "/run/pcscd", True), False
     )
     assert words in said[0]
     assert remedy in said[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "variables", "inside"),
+    [
+        ("", {}, ""),
+        ("/.dockerenv", {}, "container"),
+        ("/run/systemd/container", {}, "container"),
+        ("", {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "container"),
+        ("/.flatpak-info", {"container": "flatpak"}, "Flatpak app"),
+        ("", {"SNAP": "/snap/app/1"}, "snap"),
+    ],
+)
+def test_what_the_doctor_runs_in(
+    monkeypatch: pytest.MonkeyPatch, file: str, variables: dict[str, str], inside: str
+) -> None:
+    """Containers of every kind, Flatpak apps and snaps are recognised."""
+    monkeypatch.setattr(os.path, "exists", lambda path: path == file)
+    monkeypatch.setattr(os, "environ", variables)
+    assert _machine.surroundings() == inside
+    assert not inside or inside in _pcscd._FROM_OUTSIDE
 
 
 def test_who_made_the_socket() -> None:
@@ -500,6 +558,7 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, version: str, status: Status)
     ("pyscard", "key", "words"),
     [
         ("raise ImportError('no library')", "pyscard", "ImportError: no library"),
+        ("os.kill(os.getpid(), 11)", "pyscard", "SIGSEGV"),
         ("SCARD_SCOPE_SYSTEM = 2\ndef SCardEstablishContext(scope): os.kill(0, 11)", "pcsc.access", "SIGSEGV"),
     ],
 )
@@ -509,7 +568,7 @@ def test_a_broken_pyscard(tmp_path: Path, shared_stack: VirtualPcsc, pyscard: st
     (tmp_path / "smartcard" / "__init__.py").touch()
     (tmp_path / "smartcard" / "scard.py").write_text(f"import os\n{pyscard}")
     told = doctor(env=shared_stack.env, PYTHONPATH=str(tmp_path))
-    assert (told.status, told.of[key]["status"]) == (1, "problem")
+    assert (told.status, told.of[key]["status"], told.of["wrapt"]["status"]) == (1, "problem", "ok")
     assert words in told.of[key]["detail"]
 
 
@@ -688,6 +747,26 @@ def test_hazards(monkeypatch: pytest.MonkeyPatch, shared_stack: VirtualPcsc) -> 
     found = list(_probe.hazards())
     assert [(each.key, each.status) for each in found] == [("hazard", PROBLEM), ("hazards", PROBLEM)]
     assert _command._status(found) == 1
+
+
+@on_linux
+def test_hazards_whose_stack_does_not_start(monkeypatch: pytest.MonkeyPatch, shared_stack: VirtualPcsc) -> None:
+    """If the virtual stack of a hazard can't be started, this hazard is unknown, and the others are still tried."""
+    from pcsc_safe.demo import _run, hazards
+
+    tried = hazards.load(["9", "10"])
+    judged = _run.judged
+
+    def fails(hazard: Any, module: str, stop: threading.Event) -> Any:
+        if hazard.NUMBER == tried[0].NUMBER:
+            raise PcscStackError("no more memory", remedy="free some")
+        return judged(hazard, module, stop)
+
+    monkeypatch.setattr(hazards, "load", lambda: tried)
+    monkeypatch.setattr(_run, "judged", fails)
+    found = list(_probe.hazards())
+    assert [(each.key, each.status) for each in found] == [("hazard", UNKNOWN), ("hazard", OK), ("hazards", UNKNOWN)]
+    assert ("no more memory" in found[0].detail, found[0].remedy) == (True, "free some")
 
 
 def test_hazards_where_there_is_no_virtual_stack(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -421,6 +421,25 @@ def test_a_process_that_is_gone(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert found[process.pid].detail == "it has ended in the meantime"
 
 
+@pytest.mark.parametrize("error", [None, PermissionError()])
+def test_a_process_that_proc_hides(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Optional[OSError]
+) -> None:
+    """With hidepid, /proc doesn't show the processes of other users; the message doesn't say that there is none."""
+
+    def kill(pid: int, number: int) -> None:
+        assert number == 0
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(_proc, "_stat", lambda pid: None)
+    monkeypatch.setattr(os, "kill", kill)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main(["doctor", "--pid", "1"]) == 2
+    expected = f"this user may not see process 1: sudo {sys.executable} -m pcsc_safe doctor --pid 1\n"
+    assert capsys.readouterr().err == f"the doctor can't examine it: {expected}"
+
+
 @needs_root
 def test_another_network_namespace() -> None:
     """If the sockets can't be identified from here, the finding says so, with the command that can."""

@@ -139,6 +139,23 @@ def test_the_report_names_nothing_of_the_users() -> None:
     assert 'ok       self.ends: ends: they are told {"peer": true}' in told
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("ImportError: /home/alice/app/libx.so: no such file", "ImportError: libx.so: no such file"),
+        ('File "/home/al/a b/c.py", line 3', 'File "c.py", line 3'),
+        ("can't open '/home/al' or '/home/al/x'", "can't open '~' or 'x'"),
+        ("parent/child: 3", "parent/child: 3"),
+    ],
+)
+def test_the_report_names_no_directory(monkeypatch: pytest.MonkeyPatch, said: str, shown: str) -> None:
+    """Of a file that a failing process named, the report has the last part only."""
+    monkeypatch.setenv("HOME", "/home/al")
+    told = _self_test.report([Finding("broker", Status.UNKNOWN, "broker", said, data={"said": f"\n{said}"})])
+    line = f"unknown  broker: broker: {shown} "
+    assert line + json.dumps({"said": f"\n{shown}"}) in told
+
+
 def test_it_does_not_go_with_pid(capsys: pytest.CaptureFixture[str]) -> None:
     """``--self-test`` and ``--pid`` exclude each other: ``--pid`` examines a program, not the machine."""
     from pcsc_safe.__main__ import main

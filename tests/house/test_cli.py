@@ -34,6 +34,12 @@ def test_version_names_everything_that_a_bug_report_wants() -> None:
     assert told["python"] == platform.python_version()
 
 
+def test_the_option_version() -> None:
+    """``--version`` prints the first line of ``version``."""
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"pcsc_safe {pcsc_safe.__version__}\n", "")
+
+
 def test_version_json_says_the_same() -> None:
     """``version --json`` prints one object with the same keys and values."""
     assert json.loads(run("version", "--json").stdout) == _versions.versions()
@@ -82,7 +88,7 @@ _pcsc_safe; printf '%s\\n' "${{COMPREPLY[@]}}"
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash_completes() -> None:
     """Completion in bash offers commands, options, values of settings, and files where a command takes a program."""
-    assert completed("pcsc-safe", "") == {*cli.COMMANDS, "--help"}
+    assert completed("pcsc-safe", "") == {*cli.COMMANDS, "--help", "--version"}
     assert completed("pcsc-safe", "do") == {"doctor"}
     assert completed("pcsc-safe", "doctor", "--t") == {"--touch-cards", "--timeout"}
     assert completed("pcsc-safe", "run", "--policy", "re") == {"reestablish"}
@@ -151,6 +157,7 @@ def test_a_wrong_option_is_the_commands(capsys: pytest.CaptureFixture[str]) -> N
         "pcsc_safe version",
         "pcsc_safe version --help",
         "pcsc_safe --help",
+        "pcsc_safe --version",
         "pcsc_safe completion bash",
         f"pcsc_safe doctor --json --pid {os.getpid()}",
         f"pcsc_safe doctor --pid {os.getpid()}",

@@ -330,6 +330,18 @@ def test_monitors(shared_stack: VirtualPcsc, kind: str, use: str) -> None:
     assert told == [[1, True, 1, [0, True], 0, 0], 0, [2, 0, 1]]
 
 
+def thread_by_keywords() -> None:
+    pcsc_safe.install()
+    from smartcard.ReaderMonitoring import ReaderMonitoringThread
+
+    say(ReaderMonitoringThread(observable=None, readerProc=lambda: ["a reader"], period=1).readerProc())
+
+
+def test_a_monitors_thread_by_keywords(shared_stack: VirtualPcsc) -> None:
+    """The thread of a monitor takes its arguments by pyscard's names."""
+    assert outcome(thread_by_keywords, shared_stack) == ["a reader"]
+
+
 def told_of_changes() -> None:
     pcsc_safe.install()
     make = monitors("cards")

@@ -290,6 +290,7 @@ def test_options_end_where_the_program_begins() -> None:
     assert launcher.split(["--", "--report"]) == ([], ["--", "--report"])
     assert launcher.split(["--recover", "x.py", "--recover=0"]) == (["--recover"], ["x.py", "--recover=0"])
     assert launcher.split(["--broker-python", "-c"]) == (["--broker-python", "-c"], [])
+    assert launcher.split(["--broker-python=", "x.py"]) == (["--broker-python="], ["x.py"])
     assert launcher.split(["--guard-native", "x.py", "no"]) == (["--guard-native"], ["x.py", "no"])
     assert launcher.split(["--guard-native=no", "x.py"]) == (["--guard-native=no"], ["x.py"])
 
@@ -463,6 +464,17 @@ def test_the_exit_status_without_a_report(tmp_path: Path, option: str) -> None:
     done = run(*RUN, option, "-c", code, cwd=tmp_path)
     assert (done.status, done.out) == (42, "")
     assert re.fullmatch(r"pcsc_safe: no report: .*No such file or directory.*\n", done.err)
+
+
+@pytest.mark.parametrize("options", [[], ["--report"], ["--timeline=drawn.svg"]], ids=" ".join)
+def test_the_exit_status_where_sigchld_is_ignored(tmp_path: Path, options: list[str]) -> None:
+    """An inherited, ignored SIGCHLD doesn't hide how the program ends, and the program inherits it, too."""
+    ignore = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    )
+    code = "import signal, sys; sys.exit(3 + signal.getsignal(signal.SIGCHLD))"
+    done = run("-c", ignore, sys.executable, *RUN, *options, "-c", code, cwd=tmp_path)
+    assert (done.status, done.out) == (3 + signal.SIG_IGN, "")
 
 
 def test_no_timeline_on_this_platform(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,3 +53,15 @@ def test_the_signals_of_a_command() -> None:
     """The command gets every signal that would end its stack; what is ignored stays ignored in the command."""
     done = in_program(run_with_signals)
     assert json.loads(done.stdout) == {"INT": 7, "QUIT": 7, "TERM": 7, "USR1": 7, "USR2": 7, "HUP": 6}, done.stderr
+
+
+def run_with_sigchld_ignored() -> None:
+    """Program: ignore SIGCHLD; print the status of a command that returns how it inherited that."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    print(run(sys.executable, "-c", "import signal, sys; sys.exit(3 + signal.getsignal(signal.SIGCHLD))"))
+
+
+def test_the_exit_status_where_sigchld_is_ignored() -> None:
+    """An inherited, ignored SIGCHLD doesn't hide how the command ends, and the command inherits it, too."""
+    done = in_program(run_with_sigchld_ignored)
+    assert int(done.stdout) == 3 + signal.SIG_IGN, done.stderr

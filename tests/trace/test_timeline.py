@@ -20,7 +20,7 @@ from forking import ChildFailedError, in_program
 from interrupts import signalled_while_it_starts
 from places import EXAMPLES
 
-from pcsc_safe._trace import events, records, timeline, watch
+from pcsc_safe._trace import captions, events, records, timeline, watch
 from pcsc_safe._trace.history import History
 from pcsc_safe._trace.records import Event, Span
 from pcsc_safe.testing import VirtualPcsc
@@ -364,6 +364,15 @@ def test_a_python_that_was_started(family: Ran) -> None:
 def test_no_argument_is_recorded(command: str, shown: str) -> None:
     """A program's name is recorded, never the argument of an option; a program that embeds Python has other options."""
     assert events._program(command.split()) == shown
+
+
+@pytest.mark.parametrize(
+    ("ns", "words"),
+    [(999_600, "1000 µs"), (1.234e6, "1.23 ms"), (999.4e6, "999 ms"), (999.6e6, "1000 ms"), (1234e9, "1234 s")],
+)
+def test_durations(ns: float, words: str) -> None:
+    """A duration has a unit, and no exponent."""
+    assert captions.duration(ns) == words
 
 
 def test_threads_have_rows(family: Ran) -> None:
