@@ -222,7 +222,7 @@ def threads(options: str) -> None:
             connected, own, _ = scard.SCardConnect(context, READER, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_T1)
             scard.SCardDisconnect(own, scard.SCARD_LEAVE_CARD)
             is_right = changed in (scard.SCARD_S_SUCCESS, scard.SCARD_E_TIMEOUT)  # others may use the card now
-            answers.append(("used", is_right, code(connected)))
+            answers.append(("used", is_right or code(changed), code(connected)))
         return answers
 
     while True:

@@ -386,7 +386,7 @@ def test_a_signal_at_any_line_leaves_no_handle(function: str, broker: str, share
             sys.settrace(None)
             left = raises.left
             assert (set(handles.contexts), set(handles.cards)) == known, line
-            shared_stack.wait_for_clients(clients)
+            until(lambda: shared_stack.clients() <= clients, "nothing is left")
             line += 1
         return line
 
@@ -443,7 +443,7 @@ def test_a_signal_at_any_line_of_a_call_through_a_broker(function: str, shared_s
             assert set(handles.cards) == known_cards, line
             release()
             assert set(handles.contexts) == known, line
-            shared_stack.wait_for_clients(clients)
+            until(lambda: shared_stack.clients() <= clients, "nothing is left")
             line += 1
         return line
 
