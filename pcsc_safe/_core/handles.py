@@ -33,6 +33,7 @@ __all__ = [
     "given",
     "has_proxies",
     "load",
+    "mark_gateway_lost",
     "mark_lost",
     "note_settled",
     "reach",

@@ -31,11 +31,12 @@ from calling import HELD, Calling
 from conftest import ECHO, IS_VERIFIED, Session
 from forking import in_child
 from inherited_calls import TABLE, Row
+from interrupts import Alarm
 from lives import AGAIN, USES, outcome
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import handles, reestablish, router
+from pcsc_safe._core import gate, handles, reestablish, router
 from pcsc_safe._core.calls import CALLS, NO_HANDLE, Kind
 from pcsc_safe.broker import client, family, served, wire
 from pcsc_safe.broker.client import Broker
@@ -509,3 +510,66 @@ def test_a_wait_ends_when_pcscd_dies_behind_it(pcsc_stack: VirtualPcsc) -> None:
     native = told(waits)
     assert native[0] != OK
     assert told(by_broker(waits)) == native
+
+
+# A signal handler raises in the client.
+
+
+def test_an_interrupted_end_of_a_transaction(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker ends the transaction although a handler has raised before the broker could read the request."""
+
+    def interrupted(connection: Connection) -> bytes:
+        raise Alarm
+
+    def child() -> Any:
+        session, other = Session(), Session()
+        begun = safe.SCardBeginTransaction(session.card)
+        os.kill(broker(), signal.SIGSTOP)
+        with monkeypatch.context() as patch:
+            patch.setattr(Connection, "receive", interrupted)
+            with contextlib.suppress(Alarm):
+                safe.SCardEndTransaction(session.card, safe.SCARD_LEAVE_CARD)
+        os.kill(broker(), signal.SIGCONT)
+        return begun, safe.SCardBeginTransaction(other.card)  # which would wait for ever
+
+    assert in_child(by_broker(child)) == (OK, OK)
+
+
+def test_a_broker_that_a_handler_loses(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left of a broker if a handler raises as soon as it is started."""
+    call_inside = gate.call_inside
+
+    def interrupted(*arguments: Any) -> None:
+        call_inside(*arguments)
+        raise Alarm
+
+    def child() -> Any:
+        family.prepare()
+        before = descriptors(os.getpid())
+        with monkeypatch.context() as patch:
+            patch.setattr(gate, "call_inside", interrupted)
+            with contextlib.suppress(Alarm):
+                family.get()
+        return descriptors(os.getpid()) == before, family.existing(), Session().transmit(ECHO)
+
+    assert in_child(by_broker(child)) == (True, None, ECHOED)
+
+
+def test_a_closed_connection_is_not_replaced_in_the_child(stack: VirtualPcsc) -> None:
+    """The application has closed a connection to the broker, and its number is another file's: this file stays."""
+
+    def child(number: int) -> str:
+        return os.readlink(f"/proc/self/fd/{number}")
+
+    def parent() -> Any:
+        pcsc_safe.configure(broker="always", policy="share")
+        Session()
+        mine = family.existing()
+        assert mine is not None
+        assert mine._presence is not None
+        number = mine._presence.connection.descriptor.number
+        with open(os.devnull) as file:
+            os.dup2(file.fileno(), number)
+        return in_child(child, number)
+
+    assert in_child(parent) == os.devnull

@@ -32,7 +32,7 @@ from interrupts import Alarm, RaisesInside, before_3_10
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe._core import handles, in_flight, new_handles, process, router
-from pcsc_safe._native import pyscard
+from pcsc_safe._native import contexts, pyscard
 from pcsc_safe.broker.connection import Connection
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 
@@ -1065,3 +1065,18 @@ def test_at_the_limit_of_pcscd(free: int) -> None:
     assert (same, goes_on, ended, released, last_ended) == (True, True, [OK, CANCELLED], OK, True)
     # Once, and once more each time after pcscd has accepted one; not at every attempt.
     assert 1 <= sum("refuses more connections" in line for line in said) <= 6
+
+
+@pytest.mark.native
+def test_a_refused_context_returns_all_states(shared_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If pcscd refuses another native context, SCardGetStatusChange returns a state for each reader, as ever."""
+    context = establish()
+    readers = safe.SCardListReaders(context, [])[1]
+    waiter = waiting(context, readers[0])
+    monkeypatch.setattr(contexts.NativeContexts, "establish", lambda *_, **__: safe.SCARD_E_NO_SERVICE)
+    hresult, states = safe.SCardGetStatusChange(context, 0, [(name, 0) for name in readers])
+    assert (hresult, [name for name, *_ in states]) == (safe.SCARD_E_NO_SERVICE, readers)
+    monkeypatch.undo()
+    safe.SCardCancel(context)
+    waiter.answer()
+    safe.SCardReleaseContext(context)
