@@ -25,7 +25,6 @@ __all__ = ["call_inside", "close_if_quiet", "raise_later", "wait_for", "wait_unt
 _PAUSE = 0.001  # s
 _WAKE_INTERVAL = 0.01  # s; a wait that can't be ended for good may have begun since
 _FOREVER = float("inf")
-_INTERRUPTION = "the end of a wait for events"  # used like a function's name
 _GRACE = 1.0  # s; longer than a fork takes that waited for quiesce_timeout
 
 quiesce_timeout = 1.0
@@ -228,7 +227,7 @@ class _WaitInterrupter:
         """End the native call of a wait, as a call that the fork waits for: this may establish a native context."""
         key = object()
         try:
-            calls_without_place[key] = (_INTERRUPTION, get_ident(), monotonic(), None)
+            calls_without_place[key] = ("SCardCancel", get_ident(), monotonic(), None)
             if not self.stopped:
                 place.wake(wait, may_pass=True)
         finally:

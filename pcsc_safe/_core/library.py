@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Callable
 
-__all__ = ["SUCCESS", "Signature", "catalogue", "constant", "public", "replaced", "signatures", "with_signature"]
+__all__ = [
+    "SUCCESS",
+    "Signature",
+    "catalogue",
+    "constant",
+    "load_catalogue",
+    "public",
+    "replaced",
+    "signatures",
+    "with_signature",
+]
 
 SUCCESS = 0
 """SCARD_S_SUCCESS; the one code that is the same on every platform."""
