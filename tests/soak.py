@@ -45,6 +45,7 @@ from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc
 PR_SET_CHILD_SUBREAPER = 36
 READERS = 4
 FAMILIES = 5
+DETECTION = 100  # s; pcscd looks for a card when it gets a lock that exchanges with other cards take all the time
 GRACE = 40  # s; every process that is asked to end does so within this time
 SETTINGS: list[dict[str, str]] = [
     {"policy": "auto"},
@@ -258,7 +259,8 @@ def direct(seconds: float, seed: int, directory: str) -> dict[str, Any]:
     :return: the figures and the breaches.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    with VirtualPcsc(READERS, [SoakCard() for _ in range(READERS)], activate=False) as stack:
+    cards = [SoakCard() for _ in range(READERS)]
+    with VirtualPcsc(READERS, cards, activate=False, timeout=DETECTION) as stack:
         descriptors = len(os.listdir("/proc/self/fd"))
         director = Director(seconds, seed, directory, stack)
         began = time.monotonic()
