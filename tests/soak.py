@@ -266,7 +266,9 @@ def direct(seconds: float, seed: int, directory: str) -> dict[str, Any]:
             director.run()
         except PcscStackError:
             faulthandler.dump_traceback()  # the threads of the cards are in this process
-            print(where_threads_sleep(stack.pid), Path("/proc/self/net/tcp").read_text(), stack.readers, file=sys.stderr)
+            print(
+                where_threads_sleep(stack.pid), Path("/proc/self/net/tcp").read_text(), stack.readers, file=sys.stderr
+            )
             raise
         try:
             stack.wait_for_clients(0)
