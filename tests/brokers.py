@@ -31,6 +31,9 @@ from pcsc_safe.testing._install import Missing, look
 ENOUGH = 20  # s; nothing takes that long
 SOON = 5.0  # s; a broker that has lost its client ends within this time, on a busy machine, too
 _COMMANDS = (b"pcsc_safe.broker", b"--pcsc-safe-broker")
+looks_into_brokers = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can look into a broker: it is not dumpable"
+)
 
 
 class Process(NamedTuple):
