@@ -251,17 +251,19 @@ def test_cancels_and_forks_at_once(session: Session) -> None:
             seen.add(in_child(safe.SCardListReaders, context, [])[0])
         return seen
 
-    forking = Calling(forks)
+    forking, early = Calling(forks), 0
     for _ in range(200):
         waiter = wait_briefly(context, session.reader)
         assert safe.SCardCancel(context) == OK
         answer = waiter.answer()[0]
-        if answer == TIMED_OUT:  # it came before the wait began
+        if answer == TIMED_OUT:  # SCardCancel came before the wait began
+            early += 1
             continue
         assert answer == CANCELLED
         assert safe.SCardGetStatusChange(context, 1, [(session.reader, PRESENT)])[0] == TIMED_OUT
     stop.set()
     assert forking.answer() == {OK}
+    assert early < 20
     safe.SCardReleaseContext(context)
 
 
@@ -953,7 +955,7 @@ def test_signal_handlers_that_fork(shared_stack: VirtualPcsc, threads: str) -> N
     A child may work in the handler, or return from it into the call in which it was forked.  In both cases it gets
     what the policy says.
     """
-    done = in_program(forking_handler, threads, env=shared_stack.env)
+    done = in_program(forking_handler, threads, env=shared_stack.env, timeout=180)
     assert done.returncode == 0, done.stderr
     wrong, statuses, forks, after = json.loads(done.stdout)
     errors = done.stderr
@@ -986,8 +988,7 @@ def forking_handler(threads: str) -> None:
     signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 0.001)
     forks = 0
-    deadline = time.monotonic() + 25
-    while forks < 300 and time.monotonic() < deadline:
+    while forks < 300:
         data = [random.randrange(256) for _ in range(3)]
         answers = [
             transmit(card, [0x80, 1, 0, 0, 3, *data]),
