@@ -973,6 +973,29 @@ def test_where_pcscd_refuses_another_connection(
     assert safe.SCardReleaseContext(context) == OK
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("wrong", [1, 2, 3])
+def test_a_code_that_may_be_wrong(shared_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
+    """After SCARD_E_UNKNOWN_READER, which may be a misread message, two other native contexts are asked, not more."""
+    from pcsc_safe._native import contexts
+
+    asked: list[int] = []
+    native = contexts.raw["SCardListReaders"]
+
+    def lists(handle: int, groups: list[str]) -> Any:
+        asked.append(handle)
+        return [safe.SCARD_E_UNKNOWN_READER, []] if len(asked) <= wrong else native(handle, groups)
+
+    context = establish()
+    monkeypatch.setitem(contexts.raw, "SCardListReaders", lists)
+    readers = [reader.name for reader in shared_stack.readers]
+    expected = [OK, readers] if wrong < 3 else [safe.SCARD_E_UNKNOWN_READER, []]
+    assert safe.SCardListReaders(context, []) == expected
+    assert len({*asked}) == len(asked) == min(wrong + 1, 3)
+    assert len(handles.contexts[context].real.natives) == 1
+    assert safe.SCardReleaseContext(context) == OK
+
+
 TAKES_ALL_BUT = """
 import sys, time
 from smartcard.scard import *
