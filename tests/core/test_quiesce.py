@@ -694,9 +694,9 @@ def test_an_interrupt_while_a_fork_waits(shared_stack: VirtualPcsc, what: str, w
 
     The fork stops waiting, its child knows that it was unquiet, and everything works afterwards.
     """
-    arrived, seconds, child, answer, after = run(shared_stack, interrupted, what, waits_for)
+    arrived, is_early, child, answer, after = run(shared_stack, interrupted, what, waits_for)
     assert (arrived, child) == (what, "ForkUnsafeError")
-    assert seconds < 1.5 or waits_for != "a call"  # the exception comes when no thread forks
+    assert is_early or waits_for != "a call"  # the exception comes when no thread forks
     assert answer == [OK, [7, 8, 9, 0x90, 0x00]]
     assert after == WORKS
 
@@ -709,7 +709,7 @@ def interrupted(what: str, waits_for: str) -> None:
     card, idle_card = connect(context, READER), connect(idle, READER)
     handlers = {"KeyboardInterrupt": signal.default_int_handler, "SystemExit": lambda *_: sys.exit(3)}
     signal.signal(signal.SIGINT, handlers.get(what, raise_alarm))
-    busy = Calling(transmit, card, [0x80, 2, 200, 0, 3, 7, 8, 9])
+    busy = Calling(transmit, card, [0x80, 2, 255, 0, 3, 7, 8, 9])
     until(lambda: busy.waits, "it is inside")
     if waits_for != "a call":
         Calling(in_child, int)
@@ -717,7 +717,7 @@ def interrupted(what: str, waits_for: str) -> None:
     read_end, write_end = os.pipe()
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, 0.2)
-    began, arrived = time.monotonic(), None
+    arrived = None
     try:
         if os.fork() == 0:
             try:
@@ -729,12 +729,12 @@ def interrupted(what: str, waits_for: str) -> None:
             time.sleep(0.001)
     except BaseException as error:
         arrived = type(error).__name__
-    seconds = time.monotonic() - began
+    is_early = busy.is_alive()
     child = os.read(read_end, 100).decode()
     os.wait()
     answer = busy.answer()
     after = in_child(works, idle, idle_card, READER)
-    print(json.dumps([arrived, seconds, child, answer, after]))
+    print(json.dumps([arrived, is_early, child, answer, after]))
 
 
 def test_an_interrupted_fork_locks_no_import(shared_stack: VirtualPcsc) -> None:

@@ -35,6 +35,7 @@ from pcsc_safe._core import handles, in_flight, new_handles, process, router
 from pcsc_safe._native import pyscard
 from pcsc_safe.broker.connection import Connection
 from pcsc_safe.testing import EchoCard, VirtualPcsc
+from pcsc_safe.testing._stack import _connections
 
 OK, CANCELLED, TIMED_OUT = safe.SCARD_S_SUCCESS, safe.SCARD_E_CANCELLED, safe.SCARD_E_TIMEOUT
 LEAVE, PRESENT = safe.SCARD_LEAVE_CARD, safe.SCARD_STATE_PRESENT
@@ -1037,12 +1038,12 @@ def at_the_limit(free: str) -> None:
     )
     assert other.stdout is not None
     most, refusal = map(int, other.stdout.readline().split())
-    time.sleep(0.4)  # pcscd notices a release a little later
+    pcscd = os.environ["PCSCLITE_CSOCK_NAME"]
+    until(lambda: _connections(pcscd) == most - int(free), "pcscd has noticed the releases")
     context = establish()
     readers = safe.SCardListReaders(context, [])[1]
     cards = [Calling(connect, context, reader).answer() for reader in readers[:2]]
-    waiter = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(readers[0], PRESENT)])
-    time.sleep(0.3)
+    waiter = waiting(context, readers[0])
     exchanges = [Calling(lambda card=card: [transmit(card) for _ in range(5)]) for card in cards for _ in range(2)]
     right = [thread.answer() == [RIGHT] * 5 for thread in exchanges]
     calls: list[tuple[Any, ...]] = [
@@ -1055,8 +1056,7 @@ def at_the_limit(free: str) -> None:
     goes_on = waiter.is_alive()
     ended = Calling(safe.SCardCancel, context).answer(), waiter.answer()[0]
     right += [Calling(transmit, card).answer() == RIGHT for card in cards]  # the end of a wait ends no card's session
-    last = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(readers[0], PRESENT)])
-    time.sleep(0.3)
+    last = waiting(context, readers[0])
     released = Calling(safe.SCardReleaseContext, context).answer()
     last_ended = last.answer()[0] != OK
     other.communicate("")
