@@ -29,6 +29,7 @@ from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
 
 ENOUGH = 20  # s; nothing takes that long
+_PROGRAM = 90  # s; no whole program takes that long
 SOON = 5.0  # s; a broker that has lost its client ends within this time, on a busy machine, too
 _COMMANDS = (b"pcsc_safe.broker", b"--pcsc-safe-broker")
 looks_into_brokers = pytest.mark.skipif(
@@ -188,7 +189,7 @@ class Program:
             text=True,
             start_new_session=True,
         )
-        self._watchdog = threading.Timer(ENOUGH, self.process.send_signal, (signal.SIGABRT,))
+        self._watchdog = threading.Timer(_PROGRAM, self.process.send_signal, (signal.SIGABRT,))
         self._watchdog.start()
 
     def __enter__(self) -> Program:
