@@ -186,7 +186,7 @@ class System:
         """
         if not self.folder.exists():
             self._debootstrap(log)
-            self._write_sources()
+        self._write_sources()
         self._settings.copy_to(self.folder)
         self._refresh(log)
 
@@ -195,10 +195,13 @@ class System:
         throw_away(unfinished)  # of a run that was interrupted
         keyring = [f"--keyring={KEYRING}"] if KEYRING.exists() else []
         command = ["debootstrap", "--variant=minbase", "--include=ca-certificates", *keyring]
-        with open(log, "w") as output:
-            status = subprocess.call(
-                [*command, self.suite, str(unfinished), self._mirror], stdout=output, stderr=output, timeout=1800
-            )
+        try:
+            with open(log, "w") as output:
+                status = subprocess.call(
+                    [*command, self.suite, str(unfinished), self._mirror], stdout=output, stderr=output, timeout=1800
+                )
+        except subprocess.TimeoutExpired as error:
+            raise NotPossible(f"debootstrap {self.suite} from {self._mirror}: {error}; see {log}") from None
         if status != 0:
             raise NotPossible(f"debootstrap {self.suite} from {self._mirror}: {last_line(log.read_text())}; see {log}")
         unfinished.rename(self.folder)
@@ -210,6 +213,9 @@ class System:
         (self.folder / "etc/apt/sources.list").write_text(text)
 
     def _refresh(self, log: Path) -> None:
+        # An earlier run may have been interrupted.
+        self.run(["env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--configure", "-a"], log)
+        self.run(apt_get("install", "--fix-broken"), log)
         for arguments in (["update"], ["dist-upgrade"], ["clean"]):
             if self.run(apt_get(*arguments), log) != 0:
                 raise NotPossible(f"apt-get {arguments[0]} in {self.suite}: {last_line(log.read_text())}; see {log}")

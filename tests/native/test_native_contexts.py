@@ -35,6 +35,7 @@ from pcsc_safe._core import handles, in_flight, new_handles, process, router
 from pcsc_safe._native import contexts, pyscard
 from pcsc_safe.broker.connection import Connection
 from pcsc_safe.testing import EchoCard, VirtualPcsc
+from pcsc_safe.testing._stack import _connections
 
 OK, CANCELLED, TIMED_OUT = safe.SCARD_S_SUCCESS, safe.SCARD_E_CANCELLED, safe.SCARD_E_TIMEOUT
 LEAVE, PRESENT = safe.SCARD_LEAVE_CARD, safe.SCARD_STATE_PRESENT
@@ -973,6 +974,29 @@ def test_where_pcscd_refuses_another_connection(
     assert safe.SCardReleaseContext(context) == OK
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("wrong", [1, 2, 3])
+def test_a_code_that_may_be_wrong(shared_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
+    """After SCARD_E_UNKNOWN_READER, which may be a misread message, two other native contexts are asked, not more."""
+    from pcsc_safe._native import contexts
+
+    asked: list[int] = []
+    native = contexts.raw["SCardListReaders"]
+
+    def lists(handle: int, groups: list[str]) -> Any:
+        asked.append(handle)
+        return [safe.SCARD_E_UNKNOWN_READER, []] if len(asked) <= wrong else native(handle, groups)
+
+    context = establish()
+    monkeypatch.setitem(contexts.raw, "SCardListReaders", lists)
+    readers = [reader.name for reader in shared_stack.readers]
+    expected = [OK, readers] if wrong < 3 else [safe.SCARD_E_UNKNOWN_READER, []]
+    assert safe.SCardListReaders(context, []) == expected
+    assert len({*asked}) == len(asked) == min(wrong + 1, 3)
+    assert len(handles.contexts[context].real.natives) == 1
+    assert safe.SCardReleaseContext(context) == OK
+
+
 TAKES_ALL_BUT = """
 import sys, time
 from smartcard.scard import *
@@ -1014,12 +1038,12 @@ def at_the_limit(free: str) -> None:
     )
     assert other.stdout is not None
     most, refusal = map(int, other.stdout.readline().split())
-    time.sleep(0.4)  # pcscd notices a release a little later
+    pcscd = os.environ["PCSCLITE_CSOCK_NAME"]
+    until(lambda: _connections(pcscd) == most - int(free), "pcscd has noticed the releases")
     context = establish()
     readers = safe.SCardListReaders(context, [])[1]
     cards = [Calling(connect, context, reader).answer() for reader in readers[:2]]
-    waiter = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(readers[0], PRESENT)])
-    time.sleep(0.3)
+    waiter = waiting(context, readers[0])
     exchanges = [Calling(lambda card=card: [transmit(card) for _ in range(5)]) for card in cards for _ in range(2)]
     right = [thread.answer() == [RIGHT] * 5 for thread in exchanges]
     calls: list[tuple[Any, ...]] = [
@@ -1032,8 +1056,7 @@ def at_the_limit(free: str) -> None:
     goes_on = waiter.is_alive()
     ended = Calling(safe.SCardCancel, context).answer(), waiter.answer()[0]
     right += [Calling(transmit, card).answer() == RIGHT for card in cards]  # the end of a wait ends no card's session
-    last = Calling(safe.SCardGetStatusChange, context, safe.INFINITE, [(readers[0], PRESENT)])
-    time.sleep(0.3)
+    last = waiting(context, readers[0])
     released = Calling(safe.SCardReleaseContext, context).answer()
     last_ended = last.answer()[0] != OK
     other.communicate("")

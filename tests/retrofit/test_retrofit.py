@@ -361,10 +361,10 @@ def inside_before() -> None:
     during = child(lambda: refusal(lambda: pcsc.SCardEstablishContext(0)))
     pcsc.SCardCancel(context)
     waiting.join()
-    pcsc_safe.configure(quiesce_timeout=5)
+    pcsc_safe.configure(quiesce_timeout=20)
     began = time.monotonic()
     after = child(lambda: code(pcsc.SCardEstablishContext(0)[0]))
-    say([during, after, time.monotonic() - began < 2])
+    say([during, after, time.monotonic() - began < 10])
 
 
 def test_a_thread_inside_before_install_makes_a_fork_unquiet(shared_stack: VirtualPcsc) -> None:
@@ -390,11 +390,15 @@ def returned_before_a_fork() -> None:
     from pcsc_safe._core import in_flight
     from pcsc_safe.retrofit import scard
 
+    def note() -> Any:
+        scard._note_threads_inside()
+        return list(in_flight.calls_without_place)
+
     threading.Thread(target=work, daemon=True).start()
-    time.sleep(0.1)
-    scard._note_threads_inside()
+    assert eventually(note)
     (call,) = in_flight.calls_without_place
-    time.sleep(1.5)
+    code_of_application = wait_of_application.__code__
+    assert eventually(lambda: any(frame.f_code is code_of_application for frame in sys._current_frames().values()))
     call.interrupt()
     say(list(map(str, in_flight.calls_without_place)))
 

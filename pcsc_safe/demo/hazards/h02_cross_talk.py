@@ -11,22 +11,22 @@ import signal
 import time
 from typing import Any, Optional
 
-from .._judge import Finding, Run
+from .._judge import Finding, Run, patience
 from .._stage import Stage
 
-NUMBER, NAME, SECONDS = "2", "cross-talk: parent and child use one connection", 15.0
+NUMBER, NAME, SECONDS = "2", "cross-talk: parent and child use one connection", 25.0
 FORKS, EXCHANGES = 20, 25
-PATIENCE = 2.0  # seconds that a process gets for its exchanges
+PATIENCE = 2.0  # seconds that a process on raw pyscard gets for its exchanges
 ENOUGH = 7.0  # seconds after which no further fork is tried
 
 
 def program(stage: Stage) -> None:
     """Let pairs exchange commands with the card, and compare each response with its command."""
-    started = time.monotonic()
+    started, seconds = time.monotonic(), patience(stage.scard.__name__, PATIENCE) + 0.5
     for number in range(FORKS):
         if time.monotonic() - started > ENOUGH:
             break
-        parent = stage.fork(lambda number=number: _pair(stage, number), seconds=PATIENCE + 0.5)  # type: ignore[misc]
+        parent = stage.fork(lambda number=number: _pair(stage, number), seconds=seconds)  # type: ignore[misc]
         stage.report(f"parent {number}", ended=stage.wait(parent))
 
 
@@ -38,7 +38,7 @@ def _pair(stage: Stage, number: int) -> None:
         os.write(go, b"!")
         _exchange(stage, f"child {number}", card, protocol)
 
-    pid = stage.fork(child, seconds=PATIENCE)
+    pid = stage.fork(child, seconds=patience(stage.scard.__name__, PATIENCE))
     os.read(ready, 1)
     _exchange(stage, f"parent {number}", card, protocol)
     stage.report(f"child {number}", ended=stage.wait(pid))
@@ -70,7 +70,7 @@ def judge(run: Run) -> Finding:
     forks = sum(who.startswith("parent") for who in run.reported)
     harm = [f"{total['wrong']} calls returned SCARD_S_SUCCESS and wrong bytes"] if total["wrong"] else []
     harm += [f"{total['failed']} calls failed"] if total["failed"] else []
-    harm += _deaths(ends)
+    harm += _deaths(ends, patience(run.module, PATIENCE))
     if harm:
         return Finding([f"in {forks} forks {harm[0]}", *harm[1:]], [])
     if not forks or any(end != 0 for end in ends) or total["asked"] != len(ends) * EXCHANGES:
@@ -80,13 +80,13 @@ def judge(run: Run) -> Finding:
     return Finding([], proof + ([f"{told} children got SCARD_W_RESET_CARD once and connected again"] if told else []))
 
 
-def _deaths(ends: list[Optional[int]]) -> list[str]:
+def _deaths(ends: list[Optional[int]], seconds: float) -> list[str]:
     said = []
     for end in sorted({end for end in ends if end is not None and end < 0}):
         count = ends.count(end)
         processes = "1 process" if count == 1 else f"{count} processes"
         if -end == signal.SIGALRM:
-            said.append(f"{processes} did not finish in {PATIENCE:g} s")
+            said.append(f"{processes} did not finish in {seconds:g} s")
         else:
             said.append(f"{processes} died of {signal.Signals(-end).name}")
     return said

@@ -11,12 +11,12 @@ import threading
 import time
 from typing import Any
 
-from .._judge import Finding, Run
+from .._judge import Finding, Run, patience
 from .._stage import Stage
 
-NUMBER, NAME, SECONDS = "6", "fork while threads share a context", 12.0
+NUMBER, NAME, SECONDS = "6", "fork while threads share a context", 30.0
 THREADS, FORKS = 3, 10
-PATIENCE = 4.0  # seconds that a child gets for its SCardEstablishContext
+PATIENCE = 4.0  # seconds that a child on raw pyscard gets for its SCardEstablishContext
 WAIT_10_MS = [0x80, 0x02, 0x01, 0x00, 0x01, 0x07]
 
 
@@ -51,7 +51,7 @@ def _fork(stage: Stage, number: int) -> int:
         hresult, _ = stage.scard.SCardEstablishContext(stage.scard.SCARD_SCOPE_SYSTEM)
         stage.report(f"child {number}", code=stage.name(hresult))
 
-    return stage.fork(child, seconds=PATIENCE)
+    return stage.fork(child, seconds=patience(stage.scard.__name__, PATIENCE))
 
 
 def judge(run: Run) -> Finding:
