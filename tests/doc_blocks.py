@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from markdown_it import MarkdownIt
-from places import ROOT
+from places import PYTHON, ROOT
 
 TIMEOUT = 60
 
@@ -83,7 +83,9 @@ FILES = {
 }
 """The files in the directory of a sh block besides the examples."""
 
-_PIP = """#!{python}
+_PIP = """#!/bin/sh
+'''exec' {python} "$0" "$@"
+'''
 import importlib.metadata, re, sys
 assert sys.argv[1] == "install", sys.argv
 for wanted in sys.argv[2:]:
@@ -216,5 +218,5 @@ def _furnish(directory: Path, files: dict[str, str]) -> None:
         (directory / name).write_text(text)
     (directory / "bin").mkdir()
     pip = directory / "bin" / "pip"
-    pip.write_text(_PIP.format(python=sys.executable))
+    pip.write_text(_PIP.format(python=PYTHON))
     pip.chmod(pip.stat().st_mode | stat.S_IXUSR)

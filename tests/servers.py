@@ -49,6 +49,7 @@ BROKER_PYTHON = "PCSC_SAFE_BROKER_PYTHON"
 RECYCLE_AFTER = "20"  # so one of two workers is recycled before any is killed
 _VERIFY, _SIGN = 0x20, 0x87
 _ENOUGH_IS_WRONG = 5
+_LATE = "no response in time"
 
 
 class DeadlyCard(PivCard):
@@ -268,11 +269,12 @@ class Clients:
     :param timeout: how long a client waits for a response, in seconds.
     :ivar right: how many signatures were right for their messages.
     :ivar wrong: other responses; after a few of these no client sends a request.
+    :ivar late: how many requests had no response in time; these count like wrong responses.
     :ivar broken: how many connections the server closed without a response.
     """
 
     def __init__(self, server: Server, certificate: bytes, count: int, timeout: float = TIMEOUT) -> None:
-        self.right, self.wrong, self.broken = 0, list[str](), 0
+        self.right, self.wrong, self.late, self.broken = 0, list[str](), 0, 0
         self._server, self._timeout = server, timeout
         self._key: Any = x509.load_der_x509_certificate(certificate).public_key()
         self._left = iter(range(count))
@@ -284,7 +286,7 @@ class Clients:
     def wait_for(self, right: int) -> None:
         """Wait until so many signatures were right, or it is clear that this won't happen."""
         with self._news:
-            assert self._news.wait_for(lambda: self.right >= right or len(self.wrong) >= _ENOUGH_IS_WRONG, 15 * TIMEOUT)
+            assert self._news.wait_for(lambda: self.right >= right or self._is_enough(), 15 * TIMEOUT)
 
     def finish(self) -> None:
         """Wait until all messages have responses."""
@@ -292,16 +294,20 @@ class Clients:
             thread.join(15 * TIMEOUT)
             assert not thread.is_alive()
 
+    def _is_enough(self) -> bool:
+        return len(self.wrong) + self.late >= _ENOUGH_IS_WRONG
+
     def _work(self) -> None:
         connection = Connection(self._server.path, self._timeout, keep_alive=self._server.keeps_alive)
         with contextlib.closing(connection):
-            while len(self.wrong) < _ENOUGH_IS_WRONG:
+            while not self._is_enough():
                 with self._news:
                     if next(self._left, None) is None:
                         return
                 problem = self._have_signed(connection, os.urandom(random.randrange(3000)))
                 with self._news:
-                    self.wrong += [problem] if problem else []
+                    self.late += problem == _LATE
+                    self.wrong += [problem] if problem and problem != _LATE else []
                     self.right += not problem
                     self._news.notify_all()
 
@@ -311,7 +317,9 @@ class Clients:
             status, body = self._answer(connection, message)
         except Exception as error:
             connection.close()
-            return f"{type(error).__name__}: {error}"
+            # Before Python 3.10 socket.timeout is no TimeoutError.
+            is_late = isinstance(error, (TimeoutError, socket.timeout))
+            return _LATE if is_late else f"{type(error).__name__}: {error}"
         if status != 200:
             return f"{status}: {body!r}"
         try:
@@ -353,7 +361,7 @@ def sign_while_workers_die(server: Server, card: DeadlyCard, count: int, halfway
     halfway()
     clients.finish()
     card.on_signature = lambda number: None
-    assert clients.right == count, f"{clients.right} of {count} are right; wrong: {clients.wrong}"
+    assert clients.right == count, f"{clients.right} of {count} are right; wrong: {clients.wrong}; late: {clients.late}"
     assert server.kills >= count // KILL_EVERY
     return clients
 

@@ -40,6 +40,7 @@ from calling import HELD, Calling
 from conftest import ECHO, Session
 from forking import in_child, in_program
 from interrupts import as_of_c
+from places import PYTHON
 
 import pcsc_safe
 from pcsc_safe import scard as safe
@@ -374,7 +375,7 @@ def test_it_imports_nothing_from_the_current_directory(
         (planted / name).mkdir(parents=True)
         (planted / name / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r})")
     unset = "" if safe_path else "unset PYTHONSAFEPATH; "
-    python = script(tmp_path / "python", f'{unset}exec {sys.executable} "$@"')
+    python = script(tmp_path / "python", f'{unset}exec {PYTHON} "$@"')
 
     def child() -> Any:
         os.chdir(planted)

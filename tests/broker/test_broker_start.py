@@ -9,6 +9,7 @@ import multiprocessing.spawn
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -38,7 +39,7 @@ from calling import Calling
 from conftest import ECHO, Session
 from forking import in_child, in_program
 from interrupts import Alarm, raise_alarm
-from places import TESTS
+from places import PYTHON, TESTS
 
 import pcsc_safe
 from pcsc_safe import scard as safe
@@ -197,7 +198,7 @@ def test_it_leaves_out_what_it_does_not_use(stack: VirtualPcsc) -> None:
 
 def test_its_interpreter_can_be_named(stack: VirtualPcsc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PCSC_SAFE_BROKER_PYTHON sets the interpreter, otherwise multiprocessing's set_executable()."""
-    python = script(tmp_path / "snake", f'echo "$0" >> {tmp_path}/used\nexec {sys.executable} "$@"')
+    python = script(tmp_path / "snake", f'echo "$0" >> {shlex.quote(str(tmp_path))}/used\nexec {PYTHON} "$@"')
 
     def configured() -> Any:
         pcsc_safe.configure(policy="broker")
@@ -270,7 +271,7 @@ def test_a_frozen_program_is_its_own_broker(stack: VirtualPcsc, tmp_path: Path) 
         f"import sys\nsys.path[:0] = {[str(Path(__file__).parent), str(TESTS)]!r}\n"
         f"import test_broker_start\ntest_broker_start.frozen({str(program)!r})\n"
     )
-    script(program, f'exec {sys.executable} {main} "$@"')
+    script(program, f'exec {PYTHON} {shlex.quote(str(main))} "$@"')
     done = subprocess.run([program], env=stack.env, capture_output=True, text=True, timeout=ENOUGH, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == [[ECHOED, "--pcsc-safe-broker"], []]
@@ -315,7 +316,7 @@ def test_a_handler_that_raises_during_the_start(stack: VirtualPcsc) -> None:
 
 # A broker can't start.
 
-PYTHON = f'exec {sys.executable} "$@"'
+RUN = f'exec {PYTHON} "$@"'
 NO_INTERPRETER = "set PCSC_SAFE_BROKER_PYTHON to the path of the Python interpreter that has pcsc_safe"
 
 
@@ -349,7 +350,7 @@ def fails(python: str, within: float = 30.0) -> tuple[list[str], int, list[int],
     ("text", "mode", "expected"),
     [
         (None, 0, ["No such file or directory", NO_INTERPRETER]),
-        (f"#!/bin/sh\n{PYTHON}", 0o644, ["Permission denied", NO_INTERPRETER]),
+        (f"#!/bin/sh\n{RUN}", 0o644, ["Permission denied", NO_INTERPRETER]),
         ("no program", 0o755, ["Exec format error", NO_INTERPRETER]),
         ("#!/no/such/shell", 0o755, ["No such file or directory", NO_INTERPRETER]),
         ("#!/bin/sh\nexec true", 0o755, ["it ended with status 0"]),
@@ -357,9 +358,9 @@ def fails(python: str, within: float = 30.0) -> tuple[list[str], int, list[int],
         ("#!/bin/sh\nexec sleep 1000", 0o755, ["it was not ready in time"]),
         ("#!/bin/sh\necho no; echo the cause >&2; exit 7", 0o755, ["the cause; it ended with status 7"]),
         ("#!/bin/sh\nkill -9 $$", 0o755, ["signal 9 ended it"]),
-        (f'#!/bin/sh\nexec {sys.executable} -I -S "$@"', 0o755, ["No module named", "pcsc_safe", "status 1"]),
-        (f"#!/bin/sh\nulimit -v 20000; {PYTHON}", 0o755, ["; it ended with status"]),
-        (f"#!/bin/sh\nulimit -n 5; {PYTHON}", 0o755, ["; it ended with status"]),
+        (f'#!/bin/sh\nexec {PYTHON} -I -S "$@"', 0o755, ["No module named", "pcsc_safe", "status 1"]),
+        (f"#!/bin/sh\nulimit -v 20000; {RUN}", 0o755, ["; it ended with status"]),
+        (f"#!/bin/sh\nulimit -n 5; {RUN}", 0o755, ["; it ended with status"]),
     ],
     ids=[
         *("none", "not executable", "no program", "no shell", "true", "cat", "sleep", "says why", "killed"),
@@ -383,7 +384,7 @@ def test_no_broker_and_why(stack: VirtualPcsc, tmp_path: Path, text: Any, mode: 
 def test_a_broker_of_another_version(stack: VirtualPcsc, tmp_path: Path) -> None:
     """The error says that the versions differ. The broker is not left alive."""
     code = "from pcsc_safe.broker import wire, __main__; wire.VERSION = 999; __main__.main([])"
-    messages, *left_and_then = fails(script(tmp_path / "python", f'exec {sys.executable} -c "{code}"'))
+    messages, *left_and_then = fails(script(tmp_path / "python", f'exec {PYTHON} -c "{code}"'))
     assert all("both have to run the same version of pcsc_safe" in message for message in messages)
     assert left_and_then == [0, [], True]
 
@@ -392,7 +393,7 @@ def test_brokers_that_die_again_and_again(stack: VirtualPcsc, tmp_path: Path) ->
     """After several attempts BrokerError is raised, also by ``import pcsc_safe.scard``."""
     dies = "from pcsc_safe._core import library; library.catalogue = lambda: __import__('os')._exit(1); "
     code = f"{dies}from pcsc_safe.broker import __main__; __main__.main([])"
-    python = script(tmp_path / "python", f'exec {sys.executable} -c "{code}"')
+    python = script(tmp_path / "python", f'exec {PYTHON} -c "{code}"')
     env = {**stack.env, "PCSC_SAFE_BROKER": "always", "PCSC_SAFE_BROKER_PYTHON": python}
     done = in_program(imports, env=env)
     message, left = json.loads(done.stdout)

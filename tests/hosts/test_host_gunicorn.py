@@ -109,8 +109,10 @@ def test_one_session_for_all_workers(stack: VirtualPcsc, card: DeadlyCard, tmp_p
 
 
 def test_raw_pyscard_signs_wrong(stack: VirtualPcsc, tmp_path: Path) -> None:
-    """On smartcard.scard the same program signs wrongly, so this test can fail."""
-    with serving(gunicorn(), stack, **raw_pyscard(tmp_path)) as server:
+    """On smartcard.scard the same program refuses requests, or signs wrongly; requests that are late don't count."""
+    # gunicorn puts this directory before PYTHONPATH, so ROOT would hide what raw_pyscard() makes.
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    with serving(gunicorn(), stack, cwd=tmp_path, **raw_pyscard(tmp_path)) as server:
         certificate = certificate_of(server)
         for _ in range(5):  # one worker may serve all of them before the other has started
             clients = Clients(server, certificate, 100, timeout=1)

@@ -75,7 +75,7 @@ def test_one_session_for_all_workers(stack: VirtualPcsc, card: DeadlyCard) -> No
 
 
 def test_raw_pyscard_signs_wrong(stack: VirtualPcsc, tmp_path: Path) -> None:
-    """On smartcard.scard the same program signs wrongly, so this test can fail."""
+    """On smartcard.scard the same program refuses requests, or signs wrongly; requests that are late don't count."""
     with serving(uwsgi(), stack, **raw_pyscard(tmp_path)) as server:
         certificate = certificate_of(server)
         for _ in range(5):  # one worker may serve all of them before the other has started

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import pytest
-from places import ROOT
+from places import PYTHON, ROOT
 
 import pcsc_safe
 from pcsc_safe import __main__ as cli
@@ -180,7 +180,7 @@ def test_a_full_disk(arguments: str, unbuffered: str) -> None:
 def test_closed_output(closed: str) -> None:
     """If stdout or stderr is closed, a command ends as if it were /dev/null, and writes nothing to the other one."""
     for arguments, status in (("version", 0), ("doctor --pid $$", 0), ("--help", 0), ("demo --only 99", 2)):
-        script = f"{sys.executable} -m pcsc_safe {arguments} {closed}; exit $?"
+        script = f"{PYTHON} -m pcsc_safe {arguments} {closed}; exit $?"
         done = subprocess.run(["sh", "-c", script], capture_output=True, timeout=30, check=False)
         assert done.returncode == status, done.stderr
         assert bool(done.stdout) == (status == 0 and ">&-" not in closed.split())

@@ -6,6 +6,7 @@ And ``scripts/all-pythons --help``, and the option of pytest by which ``scripts/
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import claimed
-from places import ROOT
+from places import PYTHON, ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import stack_results as results
@@ -156,7 +157,7 @@ try:
 except NotPossible as error:
     print(error)
 """
-    mount = f"mount -t tmpfs tmpfs {tmp_path}/here && exec {sys.executable} -c '$0'".replace("'$0'", '"$0"')
+    mount = f'mount -t tmpfs tmpfs {shlex.quote(str(tmp_path))}/here && exec {PYTHON} -c "$0"'
     command = ["unshare", "--mount", "sh", "-c", mount, program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.stderr.startswith(("unshare:", "mount:")):  # in a chroot or a container
