@@ -185,7 +185,8 @@ def continue_wait(
                 if result[0] == TIMED_OUT and remaining():
                     # Whether they are the same readers is not known.
                     result = _with_new_readers(result[1]) or wait(safe, remaining(), states)
-                if result[0] not in SERVICE_LOST_CODES or refusals:
+                is_replaced = result[0] == CANCELLED and context.cancels == cancels  # as in the router
+                if not is_replaced and (result[0] not in SERVICE_LOST_CODES or refusals):
                     return result
             elif not remaining():
                 return call.failure(TIMED_OUT if timeout else hresult, (timeout, states))

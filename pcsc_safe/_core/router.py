@@ -233,11 +233,13 @@ def _make_wait_route(call: Call) -> Callable[..., Any]:
         if not isinstance(record, Context) or not isinstance(timeout, int) or not 0 <= timeout <= _C_INFINITE:
             return direct(handle, timeout, states)
         timeout = min(int(timeout), reader_states.INFINITE)
-        began, cancels = monotonic(), record.cancels
+        began, cancels, real = monotonic(), record.cancels, record.real
         result = wait(handle, timeout, states)
         if result[0] == recovery.NO_SERVICE:
             recovery.warn_of_no_service(call.name)
-        if result[0] in recovery.SERVICE_LOST_CODES and recovery.recovers(record):
+        # Another thread that replaces the context releases the one before, and this ends the waits on it in a broker.
+        is_replaced = result[0] == reader_states.CANCELLED and recovery.was_replaced(record, real)
+        if (is_replaced or result[0] in recovery.SERVICE_LOST_CODES) and recovery.recovers(record):
             list_readers = public["SCardListReaders"]
             return recovery.continue_wait(call, wait, list_readers, record, timeout, states, began, cancels)
         return result

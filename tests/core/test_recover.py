@@ -30,8 +30,9 @@ from rawscard import raw
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import handles, recovery
+from pcsc_safe._core import handles, process, recovery
 from pcsc_safe._core.calls import CALLS
+from pcsc_safe.broker import family
 from pcsc_safe.errors import ForkedHandleError
 from pcsc_safe.testing import VirtualPcsc
 from pcsc_safe.testing._install import Missing, look
@@ -566,6 +567,30 @@ def test_a_cancel_before_the_loss_is_noticed(stack: VirtualPcsc, recover: bool, 
     context = establish()
     assert recovery.cancel(context._self_record, lambda: INVALID) == expected
     assert safe.SCardReleaseContext(context) == OK
+
+
+def test_a_wait_that_another_thread_ends(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread notices the end of pcscd and releases the context in the broker; the waits of others are not cancelled."""
+
+    def child() -> Any:
+        pcsc_safe.configure(recover=True, broker="always")
+        session = Session()
+        mine = family.existing()
+        assert mine is not None
+        functions, record, ended = mine.functions, session.context._self_record, list[int]()
+
+        def ends(real: int, timeout: int, states: Any, **more: Any) -> Any:
+            if not ended:
+                ended.append(real)
+                handles.mark_lost(record, real, process.SERVICE_LOST)
+                return [CANCELLED, states]
+            return functions["SCardGetStatusChange"](real, timeout, states, **more)
+
+        monkeypatch.setattr(mine, "functions", {**functions, "SCardGetStatusChange": ends})
+        answer = safe.SCardGetStatusChange(session.context, 50, [(session.reader, PRESENT)])[0]
+        return len(ended), answer in (OK, TIMED_OUT)
+
+    assert in_child(child) == (1, True)
 
 
 def test_a_signal_as_a_wait_begins_to_continue(stack: VirtualPcsc) -> None:
