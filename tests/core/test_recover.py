@@ -570,7 +570,7 @@ def test_a_cancel_before_the_loss_is_noticed(stack: VirtualPcsc, recover: bool, 
 
 
 def test_a_wait_that_another_thread_ends(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread notices the end of pcscd and releases the context in the broker; the waits of others are not cancelled."""
+    """One thread notices the end of pcscd and releases the context; this cancels no wait of another one."""
 
     def child() -> Any:
         pcsc_safe.configure(recover=True, broker="always")
