@@ -261,6 +261,7 @@ def test_the_helper_sees_a_child_that_dies() -> None:
         in_child(lambda: os.kill(os.getpid(), 9))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("forks", [fork, c_fork], ids=["hooks", "page"])
 @pytest.mark.parametrize("function", ["replace_guarded", "calls", "clear", "_begin"])
 def test_a_handler_that_uses_pcsc_while_the_epoch_begins(shared_stack: VirtualPcsc, function: str, forks: Any) -> None:
