@@ -102,14 +102,14 @@ def watched(pid: int) -> Iterator[Watch]:
 
 
 @contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """Stop a process for the duration of a block, then kill it."""
+def stopped(pid: int, then: int = signal.SIGKILL) -> Iterator[None]:
+    """Stop a process for the duration of a block, then kill it, or send it another signal."""
     os.kill(pid, signal.SIGSTOP)
     try:
         until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "it has stopped")
         yield
     finally:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, then)
 
 
 class Link:

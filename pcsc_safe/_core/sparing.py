@@ -42,8 +42,10 @@ def make_route(call: Call, direct: Callable[..., Any]) -> Callable[..., Any]:
         try:
             result = direct(handle, *most, wanted)
         except BaseException:
-            if call.name == "SCardDisconnect" and was_open and card.session is session and not card.released:
-                session.begin(in_transaction=card.transactions > 0)  # a signal handler has raised before the call
+            # A signal handler has raised before the native call; a broker may have made the call.
+            is_connected = card.native is not None and card.session is session and not card.released
+            if call.name == "SCardDisconnect" and was_open and is_connected:
+                session.begin(in_transaction=card.transactions > 0)
             raise
         is_same = card.session is session and card.owner is process.current() and not card.released
         if is_same and was_open and not session.is_open and _is_refused(call, result):

@@ -515,21 +515,34 @@ def test_a_wait_ends_when_pcscd_dies_behind_it(pcsc_stack: VirtualPcsc) -> None:
 # A signal handler raises in the client.
 
 
+def interrupted(connection: Connection) -> bytes:
+    raise Alarm
+
+
+def test_an_interrupted_disconnection(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker may have powered the card off, so no other process may take the session for a living one."""
+
+    def child() -> Any:
+        session = Session()
+        with monkeypatch.context() as patch:
+            patch.setattr(Connection, "receive", interrupted)
+            with contextlib.suppress(Alarm):
+                safe.SCardDisconnect(session.card, safe.SCARD_UNPOWER_CARD)
+        return session.card._self_record.session.is_open
+
+    assert in_child(by_broker(child)) is False
+
+
 def test_an_interrupted_end_of_a_transaction(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker ends the transaction although a handler has raised before the broker could read the request."""
-
-    def interrupted(connection: Connection) -> bytes:
-        raise Alarm
 
     def child() -> Any:
         session, other = Session(), Session()
         begun = safe.SCardBeginTransaction(session.card)
-        os.kill(broker(), signal.SIGSTOP)
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, stopped(broker(), then=signal.SIGCONT):
             patch.setattr(Connection, "receive", interrupted)
             with contextlib.suppress(Alarm):
                 safe.SCardEndTransaction(session.card, safe.SCARD_LEAVE_CARD)
-        os.kill(broker(), signal.SIGCONT)
         return begun, safe.SCardBeginTransaction(other.card)  # which would wait for ever
 
     assert in_child(by_broker(child)) == (OK, OK)
@@ -539,7 +552,7 @@ def test_a_broker_that_a_handler_loses(stack: VirtualPcsc, monkeypatch: pytest.M
     """Nothing is left of a broker if a handler raises as soon as it is started."""
     call_inside = gate.call_inside
 
-    def interrupted(*arguments: Any) -> None:
+    def started(*arguments: Any) -> None:
         call_inside(*arguments)
         raise Alarm
 
@@ -547,7 +560,7 @@ def test_a_broker_that_a_handler_loses(stack: VirtualPcsc, monkeypatch: pytest.M
         family.prepare()
         before = descriptors(os.getpid())
         with monkeypatch.context() as patch:
-            patch.setattr(gate, "call_inside", interrupted)
+            patch.setattr(gate, "call_inside", started)
             with contextlib.suppress(Alarm):
                 family.get()
         return descriptors(os.getpid()) == before, family.existing(), Session().transmit(ECHO)

@@ -978,8 +978,6 @@ def test_where_pcscd_refuses_another_connection(
 @pytest.mark.parametrize("wrong", [1, 2, 3])
 def test_a_code_that_may_be_wrong(shared_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
     """After SCARD_E_UNKNOWN_READER, which may be a misread message, two other native contexts are asked, not more."""
-    from pcsc_safe._native import contexts
-
     asked: list[int] = []
     native = contexts.raw["SCardListReaders"]
 
