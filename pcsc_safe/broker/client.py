@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import builtins
 import os
-import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -290,8 +289,6 @@ class Broker:
         try:
             hello = wire.encode(wire.Hello(wire.VERSION, key))
             connection, far_end = gate.call_inside(in_flight.DOOR, self._pass_far_end, hello)
-            if sys.platform != "darwin":  # then a broker that can't accept the connection ends it
-                far_end.close()
             reply = wire.decode(connection.receive_first(self._door, _READY_TIMEOUT))
             is_welcome = isinstance(reply, wire.Welcome) and reply.version == wire.VERSION
         except (OSError, EOFError) as error:
@@ -315,8 +312,8 @@ class Broker:
     def _pass_far_end(self, hello: bytes) -> tuple[Connection, Connection]:
         """A connection, and a copy of its far end, which was passed through the door with a message already in it.
 
-        On macOS the copy is kept until the broker has replied, because macOS can flush a socket that is being passed if
-        no process has it open.  No child may keep the copy, so it is guarded, too.
+        The copy is kept until the broker has replied: macOS can flush a socket that is being passed if no process has
+        it open.  No child may keep the copy, so it is guarded, too.
         """
         ours, theirs = pair(guarded=True)
         mine = [ours]
