@@ -208,7 +208,7 @@ def _peer(number: int) -> Optional[str]:
 
 def _is_pcscd(peer: str) -> bool:
     # The name is enough: the path that pcscd was bound to need not be ours (containers, symbolic links).
-    if os.path.basename(peer) == _SOCKET_NAME:
+    if peer.rpartition("/")[2] == _SOCKET_NAME:
         return True
     _remember_path()
     return peer in _paths

@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Any, Callable, Optional
 
 from .._core import descriptors, gate, in_flight, process
-from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, Place, attempt
+from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, closers
+from .._core.one_step import call_each, consumer
 from .._core.unpatched import get_ident, monotonic, sleep
 from .native_context import NativeContext, wait_while_given
 from .pyscard import raw
@@ -45,8 +46,10 @@ def mark_released(owned: Owned, is_current: Callable[[], bool], established: Cal
         if given := [context for context in due if context.state == GIVEN]:
             wait_while_given(given)
             continue
-        mark = (setattr, owned, "released", True), (awaiting_release.update, dict.fromkeys(due, owned))
-        if attempt(Place(), owned, "SCardReleaseContext", *mark, may_pass=may_pass):
+        mark = call_each([(setattr, owned, "released", True), (awaiting_release.update, dict.fromkeys(due, owned))])
+        # From this look to the end of extend() no other code runs, of this thread or of any other.
+        if (may_pass or not closers) and process.sentinel[0] and owned.owner is process.here and not owned.released:
+            consumer.extend(mark)
             return True
         may_pass = gate.wait_until_open(get_ident())
     return False
@@ -107,7 +110,7 @@ def _end_waits(context: NativeContext) -> None:
 def release_waiting() -> None:
     """Release the native contexts that are no longer needed, and that no thread is in."""
     for context, owned in list(awaiting_release.items()):
-        if owned is not None and owned.released:
+        if context.state != RELEASED and owned is not None and owned.released:
             _end_waits(context)
             release_when_open(context, {})
         elif context.state != RELEASED:
