@@ -127,9 +127,13 @@ def _intact_dead_socket() -> Optional[Descriptor]:
 
 
 def any_open() -> Optional[int]:
-    """The number of any open descriptor, to be duplicated."""
-    dead = _intact_dead_socket()
-    return dead.number if dead is not None else None
+    """The number of an open descriptor, to be duplicated; None if the application has closed it, and none is free."""
+    try:
+        return (_intact_dead_socket() or _make_dead_socket()).number
+    except OSError as error:
+        if not is_ours(error):
+            raise
+        return None
 
 
 def is_dead(number: int) -> bool:

@@ -36,7 +36,7 @@ def prepare() -> None:
     here = current_epoch()
     if not _is_prepared and here.unquiet is not None and here.unquiet.function == in_flight.IMPORTS:
         raise reestablish.unsafe_error("SCardEstablishContext", None)
-    if not _is_prepared or descriptors.any_open() is None:
+    if not _is_prepared:
         gate.call_inside(in_flight.IMPORTS, _import_all)
 
 
