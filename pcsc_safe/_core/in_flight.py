@@ -13,9 +13,11 @@ from its copy of these lists whether its fork was quiet, so this works for a for
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from contextvars import ContextVar
+from itertools import chain as all_of
 from itertools import takewhile
+from operator import attrgetter, is_, not_
 from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from . import process
@@ -38,15 +40,17 @@ __all__ = [
     "Place",
     "Unquiet",
     "attempt",
+    "attempt_in_turn",
     "calls",
     "calls_without_place",
     "client_has_hung_up",
     "closers",
+    "conditions",
     "others_are_inside",
     "places",
-    "result_of",
     "stop_locking",
     "unsettled",
+    "wait_and_attempt",
 ]
 
 
@@ -221,7 +225,7 @@ def attempt(
     :param unless: the call isn't made if there is anything in it.
     :param latest_state: the call isn't made if the place is in a later state than this.
     :param may_pass: the call is made even if the gate is closed.
-    :return: empty if the call wasn't made; otherwise :func:`result_of` returns its result.
+    :return: the results of the call and of what belongs to it; empty if they weren't made.
     """
     entry = (function, get_ident(), monotonic(), wait)
     steps: list[Any] = []
@@ -249,12 +253,85 @@ def attempt(
             finally:
                 place.release()
         raise
-    return steps
+    return steps[2:-2]
 
 
-def result_of(steps: list[Any]) -> Any:
-    """The result of the call that :func:`attempt` made."""
-    return steps[2]
+_owner, _released, _here = attrgetter("owner"), attrgetter("released"), attrgetter("here")
+_state, _cards, _cancelled = attrgetter("state"), attrgetter("cards"), attrgetter("cancelled")
+
+
+def conditions(place: Place, owned: Owned, may_pass: bool) -> Iterator[Any]:
+    """What must be true for a call in turn; arguments as of :func:`attempt`.
+
+    :return: an iterator of C functions, to be evaluated when the place is free.
+    """
+    return all_of(
+        (may_pass,) if may_pass else map(not_, (closers,)),
+        map(not_, map(_state, (place,))),
+        process.is_here(),
+        map(is_, map(_owner, (owned,)), map(_here, (process,))),
+    )
+
+
+def attempt_in_turn(place: Place, entry: Entry, needed: Iterable[Any], *operations: Operation) -> list[Any]:
+    """Make native calls in one step of C that begins by waiting for the calls of other threads in the place.
+
+    A thread that waited in one step, and took the place in the next, could lose it again and again: to a thread that
+    makes call after call; or, if many threads wait, to the next one, because a lock of Python 3.14 is handed over.
+
+    :param needed: what must be true; C code evaluates it when the place is free.
+    :param operations: the calls, and what belongs to the same step.
+    :return: their results; empty if they weren't made: something needed is not true, or the place has not become free
+        in time (:data:`CHECK_INTERVAL`).
+    """
+    made: list[Any] = []
+    steps: list[Any] = []
+    key = object()
+    calls = takewhile(is_not_false, call_each(((all, needed), *operations)))
+    # Not place.acquire and place.release, which are replaced at interpreter exit.
+    lock = place.lock
+    free = (lock.acquire, True, CHECK_INTERVAL)
+    whole = (free, (place.enter, entry), (made.extend, calls), (place.leave,), (lock.release,))
+    chain = takewhile(is_not_false, call_each(whole))
+    try:
+        place.waiting[key] = entry[1]
+        steps.extend(chain)
+    except BaseException:
+        # As in attempt().
+        if 0 < len(steps) < len(whole):
+            try:
+                place.leave()
+            finally:
+                lock.release()
+        raise
+    finally:
+        place.waiting.pop(key, None)
+    return made[1:]
+
+
+def wait_and_attempt(
+    place: Place,
+    owned: Owned,
+    function: str,
+    *operations: Operation,
+    wait: Any = None,
+    without_cards: bool = False,
+    may_pass: bool = False,
+) -> list[Any]:
+    """Make native calls in one step of C, as soon as the place is free; arguments as of :func:`attempt`.
+
+    :return: as of :func:`attempt_in_turn`.
+    """
+    made = attempt(place, owned, function, *operations, wait=wait, without_cards=without_cards, may_pass=may_pass)
+    if made:
+        return made
+    needed = all_of(
+        conditions(place, owned, may_pass),
+        map(not_, map(_released, (owned,))),
+        map(not_, map(_cards, (place,))) if without_cards else (),
+        map(not_, map(_cancelled, (wait,))) if wait is not None else (),
+    )
+    return attempt_in_turn(place, (function, get_ident(), monotonic(), wait), needed, *operations)
 
 
 def calls() -> list[Entry]:

@@ -1,24 +1,21 @@
 """The path of a call on a card, in as few steps as possible.
 
 A card has a native context to itself.  One step of C takes the context, records the call, makes it, and releases the
-context.  If another thread's call is using the context, the same step begins by waiting for it.  A thread that waited
-in one step, and took the context in the next, would lose the context again and again to a thread that makes call after
-call.
+context.  If another thread's call is using the context, the same step begins by waiting for it.
 At a fork nothing changes here: the child doesn't own its record of the card.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from itertools import chain as all_of
-from itertools import compress, starmap, takewhile
+from itertools import starmap, takewhile
 from operator import add, attrgetter, is_, mul, not_
 from typing import Any, Callable, Optional
 
 from .._core import gate, in_flight, process
 from .._core.calls import STALE, TRANSACTIONS_BEGUN, FollowUp
-from .._core.in_flight import CHECK_INTERVAL, GIVEN, RELEASED, WOKEN, Entry
+from .._core.in_flight import GIVEN, RELEASED, WOKEN, Entry, attempt_in_turn, conditions
 from .._core.library import SUCCESS
 from .._core.one_step import Operation, call_each, consumer, is_not_false
 from .._core.unpatched import get_ident, monotonic
@@ -31,7 +28,7 @@ __all__ = ["card_call"]
 
 _Arguments = tuple[Any, ...]
 _Prepare = Callable[[Any, Any, _Arguments], Operation]
-_owner, _native, _state, _here, _transactions = map(attrgetter, ("owner", "native", "state", "here", "transactions"))
+_native, _transactions = attrgetter("native"), attrgetter("transactions")
 
 
 def card_call(function: str, follow_up: Optional[FollowUp]) -> Callable[[Any, _Arguments], Any]:
@@ -137,17 +134,6 @@ def _call_when_possible(
     return [], may_pass
 
 
-def _conditions(card: Any, place: NativeContext, may_pass: bool) -> Iterator[Any]:
-    """What must be true for a call; C code evaluates it when the native context is free."""
-    return all_of(
-        (may_pass,) if may_pass else map(not_, (in_flight.closers,)),
-        map(not_, map(_state, (place,))),
-        process.is_here(),
-        map(is_, map(_owner, (card,)), map(_here, (process,))),
-        map(is_, map(_native, (card,)), (place,)),
-    )
-
-
 def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool) -> list[Any]:
     """Make a call after the calls of other threads on the same native context.
 
@@ -155,32 +141,8 @@ def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: 
     :param may_pass: whether to make it even if the gate is closed.
     :return: its result in a list, which is empty if a condition for the call is no longer true.
     """
-    results: list[Any] = []
-    times: list[float] = []
-    key = object()
-    conditions = _conditions(card, place, may_pass)
-    native, *operands = operation
-    now = (times.extend, starmap(monotonic, ((),)))
-    make_call = (results.extend, starmap(native, compress((operands,), map(all, (conditions,)))))
-    # Not place.acquire and place.release, which are replaced at interpreter exit.
-    lock = place.lock
-    free = (lock.acquire, True, CHECK_INTERVAL)
-    operations = (free, (place.enter, entry), now, make_call, (place.leave,), (lock.release,))
-    steps: list[Any] = []
-    chain = takewhile(is_not_false, call_each(operations))
-    try:
-        place.waiting[key] = entry[1]
-        steps.extend(chain)
-    except BaseException:
-        # As in in_flight.attempt().
-        if 0 < len(steps) < len(operations):
-            try:
-                place.leave()
-            finally:
-                lock.release()
-        raise
-    finally:
-        place.waiting.pop(key, None)
+    needed = all_of(conditions(place, card, may_pass), map(is_, map(_native, (card,)), (place,)))
+    results = attempt_in_turn(place, entry, needed, (monotonic,), operation)
     if results:
-        place.began = times[0]
-    return results
+        place.began = results[0]
+    return results[1:]

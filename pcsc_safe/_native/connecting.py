@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Callable
 
-from .._core import gate, in_flight, process
+from .._core import in_flight, process
 from .._core.calls import STALE
-from .._core.in_flight import GIVEN, RELEASED, WOKEN, Owned, attempt
+from .._core.in_flight import GIVEN, RELEASED, WOKEN, Owned, wait_and_attempt
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation
 from .._core.unpatched import get_ident, monotonic
@@ -95,11 +95,9 @@ def _finish(
 
 def _disconnect(owned: Owned, context: NativeContext, handle: int) -> None:
     """Disconnect a card that is not recorded, unless its native context is released or belongs to another process."""
-    call, may_pass = (raw["SCardDisconnect"], handle, _LEAVE_CARD), True  # a fork waits for this thread
-    while not attempt(context, context, "SCardDisconnect", call, may_pass=may_pass):
+    call = (raw["SCardDisconnect"], handle, _LEAVE_CARD)  # even if the gate is closed: the fork waits for this thread
+    while not wait_and_attempt(context, context, "SCardDisconnect", call, may_pass=True):
         if not context.is_ours() or owned.owner is not process.current() or context.state in (WOKEN, RELEASED):
             break
         if context.state == GIVEN:
             wait_while_given([context])
-        else:
-            may_pass = gate.wait_for(context, may_pass)

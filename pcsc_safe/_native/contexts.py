@@ -23,10 +23,10 @@ from .._core import connections, descriptors, failures, gate, in_flight, log, pr
 from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import is_ours
-from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, result_of
+from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, wait_and_attempt
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation, in_one_step
-from .._core.unpatched import monotonic, sleep
+from .._core.unpatched import get_ident, monotonic, sleep
 from . import interruptible
 from .native_context import NativeContext, cancel_natively, establishing, is_waiting_in, wait_while_given
 from .pyscard import raw
@@ -150,6 +150,7 @@ class NativeContexts:
         :param lasts: signal handlers must be able to run during the call.
         """
         may_pass, refused = False, SUCCESS
+        busy: Optional[NativeContext] = None  # to be waited for, because pcscd refuses another one
         avoided: list[NativeContext] = []
         try:
             while self.is_current(owned) and not (wait is not None and wait.cancelled):
@@ -157,24 +158,26 @@ class NativeContexts:
                 for context in self._candidates(avoided, without_cards=insists):
                     context.yield_to_waiters()
                     # A wait beside a card must be short; any other must find no card there.
-                    is_bare = insists or (wait is not None and not context.cards)
+                    is_bare = insists or (wait is not None and not context.cards and context is not busy)
                     make = interruptible.attempt if lasts and is_bare else attempt
+                    make = wait_and_attempt if context is busy else make
                     operations = call(context, is_bare)
-                    steps = make(
+                    made = make(
                         context, owned, function, *operations, wait=wait, without_cards=is_bare, may_pass=may_pass
                     )
-                    if steps:
+                    if made:
                         self._after_use(context)
-                        result = self._check_result(owned, function, result_of(steps), context, avoided, may_pass)
+                        result = self._check_result(owned, function, made[0], context, avoided, may_pass)
                         if result is not _RETRY:
                             return result
                 if given := [context for context in list(self.natives) if context.state == GIVEN]:
                     wait_while_given(given)
                 elif in_flight.closers and not may_pass:
-                    may_pass = gate.wait_for(establishing)
+                    may_pass = gate.wait_until_open(get_ident())
                 else:
                     refused = self.establish(owned, may_pass=may_pass)
-                    if refused != SUCCESS and not self._wait_for_one() and self.is_current(owned):
+                    busy = self._busy() if refused != SUCCESS else None
+                    if refused != SUCCESS and busy is None and self.is_current(owned):
                         return CALLS[function].failure(refused, arguments)
             return STALE
         finally:
@@ -188,13 +191,10 @@ class NativeContexts:
             if not (context in avoided or context.wakers or (without_cards and context.cards)):
                 yield context
 
-    def _wait_for_one(self) -> bool:
-        """If pcscd refuses another native context: wait until one may be free; False if none will be."""
+    def _busy(self) -> Optional[NativeContext]:
+        """A native context that will be free soon; None if there is none."""
         # A call ends by itself, and so does a wait for events where a card lives (_SHORT).
-        usable = [one for one in self.usable() if one.cards or not any(call[3] for call in list(one.calls))]
-        if usable:
-            usable[0].wait_until_free(in_flight.CHECK_INTERVAL)
-        return bool(usable)
+        return next((one for one in self.usable() if one.cards or not any(call[3] for call in list(one.calls))), None)
 
     def _check_result(
         self,
@@ -301,17 +301,17 @@ class NativeContexts:
             ]
             try:
                 operations = [*before, *establish, *after]
-                attempt(establishing, self, "SCardEstablishContext", *operations, may_pass=may_pass)
+                wait_and_attempt(establishing, self, "SCardEstablishContext", *operations, may_pass=may_pass)
             except OSError as error:
                 if not is_ours(error):
                     raise
                 # Looking at the descriptors failed: no descriptor is free, or the one that was looked at is closed.
                 if not context.established:
-                    attempt(establishing, self, "SCardEstablishContext", *establish, may_pass=may_pass)
+                    wait_and_attempt(establishing, self, "SCardEstablishContext", *establish, may_pass=may_pass)
             if context.established:
                 context.settle()
                 return context
-            may_pass = gate.wait_for(establishing, may_pass)
+            may_pass = may_pass or gate.wait_until_open(get_ident())
         return None
 
     def _warn_if_full(self, hresult: int) -> None:
@@ -349,7 +349,7 @@ class NativeContexts:
         self._wake(waits)
         # The others have lost their connections when their waits were ended.
         sound = [context for context in natives if context.state == OPEN]
-        results = [result_of(steps) for context in sound if (steps := release_when_open(context, self.natives))]
+        results = [made[0] for context in sound if (made := release_when_open(context, self.natives))]
         release_waiting()
         return int(results[0]) if results else SUCCESS
 

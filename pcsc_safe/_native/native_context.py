@@ -18,7 +18,7 @@ from .._core import connections, descriptors, gate, in_flight, process
 from .._core.calls import STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import suppress
-from .._core.in_flight import OPEN, WOKEN, Owned, Place, attempt
+from .._core.in_flight import OPEN, WOKEN, Owned, Place, wait_and_attempt
 from .._core.library import SUCCESS
 from .._core.unpatched import get_ident, monotonic, sleep
 from .pyscard import raw
@@ -160,10 +160,10 @@ def cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
     """SCardCancel, which uses a separate connection to pcscd for a moment."""
     result: list[Any] = []
     call = (result.extend, map(raw["SCardCancel"], (handle,)))
-    while not attempt(establishing, owned, "SCardCancel", connections.FORGET_LATEST, call, may_pass=may_pass):
+    while not wait_and_attempt(establishing, owned, "SCardCancel", connections.FORGET_LATEST, call, may_pass=may_pass):
         if owned.released or owned.owner is not process.current():
             return STALE
-        may_pass = gate.wait_for(establishing, may_pass)
+        may_pass = may_pass or gate.wait_until_open(get_ident())
     return result[0]
 
 

@@ -87,7 +87,7 @@ def release_native(
 def release_when_open(context: NativeContext, natives: _Natives) -> list[Any]:
     """Release a native context that nobody needs, when no thread is about to fork; not if a thread is in it."""
     may_pass, deadline = False, monotonic() + _WAKE_TIMEOUT
-    while not (steps := release_native(context, natives, without_cards=False, may_pass=may_pass)):
+    while not (made := release_native(context, natives, without_cards=False, may_pass=may_pass)):
         if context.calls or context.state not in (OPEN, WOKEN) or not context.is_ours() or monotonic() > deadline:
             break  # the thread that is there releases it, or the next call of this process
         if context.wakers:
@@ -95,7 +95,7 @@ def release_when_open(context: NativeContext, natives: _Natives) -> list[Any]:
         else:
             may_pass = gate.wait_for(context, may_pass)
             deadline = monotonic() + _WAKE_TIMEOUT
-    return steps
+    return made
 
 
 def _end_waits(context: NativeContext) -> None:

@@ -9,6 +9,7 @@ A child has none of its parent's waits.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, Callable, Optional
 
 from .._core.calls import STALE
@@ -34,6 +35,7 @@ class Wait:
     """
 
     released = False  # a native SCardCancel for it is also made when its context is released
+    owner = property(attrgetter("_context.owner"))  # of C functions only, so that a step of C can look at it
 
     def __init__(self, context: Any, contexts: NativeContexts, timeout: int, states: Any) -> None:
         self.thread = get_ident()
@@ -44,11 +46,6 @@ class Wait:
         self._deadline = None if timeout == INFINITE else monotonic() + timeout / 1000
         self._counters_before: Optional[list[Optional[int]]] = None
         self._readers: Optional[list[str]] = None
-
-    @property
-    def owner(self) -> Any:
-        """The owner of the context; a native SCardCancel for this wait is made for the context."""
-        return self._context.owner
 
     def has_spare(self, native: Any, may_pass: bool) -> bool:
         """Whether there is another native context on which the wait can continue."""

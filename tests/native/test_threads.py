@@ -244,6 +244,19 @@ def test_threads_take_turns_on_a_card(context: Any, reader: str) -> None:
     assert theirs < 4 * calls
 
 
+def test_many_threads_establish_contexts(shared_stack: VirtualPcsc) -> None:
+    """150 threads each establish and release twenty contexts.
+
+    A lock of Python 3.14 is handed over to a thread that waits: none may only look whether it could have it.
+    """
+
+    def establish_and_release() -> list[Any]:
+        return [safe.SCardReleaseContext(establish()) for _ in range(20)]
+
+    threads = [Calling(establish_and_release) for _ in range(150)]
+    assert [thread.answer() for thread in threads] == [[OK] * 20] * 150
+
+
 @pytest.mark.native
 def test_a_handler_does_not_yield_to_what_it_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread yields to other threads that wait, and not to its own wait that a signal handler has interrupted.
