@@ -150,16 +150,21 @@ class Settings(NamedTuple):
     quiesce_timeout: float = _setting(
         1.0, "the longest time, in seconds, that a fork waits for PC/SC calls of other threads to return"
     )
-    broker: Broker = _setting(Broker.ON_FORK, "when a broker, a helper process, makes the PC/SC calls")
+    broker: Broker = _setting(
+        Broker.ON_FORK,
+        "which processes use a broker, a helper process; on-fork: those forked ones that can't use PC/SC themselves",
+    )
     broker_python: str = _setting(
         "", "the path of the Python interpreter that runs brokers; if empty, the one that runs the program"
     )
     owner: Owner = _setting(Owner.PARENT, "which process owns the sessions after a fork")
     guard_native: bool = _setting(
-        False, "whether children lose the parent's connections of PKCS#11 modules and other native code"
+        False,
+        "whether forked children lose the connections to pcscd that PKCS#11 modules and other native code have opened",
     )
     spare_cards: bool = _setting(
-        True, "whether pyscard's defaults leave a card alone if a parent, child or sibling also uses it"
+        True,
+        "whether pyscard's disconnect() and reconnect() by default reset no card that related processes also use",
     )
     recover: bool = _setting(False, "whether contexts are re-established after a restart of pcscd", of_context=True)
 

@@ -91,7 +91,7 @@ IMPORTS = "an import"
 """Used like a function's name: a thread that imports what PC/SC requires is also inside, because in a child with a
 half-imported module the module's lock stays locked for ever."""
 
-DOOR, START = "the broker's door", "the start of a broker"
+DOOR, START = "a connection to a broker", "the start of a broker"
 """The same for a thread that passes a connection to a broker, or starts one: a child must not have the other end."""
 
 NOT_NATIVE = frozenset((IMPORTS, DOOR, START))

@@ -263,14 +263,17 @@ def _reset_reason(card: Card) -> str:
     if card.share_mode == SHARE_EXCLUSIVE:
         return f"{owner} held the card exclusively when it forked"
     if not card.session.is_visible():
-        return f"the file descriptor that shows it the session of {owner} is not open ({KEEP_FILES})"
+        return (
+            f"it has closed the file descriptor with which it checks whether {owner} still has its session "
+            f"({KEEP_FILES})"
+        )
     if card.session.is_in_transaction():
         return f"{owner} is in a transaction (SCardReconnect waits for its end)"
     if card.session.is_alive():
         return f"the card was removed, or pcscd was restarted or replaced, after {owner} connected"
     return (
         f"{owner} has ended its session, has closed a file descriptor of pcsc_safe.files_to_preserve(), or is not "
-        "connected shared (SCardReconnect fails while it holds the card exclusively)"
+        "connected in shared mode (SCardReconnect fails while it holds the card exclusively)"
     )
 
 

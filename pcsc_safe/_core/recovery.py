@@ -3,7 +3,7 @@
 For a context the end of pcscd is like a fork: the context belongs to a pcscd that no longer exists, and
 :mod:`inherited` decides what its next use gets.
 
-The code that libpcsclite returns (1.9.9 to 2.5.1) says whether pcscd has received a call:
+The code that libpcsclite returns (1.9.9 to 2.5.3) says whether pcscd has received a call:
 
 - SCARD_E_NO_SERVICE: libpcsclite could not send it.  pcscd itself never returns this code.
 - SCARD_W_SECURITY_VIOLATION: pcscd ended before it had read the whole call, and the kernel reset the connection.  pcscd

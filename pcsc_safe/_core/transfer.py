@@ -152,7 +152,12 @@ def _note_failure(plan: Plan, why: str, remedy: str = FORK_AGAIN) -> None:
     descriptors.kept_by_child.pop(get_ident(), None)
     for block in plan.blocks:
         block.failure = (why, remedy)
-    log.warning("no-handover", "process %(pid)d hands nothing over to the child that it forks: %(why)s", why=why)
+    log.warning(
+        "no-handover",
+        "process %(pid)d hands nothing over to the child that it forks: %(why)s; %(remedy)s",
+        why=why,
+        remedy=remedy,
+    )
 
 
 def _contexts_to_give(of_thread: tuple[handover, ...], owner: Owner) -> list[Context]:

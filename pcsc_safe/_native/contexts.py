@@ -323,7 +323,7 @@ class NativeContexts:
             log.warning(
                 "pcscd-full",
                 "pcscd refuses more connections from process %(pid)d (%(code)s): PC/SC calls of its threads wait for "
-                "each other",
+                "each other; close contexts that are not needed, or start pcscd with a greater --max-thread",
                 code=hex(hresult & _32_BITS),
             )
 

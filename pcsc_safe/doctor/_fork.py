@@ -72,7 +72,7 @@ def _page(task: dict[str, object], works: bool, noticed_by: object) -> Finding:
         {"works": works, "there": task.get("page"), "noticed_by": noticed_by},
     )
     if works:
-        return Finding(key, Status.OK, what, "detected by a page under MADV_WIPEONFORK", data=data)
+        return Finding(key, Status.OK, what, "detected by a memory page that the kernel wipes in each child", data=data)
     if noticed_by != "pid":
         detail = f"it is not detected ({noticed_by})"
         return Finding(key, Status.PROBLEM, what, detail, "report this: pcsc_safe is not safe on this machine", data)
@@ -95,7 +95,7 @@ def _auto() -> Finding:
     if given.broker is policy.Broker.ALWAYS:
         detail = "a broker, because the setting broker is 'always'"
     elif works:
-        detail = "a forked child gets a new native context; if it was forked while another thread was inside a PC/SC "
+        detail = "a forked child uses PC/SC itself; if it was forked while another thread was inside a PC/SC "
         detail += "call, a broker makes its PC/SC calls"
     else:
         detail = "a broker: on macOS a forked process can't use PC/SC"

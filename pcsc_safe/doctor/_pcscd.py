@@ -131,7 +131,7 @@ def _socket(path: str, program: _Program, seconds: float) -> tuple[list[Finding]
     found.append(_response_finding(response, reported, program))
     if reported.get("clients"):
         found.append(_clients(reported["clients"]))
-    # If pcscd closes the connection, PC/SC calls return a code that says why.  If it doesn't answer, they would hang.
+    # If pcscd closes the connection, PC/SC calls return a code that says why.  If it doesn't reply, they would hang.
     return found, response != "timeout"
 
 
@@ -310,7 +310,7 @@ def _reader(name: str, flags: list[str], atr: str) -> Finding:
     data = {"reader": name, "state": flags, "atr": atr}
     if "mute" in flags:
         detail, remedy = (
-            "a card that doesn't answer",
+            "a card that doesn't respond",
             "check that it is inserted the right way round, and clean its contacts",
         )
     elif "exclusive" in flags:

@@ -184,7 +184,8 @@ def _touched(reader: str, result: TaskResult) -> Finding:
     connected = f"connected by {parent['protocol']}"
     expected = (_OK, "SCARD_W_RESET_CARD")  # as the setting cards says
     if parent.get("afterwards") != _OK or child.get("ended") != 0 or child.get("inherited") not in expected:
-        detail = f"{connected}; after a fork the child got {child}, and the parent {parent.get('afterwards')}"
+        results = f"{child.get('inherited')}, and the parent's {parent.get('afterwards')}"
+        detail = f"{connected}; after a fork the child's call returned {results}"
         return Finding("probe.card", Status.PROBLEM, what, detail, _REPORT, data)
     if child.get("own") != _OK:
         detail = (

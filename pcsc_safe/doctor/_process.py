@@ -28,7 +28,7 @@ _HAZARDS = {
     "2": "both read each other's replies",
     "3": "its cleanup ends the owner's session",
     "4": "the owner's exit ends this process's session",
-    "5": "its cards stay locked when the owner dies",
+    "5": "the owner's cards stay locked after the owner has died",
 }
 
 
@@ -187,7 +187,13 @@ def _processes_in_words(pids: list[int]) -> str:
 
 def _finding(pid: int, process: Optional[Process], family: _Family) -> Finding:
     if process is None:
-        return Finding("process", Status.UNKNOWN, f"process {pid}", "it has ended in the meantime", data={"pid": pid})
+        return Finding(
+            "process",
+            Status.UNKNOWN,
+            f"process {pid}",
+            "it ended before the doctor could examine it",
+            data={"pid": pid},
+        )
     what = f"process {pid} ({process.name})"
     data = _data(process, family)
     if process.is_broker:

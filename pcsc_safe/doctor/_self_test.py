@@ -21,7 +21,7 @@ __all__ = ["KEYS", "exchanges", "report", "tests"]
 RAW, SAFE = "smartcard.scard", "pcsc_safe.scard"
 _SECONDS = 40.0
 _IDLE = 20  # s
-_REMEDY = "report it, with the text between the lines below"
+_REMEDY = "report it, with the whole output of `python -m pcsc_safe doctor --self-test`"
 _REPORTED_KEYS = (
     "platform",
     "pyscard",
@@ -63,7 +63,8 @@ def _wrong(**expected: Any) -> Callable[[dict[str, Any]], str]:
     """A judge that returns what differs from the expected values."""
 
     def judge(seen: dict[str, Any]) -> str:
-        return ", ".join(f"{name} is {seen.get(name)!r}" for name, value in expected.items() if seen.get(name) != value)
+        differing = [name for name, value in expected.items() if seen.get(name) != value]
+        return ", ".join(f"{name.replace('_', ' ')}: {seen.get(name)}, not {expected[name]}" for name in differing)
 
     return judge
 
@@ -82,7 +83,15 @@ def _idle_failure(seen: dict[str, Any]) -> str:
 _ENDS = _wrong(what_is_sent=[], hang_up=True, exit=True, peer=True, identity=True)
 _TESTS = (
     _Test("self.passing", "passing sockets", ("passing",), "", False, _wrong(dead_if_kept=0), "sockets arrive"),
-    _Test("self.ends", "ends", ("ends",), "", False, _ENDS, "the ends of connections and processes are detected"),
+    _Test(
+        "self.ends",
+        "ends of connections and processes",
+        ("ends",),
+        "",
+        False,
+        _ENDS,
+        "the ends of connections and processes are detected",
+    ),
     _Test(
         "self.brokers",
         "brokers",

@@ -138,7 +138,7 @@ class Probe:
     def _remaining(self) -> float:
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
-            raise TimeoutError("pcscd did not answer in time")
+            raise TimeoutError("pcscd did not reply in time")
         return remaining
 
 

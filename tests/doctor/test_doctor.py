@@ -438,7 +438,7 @@ def test_why_a_card_is_refused(code: str, remedy: str) -> None:
     [
         (["empty"], OK, "no card"),
         (["present", "inuse"], OK, "in use"),
-        (["present", "mute"], WARNING, "doesn't answer"),
+        (["present", "mute"], WARNING, "doesn't respond"),
         (["present", "exclusive", "inuse"], WARNING, "exclusively"),
         (["unavailable"], WARNING, "is unavailable"),
     ],
@@ -673,7 +673,7 @@ def test_what_notices_a_fork(noticed: tuple[str, str], statuses: list[Status], l
 @pytest.mark.parametrize(
     ("environment", "platform", "chooses", "words"),
     [
-        ({}, "linux", "reestablish", "a new native context"),
+        ({}, "linux", "reestablish", "uses PC/SC itself"),
         ({}, "darwin", "broker", "on macOS"),
         ({"PCSC_SAFE_BROKER": "always"}, "linux", "broker", "'always'"),
         ({"PCSC_SAFE_POLICY": "raise"}, "linux", "reestablish", "the policy is 'raise'"),

@@ -418,7 +418,7 @@ def test_a_process_that_is_gone(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert f"no process {process.pid}" in capsys.readouterr().err
     monkeypatch.setattr(_proc, "descendants", lambda pid: [pid, process.pid])
     found = {each.data["pid"]: each for each in _process.examine(os.getpid())[0]}
-    assert found[process.pid].detail == "it has ended in the meantime"
+    assert found[process.pid].detail == "it ended before the doctor could examine it"
 
 
 @pytest.mark.parametrize("error", [None, PermissionError()])

@@ -106,11 +106,15 @@ def test_on_a_simulated_macos(on_macos: OnMacos) -> None:
 @pytest.mark.parametrize(
     ("task", "reported", "wrong"),
     [
-        ("self.passing", {"dead_if_kept": 3}, "dead_if_kept is 3"),
-        ("self.ends", {"what_is_sent": [], "hang_up": True, "exit": True, "peer": False, "identity": True}, "peer is"),
-        ("self.brokers", {"children": 8, "served": 7, "after_its_death": True}, "served is 7"),
-        ("self.brokers", {}, "served is None"),
-        ("self.deaths", {"broker_ended": False}, "broker_ended is False"),
+        ("self.passing", {"dead_if_kept": 3}, "dead if kept: 3, not 0"),
+        (
+            "self.ends",
+            {"what_is_sent": [], "hang_up": True, "exit": True, "peer": False, "identity": True},
+            "peer: False",
+        ),
+        ("self.brokers", {"children": 8, "served": 7, "after_its_death": True}, "served: 7"),
+        ("self.brokers", {}, "served: None"),
+        ("self.deaths", {"broker_ended": False}, "broker ended: False, not True"),
         ("self.cancel", {"wait": "still waiting"}, "the wait ended with still waiting"),
         ("self.idle", {"before": "SCARD_S_SUCCESS", "after": "SCARD_E_NO_SERVICE"}, "and SCARD_E_NO_SERVICE after"),
     ],

@@ -236,7 +236,7 @@ NOT_MESSAGES = re.compile(
     r"<[\w…]+ .*>|lost with (its broker|pcscd)|"
     r"FRIENDLYNAME .*|LIBPATH .*|Virtual PCD .*|[0-9A-F… ]+|A card holder|of unknown version|cannot create …:|"
     r"failed to map segment|the broker has closed the connection|"
-    r"the broker's door|pcsc_safe virtual card on port .*|\w+\(key=.*|pyscard's functions and .*|"
+    r"pcsc_safe virtual card on port .*|\w+\(key=.*|pyscard's functions and .*|"
     r"import \w+; .*|sys\.path \+= .*|configure\(\) got an .*|"
     r"Change settings .*|:(param|return|raises)\b.*|… \(default: …\)|"
     r"mount --bind .*|(usage|The program runs|python -m pcsc_safe).*",
