@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import sys
 import threading
+from operator import not_
 from typing import Any, Callable
 
 from ..policy import Policy, Settings, native_works_after_fork
 from . import in_flight, process, settings
 from .failures import suppress
 from .in_flight import calls_without_place, places, unsettled
+from .one_step import in_one_step
 from .unpatched import count_threads, get_ident, monotonic, sleep, start_new_thread
 
 __all__ = ["call_inside", "close_if_quiet", "raise_later", "wait_for", "wait_until_open", "wait_until_quiet"]
@@ -172,7 +174,7 @@ def _quiesce(ident: int, deadline: float, *, include_native: bool) -> None:
         _wait_for_others(ident, deadline, include_native, interrupters)
     finally:
         for interrupter in interrupters:
-            interrupter.stopped = True
+            interrupter.stopped.append(True)
     if interrupters:  # for what it is doing
         _wait_for_others(ident, deadline, include_native, interrupters)
 
@@ -212,7 +214,7 @@ class _WaitInterrupter:
 
     def __init__(self, forking: int) -> None:
         self._forking = forking
-        self.stopped = False
+        self.stopped: list[bool] = []  # not empty if it is
 
     def run(self) -> None:
         """End them, and those that begin later, until it is stopped."""
@@ -225,10 +227,10 @@ class _WaitInterrupter:
 
     def _wake(self, place: in_flight.Place, wait: Any) -> None:
         """End the native call of a wait, as a call that the fork waits for: this may establish a native context."""
-        key = object()
+        key, entry = object(), ("SCardCancel", get_ident(), monotonic(), None)
         try:
-            calls_without_place[key] = ("SCardCancel", get_ident(), monotonic(), None)
-            if not self.stopped:
+            in_one_step((not_, self.stopped), (calls_without_place.__setitem__, key, entry))
+            if key in calls_without_place:  # otherwise it is stopped, and the fork looks no more
                 place.wake(wait, may_pass=True)
         finally:
             calls_without_place.pop(key, None)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from . import process
 from .failures import is_ours
-from .one_step import Operation, call_each, in_one_step, is_not_false
+from .one_step import Operation, call_each, consumer, in_one_step, is_not_false
 from .unpatched import RLock, get_ident, monotonic, sleep
 
 __all__ = [
@@ -202,6 +202,10 @@ closers: dict[int, float] = {}
 """The threads that have closed the gate, and until when: a fork closes it briefly, a block until its fork."""
 
 
+class _Uncancellable:
+    cancelled = False
+
+
 def attempt(
     place: Place,
     owned: Owned,
@@ -231,29 +235,33 @@ def attempt(
     steps: list[Any] = []
     operations = ((place.acquire, False), (place.enter, entry), call, *more, (place.leave,), (place.release,))
     chain = takewhile(is_not_false, call_each(operations))
+    closed = () if may_pass else closers
+    cards = place.cards if without_cards else ()
+    cancellable = _Uncancellable if wait is None else wait
     try:
         # From the first of these looks to the call of extend() no other code runs, of this thread or of any other.
+        # Python 3.10 can run some at a jump, so there is no `or` here, and no condition within another one.
         if (
             process.sentinel[0]
             and owned.owner is process.here
             and not owned.released
-            and (may_pass or not closers)
+            and not closed
             and place.state <= latest_state
-            and not (without_cards and place.cards)
+            and not cards
             and not unless
-            and not (wait is not None and wait.cancelled)
+            and not cancellable.cancelled
         ):
             steps.extend(chain)
-    except BaseException:
-        # Raised by the call itself (TypeError), or by a handler after the last step.  Each of the calls below is the
-        # first in its block, so no handler comes before it.
-        if 0 < len(steps) < len(operations):
-            try:
-                place.leave()
-            finally:
-                place.release()
-        raise
-    return steps[2:-2]
+    finally:
+        try:  # first, and without a call before leave(): so no handler can run before it
+            if entry in place.calls:  # the call has raised (TypeError)
+                try:
+                    place.leave()
+                finally:
+                    place.release()
+        finally:
+            made = steps[2:-2]
+    return made
 
 
 _owner, _released, _here = attrgetter("owner"), attrgetter("released"), attrgetter("here")
@@ -285,27 +293,24 @@ def attempt_in_turn(place: Place, entry: Entry, needed: Iterable[Any], *operatio
         in time (:data:`CHECK_INTERVAL`).
     """
     made: list[Any] = []
-    steps: list[Any] = []
     key = object()
     calls = takewhile(is_not_false, call_each(((all, needed), *operations)))
     # Not place.acquire and place.release, which are replaced at interpreter exit.
     lock = place.lock
     free = (lock.acquire, True, CHECK_INTERVAL)
     whole = (free, (place.enter, entry), (made.extend, calls), (place.leave,), (lock.release,))
-    chain = takewhile(is_not_false, call_each(whole))
     try:
         place.waiting[key] = entry[1]
-        steps.extend(chain)
-    except BaseException:
-        # As in attempt().
-        if 0 < len(steps) < len(whole):
-            try:
-                place.leave()
-            finally:
-                lock.release()
-        raise
+        consumer.extend(takewhile(is_not_false, call_each(whole)))
     finally:
-        place.waiting.pop(key, None)
+        try:  # as in attempt()
+            if entry in place.calls:
+                try:
+                    place.leave()
+                finally:
+                    lock.release()
+        finally:
+            place.waiting.pop(key, None)
     return made[1:]
 
 

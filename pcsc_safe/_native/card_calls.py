@@ -91,21 +91,29 @@ def _call(function: str, native: Any, prepare: Optional[_Prepare], card: Any, ar
             operation = (native, card.real, *arguments) if prepare is None else prepare(native, card, arguments)
             operations = ((place.acquire, False), (place.enter, entry), operation, (place.leave,), (place.release,))
             chain = takewhile(is_not_false, call_each(operations))
+            closed = () if may_pass else closers
             # As in in_flight.attempt().
             try:
-                if sentinel[0] and card.owner is process.here and card.native is place and not place.state:  # noqa: SIM102
-                    if may_pass or not closers:
-                        steps.extend(chain)
-            except BaseException:
-                if 0 < len(steps) < len(operations):
-                    try:
-                        place.leave()
-                    finally:
-                        place.release()
-                raise
-            if steps:
+                if (
+                    sentinel[0]
+                    and card.owner is process.here
+                    and card.native is place
+                    and not place.state
+                    and not closed
+                ):
+                    steps.extend(chain)
+            finally:
+                try:
+                    if entry in place.calls:
+                        try:
+                            place.leave()
+                        finally:
+                            place.release()
+                finally:
+                    results = steps[2:3]
+            if results:
                 place.began = entry[2]
-                return steps[2]
+                return results[0]
             results, may_pass = _call_when_possible(card, place, operation, entry, may_pass)
             if results:
                 return results[0]

@@ -161,7 +161,7 @@ def _end(place: NativeContext, wait: Any) -> None:
     """End the native call of a wait, or keep it from beginning."""
     wait.cancelled = True
     pause = _WAKE_INTERVAL
-    while is_waiting_in(wait, place):
+    while is_waiting_in(wait, place) and place.is_ours():  # not in a child that a handler has forked
         place.wake(wait)
         sleep(pause)
         pause *= 2

@@ -542,6 +542,32 @@ def test_a_handler_that_raises_after_a_call(function: str, turn: str, expected: 
     assert told(interrupted_after, function, turn, cards=[SlowReset()]) == expected
 
 
+@before_3_10
+@pytest.mark.parametrize("how", ["if it is free", "in turn"])
+def test_a_handler_that_raises_after_an_exception(how: str) -> None:
+    """If a call raises TypeError, and a handler raises while that is handled, the native context is free again."""
+    done = in_program(raises_twice, how)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[], True]
+
+
+def raises_twice(how: str) -> None:
+    class Here:
+        owner, released = process.here, False
+
+    signal.signal(signal.SIGUSR1, raise_alarm)
+    place = in_flight.Place()
+    # The signal is pending when the second call raises, all in one step.
+    operations = (ctypes.PyDLL(None).kill, os.getpid(), int(signal.SIGUSR1)), (len, 5)
+    for _ in range(4):
+        with contextlib.suppress(AlarmError, TypeError):
+            if how == "in turn":
+                in_flight.attempt_in_turn(place, ("SCardStatus", threading.get_ident(), 0.0, None), (), *operations)
+            else:
+                in_flight.attempt(place, Here(), "SCardStatus", *operations)
+    print(json.dumps([place.calls, Calling(place.acquire, False).answer()]))
+
+
 def connects_beside_a_fork() -> None:
     """Program: a signal handler raises when SCardConnect returns, and another thread is about to fork."""
     from pcsc_safe._core import in_flight
