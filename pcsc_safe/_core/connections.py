@@ -14,7 +14,8 @@ import os
 import stat
 import sys
 from collections.abc import Iterable, Sequence
-from operator import methodcaller
+from itertools import compress
+from operator import attrgetter, eq, methodcaller
 from typing import Any, Callable, Optional
 
 from . import descriptors, process
@@ -82,9 +83,11 @@ class ConnectionFinder:
         spare = descriptors.any_open()
         if spare is None:
             return [begin], []
+        # Not a file that has the number by now: closing its duplicate would release the application's locks on it.
+        is_intact = map(eq, map(attrgetter("st_dev", "st_ino"), map(os.fstat, (spare.number,))), (spare[1:],))
         look: list[Operation] = [
             begin,
-            (self._next.extend, map(os.dup, (spare,))),
+            (self._next.extend, map(os.dup, compress((spare.number,), is_intact))),
             (consumer.extend, map(os.close, self._next)),
         ]
         if not thoroughly:

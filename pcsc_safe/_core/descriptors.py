@@ -126,10 +126,10 @@ def _intact_dead_socket() -> Optional[Descriptor]:
     return _dead_socket if _dead_socket is not None and _dead_socket.is_intact() else None
 
 
-def any_open() -> Optional[int]:
-    """The number of an open descriptor, to be duplicated; None if the application has closed it, and none is free."""
+def any_open() -> Optional[Descriptor]:
+    """An open descriptor, to be duplicated; None if the application has closed it, and none is free."""
     try:
-        return (_intact_dead_socket() or _make_dead_socket()).number
+        return _intact_dead_socket() or _make_dead_socket()
     except OSError as error:
         if not is_ours(error):
             raise

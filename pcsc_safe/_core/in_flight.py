@@ -171,7 +171,8 @@ class Place:
         key = object()
         try:
             self.waiting[key] = get_ident()
-            in_one_step((self.lock.acquire, True, timeout), (self.release,))
+            lock = self.lock  # not self.release, which is replaced at interpreter exit
+            in_one_step((lock.acquire, True, timeout), (lock.release,))
         finally:
             self.waiting.pop(key, None)
 
@@ -202,8 +203,8 @@ closers: dict[int, float] = {}
 """The threads that have closed the gate, and until when: a fork closes it briefly, a block until its fork."""
 
 
-class _Uncancellable:
-    cancelled = False
+class _Nothing:
+    cancelled, real = False, None
 
 
 def attempt(
@@ -216,6 +217,7 @@ def attempt(
     without_cards: bool = False,
     unless: Collection[object] = (),
     latest_state: int = OPEN,
+    behind: Any = None,
     may_pass: bool = False,
 ) -> list[Any]:
     """Make a native call, in one step of C, if the place is free and nothing is in the way.
@@ -228,6 +230,8 @@ def attempt(
     :param without_cards: the call isn't made if there is a card.
     :param unless: the call isn't made if there is anything in it.
     :param latest_state: the call isn't made if the place is in a later state than this.
+    :param behind: the call isn't made if ``owned.real`` is something else by now: it was re-established, perhaps by a
+        child that a signal handler has forked, and that continues here.
     :param may_pass: the call is made even if the gate is closed.
     :return: the results of the call and of what belongs to it; empty if they weren't made.
     """
@@ -237,7 +241,8 @@ def attempt(
     chain = takewhile(is_not_false, call_each(operations))
     closed = () if may_pass else closers
     cards = place.cards if without_cards else ()
-    cancellable = _Uncancellable if wait is None else wait
+    cancellable: Any = _Nothing if wait is None else wait
+    established: Any = _Nothing if behind is None else owned
     try:
         # From the first of these looks to the call of extend() no other code runs, of this thread or of any other.
         # Python 3.10 can run some at a jump, so there is no `or` here, and no condition within another one.
@@ -250,6 +255,7 @@ def attempt(
             and not cards
             and not unless
             and not cancellable.cancelled
+            and established.real is behind
         ):
             steps.extend(chain)
     finally:
@@ -266,6 +272,7 @@ def attempt(
 
 _owner, _released, _here = attrgetter("owner"), attrgetter("released"), attrgetter("here")
 _state, _cards, _cancelled = attrgetter("state"), attrgetter("cards"), attrgetter("cancelled")
+_lock, _real = attrgetter("lock"), attrgetter("real")
 
 
 def conditions(place: Place, owned: Owned, may_pass: bool) -> Iterator[Any]:
@@ -294,9 +301,11 @@ def attempt_in_turn(place: Place, entry: Entry, needed: Iterable[Any], *operatio
     """
     made: list[Any] = []
     key = object()
-    calls = takewhile(is_not_false, call_each(((all, needed), *operations)))
     # Not place.acquire and place.release, which are replaced at interpreter exit.
     lock = place.lock
+    # A signal handler may fork during the wait.  A child that has begun its epoch has another lock, and another list.
+    is_same = map(is_, map(_lock, (place,)), (lock,))
+    calls = takewhile(is_not_false, call_each(((all, all_of(is_same, needed)), *operations)))
     free = (lock.acquire, True, CHECK_INTERVAL)
     whole = (free, (place.enter, entry), (made.extend, calls), (place.leave,), (lock.release,))
     try:
@@ -321,13 +330,15 @@ def wait_and_attempt(
     *operations: Operation,
     wait: Any = None,
     without_cards: bool = False,
+    behind: Any = None,
     may_pass: bool = False,
 ) -> list[Any]:
     """Make native calls in one step of C, as soon as the place is free; arguments as of :func:`attempt`.
 
     :return: as of :func:`attempt_in_turn`.
     """
-    made = attempt(place, owned, function, *operations, wait=wait, without_cards=without_cards, may_pass=may_pass)
+    looks: dict[str, Any] = {"wait": wait, "without_cards": without_cards, "behind": behind, "may_pass": may_pass}
+    made = attempt(place, owned, function, *operations, **looks)
     if made:
         return made
     needed = all_of(
@@ -335,6 +346,7 @@ def wait_and_attempt(
         map(not_, map(_released, (owned,))),
         map(not_, map(_cards, (place,))) if without_cards else (),
         map(not_, map(_cancelled, (wait,))) if wait is not None else (),
+        map(is_, map(_real, (owned,)), (behind,)) if behind is not None else (),
     )
     return attempt_in_turn(place, (function, get_ident(), monotonic(), wait), needed, *operations)
 

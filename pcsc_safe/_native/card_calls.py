@@ -94,13 +94,7 @@ def _call(function: str, native: Any, prepare: Optional[_Prepare], card: Any, ar
             closed = () if may_pass else closers
             # As in in_flight.attempt().
             try:
-                if (
-                    sentinel[0]
-                    and card.owner is process.here
-                    and card.native is place
-                    and not place.state
-                    and not closed
-                ):
+                if sentinel[0] and card.owner is process.here and card.native is place and not (place.state or closed):
                     steps.extend(chain)
             finally:
                 try:

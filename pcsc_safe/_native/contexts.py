@@ -46,6 +46,7 @@ _ATTEMPTS_TO_FIND = 10  # the connection of a new native context
 _CANCEL_TIMEOUT = 1.0  # s
 _RELEASE_TIMEOUT = 1.0  # s
 _CANCEL_INTERVAL = 0.002  # s
+_BUSY_INTERVAL = 0.01  # s
 
 
 class NativeContexts:
@@ -108,7 +109,7 @@ class NativeContexts:
         usable = self.usable()
         if waits or thread is not None or not usable:
             return SUCCESS
-        return cancel_natively(owned, usable[0].handle)
+        return cancel_natively(owned, usable[0])
 
     def ensure_spare(self, owned: Owned, context: NativeContext, may_pass: bool) -> int:
         """Ensure that there is another native context without a wait.
@@ -162,9 +163,8 @@ class NativeContexts:
                     make = interruptible.attempt if lasts and is_bare else attempt
                     make = wait_and_attempt if context is busy else make
                     operations = call(context, is_bare)
-                    made = make(
-                        context, owned, function, *operations, wait=wait, without_cards=is_bare, may_pass=may_pass
-                    )
+                    looks: dict[str, Any] = {"wait": wait, "without_cards": is_bare, "may_pass": may_pass}
+                    made = make(context, owned, function, *operations, behind=self, **looks)
                     if made:
                         self._after_use(context)
                         result = self._check_result(owned, function, made[0], context, avoided, may_pass)
@@ -176,9 +176,11 @@ class NativeContexts:
                     may_pass = gate.wait_until_open(get_ident())
                 else:
                     refused = self.establish(owned, may_pass=may_pass)
-                    busy = self._busy() if refused != SUCCESS else None
+                    busy = self._busy(avoided) if refused != SUCCESS else None
                     if refused != SUCCESS and busy is None and self.is_current(owned):
                         return CALLS[function].failure(refused, arguments)
+                    if busy is not None and not _is_usable(busy, avoided):
+                        sleep(_BUSY_INTERVAL)  # there is nothing to wait for
             return STALE
         finally:
             if awaiting_release:
@@ -187,14 +189,14 @@ class NativeContexts:
     def _candidates(self, avoided: Sequence[NativeContext], *, without_cards: bool) -> Iterator[NativeContext]:
         """The native contexts that a call may use, each looked at just before it is used."""
         for context in self.usable():
-            # Not one where a thread is ending a wait by SCardCancel, which could end the next wait.
-            if not (context in avoided or context.wakers or (without_cards and context.cards)):
+            if _is_usable(context, avoided) and not (without_cards and context.cards):
                 yield context
 
-    def _busy(self) -> Optional[NativeContext]:
-        """A native context that will be free soon; None if there is none."""
+    def _busy(self, avoided: Sequence[NativeContext]) -> Optional[NativeContext]:
+        """A native context that will be free soon, if possible one to be used then; None if there is none."""
         # A call ends by itself, and so does a wait for events where a card lives (_SHORT).
-        return next((one for one in self.usable() if one.cards or not any(call[3] for call in list(one.calls))), None)
+        soon = [one for one in self.usable() if one.cards or not any(call[3] for call in list(one.calls))]
+        return next((one for one in soon if _is_usable(one, avoided)), soon[0] if soon else None)
 
     def _check_result(
         self,
@@ -451,6 +453,11 @@ class NativeContexts:
                     release = (raw["SCardReleaseContext"], context.handle)
                     gate.call_inside("SCardReleaseContext", in_one_step, (self.natives.pop, context), release)
         return not any(context in self.natives for context in natives)
+
+
+def _is_usable(context: NativeContext, avoided: Sequence[NativeContext]) -> bool:
+    # Not one where a thread is ending a wait by SCardCancel, which could end the next wait.
+    return not (context in avoided or context.wakers)
 
 
 def native_contexts_of(context: Any) -> NativeContexts:

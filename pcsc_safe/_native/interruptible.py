@@ -60,6 +60,7 @@ def attempt(
     *operations: Operation,
     wait: Any,
     without_cards: bool,
+    behind: Any = None,
     may_pass: bool,
 ) -> list[Any]:
     """:func:`in_flight.attempt`, made by another thread.
@@ -68,8 +69,8 @@ def attempt(
     """
     if place.calls or (in_flight.closers and not may_pass):
         return []  # without a thread for it
-    conditions: dict[str, Any] = {"wait": wait, "without_cards": without_cards, "may_pass": may_pass}
-    call = partial(in_flight.attempt, place, owned, function, *operations, **conditions)
+    looks: dict[str, Any] = {"wait": wait, "without_cards": without_cards, "behind": behind, "may_pass": may_pass}
+    call = partial(in_flight.attempt, place, owned, function, *operations, **looks)
     other = _OtherThread(call)
     try:
         process.locks_to_release[other] = other.done  # several, where handlers wait too

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import compress
-from operator import itemgetter, not_
+from operator import attrgetter, is_, itemgetter, not_
 from typing import Any, Optional
 
 from .._core import connections, descriptors, gate, in_flight, process
@@ -122,7 +122,7 @@ class NativeContext(Place):
                 self.state = WOKEN
                 connections.shut_down(self.descriptor, both_directions=monotonic() - self.woken > _SHUTDOWN_TIMEOUT)
             else:
-                cancel_natively(wait, self.handle, may_pass)
+                cancel_natively(wait, self, may_pass)
         finally:
             self.wakers.pop(key, None)
 
@@ -156,15 +156,17 @@ class NativeContext(Place):
         return self.state == OPEN and not self.calls
 
 
-def cancel_natively(owned: Owned, handle: int, may_pass: bool = False) -> Any:
+def cancel_natively(owned: Owned, context: NativeContext, may_pass: bool = False) -> Any:
     """SCardCancel, which uses a separate connection to pcscd for a moment."""
     result: list[Any] = []
-    call = (result.extend, map(raw["SCardCancel"], (handle,)))
+    # Not of the parent's, if a handler forks during the wait, and the child re-establishes what is owned.
+    is_ours = map(is_, map(attrgetter("owner"), (context,)), map(attrgetter("here"), (process,)))
+    call = (result.extend, map(raw["SCardCancel"], compress((context.handle,), is_ours)))
     while not wait_and_attempt(establishing, owned, "SCardCancel", connections.FORGET_LATEST, call, may_pass=may_pass):
         if owned.released or owned.owner is not process.current():
             return STALE
         may_pass = may_pass or gate.wait_until_open(get_ident())
-    return result[0]
+    return result[0] if result else STALE
 
 
 def wait_while_given(given: Sequence[NativeContext]) -> None:

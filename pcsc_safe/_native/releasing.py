@@ -47,8 +47,9 @@ def mark_released(owned: Owned, is_current: Callable[[], bool], established: Cal
             wait_while_given(given)
             continue
         mark = call_each([(setattr, owned, "released", True), (awaiting_release.update, dict.fromkeys(due, owned))])
+        closed = () if may_pass else closers
         # From this look to the end of extend() no other code runs, of this thread or of any other.
-        if (may_pass or not closers) and process.sentinel[0] and owned.owner is process.here and not owned.released:
+        if process.sentinel[0] and owned.owner is process.here and not owned.released and not closed:
             consumer.extend(mark)
             return True
         may_pass = gate.wait_until_open(get_ident())
