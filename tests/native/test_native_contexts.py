@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import json
 import logging
@@ -17,6 +18,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -31,8 +33,8 @@ from interrupts import Alarm, RaisesInside, before_3_10
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import handles, in_flight, new_handles, process, router
-from pcsc_safe._native import contexts, pyscard
+from pcsc_safe._core import descriptors, handles, in_flight, new_handles, process, router
+from pcsc_safe._native import contexts, native_context, pyscard
 from pcsc_safe.broker.connection import Connection
 from pcsc_safe.testing import EchoCard, VirtualPcsc
 from pcsc_safe.testing._stack import _connections
@@ -566,6 +568,34 @@ def raises_twice(how: str) -> None:
             else:
                 in_flight.attempt(place, Here(), "SCardStatus", *operations)
     print(json.dumps([place.calls, Calling(place.acquire, False).answer()]))
+
+
+def test_a_file_that_gets_the_number_of_the_dead_socket_keeps_its_lock() -> None:
+    """While a thread waits for its turn to establish a context, the application closes the socket, and locks a file."""
+    assert told(locks_a_file) == [True, True]
+
+
+def locks_a_file() -> None:
+    establish()
+    place, dead = native_context.establishing, descriptors.any_open()
+    assert dead is not None
+    place.acquire()
+    other = Calling(establish)
+    until(lambda: place.waiting, "the other thread waits for its turn")
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), dead.number)
+    fcntl.lockf(dead.number, fcntl.LOCK_EX)
+    place.release()
+    is_established = other.answer() != 0
+    pid = fork()
+    if pid == 0:
+        try:
+            fcntl.lockf(dead.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    is_locked = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    print(json.dumps([is_established, is_locked]))
 
 
 def connects_beside_a_fork() -> None:
