@@ -264,8 +264,7 @@ def _reset_reason(card: Card) -> str:
         return f"{owner} held the card exclusively when it forked"
     if not card.session.is_visible():
         return (
-            f"it has closed the file descriptor with which it checks whether {owner} still has its session "
-            f"({KEEP_FILES})"
+            f"the file descriptor with which it checks whether {owner} still has its session is not open ({KEEP_FILES})"
         )
     if card.session.is_in_transaction():
         return f"{owner} is in a transaction (SCardReconnect waits for its end)"

@@ -310,13 +310,13 @@ WAS_BUSY = "OWNER, from which it was forked, was in a transaction when it forked
 IS_BUSY = "OWNER, from which it was forked, is in a transaction (SCardReconnect waits for its end)"
 HELD_ALONE = "OWNER, from which it was forked, held the card exclusively when it forked"
 CLOSED = (
-    "the file descriptor that shows it the session of OWNER, from which it was forked, is not open (a program that "
-    "closes all file descriptors must keep those of pcsc_safe.files_to_preserve())"
+    "the file descriptor with which it checks whether OWNER, from which it was forked, still has its session is not "
+    "open (a program that closes all file descriptors must keep those of pcsc_safe.files_to_preserve())"
 )
 ENDED = (
     "OWNER, from which it was forked, has ended its session, has closed a file descriptor of "
-    "pcsc_safe.files_to_preserve(), or is not connected shared (SCardReconnect fails while it holds the card "
-    "exclusively)"
+    "pcsc_safe.files_to_preserve(), or is not connected in shared mode (SCardReconnect fails while it holds "
+    "the card exclusively)"
 )
 
 
