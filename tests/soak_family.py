@@ -172,7 +172,10 @@ class Member:
         hresult, answer = scard.SCardTransmit(card, scard.SCARD_PCI_T1, [0x80, ins, p1, 0, len(sent), *sent])
         if self.judge("SCardTransmit", hresult):
             self.report.figures["exchanges"] += 1
-            if answer != ([] if ins >= 0x50 else sent) + [0x90, 0x00]:
+            if not answer:
+                # On raw pyscard, too: vpcd says so if the connection to its card ends during an exchange.
+                self.report.figures["empty responses"] += 1
+            elif answer != ([] if ins >= 0x50 else sent) + [0x90, 0x00]:
                 found = {"sent": bytes(sent).hex(), "answer": bytes(answer).hex()}
                 if answer == [0x69, 0x85] and came_between is not None:
                     came_between.append(found)
