@@ -18,13 +18,12 @@ from typing import Any, Callable
 from ..policy import Policy, Settings, native_works_after_fork
 from . import in_flight, process, settings
 from .failures import suppress
-from .in_flight import calls_without_place, places, unsettled
+from .in_flight import PAUSE, calls_without_place, places, unsettled, wait_until_open
 from .one_step import in_one_step
 from .unpatched import count_threads, get_ident, monotonic, sleep, start_new_thread
 
-__all__ = ["call_inside", "close_if_quiet", "raise_later", "wait_for", "wait_until_open", "wait_until_quiet"]
+__all__ = ["call_inside", "close_if_quiet", "raise_later", "wait_until_quiet"]
 
-_PAUSE = 0.001  # s
 _WAKE_INTERVAL = 0.01  # s; a wait that can't be ended for good may have begun since
 _FOREVER = float("inf")
 _GRACE = 1.0  # s; longer than a fork takes that waited for quiesce_timeout
@@ -44,56 +43,19 @@ def _configured(now: Settings) -> None:
 settings.when_changed(_configured)
 
 
-def wait_for(place: in_flight.Place, may_pass: bool = False) -> bool:
-    """Wait for what has prevented a call: a closed gate, or another thread's call.
-
-    :param may_pass: the gate did not prevent it.
-    :return: whether the next attempt may pass a closed gate.
-    """
-    ident = get_ident()
-    if may_pass or not in_flight.closers or ident in in_flight.closers:
-        place.wait_until_free(in_flight.CHECK_INTERVAL)
-        return may_pass or ident in in_flight.closers
-    return wait_until_open(ident)
-
-
-def wait_until_open(ident: int) -> bool:
-    """Wait until no other thread is about to fork.
-
-    A signal handler in that thread may be waiting for this thread, so this function returns after a while even if the
-    gate is still closed; at worst the fork is then unquiet.
-
-    :return: whether the gate may be passed although it is closed: by the thread that closed it; by a thread that is
-        inside, for which the fork waits; or by anybody.
-    """
-    if any(call[1] == ident for call in in_flight.calls()):
-        return True
-    while in_flight.closers and ident not in in_flight.closers:
-        ends = list(in_flight.closers.values())  # may just have become empty
-        if ends and max(ends) < monotonic():
-            return True
-        sleep(_PAUSE)
-    return ident in in_flight.closers
-
-
 def call_inside(function: str, call: Callable[..., Any], *arguments: Any) -> Any:
     """Return ``call(*arguments)``, a call that a fork waits for and that has no place.
 
     :param function: PC/SC's name of the call, or another name.
     """
-    key = object()
-    ident = get_ident()
+    key, ident = object(), get_ident()
+    entry = (function, ident, monotonic(), None)
     try:
-        in_flight.calls_without_place[key] = entry = (function, ident, monotonic(), None)
-        while in_flight.closers and ident not in in_flight.closers:
-            in_flight.calls_without_place.pop(key, None)
-            may_pass = wait_until_open(ident)
-            in_flight.calls_without_place[key] = entry
-            if may_pass:
-                break
+        while key not in calls_without_place:
+            in_one_step((not_, wait_until_open(ident)), (calls_without_place.__setitem__, key, entry))
         return call(*arguments)
     finally:
-        in_flight.calls_without_place.pop(key, None)
+        calls_without_place.pop(key, None)
 
 
 def close_if_quiet() -> bool:
@@ -151,7 +113,7 @@ def _close(*, include_native: bool) -> None:
     until = deadline + _GRACE
     try:
         while _is_another_forking(ident) and monotonic() < deadline:
-            sleep(_PAUSE)
+            sleep(PAUSE)
         in_flight.closers[ident] = until
         _quiesce(ident, deadline, include_native=include_native)
     finally:  # also if a signal handler raises
@@ -169,17 +131,17 @@ def _quiesce(ident: int, deadline: float, *, include_native: bool) -> None:
 
     :param include_native: also wait for native calls, and end waits for events.
     """
-    interrupters: list[_WaitInterrupter] = []
+    interrupters: list[list[bool]] = []
     try:
         _wait_for_others(ident, deadline, include_native, interrupters)
     finally:
         for interrupter in interrupters:
-            interrupter.stopped.append(True)
+            interrupter.append(True)
     if interrupters:  # for what it is doing
         _wait_for_others(ident, deadline, include_native, interrupters)
 
 
-def _wait_for_others(ident: int, deadline: float, include_native: bool, interrupters: list[_WaitInterrupter]) -> None:
+def _wait_for_others(ident: int, deadline: float, include_native: bool, interrupters: list[list[bool]]) -> None:
     while (remaining := deadline - monotonic()) > 0:
         busy = [
             place for place in list(places) if include_native and any(call[1] != ident for call in list(place.calls))
@@ -192,48 +154,40 @@ def _wait_for_others(ident: int, deadline: float, include_native: bool, interrup
         if not busy and not others:
             return
         if not interrupters and any(call[3] is not None for place in busy for call in list(place.calls)):
-            interrupters.append(_WaitInterrupter(ident))
+            interrupters.append([])
             with suppress(RuntimeError):  # no thread can be started: at worst the fork is unquiet
-                start_new_thread(interrupters[0].run, ())
+                start_new_thread(_end_waits, (ident, interrupters[0]))
         for call in others:
             if call[3] is not None:
                 call[3].interrupt()
         if busy:
             busy[0].wait_until_free(remaining)
         else:
-            sleep(_PAUSE)
+            sleep(PAUSE)
         in_flight.closers.setdefault(ident, deadline + _GRACE)  # a signal handler may have forked
 
 
-class _WaitInterrupter:
-    """Ends the native calls of waits for events, for a fork.
+def _end_waits(forking: int, stopped: list[bool]) -> None:
+    """End the native calls of waits for events for a fork, also of those that begin later, until it is stopped.
 
-    It runs in a separate thread, because it may need pcscd, which may not respond, and a fork must not wait longer than
-    its timeout.
+    This runs in a separate thread, because it may need pcscd, which may not respond, and a fork must not wait longer
+    than its timeout.  The fork waits for each call that this makes: it may establish a native context.
+
+    :param forking: the thread that forks.
+    :param stopped: not empty if it is.
     """
-
-    def __init__(self, forking: int) -> None:
-        self._forking = forking
-        self.stopped: list[bool] = []  # not empty if it is
-
-    def run(self) -> None:
-        """End them, and those that begin later, until it is stopped."""
-        while not self.stopped:
-            for place in list(places):
-                for call in list(place.calls):
-                    if call[3] is not None and call[1] != self._forking:
-                        self._wake(place, call[3])
-            sleep(_WAKE_INTERVAL)
-
-    def _wake(self, place: in_flight.Place, wait: Any) -> None:
-        """End the native call of a wait, as a call that the fork waits for: this may establish a native context."""
-        key, entry = object(), ("SCardCancel", get_ident(), monotonic(), None)
-        try:
-            in_one_step((not_, self.stopped), (calls_without_place.__setitem__, key, entry))
-            if key in calls_without_place:  # otherwise it is stopped, and the fork looks no more
-                place.wake(wait, may_pass=True)
-        finally:
-            calls_without_place.pop(key, None)
+    key, ident = object(), get_ident()
+    while not stopped:
+        calls = [(place, call) for place in list(places) for call in list(place.calls)]
+        for place, wait in [(place, call[3]) for place, call in calls if call[3] and call[1] != forking]:
+            entry = ("SCardCancel", ident, monotonic(), None)
+            try:
+                in_one_step((not_, stopped), (calls_without_place.__setitem__, key, entry))
+                if key in calls_without_place:  # otherwise the fork looks no more
+                    place.wake(wait)
+            finally:
+                calls_without_place.pop(key, None)
+        sleep(_WAKE_INTERVAL)
 
 
 def raise_later(ident: int, error: BaseException) -> None:
@@ -263,7 +217,7 @@ def _raise_later(ident: int, error: BaseException) -> None:
 
 def _wait_for_forks() -> None:
     while in_flight.closers:
-        sleep(_PAUSE)
+        sleep(PAUSE)
 
 
 def _begin(epoch: process.Epoch) -> None:

@@ -12,12 +12,10 @@ from its copy of these lists whether its fork was quiet, so this works for a for
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from contextvars import ContextVar
-from itertools import chain as all_of
-from itertools import takewhile
-from operator import attrgetter, is_, not_
+from itertools import chain, takewhile
+from operator import attrgetter, ge, is_, not_
 from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
 
 from . import process
@@ -32,6 +30,7 @@ __all__ = [
     "IMPORTS",
     "NOT_NATIVE",
     "OPEN",
+    "PAUSE",
     "RELEASED",
     "START",
     "WOKEN",
@@ -40,17 +39,16 @@ __all__ = [
     "Place",
     "Unquiet",
     "attempt",
-    "attempt_in_turn",
     "calls",
     "calls_without_place",
     "client_has_hung_up",
+    "closed_for",
     "closers",
-    "conditions",
     "others_are_inside",
     "places",
     "stop_locking",
     "unsettled",
-    "wait_and_attempt",
+    "wait_until_open",
 ]
 
 
@@ -61,9 +59,6 @@ if TYPE_CHECKING:  # not at run time, where a Protocol takes each program its pa
 
         @property
         def owner(self) -> Optional[process.Epoch]: ...
-
-        @property
-        def released(self) -> bool: ...
 
 else:
     Owned = object
@@ -104,11 +99,13 @@ CHECK_INTERVAL = 1.0  # s
 A signal handler may fork during the wait, and return in the child, which doesn't have that thread.
 """
 
+PAUSE = 0.001  # s
 _YIELD_TIME = 0.0001  # s; longer than it takes a thread to wake up
 
 OPEN, WOKEN, RELEASED, GIVEN = range(4)
 
 
+_Steps = tuple[Callable[..., Any], Callable[[Entry], None], Callable[[], Entry], Callable[[], Any]]
 _stock: list[list[Entry]] = []
 
 
@@ -134,13 +131,11 @@ class Place:
     :ivar state: OPEN; WOKEN: a wait there was ended from outside, and the place must not be used again; RELEASED;
         GIVEN: to a child that is being forked, until it is known whether there is a child.
     :ivar waiting: the identifiers of the threads that wait for the place, by a key for each wait.
-    :ivar acquire: takes the place if it is free, and returns whether it was; its argument is False: don't wait.
-    :ivar enter: puts a call on the list.
-    :ivar release: releases the place.
-    :ivar leave: takes the last call off the list, and returns it.
+    :ivar steps: C functions: take the place (arguments: True and a timeout), and return whether it was free; put a call
+        on the list; take the last call off the list; release the place.
     """
 
-    __slots__ = ("acquire", "calls", "cards", "enter", "leave", "lock", "release", "state", "waiting")
+    __slots__ = ("calls", "cards", "state", "steps", "waiting")
 
     def __init__(self) -> None:
         self.state = OPEN
@@ -149,30 +144,18 @@ class Place:
 
     def renew(self) -> None:
         """Forget the calls that are there: this is a new process."""
-        self.lock = RLock()
+        lock = RLock()
         self.calls = _empty_list()
         self.waiting: dict[object, int] = {}
-        self.acquire: Callable[[bool], Any] = self.lock.acquire
-        self.enter = self.calls.append
-        self.release: Callable[[], Any] = self.lock.release
-        self.leave = self.calls.pop
+        self.steps: _Steps = lock.acquire, self.calls.append, self.calls.pop, lock.release
 
-    def wake(self, wait: Any, *, may_pass: bool = False) -> None:
-        """End the native call of a wait for events that is here, if possible.
-
-        :param may_pass: even if the gate is closed.
-        """
-
-    def wait_until_free(self, timeout: float = -1) -> None:
-        """Wait until no thread is here.
-
-        :param timeout: in seconds; negative: for ever.
-        """
+    def wait_until_free(self, timeout: float) -> None:
+        """Wait until no thread is here; ``timeout`` is in seconds."""
         key = object()
+        acquire, _, _, release = self.steps
         try:
             self.waiting[key] = get_ident()
-            lock = self.lock  # not self.release, which is replaced at interpreter exit
-            in_one_step((lock.acquire, True, timeout), (lock.release,))
+            in_one_step((acquire, True, timeout), (release,))
         finally:
             self.waiting.pop(key, None)
 
@@ -187,7 +170,7 @@ class Place:
             sleep(_YIELD_TIME)
 
 
-places: dict[Place, list[Entry]] = {}
+places: dict[Any, list[Entry]] = {}
 """All places of this process, each with the calls that are there now."""
 
 unsettled: dict[Any, None] = {}
@@ -203,152 +186,88 @@ closers: dict[int, float] = {}
 """The threads that have closed the gate, and until when: a fork closes it briefly, a block until its fork."""
 
 
-class _Nothing:
-    cancelled, real = False, None
+_state, _steps, _cancelled = attrgetter("state"), attrgetter("steps"), attrgetter("cancelled")
+_owner, _here = attrgetter("owner"), attrgetter("here")
 
 
 def attempt(
     place: Place,
     owned: Owned,
     function: str,
-    call: Operation,
-    *more: Operation,
+    *operations: Operation,
     wait: Any = None,
-    without_cards: bool = False,
-    unless: Collection[object] = (),
+    in_turn: bool = False,
     latest_state: int = OPEN,
-    behind: Any = None,
-    may_pass: bool = False,
+    needed: Iterable[Any] = (),
 ) -> list[Any]:
     """Make a native call, in one step of C, if the place is free and nothing is in the way.
 
-    :param owned: what the call is on; the call isn't made if this process no longer owns it, or has released it.
+    If a thread waited in one step, and took the place in the next, it could lose it again and again: to a thread that
+    makes call after call; or, if many threads wait, to the next one, because a lock of Python 3.14 is handed over.
+
+    :param owned: what the call is on; the call isn't made if this process no longer owns it.
     :param function: PC/SC's name.
-    :param call: the call.
-    :param more: C calls that belong to the same step, after it.
+    :param operations: the call, and C calls that belong to the same step.
     :param wait: the wait for events that it is part of; the call isn't made if the wait was cancelled.
-    :param without_cards: the call isn't made if there is a card.
-    :param unless: the call isn't made if there is anything in it.
+    :param in_turn: wait until the gate is open, and begin the step by waiting for other threads' calls in the place, at
+        most for :data:`CHECK_INTERVAL`.
     :param latest_state: the call isn't made if the place is in a later state than this.
-    :param behind: the call isn't made if ``owned.real`` is something else by now: it was re-established, perhaps by a
-        child that a signal handler has forked, and that continues here.
-    :param may_pass: the call is made even if the gate is closed.
-    :return: the results of the call and of what belongs to it; empty if they weren't made.
+    :param needed: what else must be true; C code evaluates it when the place is taken.
+    :return: the results of the operations; empty if they weren't made.
     """
-    entry = (function, get_ident(), monotonic(), wait)
-    steps: list[Any] = []
-    operations = ((place.acquire, False), (place.enter, entry), call, *more, (place.leave,), (place.release,))
-    chain = takewhile(is_not_false, call_each(operations))
-    closed = () if may_pass else closers
-    cards = place.cards if without_cards else ()
-    cancellable: Any = _Nothing if wait is None else wait
-    established: Any = _Nothing if behind is None else owned
+    ident, key, made = get_ident(), object(), list[Any]()
+    gate = wait_until_open(ident) if in_turn else closed_for(ident)
+    steps = acquire, enter, leave, release = place.steps
+    conditions = chain(
+        map(not_, (gate,)),
+        map(ge, (latest_state,), map(_state, (place,))),
+        () if wait is None else map(not_, map(_cancelled, (wait,))),
+        needed,
+        # A handler may fork while this waits, and a child that has begun its epoch has another lock and another list.
+        map(is_, map(_steps, (place,)), (steps,)),
+        process.is_here(),
+        map(is_, map(_owner, (owned,)), map(_here, (process,))),
+    )
+    make = (made.extend, takewhile(is_not_false, call_each(((all, conditions), *operations))))
+    entry = (function, ident, monotonic(), wait)
+    free = (acquire, True, CHECK_INTERVAL if in_turn else 0)
+    whole = takewhile(is_not_false, call_each((free, (enter, entry), make, (leave,), (release,))))
     try:
-        # From the first of these looks to the call of extend() no other code runs, of this thread or of any other.
-        # Python 3.10 can run some at a jump, so there is no `or` here, and no condition within another one.
-        if (
-            process.sentinel[0]
-            and owned.owner is process.here
-            and not owned.released
-            and not closed
-            and place.state <= latest_state
-            and not cards
-            and not unless
-            and not cancellable.cancelled
-            and established.real is behind
-        ):
-            steps.extend(chain)
+        if in_turn:
+            place.waiting[key] = ident
+        consumer.extend(whole)
     finally:
         try:  # first, and without a call before leave(): so no handler can run before it
             if entry in place.calls:  # the call has raised (TypeError)
                 try:
-                    place.leave()
+                    leave()
                 finally:
-                    place.release()
-        finally:
-            made = steps[2:-2]
-    return made
-
-
-_owner, _released, _here = attrgetter("owner"), attrgetter("released"), attrgetter("here")
-_state, _cards, _cancelled = attrgetter("state"), attrgetter("cards"), attrgetter("cancelled")
-_lock, _real = attrgetter("lock"), attrgetter("real")
-
-
-def conditions(place: Place, owned: Owned, may_pass: bool) -> Iterator[Any]:
-    """What must be true for a call in turn; arguments as of :func:`attempt`.
-
-    :return: an iterator of C functions, to be evaluated when the place is free.
-    """
-    return all_of(
-        (may_pass,) if may_pass else map(not_, (closers,)),
-        map(not_, map(_state, (place,))),
-        process.is_here(),
-        map(is_, map(_owner, (owned,)), map(_here, (process,))),
-    )
-
-
-def attempt_in_turn(place: Place, entry: Entry, needed: Iterable[Any], *operations: Operation) -> list[Any]:
-    """Make native calls in one step of C that begins by waiting for the calls of other threads in the place.
-
-    A thread that waited in one step, and took the place in the next, could lose it again and again: to a thread that
-    makes call after call; or, if many threads wait, to the next one, because a lock of Python 3.14 is handed over.
-
-    :param needed: what must be true; C code evaluates it when the place is free.
-    :param operations: the calls, and what belongs to the same step.
-    :return: their results; empty if they weren't made: something needed is not true, or the place has not become free
-        in time (:data:`CHECK_INTERVAL`).
-    """
-    made: list[Any] = []
-    key = object()
-    # Not place.acquire and place.release, which are replaced at interpreter exit.
-    lock = place.lock
-    # A signal handler may fork during the wait.  A child that has begun its epoch has another lock, and another list.
-    is_same = map(is_, map(_lock, (place,)), (lock,))
-    calls = takewhile(is_not_false, call_each(((all, all_of(is_same, needed)), *operations)))
-    free = (lock.acquire, True, CHECK_INTERVAL)
-    whole = (free, (place.enter, entry), (made.extend, calls), (place.leave,), (lock.release,))
-    try:
-        place.waiting[key] = entry[1]
-        consumer.extend(takewhile(is_not_false, call_each(whole)))
-    finally:
-        try:  # as in attempt()
-            if entry in place.calls:
-                try:
-                    place.leave()
-                finally:
-                    lock.release()
+                    release()
         finally:
             place.waiting.pop(key, None)
     return made[1:]
 
 
-def wait_and_attempt(
-    place: Place,
-    owned: Owned,
-    function: str,
-    *operations: Operation,
-    wait: Any = None,
-    without_cards: bool = False,
-    behind: Any = None,
-    may_pass: bool = False,
-) -> list[Any]:
-    """Make native calls in one step of C, as soon as the place is free; arguments as of :func:`attempt`.
+def closed_for(ident: int) -> Collection[int]:
+    """The threads that keep this thread out of the native library while there are any; look again just before a call.
 
-    :return: as of :func:`attempt_in_turn`.
+    A thread may pass although the gate is closed if it has closed it; if it is inside, because the fork waits for it;
+    or if the fork has taken too long, because a signal handler there may be waiting for this thread.  At worst the fork
+    is then unquiet.
     """
-    looks: dict[str, Any] = {"wait": wait, "without_cards": without_cards, "behind": behind, "may_pass": may_pass}
-    made = attempt(place, owned, function, *operations, **looks)
-    if made:
-        return made
-    needed = all_of(
-        conditions(place, owned, may_pass),
-        map(not_, map(_released, (owned,))),
-        map(not_, map(_cards, (place,))) if without_cards else (),
-        map(not_, map(_cancelled, (wait,))) if wait is not None else (),
-        map(is_, map(_real, (owned,)), (behind,)) if behind is not None else (),
-    )
-    return attempt_in_turn(place, (function, get_ident(), monotonic(), wait), needed, *operations)
+    ends = list(closers.values())
+    passes = ends and (ident in closers or max(ends) < monotonic() or any(call[1] == ident for call in calls()))
+    return () if passes else closers
+
+
+def wait_until_open(ident: int) -> Collection[int]:
+    """Wait until the gate lets this thread pass.
+
+    :return: as of :func:`closed_for`.
+    """
+    while gate := closed_for(ident):
+        sleep(PAUSE)
+    return gate
 
 
 def calls() -> list[Entry]:
@@ -367,5 +286,5 @@ def stop_locking() -> None:
     """At interpreter exit: wait for no thread any more; one that is inside, or forks, may never return."""
     closers.clear()
     for place in list(places):
-        place.acquire = operator.not_  # it says that the place is free
-        place.release = int
+        _, enter, leave, _ = place.steps
+        place.steps = max, enter, leave, int  # max() of True and a timeout says that the place is free

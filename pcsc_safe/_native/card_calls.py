@@ -8,14 +8,13 @@ At a fork nothing changes here: the child doesn't own its record of the card.
 from __future__ import annotations
 
 from functools import partial
-from itertools import chain as all_of
-from itertools import starmap, takewhile
+from itertools import chain, starmap, takewhile
 from operator import add, attrgetter, is_, mul, not_
 from typing import Any, Callable, Optional
 
-from .._core import gate, in_flight, process
+from .._core import in_flight, process
 from .._core.calls import STALE, TRANSACTIONS_BEGUN, FollowUp
-from .._core.in_flight import GIVEN, RELEASED, WOKEN, Entry, attempt_in_turn, conditions
+from .._core.in_flight import GIVEN, RELEASED, WOKEN, attempt
 from .._core.library import SUCCESS
 from .._core.one_step import Operation, call_each, consumer, is_not_false
 from .._core.unpatched import get_ident, monotonic
@@ -63,7 +62,7 @@ def _noted(function: str, made: list[Any], native: Any, card: Any, arguments: _A
     call = map(made.extend, (starmap(native, ((card.real, *arguments),)),))
     begun = map(mul, map(not_, made), (TRANSACTIONS_BEGUN.get(function, 0),))
     count = map(max, (0,), map(add, map(_transactions, (card,)), begun))
-    return consumer.extend, all_of(call, map(setattr, (card,), ("transactions",), count))
+    return consumer.extend, chain(call, map(setattr, (card,), ("transactions",), count))
 
 
 def _note(function: str, follow_up: FollowUp, card: Any, arguments: _Arguments, result: Any) -> None:
@@ -78,7 +77,7 @@ def _note(function: str, follow_up: FollowUp, card: Any, arguments: _Arguments, 
 
 
 def _call(function: str, native: Any, prepare: Optional[_Prepare], card: Any, arguments: _Arguments) -> Any:
-    sentinel, closers, may_pass = process.sentinel, in_flight.closers, False
+    sentinel, closers = process.sentinel, in_flight.closers
     try:
         while True:
             place = card.native
@@ -87,28 +86,29 @@ def _call(function: str, native: Any, prepare: Optional[_Prepare], card: Any, ar
             if place.waiting:
                 place.yield_to_waiters()
             entry = (function, get_ident(), monotonic(), None)
-            steps: list[Any] = []
             operation = (native, card.real, *arguments) if prepare is None else prepare(native, card, arguments)
-            operations = ((place.acquire, False), (place.enter, entry), operation, (place.leave,), (place.release,))
-            chain = takewhile(is_not_false, call_each(operations))
-            closed = () if may_pass else closers
-            # As in in_flight.attempt().
+            acquire, enter, leave, release = place.steps
+            operations = ((acquire, True, 0), (enter, entry), operation, (leave,), (release,))
+            steps = takewhile(is_not_false, call_each(operations))
+            made: list[Any] = []
             try:
-                if sentinel[0] and card.owner is process.here and card.native is place and not (place.state or closed):
-                    steps.extend(chain)
+                # From the first of these looks to the call of extend() no other code runs, of this thread or of any
+                # other.  Python 3.10 can run some at a jump, so no condition is within another one.
+                if sentinel[0] and card.owner is process.here and card.native is place and not (place.state or closers):
+                    made.extend(steps)
             finally:
-                try:
+                try:  # as in in_flight.attempt()
                     if entry in place.calls:
                         try:
-                            place.leave()
+                            leave()
                         finally:
-                            place.release()
+                            release()
                 finally:
-                    results = steps[2:3]
+                    results = made[2:3]
             if results:
                 place.began = entry[2]
-                return results[0]
-            results, may_pass = _call_when_possible(card, place, operation, entry, may_pass)
+            else:
+                results = _call_in_turn(function, card, place, operation)
             if results:
                 return results[0]
     finally:
@@ -116,35 +116,18 @@ def _call(function: str, native: Any, prepare: Optional[_Prepare], card: Any, ar
             release_waiting()
 
 
-def _call_when_possible(
-    card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool
-) -> tuple[list[Any], bool]:
-    """Make a call that couldn't be made immediately, or wait until it can be attempted again.
+def _call_in_turn(function: str, card: Any, place: NativeContext, operation: Operation) -> list[Any]:
+    """Make a call that couldn't be made immediately.
 
-    :return: its result or :data:`STALE` in a list, which is empty if it wasn't made; and whether the next attempt may
-        pass a closed gate.
+    :return: its result or :data:`STALE` in a list, which is empty if the call must be attempted again.
     """
-    ident = entry[1]
     if card.owner is not process.current() or place.state in (WOKEN, RELEASED):
-        return [STALE], may_pass
+        return [STALE]
     if place.state == GIVEN:
         wait_while_given([place])
-    elif in_flight.closers and not may_pass and ident not in in_flight.closers:
-        may_pass = gate.wait_until_open(ident)
-    else:
-        return _call_in_turn(card, place, operation, entry, may_pass or ident in in_flight.closers), may_pass
-    return [], may_pass
-
-
-def _call_in_turn(card: Any, place: NativeContext, operation: Operation, entry: Entry, may_pass: bool) -> list[Any]:
-    """Make a call after the calls of other threads on the same native context.
-
-    :param entry: of the call.
-    :param may_pass: whether to make it even if the gate is closed.
-    :return: its result in a list, which is empty if a condition for the call is no longer true.
-    """
-    needed = all_of(conditions(place, card, may_pass), map(is_, map(_native, (card,)), (place,)))
-    results = attempt_in_turn(place, entry, needed, (monotonic,), operation)
-    if results:
-        place.began = results[0]
-    return results[1:]
+        return []
+    is_its = map(is_, map(_native, (card,)), (place,))
+    made = attempt(place, card, function, (monotonic,), operation, in_turn=True, needed=is_its)
+    if made:
+        place.began = made[0]
+    return made[1:]

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Callable
 
-from .._core import gate, in_flight, process
+from .._core import in_flight, process
 from .._core.calls import STALE
-from .._core.in_flight import GIVEN, RELEASED, WOKEN, Owned, wait_and_attempt
+from .._core.in_flight import GIVEN, RELEASED, WOKEN, Owned, attempt
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation
 from .._core.unpatched import get_ident, monotonic
@@ -53,14 +53,14 @@ def connect(contexts: NativeContexts, owned: Owned, arguments: Sequence[Any], ke
         result = contexts.use(owned, "SCardConnect", tuple(arguments), call, without_cards=True)
         if result is not STALE and connected:
             result = _keep(contexts, owned, connected[0], chosen[0], keep)
-        _finish(contexts, owned, connected, chosen, keeps=result is not STALE, is_inside=recording in inside)
+        _finish(contexts, owned, connected, chosen, keeps=result is not STALE)
         inside.pop(recording, None)
         if awaiting_release:
             release_waiting()
         return result  # after the last call, which a signal handler could interrupt: the card is kept, or it is ended
     except BaseException:
         try:
-            _finish(contexts, owned, connected, chosen, keeps=False, is_inside=recording in inside)
+            _finish(contexts, owned, connected, chosen, keeps=False)
         finally:
             inside.pop(recording, None)
         raise
@@ -77,36 +77,27 @@ def _keep(contexts: NativeContexts, owned: Owned, connected: Sequence[int], cont
 
 
 def _finish(
-    contexts: NativeContexts,
-    owned: Owned,
-    connected: list[Any],
-    chosen: list[NativeContext],
-    *,
-    keeps: bool,
-    is_inside: bool,
+    contexts: NativeContexts, owned: Owned, connected: list[Any], chosen: list[NativeContext], *, keeps: bool
 ) -> None:
     """The end of SCardConnect; it can be called again if a signal handler has interrupted it.
 
     :param keeps: whether a new card stays connected.
-    :param is_inside: whether a fork waits for this thread.
     """
     for context in chosen:
         if not keeps and connected and connected[0][0] == SUCCESS:
             handle = connected[0][1]
-            _disconnect(owned, context, handle, is_inside)
+            _disconnect(owned, context, handle)
             context.forget_card(handle)
         context.forget_card(connected)
         if not context.cards:
             contexts.release_idle()
 
 
-def _disconnect(owned: Owned, context: NativeContext, handle: int, may_pass: bool) -> None:
+def _disconnect(owned: Owned, context: NativeContext, handle: int) -> None:
     """Disconnect a card that is not recorded, unless its native context is released or belongs to another process."""
     call = (raw["SCardDisconnect"], handle, _LEAVE_CARD)
-    while not wait_and_attempt(context, context, "SCardDisconnect", call, may_pass=may_pass):
+    while not attempt(context, context, "SCardDisconnect", call, in_turn=True):
         if not context.is_ours() or owned.owner is not process.current() or context.state in (WOKEN, RELEASED):
             break
         if context.state == GIVEN:
             wait_while_given([context])
-        else:
-            may_pass = may_pass or gate.wait_until_open(get_ident())

@@ -17,18 +17,21 @@ At a fork everything here stays the parent's.  A child gets new native contexts,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
+from operator import attrgetter, is_, not_
 from typing import Any, Callable, Optional
 
 from .._core import connections, descriptors, failures, gate, in_flight, log, process
 from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import is_ours
-from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, wait_and_attempt
+from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation, in_one_step
 from .._core.unpatched import get_ident, monotonic, sleep
 from . import interruptible
-from .native_context import NativeContext, cancel_natively, establishing, is_waiting_in, wait_while_given
+from .native_context import NativeContext, cancel_natively, establishing, wait_while_given
 from .pyscard import raw
 from .releasing import awaiting_release, mark_released, release_native, release_waiting, release_when_open
 
@@ -45,8 +48,9 @@ _RETRY = object()
 _ATTEMPTS_TO_FIND = 10  # the connection of a new native context
 _CANCEL_TIMEOUT = 1.0  # s
 _RELEASE_TIMEOUT = 1.0  # s
-_CANCEL_INTERVAL = 0.002  # s
 _BUSY_INTERVAL = 0.01  # s
+_real, _released = attrgetter("real"), attrgetter("released")
+_Call = Callable[[NativeContext, bool], tuple[Operation, ...]]
 
 
 class NativeContexts:
@@ -59,7 +63,6 @@ class NativeContexts:
     """
 
     __slots__ = ("_given_by", "_is_refused", "natives", "owner", "scope", "waits")
-    released = False  # for attempt(); what is established for a released PC/SC context is given up afterwards
 
     def __init__(self, scope: Any) -> None:
         self.scope = scope
@@ -93,8 +96,7 @@ class NativeContexts:
             limit = timeout if is_bare else min(timeout, _SHORT)
             return ((native, context.handle, limit, states),)
 
-        lasts = interruptible.is_wanted(timeout)
-        return self.use(owned, _WAIT, (timeout, states), call, wait=wait, without_cards=True, lasts=lasts)
+        return self.use(owned, _WAIT, (timeout, states), call, wait=wait, without_cards=True)
 
     def cancel(self, owned: Owned, thread: Optional[int] = None) -> Any:
         """SCardCancel: ends every wait for events on the PC/SC context, even one that is between two native calls.
@@ -109,73 +111,58 @@ class NativeContexts:
         usable = self.usable()
         if waits or thread is not None or not usable:
             return SUCCESS
-        return cancel_natively(owned, usable[0])
+        return cancel_natively(usable[0])
 
-    def ensure_spare(self, owned: Owned, context: NativeContext, may_pass: bool) -> int:
+    def ensure_spare(self, owned: Owned, context: NativeContext) -> int:
         """Ensure that there is another native context without a wait.
 
         :return: SCARD_S_SUCCESS, or the code of the failure.
         """
         others = [other for other in self.usable() if other is not context and not any(c[3] for c in list(other.calls))]
-        return SUCCESS if others else self.establish(owned, may_pass=may_pass)
+        return SUCCESS if others else self.establish(owned)
 
     def _wake(self, waits: Sequence[Any]) -> None:
         """End the native calls of these waits."""
         deadline = monotonic() + _CANCEL_TIMEOUT
         for context in list(self.natives):
             for wait in waits:
-                context.wake(wait)
-                # If a connection can't be shut down, SCardCancel is used.  It has no effect on a wait that hasn't
-                # begun, and pcscd may not answer.
-                while is_waiting_in(wait, context) and monotonic() < deadline:
-                    sleep(_CANCEL_INTERVAL)
-                    context.wake(wait)
+                context.end(wait, deadline)
 
     # Which native context.
 
     def use(
-        self,
-        owned: Owned,
-        function: str,
-        arguments: tuple[Any, ...],
-        call: Callable[[NativeContext, bool], tuple[Operation, ...]],
-        *,
-        wait: Any = None,
-        without_cards: bool = False,
-        lasts: bool = False,
+        self, owned: Owned, function: str, arguments: Any, call: _Call, *, wait: Any = None, without_cards: bool = False
     ) -> Any:
         """Make a call on any free native context, or on a new one.
 
         :param arguments: those after the handle, of the application's call.
         :param call: the operations, in a native context; and whether it certainly has no card.
-        :param lasts: signal handlers must be able to run during the call.
         """
-        may_pass, refused = False, SUCCESS
         busy: Optional[NativeContext] = None  # to be waited for, because pcscd refuses another one
         avoided: list[NativeContext] = []
         try:
             while self.is_current(owned) and not (wait is not None and wait.cancelled):
-                insists = without_cards and refused == SUCCESS
+                insists = without_cards and busy is None
                 for context in self._candidates(avoided, without_cards=insists):
                     context.yield_to_waiters()
                     # A wait beside a card must be short; any other must find no card there.
                     is_bare = insists or (wait is not None and not context.cards and context is not busy)
-                    make = interruptible.attempt if lasts and is_bare else attempt
-                    make = wait_and_attempt if context is busy else make
-                    operations = call(context, is_bare)
-                    looks: dict[str, Any] = {"wait": wait, "without_cards": is_bare, "may_pass": may_pass}
-                    made = make(context, owned, function, *operations, behind=self, **looks)
-                    if made:
-                        self._after_use(context)
-                        result = self._check_result(owned, function, made[0], context, avoided, may_pass)
+                    needed = chain(self._is_still_current(owned), map(not_, [context.cards] if is_bare else []))
+                    lasts = is_bare and wait is not None and interruptible.is_wanted(arguments[0])
+                    make: Any = interruptible.attempt if lasts else attempt
+                    looks = {"wait": wait, "in_turn": context is busy, "needed": needed}
+                    if made := make(context, owned, function, *call(context, is_bare), **looks):
+                        result = self._check_result(owned, function, made[0], context, avoided)
+                        if context.state == WOKEN or len(self.natives) > 1:
+                            self.release_idle()
                         if result is not _RETRY:
                             return result
                 if given := [context for context in list(self.natives) if context.state == GIVEN]:
                     wait_while_given(given)
-                elif in_flight.closers and not may_pass:
-                    may_pass = gate.wait_until_open(get_ident())
+                elif in_flight.closed_for(get_ident()):
+                    in_flight.wait_until_open(get_ident())
                 else:
-                    refused = self.establish(owned, may_pass=may_pass)
+                    refused = self.establish(owned)
                     busy = self._busy(avoided) if refused != SUCCESS else None
                     if refused != SUCCESS and busy is None and self.is_current(owned):
                         return CALLS[function].failure(refused, arguments)
@@ -185,6 +172,10 @@ class NativeContexts:
         finally:
             if awaiting_release:
                 release_waiting()
+
+    def _is_still_current(self, owned: Owned) -> Iterator[Any]:
+        """:meth:`is_current`, without the owner, for a step of C; a child that a handler forks may continue here."""
+        return chain(map(is_, map(_real, (owned,)), (self,)), map(not_, map(_released, (owned,))))
 
     def _candidates(self, avoided: Sequence[NativeContext], *, without_cards: bool) -> Iterator[NativeContext]:
         """The native contexts that a call may use, each looked at just before it is used."""
@@ -199,20 +190,20 @@ class NativeContexts:
         return next((one for one in soon if _is_usable(one, avoided)), soon[0] if soon else None)
 
     def _check_result(
-        self,
-        owned: Owned,
-        function: str,
-        result: Any,
-        context: NativeContext,
-        avoided: list[NativeContext],
-        may_pass: bool,
+        self, owned: Owned, function: str, result: Any, context: NativeContext, avoided: list[NativeContext]
     ) -> Any:
-        """The result of a call; _RETRY if the result of this native context may be wrong."""
+        """The result of a call; _RETRY if the result of this native context may be wrong.
+
+        pcsc-lite 2.5 reads an event that comes at the wrong moment as the size of its array of readers.  The call then
+        returns a code that it can't otherwise return, or that there is no such reader.
+        """
         if function not in _READER_CALLS or result[0] not in _DOUBTFUL_CODES or len(avoided) == _MOST_AVOIDED:
             return result
-        refused = self._avoid(owned, context, may_pass)
+        refused = self.ensure_spare(owned, context)
         if refused == SUCCESS:
             avoided.append(context)
+            # In one step, because another thread may be connecting there.  Its cards stay there, as on raw pyscard.
+            attempt(context, owned, _WAIT, (setattr, context, "state", WOKEN), needed=map(not_, [context.cards]))
             return _RETRY
         if not self.is_current(owned):
             return STALE
@@ -227,29 +218,6 @@ class NativeContexts:
         """Whether the PC/SC context is released, or has other native contexts now, perhaps of another pcscd."""
         return owned.owner is process.current() and not self.is_current(owned)
 
-    def _avoid(self, owned: Owned, context: NativeContext, may_pass: bool) -> int:
-        """Stop using a native context that may have misread a message of pcscd.
-
-        pcsc-lite 2.5 reads an event that comes at the wrong moment as the size of its array of readers.  The call then
-        returns a code that it can't otherwise return, or that there is no such reader.
-
-        :return: SCARD_S_SUCCESS if there is another native context to use, or the code of the failure.
-        """
-        hresult = self.ensure_spare(owned, context, may_pass)
-        if hresult != SUCCESS:
-            return hresult
-        # In one step, because another thread may be connecting there.  Its cards stay there, as on raw pyscard.
-        if attempt(context, owned, _WAIT, (setattr, context, "state", WOKEN), without_cards=True, may_pass=may_pass):
-            self.release_idle()
-        return SUCCESS
-
-    def _after_use(self, context: NativeContext) -> None:
-        """After a call: release what is no longer needed."""
-        if context.state == WOKEN:
-            release_native(context, self.natives)
-        if len(self.natives) > 1:
-            self.release_idle()
-
     def release_idle(self) -> None:
         """Release all native contexts but one that are idle and without a card.
 
@@ -263,7 +231,7 @@ class NativeContexts:
 
     # The life of a PC/SC context.
 
-    def establish(self, owned: Owned, *, may_pass: bool = False) -> int:
+    def establish(self, owned: Owned) -> int:
         """SCardEstablishContext: add one native context.
 
         :return: pyscard's result.
@@ -272,7 +240,7 @@ class NativeContexts:
             return NO_SERVICE  # a new one would be one of another pcscd's
         for attempts_left in reversed(range(_ATTEMPTS_TO_FIND)):
             # The quick look fails if other threads open files, the thorough one if they open contexts.
-            context = self._establish_one(owned, may_pass, thoroughly=attempts_left % 2 == 0)
+            context = self._establish_one(owned, thoroughly=attempts_left % 2 == 0)
             if context is None:
                 return NO_SERVICE
             hresult = int(context.established[0][0])
@@ -284,12 +252,12 @@ class NativeContexts:
             if is_known or not context.is_ours() or not attempts_left:
                 break
             # Its connection is unknown, because other threads have opened or closed files.
-            release_native(context, self.natives, may_pass=may_pass)
+            release_native(context, self.natives)
         if self.is_outdated(owned):
             self.abandon(owned)
         return SUCCESS
 
-    def _establish_one(self, owned: Owned, may_pass: bool, *, thoroughly: bool) -> Optional[NativeContext]:
+    def _establish_one(self, owned: Owned, *, thoroughly: bool) -> Optional[NativeContext]:
         """A native context, or the code of the failure; None if this process no longer owns what it is for."""
         while owned.owner is process.current() and self.owner is process.current():
             context = NativeContext()
@@ -303,17 +271,16 @@ class NativeContexts:
             ]
             try:
                 operations = [*before, *establish, *after]
-                wait_and_attempt(establishing, self, "SCardEstablishContext", *operations, may_pass=may_pass)
+                attempt(establishing, self, "SCardEstablishContext", *operations, in_turn=True)
             except OSError as error:
                 if not is_ours(error):
                     raise
                 # Looking at the descriptors failed: no descriptor is free, or the one that was looked at is closed.
                 if not context.established:
-                    wait_and_attempt(establishing, self, "SCardEstablishContext", *establish, may_pass=may_pass)
+                    attempt(establishing, self, "SCardEstablishContext", *establish, in_turn=True)
             if context.established:
                 context.settle()
                 return context
-            may_pass = may_pass or gate.wait_until_open(get_ident())
         return None
 
     def _warn_if_full(self, hresult: int) -> None:
@@ -329,7 +296,7 @@ class NativeContexts:
                 code=hex(hresult & _32_BITS),
             )
 
-    def release(self, owned: Owned, forget: Callable[[], None]) -> Any:
+    def release(self, owned: Any, forget: Callable[[], None]) -> Any:
         """SCardReleaseContext: end the waits, and release every native context; a busy one when it is free.
 
         :param forget: forgets the PC/SC context, after it was marked as released.
@@ -346,7 +313,7 @@ class NativeContexts:
                 forget()
         natives = self._established()
         for context in natives:
-            awaiting_release.setdefault(context, owned)  # one that another thread has established since
+            awaiting_release.setdefault(context, True)  # one that another thread has established since
             context.cards.clear()
         self._wake(waits)
         # The others have lost their connections when their waits were ended.
@@ -358,9 +325,9 @@ class NativeContexts:
     def end_long_calls(self) -> None:
         """End long calls, as the death of the process would; SCardCancel ends waits for events."""
         for context in self.usable():
-            context.end_long_call()
+            context.end_connection(partial(connections.shut_down, both_directions=True), with_wait=False)
 
-    def abandon(self, owned: Optional[Owned] = None) -> None:
+    def abandon(self, owned: Any = None) -> None:
         """Release native contexts that a thread has established here after this object was replaced.
 
         :param owned: the PC/SC context, if it may also have been released.
@@ -372,7 +339,7 @@ class NativeContexts:
         unreleased = [one for one in ours if one.handle and (one.descriptor is None or one.descriptor.is_intact())]
         if unreleased:
             for context in unreleased:
-                awaiting_release.setdefault(context, owned if owned is not None and owned.released else None)
+                awaiting_release.setdefault(context, owned is not None and owned.released)
                 context.cards.clear()  # they are on another one by now
             self._wake(list(self.waits))
             release_waiting()
@@ -395,7 +362,7 @@ class NativeContexts:
     def cut_connections(self) -> None:
         """Replace the connections to pcscd by dead sockets, because pcscd has ended."""
         for context in self.usable():
-            context.cut_connection()
+            context.end_connection(_cut, with_wait=True)
 
     def give(self, by: object) -> bool:
         """Keep all threads out, while the child that gets them is being forked.
@@ -453,6 +420,11 @@ class NativeContexts:
                     release = (raw["SCardReleaseContext"], context.handle)
                     gate.call_inside("SCardReleaseContext", in_one_step, (self.natives.pop, context), release)
         return not any(context in self.natives for context in natives)
+
+
+def _cut(connection: Optional[Descriptor]) -> None:
+    descriptors.replace_with_dead([connection])
+    descriptors.unguard(connection)
 
 
 def _is_usable(context: NativeContext, avoided: Sequence[NativeContext]) -> bool:

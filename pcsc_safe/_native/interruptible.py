@@ -26,14 +26,13 @@ from .._core.failures import is_ours
 from .._core.in_flight import Owned
 from .._core.one_step import Operation
 from .._core.unpatched import allocate_lock, get_ident, get_native_id, sleep, start_new_thread
-from .native_context import NativeContext, is_waiting_in
+from .native_context import NativeContext
 
 __all__ = ["attempt", "is_wanted"]
 
 _SHORT = 100  # ms; how long a handler can wait
 _CHECK_INTERVAL = 5.0  # s; whether a fork that ran no hook has made this another process
 _END_TIMEOUT = 1.0  # s
-_WAKE_INTERVAL = 0.002  # s, and each time twice that
 # A thread that has nothing left to do needs two intervals to end.
 _REMOVAL_INTERVAL, _REMOVAL_CHECKS = 0.00002, 100  # s, and how many
 _LINUX = sys.platform.startswith("linux")
@@ -54,23 +53,15 @@ def _runs_handlers() -> bool:
 
 
 def attempt(
-    place: NativeContext,
-    owned: Owned,
-    function: str,
-    *operations: Operation,
-    wait: Any,
-    without_cards: bool,
-    behind: Any = None,
-    may_pass: bool,
+    place: NativeContext, owned: Owned, function: str, *operations: Operation, wait: Any, **more: Any
 ) -> list[Any]:
     """:func:`in_flight.attempt`, made by another thread.
 
     :return: the same; also empty in a child that was forked in the meantime.
     """
-    if place.calls or (in_flight.closers and not may_pass):
+    if place.calls or in_flight.closed_for(get_ident()):
         return []  # without a thread for it
-    looks: dict[str, Any] = {"wait": wait, "without_cards": without_cards, "behind": behind, "may_pass": may_pass}
-    call = partial(in_flight.attempt, place, owned, function, *operations, **looks)
+    call = partial(in_flight.attempt, place, owned, function, *operations, wait=wait, **more)
     other = _OtherThread(call)
     try:
         process.locks_to_release[other] = other.done  # several, where handlers wait too
@@ -84,7 +75,7 @@ def attempt(
                 start_new_thread(_end, (place, wait))
             except RuntimeError:
                 _end(place, wait)
-            other.join(_END_TIMEOUT)
+            other.done.acquire(True, _END_TIMEOUT)
         raise
     finally:
         process.locks_to_release.pop(other, None)
@@ -148,11 +139,6 @@ class _OtherThread:
                 break
             sleep(_REMOVAL_INTERVAL)
 
-    def join(self, seconds: float) -> None:
-        """Wait until it has ended."""
-        if not self.has_ended:
-            self.done.acquire(True, seconds)
-
 
 _FAULT_SIGNALS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
 _BLOCKED_SIGNALS = set(_signal.valid_signals()) - {getattr(_signal, name, 0) for name in _FAULT_SIGNALS}
@@ -161,11 +147,7 @@ _BLOCKED_SIGNALS = set(_signal.valid_signals()) - {getattr(_signal, name, 0) for
 def _end(place: NativeContext, wait: Any) -> None:
     """End the native call of a wait, or keep it from beginning."""
     wait.cancelled = True
-    pause = _WAKE_INTERVAL
-    while is_waiting_in(wait, place) and place.is_ours():  # not in a child that a handler has forked
-        place.wake(wait)
-        sleep(pause)
-        pause *= 2
+    place.end(wait)
 
 
 def _begin(epoch: process.Epoch) -> None:

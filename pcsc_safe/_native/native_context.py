@@ -11,22 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import compress
-from operator import attrgetter, is_, itemgetter, not_
-from typing import Any, Optional
+from operator import attrgetter, itemgetter, ne, not_
+from typing import Any, Callable, Optional
 
-from .._core import connections, descriptors, gate, in_flight, process
+from .._core import connections, descriptors, in_flight, process
 from .._core.calls import STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import suppress
-from .._core.in_flight import OPEN, WOKEN, Owned, Place, wait_and_attempt
+from .._core.in_flight import OPEN, PAUSE, RELEASED, WOKEN, Place, attempt
 from .._core.library import SUCCESS
 from .._core.unpatched import get_ident, monotonic, sleep
 from .pyscard import raw
 
-__all__ = ["NativeContext", "cancel_natively", "establishing", "is_waiting_in", "wait_while_given"]
+__all__ = ["NativeContext", "cancel_natively", "establishing", "wait_while_given"]
 
 _SHUTDOWN_TIMEOUT = 0.1  # s; that pcscd has to end a conversation
-_PAUSE = 0.001  # s
+_state = attrgetter("state")
 
 
 establishing = Place()
@@ -48,17 +48,7 @@ class NativeContext(Place):
     :ivar cards: the native handles of its cards, and the results of SCardConnect that are not recorded yet.
     """
 
-    __slots__ = (
-        "began",
-        "connection_finder",
-        "descriptor",
-        "established",
-        "handle",
-        "owner",
-        "wakers",
-        "woken",
-    )
-    released = False  # for attempt(); a native context of a released PC/SC context is still to be released itself
+    __slots__ = ("began", "connection_finder", "descriptor", "established", "handle", "owner", "wakers", "woken")
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +86,7 @@ class NativeContext(Place):
         with suppress(ValueError):
             self.cards.remove(card)
 
-    def wake(self, wait: Any, *, may_pass: bool = False) -> None:
+    def wake(self, wait: Any) -> None:
         """End the native call of a wait for events that is here; if there is none, do nothing.
 
         Shutting the connection down ends it at any moment, which SCardCancel doesn't.  This also ends the native
@@ -107,7 +97,7 @@ class NativeContext(Place):
         if self.cards:
             return
         is_known = self.descriptor is not None and self.descriptor.is_intact()
-        if is_known and self.state == OPEN and not wait.has_spare(self, may_pass):
+        if is_known and self.state == OPEN and not wait.has_spare(self):
             is_known = False
         if self.state == OPEN:
             self.woken = monotonic()
@@ -122,28 +112,31 @@ class NativeContext(Place):
                 self.state = WOKEN
                 connections.shut_down(self.descriptor, both_directions=monotonic() - self.woken > _SHUTDOWN_TIMEOUT)
             else:
-                cancel_natively(wait, self, may_pass)
+                cancel_natively(self)
         finally:
             self.wakers.pop(key, None)
 
-    def cut_connection(self) -> None:
-        """Replace its connection by a dead socket, unless it is being released."""
-        key = object()
-        try:
-            self.wakers[key] = None  # no release begins while there is a key
-            if not any(call[0] == "SCardReleaseContext" for call in list(self.calls)):
-                descriptors.replace_with_dead([self.descriptor])
-                descriptors.unguard(self.descriptor)
-        finally:
-            self.wakers.pop(key, None)
+    def end(self, wait: Any, deadline: float = float("inf")) -> None:
+        """Wake a wait until it has left; until the deadline, by ``monotonic()``."""
+        pause = PAUSE
+        self.wake(wait)
+        # SCardCancel has no effect on a wait that hasn't begun, and pcscd may not respond.  A child that a handler has
+        # forked doesn't have the thread that waits.
+        while any(call[3] is wait for call in list(self.calls)) and self.is_ours() and monotonic() < deadline:
+            sleep(pause)
+            pause *= 2
+            self.wake(wait)
 
-    def end_long_call(self) -> None:
-        """End the call that is here, unless it is a wait for events, by shutting the connection down."""
+    def end_connection(self, how: Callable[[Optional[Descriptor]], None], *, with_wait: bool) -> None:
+        """Call ``how`` with its connection, unless the connection is being released.
+
+        :param with_wait: also if a wait for events is here.
+        """
         key = object()
         try:
             self.wakers[key] = None  # as in wake()
-            if not any(call[3] or call[0] == "SCardReleaseContext" for call in list(self.calls)):
-                connections.shut_down(self.descriptor, both_directions=True)
+            if not any(call[0] == "SCardReleaseContext" or (call[3] and not with_wait) for call in list(self.calls)):
+                how(self.descriptor)
         finally:
             self.wakers.pop(key, None)
 
@@ -156,28 +149,24 @@ class NativeContext(Place):
         return self.state == OPEN and not self.calls
 
 
-def cancel_natively(owned: Owned, context: NativeContext, may_pass: bool = False) -> Any:
-    """SCardCancel, which uses a separate connection to pcscd for a moment."""
+def cancel_natively(context: NativeContext) -> Any:
+    """SCardCancel, which uses a separate connection to pcscd for a moment; :data:`STALE` if it is released."""
     result: list[Any] = []
-    # Not of the parent's, if a handler forks during the wait, and the child re-establishes what is owned.
-    is_ours = map(is_, map(attrgetter("owner"), (context,)), map(attrgetter("here"), (process,)))
-    call = (result.extend, map(raw["SCardCancel"], compress((context.handle,), is_ours)))
-    while not wait_and_attempt(establishing, owned, "SCardCancel", connections.FORGET_LATEST, call, may_pass=may_pass):
-        if owned.released or owned.owner is not process.current():
+    call = (result.extend, map(raw["SCardCancel"], (context.handle,)))
+    made: list[Any] = []
+    while not made:
+        if not context.is_ours() or context.state == RELEASED:
             return STALE
-        may_pass = may_pass or gate.wait_until_open(get_ident())
-    return result[0] if result else STALE
+        is_unreleased = map(ne, map(_state, (context,)), (RELEASED,))
+        operations = connections.FORGET_LATEST, call
+        made = attempt(establishing, context, "SCardCancel", *operations, in_turn=True, needed=is_unreleased)
+    return result[0]
 
 
 def wait_while_given(given: Sequence[NativeContext]) -> None:
     """Wait a moment for another thread's fork to decide; if this thread itself forks, in a handler, use them again."""
     if get_ident() not in in_flight.closers:
-        sleep(_PAUSE)
+        sleep(PAUSE)
         return
     for context in given:
         context.state = OPEN
-
-
-def is_waiting_in(wait: Any, context: NativeContext) -> bool:
-    calls = context.calls
-    return bool(calls) and calls[-1][3] is wait

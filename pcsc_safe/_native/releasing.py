@@ -9,10 +9,11 @@ A forked child forgets what is due when its epoch begins: its parent releases it
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional
+from operator import not_
+from typing import Any, Callable
 
-from .._core import descriptors, gate, in_flight, process
-from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt, closers
+from .._core import descriptors, in_flight, process
+from .._core.in_flight import GIVEN, OPEN, PAUSE, RELEASED, WOKEN, attempt, closed_for, wait_until_open
 from .._core.one_step import call_each, consumer
 from .._core.unpatched import get_ident, monotonic, sleep
 from .native_context import NativeContext, wait_while_given
@@ -22,16 +23,12 @@ __all__ = ["awaiting_release", "mark_released", "release_native", "release_waiti
 
 _Natives = dict[NativeContext, Any]
 _WAKE_TIMEOUT = 1.0  # s; that another thread has to end a wait there
-_PAUSE = 0.001  # s
 
-awaiting_release: dict[NativeContext, Optional[Owned]] = {}
-"""Native contexts to be released when no thread is in them; each with the PC/SC context that was released.
-
-If there is None instead, it is released when it has no card any more.
-"""
+awaiting_release: dict[NativeContext, bool] = {}
+"""Native contexts to be released when no thread is in them; each with whether this is so even if a card is there."""
 
 
-def mark_released(owned: Owned, is_current: Callable[[], bool], established: Callable[[], list[NativeContext]]) -> bool:
+def mark_released(owned: Any, is_current: Callable[[], bool], established: Callable[[], list[NativeContext]]) -> bool:
     """Mark a PC/SC context as released, and its native contexts as due, in one step.
 
     No thread can connect there afterwards, and a fork sees it either as it was before, or released.
@@ -40,25 +37,21 @@ def mark_released(owned: Owned, is_current: Callable[[], bool], established: Cal
     :param established: its native contexts.
     :return: False if ``is_current`` does.
     """
-    may_pass = False
     while is_current():
+        gate = wait_until_open(get_ident())
         due = established()
         if given := [context for context in due if context.state == GIVEN]:
             wait_while_given(given)
             continue
-        mark = call_each([(setattr, owned, "released", True), (awaiting_release.update, dict.fromkeys(due, owned))])
-        closed = () if may_pass else closers
+        mark = call_each([(setattr, owned, "released", True), (awaiting_release.update, dict.fromkeys(due, True))])
         # From this look to the end of extend() no other code runs, of this thread or of any other.
-        if process.sentinel[0] and owned.owner is process.here and not owned.released and not closed:
+        if process.sentinel[0] and owned.owner is process.here and not owned.released and not gate:
             consumer.extend(mark)
             return True
-        may_pass = gate.wait_until_open(get_ident())
     return False
 
 
-def release_native(
-    context: NativeContext, natives: _Natives, *, without_cards: bool = True, may_pass: bool = False
-) -> list[Any]:
+def release_native(context: NativeContext, natives: _Natives, *, without_cards: bool = True) -> list[Any]:
     """Release a native context, if no thread is in it.
 
     :param natives: from which it is removed.
@@ -78,24 +71,22 @@ def release_native(
         (natives.pop, context, None),
         (in_flight.places.pop, context, None),
         (descriptors.guarded.pop, context.descriptor, None),
-        without_cards=without_cards,
-        unless=context.wakers,
         latest_state=WOKEN,
-        may_pass=may_pass or ident in in_flight.closers,
+        needed=map(not_, [context.wakers, context.cards] if without_cards else [context.wakers]),
     )
 
 
 def release_when_open(context: NativeContext, natives: _Natives) -> list[Any]:
     """Release a native context that nobody needs, when no thread is about to fork; not if a thread is in it."""
-    may_pass, deadline = False, monotonic() + _WAKE_TIMEOUT
-    while not (made := release_native(context, natives, without_cards=False, may_pass=may_pass)):
+    deadline = monotonic() + _WAKE_TIMEOUT
+    while not (made := release_native(context, natives, without_cards=False)):
         if context.calls or context.state not in (OPEN, WOKEN) or not context.is_ours() or monotonic() > deadline:
             break  # the thread that is there releases it, or the next call of this process
-        if context.wakers:
-            sleep(_PAUSE)
-        else:
-            may_pass = gate.wait_for(context, may_pass)
+        if closed_for(get_ident()):
+            wait_until_open(get_ident())
             deadline = monotonic() + _WAKE_TIMEOUT
+        else:
+            sleep(PAUSE)
     return made
 
 
@@ -110,8 +101,8 @@ def _end_waits(context: NativeContext) -> None:
 
 def release_waiting() -> None:
     """Release the native contexts that are no longer needed, and that no thread is in."""
-    for context, owned in list(awaiting_release.items()):
-        if context.state != RELEASED and owned is not None and owned.released:
+    for context, even_with_cards in list(awaiting_release.items()):
+        if context.state != RELEASED and even_with_cards:
             _end_waits(context)
             release_when_open(context, {})
         elif context.state != RELEASED:

@@ -9,12 +9,11 @@ A child has none of its parent's waits.
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Any, Callable, Optional
 
 from .._core.calls import STALE
 from .._core.failures import is_ours
-from .._core.in_flight import Owned, client_has_hung_up
+from .._core.in_flight import client_has_hung_up
 from .._core.library import SUCCESS
 from .._core.reader_states import CANCELLED, CHANGED, INFINITE, TIMED_OUT, UNKNOWN, is_for_new_readers
 from .._core.unpatched import get_ident, monotonic
@@ -34,24 +33,21 @@ class Wait:
     :ivar was_ended: whether a fork ended its native call early.
     """
 
-    released = False  # a native SCardCancel for it is also made when its context is released
-    owner = property(attrgetter("_context.owner"))  # of C functions only, so that a step of C can look at it
-
     def __init__(self, context: Any, contexts: NativeContexts, timeout: int, states: Any) -> None:
         self.thread = get_ident()
         self.cancelled = self.was_ended = False
-        self._context: Owned = context
+        self._context = context
         self._contexts: NativeContexts = contexts
         self._states = states
         self._deadline = None if timeout == INFINITE else monotonic() + timeout / 1000
         self._counters_before: Optional[list[Optional[int]]] = None
         self._readers: Optional[list[str]] = None
 
-    def has_spare(self, native: Any, may_pass: bool) -> bool:
+    def has_spare(self, native: Any) -> bool:
         """Whether there is another native context on which the wait can continue."""
-        if not self._contexts.is_current(self._context):
-            return True  # if it continues, then on other native contexts
-        return self._contexts.ensure_spare(self._context, native, may_pass) == SUCCESS
+        # If these are no longer those of the PC/SC context, it continues on others.
+        is_current = self._contexts.is_current(self._context)
+        return not is_current or self._contexts.ensure_spare(self._context, native) == SUCCESS
 
     def begin(self) -> None:
         """Note the readers, if this wait is for changes of their list; libpcsclite counts them again at each call."""

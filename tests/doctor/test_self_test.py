@@ -79,7 +79,9 @@ def test_all_is_well() -> None:
     assert status == 0
     assert list(told) == [*[test.what for test in _self_test._TESTS], "card 0", "card 0, broker"]
     assert told["passing sockets"]["dead_if_closed_early"] == 0
-    assert all(told["ends of connections and processes"][name] for name in ("hang_up", "exit", "peer", "identity", "poll"))
+    assert all(
+        told["ends of connections and processes"][name] for name in ("hang_up", "exit", "peer", "identity", "poll")
+    )
     assert {told[wait]["wait"] for wait in WAITS} == {"SCARD_E_CANCELLED"}
     assert not told["waits"]["negative"]
     for card in ("card 0", "card 0, broker"):

@@ -251,9 +251,11 @@ def held() -> dict[str, Any]:
     from pcsc_safe._core import in_flight
     from pcsc_safe._native import contexts, releasing
 
-    free = [place.acquire(False) for place in in_flight.places]
+    free = []
     for place in in_flight.places:
-        place.release()
+        acquire, _, _, release = place.steps
+        free.append(acquire(True, 0))
+        release()
     return {
         "in flight": len(in_flight.calls()),
         "locked": free.count(False),
@@ -555,7 +557,7 @@ def test_a_handler_that_raises_after_an_exception(how: str) -> None:
 
 def raises_twice(how: str) -> None:
     class Here:
-        owner, released = process.here, False
+        owner = process.here
 
     signal.signal(signal.SIGUSR1, raise_alarm)
     place = in_flight.Place()
@@ -563,11 +565,8 @@ def raises_twice(how: str) -> None:
     operations = (ctypes.PyDLL(None).kill, os.getpid(), int(signal.SIGUSR1)), (len, 5)
     for _ in range(4):
         with contextlib.suppress(AlarmError, TypeError):
-            if how == "in turn":
-                in_flight.attempt_in_turn(place, ("SCardStatus", threading.get_ident(), 0.0, None), (), *operations)
-            else:
-                in_flight.attempt(place, Here(), "SCardStatus", *operations)
-    print(json.dumps([place.calls, Calling(place.acquire, False).answer()]))
+            in_flight.attempt(place, Here(), "SCardStatus", *operations, in_turn=how == "in turn")
+    print(json.dumps([place.calls, Calling(place.steps[0], True, 0).answer()]))
 
 
 def test_a_file_that_gets_the_number_of_the_dead_socket_keeps_its_lock() -> None:
@@ -579,13 +578,14 @@ def locks_a_file() -> None:
     establish()
     place, dead = native_context.establishing, descriptors.any_open()
     assert dead is not None
-    place.acquire()
+    acquire, _, _, release = place.steps
+    acquire()
     other = Calling(establish)
     until(lambda: place.waiting, "the other thread waits for its turn")
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), dead.number)
     fcntl.lockf(dead.number, fcntl.LOCK_EX)
-    place.release()
+    release()
     is_established = other.answer() != 0
     pid = fork()
     if pid == 0:

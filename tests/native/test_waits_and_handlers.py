@@ -400,9 +400,9 @@ def refused() -> None:
     interruptible.start_new_thread = lambda *arguments: (started.append(arguments), start(*arguments))
     record = handles.contexts[session.context]
     (native,) = record.real.natives
-    conditions = {"wait": SimpleNamespace(cancelled=False), "without_cards": False, "may_pass": False}
+    wait = SimpleNamespace(cancelled=False)
     try:
-        interruptible.attempt(native, record, "SCardGetStatusChange", (abs, "not a number"), **conditions)
+        interruptible.attempt(native, record, "SCardGetStatusChange", (abs, "not a number"), wait=wait)
     except Exception as error:
         print(json.dumps([type(error).__name__, len(started)]))
 
