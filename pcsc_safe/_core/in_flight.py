@@ -199,6 +199,7 @@ def attempt(
     in_turn: bool = False,
     latest_state: int = OPEN,
     needed: Iterable[Any] = (),
+    gate: Optional[Collection[int]] = None,
 ) -> list[Any]:
     """Make a native call, in one step of C, if the place is free and nothing is in the way.
 
@@ -213,10 +214,12 @@ def attempt(
         most for :data:`CHECK_INTERVAL`.
     :param latest_state: the call isn't made if the place is in a later state than this.
     :param needed: what else must be true; C code evaluates it when the place is taken.
+    :param gate: :func:`closed_for` the thread that makes the call; by default this one.
     :return: the results of the operations; empty if they weren't made.
     """
     ident, key, made = get_ident(), object(), list[Any]()
-    gate = wait_until_open(ident) if in_turn else closed_for(ident)
+    if gate is None:
+        gate = wait_until_open(ident) if in_turn else closed_for(ident)
     steps = acquire, enter, leave, release = place.steps
     conditions = chain(
         map(not_, (gate,)),

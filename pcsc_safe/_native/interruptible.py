@@ -59,9 +59,10 @@ def attempt(
 
     :return: the same; also empty in a child that was forked in the meantime.
     """
-    if place.calls or in_flight.closed_for(get_ident()):
+    gate = in_flight.closed_for(get_ident())
+    if place.calls or gate:
         return []  # without a thread for it
-    call = partial(in_flight.attempt, place, owned, function, *operations, wait=wait, **more)
+    call = partial(in_flight.attempt, place, owned, function, *operations, wait=wait, gate=gate, **more)
     other = _OtherThread(call)
     try:
         process.locks_to_release[other] = other.done  # several, where handlers wait too

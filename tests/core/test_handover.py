@@ -302,6 +302,28 @@ def test_calls_of_other_threads(stack: VirtualPcsc, through: str) -> None:
     assert in_child(parent) == (True, [OK] * 6)
 
 
+@through_both
+def test_a_wait_in_the_block(stack: VirtualPcsc, through: str) -> None:
+    """The thread that hands over can wait for events in the block; natively, another thread makes the call for it."""
+
+    def parent() -> Any:
+        session = opened(through, policy="raise")
+        context = establish()
+        name = stack.readers[0].name
+        _, ((_, seen, _),) = safe.SCardGetStatusChange(context, 0, [(name, safe.SCARD_STATE_UNAWARE)])
+        before, results = stack.clients(), []
+
+        def in_block() -> int:
+            with pcsc_safe.handover():
+                results.append(safe.SCardGetStatusChange(context, 300, [(name, seen & ~safe.SCARD_STATE_CHANGED)])[0])
+                results.append(stack.clients() - before)
+                return fork()
+
+        return in_child(has, session, fork=in_block), results
+
+    assert in_child(parent) == (True, [safe.SCARD_E_TIMEOUT, 0])
+
+
 UNUSABLE = f"{NOTHING}a forked process can't use PC/SC on this platform; "
 ON_MACOS = {
     "native": [f"{UNUSABLE}set broker='always' before you establish the context", [True]],
