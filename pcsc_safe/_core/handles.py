@@ -225,7 +225,6 @@ cards: dict[Any, Card] = {}
 given: dict[Context, int] = {}
 """The contexts in a broker that a fork is giving to its child, with the thread that forks."""
 
-_PAUSE = 0.001  # s
 _GIVEN_TIMEOUT = 1.0  # s; a signal handler in the thread that forks may wait for this one
 
 
@@ -245,7 +244,7 @@ def wait_while_given(context: Context) -> None:
     """Wait until it is known whether another thread's fork has given this context to its child; a second at most."""
     ident, deadline = get_ident(), monotonic() + _GIVEN_TIMEOUT
     while given.get(context, ident) != ident and monotonic() < deadline:
-        sleep(_PAUSE)
+        sleep(in_flight.PAUSE)
 
 
 def _drop(record: Record) -> None:

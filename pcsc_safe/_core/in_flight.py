@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable
 from contextvars import ContextVar
 from itertools import chain, takewhile
 from operator import attrgetter, ge, is_, not_
-from typing import TYPE_CHECKING, Any, Callable, Optional, Protocol
+from typing import Any, Callable, Optional
 
 from . import process
 from .failures import is_ours
@@ -35,7 +35,6 @@ __all__ = [
     "START",
     "WOKEN",
     "Entry",
-    "Owned",
     "Place",
     "Unquiet",
     "attempt",
@@ -50,18 +49,6 @@ __all__ = [
     "unsettled",
     "wait_until_open",
 ]
-
-
-if TYPE_CHECKING:  # not at run time, where a Protocol takes each program its part of a millisecond
-
-    class Owned(Protocol):
-        """What a call is made on; it is live only in the process whose epoch is its owner."""
-
-        @property
-        def owner(self) -> Optional[process.Epoch]: ...
-
-else:
-    Owned = object
 
 Entry = tuple[str, int, float, Any]
 """A call that is inside: PC/SC's name of the function; the identifier of the thread; when it began, by ``monotonic()``;
@@ -105,7 +92,7 @@ _YIELD_TIME = 0.0001  # s; longer than it takes a thread to wake up
 OPEN, WOKEN, RELEASED, GIVEN = range(4)
 
 
-_Steps = tuple[Callable[..., Any], Callable[[Entry], None], Callable[[], Entry], Callable[[], Any]]
+_Steps = tuple[Callable[..., Any], Callable[[Entry], None], Callable[[Entry], None], Callable[[], Any]]
 _stock: list[list[Entry]] = []
 
 
@@ -127,15 +114,16 @@ class Place:
     """A place in the native library for one thread at a time.
 
     :ivar calls: the calls that are there now: one, or several of the same thread if a finalizer runs during a call.
-    :ivar cards: the cards there; a call with ``without_cards`` isn't made while there are any.
+    :ivar cards: the cards there.
     :ivar state: OPEN; WOKEN: a wait there was ended from outside, and the place must not be used again; RELEASED;
         GIVEN: to a child that is being forked, until it is known whether there is a child.
     :ivar waiting: the identifiers of the threads that wait for the place, by a key for each wait.
     :ivar steps: C functions: take the place (arguments: True and a timeout), and return whether it was free; put a call
-        on the list; take the last call off the list; release the place.
+        on the list; take it off the list; release the place.
+    :ivar lock: the lock that they take and release.
     """
 
-    __slots__ = ("calls", "cards", "state", "steps", "waiting")
+    __slots__ = ("calls", "cards", "lock", "state", "steps", "waiting")
 
     def __init__(self) -> None:
         self.state = OPEN
@@ -144,18 +132,17 @@ class Place:
 
     def renew(self) -> None:
         """Forget the calls that are there: this is a new process."""
-        lock = RLock()
+        self.lock = RLock()
         self.calls = _empty_list()
         self.waiting: dict[object, int] = {}
-        self.steps: _Steps = lock.acquire, self.calls.append, self.calls.pop, lock.release
+        self.steps: _Steps = self.lock.acquire, self.calls.append, self.calls.remove, self.lock.release
 
     def wait_until_free(self, timeout: float) -> None:
         """Wait until no thread is here; ``timeout`` is in seconds."""
-        key = object()
-        acquire, _, _, release = self.steps
+        key, lock = object(), self.lock  # not the steps, which are replaced at interpreter exit
         try:
             self.waiting[key] = get_ident()
-            in_one_step((acquire, True, timeout), (release,))
+            in_one_step((lock.acquire, True, timeout), (lock.release,))
         finally:
             self.waiting.pop(key, None)
 
@@ -192,7 +179,7 @@ _owner, _here = attrgetter("owner"), attrgetter("here")
 
 def attempt(
     place: Place,
-    owned: Owned,
+    owned: Any,
     function: str,
     *operations: Operation,
     wait: Any = None,
@@ -234,7 +221,7 @@ def attempt(
     make = (made.extend, takewhile(is_not_false, call_each(((all, conditions), *operations))))
     entry = (function, ident, monotonic(), wait)
     free = (acquire, True, CHECK_INTERVAL if in_turn else 0)
-    whole = takewhile(is_not_false, call_each((free, (enter, entry), make, (leave,), (release,))))
+    whole = takewhile(is_not_false, call_each((free, (enter, entry), make, (leave, entry), (release,))))
     try:
         if in_turn:
             place.waiting[key] = ident
@@ -243,7 +230,7 @@ def attempt(
         try:  # first, and without a call before leave(): so no handler can run before it
             if entry in place.calls:  # the call has raised (TypeError)
                 try:
-                    leave()
+                    leave(entry)
                 finally:
                     release()
         finally:

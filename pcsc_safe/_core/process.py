@@ -119,7 +119,7 @@ def process_key() -> tuple[int, int]:
     return os.getpid(), namespace
 
 
-if TYPE_CHECKING:  # as in in_flight
+if TYPE_CHECKING:  # not at run time, where a Protocol takes each program its part of a millisecond
 
     class _Sentinel(Protocol):
         """Two values: whether :data:`here` describes this process, and whether it ran the at-fork hook."""

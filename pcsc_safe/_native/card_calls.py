@@ -87,20 +87,26 @@ def _call(function: str, native: Any, prepare: Optional[_Prepare], card: Any, ar
                 place.yield_to_waiters()
             entry = (function, get_ident(), monotonic(), None)
             operation = (native, card.real, *arguments) if prepare is None else prepare(native, card, arguments)
-            acquire, enter, leave, release = place.steps
-            operations = ((acquire, True, 0), (enter, entry), operation, (leave,), (release,))
-            steps = takewhile(is_not_false, call_each(operations))
+            steps = acquire, enter, leave, release = place.steps
+            operations = ((acquire, True, 0), (enter, entry), operation, (leave, entry), (release,))
+            whole = takewhile(is_not_false, call_each(operations))
             made: list[Any] = []
             try:
                 # From the first of these looks to the call of extend() no other code runs, of this thread or of any
                 # other.  Python 3.10 can run some at a jump, so no condition is within another one.
-                if sentinel[0] and card.owner is process.here and card.native is place and not (place.state or closers):
-                    made.extend(steps)
+                if (
+                    sentinel[0]
+                    and card.owner is process.here
+                    and card.native is place
+                    and place.steps is steps
+                    and not (place.state or closers)
+                ):
+                    made.extend(whole)
             finally:
                 try:  # as in in_flight.attempt()
                     if entry in place.calls:
                         try:
-                            leave()
+                            leave(entry)
                         finally:
                             release()
                 finally:

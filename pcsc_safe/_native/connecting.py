@@ -14,7 +14,7 @@ from typing import Any, Callable
 
 from .._core import in_flight, process
 from .._core.calls import STALE
-from .._core.in_flight import GIVEN, RELEASED, WOKEN, Owned, attempt
+from .._core.in_flight import GIVEN, RELEASED, WOKEN, attempt
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation
 from .._core.unpatched import get_ident, monotonic
@@ -29,7 +29,7 @@ _LEAVE_CARD: int = constant("SCARD_LEAVE_CARD")
 _Keep = Callable[[int, NativeContext, int], Any]
 
 
-def connect(contexts: NativeContexts, owned: Owned, arguments: Sequence[Any], keep: _Keep) -> Any:
+def connect(contexts: NativeContexts, owned: Any, arguments: Sequence[Any], keep: _Keep) -> Any:
     """SCardConnect, on a native context without a card.
 
     :param owned: the PC/SC context.
@@ -66,7 +66,7 @@ def connect(contexts: NativeContexts, owned: Owned, arguments: Sequence[Any], ke
         raise
 
 
-def _keep(contexts: NativeContexts, owned: Owned, connected: Sequence[int], context: NativeContext, keep: _Keep) -> Any:
+def _keep(contexts: NativeContexts, owned: Any, connected: Sequence[int], context: NativeContext, keep: _Keep) -> Any:
     hresult, handle, protocol = connected
     if hresult != SUCCESS:
         return [hresult, 0, 0]
@@ -77,7 +77,7 @@ def _keep(contexts: NativeContexts, owned: Owned, connected: Sequence[int], cont
 
 
 def _finish(
-    contexts: NativeContexts, owned: Owned, connected: list[Any], chosen: list[NativeContext], *, keeps: bool
+    contexts: NativeContexts, owned: Any, connected: list[Any], chosen: list[NativeContext], *, keeps: bool
 ) -> None:
     """The end of SCardConnect; it can be called again if a signal handler has interrupted it.
 
@@ -93,7 +93,7 @@ def _finish(
             contexts.release_idle()
 
 
-def _disconnect(owned: Owned, context: NativeContext, handle: int) -> None:
+def _disconnect(owned: Any, context: NativeContext, handle: int) -> None:
     """Disconnect a card that is not recorded, unless its native context is released or belongs to another process."""
     call = (raw["SCardDisconnect"], handle, _LEAVE_CARD)
     while not attempt(context, context, "SCardDisconnect", call, in_turn=True):

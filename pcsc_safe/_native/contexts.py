@@ -26,7 +26,7 @@ from .._core import connections, descriptors, failures, gate, in_flight, log, pr
 from .._core.calls import CALLS, STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import is_ours
-from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, Owned, attempt
+from .._core.in_flight import GIVEN, OPEN, RELEASED, WOKEN, attempt
 from .._core.library import SUCCESS, constant
 from .._core.one_step import Operation, in_one_step
 from .._core.unpatched import get_ident, monotonic, sleep
@@ -74,7 +74,7 @@ class NativeContexts:
 
     # Calls.
 
-    def call(self, owned: Owned, function: str, *arguments: Any) -> Any:
+    def call(self, owned: Any, function: str, *arguments: Any) -> Any:
         """Make a short call on the PC/SC context itself.
 
         :param owned: the PC/SC context.
@@ -83,7 +83,7 @@ class NativeContexts:
         native = raw[function]
         return self.use(owned, function, arguments, lambda context, _: ((native, context.handle, *arguments),))
 
-    def wait(self, owned: Owned, wait: Any, timeout: int, states: Any) -> Any:
+    def wait(self, owned: Any, wait: Any, timeout: int, states: Any) -> Any:
         """SCardGetStatusChange, on a native context without a card.
 
         :param wait: the wait that this native call is part of.
@@ -98,7 +98,7 @@ class NativeContexts:
 
         return self.use(owned, _WAIT, (timeout, states), call, wait=wait, without_cards=True)
 
-    def cancel(self, owned: Owned, thread: Optional[int] = None) -> Any:
+    def cancel(self, owned: Any, thread: Optional[int] = None) -> Any:
         """SCardCancel: ends every wait for events on the PC/SC context, even one that is between two native calls.
 
         :param thread: only the waits of this thread.
@@ -111,9 +111,9 @@ class NativeContexts:
         usable = self.usable()
         if waits or thread is not None or not usable:
             return SUCCESS
-        return cancel_natively(usable[0])
+        return cancel_natively(owned, usable[0])
 
-    def ensure_spare(self, owned: Owned, context: NativeContext) -> int:
+    def ensure_spare(self, owned: Any, context: NativeContext) -> int:
         """Ensure that there is another native context without a wait.
 
         :return: SCARD_S_SUCCESS, or the code of the failure.
@@ -131,7 +131,7 @@ class NativeContexts:
     # Which native context.
 
     def use(
-        self, owned: Owned, function: str, arguments: Any, call: _Call, *, wait: Any = None, without_cards: bool = False
+        self, owned: Any, function: str, arguments: Any, call: _Call, *, wait: Any = None, without_cards: bool = False
     ) -> Any:
         """Make a call on any free native context, or on a new one.
 
@@ -173,7 +173,7 @@ class NativeContexts:
             if awaiting_release:
                 release_waiting()
 
-    def _is_still_current(self, owned: Owned) -> Iterator[Any]:
+    def _is_still_current(self, owned: Any) -> Iterator[Any]:
         """:meth:`is_current`, without the owner, for a step of C; a child that a handler forks may continue here."""
         return chain(map(is_, map(_real, (owned,)), (self,)), map(not_, map(_released, (owned,))))
 
@@ -190,7 +190,7 @@ class NativeContexts:
         return next((one for one in soon if _is_usable(one, avoided)), soon[0] if soon else None)
 
     def _check_result(
-        self, owned: Owned, function: str, result: Any, context: NativeContext, avoided: list[NativeContext]
+        self, owned: Any, function: str, result: Any, context: NativeContext, avoided: list[NativeContext]
     ) -> Any:
         """The result of a call; _RETRY if the result of this native context may be wrong.
 
@@ -231,7 +231,7 @@ class NativeContexts:
 
     # The life of a PC/SC context.
 
-    def establish(self, owned: Owned) -> int:
+    def establish(self, owned: Any) -> int:
         """SCardEstablishContext: add one native context.
 
         :return: pyscard's result.
@@ -257,7 +257,7 @@ class NativeContexts:
             self.abandon(owned)
         return SUCCESS
 
-    def _establish_one(self, owned: Owned, *, thoroughly: bool) -> Optional[NativeContext]:
+    def _establish_one(self, owned: Any, *, thoroughly: bool) -> Optional[NativeContext]:
         """A native context, or the code of the failure; None if this process no longer owns what it is for."""
         while owned.owner is process.current() and self.owner is process.current():
             context = NativeContext()

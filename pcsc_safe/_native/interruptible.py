@@ -23,7 +23,6 @@ from typing import Any, Callable
 
 from .._core import in_flight, process
 from .._core.failures import is_ours
-from .._core.in_flight import Owned
 from .._core.one_step import Operation
 from .._core.unpatched import allocate_lock, get_ident, get_native_id, sleep, start_new_thread
 from .native_context import NativeContext
@@ -53,7 +52,7 @@ def _runs_handlers() -> bool:
 
 
 def attempt(
-    place: NativeContext, owned: Owned, function: str, *operations: Operation, wait: Any, **more: Any
+    place: NativeContext, owned: Any, function: str, *operations: Operation, wait: Any, **more: Any
 ) -> list[Any]:
     """:func:`in_flight.attempt`, made by another thread.
 

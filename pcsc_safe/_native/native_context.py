@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import compress
-from operator import attrgetter, itemgetter, ne, not_
+from operator import attrgetter, contains, itemgetter, not_
 from typing import Any, Callable, Optional
 
 from .._core import connections, descriptors, in_flight, process
 from .._core.calls import STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import suppress
-from .._core.in_flight import OPEN, PAUSE, RELEASED, WOKEN, Place, attempt
+from .._core.in_flight import GIVEN, OPEN, PAUSE, RELEASED, WOKEN, Place, attempt
 from .._core.library import SUCCESS
 from .._core.unpatched import get_ident, monotonic, sleep
 from .pyscard import raw
@@ -94,7 +94,7 @@ class NativeContext(Place):
 
         Where a card lives, the wait isn't ended, because the card's session would end, too.  Such a wait is short.
         """
-        if self.cards:
+        if self.cards or not self.calls or self.calls[-1][3] is not wait:
             return
         is_known = self.descriptor is not None and self.descriptor.is_intact()
         if is_known and self.state == OPEN and not wait.has_spare(self):
@@ -112,20 +112,21 @@ class NativeContext(Place):
                 self.state = WOKEN
                 connections.shut_down(self.descriptor, both_directions=monotonic() - self.woken > _SHUTDOWN_TIMEOUT)
             else:
-                cancel_natively(self)
+                cancel_natively(wait.context, self, even_if_given=True)
         finally:
             self.wakers.pop(key, None)
 
     def end(self, wait: Any, deadline: float = float("inf")) -> None:
-        """Wake a wait until it has left; until the deadline, by ``monotonic()``."""
+        """Wake a wait until it has left; at least once, and until the deadline, by ``monotonic()``."""
         pause = PAUSE
-        self.wake(wait)
         # SCardCancel has no effect on a wait that hasn't begun, and pcscd may not respond.  A child that a handler has
         # forked doesn't have the thread that waits.
-        while any(call[3] is wait for call in list(self.calls)) and self.is_ours() and monotonic() < deadline:
+        while any(call[3] is wait for call in list(self.calls)) and self.is_ours():
+            self.wake(wait)
+            if monotonic() > deadline:
+                break
             sleep(pause)
             pause *= 2
-            self.wake(wait)
 
     def end_connection(self, how: Callable[[Optional[Descriptor]], None], *, with_wait: bool) -> None:
         """Call ``how`` with its connection, unless the connection is being released.
@@ -149,17 +150,24 @@ class NativeContext(Place):
         return self.state == OPEN and not self.calls
 
 
-def cancel_natively(context: NativeContext) -> Any:
-    """SCardCancel, which uses a separate connection to pcscd for a moment; :data:`STALE` if it is released."""
+def cancel_natively(owned: Any, context: NativeContext, *, even_if_given: bool = False) -> Any:
+    """SCardCancel, which uses a separate connection to pcscd for a moment.
+
+    :param owned: the PC/SC context.
+    :param even_if_given: for a fork, before it gives ``context`` to its child; any other caller waits until it has.
+    :return: pyscard's result; :data:`STALE` if this process doesn't own it any more, or has released ``context``.
+    """
+    states = (OPEN, WOKEN, GIVEN) if even_if_given else (OPEN, WOKEN)
     result: list[Any] = []
-    call = (result.extend, map(raw["SCardCancel"], (context.handle,)))
+    operations = connections.FORGET_LATEST, (result.extend, map(raw["SCardCancel"], (context.handle,)))
     made: list[Any] = []
     while not made:
-        if not context.is_ours() or context.state == RELEASED:
+        if owned.owner is not process.current() or context.state == RELEASED:
             return STALE
-        is_unreleased = map(ne, map(_state, (context,)), (RELEASED,))
-        operations = connections.FORGET_LATEST, call
-        made = attempt(establishing, context, "SCardCancel", *operations, in_turn=True, needed=is_unreleased)
+        if context.state not in states:
+            wait_while_given([context])
+        is_usable = map(contains, (states,), map(_state, (context,)))
+        made = attempt(establishing, owned, "SCardCancel", *operations, in_turn=True, needed=is_usable)
     return result[0]
 
 

@@ -28,6 +28,7 @@ _STATE = 0xFFFF  # the lower half of a reader's state; the upper one counts its 
 class Wait:
     """One SCardGetStatusChange, over all its native calls.
 
+    :ivar context: the PC/SC context.
     :ivar thread: the caller's thread.
     :ivar cancelled: whether the application called SCardCancel, or released the context.
     :ivar was_ended: whether a fork ended its native call early.
@@ -36,7 +37,7 @@ class Wait:
     def __init__(self, context: Any, contexts: NativeContexts, timeout: int, states: Any) -> None:
         self.thread = get_ident()
         self.cancelled = self.was_ended = False
-        self._context = context
+        self.context = context
         self._contexts: NativeContexts = contexts
         self._states = states
         self._deadline = None if timeout == INFINITE else monotonic() + timeout / 1000
@@ -46,8 +47,8 @@ class Wait:
     def has_spare(self, native: Any) -> bool:
         """Whether there is another native context on which the wait can continue."""
         # If these are no longer those of the PC/SC context, it continues on others.
-        is_current = self._contexts.is_current(self._context)
-        return not is_current or self._contexts.ensure_spare(self._context, native) == SUCCESS
+        is_current = self._contexts.is_current(self.context)
+        return not is_current or self._contexts.ensure_spare(self.context, native) == SUCCESS
 
     def begin(self) -> None:
         """Note the readers, if this wait is for changes of their list; libpcsclite counts them again at each call."""
@@ -64,7 +65,7 @@ class Wait:
             if event is not None:
                 return event if event is STALE or event[0] != SUCCESS else self._confirm(event)
         self.was_ended = False
-        result = self._contexts.wait(self._context, self, self._remaining(), self._states)
+        result = self._contexts.wait(self.context, self, self._remaining(), self._states)
         if result is STALE:
             return None if self.cancelled else STALE
         hresult = result[0]
@@ -89,7 +90,7 @@ class Wait:
         """
         if not any(state & UNKNOWN for _, state, _ in result[1]):
             return result
-        now = self._contexts.call(self._context, "SCardGetStatusChange", 0, self._states)
+        now = self._contexts.call(self.context, "SCardGetStatusChange", 0, self._states)
         if now is STALE or now[0] == SUCCESS:
             return now
         return None if now[0] == TIMED_OUT else result  # otherwise there is really no such reader
@@ -108,7 +109,7 @@ class Wait:
         and inserted again, only the event counter differs; if there is a new reader, nothing differs.
         """
         seen, self._counters_before = self._counters_before, None
-        result = self._contexts.call(self._context, "SCardGetStatusChange", 0, self._states)
+        result = self._contexts.call(self.context, "SCardGetStatusChange", 0, self._states)
         if result is STALE or result[0] != TIMED_OUT:
             return result
         counters = _counters(result[1])
@@ -128,7 +129,7 @@ class Wait:
             if not is_ours(error):
                 raise
             return None  # invalid arguments, for which pyscard raises an error
-        result = self._contexts.call(self._context, "SCardListReaders", [])
+        result = self._contexts.call(self.context, "SCardListReaders", [])
         return None if result is STALE else result[1]
 
 

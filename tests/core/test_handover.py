@@ -47,6 +47,7 @@ from macos import OnMacos
 import pcsc_safe
 from pcsc_safe import scard as safe
 from pcsc_safe._core.descriptors import guarded
+from pcsc_safe._native.pyscard import raw
 from pcsc_safe.errors import HandoverError
 from pcsc_safe.testing import VirtualPcsc
 
@@ -300,6 +301,28 @@ def test_calls_of_other_threads(stack: VirtualPcsc, through: str) -> None:
         return child, [call.answer()[0] for call in calls]
 
     assert in_child(parent) == (True, [OK] * 6)
+
+
+@pytest.mark.native
+@pytest.mark.not_on_macos("a forked process has no native contexts")
+def test_a_cancel_of_another_thread(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SCardCancel that blocks until the fork doesn't end the child's waits: the context is no longer the parent's."""
+    cancelled: list[int] = []
+    monkeypatch.setitem(raw, "SCardCancel", lambda handle: cancelled.append(handle) or OK)
+
+    def parent() -> Any:
+        session = opened(policy="raise")
+
+        def in_block() -> int:
+            with pcsc_safe.handover():
+                calls.append(Calling(safe.SCardCancel, session.context))
+                time.sleep(0.3)
+                return fork()
+
+        calls: list[Calling] = []
+        return in_child(has, session, fork=in_block), [call.answer() for call in calls], cancelled
+
+    assert in_child(parent) == (True, [OK], [])
 
 
 @through_both
