@@ -569,6 +569,37 @@ def raises_twice(how: str) -> None:
     print(json.dumps([place.calls, Calling(place.steps[0], True, 0).answer()]))
 
 
+def test_a_handler_that_forks_while_a_thread_waits_to_establish() -> None:
+    """SCardEstablishContext succeeds in the parent, and in the child that the handler has forked and that continues."""
+    assert told(forks_while_waiting) == [True, True]
+
+
+def forks_while_waiting() -> None:
+    establish()
+    place, forked = native_context.establishing, []
+    signal.signal(signal.SIGUSR1, lambda *_: forked.append(fork()))
+
+    def is_in_the_way() -> None:
+        acquire, _, _, release = place.steps
+        acquire()
+        held.set()
+        until(lambda: place.waiting, "the main thread waits for its turn")
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        until(lambda: forked, "its handler has forked")
+        release()
+
+    held = threading.Event()
+    other = threading.Thread(target=is_in_the_way)
+    other.start()
+    held.wait()
+    is_established = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[0] == OK
+    (pid,) = forked
+    if pid == 0:
+        os._exit(0 if is_established else 1)
+    other.join()
+    print(json.dumps([is_established, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0]))
+
+
 def test_a_file_that_gets_the_number_of_the_dead_socket_keeps_its_lock() -> None:
     """While a thread waits for its turn to establish a context, the application closes the socket, and locks a file."""
     assert told(locks_a_file) == [True, True]
