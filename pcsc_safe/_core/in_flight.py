@@ -24,7 +24,6 @@ from .one_step import Operation, call_each, consumer, in_one_step, is_not_false
 from .unpatched import RLock, get_ident, monotonic, sleep
 
 __all__ = [
-    "CHECK_INTERVAL",
     "DOOR",
     "GIVEN",
     "IMPORTS",
@@ -80,11 +79,9 @@ NOT_NATIVE = frozenset((IMPORTS, DOOR, START))
 """What a fork waits for even if its child can't use the native library."""
 
 
-CHECK_INTERVAL = 1.0  # s
-"""How long to wait at most for another thread's call before looking again whether this is still the same process.
-
-A signal handler may fork during the wait, and return in the child, which doesn't have that thread.
-"""
+# A signal handler may fork while this waits for another thread's call, and return in the child, which doesn't have that
+# thread.
+_CHECK_INTERVAL = 1.0  # s; whether this is still the same process
 
 PAUSE = 0.001  # s
 _YIELD_TIME = 0.0001  # s; longer than it takes a thread to wake up
@@ -114,7 +111,6 @@ class Place:
     """A place in the native library for one thread at a time.
 
     :ivar calls: the calls that are there now: one, or several of the same thread if a finalizer runs during a call.
-    :ivar cards: the cards there.
     :ivar state: OPEN; WOKEN: a wait there was ended from outside, and the place must not be used again; RELEASED;
         GIVEN: to a child that is being forked, until it is known whether there is a child.
     :ivar waiting: the identifiers of the threads that wait for the place, by a key for each wait.
@@ -123,11 +119,10 @@ class Place:
     :ivar lock: the lock that they take and release.
     """
 
-    __slots__ = ("calls", "cards", "lock", "state", "steps", "waiting")
+    __slots__ = ("calls", "lock", "state", "steps", "waiting")
 
     def __init__(self) -> None:
         self.state = OPEN
-        self.cards: list[Any] = []
         self.renew()
 
     def renew(self) -> None:
@@ -190,15 +185,13 @@ def attempt(
 ) -> list[Any]:
     """Make a native call, in one step of C, if the place is free and nothing is in the way.
 
-    If a thread waited in one step, and took the place in the next, it could lose it again and again: to a thread that
-    makes call after call; or, if many threads wait, to the next one, because a lock of Python 3.14 is handed over.
-
     :param owned: what the call is on; the call isn't made if this process no longer owns it.
     :param function: PC/SC's name.
     :param operations: the call, and C calls that belong to the same step.
     :param wait: the wait for events that it is part of; the call isn't made if the wait was cancelled.
-    :param in_turn: wait until the gate is open, and begin the step by waiting for other threads' calls in the place, at
-        most for :data:`CHECK_INTERVAL`.
+    :param in_turn: wait until the gate is open, and begin the step by waiting a while for other threads' calls in the
+        place.  If one step waited, and the next one took the place, this thread could lose it again and again: to one
+        that makes call after call; or, if many wait, to the next one, because a lock of Python 3.14 is handed over.
     :param latest_state: the call isn't made if the place is in a later state than this.
     :param needed: what else must be true; C code evaluates it when the place is taken.
     :param gate: :func:`closed_for` the thread that makes the call; by default this one.
@@ -220,7 +213,7 @@ def attempt(
     )
     make = (made.extend, takewhile(is_not_false, call_each(((all, conditions), *operations))))
     entry = (function, ident, monotonic(), wait)
-    free = (acquire, True, CHECK_INTERVAL if in_turn else 0)
+    free = (acquire, True, _CHECK_INTERVAL if in_turn else 0)
     whole = takewhile(is_not_false, call_each((free, (enter, entry), make, (leave, entry), (release,))))
     try:
         if in_turn:

@@ -312,12 +312,17 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
     :raises LostError: the native library of the broker has seen more readers, too; that of the next broker has not.
     """
     here = process.current()
+    result = _establish(function, scope, keep, context)
+    # After success no function is called, because a signal handler could raise in it, and the context would be lost.
+    if result[0] != SUCCESS and process.current() is not here:
+        return establish(function, scope, keep, context)  # a signal handler has forked, and this is the child
+    return result
+
+
+def _establish(function: str, scope: Any, keep: Keep, context: Optional[Context]) -> Any:
     effective = settings() if context is None else settings_of(context)
     through = gateway(function, context)
     result = through.establish(scope, keep, _OUTGROWN if effective.recover else None)
-    if result[0] != SUCCESS and process.current() is not here:
-        return establish(function, scope, keep, context)  # a signal handler has forked, and this is the child
-    # After success no function is called, because a signal handler could raise in it, and the context would be lost.
     if result[0] == recovery.NO_SERVICE:
         recovery.warn_of_no_service(function)
     if result[0] != _OUTGROWN:

@@ -23,6 +23,7 @@ from . import descriptors, failures, gate, gateways, handles, log, observer, pro
 from .calls import KEEP_FILES, LOST_REASON, LostError
 from .failures import is_ours
 from .handles import Context
+from .in_flight import PAUSE
 from .unpatched import get_ident, monotonic, sleep
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def obstacle(context: Context) -> Optional[tuple[str, str]]:
         )
     context.real.release_idle()
     # Another thread may be releasing one that is surplus.
-    if not any(has_intact_connections(context) or sleep(_PAUSE) for _ in range(_INTACT_CHECKS)):
+    if not any(has_intact_connections(context) or sleep(PAUSE) for _ in range(_INTACT_CHECKS)):
         return (
             f"the context of {context.established_at} has a connection to pcscd that is closed or unknown",
             "establish the context again",
@@ -97,7 +98,6 @@ class Plan:
 
 
 _GIVEN_TIMEOUT = 1.0  # s; for what another thread's fork has given to be its child's, or this process's again
-_PAUSE = 0.001  # s
 _ATTEMPTS = 100  # to settle: a signal handler can raise in each, but not for ever
 _INTACT_CHECKS = 20
 _plans: dict[int, Plan] = {}
@@ -249,7 +249,7 @@ def _keep_threads_out(context: Context, plan: Plan) -> bool:
     while not context.real.give(plan):
         if monotonic() > deadline:
             return False
-        sleep(_PAUSE)
+        sleep(PAUSE)
     return context.owner is process.here
 
 

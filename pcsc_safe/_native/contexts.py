@@ -396,6 +396,7 @@ class NativeContexts:
         self.waits.clear()
         for context in self.natives:
             context.renew()
+            context.wakers.clear()
             context.owner, context.state = here, OPEN
             in_flight.places[context] = context.calls
             if context.descriptor is not None:

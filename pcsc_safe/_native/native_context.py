@@ -10,15 +10,15 @@ At a fork it stays the parent's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import compress
-from operator import attrgetter, contains, itemgetter, not_
+from itertools import chain, compress
+from operator import attrgetter, contains, ge, is_, itemgetter, not_
 from typing import Any, Callable, Optional
 
 from .._core import connections, descriptors, in_flight, process
 from .._core.calls import STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import suppress
-from .._core.in_flight import GIVEN, OPEN, PAUSE, RELEASED, WOKEN, Place, attempt
+from .._core.in_flight import GIVEN, OPEN, PAUSE, RELEASED, WOKEN, Entry, Place, attempt
 from .._core.library import SUCCESS
 from .._core.unpatched import get_ident, monotonic, sleep
 from .pyscard import raw
@@ -26,7 +26,7 @@ from .pyscard import raw
 __all__ = ["NativeContext", "cancel_natively", "establishing", "wait_while_given"]
 
 _SHUTDOWN_TIMEOUT = 0.1  # s; that pcscd has to end a conversation
-_state = attrgetter("state")
+_state, _owner, _here = attrgetter("state"), attrgetter("owner"), attrgetter("here")
 
 
 establishing = Place()
@@ -43,12 +43,22 @@ class NativeContext(Place):
     :ivar began: when the last call on a card there began, by ``monotonic()``.
     :ivar descriptor: its connection to pcscd, if it is known.
     :ivar woken: when its end was first requested, by ``monotonic()``.
-    :ivar wakers: one key for each thread that is ending a wait there, or is replacing the connection.  While there is
-        one, it isn't released.
+    :ivar wakers: one key for each thread that is ending a wait there, or is using the connection.  While there is one,
+        it isn't released.
     :ivar cards: the native handles of its cards, and the results of SCardConnect that are not recorded yet.
     """
 
-    __slots__ = ("began", "connection_finder", "descriptor", "established", "handle", "owner", "wakers", "woken")
+    __slots__ = (
+        "began",
+        "cards",
+        "connection_finder",
+        "descriptor",
+        "established",
+        "handle",
+        "owner",
+        "wakers",
+        "woken",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +67,7 @@ class NativeContext(Place):
         self.began = self.woken = 0.0
         self.descriptor: Optional[Descriptor] = None
         self.wakers: dict[object, None] = {}
+        self.cards: list[Any] = []
         self.established: list[Any] = []  # what SCardEstablishContext returned
         self.connection_finder = connections.ConnectionFinder()
 
@@ -94,7 +105,8 @@ class NativeContext(Place):
 
         Where a card lives, the wait isn't ended, because the card's session would end, too.  Such a wait is short.
         """
-        if self.cards or not self.calls or self.calls[-1][3] is not wait:
+        latest = self.calls[-1:]
+        if self.cards or not latest or latest[0][3] is not wait:
             return
         is_known = self.descriptor is not None and self.descriptor.is_intact()
         if is_known and self.state == OPEN and not wait.has_spare(self):
@@ -104,7 +116,8 @@ class NativeContext(Place):
         key = object()
         try:
             self.wakers[key] = None  # while there is a key, the connection isn't closed, so its number isn't reused
-            if not self.calls or self.calls[-1][3] is not wait:
+            latest = self.calls[-1:]
+            if not latest or latest[0][3] is not wait:
                 return
             wait.was_ended = True
             # No other code runs between that check and the next line.  A thread that comes next sees the state.
@@ -112,7 +125,7 @@ class NativeContext(Place):
                 self.state = WOKEN
                 connections.shut_down(self.descriptor, both_directions=monotonic() - self.woken > _SHUTDOWN_TIMEOUT)
             else:
-                cancel_natively(wait.context, self, even_if_given=True)
+                cancel_natively(wait.context, self, latest[0])
         finally:
             self.wakers.pop(key, None)
 
@@ -150,24 +163,28 @@ class NativeContext(Place):
         return self.state == OPEN and not self.calls
 
 
-def cancel_natively(owned: Any, context: NativeContext, *, even_if_given: bool = False) -> Any:
+def cancel_natively(owned: Any, context: NativeContext, only: Optional[Entry] = None) -> Any:
     """SCardCancel, which uses a separate connection to pcscd for a moment.
 
     :param owned: the PC/SC context.
-    :param even_if_given: for a fork, before it gives ``context`` to its child; any other caller waits until it has.
-    :return: pyscard's result; :data:`STALE` if this process doesn't own it any more, or has released ``context``.
+    :param only: the call to end; nothing is done if it has ended.  While it is there, no child gets ``context``.
+    :return: pyscard's result; :data:`STALE` if this process doesn't own it any more, has released ``context``, or the
+        call has ended.
     """
-    states = (OPEN, WOKEN, GIVEN) if even_if_given else (OPEN, WOKEN)
     result: list[Any] = []
     operations = connections.FORGET_LATEST, (result.extend, map(raw["SCardCancel"], (context.handle,)))
-    made: list[Any] = []
-    while not made:
-        if owned.owner is not process.current() or context.state == RELEASED:
+    while not result:
+        is_ours = owned.owner is process.current() and context.is_ours()
+        if not is_ours or context.state == RELEASED or (only and only not in context.calls):
             return STALE
-        if context.state not in states:
+        if context.state == GIVEN and not only:
             wait_while_given([context])
-        is_usable = map(contains, (states,), map(_state, (context,)))
-        made = attempt(establishing, owned, "SCardCancel", *operations, in_turn=True, needed=is_usable)
+            continue
+        needed = chain(
+            map(is_, map(_owner, (context,)), map(_here, (process,))),
+            map(contains, (context.calls,), (only,)) if only else map(ge, (WOKEN,), map(_state, (context,))),
+        )
+        attempt(establishing, owned, "SCardCancel", *operations, in_turn=True, needed=needed)
     return result[0]
 
 

@@ -45,10 +45,12 @@ RIGHT = [OK, [1, 2, 3, 0x90, 0x00]]
 
 
 def told(program: Callable[..., Any], *arguments: str, cards: Any = None, timeout: float = 60) -> Any:
-    """Return what a program of this module printed as JSON, on its own stack."""
+    """Return what a program of this module printed as JSON, on its own stack; PCSCD is the process number of pcscd."""
     cards = cards or [EchoCard(), EchoCard()]
     with VirtualPcsc(len(cards), cards, activate=False) as stack:
-        done = in_program(program, *arguments, env={**os.environ, **stack.env}, timeout=timeout)
+        done = in_program(
+            program, *arguments, env={**os.environ, **stack.env, "PCSCD": str(stack.pid)}, timeout=timeout
+        )
         assert done.returncode == 0, done.stderr
         stack.wait_for_clients(0)
     return json.loads(done.stdout.splitlines()[-1])
@@ -600,6 +602,44 @@ def forks_while_waiting() -> None:
     print(json.dumps([is_established, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0]))
 
 
+def test_a_handler_that_forks_while_a_thread_waits_to_cancel() -> None:
+    """The child, whose context is in a broker, doesn't call the native library, with the handle of its parent."""
+    assert told(forks_while_cancelling) == [OK, 1, True]
+
+
+def forks_while_cancelling() -> None:
+    pcsc_safe.configure(quiesce_timeout=0.2)
+    context = establish()
+
+    def forks(*_: Any) -> None:
+        forked.append(fork())
+        if forked == [0]:
+            # Another thread was establishing a context, so the child's context is in a broker.
+            os.kill(pcscd, signal.SIGCONT)
+            assert safe.SCardListReaders(context, [])[0] == OK
+
+    def is_in_the_way() -> None:
+        main = threading.main_thread().ident
+        until(lambda: main in native_context.establishing.waiting.values(), "the main thread waits for its turn")
+        signal.pthread_kill(main or 0, signal.SIGUSR1)
+
+    forked: list[int] = []
+    cancelled: list[int] = []
+    pyscard.raw["SCardCancel"] = lambda handle: cancelled.append(handle) or OK
+    signal.signal(signal.SIGUSR1, forks)
+    pcscd = int(os.environ["PCSCD"])
+    os.kill(pcscd, signal.SIGSTOP)
+    establishing = Calling(establish)
+    until(lambda: native_context.establishing.calls, "the other thread establishes a context")
+    Calling(is_in_the_way)
+    hresult = safe.SCardCancel(context)
+    (pid,) = forked
+    if pid == 0:
+        os._exit(0 if hresult == OK and not cancelled else 1)
+    establishing.answer()
+    print(json.dumps([hresult, len(cancelled), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0]))
+
+
 def test_a_file_that_gets_the_number_of_the_dead_socket_keeps_its_lock() -> None:
     """While a thread waits for its turn to establish a context, the application closes the socket, and locks a file."""
     assert told(locks_a_file) == [True, True]
@@ -1020,6 +1060,29 @@ def test_a_cancel_uses_no_context_that_is_being_established(shared_stack: Virtua
     real = handles.contexts[context].real
     real.natives = {NativeContext(): None, **real.natives}
     assert safe.SCardCancel(context) == OK
+    assert safe.SCardReleaseContext(context) == OK
+
+
+@pytest.mark.native
+def test_no_cancel_follows_a_wait_that_has_ended(shared_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SCardCancel is called for one wait.  It must not end the next one, nor one of the child that has the context."""
+    cancelled: list[int] = []
+    monkeypatch.setitem(pyscard.raw, "SCardCancel", lambda handle: cancelled.append(handle) or OK)
+    context = establish()
+    (native,) = handles.contexts[context].real.natives
+    waiter = Calling(safe.SCardGetStatusChange, context, 500, [(shared_stack.readers[0].name, PRESENT)])
+    until(lambda: waits_on(waiter), "it waits")
+    wait = native.calls[-1][3]
+    acquire, _, _, release = native_context.establishing.steps
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "descriptor", None)  # otherwise the connection is shut down
+        acquire()
+        waker = Calling(native.wake, wait)
+        until(lambda: native_context.establishing.waiting, "the other thread waits for its turn")
+        assert waiter.answer()[0] == TIMED_OUT
+        release()
+        waker.answer()
+    assert (cancelled, native.wakers) == ([], {})
     assert safe.SCardReleaseContext(context) == OK
 
 
