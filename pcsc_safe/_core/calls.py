@@ -173,10 +173,12 @@ if TYPE_CHECKING:  # as in in_flight
         def enter(self, function: str, *arguments: Any) -> Any:
             """Call one of :attr:`functions`; a fork waits for it if it is inside the native library."""
 
-        def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
+        def establish(self, scope: Any, keep: Keep, here: Epoch, outgrown: Optional[int] = None) -> Any:
             """SCardEstablishContext.
 
             :param scope: SCARD_SCOPE_*.
+            :param here: the process for which this gateway was chosen.  A child that a signal handler forks during the
+                call, and that continues, doesn't use the native library: it chooses its own gateway.
             :param outgrown: the code of SCardListReaders that means that the library can't use this pcscd.  A context
                 that gets this code is released again.
             :return: pyscard's result, with what ``keep`` returned instead of the context; or ``outgrown``.

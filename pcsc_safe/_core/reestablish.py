@@ -312,19 +312,20 @@ def establish(function: str, scope: Any, keep: Keep, context: Optional[Context] 
     :raises LostError: the native library of the broker has seen more readers, too; that of the next broker has not.
     """
     here = process.current()
-    result = _establish(function, scope, keep, context)
-    # After success no function is called, because a signal handler could raise in it, and the context would be lost.
-    if result[0] != SUCCESS and process.current() is not here:
+    result = _establish(function, scope, keep, context, here)
+    if result[0] == SUCCESS:
+        return result  # without a call, in which a signal handler could raise: the context would be lost
+    if process.current() is not here:
         return establish(function, scope, keep, context)  # a signal handler has forked, and this is the child
+    if result[0] == recovery.NO_SERVICE:
+        recovery.warn_of_no_service(function)
     return result
 
 
-def _establish(function: str, scope: Any, keep: Keep, context: Optional[Context]) -> Any:
+def _establish(function: str, scope: Any, keep: Keep, context: Optional[Context], here: process.Epoch) -> Any:
     effective = settings() if context is None else settings_of(context)
     through = gateway(function, context)
-    result = through.establish(scope, keep, _OUTGROWN if effective.recover else None)
-    if result[0] == recovery.NO_SERVICE:
-        recovery.warn_of_no_service(function)
+    result = through.establish(scope, keep, here, _OUTGROWN if effective.recover else None)
     if result[0] != _OUTGROWN:
         return result
     if effective.policy is Policy.REESTABLISH:
@@ -333,9 +334,9 @@ def _establish(function: str, scope: Any, keep: Keep, context: Optional[Context]
             "process %(pid)d can't list readers or wait for events, because pcscd had more readers before it was "
             "restarted (pcsc-lite 2.5 and later): restart the process, or use policy 'auto', which uses a broker here",
         )
-        return through.establish(scope, keep)
+        return through.establish(scope, keep, here)
     log.info("outgrown", "process %(pid)d needs a broker, because pcscd had more readers before it was restarted")
-    return gateways.brokers.get().establish(scope, keep, _OUTGROWN)
+    return gateways.brokers.get().establish(scope, keep, here, _OUTGROWN)
 
 
 _ATTEMPTS = gateways.BROKER_ATTEMPTS

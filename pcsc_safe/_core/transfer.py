@@ -296,6 +296,8 @@ def _settle_once(plan: Plan) -> None:
         for connection in plan.connections:
             descriptors.unguard(connection)
         child_epoch = process.Epoch(process.here, process.HANDED_OVER)
+        for context in plan.given:
+            context.real.give_up(child_epoch)
         for context in plan.handed_over():
             _change_owner(context, child_epoch)
             for card in list(context.cards.values()):
@@ -391,6 +393,8 @@ def _take_possession(epoch: process.Epoch) -> None:
 def _take(plan: Plan, epoch: process.Epoch) -> None:
     broker = gateways.brokers.existing()
     for context in [*plan.handed_over(), *plan.shared]:
+        if process.here is epoch:
+            break  # the call of a signal handler, in the middle of this, has done it
         if context in plan.native:
             # A wait for events that began at the last moment is on this connection as well, and reads from it.
             is_there = epoch.unquiet is None and has_intact_connections(context)

@@ -49,7 +49,7 @@ _ATTEMPTS_TO_FIND = 10  # the connection of a new native context
 _CANCEL_TIMEOUT = 1.0  # s
 _RELEASE_TIMEOUT = 1.0  # s
 _BUSY_INTERVAL = 0.01  # s
-_real, _released = attrgetter("real"), attrgetter("released")
+_real, _released, _state = attrgetter("real"), attrgetter("released"), attrgetter("state")
 _Call = Callable[[NativeContext, bool], tuple[Operation, ...]]
 
 
@@ -57,16 +57,17 @@ class NativeContexts:
     """The native contexts behind one PC/SC context.
 
     :ivar scope: SCARD_SCOPE_*.
-    :ivar owner: the process in which more can be established; None once they are given to a child that is being forked.
+    :ivar owner: the process in which more can be established; None for none, and once they are given to a child that
+        is being forked.
     :ivar natives: the native contexts.
     :ivar waits: the waits for events on the PC/SC context, each over all its native calls.
     """
 
     __slots__ = ("_given_by", "_is_refused", "natives", "owner", "scope", "waits")
 
-    def __init__(self, scope: Any) -> None:
+    def __init__(self, scope: Any, owner: Optional[process.Epoch] = None) -> None:
         self.scope = scope
-        self.owner: Optional[process.Epoch] = process.current()
+        self.owner = owner
         self._given_by: object = None
         self._is_refused = False  # whether pcscd has refused the last one
         self.natives: dict[NativeContext, Any] = {}  # in the order in which they were established
@@ -102,16 +103,23 @@ class NativeContexts:
         """SCardCancel: ends every wait for events on the PC/SC context, even one that is between two native calls.
 
         :param thread: only the waits of this thread.
-        :return: pyscard's result.
+        :return: pyscard's result, or :data:`STALE`.
         """
         waits = [wait for wait in list(self.waits) if thread in (None, wait.thread)]
         for wait in waits:
             wait.cancelled = True
         self._wake(waits)
-        usable = self.usable()
-        if waits or thread is not None or not usable:
+        if waits or thread is not None:
             return SUCCESS
-        return cancel_natively(owned, usable[0])
+        while self.is_current(owned):
+            usable = self.usable()
+            if not usable:
+                return SUCCESS
+            if usable[0].state == GIVEN:
+                wait_while_given(usable)
+            elif made := cancel_natively(owned, usable[0], needed=map(is_, map(_state, usable[:1]), (OPEN,))):
+                return made[0]
+        return STALE
 
     def ensure_spare(self, owned: Any, context: NativeContext) -> int:
         """Ensure that there is another native context without a wait.
@@ -389,6 +397,14 @@ class NativeContexts:
         for context in self.usable():
             context.state = OPEN
 
+    def give_up(self, child: process.Epoch) -> None:
+        """There is a child: it is the owner now, and no thread of this process waits for them any more.
+
+        :param child: stands for the child in this process.
+        """
+        for context in self.usable():
+            context.owner = child
+
     def take_over(self, here: process.Epoch) -> None:
         """In a child: make this process the owner of what was handed over."""
         self.owner = here
@@ -434,9 +450,9 @@ def _is_usable(context: NativeContext, avoided: Sequence[NativeContext]) -> bool
 
 
 def native_contexts_of(context: Any) -> NativeContexts:
-    """The native contexts behind a PC/SC context; empty if another thread has just re-established it in a broker.
+    """The native contexts behind a PC/SC context; none if another thread has just re-established it in a broker.
 
-    A call on empty ones returns :data:`STALE`.
+    A call on none returns :data:`STALE`.
     """
     real = context.real
     return real if isinstance(real, NativeContexts) else NativeContexts(context.scope)

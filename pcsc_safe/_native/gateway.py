@@ -39,8 +39,8 @@ _functions: dict[str, Callable[..., Any]] = {
 class _NewContext:
     """A PC/SC context that is being established."""
 
-    def __init__(self, contexts: NativeContexts) -> None:
-        self.owner = process.current()
+    def __init__(self, contexts: NativeContexts, here: process.Epoch) -> None:
+        self.owner = here
         self.real = contexts
         self.released = False
 
@@ -93,10 +93,10 @@ class _Native:
         """Make a call of the native library; see :class:`calls.Gateway`."""
         return gate.call_inside(function, self.functions[function], *arguments)
 
-    def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
+    def establish(self, scope: Any, keep: Keep, here: process.Epoch, outgrown: Optional[int] = None) -> Any:
         """SCardEstablishContext; see :class:`calls.Gateway`."""
-        contexts = NativeContexts(scope)
-        new_context = _NewContext(contexts)
+        contexts = NativeContexts(scope, here)
+        new_context = _NewContext(contexts, here)
         try:
             hresult = contexts.establish(new_context)
             if hresult == SUCCESS and outgrown is not None:

@@ -11,22 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, compress
-from operator import attrgetter, contains, ge, is_, itemgetter, not_
+from operator import attrgetter, contains, is_, itemgetter, not_
 from typing import Any, Callable, Optional
 
 from .._core import connections, descriptors, in_flight, process
-from .._core.calls import STALE
 from .._core.descriptors import Descriptor
 from .._core.failures import suppress
-from .._core.in_flight import GIVEN, OPEN, PAUSE, RELEASED, WOKEN, Entry, Place, attempt
+from .._core.in_flight import OPEN, PAUSE, WOKEN, Place, attempt
 from .._core.library import SUCCESS
+from .._core.one_step import Operation, call_each, in_one_step
 from .._core.unpatched import get_ident, monotonic, sleep
 from .pyscard import raw
 
 __all__ = ["NativeContext", "cancel_natively", "establishing", "wait_while_given"]
 
 _SHUTDOWN_TIMEOUT = 0.1  # s; that pcscd has to end a conversation
-_state, _owner, _here = attrgetter("state"), attrgetter("owner"), attrgetter("here")
+_owner, _here = attrgetter("owner"), attrgetter("here")
 
 
 establishing = Place()
@@ -44,7 +44,7 @@ class NativeContext(Place):
     :ivar descriptor: its connection to pcscd, if it is known.
     :ivar woken: when its end was first requested, by ``monotonic()``.
     :ivar wakers: one key for each thread that is ending a wait there, or is using the connection.  While there is one,
-        it isn't released.
+        it isn't released, unless its connection is dead.
     :ivar cards: the native handles of its cards, and the results of SCardConnect that are not recorded yet.
     """
 
@@ -108,6 +108,7 @@ class NativeContext(Place):
         latest = self.calls[-1:]
         if self.cards or not latest or latest[0][3] is not wait:
             return
+        (call,) = latest
         is_known = self.descriptor is not None and self.descriptor.is_intact()
         if is_known and self.state == OPEN and not wait.has_spare(self):
             is_known = False
@@ -116,16 +117,13 @@ class NativeContext(Place):
         key = object()
         try:
             self.wakers[key] = None  # while there is a key, the connection isn't closed, so its number isn't reused
-            latest = self.calls[-1:]
-            if not latest or latest[0][3] is not wait:
+            is_there, note = (contains, self.calls, call), (setattr, wait, "was_ended", True)
+            if not is_known:
+                cancel_natively(wait.context, self, note, needed=call_each((is_there,)))
                 return
-            wait.was_ended = True
-            # No other code runs between that check and the next line.  A thread that comes next sees the state.
-            if is_known:
-                self.state = WOKEN
+            in_one_step(is_there, note, (setattr, self, "state", WOKEN))  # a thread that comes next sees the state
+            if self.state == WOKEN:
                 connections.shut_down(self.descriptor, both_directions=monotonic() - self.woken > _SHUTDOWN_TIMEOUT)
-            else:
-                cancel_natively(wait.context, self, latest[0])
         finally:
             self.wakers.pop(key, None)
 
@@ -163,29 +161,17 @@ class NativeContext(Place):
         return self.state == OPEN and not self.calls
 
 
-def cancel_natively(owned: Any, context: NativeContext, only: Optional[Entry] = None) -> Any:
+def cancel_natively(owned: Any, context: NativeContext, *first: Operation, needed: Iterator[Any]) -> list[Any]:
     """SCardCancel, which uses a separate connection to pcscd for a moment.
 
     :param owned: the PC/SC context.
-    :param only: the call to end; nothing is done if it has ended.  While it is there, no child gets ``context``.
-    :return: pyscard's result; :data:`STALE` if this process doesn't own it any more, has released ``context``, or the
-        call has ended.
+    :param first: C calls in the same step, before it.
+    :param needed: as of :func:`in_flight.attempt`.
+    :return: pyscard's result in a list; empty if it wasn't called.
     """
-    result: list[Any] = []
-    operations = connections.FORGET_LATEST, (result.extend, map(raw["SCardCancel"], (context.handle,)))
-    while not result:
-        is_ours = owned.owner is process.current() and context.is_ours()
-        if not is_ours or context.state == RELEASED or (only and only not in context.calls):
-            return STALE
-        if context.state == GIVEN and not only:
-            wait_while_given([context])
-            continue
-        needed = chain(
-            map(is_, map(_owner, (context,)), map(_here, (process,))),
-            map(contains, (context.calls,), (only,)) if only else map(ge, (WOKEN,), map(_state, (context,))),
-        )
-        attempt(establishing, owned, "SCardCancel", *operations, in_turn=True, needed=needed)
-    return result[0]
+    is_ours = map(is_, map(_owner, (context,)), map(_here, (process,)))
+    operations = connections.FORGET_LATEST, *first, (raw["SCardCancel"], context.handle)
+    return attempt(establishing, owned, "SCardCancel", *operations, in_turn=True, needed=chain(is_ours, needed))[-1:]
 
 
 def wait_while_given(given: Sequence[NativeContext]) -> None:

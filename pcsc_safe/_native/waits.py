@@ -31,7 +31,7 @@ class Wait:
     :ivar context: the PC/SC context.
     :ivar thread: the caller's thread.
     :ivar cancelled: whether the application called SCardCancel, or released the context.
-    :ivar was_ended: whether a fork, or another thread, ended its native call early.
+    :ivar was_ended: whether a fork, or another thread, requested the end of its native call.
     """
 
     def __init__(self, context: Any, contexts: NativeContexts, timeout: int, states: Any) -> None:

@@ -89,7 +89,7 @@ class Broker:
         """Make a call through the broker: not inside the native library, so no fork needs to wait for it."""
         return self.functions[function](*arguments)
 
-    def establish(self, scope: Any, keep: Keep, outgrown: Optional[int] = None) -> Any:
+    def establish(self, scope: Any, keep: Keep, here: process.Epoch, outgrown: Optional[int] = None) -> Any:
         """SCardEstablishContext; see :class:`calls.Gateway`."""
         # The broker's environment is that of its start.  Its libpcsclite reads the variable at the first context.
         where = os.environ.get(start.SOCKET_NAME)

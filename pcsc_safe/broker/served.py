@@ -13,7 +13,7 @@ import threading
 from _thread import start_new_thread  # as in server
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from .._core import calls, gateways, handles, in_flight, library, router
+from .._core import calls, gateways, handles, in_flight, library, process, router
 from . import sharing, start, wire
 from .sharing import Handle
 
@@ -327,7 +327,7 @@ def _establish(client: Client, scope: Any, socket_name: Any) -> Any:
             os.environ[start.SOCKET_NAME] = socket_name
         else:
             os.environ.pop(start.SOCKET_NAME, None)
-        result = gateways.native.establish(scope, keep)
+        result = gateways.native.establish(scope, keep, process.current())
     if result[0] == library.SUCCESS:
         client.handles[int(result[1])] = result[1]
         if client.has_ended:

@@ -23,10 +23,12 @@ class Recording:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def establish(self, scope: Any, keep: Callable[..., Any], outgrown: Optional[int] = None) -> Any:
+    def establish(self, scope: Any, keep: Callable[..., Any], here: Any, outgrown: Optional[int] = None) -> Any:
         """Establish as the native gateway does; the context belongs to this gateway."""
         self.seen.append("SCardEstablishContext")
-        return self.inner.establish(scope, lambda real, number, owner, _: keep(real, number, owner, self), outgrown)
+        return self.inner.establish(
+            scope, lambda real, number, owner, _: keep(real, number, owner, self), here, outgrown
+        )
 
     def connect(self, context: Any, arguments: Any, keep: Callable[..., Any]) -> Any:
         """Connect as the native gateway does."""

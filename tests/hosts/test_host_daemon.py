@@ -277,4 +277,5 @@ def test_the_control(tmp_path: Path, path: str) -> None:
                 assert not daemon.signs(b"message")
         finally:
             for pid in processes_of(session):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    os.kill(pid, signal.SIGKILL)

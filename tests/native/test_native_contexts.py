@@ -33,7 +33,7 @@ from interrupts import Alarm, RaisesInside, before_3_10
 
 import pcsc_safe
 from pcsc_safe import scard as safe
-from pcsc_safe._core import descriptors, handles, in_flight, new_handles, process, router
+from pcsc_safe._core import descriptors, handles, in_flight, new_handles, process, recovery, reestablish, router
 from pcsc_safe._native import contexts, native_context, pyscard
 from pcsc_safe.broker.connection import Connection
 from pcsc_safe.testing import EchoCard, VirtualPcsc
@@ -572,12 +572,17 @@ def raises_twice(how: str) -> None:
 
 
 def test_a_handler_that_forks_while_a_thread_waits_to_establish() -> None:
-    """SCardEstablishContext succeeds in the parent, and in the child that the handler has forked and that continues."""
+    """SCardEstablishContext succeeds in the parent, and in the child that the handler has forked and that continues.
+
+    Neither logs that there is no pcscd.
+    """
     assert told(forks_while_waiting) == [True, True]
 
 
 def forks_while_waiting() -> None:
     establish()
+    warned: list[str] = []
+    recovery.warn_of_no_service = warned.append
     place, forked = native_context.establishing, []
     signal.signal(signal.SIGUSR1, lambda *_: forked.append(fork()))
 
@@ -594,12 +599,40 @@ def forks_while_waiting() -> None:
     other = threading.Thread(target=is_in_the_way)
     other.start()
     held.wait()
-    is_established = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[0] == OK
+    is_right = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[0] == OK and not warned
     (pid,) = forked
     if pid == 0:
-        os._exit(0 if is_established else 1)
+        os._exit(0 if is_right else 1)
     other.join()
-    print(json.dumps([is_established, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0]))
+    print(json.dumps([is_right, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0]))
+
+
+def test_a_handler_that_forks_when_the_gateway_is_chosen() -> None:
+    """A child that can't use the native library doesn't, although its parent's call had chosen it."""
+    assert told(forks_when_chosen) == [True, True]
+
+
+def forks_when_chosen() -> None:
+    pcsc_safe.configure(quiesce_timeout=0.05)
+    establish()
+    native, choose, forked, established = pyscard.raw["SCardEstablishContext"], reestablish.gateway, [], []
+
+    def chooses(*arguments: Any) -> Any:
+        chosen = choose(*arguments)
+        if not forked:
+            in_flight.calls_without_place["busy"] = ("SCardTransmit", 0, time.monotonic(), None)
+            forked.append(fork())
+            if forked[0]:
+                in_flight.calls_without_place.pop("busy", None)
+        return chosen
+
+    reestablish.gateway = chooses
+    pyscard.raw["SCardEstablishContext"] = lambda scope: established.append(os.getpid()) or native(scope)
+    hresult = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[0]
+    is_right = hresult == OK and (os.getpid() in established) == bool(forked[0])
+    if forked == [0]:
+        os._exit(0 if is_right else 1)
+    print(json.dumps([is_right, os.waitstatus_to_exitcode(os.waitpid(forked[0], 0)[1]) == 0]))
 
 
 def test_a_handler_that_forks_while_a_thread_waits_to_cancel() -> None:
@@ -1036,6 +1069,33 @@ def test_a_handover_while_another_thread_connects(pcsc_stack: VirtualPcsc, monke
 
 
 @pytest.mark.native
+def test_a_cancel_during_a_handover(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SCardCancel of another thread doesn't wait for a context that a child has got."""
+    context, go_on, wait_until_open, here = (
+        establish(),
+        threading.Event(),
+        in_flight.wait_until_open,
+        threading.get_ident(),
+    )
+
+    def waits(ident: int) -> Any:
+        gate = wait_until_open(ident)
+        assert ident == here or go_on.wait(20)
+        return gate
+
+    monkeypatch.setattr(in_flight, "wait_until_open", waits)
+    with pcsc_safe.handover(context):
+        cancel = Calling(safe.SCardCancel, context)
+        assert stays(cancel.is_alive)
+        assert in_child(lambda: safe.SCardReleaseContext(context)) == OK
+        assert safe.SCardListReaders(context, [])[0] == OK  # established again
+        go_on.set()
+    assert cancel.answer() == OK
+    assert safe.SCardReleaseContext(context) == OK
+    pcsc_stack.wait_for_clients(0)
+
+
+@pytest.mark.native
 def test_a_release_while_another_thread_connects(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
     """The card ends with its context, and calls on it say so."""
     context, reader = establish(), pcsc_stack.readers[0].name
@@ -1070,17 +1130,20 @@ def test_no_cancel_follows_a_wait_that_has_ended(shared_stack: VirtualPcsc, monk
     monkeypatch.setitem(pyscard.raw, "SCardCancel", lambda handle: cancelled.append(handle) or OK)
     context = establish()
     (native,) = handles.contexts[context].real.natives
-    waiter = Calling(safe.SCardGetStatusChange, context, 500, [(shared_stack.readers[0].name, PRESENT)])
+    waiter = Calling(safe.SCardGetStatusChange, context, 3000, [(shared_stack.readers[0].name, PRESENT)])
     until(lambda: waits_on(waiter), "it waits")
     wait = native.calls[-1][3]
     acquire, _, _, release = native_context.establishing.steps
     with monkeypatch.context() as patch:
         patch.setattr(native, "descriptor", None)  # otherwise the connection is shut down
+        patch.setattr(in_flight, "_CHECK_INTERVAL", 10.0)
         acquire()
-        waker = Calling(native.wake, wait)
-        until(lambda: native_context.establishing.waiting, "the other thread waits for its turn")
-        assert waiter.answer()[0] == TIMED_OUT
-        release()
+        try:
+            waker = Calling(native.wake, wait)
+            until(lambda: native_context.establishing.waiting, "the other thread waits for its turn")
+            assert waiter.answer()[0] == TIMED_OUT
+        finally:
+            release()
         waker.answer()
     assert (cancelled, native.wakers) == ([], {})
     assert safe.SCardReleaseContext(context) == OK
