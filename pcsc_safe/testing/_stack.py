@@ -82,10 +82,8 @@ class Reader:
             card = self.card
             if card is None:
                 raise PcscStackError(f"there is no card in {self.name!r}", remedy="insert() one first")
-            self._take_out()
-            if stack.pid:
-                with stack._explained():
-                    stack._await({self.name: False})
+            with stack._until_detected([self]):
+                self._take_out()
             return card
 
     def _take_out(self) -> None:
@@ -319,12 +317,10 @@ class VirtualPcsc:
             yield self
 
     def _plug(self, readers: Sequence[Reader]) -> None:
-        if not self.pid or not readers:
-            return
-        with self._explained():
-            for reader in readers:
-                reader._slot.plug()
-            self._await({reader.name: True for reader in readers})
+        if self.pid:
+            with self._until_detected(readers):
+                for reader in readers:
+                    reader._slot.plug()
 
     def _unplug(self) -> None:
         for reader in self.readers:
@@ -333,14 +329,29 @@ class VirtualPcsc:
     def _probe(self) -> Probe:
         return Probe(self._running().path, self._timeout)
 
-    def _await(self, wanted: dict[str, bool]) -> None:
-        """Wait until pcscd detects all cards, and none in the empty readers."""
+    @contextlib.contextmanager
+    def _until_detected(self, readers: Sequence[Reader]) -> Iterator[None]:
+        """Insert or remove the cards of these readers in the block; wait until pcscd has detected all that.
 
-        def as_wanted(states: Sequence[ReaderState]) -> bool:
-            return all(wanted.get(state.name, state.present) == state.present for state in states)
+        The state of a reader doesn't tell: if a client resets a card that is gone, pcscd changes the state, but hasn't
+        detected the removal, and doesn't detect a card that is inserted before it has.
+        """
+        if not self.pid or not readers:
+            yield
+            return
+        with self._explained(), self._probe() as probe:
+            before = {state.name: state.events for state in probe.states()}
+            yield
+            wanted = {reader.name: reader.card is not None for reader in readers}
 
-        with self._probe() as probe:
-            probe.wait(as_wanted, hurry=lambda: nudge(self.pid))
+            def are_detected(states: Sequence[ReaderState]) -> bool:
+                return all(
+                    state.events != before[state.name] and wanted[state.name] == state.present == state.powered
+                    for state in states
+                    if state.name in wanted
+                )
+
+            probe.wait(are_detected, hurry=lambda: nudge(self.pid))
 
     def _check_readers(self, states: Sequence[ReaderState]) -> None:
         names = {state.name for state in states}

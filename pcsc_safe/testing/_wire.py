@@ -36,10 +36,18 @@ _SHARING_VIOLATION, _NO_CARD, _REMOVED = 0x8010000B, 0x8010000C, 0x80100069
 
 @dataclass(frozen=True)
 class ReaderState:
-    """What pcscd says about one reader: its name, and whether a powered-up card with an ATR is in it."""
+    """What pcscd says about one reader.
+
+    :ivar name: its name.
+    :ivar present: whether a card is in it.
+    :ivar powered: whether that has an ATR, so it was powered up.
+    :ivar events: how often pcscd has detected that a card was inserted or removed.
+    """
 
     name: str
     present: bool
+    powered: bool
+    events: int
 
 
 class Probe:
@@ -144,9 +152,9 @@ class Probe:
 
 def _parse(data: bytes) -> list[ReaderState]:
     states = []
-    for name, _, state, _, _, atr_length, _ in _STATE.iter_unpack(data):
+    for name, events, state, _, _, atr_length, _ in _STATE.iter_unpack(data):
         if name[0]:
-            states.append(ReaderState(name.split(b"\0")[0].decode(), bool(state & PRESENT and atr_length)))
+            states.append(ReaderState(name.split(b"\0")[0].decode(), bool(state & PRESENT), bool(atr_length), events))
     return states
 
 

@@ -22,7 +22,7 @@ from interrupts import Alarm
 from places import ROOT, TESTS
 from smartcard import scard
 
-from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc, _install, _slots, cards
+from pcsc_safe.testing import EchoCard, PcscStackError, VirtualPcsc, _install, _slots, _vpcd, cards
 from pcsc_safe.testing._activation import VARIABLE
 
 PRESENT, EMPTY = scard.SCARD_STATE_PRESENT, scard.SCARD_STATE_EMPTY
@@ -268,6 +268,23 @@ def test_many_restarts_with_clients(pcsc_stack: VirtualPcsc) -> None:
         scard.SCardConnect(establish(), names[0], scard.SCARD_SHARE_SHARED, 3)
         pcsc_stack.restart()
         assert [echo(name, turn) for name in names] == [[turn, 0x90, 0]] * 2
+
+
+def test_a_client_resets_a_card_that_is_gone(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it does so before pcscd has detected the removal, remove() still returns only then."""
+    reader, context, unplug = pcsc_stack.readers[0], establish(), _vpcd.Slot.unplug
+    _, card, _ = scard.SCardConnect(context, reader.name, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_ANY)
+
+    def unplug_and_reset(slot: _vpcd.Slot) -> None:
+        unplug(slot)
+        assert scard.SCardDisconnect(card, scard.SCARD_RESET_CARD) == scard.SCARD_S_SUCCESS
+
+    monkeypatch.setattr(_vpcd.Slot, "unplug", unplug_and_reset)
+    removed = reader.remove()
+    monkeypatch.undo()
+    reader.insert(removed)
+    assert state(context, reader.name) == PRESENT
+    scard.SCardReleaseContext(context)
 
 
 def test_cards_change_while_pcscd_is_down(pcsc_stack: VirtualPcsc) -> None:
