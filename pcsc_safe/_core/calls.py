@@ -178,7 +178,8 @@ if TYPE_CHECKING:  # as in in_flight
 
             :param scope: SCARD_SCOPE_*.
             :param here: the process for which this gateway was chosen.  A child that a signal handler forks during the
-                call, and that continues, doesn't use the native library: it chooses its own gateway.
+                call, and that continues, doesn't use the native library.  It gets a code that isn't SCARD_S_SUCCESS,
+                and chooses its own gateway.
             :param outgrown: the code of SCardListReaders that means that the library can't use this pcscd.  A context
                 that gets this code is released again.
             :return: pyscard's result, with what ``keep`` returned instead of the context; or ``outgrown``.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # as in in_flight
         """The gateway to the native library in this process.
 
         Its object for a PC/SC context (``real``) lives in this process, and can be handed over at a fork: it has
-        ``release_idle()``, ``give(by)``, ``give_latest()``, ``take_back(by)``, ``give_up(epoch)``,
+        ``release_idle()``, ``give(by)``, ``give_latest(by)``, ``take_back(by)``, ``give_up(epoch)``,
         ``take_over(epoch)``, ``cut_connections()`` and ``release_dead()``.
         """
 

@@ -21,7 +21,7 @@ from ..errors import PcscSafeError
 from ..policy import Settings
 from . import gateways, in_flight, observer, one_step, process, sessions
 from .calls import Gateway, Kind
-from .unpatched import RLock, get_ident, monotonic, sleep
+from .unpatched import RLock
 
 __all__ = [
     "Card",
@@ -42,7 +42,6 @@ __all__ = [
     "set_proxies",
     "settled",
     "update",
-    "wait_while_given",
 ]
 
 family = os.urandom(16)
@@ -222,11 +221,8 @@ contexts: dict[Any, Context] = {}
 cards: dict[Any, Card] = {}
 
 
-given: dict[Context, int] = {}
-"""The contexts in a broker that a fork is giving to its child, with the thread that forks."""
-
-_GIVEN_TIMEOUT = 1.0  # s; a signal handler in the thread that forks may wait for this one
-
+given: dict[Context, None] = {}
+"""The contexts in a broker that a fork is giving to its child."""
 
 settled = object()
 """Another object after each handover, once it is known whether there is a child; contexts leave `given` later."""
@@ -238,13 +234,6 @@ def note_settled(contexts: list[Context]) -> None:
     settled = object()
     for context in contexts:
         given.pop(context, None)
-
-
-def wait_while_given(context: Context) -> None:
-    """Wait until it is known whether another thread's fork has given this context to its child; a second at most."""
-    ident, deadline = get_ident(), monotonic() + _GIVEN_TIMEOUT
-    while given.get(context, ident) != ident and monotonic() < deadline:
-        sleep(in_flight.PAUSE)
 
 
 def _drop(record: Record) -> None:

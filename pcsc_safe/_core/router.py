@@ -27,6 +27,7 @@ from . import (
     recovery,
     reestablish,
     sparing,
+    transfer,
 )
 from .calls import CALLS, NO_HANDLE, STALE, TRANSACTIONS_BEGUN, Call, FollowUp, Gateway, Kind, LostError
 from .failures import is_ours
@@ -120,7 +121,7 @@ def _through_broker(
             return result
         if hresult != INVALID_HANDLE:
             break
-        handles.wait_while_given(record.context)
+        transfer.wait_while_given(record.context)
         if recovery.was_replaced(record, real) and not recovery.recovers(record):
             return _route_slowly(call, route, handle, arguments)  # handed over before this call came there
         if handles.settled is settled:

@@ -29,7 +29,7 @@ from .unpatched import get_ident, monotonic, sleep
 if TYPE_CHECKING:
     from .handover import handover
 
-__all__ = ["FORK_AGAIN", "blocks", "obstacle", "register_hooks"]
+__all__ = ["FORK_AGAIN", "blocks", "obstacle", "register_hooks", "settle_early", "wait_while_given"]
 
 
 blocks: dict[int, tuple[handover, ...]] = {}
@@ -67,29 +67,34 @@ class Plan:
     What it reserves is noted here first, so that it can be released wherever a signal handler raises.
 
     :ivar blocks: the blocks that it is made for, if any.
+    :ivar child: stands for the child, in the parent.
     :ivar native: contexts that are handed over with their connections.
-    :ivar given: those of them that no thread of the parent can use, until it is known whether there is a child.
+    :ivar real: for each context that is handed over, what the child gets.
+    :ivar given: the native contexts that no thread of the parent can use, until it is known whether there is a child.
     :ivar connections: those that ``native`` has to pcscd.
     :ivar in_broker: contexts that are handed over in a broker.
     :ivar shared: contexts that are shared.
     :ivar inherited_connection: how the child reaches ``in_broker`` and ``shared``; None if both are empty.
     :ivar start_signal: a socket pair; over its second end the child says that it has started.  Empty at first.
     :ivar is_complete: whether the child that is forked now gets all this.
-    :ivar has_child: whether there is this child; None until the parent knows.
+    :ivar decided: whether there is this child; empty until the parent knows.  The first item counts: a signal handler
+        may decide in the middle.
     :ivar raised: the exceptions of signal handlers, which are raised again when all is settled.
     """
 
     def __init__(self, blocks: tuple[handover, ...]) -> None:
         self.blocks = blocks
+        self.child = process.Epoch(process.here, process.HANDED_OVER)
         self.native: list[Context] = []
-        self.given: list[Context] = []
+        self.real: dict[Context, Any] = {}
+        self.given: list[Any] = []
         self.connections: list[Optional[descriptors.Descriptor]] = []
         self.in_broker: list[Context] = []
         self.shared: list[Context] = []
         self.inherited_connection: Optional[gateways.InheritedConnection] = None
         self.start_signal: tuple[Any, ...] = ()
         self.is_complete = False
-        self.has_child: Optional[bool] = None
+        self.decided: list[bool] = []
         self.raised: list[BaseException] = []
 
     def handed_over(self) -> list[Context]:
@@ -97,7 +102,10 @@ class Plan:
         return [*self.native, *self.in_broker]
 
 
-_GIVEN_TIMEOUT = 1.0  # s; for what another thread's fork has given to be its child's, or this process's again
+_GIVEN_TIMEOUT = (
+    1.0  # s; for what another thread's fork has given to be its child's, or this process's again.  A signal
+)
+# handler in the thread that forks may wait for this one.
 _ATTEMPTS = 100  # to settle: a signal handler can raise in each, but not for ever
 _INTACT_CHECKS = 20
 _plans: dict[int, Plan] = {}
@@ -146,6 +154,7 @@ def _plan_before_fork() -> None:
 
 
 FORK_AGAIN = "the parent is still the owner: fork again"
+_USED = "a signal handler, or a hook of the application, has used it before the fork"
 
 
 def _note_failure(plan: Plan, why: str, remedy: str = FORK_AGAIN) -> None:
@@ -186,8 +195,8 @@ def _complete(plan: Plan, ident: int) -> Optional[str]:
         *(plan.inherited_connection.descriptors() if plan.inherited_connection is not None else ()),
     }
     _plans[ident] = plan
-    plan.is_complete = True
-    return None
+    plan.is_complete = not plan.decided
+    return None if plan.is_complete else _USED
 
 
 def _choose(plan: Plan) -> None:
@@ -196,6 +205,7 @@ def _choose(plan: Plan) -> None:
     broker = gateways.brokers.existing()
     plan.native = [context for context in given if context.gateway is gateways.native]
     plan.in_broker = [context for context in given if context.gateway is broker]
+    plan.real = {context: context.real for context in plan.handed_over()}
     owned = [context for context in list(handles.contexts.values()) if context.owner is process.here]
     plan.shared = [
         context
@@ -220,15 +230,15 @@ def _reserve(plan: Plan) -> Optional[str]:
     """Keep this process's threads out of what is handed over, and have the broker prepare for the child."""
     here = process.here
     for context in plan.native:
-        plan.given.append(context)  # first: a signal handler may raise in the middle
+        plan.given.append(plan.real[context])  # first: a signal handler may raise in the middle
         if not _keep_threads_out(context, plan):
             return "another thread is handing over a context"
     if plan.handed_over() and not gate.wait_until_quiet():
         return "another thread is inside a PC/SC call"
-    for context in plan.native:
-        context.real.give_latest()
+    for real in plan.given:
+        real.give_latest(plan)
     broker = gateways.brokers.existing()
-    handles.given.update(dict.fromkeys(plan.in_broker, get_ident()))
+    handles.given.update(dict.fromkeys(plan.in_broker))
     if broker is not None and (plan.in_broker or plan.shared):
         plan.inherited_connection = broker.prepare_child()  # first: a signal handler may raise while it gives
         plan.inherited_connection.give(_real_handles(plan.in_broker), _real_handles(plan.shared))
@@ -246,7 +256,7 @@ def _reserve(plan: Plan) -> Optional[str]:
 def _keep_threads_out(context: Context, plan: Plan) -> bool:
     """Keep the threads of this process out of a context; False if another thread's fork has done so."""
     deadline = monotonic() + _GIVEN_TIMEOUT
-    while not context.real.give(plan):
+    while not plan.real[context].give(plan):
         if monotonic() > deadline:
             return False
         sleep(PAUSE)
@@ -287,47 +297,93 @@ def _settle_once(plan: Plan) -> None:
     If a signal handler raises during this function, it is called again from the beginning.
     """
     descriptors.kept_by_child.pop(get_ident(), None)
-    if plan.has_child is None:
-        plan.has_child = _child_has_started(plan)
+    if not plan.decided:
+        plan.decided.append(_child_has_started(plan))
     _close(plan.start_signal)
-    if plan.has_child and plan.handed_over():
-        # Before another thread can re-establish the contexts that were handed over.
-        descriptors.replace_with_dead(plan.connections)
-        for connection in plan.connections:
-            descriptors.unguard(connection)
-        child_epoch = process.Epoch(process.here, process.HANDED_OVER)
-        for context in plan.given:
-            context.real.give_up(child_epoch)
-        for context in plan.handed_over():
-            _change_owner(context, child_epoch)
-            for card in list(context.cards.values()):
-                card.session.end()
+    _change_owners(plan)
+    has_child = plan.decided[0]
+    if has_child and plan.handed_over():
         for block in plan.blocks:
             block.note_handover()
         observer.record("handover", contexts=len(plan.handed_over()))
-    for context in plan.given:
-        if not plan.has_child:
-            context.real.take_back(plan)
-    if plan.has_child and plan.shared:
+    if has_child and plan.shared:
         observer.record("share", contexts=len(plan.shared))
     if plan.inherited_connection is not None:
-        plan.inherited_connection.settle(plan.has_child)
+        plan.inherited_connection.settle(has_child)
     handles.note_settled(plan.in_broker)  # after that: a call of another thread is repeated now
+
+
+def _change_owners(plan: Plan) -> None:
+    """In the parent, when it is known whether there is a child: make the right process the owner."""
+    if not plan.decided[0]:
+        for real in plan.given:
+            real.take_back(plan)
+        return
+    # Before another thread can re-establish the contexts that were handed over.
+    descriptors.replace_with_dead(plan.connections)
+    for connection in plan.connections:
+        descriptors.unguard(connection)
+    for real in plan.given:
+        real.give_up(plan.child)
+    for context, real in plan.real.items():
+        if context.real is real:  # otherwise it was re-established meanwhile
+            _change_owner(context, plan.child)
+            for card in list(context.cards.values()):
+                card.session.end()
+
+
+def settle_early() -> None:
+    """Do what a fork does next, for a call on a context that it is giving to its child.
+
+    If the caller is a signal handler or a hook in the thread that forks, all is settled now; before the fork this means
+    that nothing is handed over.  The caller can also be another thread, for which such a handler waits.
+    """
+    ident = get_ident()
+    for thread, plan in list(_plans.items()):
+        if thread == ident:
+            _settle_once(plan)
+            if plan.is_complete and not plan.decided[0]:
+                plan.is_complete = False
+                _note_failure(plan, _USED)
+        elif plan.decided or _child_says_so(plan):
+            plan.decided.append(True)
+            _change_owners(plan)
+
+
+def wait_while_given(context: Context) -> None:
+    """Wait until it is known whether a fork has given this context to its child; a second at most.
+
+    :param context: in a broker.
+    """
+    deadline = monotonic() + _GIVEN_TIMEOUT
+    settle_early()
+    while context in handles.given and context.owner is process.here and monotonic() < deadline:
+        sleep(PAUSE)
+        settle_early()
 
 
 def _child_has_started(plan: Plan) -> bool:
     """Whether there is a child: it has said so, or still has its end of the socket pair."""
     if not plan.is_complete:
         return False
-    ours, theirs = plan.start_signal
-    _close((theirs,))
+    _close(plan.start_signal[1:])
+    return _child_says_so(plan, otherwise=True)
+
+
+def _child_says_so(plan: Plan, *, otherwise: bool = False) -> bool:
+    """Whether the child has said that it has started.
+
+    :param otherwise: what to return if it hasn't said anything yet.
+    """
+    if not plan.is_complete:
+        return False
     # Not select.poll or os.read, which set errno to 0: until Python 3.10 it is read after this, where fork() failed.
     try:
-        return bool(ours.recv(1, _socket.MSG_DONTWAIT | _socket.MSG_PEEK))
+        return bool(plan.start_signal[0].recv(1, _socket.MSG_DONTWAIT | _socket.MSG_PEEK))
     except OSError as error:
         if not is_ours(error):
             raise
-        return True  # nothing is there yet; or a hook has closed it, and two processes must not have one session
+        return otherwise  # nothing is there yet; or a hook has closed it, and two processes must not have one session
 
 
 def _close(ends: tuple[Any, ...]) -> None:

@@ -116,8 +116,10 @@ class NativeContexts:
             if not usable:
                 return SUCCESS
             if usable[0].state == GIVEN:
-                wait_while_given(usable)
-            elif made := cancel_natively(owned, usable[0], needed=map(is_, map(_state, usable[:1]), (OPEN,))):
+                wait_while_given()
+                continue
+            is_open = map(is_, map(_state, usable[:1]), (OPEN,))
+            if made := cancel_natively(usable[0], needed=chain(self._is_still_current(owned), is_open)):
                 return made[0]
         return STALE
 
@@ -165,8 +167,8 @@ class NativeContexts:
                             self.release_idle()
                         if result is not _RETRY:
                             return result
-                if given := [context for context in list(self.natives) if context.state == GIVEN]:
-                    wait_while_given(given)
+                if any(context.state == GIVEN for context in list(self.natives)):
+                    wait_while_given()
                 elif in_flight.closed_for(get_ident()):
                     in_flight.wait_until_open(get_ident())
                 else:
@@ -381,13 +383,14 @@ class NativeContexts:
         if self.owner is None:
             return self._given_by is by
         self._given_by, self.owner = by, None
-        self.give_latest()
+        self.give_latest(by)
         return True
 
-    def give_latest(self) -> None:
+    def give_latest(self, by: object) -> None:
         """The same for those that were established in the meantime; called when no thread is inside any more."""
-        for context in self.usable():
-            context.state = GIVEN
+        if self._given_by is by:
+            for context in self.usable():
+                context.state = GIVEN
 
     def take_back(self, by: object) -> None:
         """There is no child: let threads in again, if ``by`` has kept them out."""
@@ -396,6 +399,7 @@ class NativeContexts:
         self.owner = process.current()
         for context in self.usable():
             context.state = OPEN
+        self._given_by = None
 
     def give_up(self, child: process.Epoch) -> None:
         """There is a child: it is the owner now, and no thread of this process waits for them any more.
@@ -430,7 +434,7 @@ class NativeContexts:
         natives = [context for context in list(self.natives) if context.handle and context.state != RELEASED]
         for context in natives:
             if context.descriptor is not None and descriptors.is_dead(context.descriptor.number):
-                if context.is_ours():  # otherwise its lock belongs to the parent
+                if context.is_ours():  # otherwise its lock may be another process's
                     context.wait_until_free(_RELEASE_TIMEOUT)
                 in_flight.places.pop(context, None)
                 with failures.suppress(KeyError):  # another thread has done it

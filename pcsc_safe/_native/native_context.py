@@ -9,24 +9,24 @@ At a fork it stays the parent's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import chain, compress
-from operator import attrgetter, contains, is_, itemgetter, not_
+from collections.abc import Iterator
+from itertools import compress
+from operator import contains, itemgetter, not_
 from typing import Any, Callable, Optional
 
-from .._core import connections, descriptors, in_flight, process
+from .._core import connections, descriptors, in_flight, process, transfer
 from .._core.descriptors import Descriptor
 from .._core.failures import suppress
 from .._core.in_flight import OPEN, PAUSE, WOKEN, Place, attempt
 from .._core.library import SUCCESS
 from .._core.one_step import Operation, call_each, in_one_step
-from .._core.unpatched import get_ident, monotonic, sleep
+from .._core.unpatched import monotonic, sleep
 from .pyscard import raw
 
 __all__ = ["NativeContext", "cancel_natively", "establishing", "wait_while_given"]
 
 _SHUTDOWN_TIMEOUT = 0.1  # s; that pcscd has to end a conversation
-_owner, _here = attrgetter("owner"), attrgetter("here")
+_LONGEST_PAUSE = 0.1  # s
 
 
 establishing = Place()
@@ -97,17 +97,19 @@ class NativeContext(Place):
         with suppress(ValueError):
             self.cards.remove(card)
 
-    def wake(self, wait: Any) -> None:
+    def wake(self, wait: Any) -> bool:
         """End the native call of a wait for events that is here; if there is none, do nothing.
 
         Shutting the connection down ends it at any moment, which SCardCancel doesn't.  This also ends the native
         context, so there must be another one: the process may since have lost the right to connect to pcscd.
 
         Where a card lives, the wait isn't ended, because the card's session would end, too.  Such a wait is short.
+
+        :return: False if it must be done again, because SCardCancel couldn't be called yet.
         """
         latest = self.calls[-1:]
         if self.cards or not latest or latest[0][3] is not wait:
-            return
+            return True
         (call,) = latest
         is_known = self.descriptor is not None and self.descriptor.is_intact()
         if is_known and self.state == OPEN and not wait.has_spare(self):
@@ -119,25 +121,27 @@ class NativeContext(Place):
             self.wakers[key] = None  # while there is a key, the connection isn't closed, so its number isn't reused
             is_there, note = (contains, self.calls, call), (setattr, wait, "was_ended", True)
             if not is_known:
-                cancel_natively(wait.context, self, note, needed=call_each((is_there,)))
-                return
+                return bool(cancel_natively(self, note, needed=call_each((is_there,))))
             in_one_step(is_there, note, (setattr, self, "state", WOKEN))  # a thread that comes next sees the state
             if self.state == WOKEN:
                 connections.shut_down(self.descriptor, both_directions=monotonic() - self.woken > _SHUTDOWN_TIMEOUT)
+            return True
         finally:
             self.wakers.pop(key, None)
 
     def end(self, wait: Any, deadline: float = float("inf")) -> None:
-        """Wake a wait until it has left; at least once, and until the deadline, by ``monotonic()``."""
+        """Wake a wait until it has left.
+
+        :param deadline: when to give up, by ``monotonic()``; but not before it was woken once.
+        """
         pause = PAUSE
         # SCardCancel has no effect on a wait that hasn't begun, and pcscd may not respond.  A child that a handler has
         # forked doesn't have the thread that waits.
         while any(call[3] is wait for call in list(self.calls)) and self.is_ours():
-            self.wake(wait)
-            if monotonic() > deadline:
+            if self.wake(wait) and monotonic() > deadline:
                 break
             sleep(pause)
-            pause *= 2
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def end_connection(self, how: Callable[[Optional[Descriptor]], None], *, with_wait: bool) -> None:
         """Call ``how`` with its connection, unless the connection is being released.
@@ -161,23 +165,18 @@ class NativeContext(Place):
         return self.state == OPEN and not self.calls
 
 
-def cancel_natively(owned: Any, context: NativeContext, *first: Operation, needed: Iterator[Any]) -> list[Any]:
+def cancel_natively(context: NativeContext, *first: Operation, needed: Iterator[Any]) -> list[Any]:
     """SCardCancel, which uses a separate connection to pcscd for a moment.
 
-    :param owned: the PC/SC context.
     :param first: C calls in the same step, before it.
     :param needed: as of :func:`in_flight.attempt`.
     :return: pyscard's result in a list; empty if it wasn't called.
     """
-    is_ours = map(is_, map(_owner, (context,)), map(_here, (process,)))
     operations = connections.FORGET_LATEST, *first, (raw["SCardCancel"], context.handle)
-    return attempt(establishing, owned, "SCardCancel", *operations, in_turn=True, needed=chain(is_ours, needed))[-1:]
+    return attempt(establishing, context, "SCardCancel", *operations, in_turn=True, needed=needed)[-1:]
 
 
-def wait_while_given(given: Sequence[NativeContext]) -> None:
-    """Wait a moment for another thread's fork to decide; if this thread itself forks, in a handler, use them again."""
-    if get_ident() not in in_flight.closers:
-        sleep(PAUSE)
-        return
-    for context in given:
-        context.state = OPEN
+def wait_while_given() -> None:
+    """Wait a moment for a fork to decide whether its child gets a native context."""
+    transfer.settle_early()
+    sleep(PAUSE)

@@ -40,8 +40,8 @@ def mark_released(owned: Any, is_current: Callable[[], bool], established: Calla
     while is_current():
         gate = wait_until_open(get_ident())
         due = established()
-        if given := [context for context in due if context.state == GIVEN]:
-            wait_while_given(given)
+        if any(context.state == GIVEN for context in due):
+            wait_while_given()
             continue
         mark = call_each([(setattr, owned, "released", True), (awaiting_release.update, dict.fromkeys(due, True))])
         # From this look to the end of extend() no other code runs, of this thread or of any other.

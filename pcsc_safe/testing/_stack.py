@@ -339,18 +339,20 @@ class VirtualPcsc:
         if not self.pid or not readers:
             yield
             return
-        with self._explained(), self._probe() as probe:
+        before: dict[str, int] = {}
+        with contextlib.suppress(OSError), self._probe() as probe:  # pcscd may have died: the wait below says so
             before = {state.name: state.events for state in probe.states()}
-            yield
-            wanted = {reader.name: reader.card is not None for reader in readers}
+        yield
+        wanted = {reader.name: reader.card is not None for reader in readers}
 
-            def are_detected(states: Sequence[ReaderState]) -> bool:
-                return all(
-                    state.events != before[state.name] and wanted[state.name] == state.present == state.powered
-                    for state in states
-                    if state.name in wanted
-                )
+        def are_detected(states: Sequence[ReaderState]) -> bool:
+            return all(
+                state.events != before.get(state.name) and wanted[state.name] == state.present == state.powered
+                for state in states
+                if state.name in wanted
+            )
 
+        with self._explained(), self._probe() as probe:
             probe.wait(are_detected, hurry=lambda: nudge(self.pid))
 
     def _check_readers(self, states: Sequence[ReaderState]) -> None:

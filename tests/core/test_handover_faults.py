@@ -13,6 +13,7 @@ import resource
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ from brokers import ENOUGH, Client, Link, broker, held_card, module_stack, stack
 from calling import HELD, Calling, establish, state_of, stays
 from conftest import IS_VERIFIED, Session
 from forking import fork, in_child, in_program, start, wait_for
-from handovers import BROKER, NATIVE, NOTHING, OK, handing_over, has, is_free, opened, through_both
+from handovers import BROKER, NATIVE, NOTHING, OK, attempt, handing_over, has, is_free, opened, through_both
 from interrupts import Alarm, RaisesInside, before_3_10, no_new_thread, raise_alarm
 
 import pcsc_safe
@@ -337,7 +338,7 @@ def test_a_signal_in_the_child(stack: VirtualPcsc, through: str, where: Any) -> 
 @pytest.mark.parametrize("when", ["after the fork", "while it waits"])
 def test_a_fork_that_fails(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """Another thread's call through a broker, made while the broker keeps the session for the child, succeeds."""
-    waits_for_it, wait, settle = threading.Event(), handles.wait_while_given, InheritedConnection.settle
+    waits_for_it, wait, settle = threading.Event(), transfer.wait_while_given, InheritedConnection.settle
 
     def waits(context: Any) -> None:
         waits_for_it.set()
@@ -351,7 +352,7 @@ def test_a_fork_that_fails(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, 
 
     def parent() -> Any:
         session = opened("broker", owner="child")
-        monkeypatch.setattr(handles, "wait_while_given", waits)
+        monkeypatch.setattr(transfer, "wait_while_given", waits)
         monkeypatch.setattr(InheritedConnection, "settle", settles)
         transfer._plan_before_fork()
         calling = Calling(session.transmit, IS_VERIFIED)
@@ -360,6 +361,124 @@ def test_a_fork_that_fails(stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, 
         return calling.answer()
 
     assert in_child(parent) == [OK, [1, 0x90, 0x00]]
+
+
+def lists(session: Session) -> Any:
+    return attempt(lambda: safe.SCardListReaders(session.context, [])[0])
+
+
+def cancels(session: Session) -> Any:
+    return attempt(lambda: safe.SCardCancel(session.context))
+
+
+def releases(session: Session) -> Any:
+    return attempt(lambda: safe.SCardReleaseContext(session.context))
+
+
+def transmits(session: Session) -> Any:
+    return attempt(lambda: session.transmit(IS_VERIFIED))
+
+
+def joins(session: Session) -> Any:
+    """Wait for another thread that uses the context."""
+    return Calling(lists, session).answer()
+
+
+@pytest.mark.parametrize("use", [lists, cancels, releases, transmits, joins])
+@through_both
+def test_a_handler_just_after_the_fork(stack: VirtualPcsc, through: str, use: Any) -> None:
+    """What a signal handler in the parent uses is the child's already. The handler waits for nothing."""
+
+    def parent() -> Any:
+        used: list[Any] = []
+
+        def disturbed(plan: Any) -> bool:
+            if not used:
+                used.append(None)
+                used[0] = use(session)
+            return has_started(plan)
+
+        session = opened(through, policy="raise")
+        has_started, transfer._child_has_started = transfer._child_has_started, disturbed
+        return wait_for(start(has, session, fork=handing_over)), used
+
+    assert in_child(parent) == (True, [OK if use in (cancels, releases) else "raised"])
+
+
+def test_a_handler_that_raises_when_another_thread_has_a_new_context(
+    pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent settles again, and doesn't give up what the thread has established since."""
+    context, notes = establish(), []
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        if not notes:
+            notes.append(Calling(safe.SCardListReaders, context, []).answer()[0])
+            raise Alarm
+
+    monkeypatch.setattr(transfer.observer, "record", interrupted)
+    with pytest.raises(Alarm):
+        in_child(int, fork=lambda: handing_over(context))
+    assert (notes, handles.contexts[context].owner) == ([OK], process.current())
+    assert safe.SCardReleaseContext(context) == OK
+    pcsc_stack.wait_for_clients(0)
+
+
+def test_a_hook_that_was_registered_earlier(pcsc_stack: VirtualPcsc) -> None:
+    """A hook of the application that runs in the parent before ours doesn't use a session that the child has."""
+    program = """if True:
+        import os
+        hooks = []
+        os.register_at_fork(after_in_parent=lambda: [hook() for hook in hooks])
+        import pcsc_safe
+        from pcsc_safe import scard as safe
+        context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1]
+        reader = safe.SCardListReaders(context, [])[1][0]
+        card = safe.SCardConnect(context, reader, safe.SCARD_SHARE_SHARED, safe.SCARD_PROTOCOL_ANY)[1]
+        with pcsc_safe.handover(context):
+            hooks.append(lambda: print(safe.SCardStatus(card)[0], flush=True))
+            pid = os.fork()
+        if pid == 0:
+            print(safe.SCardStatus(card)[0], flush=True)
+            os._exit(0)
+        os.waitpid(pid, 0)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert sorted(map(int, done.stdout.split())) == sorted([OK, safe.SCARD_W_RESET_CARD])
+
+
+@pytest.mark.parametrize("after", ["_reserve", "_complete"])
+@through_both
+def test_a_handler_just_before_the_fork(
+    stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, through: str, after: str
+) -> None:
+    """If a signal handler uses a context that is about to be handed over, the parent keeps it, and learns why."""
+
+    def parent() -> Any:
+        def disturbed(*arguments: Any) -> Any:
+            result = function(*arguments)
+            used.append(transmits(session))
+            return result
+
+        function, used, session, errors = getattr(transfer, after), list[Any](), opened(through, policy="raise"), []
+
+        def forking() -> int:
+            try:
+                with pcsc_safe.handover():
+                    monkeypatch.setattr(transfer, after, disturbed)
+                    pid = fork()
+                    monkeypatch.undo()
+            except HandoverError as error:
+                errors.append(str(error))
+            return pid
+
+        child = in_child(has, session, fork=forking)
+        return child, used, errors, has(session), in_child(has, session, fork=handing_over)
+
+    why = [f"{NOTHING}a signal handler, or a hook of the application, has used it before the fork"]
+    child, used, errors, here, next_one = in_child(parent)
+    assert (child, used, here, next_one) == (False, [[OK, [1, 0x90, 0x00]]], True, True)
+    assert [error.split(";")[0] for error in errors] == why
 
 
 @pytest.mark.parametrize("now", ["closed", "another file"])

@@ -1150,6 +1150,29 @@ def test_no_cancel_follows_a_wait_that_has_ended(shared_stack: VirtualPcsc, monk
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("end", [safe.SCardCancel, safe.SCardReleaseContext])
+def test_a_cancel_that_comes_late(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, end: Any) -> None:
+    """A wait on an unknown connection ends, even if SCardCancel has to wait for a call that pcscd doesn't reply to."""
+    monkeypatch.setattr(in_flight, "_CHECK_INTERVAL", 0.05)
+    monkeypatch.setattr(contexts, "_CANCEL_TIMEOUT", 0.05)
+    context = establish()
+    waiter = waiting(context, pcsc_stack.readers[0].name)
+    for native in handles.contexts[context].real.natives:
+        native.descriptor = None
+    os.kill(pcsc_stack.pid, signal.SIGSTOP)
+    try:
+        establishing = Calling(establish)
+        until(lambda: native_context.establishing.calls, "another thread establishes a context")
+        ending = Calling(end, context)
+        assert stays(ending.is_alive)
+    finally:
+        os.kill(pcsc_stack.pid, signal.SIGCONT)
+    assert ending.answer() == OK
+    assert waiter.answer()[0] == CANCELLED
+    assert safe.SCardReleaseContext(establishing.answer()) == OK
+
+
+@pytest.mark.native
 def test_no_connection_is_closed_while_its_call_is_ended(
     shared_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
