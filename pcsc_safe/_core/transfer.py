@@ -154,7 +154,7 @@ def _plan_before_fork() -> None:
 
 
 FORK_AGAIN = "the parent is still the owner: fork again"
-_USED = "a signal handler, or a hook of the application, has used it before the fork"
+_USED = "a signal handler or an at-fork hook of the application has used it"
 
 
 def _note_failure(plan: Plan, why: str, remedy: str = FORK_AGAIN) -> None:

@@ -475,7 +475,7 @@ def test_a_handler_just_before_the_fork(
         child = in_child(has, session, fork=forking)
         return child, used, errors, has(session), in_child(has, session, fork=handing_over)
 
-    why = [f"{NOTHING}a signal handler, or a hook of the application, has used it before the fork"]
+    why = [f"{NOTHING}a signal handler or an at-fork hook of the application has used it"]
     child, used, errors, here, next_one = in_child(parent)
     assert (child, used, here, next_one) == (False, [[OK, [1, 0x90, 0x00]]], True, True)
     assert [error.split(";")[0] for error in errors] == why
