@@ -135,6 +135,7 @@ def _plan_before_fork() -> None:
         process.current()  # a child that forks before it has used the sessions that it was given
     if not process.sentinel[0]:
         return
+    settle_early()  # if this fork is a signal handler's, in the middle of another fork of this thread
     plan = Plan(of_thread)
     try:
         _plans[ident] = plan
@@ -150,7 +151,8 @@ def _plan_before_fork() -> None:
             _note_failure(plan, str(error) if ours else "a signal handler raised an exception")
         if not ours:  # the process forks anyway
             plan.raised.append(error)
-            _plans[ident] = plan
+    finally:
+        _plans[ident] = plan  # again: a signal handler may have forked
 
 
 FORK_AGAIN = "the parent is still the owner: fork again"
@@ -194,7 +196,6 @@ def _complete(plan: Plan, ident: int) -> Optional[str]:
         *(descriptor.number for descriptor in plan.connections if descriptor is not None),
         *(plan.inherited_connection.descriptors() if plan.inherited_connection is not None else ()),
     }
-    _plans[ident] = plan
     plan.is_complete = not plan.decided
     return None if plan.is_complete else _USED
 

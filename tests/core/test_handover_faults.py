@@ -405,6 +405,34 @@ def test_a_handler_just_after_the_fork(stack: VirtualPcsc, through: str, use: An
     assert in_child(parent) == (True, [OK if use in (cancels, releases) else "raised"])
 
 
+@pytest.mark.parametrize("after", ["_reserve", "_complete"])
+@through_both
+def test_a_handler_forks_just_before_the_fork(
+    stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch, through: str, after: str
+) -> None:
+    """The first child gets the session, the other one and the parent don't, and no thread waits for it."""
+
+    def parent() -> Any:
+        def disturbed(*arguments: Any) -> Any:
+            result = function(*arguments)
+            monkeypatch.undo()
+            inner.append(start(has, session, fork=fork))
+            return result
+
+        function, inner, session = getattr(transfer, after), list[Any](), opened(through, policy="raise")
+
+        def forking() -> int:
+            with contextlib.suppress(HandoverError), pcsc_safe.handover():
+                monkeypatch.setattr(transfer, after, disturbed)
+                pid = fork()
+            return pid
+
+        outer = in_child(lambda: has(session), fork=forking)
+        return wait_for(inner[0]), outer, has(session), is_free(session.reader)
+
+    assert in_child(parent) == (True, False, False, True)
+
+
 def test_a_handler_that_raises_when_another_thread_has_a_new_context(
     pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
