@@ -446,8 +446,9 @@ def test_a_handler_that_raises_when_another_thread_has_a_new_context(
 
     monkeypatch.setattr(transfer.observer, "record", interrupted)
     with pytest.raises(Alarm):
-        in_child(int, fork=lambda: handing_over(context))
-        until(lambda: False, "another thread raises the exception in this one")
+        in_child(int, fork=lambda: handing_over(context)) or until(
+            lambda: False, "another thread raises it in this one"
+        )
     assert (notes, handles.contexts[context].owner) == ([OK], process.current())
     assert safe.SCardReleaseContext(context) == OK
     pcsc_stack.wait_for_clients(0)
