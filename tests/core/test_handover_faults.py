@@ -435,6 +435,8 @@ def forks_twice(through: str, after: str) -> None:
     until(lambda: is_free(session.reader), "nobody has it when the child is gone")
 
 
+@pytest.mark.native
+@pytest.mark.not_on_macos("a forked process has no native contexts")
 def test_a_handler_that_raises_when_another_thread_has_a_new_context(
     pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,6 +456,8 @@ def test_a_handler_that_raises_when_another_thread_has_a_new_context(
     pcsc_stack.wait_for_clients(0)
 
 
+@pytest.mark.native
+@pytest.mark.not_on_macos("a forked process has no native contexts")
 def test_a_hook_that_was_registered_earlier(pcsc_stack: VirtualPcsc) -> None:
     """A hook of the application that runs in the parent before ours doesn't use a session that the child has."""
     program = """if True:
