@@ -102,10 +102,7 @@ class Plan:
         return [*self.native, *self.in_broker]
 
 
-_GIVEN_TIMEOUT = (
-    1.0  # s; for what another thread's fork has given to be its child's, or this process's again.  A signal
-)
-# handler in the thread that forks may wait for this one.
+_GIVEN_TIMEOUT = 1.0  # s; that another thread's fork has to decide: in a signal handler, it may wait for this thread
 _ATTEMPTS = 100  # to settle: a signal handler can raise in each, but not for ever
 _INTACT_CHECKS = 20
 _plans: dict[int, Plan] = {}
@@ -135,7 +132,8 @@ def _plan_before_fork() -> None:
         process.current()  # a child that forks before it has used the sessions that it was given
     if not process.sentinel[0]:
         return
-    settle_early()  # if this fork is a signal handler's, in the middle of another fork of this thread
+    if ident in _plans:
+        _settle_now(_plans[ident])  # this fork is a signal handler's, in the middle of another fork of this thread
     plan = Plan(of_thread)
     try:
         _plans[ident] = plan
@@ -333,22 +331,29 @@ def _change_owners(plan: Plan) -> None:
                 card.session.end()
 
 
-def settle_early() -> None:
-    """Do what a fork does next, for a call on a context that it is giving to its child.
+def settle_early(context: Context) -> None:
+    """Settle a fork that is giving a context to its child, if possible, for a call on this context.
 
-    If the caller is a signal handler or a hook in the thread that forks, all is settled now; before the fork this means
-    that nothing is handed over.  The caller can also be another thread, for which such a handler waits.
+    The caller can be a signal handler or a hook in the thread that forks, or a thread for which such a handler waits.
     """
     ident = get_ident()
     for thread, plan in list(_plans.items()):
+        if context not in plan.real:
+            continue
         if thread == ident:
-            _settle_once(plan)
-            if plan.is_complete and not plan.decided[0]:
-                plan.is_complete = False
-                _note_failure(plan, _USED)
-        elif plan.decided or _child_says_so(plan):
+            _settle_now(plan)
+        elif not plan.decided and _child_says_so(plan):
             plan.decided.append(True)
+        if plan.decided:
             _change_owners(plan)
+
+
+def _settle_now(plan: Plan) -> None:
+    """Settle a fork of this thread; if it hasn't forked yet, it hands nothing over."""
+    _settle_once(plan)
+    if plan.is_complete and not plan.decided[0]:
+        plan.is_complete = False
+        _note_failure(plan, _USED)
 
 
 def wait_while_given(context: Context) -> None:
@@ -357,10 +362,9 @@ def wait_while_given(context: Context) -> None:
     :param context: in a broker.
     """
     deadline = monotonic() + _GIVEN_TIMEOUT
-    settle_early()
     while context in handles.given and context.owner is process.here and monotonic() < deadline:
+        settle_early(context)
         sleep(PAUSE)
-        settle_early()
 
 
 def _child_has_started(plan: Plan) -> bool:

@@ -130,7 +130,7 @@ def _call_in_turn(function: str, card: Any, place: NativeContext, operation: Ope
     if card.owner is not process.current() or place.state in (WOKEN, RELEASED):
         return [STALE]
     if place.state == GIVEN:
-        wait_while_given()
+        wait_while_given(card.context)
         return []
     is_its = map(is_, map(_native, (card,)), (place,))
     made = attempt(place, card, function, (monotonic,), operation, in_turn=True, needed=is_its)

@@ -100,4 +100,4 @@ def _disconnect(owned: Any, context: NativeContext, handle: int) -> None:
         if not context.is_ours() or owned.owner is not process.current() or context.state in (WOKEN, RELEASED):
             break
         if context.state == GIVEN:
-            wait_while_given()
+            wait_while_given(owned)

@@ -116,7 +116,7 @@ class NativeContexts:
             if not usable:
                 return SUCCESS
             if usable[0].state == GIVEN:
-                wait_while_given()
+                wait_while_given(owned)
                 continue
             is_open = map(is_, map(_state, usable[:1]), (OPEN,))
             if made := cancel_natively(usable[0], needed=chain(self._is_still_current(owned), is_open)):
@@ -168,7 +168,7 @@ class NativeContexts:
                         if result is not _RETRY:
                             return result
                 if any(context.state == GIVEN for context in list(self.natives)):
-                    wait_while_given()
+                    wait_while_given(owned)
                 elif in_flight.closed_for(get_ident()):
                     in_flight.wait_until_open(get_ident())
                 else:

@@ -176,7 +176,10 @@ def cancel_natively(context: NativeContext, *first: Operation, needed: Iterator[
     return attempt(establishing, context, "SCardCancel", *operations, in_turn=True, needed=needed)[-1:]
 
 
-def wait_while_given() -> None:
-    """Wait a moment for a fork to decide whether its child gets a native context."""
-    transfer.settle_early()
+def wait_while_given(owned: Any) -> None:
+    """Wait a moment, because a fork is giving native contexts to its child; callers then look again.
+
+    :param owned: the PC/SC context that they belong to.
+    """
+    transfer.settle_early(owned)
     sleep(PAUSE)

@@ -41,7 +41,7 @@ def mark_released(owned: Any, is_current: Callable[[], bool], established: Calla
         gate = wait_until_open(get_ident())
         due = established()
         if any(context.state == GIVEN for context in due):
-            wait_while_given()
+            wait_while_given(owned)
             continue
         mark = call_each([(setattr, owned, "released", True), (awaiting_release.update, dict.fromkeys(due, True))])
         # From this look to the end of extend() no other code runs, of this thread or of any other.

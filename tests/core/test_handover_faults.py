@@ -461,9 +461,10 @@ def test_a_handler_that_raises_when_another_thread_has_a_new_context(
 def test_a_hook_that_was_registered_earlier(pcsc_stack: VirtualPcsc) -> None:
     """A hook of the application that runs in the parent before ours doesn't use a session that the child has."""
     program = """if True:
-        import os
+        import os, signal
         hooks = []
-        os.register_at_fork(after_in_parent=lambda: [hook() for hook in hooks])
+        signal.alarm(30)
+        os.register_at_fork(after_in_child=lambda: signal.alarm(30), after_in_parent=lambda: [hook() for hook in hooks])
         import pcsc_safe
         from pcsc_safe import scard as safe
         context = safe.SCardEstablishContext(safe.SCARD_SCOPE_SYSTEM)[1]

@@ -1071,12 +1071,8 @@ def test_a_handover_while_another_thread_connects(pcsc_stack: VirtualPcsc, monke
 @pytest.mark.native
 def test_a_cancel_during_a_handover(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
     """SCardCancel of another thread doesn't wait for a context that a child has got."""
-    context, go_on, wait_until_open, here = (
-        establish(),
-        threading.Event(),
-        in_flight.wait_until_open,
-        threading.get_ident(),
-    )
+    context, here = establish(), threading.get_ident()
+    go_on, wait_until_open = threading.Event(), in_flight.wait_until_open
 
     def waits(ident: int) -> Any:
         gate = wait_until_open(ident)

@@ -271,7 +271,7 @@ def test_many_restarts_with_clients(pcsc_stack: VirtualPcsc) -> None:
 
 
 def test_a_client_resets_a_card_that_is_gone(pcsc_stack: VirtualPcsc, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it does so before pcscd has detected the removal, remove() still returns only then."""
+    """remove() returns only when pcscd has detected the removal, even if the client changes the state before."""
     reader, context, unplug = pcsc_stack.readers[0], establish(), _vpcd.Slot.unplug
     _, card, _ = scard.SCardConnect(context, reader.name, scard.SCARD_SHARE_SHARED, scard.SCARD_PROTOCOL_ANY)
 
